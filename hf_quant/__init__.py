@@ -1,0 +1,21 @@
+"""Group-wise INT8/4/3/2 quantization for transformers models: quantize, measure, save, load."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_quant.hf import HfQuantConfig as HfQuantConfig
+    from hf_quant.hf import load as load
+    from hf_quant.hf import prepare_for_training as prepare_for_training
+
+__version__ = "0.1.0"
+__all__ = ["HfQuantConfig", "load", "prepare_for_training"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when something of theirs is asked for."""
+    if name in __all__:
+        return getattr(import_module("hf_quant.hf"), name)
+    raise AttributeError(f"module 'hf_quant' has no attribute {name!r}")

@@ -1,0 +1,86 @@
+"""Kernels: ways to compute ``x @ W.T`` from codes. One file each; `reference` is the oracle."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from hf_quant import _plugins
+from hf_quant.errors import BackendError
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSpec:
+    """All a backend may look at to decide whether it can run a layer.
+
+    Attributes:
+        scheme: How the weight is coded.
+        out_features: N.
+        in_features: K.
+        dtype: What the model computes in; activations of another dtype may still arrive (autocast).
+        device: ``"cpu"``, ``"cuda"``, ...
+    """
+
+    scheme: QuantScheme
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    device: str
+
+
+@runtime_checkable
+class LinearBackend(Protocol):
+    """One way to run a quantized linear layer.
+
+    Attributes:
+        priority: Backends are tried from the highest to the lowest.
+        repacks: Whether `prepare` lays the codes out anew, once at load, in place of the portable ones;
+            if not, it only makes views and may be called at every step.
+    """
+
+    priority: ClassVar[int]
+    repacks: ClassVar[bool]
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        """Why this backend cannot run ``spec``, or None if it can."""
+        ...
+
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+        """The tensors `linear` reads."""
+        ...
+
+    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        """The portable ``qweight``, bit for bit; only called where ``repacks``."""
+        ...
+
+    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        """``[..., K]`` to ``[..., N]``, in the dtype of ``x``; differentiable in ``x``."""
+        ...
+
+
+def select(spec: LinearSpec, *, repacking: bool = True) -> LinearBackend:
+    """The first backend, highest priority first, that can run ``spec``; HF_QUANT_BACKEND names one.
+
+    Args:
+        spec: The layer.
+        repacking: Whether a backend with a layout of its own will do; False where the codes must stay as they are,
+            because somebody else moves them (offloading) or reads them too (a tied embedding).
+    """
+    wanted = os.environ.get("HF_QUANT_BACKEND")
+    backends = {n: _plugins.load("kernels", n).BACKEND() for n in ([wanted] if wanted else _plugins.names("kernels"))}
+    reasons = []
+    for name, backend in sorted(backends.items(), key=lambda item: -item[1].priority):
+        reason = backend.why_not(spec)
+        if reason is None and backend.repacks and not repacking:
+            reason = "the codes must keep their layout here"
+        if reason is None:
+            chosen: LinearBackend = backend
+            return chosen
+        reasons.append(f"{name}: {reason}")
+    raise BackendError(f"no backend for {spec}: " + "; ".join(reasons))

@@ -1,0 +1,27 @@
+"""Methods: how the codes of one weight matrix are chosen. One file each."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from hf_quant import _plugins
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+
+@runtime_checkable
+class Method(Protocol):
+    """Turns one weight matrix into codes. Instances are frozen dataclasses of hyperparameters."""
+
+    def quantize(self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> QuantizedTensor:
+        """Quantize ``weight`` ``[N, K]``, leaving it untouched; scales are stored in ``dtype``."""
+        ...
+
+
+def method(name: str, **hyperparameters: object) -> Method:
+    """Build a method by file name: ``method("rtn", steps=0)``."""
+    made: Method = _plugins.load("methods", name).METHOD(**hyperparameters)
+    return made

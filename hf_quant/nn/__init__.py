@@ -1,0 +1,6 @@
+"""Modules that stand in for those of ``torch.nn``, and for stacked experts."""
+
+from hf_quant.nn.embedding import QuantEmbedding as QuantEmbedding
+from hf_quant.nn.experts import QuantExperts as QuantExperts
+from hf_quant.nn.experts import as_quant_experts as as_quant_experts
+from hf_quant.nn.linear import QuantLinear as QuantLinear

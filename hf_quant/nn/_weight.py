@@ -1,0 +1,41 @@
+"""The three parameters every quantized module holds, under the names and shapes of `formats.native`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.formats import format_named
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+_NATIVE = format_named("native")
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter no optimizer touches; parameters and not buffers, since accelerate does not offload buffers."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def register(
+    module: nn.Module, name: str, shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype, *, codes: bool = True
+) -> None:
+    """Give ``module`` empty parameters ``name``, ``name_scale``, ``name_zero_point`` for a weight ``[..., N, K]``.
+
+    ``codes=False`` leaves ``name`` as it is: a float placeholder that the loader replaces by codes.
+    """
+    *lead, n, k = shape
+    for local, (size, kind) in _NATIVE.layout((n, k), scheme, dtype).items():
+        if codes or local != "weight":
+            full = name + local.removeprefix("weight")
+            module.register_parameter(full, frozen(torch.empty((*lead, *size), dtype=kind)))
+
+
+def read(module: nn.Module, name: str, scheme: QuantScheme, index: int | None = None) -> QuantizedTensor:
+    """The parameters as one value; ``index`` picks one of a stack."""
+    qweight: Tensor = getattr(module, name)
+    scale: Tensor = getattr(module, name + "_scale")
+    zero: Tensor | None = getattr(module, name + "_zero_point", None)
+    if index is not None:
+        qweight, scale, zero = qweight[index], scale[index], None if zero is None else zero[index]
+    return QuantizedTensor(qweight.flatten(-2) if scheme.bits == 8 else qweight, scale, zero, scheme)

@@ -1,0 +1,52 @@
+"""An embedding table whose rows are codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.nn._weight import frozen, read, register
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+
+class QuantEmbedding(nn.Embedding):
+    """Drop-in for ``nn.Embedding(V, K)``: only the rows looked up are dequantized.
+
+    Args:
+        num_embeddings: V.
+        embedding_dim: K, a multiple of 32.
+        scheme: How a row is coded.
+        padding_idx: As in ``nn.Embedding``; no gradient reaches a quantized table anyway.
+        dtype: Of the rows returned and of the scales.
+        quantized: Whether the table starts as codes, or as the float placeholder that loading quantizes.
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, scheme: QuantScheme, *, padding_idx: int | None,
+        dtype: torch.dtype, quantized: bool = True,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self.scheme = scheme
+        if not quantized:
+            self.weight = frozen(torch.empty(num_embeddings, embedding_dim, dtype=dtype))
+        register(self, "weight", (num_embeddings, embedding_dim), scheme, dtype, codes=quantized)
+        self._is_hf_initialized = True
+
+    def quantized_weight(self) -> QuantizedTensor:
+        """Codes, scales and zero points in the portable layout."""
+        return read(self, "weight", self.scheme)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float table ``[V, K]``."""
+        return self.quantized_weight().dequantize(dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        table = self.quantized_weight()
+        zero = None if table.zero_point is None else table.zero_point[ids]
+        return QuantizedTensor(table.qweight[ids], table.scale[ids], zero, self.scheme).dequantize()
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"

@@ -1,0 +1,111 @@
+"""A linear layer whose weight is codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.formats import format_named
+from hf_quant.kernels import LinearBackend, LinearSpec, select
+from hf_quant.nn._weight import frozen, read, register
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+
+class QuantLinear(nn.Linear):
+    """Drop-in for ``nn.Linear(in_features, out_features)``; a subclass, so that PEFT trains adapters on top of it.
+
+    The parameters are those of `formats.native`. `choose_kernel`, called once after loading and after every move,
+    may lay the codes out anew for its kernel; ``state_dict`` always gives the portable layout back.
+
+    Args:
+        in_features: K, a multiple of 32.
+        out_features: N.
+        scheme: How the weight is coded.
+        bias: Whether there is one.
+        dtype: What the layer computes in, and the dtype of scales and bias.
+        quantized: Whether the weight starts as codes; if not, ``weight`` is the float placeholder of shape
+            ``float_shape`` that loading quantizes.
+        float_shape: Shape of the float weight in the checkpoint: ``[N, K]``, or ``[K, N]`` for GPT-2's Conv1D.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool, dtype: torch.dtype,
+        quantized: bool = True, float_shape: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.compute_dtype = dtype  # PEFT gives its adapters this dtype
+        if not quantized:
+            self.weight = frozen(torch.empty(float_shape or (out_features, in_features), dtype=dtype))
+        register(self, "weight", (out_features, in_features), scheme, dtype, codes=quantized)
+        self.bias = frozen(torch.empty(out_features, dtype=dtype)) if bias else None
+        self.keeps_layout = False  # True where the codes are shared with another module, or moved about by hooks
+        self._backend: LinearBackend | None = None
+        self._repacked: tuple[Tensor, ...] = ()
+        self._is_hf_initialized = True  # or transformers would call normal_() on integer weights it finds missing
+
+    @property
+    def spec(self) -> LinearSpec:
+        """What a kernel needs to know of this layer."""
+        device = self.weight_scale.device.type
+        return LinearSpec(self.scheme, self.out_features, self.in_features, self.compute_dtype, device)
+
+    def quantized_weight(self) -> QuantizedTensor:
+        """Codes, scales and zero points in the portable layout; a copy of the codes where a kernel repacked them."""
+        self_read = read(self, "weight", self.scheme) if not self._repacked else None
+        if self_read is not None:
+            return self_read
+        assert self._backend is not None
+        qweight = self._backend.restore(self._repacked, self.spec)
+        return QuantizedTensor(qweight, self.weight_scale, getattr(self, "weight_zero_point", None), self.scheme)
+
+    def choose_kernel(self) -> None:
+        """Choose the backend for where the parameters are now, and lay the codes out as it reads them."""
+        self._unpack()
+        if self.weight_scale.device.type == "meta":
+            return
+        self._backend = select(self.spec, repacking=not self.keeps_layout)
+        if self._backend.repacks:
+            self._repacked = self._backend.prepare(self.quantized_weight(), self.spec)
+            self.weight = frozen(self.weight.new_empty(0))  # one copy of the codes in memory, not two
+
+    def _unpack(self) -> None:
+        if self._repacked:
+            self.weight = frozen(format_named("native").write(self.quantized_weight())["weight"])
+        self._backend, self._repacked = None, ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._backend is None:
+            self._backend = select(self.spec, repacking=False)
+        prepared = self._repacked or self._backend.prepare(read(self, "weight", self.scheme), self.spec)
+        y = self._backend.linear(x, prepared, self.spec)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The float weight ``[N, K]``."""
+        return self.quantized_weight().dequantize(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        chosen = self._backend is not None
+        self._unpack()
+        super()._apply(fn, recurse)
+        self.compute_dtype = self.weight_scale.dtype
+        if chosen:
+            self.choose_kernel()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._repacked:
+            destination[prefix + "weight"] = format_named("native").write(self.quantized_weight())["weight"]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"

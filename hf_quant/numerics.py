@@ -1,0 +1,43 @@
+"""The affine map between reals and codes: ``w = (q - zero_point) * scale``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_quant.scheme import QuantScheme
+
+
+def minmax(groups: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that cover each group's extreme values.
+
+    Args:
+        groups: float32 ``[..., G, K/G]``.
+        scheme: Bits and symmetry.
+
+    Returns:
+        ``(scale, zero_point)``, float32 ``[..., G, 1]``; the zero point is a whole number in ``0..qmax``.
+    """
+    lo = groups.amin(-1, keepdim=True).clamp(max=0)
+    hi = groups.amax(-1, keepdim=True).clamp(min=0)
+    if scheme.symmetric:
+        scale = torch.maximum(hi, -lo) * 2 / scheme.qmax
+        return scale, torch.full_like(scale, scheme.zero)
+    scale = (hi - lo) / scheme.qmax
+    return scale, torch.round(-lo / floored(scale, torch.float32)).clamp(0, scheme.qmax)
+
+
+def floored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scale`` as ``dtype`` will store it, as float32, and never zero: an all-zero group must stay finite."""
+    tiny = torch.finfo(dtype).tiny
+    return scale.clamp(min=tiny, max=torch.finfo(dtype).max).to(dtype).float()
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
+    """Codes of ``weight`` in its dtype; ``scale`` and ``zero_point`` broadcast against it."""
+    return (weight / scale).round_().add_(zero_point).clamp_(0, qmax)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Reals of ``codes``; inverse of `quantize` up to rounding."""
+    return (codes - zero_point) * scale

@@ -1,0 +1,41 @@
+"""Dense bit packing: eight codes of b bits fill exactly b bytes, low bits first.
+
+Read as little-endian int32, 32 codes fill b words: the layout of compressed-tensors' ``weight_packed``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes along the last axis.
+
+    Args:
+        codes: ``[..., K]`` of any integer dtype, K a multiple of 8, every value in ``0..2**bits - 1``.
+        bits: Width of one code, 1 to 8.
+
+    Returns:
+        uint8 ``[..., K / 8 * bits]``.
+    """
+    lanes = codes.unflatten(-1, (-1, 8))
+    word = lanes[..., 0].to(torch.int64)
+    for i in range(1, 8):
+        word |= lanes[..., i].to(torch.int64) << (bits * i)
+    return word[..., None].view(torch.uint8)[..., :bits].flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of `pack`: uint8 ``[..., K]``."""
+    if bits == 8:
+        return packed
+    if 8 % bits == 0:
+        parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+        return torch.stack(parts, -1).flatten(-2)
+    lanes = packed.unflatten(-1, (-1, bits))
+    word = lanes[..., 0].to(torch.int32)
+    for i in range(1, bits):
+        word |= lanes[..., i].to(torch.int32) << (8 * i)
+    shifts = torch.arange(8, device=packed.device, dtype=torch.int32) * bits
+    return ((word[..., None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)

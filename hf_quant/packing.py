@@ -20,7 +20,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         uint8 ``[..., K / 8 * bits]``.
     """
     lanes = codes.unflatten(-1, (-1, 8))
-    word = lanes[..., 0].to(torch.int64)
+    word = lanes[..., 0].to(torch.int64, copy=True)  # or the caller's codes would be written over
     for i in range(1, 8):
         word |= lanes[..., i].to(torch.int64) << (bits * i)
     return word[..., None].view(torch.uint8)[..., :bits].flatten(-2)
@@ -34,8 +34,9 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         parts = [(packed >> shift) & ((1 << bits) - 1) for shift in range(0, 8, bits)]
         return torch.stack(parts, -1).flatten(-2)
     lanes = packed.unflatten(-1, (-1, bits))
-    word = lanes[..., 0].to(torch.int32)
+    wide = torch.int32 if bits < 4 else torch.int64  # eight codes side by side
+    word = lanes[..., 0].to(wide)
     for i in range(1, bits):
-        word |= lanes[..., i].to(torch.int32) << (8 * i)
-    shifts = torch.arange(8, device=packed.device, dtype=torch.int32) * bits
+        word |= lanes[..., i].to(wide) << (8 * i)
+    shifts = torch.arange(8, device=packed.device, dtype=wide) * bits
     return ((word[..., None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)

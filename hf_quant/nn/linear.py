@@ -15,6 +15,9 @@ from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
 
+_NATIVE = format_named("native")
+
+
 class QuantLinear(nn.Linear):
     """Drop-in for ``nn.Linear(in_features, out_features)``; a subclass, so that PEFT trains adapters on top of it.
 
@@ -27,23 +30,24 @@ class QuantLinear(nn.Linear):
         scheme: How the weight is coded.
         bias: Whether there is one.
         dtype: What the layer computes in, and the dtype of scales and bias.
-        quantized: Whether the weight starts as codes; if not, ``weight`` is the float placeholder of shape
-            ``float_shape`` that loading quantizes.
-        float_shape: Shape of the float weight in the checkpoint: ``[N, K]``, or ``[K, N]`` for GPT-2's Conv1D.
+        quantized: Whether the weight starts as codes; if not, as the float placeholder that loading quantizes.
+        conv1d: Whether this stands in for GPT-2's ``Conv1D``, whose float weight is ``[K, N]``.
     """
 
     def __init__(
         self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool, dtype: torch.dtype,
-        quantized: bool = True, float_shape: tuple[int, int] | None = None,
+        quantized: bool = True, conv1d: bool = False,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.scheme = in_features, out_features, scheme
+        self.in_features, self.out_features, self.scheme, self.conv1d = in_features, out_features, scheme, conv1d
         self.compute_dtype = dtype  # PEFT gives its adapters this dtype
         if not quantized:
-            self.weight = frozen(torch.empty(float_shape or (out_features, in_features), dtype=dtype))
+            shape = (in_features, out_features) if conv1d else (out_features, in_features)
+            self.weight = frozen(torch.empty(shape, dtype=dtype))
         register(self, "weight", (out_features, in_features), scheme, dtype, codes=quantized)
         self.bias = frozen(torch.empty(out_features, dtype=dtype)) if bias else None
-        self.keeps_layout = False  # True where the codes are shared with another module, or moved about by hooks
+        self.keeps_layout = False  # True where hooks move the codes about (offloading)
+        self.shares_codes = False  # True where the embeddings read the same codes
         self._backend: LinearBackend | None = None
         self._repacked: tuple[Tensor, ...] = ()
         self._is_hf_initialized = True  # or transformers would call normal_() on integer weights it finds missing
@@ -56,10 +60,8 @@ class QuantLinear(nn.Linear):
 
     def quantized_weight(self) -> QuantizedTensor:
         """Codes, scales and zero points in the portable layout; a copy of the codes where a kernel repacked them."""
-        self_read = read(self, "weight", self.scheme) if not self._repacked else None
-        if self_read is not None:
-            return self_read
-        assert self._backend is not None
+        if self._backend is None or not self._repacked or self.shares_codes:
+            return read(self, "weight", self.scheme)
         qweight = self._backend.restore(self._repacked, self.spec)
         return QuantizedTensor(qweight, self.weight_scale, getattr(self, "weight_zero_point", None), self.scheme)
 
@@ -71,11 +73,12 @@ class QuantLinear(nn.Linear):
         self._backend = select(self.spec, repacking=not self.keeps_layout)
         if self._backend.repacks:
             self._repacked = self._backend.prepare(self.quantized_weight(), self.spec)
-            self.weight = frozen(self.weight.new_empty(0))  # one copy of the codes in memory, not two
+            if not self.shares_codes:
+                self.weight = frozen(self.weight.new_empty(0))  # one copy of the codes in memory, not two
 
     def _unpack(self) -> None:
-        if self._repacked:
-            self.weight = frozen(format_named("native").write(self.quantized_weight())["weight"])
+        if self._repacked and not self.shares_codes:
+            self.weight = frozen(_NATIVE.write(self.quantized_weight())["weight"])
         self._backend, self._repacked = None, ()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,8 +103,8 @@ class QuantLinear(nn.Linear):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._repacked:
-            destination[prefix + "weight"] = format_named("native").write(self.quantized_weight())["weight"]
+        if self._repacked and not self.shares_codes:
+            destination[prefix + "weight"] = _NATIVE.write(self.quantized_weight())["weight"]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._unpack()

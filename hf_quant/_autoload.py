@@ -1,0 +1,127 @@
+"""Makes transformers know ``quant_method: "hf_quant"`` without an ``import hf_quant``; the real classes come at first use.
+
+transformers looks for no plug-ins, so the wheel names `autoload` in the entry-point group ``torch.backends``. That group
+is meant for device backends: torch calls whatever stands there at the end of ``import torch``. Nothing heavy may be
+imported here, and nothing may be raised. HF_QUANT_AUTOLOAD=0 switches it off, HF_QUANT_DEBUG=1 shows what went wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+METHOD = "hf_quant"
+AUTO = "transformers.quantizers.auto"
+TARGETS = (AUTO, "transformers.modeling_utils")  # the second, since torch may be imported from inside the first
+
+
+class _Proxy:
+    """Stands for a class in one of transformers' two mappings, and behaves like it as far as transformers asks."""
+
+    def __init__(self, class_name: str) -> None:
+        self._class_name = class_name
+
+    def _real(self) -> Any:
+        try:
+            return getattr(import_module("hf_quant.hf"), self._class_name)
+        except BaseException:
+            _quietly(_register)  # or else transformers would skip the quantization at the next attempt
+            raise
+
+    def from_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Config from what stands in config.json."""
+        return self._real().from_dict(*args, **kwargs)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._real()(*args, **kwargs)
+
+
+class _Finder:
+    """On ``sys.meta_path``: finds nothing itself, but registers as soon as a target has been executed."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """What the other finders find; its loader calls `_register` afterwards."""
+        if name not in TARGETS:
+            return None
+        others = [finder for finder in sys.meta_path if hasattr(finder, "find_spec") and not _ours(finder)]
+        found = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in found if spec is not None), None)
+        _quietly(lambda: _register_after(spec.loader if spec else None))
+        return spec
+
+
+def autoload() -> None:
+    """What torch calls; an exception here would break ``import torch``."""
+    if os.environ.get("HF_QUANT_AUTOLOAD") != "0":
+        _quietly(install)
+
+
+def install() -> None:
+    """Register now if transformers is there, else as soon as it is; as often as one likes."""
+    if not any(map(_ours, sys.meta_path)):
+        sys.meta_path.insert(0, _Finder())
+    _register()
+
+
+def drop_proxies() -> None:
+    """Make room for the real classes: transformers' decorators refuse a name that is taken."""
+    auto: Any = sys.modules.get(AUTO)
+    for mapping in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
+        entries = getattr(auto, mapping, {})
+        if _ours(entries.get(METHOD)):
+            del entries[METHOD]
+
+
+def _register_after(loader: Any) -> None:
+    execute = loader.exec_module
+
+    def exec_module(module: ModuleType) -> None:
+        execute(module)
+        _quietly(_register)
+
+    loader.exec_module = exec_module
+
+
+def _register() -> None:
+    auto: Any = sys.modules.get(AUTO)
+    if not hasattr(auto, "get_hf_quantizer"):  # absent, or in the middle of its own import
+        return
+    if "hf_quant.hf" not in sys.modules:  # otherwise it registers, or has registered, the real ones
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, _Proxy("HfQuantConfig"))
+        auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, _Proxy("HfQuantQuantizer"))
+    wrapped = auto.AutoHfQuantizer.merge_quantization_configs
+    if wrapped.__module__ != __name__:
+        auto.AutoHfQuantizer.merge_quantization_configs = classmethod(_taking_over(wrapped.__func__))
+
+
+def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
+    def merge_quantization_configs(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        """Transformers' own, except for compressed-tensors checkpoints that we wrote or were asked to run."""
+        asked = quantization_config_from_args
+        if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "compressed-tensors":
+            by_us = METHOD in quantization_config and asked is None
+            if by_us or type(asked).__name__ == "HfQuantConfig":
+                hf = import_module("hf_quant.hf")
+                if by_us or isinstance(asked, hf.HfQuantConfig):
+                    return hf.take_over(quantization_config, asked)
+        return original(cls, quantization_config, quantization_config_from_args)
+
+    return merge_quantization_configs
+
+
+def _ours(thing: object) -> bool:
+    return type(thing).__module__ == __name__  # not isinstance: this module may have been imported twice
+
+
+def _quietly(step: Callable[[], None]) -> None:
+    try:
+        step()
+    except Exception:
+        if os.environ.get("HF_QUANT_DEBUG") == "1":
+            traceback.print_exc()  # no warning: an import must not fail where warnings are errors

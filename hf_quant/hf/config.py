@@ -1,0 +1,149 @@
+"""What stands under ``quantization_config`` in config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_quant import _plugins
+from hf_quant.errors import FormatError, PlanError, SchemeError
+from hf_quant.formats import compressed_tensors
+from hf_quant.scheme import QuantScheme
+
+VERSION = 1  # of this configuration's meaning
+logger = logging.get_logger(__name__)
+
+
+@register_quantization_config("hf_quant")
+class HfQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """How to quantize a model, and after that how it was.
+
+    Args:
+        scheme: Slug of the scheme of every layer not named below, for example ``"W4A16-g128-asym"``; in place of the
+            three that follow.
+        bits: Width of one code: 8, 4, 3 or 2.
+        group_size: Input columns that share a scale: a power of two from 16, or -1 for a whole row.
+        symmetric: Whether the zero point is fixed.
+        method: Name of a file in ``hf_quant/methods``.
+        overrides: Glob over module names to slug, or to None to leave those modules in floating point; the first match
+            wins. A module named here is quantized even if the defaults would skip it (output head, vision tower).
+        modules_to_not_convert: Globs, names or trailing names (``"o_proj"``) of modules to leave in floating point,
+            besides those left by default.
+        quantize_lm_head: Quantize the output head too. Where it is tied to the embeddings, both become one quantized
+            table.
+        quantize_embeddings: Quantize the input embeddings too, likewise.
+        format: Name of a file in ``hf_quant/formats``, or ``"auto"``: compressed-tensors where it can hold the plan,
+            since other software reads it, native otherwise.
+        version: Of this configuration's meaning; a newer one is refused, not guessed at.
+        share_quantized: Filled in after quantizing: share of the parameters that became codes.
+
+    Raises:
+        SchemeError: The scheme is impossible.
+        PlanError: A field has the wrong type, or names no method or format.
+        FormatError: The checkpoint was written by a newer version.
+    """
+
+    def __init__(
+        self,
+        scheme: str | None = None,
+        *,
+        bits: int = 4,
+        group_size: int = 128,
+        symmetric: bool = True,
+        method: str = "rtn",
+        overrides: Mapping[str, str | None] | None = None,
+        modules_to_not_convert: list[str] | None = None,
+        quantize_lm_head: bool = False,
+        quantize_embeddings: bool = False,
+        format: str = "auto",
+        version: int = VERSION,
+        share_quantized: float | None = None,
+        quant_method: str = "hf_quant",
+        **unknown: Any,
+    ) -> None:
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise FormatError(f"quantization_config.version {version!r}: this hf-quant reads versions up to {VERSION}")
+        if unknown:
+            logger.warning(f"quantization_config: ignored unknown fields {sorted(unknown)}")
+        default = QuantScheme(bits, group_size, symmetric) if scheme is None else QuantScheme.parse(scheme)
+        self.quant_method = quant_method
+        self.version = version
+        self.format, self.method = format, method
+        self.scheme = str(default)
+        self.bits, self.group_size, self.symmetric = default.bits, default.group_size, default.symmetric
+        self.overrides = dict(_typed("overrides", overrides or {}, Mapping))
+        self.modules_to_not_convert = list(_typed("modules_to_not_convert", modules_to_not_convert or [], list))
+        self.quantize_lm_head = quantize_lm_head
+        self.quantize_embeddings = quantize_embeddings
+        self.share_quantized = share_quantized
+        for name in self.modules_to_not_convert:
+            _typed("modules_to_not_convert", name, str)
+        for glob, slug in self.overrides.items():
+            if slug is not None:
+                _parsed(f"overrides[{glob!r}]", slug)
+        _known("method", "methods", method)
+        if format != "auto":
+            _known("format", "formats", format)
+
+    @property
+    def default_scheme(self) -> QuantScheme:
+        """The scheme of every layer that no override names."""
+        return QuantScheme.parse(self.scheme)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json: compressed-tensors' own vocabulary where that is the format."""
+        if self.format != "compressed_tensors":
+            return dict(self.__dict__)
+        overrides = {name: QuantScheme.parse(slug) for name, slug in self.overrides.items() if slug is not None}
+        made = compressed_tensors.config_of(self.default_scheme, overrides, self.modules_to_not_convert)
+        ours = {"version": self.version, "method": self.method, "share_quantized": self.share_quantized}
+        return made | {"hf_quant": ours}  # by this key we know our own checkpoints again
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Nothing of a saved checkpoint may be changed while loading it."""
+        return {}
+
+
+def take_over(stored: Mapping[str, Any], _asked: HfQuantConfig | None = None) -> HfQuantConfig:
+    """The configuration of a compressed-tensors checkpoint, so that its codes run as they are.
+
+    Args:
+        stored: ``quantization_config`` of the checkpoint.
+        _asked: What the user passed to ``from_pretrained``; the checkpoint decides.
+
+    Raises:
+        FormatError: The checkpoint holds what this package cannot run yet; the message names the field.
+    """
+    default, overrides, ignore = compressed_tensors.plan_of(stored)
+    ours = stored.get("hf_quant") or {}
+    return HfQuantConfig(
+        str(default),
+        overrides={name: str(scheme) for name, scheme in overrides.items()},
+        modules_to_not_convert=list(ignore),
+        format="compressed_tensors",
+        method=ours.get("method", "rtn"),
+        version=ours.get("version", VERSION),
+        share_quantized=ours.get("share_quantized"),
+    )
+
+
+def _typed(field: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise PlanError(f"quantization_config.{field} must be a {kind.__name__}, got {value!r}")
+    return value
+
+
+def _parsed(field: str, slug: Any) -> QuantScheme:
+    try:
+        return QuantScheme.parse(slug)
+    except SchemeError as error:
+        raise SchemeError(f"quantization_config.{field}: {error}") from None
+
+
+def _known(field: str, kind: str, name: Any) -> None:
+    if name not in _plugins.names(kind):
+        raise PlanError(f"quantization_config.{field} {name!r}: there is {', '.join(_plugins.names(kind))}")

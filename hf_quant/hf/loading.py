@@ -1,0 +1,67 @@
+"""Entrances beside ``from_pretrained``, and what training on top of a quantized model needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from hf_quant.errors import CheckpointError
+from hf_quant.hf.config import HfQuantConfig, take_over
+from hf_quant.hf.plan import Plan, make_plan
+
+
+def load(model: str, **kwargs: Any) -> Any:
+    """``from_pretrained`` of the class the checkpoint names; compressed-tensors codes run as they are.
+
+    Args:
+        model: Folder or Hub id.
+        kwargs: As for ``from_pretrained``: ``quantization_config``, ``dtype``, ``device_map``, ``revision``, ...
+
+    Raises:
+        CheckpointError: The config names no class of transformers.
+    """
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(model, **_hub(kwargs))
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") == "compressed-tensors":
+        config.quantization_config = take_over(stored).__dict__
+    return class_of(config).from_pretrained(model, config=config, **kwargs)
+
+
+def plan_of(model: str, config: HfQuantConfig, revision: str | None = None) -> tuple[Any, Plan]:
+    """The model on the meta device, built from config.json alone, and what ``config`` would do to it."""
+    stored = AutoConfig.from_pretrained(model, revision=revision)
+    with torch.device("meta"):
+        dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
+        skeleton = class_of(stored)._from_config(stored, dtype=dtype)
+    return skeleton, make_plan(skeleton, config)
+
+
+def class_of(config: PretrainedConfig) -> Any:
+    """The transformers class named by ``config.architectures``, else ``AutoModel``."""
+    names = getattr(config, "architectures", None) or []
+    if not names:
+        return AutoModel
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise CheckpointError(f"config.json: architectures: transformers {transformers.__version__} has no {names[0]}")
+    return found
+
+
+def prepare_for_training(model: Any, *, gradient_checkpointing: bool = True) -> Any:
+    """Freeze a quantized model and make it ready for adapters: gradients reach its inputs, activations are recomputed.
+
+    PEFT's ``prepare_model_for_kbit_training`` knows only the methods of transformers itself; use this in its place.
+    """
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return model
+
+
+def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}

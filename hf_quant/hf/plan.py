@@ -1,0 +1,329 @@
+"""Which module of a model gets which scheme, what stays in floating point, and why."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_quant.errors import CheckpointError, PlanError, SchemeError
+from hf_quant.formats import format_named
+from hf_quant.hf.config import HfQuantConfig
+from hf_quant.nn.experts import stacks, why_not_experts
+from hf_quant.scheme import QuantScheme
+
+Kind = Literal["linear", "conv1d", "experts", "embedding"]
+ROUTERS = {"gate", "router", "shared_expert_gate"}
+READ_DIRECTLY = {"dt_proj"}  # Mamba multiplies by this weight itself, without calling the module
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A weight that could be quantized: a module's ``weight``, or one stack of an experts layer."""
+
+    kind: Kind
+    shape: tuple[int, ...]  # [N, K], or [E, N, K]
+    refusal: str | None = None
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.shape[-1]
+
+    @property
+    def numel(self) -> int:
+        """Weights in it."""
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to every weight of a model.
+
+    Attributes:
+        schemes: Module name, or full name of a stack (``...experts.down_proj``), to its scheme.
+        left: The candidates that stay in floating point, each with its reason.
+        regrouped: Those that got a smaller group size than asked for, each with a sentence.
+        tied: Whether the quantized output head and embeddings are one table.
+        params: Parameters of the model, tied ones counted once.
+        params_quantized: Those that become codes.
+        bytes_float: Size of all weights before.
+        bytes_quantized: Size of all weights after, scales and zero points included.
+        format: Name of the format it will be saved in.
+        format_reason: Why that one.
+    """
+
+    schemes: dict[str, QuantScheme]
+    left: dict[str, str]
+    regrouped: dict[str, str]
+    tied: bool
+    params: int
+    params_quantized: int
+    bytes_float: int
+    bytes_quantized: int
+    format: str
+    format_reason: str
+
+    @property
+    def share(self) -> float:
+        """Share of the parameters that are codes, 0 to 1."""
+        return self.params_quantized / max(1, self.params)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the whole model, what stays in floating point included."""
+        return 8 * self.bytes_quantized / max(1, self.params)
+
+    def summary(self) -> str:
+        """One line for a person, then one for each reason something stayed in floating point."""
+        lines = [
+            f"{self.share:.1%} of {self.params:,} parameters quantized in {len(self.schemes)} layers, "
+            f"{self.bits_per_weight:.2f} bits per weight, format {self.format} ({self.format_reason})"
+        ]
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.left.items():
+            reasons.setdefault(reason, []).append(name)
+        for reason, names in reasons.items():
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            lines.append(f"in floating point: {shown}: {reason}")
+        lines += sorted({f"{sentence}: {_count(self.regrouped, sentence)}" for sentence in self.regrouped.values()})
+        return "\n".join(lines)
+
+
+def _count(named: dict[str, str], sentence: str) -> str:
+    names = [name for name, other in named.items() if other == sentence]
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+@dataclass
+class _Draft:
+    """A plan in the making."""
+
+    schemes: dict[str, QuantScheme] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    regrouped: dict[str, str] = field(default_factory=dict)
+
+
+def candidates(model: Any) -> dict[str, Candidate]:
+    """Every weight of ``model`` that could be quantized, by name; the model may be on the meta device."""
+    found: dict[str, Candidate] = {}
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for name, module in model.named_modules():
+        found |= dict(_candidates_in(name, module, module is embedding))
+    return found
+
+
+def _candidates_in(name: str, module: nn.Module, is_embedding: bool) -> Iterator[tuple[str, Candidate]]:
+    if type(module) is nn.Linear:
+        yield name, Candidate("linear", (module.out_features, module.in_features))
+    elif isinstance(module, nn.Linear):
+        reason = f"{type(module).__name__} computes with its weight in its own way"
+        yield name, Candidate("linear", (module.out_features, module.in_features), reason)
+    elif type(module) is Conv1D:
+        k, n = module.weight.shape
+        yield name, Candidate("conv1d", (n, k))
+    elif is_embedding and isinstance(module, nn.Embedding):
+        reason = None if type(module) is nn.Embedding else f"{type(module).__name__} scales its rows in its own way"
+        yield name, Candidate("embedding", (module.num_embeddings, module.embedding_dim), reason)
+    else:
+        for stack, shape in stacks(module).items():
+            yield f"{name}.{stack}", Candidate("experts", shape, why_not_experts(module))
+
+
+def make_plan(model: Any, config: HfQuantConfig, *, frozen: bool = False) -> Plan:
+    """Decide what happens to every weight.
+
+    Args:
+        model: A transformers model before any module is replaced; may be on the meta device.
+        config: What is asked for.
+        frozen: Whether ``config`` comes from a quantized checkpoint: then nothing is defaulted or adjusted.
+
+    Raises:
+        PlanError: A glob matches nothing, nothing is left to quantize, or the format cannot hold the plan.
+        CheckpointError: A frozen plan contradicts the model.
+    """
+    found = candidates(model)
+    skips = {} if frozen else _default_skips(model, config, found)
+    if not frozen:
+        _check_globs(model, config, found)
+    draft = _Draft()
+    for name, candidate in found.items():
+        _decide(name, candidate, config, skips.get(name), draft, frozen)
+    tied = _tie(model, found, draft)
+    if not draft.schemes:
+        raise PlanError(f"nothing to quantize in {type(model).__name__}: " + "; ".join(sorted(set(draft.left.values()))))
+    chosen, reason = _format(config.format, found, draft)
+    return Plan(**vars(draft), tied=tied, **_sizes(model, found, draft, tied), format=chosen, format_reason=reason)
+
+
+def _decide(
+    name: str, candidate: Candidate, config: HfQuantConfig, skip: str | None, draft: _Draft, frozen: bool
+) -> None:
+    named = next((glob for glob in config.overrides if fnmatchcase(name, glob)), None)
+    slug = config.scheme if named is None else config.overrides[named]
+    if slug is None or any(_matches(name, pattern) for pattern in config.modules_to_not_convert):
+        draft.left[name] = "as asked"
+    elif named is None and candidate.kind == "embedding" and not config.quantize_embeddings:
+        draft.left[name] = "input embeddings; ask with quantize_embeddings=True"
+    elif named is None and skip is not None:
+        draft.left[name] = skip
+    elif candidate.refusal is not None:
+        draft.left[name] = candidate.refusal
+    else:
+        _fit(name, candidate, QuantScheme.parse(slug), draft, frozen)
+
+
+def _fit(name: str, candidate: Candidate, asked: QuantScheme, draft: _Draft, frozen: bool) -> None:
+    try:
+        if frozen:
+            asked.groups(candidate.in_features)
+        fitted = asked.fitted(candidate.in_features)
+    except SchemeError as error:
+        if frozen:
+            raise CheckpointError(f"quantization_config: {name}: {error}") from None
+        draft.left[name] = str(error)
+        return
+    draft.schemes[name] = fitted
+    if fitted != asked:
+        draft.regrouped[name] = f"group size {fitted.group_size}, since {asked.group_size} does not divide in_features"
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A glob, a module's name, or trailing parts of it; everything below a named module is meant too."""
+    return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def _check_globs(model: Any, config: HfQuantConfig, found: dict[str, Candidate]) -> None:
+    for glob in config.overrides:
+        if not any(fnmatchcase(name, glob) for name in found):
+            close = difflib.get_close_matches(glob.strip("*."), found, 1, 0.3)
+            raise PlanError(f"overrides: {glob!r} matches no layer" + (f"; one is called {close[0]!r}" if close else ""))
+    modules = [name for name, _ in model.named_modules()] + list(found)
+    for pattern in config.modules_to_not_convert:
+        if not any(_matches(name, pattern) for name in modules):
+            raise PlanError(f"modules_to_not_convert: {pattern!r} matches no module")
+
+
+def _default_skips(model: Any, config: HfQuantConfig, found: dict[str, Candidate]) -> dict[str, str]:
+    """What is wiser left alone unless it is asked for by name."""
+    skips: dict[str, str] = {}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = {id(module): name for name, module in model.named_modules()}
+    head_name = names.get(id(head))
+    inside = _quantized_part(model, names)
+    keep = set(getattr(model, "_keep_in_fp32_modules", None) or ()) | set(
+        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    )
+    has_experts = any(candidate.kind == "experts" for candidate in found.values())
+    for name, candidate in found.items():
+        leaf = name.rpartition(".")[2]
+        if name == head_name:
+            if not config.quantize_lm_head and not (config.quantize_embeddings and _is_tied(model, head_name)):
+                skips[name] = "output head; ask with quantize_lm_head=True"
+        elif candidate.kind != "embedding" and not f"{name}.".startswith(inside):
+            skips[name] = f"outside {inside.rstrip('.')}: a task head, or another modality"
+        elif keep & set(name.split(".")):
+            skips[name] = "the model keeps it in float32"
+        elif has_experts and leaf in ROUTERS:
+            skips[name] = "a router: small, and an error here sends tokens to the wrong experts"
+        elif leaf in READ_DIRECTLY:
+            skips[name] = "its weight is read without calling the module"
+    return skips
+
+
+def _quantized_part(model: Any, names: dict[int, str]) -> str:
+    """Prefix of the part quantized by default: the text decoder of a multimodal model, else the base model."""
+    config = model.config
+    if getattr(config, "text_config", None) is not None and any(
+        getattr(config, f"{other}_config", None) is not None for other in ("vision", "audio")
+    ):
+        part = model.get_decoder()
+    else:
+        part = model.base_model
+    name = names.get(id(part), "")
+    return f"{name}." if name else ""
+
+
+def _is_tied(model: Any, head_name: str) -> bool:
+    return f"{head_name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _tie(model: Any, found: dict[str, Candidate], draft: _Draft) -> bool:
+    """Where the output head is tied to the embeddings, quantize both with one scheme or neither."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    pairs = [(a.removesuffix(".weight"), b.removesuffix(".weight")) for a, b in ties.items()]
+    tied = False
+    for target, source in pairs:
+        if target not in found and source not in found:
+            continue
+        scheme = draft.schemes.get(target) or draft.schemes.get(source)
+        if scheme is None:
+            continue
+        refusal = next((f"tied to {n}, which cannot be quantized" for n in (target, source) if n not in found), None)
+        refusal = refusal or next((r for n in (target, source) if (r := found[n].refusal)), None)
+        for name in (target, source):
+            if refusal is not None:
+                draft.schemes.pop(name, None)
+                draft.left[name] = refusal
+            else:
+                draft.schemes[name] = scheme
+                draft.left.pop(name, None)
+        tied = tied or refusal is None
+    return tied
+
+
+def _format(asked: str, found: dict[str, Candidate], draft: _Draft) -> tuple[str, str]:
+    reasons = []
+    fmt = format_named("compressed_tensors" if asked == "auto" else asked)
+    for name, scheme in draft.schemes.items():
+        reason = fmt.why_not(scheme)
+        if reason is None and asked != "native" and found[name].kind != "linear":
+            reason = f"it holds plain linear layers only, and {name} is {found[name].kind}"
+        if reason is not None:
+            reasons.append(reason)
+    if asked != "auto":
+        if reasons:
+            raise PlanError(f"format {asked} cannot hold this plan: {reasons[0]}")
+        return asked, "as asked"
+    if reasons:
+        return "native", f"compressed-tensors cannot: {reasons[0]}"
+    return "compressed_tensors", "other software reads it too"
+
+
+def _sizes(model: Any, found: dict[str, Candidate], draft: _Draft, tied: bool) -> dict[str, int]:
+    before = {id(p): p for p in model.parameters()}
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    for target in ties:  # on the meta device tied parameters are still two objects
+        before.pop(id(model.get_parameter(target)), None)
+    params = sum(p.numel() for p in before.values())
+    bytes_float = sum(p.numel() * p.element_size() for p in before.values())
+    quantized = {n: s for n, s in draft.schemes.items() if not (tied and f"{n}.weight" in ties)}
+    native = format_named("native")
+    bytes_quantized = bytes_float
+    for name, scheme in quantized.items():
+        *lead, n, k = found[name].shape
+        weight = model.get_parameter(name if found[name].kind == "experts" else f"{name}.weight")
+        stack = 1
+        for size in lead:
+            stack *= size
+        layout = native.layout((n, k), scheme, weight.dtype)
+        for shape, dtype in layout.values():
+            size = dtype.itemsize * stack
+            for axis in shape:
+                size *= axis
+            bytes_quantized += size
+        bytes_quantized -= weight.numel() * weight.element_size()
+    return {
+        "params": params,
+        "params_quantized": sum(found[name].numel for name in quantized),
+        "bytes_float": bytes_float,
+        "bytes_quantized": bytes_quantized,
+    }

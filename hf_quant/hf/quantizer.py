@@ -1,0 +1,251 @@
+"""Puts quantized modules in place before transformers loads the weights, and finishes them afterwards."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import logging
+
+from hf_quant.checkpoint import Checkpoint, check_module
+from hf_quant.errors import CheckpointError, HfQuantError, PlanError
+from hf_quant.formats import format_named
+from hf_quant.hf._compat import keep_for_saving, updated_conversions
+from hf_quant.hf.ops import QuantizeOnLoad, ReadCompressed
+from hf_quant.hf.plan import Plan, candidates, make_plan
+from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
+from hf_quant.nn._weight import frozen
+
+if TYPE_CHECKING:
+    from hf_quant.hf.config import HfQuantConfig
+
+logger = logging.get_logger(__name__)
+
+
+@register_quantizer("hf_quant")
+class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Quantizes while loading (RTN needs no data), or loads what was quantized before."""
+
+    requires_calibration = False  # True would refuse float checkpoints
+    quantization_config: HfQuantConfig
+    # from this the base class derives converters and parallel plans for the companions of stacked experts
+    serialized_names = {"weight": ["weight", "weight_scale", "weight_zero_point"]}  # noqa: RUF012
+
+    plan: Plan
+    failure: HfQuantError | None = None  # met in a conversion, where transformers would bury it in a log table
+    _converters: list[Any] | None = None
+
+    # -- before loading -------------------------------------------------------------------------------------------
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise PlanError(
+                "device_map sends layers to disk while they are being quantized, and transformers would read the "
+                "unquantized file there; quantize and save first, then load the result with this device_map"
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
+        config = self.quantization_config
+        self.plan = make_plan(model, config, frozen=self.pre_quantized)
+        found = candidates(model)
+        if self.pre_quantized and config.format == "compressed_tensors":
+            experts = [name for name in self.plan.schemes if found[name].kind == "experts"]
+            if experts:
+                raise PlanError(f"compressed-tensors with stacked experts is not supported yet: {experts[0]}")
+        self._preflight(checkpoint_files, {name: found[name].shape for name in self.plan.schemes})
+        for name in self.plan.schemes:
+            if found[name].kind != "experts":
+                self._replace(model, name)
+        for name in dict.fromkeys(n.rpartition(".")[0] for n in self.plan.schemes if found[n].kind == "experts"):
+            own = {n.removeprefix(f"{name}."): s for n, s in self.plan.schemes.items() if n.startswith(f"{name}.")}
+            with torch.device("meta"):
+                as_quant_experts(model.get_submodule(name), own, quantized=self.pre_quantized)
+        if self.plan.tied:
+            self._tie_companions(model)
+        if not self.pre_quantized:
+            self._freeze()
+
+    def _preflight(self, files: list[str] | None, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Refuse a damaged or hostile checkpoint from its headers and small tensors, before anything is allocated."""
+        if not files:
+            return
+        checkpoint = Checkpoint.of_files([Path(file) for file in files])
+        if not self.pre_quantized:
+            for name, shape in shapes.items():
+                stored = checkpoint.tensors.get(f"{name}.weight")
+                if stored is not None and sorted(stored.shape) != sorted(shape):  # Conv1D stores its transpose
+                    raise CheckpointError(
+                        f"{stored.file.name}: tensor {name}.weight has shape {list(stored.shape)}, config.json says "
+                        f"{list(shape)}"
+                    )
+            return
+        fmt = format_named(self.quantization_config.format)
+        for name, shape in shapes.items():
+            stem = f"{name}.weight" if len(shape) == 2 else name
+            if any(f"{stem.removesuffix('weight')}{suffix}" in checkpoint.tensors for suffix in fmt.suffixes):
+                check_module(checkpoint, name, shape, self.plan.schemes[name], fmt)
+
+    def _replace(self, model: Any, name: str) -> None:
+        old, scheme = model.get_submodule(name), self.plan.schemes[name]
+        new: nn.Module
+        with torch.device("meta"):
+            if isinstance(old, nn.Embedding):
+                new = QuantEmbedding(
+                    old.num_embeddings, old.embedding_dim, scheme,
+                    padding_idx=old.padding_idx, dtype=old.weight.dtype, quantized=self.pre_quantized,
+                )  # fmt: skip
+            else:
+                k, n = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else old.weight.shape
+                new = QuantLinear(
+                    k, n, scheme, bias=old.bias is not None, dtype=old.weight.dtype,
+                    quantized=self.pre_quantized, conv1d=not isinstance(old, nn.Linear),
+                )  # fmt: skip
+        new.train(old.training)
+        model.set_submodule(name, new)
+
+    def _tie_companions(self, model: Any) -> None:
+        ties = model.all_tied_weights_keys
+        for target, source in list(ties.items()):
+            head = model.get_submodule(target.rpartition(".")[0])
+            if isinstance(head, QuantLinear) and target.rpartition(".")[0] in self.plan.schemes:
+                head.shares_codes = True
+                for part in ("_scale", "_zero_point"):
+                    if getattr(head, f"weight{part}", None) is not None:
+                        ties[target + part] = source + part
+
+    def _freeze(self) -> None:
+        """Write the resolved plan into the config: on reload nothing is decided again, by whatever version."""
+        config, plan = self.quantization_config, self.plan
+        config.overrides = {name: str(s) for name, s in plan.schemes.items() if str(s) != config.scheme}
+        config.modules_to_not_convert = sorted(plan.left)
+        config.format = plan.format
+        config.quantize_embeddings = config.quantize_embeddings or plan.tied
+        config.share_quantized = round(plan.share, 4)
+
+    # -- while loading --------------------------------------------------------------------------------------------
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        if self.pre_quantized:
+            return False
+        path, _, leaf = param_name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, QuantExperts):
+            return leaf in module.schemes
+        return isinstance(module, (QuantLinear, QuantEmbedding)) and leaf == "weight"
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        if self.param_needs_quantization(model, param_name):
+            scheme = self.plan.schemes.get(param_name) or self.plan.schemes[param_name.removesuffix(".weight")]
+            return scheme.bits / 8
+        size: int = param.element_size()
+        return size
+
+    def get_quantize_ops(self) -> QuantizeOnLoad:
+        return QuantizeOnLoad(self)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        self._converters = updated_conversions(super().update_weight_conversions, weight_conversions, model)
+        if self.pre_quantized and self.quantization_config.format == "compressed_tensors":
+            return [*self._converters, ReadCompressed.converter(self)]
+        return self._converters
+
+    # -- after loading --------------------------------------------------------------------------------------------
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        if self.failure is not None:
+            raise self.failure
+        keep_for_saving(model, self._converters)
+        dispatched = len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1
+        for name, module in model.named_modules():
+            if isinstance(module, (QuantLinear, QuantEmbedding, QuantExperts)):
+                self._finish(name, module, dispatched)
+        self._check_values(model, dispatched)
+        logger.info(self.plan.summary())
+        return model
+
+    def _finish(self, name: str, module: nn.Module, dispatched: bool) -> None:
+        for local, parameter in module.named_parameters(recurse=False):
+            if parameter.device.type != "meta" and not dispatched and not hasattr(parameter, "_is_hf_initialized"):
+                raise CheckpointError(f"tensor {name}.{local} is missing from the checkpoint")
+            parameter.requires_grad_(False)  # the loader switches it on for every float tensor
+        if isinstance(module, QuantLinear):
+            module.keeps_layout = dispatched and hasattr(module, "_hf_hook")
+            module.choose_kernel()
+
+    def _check_values(self, model: Any, dispatched: bool) -> None:
+        """Every floating-point parameter is finite, and (in a quantized checkpoint) came from the checkpoint."""
+        optional = getattr(model, "_keys_to_ignore_on_load_missing", None)
+        for name, parameter in model.named_parameters():
+            if parameter.device.type == "meta":
+                continue
+            if self.pre_quantized and not dispatched and not optional and not hasattr(parameter, "_is_hf_initialized"):
+                if parameter.numel():  # zero: a kernel holds the codes
+                    raise CheckpointError(f"tensor {name} is missing from the checkpoint")
+            if parameter.is_floating_point() and not math.isfinite(parameter.sum(dtype=torch.float32).item()):
+                bad = int((~parameter.isfinite()).sum())
+                if bad:
+                    raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")
+
+    # -- saving and leaving ---------------------------------------------------------------------------------------
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        if self.quantization_config.format != "compressed_tensors":
+            return None, {}
+        state = model.state_dict()
+        fmt = format_named("compressed_tensors")
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                for local in format_named("native").suffixes:
+                    state.pop(f"{name}.{local}", None)
+                written = fmt.write(module.quantized_weight())
+                state |= {f"{name}.{local}": tensor for local, tensor in written.items()}
+        return state, {}
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, QuantExperts):
+                for stack in list(module.schemes):
+                    dense = module.expert_weight(stack, dtype)
+                    for part in ("", "_scale", "_zero_point"):
+                        module._parameters.pop(stack + part, None)
+                    module.register_parameter(stack, frozen(dense))
+                module.__class__ = module.float_class
+            elif isinstance(module, (QuantLinear, QuantEmbedding)):
+                model.set_submodule(name, _as_float(module, dtype))
+        if self.plan.tied:
+            model.tie_weights()
+        return model
+
+
+def _as_float(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None) -> nn.Module:
+    """The module of torch or transformers that a quantized one stands in for."""
+    weight = module.dequantize(dtype)
+    if isinstance(module, QuantEmbedding):
+        return nn.Embedding(*weight.shape, module.padding_idx, _weight=weight, _freeze=True)
+    n, k = weight.shape
+    made: nn.Module
+    with torch.device("meta"):
+        made = Conv1D(n, k) if module.conv1d else nn.Linear(k, n, bias=module.bias is not None)
+    made.weight = frozen(weight.T.contiguous() if module.conv1d else weight)
+    if module.bias is not None:
+        made.bias = frozen(module.bias.to(weight.dtype))
+    return made

@@ -1,0 +1,157 @@
+"""Registration through torch's entry point; each test is a fresh interpreter, since ``import torch`` happens once."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+
+import hf_quant
+
+PROXIED = """
+import transformers.modeling_utils
+from transformers.quantizers import auto
+print(type(auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get("hf_quant")).__name__,
+      type(auto.AUTO_QUANTIZER_MAPPING.get("hf_quant")).__name__,
+      auto.AutoHfQuantizer.merge_quantization_configs.__module__)
+"""
+BROKEN = """
+import os
+from hf_quant import _autoload
+def broken(): raise RuntimeError("on purpose")
+_autoload.{step} = broken
+import torch
+"""
+# stands for hf_quant.hf, which has tests of its own
+STUB = """
+import sys, types, warnings
+warnings.simplefilter("ignore")
+import torch, transformers.modeling_utils
+from transformers.quantizers import auto
+from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
+class HfQuantConfig(QuantizationConfigMixin):
+    def __init__(self, **fields): self.__dict__ |= fields
+class HfQuantQuantizer:
+    def __init__(self, config, **kwargs): self.config = config
+hf = types.ModuleType("hf_quant.hf")
+hf.HfQuantConfig, hf.HfQuantQuantizer = HfQuantConfig, HfQuantQuantizer
+hf.take_over = lambda stored, asked: ("taken over", asked)
+"""
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What to put on PYTHONPATH so that torch finds the entry point: nothing, if the wheel is installed."""
+    try:
+        if any(e.group == "torch.backends" and e.name == "hf_quant" for e in distribution("hf-quant").entry_points):
+            return ""
+    except PackageNotFoundError:
+        pass
+    folder = tmp_path_factory.mktemp("site")
+    info = folder / "hf_quant-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hf-quant\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[torch.backends]\nhf_quant = hf_quant._autoload:autoload\n")
+    return os.pathsep.join([str(folder), str(Path(hf_quant.__file__).parents[1])])
+
+
+def python(site: str, code: str, **env: str) -> str:
+    path = {"PYTHONPATH": site} if site else {}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | path | env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_import_torch_loads_nothing_of_ours_but_the_hook(site: str) -> None:
+    code = "import torch, sys; print(sorted(m for m in sys.modules if m.startswith(('hf_quant', 'transformers'))))"
+    assert python(site, code).strip() == "['hf_quant', 'hf_quant._autoload']"
+
+
+def test_the_hook_imports_neither_torch_nor_transformers(site: str) -> None:
+    code = "import hf_quant._autoload, sys; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert python(site, code).strip() == "False False"
+
+
+@pytest.mark.parametrize(
+    "first",
+    ["import torch", "import transformers.quantizers.auto", "import transformers.modeling_utils", "import transformers"],
+)
+def test_registers_whatever_is_imported_first(site: str, first: str) -> None:
+    assert python(site, first + PROXIED, HF_QUANT_DEBUG="1").split() == ["_Proxy", "_Proxy", "hf_quant._autoload"]
+
+
+def test_switched_off(site: str) -> None:
+    got = python(site, "import torch" + PROXIED, HF_QUANT_AUTOLOAD="0").split()
+    assert got == ["NoneType", "NoneType", "transformers.quantizers.auto"]
+
+
+def test_installing_again_changes_nothing(site: str) -> None:
+    code = """
+import torch, sys, transformers.modeling_utils
+from hf_quant import _autoload
+from transformers.quantizers import auto
+def state():
+    return (len(sys.meta_path), auto.AUTO_QUANTIZER_MAPPING["hf_quant"],
+            auto.AutoHfQuantizer.__dict__["merge_quantization_configs"])
+before = state()
+_autoload.autoload(); _autoload.install()
+print(state() == before)
+"""
+    assert python(site, code).strip() == "True"
+
+
+@pytest.mark.parametrize("step", ["install", "_register"])
+def test_a_failure_breaks_no_import_and_is_silent(site: str, step: str) -> None:
+    code = BROKEN.format(step=step) + "import transformers.modeling_utils\nprint('fine')"
+    assert python(site, code).strip() == "fine"
+    assert "on purpose" in python(site, code, HF_QUANT_DEBUG="1", PYTHONWARNINGS="error::UserWarning")
+
+
+def test_proxies_become_the_real_classes_at_first_use(site: str) -> None:
+    code = """
+sys.modules["hf_quant.hf"] = hf
+config = auto.AutoQuantizationConfig.from_dict({"quant_method": "hf_quant", "bits": 4})
+print(type(config) is HfQuantConfig, type(auto.AutoHfQuantizer.from_config(config)) is HfQuantQuantizer)
+"""
+    assert python(site, STUB + code).strip() == "True True"
+
+
+def test_proxies_survive_a_failed_import(site: str) -> None:
+    code = """
+from hf_quant import _autoload
+class Finder:
+    def find_spec(name, path, target=None):
+        if name == "hf_quant.hf":
+            _autoload.drop_proxies()
+            raise ImportError("on purpose")
+sys.meta_path.insert(0, Finder)
+for _ in range(2):
+    try: auto.AutoQuantizationConfig.from_dict({"quant_method": "hf_quant"})
+    except ImportError as error: print(error, "hf_quant" in auto.AUTO_QUANTIZER_MAPPING)
+"""
+    assert python(site, STUB + code).splitlines() == ["on purpose True"] * 2
+
+
+def test_only_our_compressed_tensors_checkpoints_are_taken_over(site: str) -> None:
+    code = """
+sys.modules["hf_quant.hf"] = hf
+class Theirs(QuantizationConfigMixin): pass
+Theirs.__name__ = "HfQuantConfig"
+merge = auto.AutoHfQuantizer.merge_quantization_configs
+plain, other = {"quant_method": "compressed-tensors"}, {"quant_method": "fp8"}
+ours = plain | {"hf_quant": {}}
+asked = HfQuantConfig(quant_method="hf_quant")
+def outcome(*args):
+    try: return merge(*args)
+    except Exception as error: return "refused" if "HfQuantConfig" in str(error) else type(error).__name__
+print(outcome(ours, None) == ("taken over", None))
+print(outcome(ours, asked) == ("taken over", asked))
+print(outcome(plain, asked) == ("taken over", asked))
+print(outcome(other, asked) == "refused")
+print(outcome(plain, None)[0:1] != "t" if isinstance(outcome(plain, None), str) else type(outcome(plain, None)).__name__)
+print(merge(quantization_config=ours, quantization_config_from_args=None) == ("taken over", None))
+"""
+    lines = python(site, STUB + code).splitlines()
+    assert lines == ["True", "True", "True", "True", "CompressedTensorsConfig", "True"]

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps, MergeModulelist
+
 
 def updated_conversions(update: Callable[..., list[Any]], conversions: list[Any], model: Any) -> list[Any]:
     """Call the base class's ``update_weight_conversions``: it takes the model since 5.21."""
@@ -21,4 +25,37 @@ def keep_for_saving(model: Any, converters: list[Any] | None) -> None:
     """
     used = getattr(model, "_weight_conversions", None) or []
     renamings = [c for c in used if not hasattr(c, "operations")]
-    model._weight_conversions = renamings + [c for c in converters or [] if hasattr(c, "operations")]
+    own = [c for c in converters or [] if hasattr(c, "operations")]
+    for converter in own:
+        converter.operations = [_Merge(op.dim) if type(op) is MergeModulelist else op for op in converter.operations]
+    model._weight_conversions = renamings + own
+
+
+class _Merge(MergeModulelist):  # type: ignore[misc]
+    """Undone by `_Split`."""
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Split(self.dim)
+
+
+class _Split(ConversionOps):  # type: ignore[misc]
+    """A stack becomes one tensor per expert; before 5.23 transformers' own also dropped every axis of size 1."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        for source, stack in input_dict.items():
+            tensor = stack[0] if isinstance(stack, list) else stack
+            name = target_patterns[0] if len(input_dict) == 1 else source  # after a chunk, the source is its target
+            made |= {name.replace("*", str(i)): part for i, part in enumerate(tensor.unbind(self.dim))}
+        return made
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Merge(self.dim)

@@ -2,23 +2,54 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import format_named
 from hf_quant.methods import method
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
+from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from hf_quant.hf.quantizer import HfQuantQuantizer
 
 _NATIVE = format_named("native")
+
+
+class Apart(list[list[Tensor]]):
+    """A stack still in pieces: for each source (gate, up) the matrices of all experts."""
+
+
+class KeepApart(ConversionOps):  # type: ignore[misc]
+    """In place of stacking and concatenating the float experts: that would hold a whole layer of them twice."""
+
+    @classmethod
+    def instead_of(cls, converter: Any) -> Any:
+        """The same converter with this operation, if its own ones only stack and concatenate."""
+        operations = getattr(converter, "operations", [])
+        merges = operations[:1] and type(operations[0]) is MergeModulelist and operations[0].dim == 0
+        joins = not operations[1:] or (type(operations[1]) is Concatenate and operations[1].dim == 1)
+        if not (merges and joins and len(operations) <= 2 and len(converter._original_target_patterns) == 1):
+            return converter
+        return WeightConverter(converter._original_source_patterns, converter._original_target_patterns, [cls()])
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **_: Any) -> dict[str, Any]:
+        return {target_patterns[0]: Apart(input_dict.values())}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("saving uses the model's own converters")
 
 
 class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
@@ -32,10 +63,11 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
         made: dict[str, Tensor] = {}
         for name in list(input_dict):
             value = input_dict.pop(name)  # so that the float tensor is gone before the next one comes
-            made |= self._one(name, value[0] if isinstance(value, list) else value, model)
+            made |= self._one(name, value[0] if type(value) is list else value, model)
+        give_back_memory()
         return made
 
-    def _one(self, name: str, value: Tensor, model: Any) -> dict[str, Tensor]:
+    def _one(self, name: str, value: Tensor | Apart, model: Any) -> dict[str, Tensor]:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         try:
@@ -44,26 +76,40 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
             parts = self._quantized(name, leaf, value, module)
         except HfQuantError as error:  # raised again after loading: from here transformers would only log it
             self.quantizer.failure = error
-            return {name: frozen(value.new_empty(0))}
+            return {name: frozen(torch.empty(0))}
         return {name + local.removeprefix("weight"): frozen(part) for local, part in parts.items()}
 
-    def _quantized(self, name: str, leaf: str, value: Tensor, module: Any) -> dict[str, Tensor]:
-        expected = getattr(module, leaf).shape
-        if value.shape != expected:
-            raise CheckpointError(f"tensor {name} has shape {list(value.shape)}, config.json says {list(expected)}")
-        dtype = getattr(module, leaf).dtype
+    def _quantized(self, name: str, leaf: str, value: Tensor | Apart, module: Any) -> dict[str, Tensor]:
+        placeholder = getattr(module, leaf)
         if isinstance(module, QuantExperts):
-            turned = module.is_transposed
-            return _stacked(
-                [self._matrix(name, e.T if turned else e, module.schemes[leaf], dtype) for e in value.unbind()]
-            )
+            return self._stack(name, value, module, leaf, placeholder)
+        assert isinstance(value, Tensor)
+        _check_shape(name, value.shape, placeholder.shape)
         turned = isinstance(module, QuantLinear) and module.conv1d
-        return self._matrix(name, value.T if turned else value, module.scheme, dtype)
+        return self._matrix(name, value.T if turned else value, module.scheme, placeholder.dtype)
 
-    def _matrix(self, name: str, weight: Tensor, scheme: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-        bad = weight.numel() - int(weight.isfinite().sum())
-        if bad:
-            raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")
+    def _stack(
+        self, name: str, value: Tensor | Apart, module: QuantExperts, leaf: str, placeholder: Tensor
+    ) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = {}
+        experts = placeholder.shape[0]
+        found = len(value[0]) if isinstance(value, Apart) else value.shape[0]
+        _check_shape(name, (found,), (experts,))
+        for e in range(experts):
+            weight = torch.cat([source[e] for source in value]) if isinstance(value, Apart) else value[e]
+            _check_shape(f"{name}[{e}]", weight.shape, placeholder.shape[1:])
+            turned = weight.T if module.is_transposed else weight
+            for local, part in self._matrix(f"{name}[{e}]", turned, module.schemes[leaf], placeholder.dtype).items():
+                if e == 0:
+                    made[local] = part.new_empty((experts, *part.shape))
+                made[local][e] = part
+        return made
+
+    def _matrix(self, name: str, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
+        if not math.isfinite(weight.sum(dtype=torch.float32).item()):
+            bad = weight.numel() - int(weight.isfinite().sum())
+            if bad:
+                raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")
         solver = method(self.quantizer.quantization_config.method)
         return _NATIVE.write(solver.quantize(weight, scheme, dtype))
 
@@ -72,8 +118,23 @@ class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
         raise NotImplementedError("rounding cannot be undone")
 
 
-def _stacked(experts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {local: torch.stack([parts[local] for parts in experts]) for local in experts[0]}
+def _check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    if list(found) != list(expected):
+        raise CheckpointError(f"tensor {name} has shape {list(found)}, config.json says {list(expected)}")
+
+
+@lru_cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL("libc.so.6").malloc_trim
+    except (OSError, AttributeError):
+        return None
+
+
+def give_back_memory() -> None:
+    """glibc keeps freed working memory between the codes it hands out: a third more than the model itself."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
 
 
 class ReadCompressed(ConversionOps):  # type: ignore[misc]

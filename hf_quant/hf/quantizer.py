@@ -17,7 +17,7 @@ from hf_quant.checkpoint import Checkpoint, check_module
 from hf_quant.errors import CheckpointError, HfQuantError, PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
-from hf_quant.hf.ops import QuantizeOnLoad, ReadCompressed
+from hf_quant.hf.ops import KeepApart, QuantizeOnLoad, ReadCompressed, give_back_memory
 from hf_quant.hf.plan import Plan, candidates, make_plan
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
 from hf_quant.nn._weight import frozen
@@ -155,7 +155,7 @@ class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
         self._converters = updated_conversions(super().update_weight_conversions, weight_conversions, model)
         if self.pre_quantized and self.quantization_config.format == "compressed_tensors":
             return [*self._converters, ReadCompressed.converter(self)]
-        return self._converters
+        return self._converters if self.pre_quantized else [KeepApart.instead_of(c) for c in self._converters]
 
     # -- after loading --------------------------------------------------------------------------------------------
 
@@ -168,6 +168,7 @@ class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
             if isinstance(module, (QuantLinear, QuantEmbedding, QuantExperts)):
                 self._finish(name, module, dispatched)
         self._check_values(model, dispatched)
+        give_back_memory()
         logger.info(self.plan.summary())
         return model
 

@@ -29,14 +29,16 @@ class RTN:
 
     def quantize(self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> QuantizedTensor:
         n, k = weight.shape
-        rows = max(1, CHUNK // k)
-        parts = [self._rows(weight[i : i + rows], scheme, dtype) for i in range(0, n, rows)]
-        return QuantizedTensor(
-            torch.cat([p.qweight for p in parts]),
-            torch.cat([p.scale for p in parts]),
-            None if scheme.symmetric else torch.cat([p.zeros() for p in parts]),
-            scheme,
-        )
+        rows, groups = max(1, CHUNK // k), scheme.groups(k)
+        qweight = weight.new_empty(n, scheme.packed_bytes(k), dtype=torch.uint8)
+        scale = weight.new_empty(n, groups, dtype=dtype)
+        zero = None if scheme.symmetric else weight.new_empty(n, groups, dtype=torch.uint8)
+        for i in range(0, n, rows):
+            part = self._rows(weight[i : i + rows], scheme, dtype)
+            qweight[i : i + rows], scale[i : i + rows] = part.qweight, part.scale
+            if zero is not None:
+                zero[i : i + rows] = part.zeros()
+        return QuantizedTensor(qweight, scale, zero, scheme)
 
     def _rows(self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> QuantizedTensor:
         groups = weight.float().unflatten(-1, (scheme.groups(weight.shape[-1]), -1))  # [n, G, K/G]

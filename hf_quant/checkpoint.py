@@ -1,0 +1,525 @@
+"""Checkpoints on disk: what is in them is checked before anything is allocated, and they appear whole or not at all.
+
+A checkpoint may come from a stranger. Nothing of it is executed, no path in it may lead out of its folder, and every
+number is checked before it is used. Every refusal is a `CheckpointError` that names the file and the tensor or field.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hf_quant.errors import CheckpointError
+from hf_quant.formats import Format
+from hf_quant.scheme import QuantScheme
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
+MAX_JSON = 100_000_000  # bytes
+MAX_TENSORS = 200_000
+MAX_AXES = 8
+MAX_AXIS = 2**48
+CAPS = {
+    "num_hidden_layers": 1000,
+    "n_layer": 1000,
+    "n_layers": 1000,
+    "num_layers": 1000,
+    "hidden_size": 2**20,
+    "n_embd": 2**20,
+    "d_model": 2**20,
+    "intermediate_size": 2**22,
+    "moe_intermediate_size": 2**22,
+    "vocab_size": 2**24,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "n_head": 2**14,
+    "head_dim": 2**16,
+    "num_experts": 2**16,
+    "num_local_experts": 2**16,
+    "n_routed_experts": 2**16,
+}
+_NAME = re.compile(r"[\x21-\x7e]{1,512}")
+_SHARD = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,250}\.safetensors")
+_NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_WIDTHS = {
+    1: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+    2: ("I16", "U16", "F16", "BF16"),
+    4: ("I32", "U32", "F32"),
+    8: ("I64", "U64", "F64", "C64"),
+}
+SIZES = {dtype: size for size, dtypes in _WIDTHS.items() for dtype in dtypes}
+SCALE_DTYPES = ("F16", "BF16", "F32")
+INTEGER_DTYPES = {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor is and what it looks like, from its file's header.
+
+    Attributes:
+        file: The file, as it was named when opening.
+        dtype: In safetensors' spelling, for example ``"BF16"``.
+        shape: Its shape.
+        offset: First byte, from the start of the file.
+        nbytes: Size in bytes.
+    """
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it is of a floating-point type."""
+        return self.dtype.startswith(("F", "BF"))
+
+
+# -- headers ------------------------------------------------------------------------------------------------------
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """What is in a safetensors file; the data itself is not read.
+
+    Args:
+        path: A regular file.
+
+    Returns:
+        Name to `TensorInfo`, in the order of the header.
+
+    Raises:
+        CheckpointError: The file is not exactly what the safetensors format asks for.
+    """
+    path = Path(path)
+    raw, size = _raw_header(path)
+    header = _parsed(raw, path.name, "header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path.name}: __metadata__ must map strings to strings")
+    if len(header) > MAX_TENSORS:
+        raise CheckpointError(f"{path.name}: {len(header)} tensors, the limit is {MAX_TENSORS}")
+    tensors = {name: _tensor_info(path, name, entry, 8 + len(raw)) for name, entry in header.items()}
+    end, last = 8 + len(raw), "header"
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != end:
+            what = "overlaps" if info.offset < end else "leaves a gap after"
+            raise CheckpointError(f"{path.name}: tensor {name} {what} {last}")
+        end, last = info.offset + info.nbytes, name
+    if end != size:
+        what = "truncated" if end > size else "trailing bytes"
+        raise CheckpointError(f"{path.name}: {what}: the tensors end at byte {end} ({last}), the file at {size}")
+    return tensors
+
+
+def _raw_header(path: Path) -> tuple[bytes, int]:
+    """The header's JSON text and the size of the file."""
+    size = _regular(path, path.name)
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise CheckpointError(f"{path.name}: truncated: {size} bytes hold no header")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > MAX_HEADER:
+            raise CheckpointError(f"{path.name}: header of {length} bytes, the limit is {MAX_HEADER}")
+        if length > size - 8:
+            raise CheckpointError(f"{path.name}: truncated: header of {length} bytes in a file of {size}")
+        raw = file.read(length)
+    if len(raw) != length or raw[:1] != b"{":
+        raise CheckpointError(f"{path.name}: header does not start with '{{'")
+    return raw, size
+
+
+def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
+    """One entry of a header, checked by itself; ``start`` is the first byte of the data."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise CheckpointError(f"{path.name}: tensor name {_shown(name)} is not allowed")
+    where = f"{path.name}: tensor {name}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, got {_shown(entry)}")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise CheckpointError(f"{where}: unknown dtype {_shown(dtype)}")
+    if not _integers(shape, MAX_AXIS) or len(shape) > MAX_AXES:
+        raise CheckpointError(f"{where}: bad shape {_shown(shape)}")
+    if not _integers(offsets, 2**62) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise CheckpointError(f"{where}: bad data_offsets {_shown(offsets)}")
+    nbytes = math.prod(shape) * SIZES[dtype]
+    if nbytes != offsets[1] - offsets[0]:
+        raise CheckpointError(
+            f"{where}: {dtype} {shape} needs {nbytes} bytes, data_offsets give {offsets[1] - offsets[0]}"
+        )
+    return TensorInfo(path, dtype, tuple(shape), start + offsets[0], nbytes)
+
+
+def _integers(value: Any, top: int) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= top for item in value)
+
+
+def _shown(value: Any) -> str:
+    """A stranger's value, short and printable."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+# -- files and JSON -----------------------------------------------------------------------------------------------
+
+
+def _regular(path: Path, name: str) -> int:
+    """Size of a regular file; asked before opening, since opening a FIFO would wait for ever."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{name}: not a regular file")
+    return status.st_size
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """``folder / name``, which must stay in the folder or be a link as the Hugging Face cache makes them.
+
+    There ``snapshots/<revision>/<name>`` points to ``blobs/<hash>`` beside ``snapshots``.
+    """
+    path = folder / name
+    target = Path(os.path.realpath(path))
+    allowed = target.is_relative_to(os.path.realpath(folder))
+    for above in folder.absolute().parents:
+        if above.name == "snapshots":
+            allowed = allowed or target.parent == Path(os.path.realpath(above.parent / "blobs"))
+    if not allowed:
+        raise CheckpointError(f"{name}: points outside the checkpoint folder")
+    return path
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = _inside(folder, name)
+    size = _regular(path, name)
+    if size > MAX_JSON:
+        raise CheckpointError(f"{name}: {size} bytes, the limit is {MAX_JSON}")
+    return _parsed(path.read_bytes(), name, "file")
+
+
+def _parsed(raw: bytes, name: str, what: str) -> dict[str, Any]:
+    """A JSON object in which no key stands twice: readers differ in which of the two they take."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise CheckpointError(f"{name}: key {_shown(twice)} stands twice in the {what}")
+        return made
+
+    try:
+        made = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{name}: {what} is not valid JSON: {error}") from None
+    if not isinstance(made, dict):
+        raise CheckpointError(f"{name}: {what} must hold a JSON object, got {_shown(made)}")
+    return made
+
+
+def _check_config(config: Mapping[str, Any], where: str = "") -> None:
+    for key, cap in CAPS.items():
+        value = config.get(key)
+        for item in value if isinstance(value, list) else [value]:  # some models have one value per layer
+            if item is not None and (type(item) is not int or not 1 <= item <= cap):
+                raise CheckpointError(
+                    f"config.json: {where}{key} must be an integer from 1 to {cap}, got {_shown(item)}"
+                )
+    quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(f"config.json: {where}quantization_config must be an object, got {_shown(quantization)}")
+    for key, value in config.items():
+        if not where and key.endswith("_config") and isinstance(value, dict):
+            _check_config(value, f"{key}.")
+
+
+# -- checkpoints --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of weights whose headers have been checked.
+
+    Attributes:
+        folder: Where it is.
+        config: config.json; empty where only the weights were asked for.
+        tensors: Every tensor by name.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    _handles: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """Check config.json and every header of a local folder.
+
+        Raises:
+            CheckpointError: Something is damaged, contradictory, or leads out of the folder.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"{folder}: not a folder")
+        config = _read_json(folder, "config.json")
+        _check_config(config)
+        single, index = (os.path.lexists(folder / name) for name in (WEIGHTS, INDEX))
+        if single and index:
+            raise CheckpointError(f"both {WEIGHTS} and {INDEX} are there: remove the one that is out of date")
+        if index:
+            return cls(folder, config, _indexed(folder, INDEX))
+        if single:
+            return cls(folder, config, read_header(_inside(folder, WEIGHTS)))
+        raise CheckpointError(_why_nothing(folder))
+
+    @classmethod
+    def of_files(cls, files: Sequence[Path]) -> Checkpoint:
+        """Check the headers of files that transformers has already chosen.
+
+        Args:
+            files: One file, or all shards of one index; as named, links not followed.
+
+        Raises:
+            CheckpointError: Something is damaged, contradictory, or leads out of the folder.
+        """
+        files = [Path(file) for file in files]
+        if not files:
+            raise CheckpointError("no weight files")
+        _refuse_climbing(files)
+        folder = files[0].parent
+        for file in files:
+            if file.suffix != ".safetensors":
+                raise CheckpointError(f"{file.name}: only safetensors is read; pickled weights can run code")
+            if file.parent != folder or not _SHARD.fullmatch(file.name):
+                raise CheckpointError(f"{file}: not a plain file name in {folder}, where the other weights are")
+        names = {file.name for file in files}
+        index = _index_for(folder, names)
+        if index is not None:
+            return cls(folder, {}, _indexed(folder, index))
+        if len(names) > 1 or _NUMBERED.search(files[0].name):
+            raise CheckpointError(f"{INDEX}: missing, but {files[0].name} is one of several shards")
+        return cls(folder, {}, read_header(_inside(folder, files[0].name)))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU.
+
+        Raises:
+            CheckpointError: There is none of that name, or the file changed since it was checked.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"tensor {name} is missing from the checkpoint")
+        try:
+            if info.file not in self._handles:
+                self._handles[info.file] = safe_open(info.file, framework="pt")
+            tensor: Tensor = self._handles[info.file].get_tensor(name)
+        except Exception as error:  # of the safetensors library: it has its own type, and OSError
+            raise CheckpointError(f"{info.file.name}: tensor {name}: {error}") from None
+        return tensor
+
+
+def _why_nothing(folder: Path) -> str:
+    pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickled:
+        return f"{pickled[0]}: only safetensors is read; pickled weights can run code"
+    return f"{folder}: neither {WEIGHTS} nor {INDEX} is there"
+
+
+def _weight_map(folder: Path, index: str) -> dict[str, str]:
+    weight_map = _read_json(folder, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map must be a non-empty object, got {_shown(weight_map)}")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
+            raise CheckpointError(
+                f"{index}: weight_map[{_shown(tensor)}] is {_shown(shard)}, not a plain .safetensors file name"
+            )
+    return weight_map
+
+
+def _indexed(folder: Path, index: str) -> dict[str, TensorInfo]:
+    """The tensors of all shards of an index, which must say exactly where each one is."""
+    weight_map = _weight_map(folder, index)
+    tensors: dict[str, TensorInfo] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, info in read_header(_inside(folder, shard)).items():
+            if name in tensors:
+                raise CheckpointError(f"tensor {name} is both in {tensors[name].file.name} and in {shard}")
+            if weight_map.get(name) != shard:
+                says = weight_map.get(name, "nothing of it")
+                raise CheckpointError(f"{index}: tensor {name} is in {shard}, but the index says {says}")
+            tensors[name] = info
+    missing = next((name for name in weight_map if name not in tensors), None)
+    if missing is not None:
+        raise CheckpointError(f"{weight_map[missing]}: tensor {_shown(missing)} of {index} is missing")
+    return tensors
+
+
+def _index_for(folder: Path, names: set[str]) -> str | None:
+    """The index that lists exactly these files; None if there is no index and need be none."""
+    found = sorted(path.name for path in folder.glob("*.safetensors.index*.json"))
+    for index in found:
+        if set(_weight_map(folder, index).values()) == names:
+            return index
+    if found and (len(names) > 1 or _NUMBERED.search(min(names))):
+        raise CheckpointError(f"{found[0]}: does not list exactly the files to load, {sorted(names)[:4]}")
+    return None
+
+
+def _refuse_climbing(files: Sequence[Path]) -> None:
+    """Where the given paths look as if an index led elsewhere, let that index be the one to complain."""
+    for file in files:
+        for i, part in enumerate(file.parts):
+            folder = Path(*file.parts[:i])
+            if part == ".." and i and (folder / INDEX).is_file():
+                _weight_map(folder, INDEX)
+    for folder in sorted({file.parent for file in files}):
+        if len(files) > 1 and (folder / INDEX).is_file():
+            _weight_map(folder, INDEX)
+
+
+# -- modules ------------------------------------------------------------------------------------------------------
+
+
+def check_module(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], scheme: QuantScheme, fmt: Format) -> None:
+    """Check the tensors of one quantized layer: there, of the right shape and type, and with sane small values.
+
+    Args:
+        checkpoint: Where they are.
+        name: Of the linear layer, or in full of a stack of experts.
+        shape: ``[N, K]`` of the layer's weight, or ``[E, N, K]`` of the stack.
+        scheme: How the layer is quantized.
+        fmt: The format it is stored in.
+
+    Raises:
+        CheckpointError: Names the file and the tensor, what it is and what it should be.
+    """
+    *stack, n, k = shape
+    for local, (tail, dtype) in fmt.layout((n, k), scheme, torch.float16).items():
+        full = name + local.removeprefix("weight") if stack else f"{name}.{local}"
+        info = checkpoint.tensors.get(full)
+        if info is None:
+            raise CheckpointError(f"tensor {full} is missing from the checkpoint")
+        where = f"{info.file.name}: tensor {full}"
+        if info.shape != (*stack, *tail):
+            raise CheckpointError(
+                f"{where} has shape {list(info.shape)}, expected {[*stack, *tail]} for {list(shape)} in {scheme}"
+            )
+        wanted = SCALE_DTYPES if dtype.is_floating_point else (INTEGER_DTYPES[dtype],)
+        if info.dtype not in wanted:
+            raise CheckpointError(f"{where} has dtype {info.dtype}, expected {' or '.join(wanted)}")
+        _check_small(checkpoint, full, local, where, [n, k], scheme)
+
+
+def _check_small(
+    checkpoint: Checkpoint, full: str, local: str, where: str, shape: list[int], scheme: QuantScheme
+) -> None:
+    """The values of scales, zero points and the stored shape; the codes can be anything."""
+    if local == "weight_scale":
+        scale = checkpoint.read(full)
+        bad = int((~((scale > 0) & scale.isfinite())).sum())
+        if bad:
+            raise CheckpointError(f"{where}: {bad} scales are not positive, finite numbers")
+    elif local == "weight_zero_point" and checkpoint.tensors[full].dtype == "U8":  # packed ones cannot be too large
+        top = int(checkpoint.read(full).max())
+        if top > scheme.qmax:
+            raise CheckpointError(f"{where}: zero point {top} is over {scheme.qmax}")
+    elif local == "weight_shape":
+        stored = checkpoint.read(full).tolist()
+        if stored != shape:
+            raise CheckpointError(f"{where} says {stored}, expected {shape}")
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into that becomes ``out`` if the body succeeds, and vanishes if it does not.
+
+    Args:
+        out: Where the result shall be. At any time it is what it was, or whole.
+        overwrite: Whether ``out`` may exist and hold something; all of that is then replaced.
+
+    Raises:
+        CheckpointError: ``out`` is a file, or a folder that is not empty and may not be overwritten.
+    """
+    out = Path(os.path.realpath(out))
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is not a folder")
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise CheckpointError(f"{out}: exists and is not empty; overwrite=True replaces it")
+    stage = out.with_name(f".{out.name}.stage-{os.getpid()}")
+    shutil.rmtree(stage, ignore_errors=True)  # of a crashed process that had this id
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        for folder, _, files in os.walk(stage, topdown=False):
+            for file in files:
+                _fsync(Path(folder, file))
+            _fsync(Path(folder))
+        _swap(stage, out)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def _swap(stage: Path, out: Path) -> None:
+    aside = stage.with_name(f"{stage.name}-old")
+    if out.exists():
+        out.rename(aside)
+    try:
+        stage.rename(out)
+    except OSError:
+        if aside.exists():
+            aside.rename(out)
+        raise
+    _fsync(out.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Write ``obj`` to ``path``, which at any time holds the old text or the new one, never half of it."""
+    path = Path(path)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
+        _fsync(draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and does not need to
+        return
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -15,6 +15,12 @@ def updated_conversions(update: Callable[..., list[Any]], conversions: list[Any]
     return update(conversions) if model is None else update(conversions, model)
 
 
+def recompute_activations(model: Any) -> None:
+    """Gradient checkpointing, under the name this version has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def keep_for_saving(model: Any, converters: list[Any] | None) -> None:
     """Leave on the model the conversions that saving has to undo.
 

@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hf_quant.errors import CheckpointError
+from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf.config import HfQuantConfig, take_over
 from hf_quant.hf.plan import Plan, make_plan
 
@@ -58,7 +59,7 @@ def prepare_for_training(model: Any, *, gradient_checkpointing: bool = True) -> 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(model)
     model.enable_input_require_grads()
     return model
 

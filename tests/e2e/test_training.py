@@ -21,7 +21,7 @@ def test_lora_on_all_linear_layers(zoo: Any, tmp_path: Path, scheme: str) -> Non
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=HfQuantConfig(scheme))
     codes = {n: m.dequantize() for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     model = prepare_for_training(model)
-    assert model.is_activation_checkpointing
+    assert any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
     model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     wrapped = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     assert len(wrapped) == len(codes)

@@ -1,0 +1,103 @@
+"""What every format promises, whichever it is."""
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_quant import _plugins
+from hf_quant.errors import FormatError
+from hf_quant.formats import Format, format_named
+from hf_quant.methods import method
+from hf_quant.scheme import BITS, QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+FORMATS = _plugins.names("formats")
+SCHEMES = [QuantScheme(*args) for args in product(BITS, (32, 128, -1), (True, False))]
+HELD = [(name, scheme) for name in FORMATS for scheme in SCHEMES if format_named(name).why_not(scheme) is None]
+IDS = [f"{name}-{scheme}" for name, scheme in HELD]
+
+
+def quantized(scheme: QuantScheme, n: int = 40, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
+    return method("rtn", steps=0).quantize((torch.randn(n, 256) + 0.5).to(dtype), scheme, dtype)
+
+
+def same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_says_in_a_sentence_what_it_cannot_hold(name: str) -> None:
+    made = format_named(name)
+    assert isinstance(made, Format)
+    assert isinstance(made.suffixes, tuple) and len(set(made.suffixes)) == len(made.suffixes)
+    for scheme in SCHEMES:
+        reason = made.why_not(scheme)
+        assert reason is None or (str(scheme.bits) in reason and len(reason.split()) > 5)
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("name", "scheme"), HELD, ids=IDS)
+def test_round_trip_bit_for_bit(name: str, scheme: QuantScheme, dtype: torch.dtype, n: int) -> None:
+    made, tensor = format_named(name), quantized(scheme, n, dtype)
+    written = made.write(tensor)
+    back = made.read(written, scheme)
+    assert torch.equal(back.qweight, tensor.qweight) and back.qweight.dtype == torch.uint8
+    assert torch.equal(back.scale, tensor.scale) and back.scale.dtype == dtype
+    assert same(back.zero_point, tensor.zero_point) and back.scheme == scheme
+
+
+@pytest.mark.parametrize("n", [1, 5, 40])
+@pytest.mark.parametrize(("name", "scheme"), HELD, ids=IDS)
+def test_layout_says_what_write_gives(name: str, scheme: QuantScheme, n: int) -> None:
+    made = format_named(name)
+    written = made.write(quantized(scheme, n, torch.bfloat16))
+    layout = made.layout((n, 256), scheme, torch.bfloat16)
+    assert {key: (tuple(t.shape), t.dtype) for key, t in written.items()} == layout
+    assert set(layout) <= set(made.suffixes)
+
+
+@pytest.mark.parametrize(("name", "scheme"), HELD, ids=IDS)
+def test_codes_are_not_copied(name: str, scheme: QuantScheme) -> None:
+    tensor = quantized(scheme)
+    written = format_named(name).write(tensor)
+    assert tensor.qweight.data_ptr() in {t.data_ptr() for t in written.values()}
+
+
+@pytest.mark.parametrize(("name", "scheme"), HELD, ids=IDS)
+def test_a_missing_tensor_is_named(name: str, scheme: QuantScheme) -> None:
+    made = format_named(name)
+    written = made.write(quantized(scheme))
+    for key in written:
+        with pytest.raises(FormatError, match=key):
+            made.read({k: t for k, t in written.items() if k != key}, scheme)
+
+
+DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "a row short": lambda t: t[:-1],
+    "flattened": lambda t: t.flatten(),
+    "other dtype": lambda t: t.to(torch.int16),
+    "empty": lambda t: t[:0],
+    "negative": lambda t: -t.abs() - 1,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("key", ["weight_packed", "weight_scale", "weight_zero_point", "weight_shape"])
+def test_compressed_tensors_names_what_is_damaged(key: str, damage: str) -> None:
+    made, scheme = format_named("compressed_tensors"), QuantScheme(4, 32, symmetric=False)
+    written = made.write(quantized(scheme))
+    if (damage == "negative" and key != "weight_shape") or (damage == "flattened" and key == "weight_shape"):
+        return  # any bits are codes; a scale's values are checked with the checkpoint
+    with pytest.raises(FormatError, match="weight_"):
+        made.read(written | {key: DAMAGE[damage](written[key])}, scheme)
+
+
+def test_what_a_format_cannot_hold_it_does_not_write() -> None:
+    with pytest.raises(FormatError, match="3 bits"):
+        format_named("compressed_tensors").write(quantized(QuantScheme(3, 32)))
+    with pytest.raises(FormatError, match="2 bits"):
+        format_named("compressed_tensors").read({}, QuantScheme(2, 32))

@@ -1,0 +1,98 @@
+"""What every method promises, whichever it is."""
+
+import re
+from importlib import import_module
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_quant import _plugins
+from hf_quant.methods import Method, method
+from hf_quant.scheme import BITS, QuantScheme
+
+METHODS = _plugins.names("methods")
+SCHEMES = [QuantScheme(*args) for args in product(BITS, (32, 128, -1), (True, False))]
+
+
+def heavy_tailed(n: int, k: int) -> Tensor:
+    return torch.distributions.StudentT(3.0).sample((n, k)) * 0.02
+
+
+WEIGHTS = {
+    "normal": lambda: torch.randn(48, 256) * 0.02,
+    "heavy-tailed": lambda: heavy_tailed(48, 256),
+    "one outlier": lambda: torch.randn(48, 256).index_fill_(1, torch.tensor(7), 40.0),
+    "positive": lambda: torch.rand(48, 256) + 1,
+    "zero": lambda: torch.zeros(48, 256),
+    "tiny": lambda: torch.randn(48, 256) * 1e-9,
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_frozen_and_cites_its_paper(name: str) -> None:
+    made = method(name)
+    assert isinstance(made, Method)
+    with pytest.raises(AttributeError):
+        made.anything = 1  # type: ignore[attr-defined]
+    assert re.search(r"arXiv:\d{4}\.\d{4,5}", import_module(f"hf_quant.methods.{name}").__doc__ or "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("kind", WEIGHTS)
+@pytest.mark.parametrize("name", METHODS)
+def test_what_comes_out_of_a_method(name: str, kind: str, scheme: QuantScheme, dtype: torch.dtype) -> None:
+    weight = WEIGHTS[kind]().to(dtype)
+    before = weight.clone()
+    made = method(name).quantize(weight, scheme, dtype)
+    assert torch.equal(weight, before)
+    assert made.scheme == scheme and made.in_features == 256
+    assert made.scale.dtype == dtype and made.scale.shape == (48, scheme.groups(256))
+    assert (made.scale > 0).all() and made.scale.isfinite().all()
+    assert (made.zero_point is None) == scheme.symmetric
+    assert int(made.codes().max()) <= scheme.qmax
+    if made.zero_point is not None:
+        assert made.zero_point.dtype == torch.uint8 and int(made.zero_point.max()) <= scheme.qmax
+    assert made.dequantize(torch.float32).isfinite().all()
+    if kind == "zero":
+        assert (made.dequantize() == 0).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_error_is_below_a_step(name: str, scheme: QuantScheme) -> None:
+    """Of the plain min/max grid: a method may clip, but on a bounded weight only where that is worth it."""
+    weight = torch.rand(48, 256) * 2 - 1
+    made = method(name).quantize(weight, scheme, torch.float32)
+    step = 2 / scheme.qmax
+    assert float((made.dequantize(torch.float32) - weight).square().mean().sqrt()) < step / 2
+    plain = method("rtn", steps=0).quantize(weight, scheme, torch.float32)
+    assert float((plain.dequantize(torch.float32) - weight).abs().max()) < step
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "heavy-tailed", "one outlier", "positive"])
+def test_the_search_of_rtn_never_loses(kind: str, scheme: QuantScheme) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        weight = WEIGHTS[kind]()
+        plain, searched = (
+            (method("rtn", **steps).quantize(weight, scheme, torch.float32).dequantize(torch.float32) - weight)
+            .double()
+            .unflatten(-1, (scheme.groups(256), -1))
+            .square()
+            .sum(-1)
+            for steps in ({"steps": 0}, {})
+        )
+        assert (searched <= plain * (1 + 1e-5)).all()  # in every group, up to rounding
+        assert searched.sum() <= plain.sum() * (1 + 1e-6)
+
+
+def test_rows_searched_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, scheme = torch.randn(33, 256), QuantScheme(4, 32, symmetric=False)
+    whole = method("rtn").quantize(weight, scheme, torch.float32)
+    monkeypatch.setattr("hf_quant.methods.rtn.CHUNK", 1000)
+    parts = method("rtn").quantize(weight, scheme, torch.float32)
+    assert torch.equal(whole.dequantize(), parts.dequantize())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_quant.errors import FormatError, SchemeError
 from hf_quant.packing import pack, unpack
-from hf_quant.scheme import QuantScheme
+from hf_quant.scheme import MULTIPLE, QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
 
@@ -42,6 +42,7 @@ class CompressedTensors:
         return made
 
     def write(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
+        _check_bits(tensor.scheme)
         n, bits = tensor.scale.shape[0], tensor.scheme.bits
         made = {
             "weight_packed": tensor.qweight.contiguous().view(torch.int32),
@@ -59,14 +60,17 @@ class CompressedTensors:
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise FormatError(f"compressed-tensors: no {missing}")
+        _check_bits(scheme)
+        n, k = _stored_shape(tensors["weight_shape"])
         words, scale = tensors["weight_packed"], tensors["weight_scale"]
-        n, k = words.shape[0], words.shape[1] * 32 // scheme.bits
-        if tensors["weight_shape"].tolist() != [n, k]:
-            raise FormatError(
-                f"compressed-tensors: weight_shape {tensors['weight_shape'].tolist()}, codes are {[n, k]}"
-            )
         if scale.ndim == 1:  # some writers leave out the group axis where there is one group
             scale = scale[:, None]
+        try:
+            layout = self.layout((n, k), scheme, scale.dtype)
+        except SchemeError as error:
+            raise FormatError(f"compressed-tensors: weight_shape {[n, k]}: {error}") from None
+        for name, (shape, dtype) in layout.items():
+            _check(name, scale if name == "weight_scale" else tensors[name], shape, dtype)
         zero = None
         if not scheme.symmetric:
             packed = tensors["weight_zero_point"].T.contiguous()
@@ -75,30 +79,56 @@ class CompressedTensors:
         return QuantizedTensor(words.contiguous().view(torch.uint8), scale, zero, scheme)
 
 
+def _check_bits(scheme: QuantScheme) -> None:
+    reason = CompressedTensors().why_not(scheme)
+    if reason is not None:
+        raise FormatError(f"compressed-tensors: {scheme.bits} bits: {reason}")
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape:
+        raise FormatError(f"compressed-tensors: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+    if tensor.dtype != dtype or (name == "weight_scale" and not dtype.is_floating_point):
+        raise FormatError(f"compressed-tensors: {name} has dtype {tensor.dtype}")
+
+
+def _stored_shape(stored: Tensor) -> tuple[int, int]:
+    """N and K, as the checkpoint says them."""
+    _check("weight_shape", stored, (2,), torch.int64)
+    n, k = (int(size) for size in stored)
+    if n < 1 or k < 1 or k % MULTIPLE:
+        raise FormatError(f"compressed-tensors: weight_shape {[n, k]}: in_features must be a multiple of {MULTIPLE}")
+    return n, k
+
+
 def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore: Sequence[str]) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint in this format.
 
     Args:
         default: Scheme of every linear layer not named below.
-        overrides: Module name to scheme.
-        ignore: Names of the linear layers left in floating point.
+        overrides: Module name, or glob of ``*`` and ``?``, to scheme.
+        ignore: Names or globs of the linear layers left in floating point.
+
+    Raises:
+        FormatError: A scheme or a glob cannot be said in this vocabulary.
     """
     named: dict[QuantScheme, list[str]] = {}
     for name, scheme in overrides.items():
         if scheme != default:
-            named.setdefault(scheme, []).append(name)
+            named.setdefault(scheme, []).append(_target(name))
     groups = [*named.items(), (default, ["Linear"])]  # names first: readers take the first target that matches
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(groups)},
-        "ignore": list(ignore),
+        "ignore": [_target(name) for name in ignore],
         "kv_cache_scheme": None,
     }
 
 
 def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
+    _check_bits(scheme)
     whole_row = scheme.group_size == -1
     weights = {
         "num_bits": scheme.bits,
@@ -117,37 +147,66 @@ def plan_of(config: Mapping[str, Any]) -> tuple[QuantScheme, dict[str, QuantSche
     Raises:
         FormatError: A field holds what this package cannot run; the message names it.
     """
-    if config.get("format") != "pack-quantized":
-        raise _refused("format", config.get("format"), "only pack-quantized is read")
-    if config.get("kv_cache_scheme"):
-        raise _refused("kv_cache_scheme", config["kv_cache_scheme"], "not supported")
+    if not isinstance(config, Mapping):
+        raise FormatError(f"quantization_config must be an object, got {ascii(config)[:80]}")
+    _only("", config, _ONLY)
+    sparsity = config.get("sparsity_config") or {}
+    if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
+        raise _refused("sparsity_config", sparsity, "only dense weights are read")
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise _refused("config_groups", groups, "must be an object with at least one group")
-    default, overrides = None, {}
+    schemes: dict[str, QuantScheme] = {}
     for name, group in groups.items():
-        where = f"config_groups.{name}"
+        where = f"config_groups.{ascii(name)[1:-1]}"
         scheme = _scheme(where, group)
         for target in _list(f"{where}.targets", group.get("targets")):
-            if target == "Linear":
-                default = scheme
-            else:
-                overrides[_glob(f"{where}.targets", target)] = scheme
+            if schemes.setdefault(target, scheme) != scheme:
+                raise _refused(f"{where}.targets", target, "another group has it too")
+    default = schemes.pop("Linear", None)
     if default is None:
         raise _refused("config_groups", sorted(groups), "no group targets 'Linear'")
+    # the library prefers an exact name, then patterns in the order of their text, then classes
+    ordered = sorted(schemes, key=lambda target: ("re:" in target, target))
+    overrides = {_glob("config_groups.targets", target): schemes[target] for target in ordered}
     return default, overrides, [_glob("ignore", name) for name in _list("ignore", config.get("ignore") or [])]
+
+
+# field to the values that change nothing here
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "quant_method": ("compressed-tensors",),
+    "format": ("pack-quantized",),
+    "quantization_status": ("compressed", "frozen", None),
+    "kv_cache_scheme": (None, {}),
+    "transform_config": (None, {}),
+    "moe_sparsity_config": (None,),
+}
+_ONLY_IN_GROUP: dict[str, tuple[Any, ...]] = {
+    "input_activations": (None,),
+    "output_activations": (None,),
+    "format": ("pack-quantized", None),
+}
+_ONLY_IN_WEIGHTS: dict[str, tuple[Any, ...]] = {
+    "type": ("int", None),
+    "dynamic": (False, None),
+    "actorder": (None, False, "weight", "static"),  # the last two: the order of quantizing, not of storing
+    "block_structure": (None,),
+}
+
+
+def _only(prefix: str, found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    for name, values in allowed.items():
+        value = found.get(name)
+        if not any(type(value) is type(legal) and value == legal for legal in values):
+            raise _refused(f"{prefix}{name}", value, f"only {' or '.join(map(str, values))} is read")
 
 
 def _scheme(where: str, group: Any) -> QuantScheme:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         raise _refused(f"{where}.weights", weights, "must be an object")
-    for field in ("input_activations", "output_activations"):
-        if group.get(field):
-            raise _refused(f"{where}.{field}", group[field], "quantized activations are not supported")
-    for field, legal in (("type", "int"), ("dynamic", False), ("actorder", None), ("block_structure", None)):
-        if weights.get(field, legal) != legal:
-            raise _refused(f"{where}.weights.{field}", weights[field], f"only {legal} is read")
+    _only(f"{where}.", group, _ONLY_IN_GROUP)
+    _only(f"{where}.weights.", weights, _ONLY_IN_WEIGHTS)
     strategy = weights.get("strategy")
     if strategy not in ("group", "channel"):
         raise _refused(f"{where}.weights.strategy", strategy, "only group and channel are read")
@@ -167,14 +226,37 @@ def _list(field: str, value: Any) -> list[str]:
     return value
 
 
-def _glob(field: str, name: str) -> str:
-    """A name as it is; a regular expression only if it is a plain glob: a stranger's could hang the matcher."""
-    if not name.startswith("re:"):
+_PLAIN = re.compile(r"[\w.\-/]+", re.ASCII)
+_TOKEN = re.compile(r"\.\*|\\\.|[\w\-/.]", re.ASCII)  # what a stranger's pattern may be made of; it is never compiled
+
+
+def _target(name: str) -> str:
+    """A module name as it is; a glob as the pattern that matches the same names."""
+    if _PLAIN.fullmatch(name):
         return name
-    pattern = name[3:].replace(".*", "*").replace(r"\.", ".")
-    if not re.fullmatch(r"[\w.*-]+", pattern):
-        raise _refused(field, name, "only '.*' is allowed in a regular expression")
-    return pattern
+    if not re.fullmatch(r"[\w.\-/*?]+", name, re.ASCII):
+        raise FormatError(f"compressed-tensors: modules cannot be named by {ascii(name)[:80]}")
+    spelled = {"*": ".*", "?": ".", ".": r"\."}
+    return "re:" + "".join(spelled.get(letter, letter) for letter in name) + "$"
+
+
+def _glob(field: str, name: str) -> str:
+    """A name as it is; a regular expression only if it is a plain glob: a stranger's could hang the matcher.
+
+    A pattern matches from the start of a name but may end before its end, so without a ``$`` a ``*`` is appended.
+    """
+    if not name.startswith("re:"):
+        is_class = name in ("Linear", "Module") or (name[:1].isupper() and field != "ignore")
+        if is_class or not _PLAIN.fullmatch(name):
+            raise _refused(field, name, "not the name of a module")
+        return name
+    pattern = name[3:].removeprefix("^")
+    body = pattern.removesuffix("$")
+    tokens = _TOKEN.findall(body)
+    if "".join(tokens) != body:
+        raise _refused(field, name, "of regular expressions only literals, '.', '.*' and '$' at the end are read")
+    made = "".join({".*": "*", ".": "?", r"\.": "."}.get(token, token) for token in tokens)
+    return made if body != pattern or made.endswith("*") else f"{made}*"
 
 
 def _refused(field: str, value: Any, reason: str) -> FormatError:

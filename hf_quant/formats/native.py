@@ -31,7 +31,10 @@ class Native:
         n, k = shape
         groups = scheme.groups(k)
         codes = (n, k // 4, 4) if scheme.bits == 8 else (n, scheme.packed_bytes(k))
-        made = {"weight": (codes, torch.uint8), "weight_scale": ((n, groups), dtype)}
+        made: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": (codes, torch.uint8),
+            "weight_scale": ((n, groups), dtype),
+        }
         if not scheme.symmetric:
             made["weight_zero_point"] = ((n, groups), torch.uint8)
         return made
@@ -52,9 +55,7 @@ class Native:
         zero = None if scheme.symmetric else tensors["weight_zero_point"]
         if zero is not None and int(zero.max()) > scheme.qmax:
             raise FormatError(f"native: weight_zero_point {int(zero.max())} is over {scheme.qmax}")
-        return QuantizedTensor(
-            codes.flatten(-2) if scheme.bits == 8 else codes, tensors["weight_scale"], zero, scheme
-        )
+        return QuantizedTensor(codes.flatten(-2) if scheme.bits == 8 else codes, tensors["weight_scale"], zero, scheme)
 
 
 FORMAT = Native

@@ -37,7 +37,7 @@ def keep_for_saving(model: Any, converters: list[Any] | None) -> None:
     model._weight_conversions = renamings + own
 
 
-class _Merge(MergeModulelist):  # type: ignore[misc]
+class _Merge(MergeModulelist):
     """Undone by `_Split`."""
 
     @property
@@ -45,14 +45,14 @@ class _Merge(MergeModulelist):  # type: ignore[misc]
         return _Split(self.dim)
 
 
-class _Split(ConversionOps):  # type: ignore[misc]
+class _Split(ConversionOps):
     """A stack becomes one tensor per expert; before 5.23 transformers' own also dropped every axis of size 1."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, Tensor]:
         made: dict[str, Tensor] = {}

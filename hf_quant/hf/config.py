@@ -19,7 +19,7 @@ logger = logging.get_logger(__name__)
 
 
 @register_quantization_config("hf_quant")
-class HfQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class HfQuantConfig(QuantizationConfigMixin):
     """How to quantize a model, and after that how it was.
 
     Args:
@@ -70,7 +70,7 @@ class HfQuantConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if unknown:
             logger.warning(f"quantization_config: ignored unknown fields {sorted(unknown)}")
         default = QuantScheme(bits, group_size, symmetric) if scheme is None else QuantScheme.parse(scheme)
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # transformers types it as its own enum
         self.version = version
         self.format, self.method = format, method
         self.scheme = str(default)

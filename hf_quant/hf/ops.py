@@ -30,7 +30,7 @@ class Apart(list[list[Tensor]]):
     """A stack still in pieces: for each source (gate, up) the matrices of all experts."""
 
 
-class KeepApart(ConversionOps):  # type: ignore[misc]
+class KeepApart(ConversionOps):
     """In place of stacking and concatenating the float experts: that would hold a whole layer of them twice."""
 
     @classmethod
@@ -44,7 +44,7 @@ class KeepApart(ConversionOps):  # type: ignore[misc]
         return WeightConverter(converter._original_source_patterns, converter._original_target_patterns, [cls()])
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **_: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **_: Any) -> dict[str, Any]:  # type: ignore[override]
         return {target_patterns[0]: Apart(input_dict.values())}
 
     @property
@@ -52,14 +52,14 @@ class KeepApart(ConversionOps):  # type: ignore[misc]
         raise NotImplementedError("saving uses the model's own converters")
 
 
-class QuantizeOnLoad(ConversionOps):  # type: ignore[misc]
+class QuantizeOnLoad(ConversionOps):
     """A float weight becomes codes, scales and zero points; one expert of a stack after the other."""
 
     def __init__(self, quantizer: HfQuantQuantizer) -> None:
         self.quantizer = quantizer
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:  # type: ignore[override]
         made: dict[str, Tensor] = {}
         for name in list(input_dict):
             value = input_dict.pop(name)  # so that the float tensor is gone before the next one comes
@@ -137,7 +137,7 @@ def give_back_memory() -> None:
         trim(0)
 
 
-class ReadCompressed(ConversionOps):  # type: ignore[misc]
+class ReadCompressed(ConversionOps):
     """The tensors of one compressed-tensors layer become those of a `QuantLinear`, bit for bit."""
 
     def __init__(self, quantizer: HfQuantQuantizer) -> None:
@@ -151,7 +151,7 @@ class ReadCompressed(ConversionOps):  # type: ignore[misc]
         return WeightConverter(list(op.format.suffixes), "weight", [op])
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, Tensor]:
         module = model.get_submodule(full_layer_name.rpartition(".")[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -34,14 +35,6 @@ class Candidate:
     def in_features(self) -> int:
         """K."""
         return self.shape[-1]
-
-    @property
-    def numel(self) -> int:
-        """Weights in it."""
-        n = 1
-        for size in self.shape:
-            n *= size
-        return n
 
 
 @dataclass(frozen=True)
@@ -131,8 +124,8 @@ def _candidates_in(name: str, module: nn.Module, is_embedding: bool) -> Iterator
         k, n = module.weight.shape
         yield name, Candidate("conv1d", (n, k))
     elif is_embedding and isinstance(module, nn.Embedding):
-        reason = None if type(module) is nn.Embedding else f"{type(module).__name__} scales its rows in its own way"
-        yield name, Candidate("embedding", (module.num_embeddings, module.embedding_dim), reason)
+        refusal = None if type(module) is nn.Embedding else f"{type(module).__name__} scales its rows in its own way"
+        yield name, Candidate("embedding", (module.num_embeddings, module.embedding_dim), refusal)
     else:
         for stack, shape in stacks(module).items():
             yield f"{name}.{stack}", Candidate("experts", shape, why_not_experts(module))
@@ -159,9 +152,15 @@ def make_plan(model: Any, config: HfQuantConfig, *, frozen: bool = False) -> Pla
         _decide(name, candidate, config, skips.get(name), draft, frozen)
     tied = _tie(model, found, draft)
     if not draft.schemes:
-        raise PlanError(f"nothing to quantize in {type(model).__name__}: " + "; ".join(sorted(set(draft.left.values()))))
+        raise PlanError(
+            f"nothing to quantize in {type(model).__name__}: " + "; ".join(sorted(set(draft.left.values())))
+        )
     chosen, reason = _format(config.format, found, draft)
-    return Plan(**vars(draft), tied=tied, **_sizes(model, found, draft, tied), format=chosen, format_reason=reason)
+    params, params_quantized, bytes_float, bytes_quantized = _sizes(model, found, draft, tied)
+    return Plan(
+        draft.schemes, draft.left, draft.regrouped, tied,
+        params, params_quantized, bytes_float, bytes_quantized, chosen, reason,
+    )  # fmt: skip
 
 
 def _decide(
@@ -205,7 +204,9 @@ def _check_globs(model: Any, config: HfQuantConfig, found: dict[str, Candidate])
     for glob in config.overrides:
         if not any(fnmatchcase(name, glob) for name in found):
             close = difflib.get_close_matches(glob.strip("*."), found, 1, 0.3)
-            raise PlanError(f"overrides: {glob!r} matches no layer" + (f"; one is called {close[0]!r}" if close else ""))
+            raise PlanError(
+                f"overrides: {glob!r} matches no layer" + (f"; one is called {close[0]!r}" if close else "")
+            )
     modules = [name for name, _ in model.named_modules()] + list(found)
     for pattern in config.modules_to_not_convert:
         if not any(_matches(name, pattern) for name in modules):
@@ -267,7 +268,9 @@ def _tie(model: Any, found: dict[str, Candidate], draft: _Draft) -> bool:
         scheme = draft.schemes.get(target) or draft.schemes.get(source)
         if scheme is None:
             continue
-        refusal = next((f"tied to {n}, which cannot be quantized" for n in (target, source) if n not in found), None)
+        refusal: str | None = next(
+            (f"tied to {n}, which cannot be quantized" for n in (target, source) if n not in found), None
+        )
         refusal = refusal or next((r for n in (target, source) if (r := found[n].refusal)), None)
         for name in (target, source):
             if refusal is not None:
@@ -298,32 +301,22 @@ def _format(asked: str, found: dict[str, Candidate], draft: _Draft) -> tuple[str
     return "compressed_tensors", "other software reads it too"
 
 
-def _sizes(model: Any, found: dict[str, Candidate], draft: _Draft, tied: bool) -> dict[str, int]:
+def _sizes(model: Any, found: dict[str, Candidate], draft: _Draft, tied: bool) -> tuple[int, int, int, int]:
+    """Parameters, those quantized, bytes before, bytes after; tied parameters are counted once."""
     before = {id(p): p for p in model.parameters()}
     ties = getattr(model, "all_tied_weights_keys", None) or {}
     for target in ties:  # on the meta device tied parameters are still two objects
         before.pop(id(model.get_parameter(target)), None)
-    params = sum(p.numel() for p in before.values())
     bytes_float = sum(p.numel() * p.element_size() for p in before.values())
-    quantized = {n: s for n, s in draft.schemes.items() if not (tied and f"{n}.weight" in ties)}
+    bytes_quantized, params_quantized = bytes_float, 0
     native = format_named("native")
-    bytes_quantized = bytes_float
-    for name, scheme in quantized.items():
+    for name, scheme in draft.schemes.items():
+        if tied and f"{name}.weight" in ties:
+            continue
         *lead, n, k = found[name].shape
-        weight = model.get_parameter(name if found[name].kind == "experts" else f"{name}.weight")
-        stack = 1
-        for size in lead:
-            stack *= size
-        layout = native.layout((n, k), scheme, weight.dtype)
-        for shape, dtype in layout.values():
-            size = dtype.itemsize * stack
-            for axis in shape:
-                size *= axis
-            bytes_quantized += size
+        weight = model.get_parameter(name if lead else f"{name}.weight")
+        layout = native.layout((n, k), scheme, weight.dtype).values()
+        bytes_quantized += math.prod(lead) * sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout)
         bytes_quantized -= weight.numel() * weight.element_size()
-    return {
-        "params": params,
-        "params_quantized": sum(found[name].numel for name in quantized),
-        "bytes_float": bytes_float,
-        "bytes_quantized": bytes_quantized,
-    }
+        params_quantized += weight.numel()
+    return sum(p.numel() for p in before.values()), params_quantized, bytes_float, bytes_quantized

@@ -29,7 +29,7 @@ logger = logging.get_logger(__name__)
 
 
 @register_quantizer("hf_quant")
-class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
+class HfQuantQuantizer(HfQuantizer):
     """Quantizes while loading (RTN needs no data), or loads what was quantized before."""
 
     requires_calibration = False  # True would refuse float checkpoints
@@ -135,7 +135,7 @@ class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         if self.pre_quantized:
             return False
-        path, _, leaf = param_name.rpartition(".")
+        path, _sep, leaf = param_name.rpartition(".")
         module = model.get_submodule(path)
         if isinstance(module, QuantExperts):
             return leaf in module.schemes
@@ -187,9 +187,9 @@ class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, parameter in model.named_parameters():
             if parameter.device.type == "meta":
                 continue
-            if self.pre_quantized and not dispatched and not optional and not hasattr(parameter, "_is_hf_initialized"):
-                if parameter.numel():  # zero: a kernel holds the codes
-                    raise CheckpointError(f"tensor {name} is missing from the checkpoint")
+            expected = self.pre_quantized and not dispatched and not optional and parameter.numel()  # 0: in a kernel
+            if expected and not hasattr(parameter, "_is_hf_initialized"):
+                raise CheckpointError(f"tensor {name} is missing from the checkpoint")
             if parameter.is_floating_point() and not math.isfinite(parameter.sum(dtype=torch.float32).item()):
                 bad = int((~parameter.isfinite()).sum())
                 if bad:
@@ -229,7 +229,7 @@ class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
                     for part in ("", "_scale", "_zero_point"):
                         module._parameters.pop(stack + part, None)
                     module.register_parameter(stack, frozen(dense))
-                module.__class__ = module.float_class
+                module.__class__ = module.float_class  # type: ignore[assignment]
             elif isinstance(module, (QuantLinear, QuantEmbedding)):
                 model.set_submodule(name, _as_float(module, dtype))
         if self.plan.tied:
@@ -240,12 +240,15 @@ class HfQuantQuantizer(HfQuantizer):  # type: ignore[misc]
 def _as_float(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None) -> nn.Module:
     """The module of torch or transformers that a quantized one stands in for."""
     weight = module.dequantize(dtype)
-    if isinstance(module, QuantEmbedding):
-        return nn.Embedding(*weight.shape, module.padding_idx, _weight=weight, _freeze=True)
     n, k = weight.shape
+    if isinstance(module, QuantEmbedding):
+        return nn.Embedding(n, k, module.padding_idx, _weight=weight, _freeze=True)
     made: nn.Module
     with torch.device("meta"):
-        made = Conv1D(n, k) if module.conv1d else nn.Linear(k, n, bias=module.bias is not None)
+        if module.conv1d:
+            made = Conv1D(n, k)  # type: ignore[no-untyped-call]
+        else:
+            made = nn.Linear(k, n, bias=module.bias is not None)
     made.weight = frozen(weight.T.contiguous() if module.conv1d else weight)
     if module.bias is not None:
         made.bias = frozen(module.bias.to(weight.dtype))

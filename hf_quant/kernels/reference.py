@@ -27,7 +27,8 @@ class Reference:
         return prepared[0]
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        return F.linear(x, QuantizedTensor(*prepared, spec.scheme).dequantize(x.dtype))
+        qweight, scale, zero = prepared
+        return F.linear(x, QuantizedTensor(qweight, scale, zero, spec.scheme).dequantize(x.dtype))
 
 
 BACKEND = Reference

@@ -18,7 +18,13 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 def register(
-    module: nn.Module, name: str, shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype, *, codes: bool = True
+    module: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    scheme: QuantScheme,
+    dtype: torch.dtype,
+    *,
+    codes: bool = True,
 ) -> None:
     """Give ``module`` empty parameters ``name``, ``name_scale``, ``name_zero_point`` for a weight ``[..., N, K]``.
 

@@ -27,12 +27,15 @@ class QuantExperts(nn.Module):
     num_experts: int
     has_gate: bool
     has_bias: bool
+    is_transposed: bool
     compute_dtype: torch.dtype
 
     def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
         if name in self.schemes:
             weight = read(self, name, self.schemes[name], expert)
-            spec = LinearSpec(weight.scheme, weight.scale.shape[0], weight.in_features, self.compute_dtype, x.device.type)
+            spec = LinearSpec(
+                weight.scheme, weight.scale.shape[0], weight.in_features, self.compute_dtype, x.device.type
+            )
             backend = select(spec, repacking=False)
             y = backend.linear(x, backend.prepare(weight, spec), spec)
         else:
@@ -64,7 +67,7 @@ class QuantExperts(nn.Module):
     @property
     def float_class(self) -> type[nn.Module]:
         """The model's own experts class."""
-        return next(cls for cls in type(self).__mro__[1:] if not issubclass(cls, QuantExperts))
+        return next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, QuantExperts))
 
 
 def why_not_experts(module: nn.Module) -> str | None:

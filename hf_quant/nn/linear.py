@@ -14,7 +14,6 @@ from hf_quant.nn._weight import frozen, read, register
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
-
 _NATIVE = format_named("native")
 
 
@@ -34,6 +33,9 @@ class QuantLinear(nn.Linear):
         conv1d: Whether this stands in for GPT-2's ``Conv1D``, whose float weight is ``[K, N]``.
     """
 
+    weight_scale: nn.Parameter
+    weight_zero_point: nn.Parameter | None
+
     def __init__(
         self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool, dtype: torch.dtype,
         quantized: bool = True, conv1d: bool = False,
@@ -45,7 +47,7 @@ class QuantLinear(nn.Linear):
             shape = (in_features, out_features) if conv1d else (out_features, in_features)
             self.weight = frozen(torch.empty(shape, dtype=dtype))
         register(self, "weight", (out_features, in_features), scheme, dtype, codes=quantized)
-        self.bias = frozen(torch.empty(out_features, dtype=dtype)) if bias else None
+        self.register_parameter("bias", frozen(torch.empty(out_features, dtype=dtype)) if bias else None)
         self.keeps_layout = False  # True where hooks move the codes about (offloading)
         self.shares_codes = False  # True where the embeddings read the same codes
         self._backend: LinearBackend | None = None
@@ -95,7 +97,7 @@ class QuantLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         chosen = self._backend is not None
         self._unpack()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.compute_dtype = self.weight_scale.dtype
         if chosen:
             self.choose_kernel()

@@ -46,7 +46,9 @@ ZOO = {
     "bert-encoder": Arch(tf.AutoModel, tf.BertConfig(**SMALL, intermediate_size=128)),
     "t5": Arch(
         tf.AutoModelForSeq2SeqLM,
-        tf.T5Config(vocab_size=256, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2, decoder_start_token_id=0),
+        tf.T5Config(
+            vocab_size=256, d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2, decoder_start_token_id=0
+        ),
         seq2seq=True,
     ),
     "mixtral": Arch(CAUSAL, tf.MixtralConfig(**MOE, num_local_experts=4)),
@@ -56,7 +58,12 @@ ZOO = {
         tf.AutoModelForImageTextToText,
         tf.LlavaConfig(
             vision_config=tf.CLIPVisionConfig(
-                hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+                hidden_size=64,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=28,
+                patch_size=14,
             ),
             text_config=tf.LlamaConfig(**DECODER),
             image_token_index=255,

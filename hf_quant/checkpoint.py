@@ -178,7 +178,7 @@ def _integers(value: Any, top: int) -> bool:
 def _shown(value: Any) -> str:
     """A stranger's value, short and printable."""
     text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 100 else f"{text[:50]}...{text[-40:]}"
 
 
 # -- files and JSON -----------------------------------------------------------------------------------------------

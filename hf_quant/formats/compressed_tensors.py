@@ -56,11 +56,11 @@ class CompressedTensors:
         return made
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+        _check_bits(scheme)
         wanted = [s for s in self.suffixes if s != "weight_zero_point" or not scheme.symmetric]
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise FormatError(f"compressed-tensors: no {missing}")
-        _check_bits(scheme)
         n, k = _stored_shape(tensors["weight_shape"])
         words, scale = tensors["weight_packed"], tensors["weight_scale"]
         if scale.ndim == 1:  # some writers leave out the group axis where there is one group

@@ -1,0 +1,74 @@
+"""What kernels share: multiplying by a weight that is dequantized a few rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 1 << 20  # weights dequantized together: 4 MB in float32, which stays in a cache
+
+Codes = Callable[[int, int], Tensor]  # rows from, to (exclusive) -> uint8 [rows, K]
+
+
+@lru_cache
+def _cpu_multiplies_bf16() -> bool:
+    """Whether bf16 products are instructions here; without them float32 is two to four times faster."""
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return bool(probe() or amx())
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype to multiply ``x`` in."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
+        return x.dtype
+    return torch.bfloat16 if x.dtype is torch.bfloat16 and _cpu_multiplies_bf16() else torch.float32
+
+
+def _blocks(
+    codes: Codes, scale: Tensor, zero: Tensor | None, fixed: int, k: int, dtype: torch.dtype, step: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """``(i, j, W[i:j])`` over the rows of W, dequantized in ``dtype``; ``step`` divides the rows of every block."""
+    n, groups = scale.shape
+    rows = max(step, BLOCK // k // step * step)
+    for i in range(0, n, rows):
+        j = min(i + rows, n)
+        w = codes(i, j).to(dtype).unflatten(-1, (groups, -1))
+        w -= fixed if zero is None else zero[i:j, :, None].to(dtype)
+        w *= scale[i:j, :, None].to(dtype)
+        yield i, j, w.flatten(-2)
+
+
+def multiply(
+    x: Tensor, codes: Codes, scale: Tensor, zero: Tensor | None, fixed: int, step: int = 1
+) -> Tensor:
+    """``x [M, K] @ W.T``, in the dtype of ``x``; W never exists whole.
+
+    Args:
+        x: ``[M, K]``.
+        codes: Gives some rows of the codes.
+        scale: ``[N, G]``.
+        zero: uint8 ``[N, G]``, or None where all zero points are ``fixed``.
+        fixed: The zero point of a symmetric scheme.
+        step: Rows come in multiples of this.
+    """
+    dtype = compute_dtype(x)
+    wide, y = x.to(dtype), x.new_empty(x.shape[0], scale.shape[0])
+    for i, j, w in _blocks(codes, scale, zero, fixed, x.shape[1], dtype, step):
+        y[:, i:j] = F.linear(wide, w)
+    return y
+
+
+def multiply_back(
+    grad: Tensor, codes: Codes, scale: Tensor, zero: Tensor | None, fixed: int, k: int, step: int = 1
+) -> Tensor:
+    """``grad [M, N] @ W``: what `multiply` passes on to ``x``."""
+    dtype = compute_dtype(grad)
+    wide, out = grad.to(dtype), grad.new_zeros(grad.shape[0], k, dtype=dtype)
+    for i, j, w in _blocks(codes, scale, zero, fixed, k, dtype, step):
+        out += wide[:, i:j] @ w
+    return out.to(grad.dtype)

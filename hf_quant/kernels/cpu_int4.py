@@ -1,0 +1,197 @@
+"""PyTorch's packed int4 product on CPUs; 8-bit codes go through it as two planes of four bits.
+
+``aten._weight_int4pack_mm_for_cpu`` computes ``w = (q - 8) * scale + zero`` with bf16 activations and scales, and is two
+to five times faster than a dense bf16 product for a few rows. Its packing depends on the instruction set (64 rows
+interleaved with AVX-512, 32 otherwise), so the packed bytes never leave this process: `restore` gives the portable ones.
+For many rows the codes are dequantized block by block, with the scales as they were.
+
+Few rows: 4-bit layers of float16 and float32 models round activations and scales to bf16, which is small beside the error
+of four bits; 8-bit layers come here only in bf16 models.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._common import Codes, multiply, multiply_back
+from hf_quant.packing import pack
+from hf_quant.tensor import QuantizedTensor
+
+GROUPS = (256, 128, 64, 32)  # the group sizes that the op takes
+FEW_ROWS = 64  # below this many rows the packed product is faster than dequantizing
+CHUNK = 1024  # rows packed together: the op wants them as int32
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """uint8 codes ``[N, K]`` of four bits to the op's own layout, uint8 ``[N, K / 2]``."""
+    parts = [
+        torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes[i : i + CHUNK].int(), 1)
+        for i in range(0, codes.shape[0], CHUNK)
+    ]
+    return torch.cat(parts)
+
+
+@lru_cache
+def _interleaved() -> int:
+    """How many rows the op interleaves here, found by packing rows whose codes tell the halves of a block apart."""
+    codes = (torch.arange(64)[:, None] // 32).expand(64, 32).to(torch.uint8)
+    first = _pack(codes)[:32]
+    return 32 if int(first.max()) == 0 else 64
+
+
+@lru_cache
+def _rows_at(size: int) -> Tensor:
+    """Row of each nibble (all low ones, then all high ones) in a block of ``size`` rows, as an index that sorts them."""
+    rows = torch.arange(size, dtype=torch.uint8)[:, None].expand(size, 32)
+    nibbles = [_nibbles(_pack(part.contiguous()).view(32, size // 2))[0] for part in (rows & 15, rows >> 4)]
+    return torch.argsort(nibbles[0].int() + 16 * nibbles[1].int())
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    return torch.cat([packed & 15, packed >> 4], -1)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    """Inverse of `_pack` for whole blocks, or for the last rows of a matrix."""
+    n, k = packed.shape[0], packed.shape[1] * 2
+    size = _interleaved()
+    whole = n // size * size
+    parts = [_unpack_blocks(packed[:whole], size, k)] if whole else []
+    if n > whole:
+        parts.append(_unpack_blocks(packed[whole:], n - whole, k))
+    return torch.cat(parts)
+
+
+def _unpack_blocks(packed: Tensor, size: int, k: int) -> Tensor:
+    nibbles = _nibbles(packed.reshape(-1, k, size // 2))  # [blocks, K, size]
+    order = _rows_at(size)
+    if not torch.equal(order, torch.arange(size)):
+        nibbles = nibbles[..., order]
+    return nibbles.transpose(1, 2).reshape(-1, k)
+
+
+def _codes(planes: Tensor) -> Codes:
+    """Rows of the codes out of ``planes [P, N, K / 2]``."""
+    if planes.shape[0] == 1:
+        return lambda i, j: _unpack(planes[0, i:j])
+    return lambda i, j: _unpack(planes[0, i:j]) << 4 | _unpack(planes[1, i:j])
+
+
+@torch.library.custom_op("hf_quant::cpu_int4_linear", mutates_args=())
+def cpu_int4_linear(
+    x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
+) -> Tensor:
+    """``x [M, K]`` times the packed codes: ``[M, N]``.
+
+    Args:
+        x: ``[M, K]``.
+        planes: uint8 ``[P, N, K / 2]`` in the op's layout; P is 1 for four bits, 2 for eight (high, low).
+        scale_and_zero: bf16 ``[P, K / group_size, N, 2]``.
+        scale: ``[N, G]``, as stored.
+        zero: uint8 ``[N, G]``, or None.
+        group_size: That of ``scale_and_zero``.
+    """
+    bits = 4 * planes.shape[0]
+    if x.shape[0] >= FEW_ROWS:
+        return multiply(x, _codes(planes), scale, zero, 1 << (bits - 1), step=64)
+    few = x.to(torch.bfloat16).contiguous()
+    made = [
+        torch.ops.aten._weight_int4pack_mm_for_cpu(few, plane, group_size, params)
+        for plane, params in zip(planes.unbind(), scale_and_zero.unbind(), strict=True)
+    ]
+    y = made[0] if len(made) == 1 else made[0].float() + made[1].float()
+    return y.to(x.dtype)
+
+
+@torch.library.custom_op("hf_quant::cpu_int4_linear_backward", mutates_args=())
+def cpu_int4_linear_backward(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """``grad [M, N]`` times W: ``[M, K]``."""
+    fixed = 1 << (4 * planes.shape[0] - 1)
+    return multiply_back(grad, _codes(planes), scale, zero, fixed, planes.shape[2] * 2, step=64)
+
+
+@cpu_int4_linear.register_fake
+def _(
+    x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
+) -> Tensor:
+    return x.new_empty(x.shape[0], planes.shape[1])
+
+
+@cpu_int4_linear_backward.register_fake
+def _(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    return grad.new_empty(grad.shape[0], planes.shape[2] * 2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, planes, _, scale, zero, _ = inputs
+    ctx.save_for_backward(planes, scale, zero)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return cpu_int4_linear_backward(grad, *ctx.saved_tensors), None, None, None, None, None
+
+
+cpu_int4_linear.register_autograd(_backward, setup_context=_save)
+
+
+def _group_size(spec: LinearSpec) -> int | None:
+    """The largest group size the op takes that divides the layer's."""
+    own = spec.in_features // spec.scheme.groups(spec.in_features)
+    return next((size for size in GROUPS if own % size == 0), None)
+
+
+class CpuInt4:
+    """4 bits, and 8 bits symmetric in bf16 models."""
+
+    priority: ClassVar[int] = 30
+    repacks: ClassVar[bool] = True
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        scheme = spec.scheme
+        if spec.device != "cpu":
+            return f"needs a CPU, got {spec.device}"
+        if scheme.bits not in (4, 8):
+            return f"no packed product for {scheme.bits} bits"
+        if scheme.bits == 8 and not (scheme.symmetric and spec.dtype is torch.bfloat16):
+            return "8 bits only symmetric and in bf16: the op's scales and zero points are bf16"
+        if spec.out_features % 16:
+            return f"out_features {spec.out_features} is not a multiple of 16"
+        if _group_size(spec) is None:
+            return f"group size {scheme.group_size} is not a multiple of 32"
+        return None
+
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+        size = _group_size(spec)
+        assert size is not None
+        codes = weight.codes()
+        planes = [codes] if spec.scheme.bits == 4 else [codes >> 4, codes & 15]
+        repeat = spec.in_features // weight.scale.shape[1] // size
+        scale = weight.scale.repeat_interleave(repeat, 1).T.float()  # [K / size, N]
+        if spec.scheme.bits == 4:
+            zero = weight.zeros().repeat_interleave(repeat, 1).T.float()
+            params = [torch.stack([scale, (8 - zero) * scale], -1)]
+        else:  # (16 high + low - 128) scale = (high - 8) 16 scale + ((low - 8) scale + 8 scale)
+            params = [torch.stack([16 * scale, 0 * scale], -1), torch.stack([scale, 8 * scale], -1)]
+        packed = torch.stack([_pack(plane) for plane in planes])
+        made = (packed, torch.stack(params).to(torch.bfloat16).contiguous(), weight.scale)
+        return made if weight.zero_point is None else (*made, weight.zero_point)
+
+    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        codes = _codes(prepared[0])
+        rows = [codes(i, min(i + CHUNK, spec.out_features)) for i in range(0, spec.out_features, CHUNK)]
+        return torch.cat([pack(part, spec.scheme.bits) for part in rows])
+
+    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        planes, params, scale = prepared[:3]
+        zero = prepared[3] if len(prepared) == 4 else None
+        size = spec.in_features // params.shape[1]
+        y = cpu_int4_linear(x.reshape(-1, spec.in_features), planes, params, scale, zero, size)
+        return y.reshape(*x.shape[:-1], spec.out_features)
+
+
+BACKEND = CpuInt4

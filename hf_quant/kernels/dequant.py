@@ -1,0 +1,78 @@
+"""Every scheme on every device: dequantize some rows, multiply, go on to the next rows."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._common import Codes, multiply, multiply_back
+from hf_quant.packing import unpack
+from hf_quant.tensor import QuantizedTensor
+
+
+def _codes(qweight: Tensor, bits: int) -> Codes:
+    return lambda i, j: unpack(qweight[i:j], bits)
+
+
+@torch.library.custom_op("hf_quant::dequant_linear", mutates_args=())
+def dequant_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """``x [M, K]`` times the portable codes ``[N, K / 8 * bits]``: ``[M, N]``."""
+    return multiply(x, _codes(qweight, bits), scale, zero, 1 << (bits - 1))
+
+
+@torch.library.custom_op("hf_quant::dequant_linear_backward", mutates_args=())
+def dequant_linear_backward(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """``grad [M, N]`` times W: ``[M, K]``."""
+    k = qweight.shape[1] * 8 // bits
+    return multiply_back(grad, _codes(qweight, bits), scale, zero, 1 << (bits - 1), k)
+
+
+@dequant_linear.register_fake
+def _(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    return x.new_empty(x.shape[0], qweight.shape[0])
+
+
+@dequant_linear_backward.register_fake
+def _(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], qweight.shape[1] * 8 // bits)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, qweight, scale, zero, ctx.bits = inputs
+    ctx.save_for_backward(qweight, scale, zero)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    return dequant_linear_backward(grad, *ctx.saved_tensors, ctx.bits), None, None, None, None
+
+
+dequant_linear.register_autograd(_backward, setup_context=_save)
+
+
+class Dequant:
+    """The fall-back that refuses nothing."""
+
+    priority: ClassVar[int] = 10
+    repacks: ClassVar[bool] = False
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        return None
+
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+        parts = (weight.qweight, weight.scale, weight.zero_point)
+        return tuple(part for part in parts if part is not None)
+
+    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        return prepared[0]
+
+    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        zero = prepared[2] if len(prepared) == 3 else None
+        rows = x.reshape(-1, spec.in_features)
+        y = dequant_linear(rows, prepared[0], prepared[1], zero, spec.scheme.bits)
+        return y.reshape(*x.shape[:-1], spec.out_features)
+
+
+BACKEND = Dequant

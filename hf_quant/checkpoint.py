@@ -201,12 +201,9 @@ def _inside(folder: Path, name: str) -> Path:
     There ``snapshots/<revision>/<name>`` points to ``blobs/<hash>`` beside ``snapshots``.
     """
     path = folder / name
-    target = Path(os.path.realpath(path))
-    allowed = target.is_relative_to(os.path.realpath(folder))
-    for above in folder.absolute().parents:
-        if above.name == "snapshots":
-            allowed = allowed or target.parent == Path(os.path.realpath(above.parent / "blobs"))
-    if not allowed:
+    home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    blobs = {above.parent / "blobs" for above in home.parents if above.name == "snapshots"}
+    if not target.is_relative_to(home) and target.parent not in blobs:
         raise CheckpointError(f"{name}: points outside the checkpoint folder")
     return path
 

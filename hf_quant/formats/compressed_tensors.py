@@ -52,7 +52,8 @@ class CompressedTensors:
         if tensor.zero_point is not None:
             padded = F.pad(tensor.zero_point.T, (0, -n % 32))  # [G, N], whole words
             words = pack(padded, bits).view(torch.int32)[:, : -(-n * bits // 32)]
-            made["weight_zero_point"] = words.T.contiguous()
+            # .contiguous() would leave an axis of one with a stride that no view as bytes allows
+            made["weight_zero_point"] = words.T.clone(memory_format=torch.contiguous_format)
         return made
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
@@ -116,7 +117,8 @@ def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore
     for name, scheme in overrides.items():
         if scheme != default:
             named.setdefault(scheme, []).append(_target(name))
-    groups = [*named.items(), (default, ["Linear"])]  # names first: readers take the first target that matches
+    # a name counts before a class wherever it stands; some of transformers looks at the first group only
+    groups = [(default, ["Linear"]), *named.items()]
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",

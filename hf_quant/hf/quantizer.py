@@ -245,10 +245,8 @@ def _as_float(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None) -
         return nn.Embedding(n, k, module.padding_idx, _weight=weight, _freeze=True)
     made: nn.Module
     with torch.device("meta"):
-        if module.conv1d:
-            made = Conv1D(n, k)  # type: ignore[no-untyped-call]
-        else:
-            made = nn.Linear(k, n, bias=module.bias is not None)
+        conv1d: Any = Conv1D  # transformers leaves its __init__ untyped
+        made = conv1d(n, k) if module.conv1d else nn.Linear(k, n, bias=module.bias is not None)
     made.weight = frozen(weight.T.contiguous() if module.conv1d else weight)
     if module.bias is not None:
         made.bias = frozen(module.bias.to(weight.dtype))

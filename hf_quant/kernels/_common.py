@@ -43,9 +43,7 @@ def _blocks(
         yield i, j, w.flatten(-2)
 
 
-def multiply(
-    x: Tensor, codes: Codes, scale: Tensor, zero: Tensor | None, fixed: int, step: int = 1
-) -> Tensor:
+def multiply(x: Tensor, codes: Codes, scale: Tensor, zero: Tensor | None, fixed: int, step: int = 1) -> Tensor:
     """``x [M, K] @ W.T``, in the dtype of ``x``; W never exists whole.
 
     Args:

@@ -76,7 +76,12 @@ def test_the_hook_imports_neither_torch_nor_transformers(site: str) -> None:
 
 @pytest.mark.parametrize(
     "first",
-    ["import torch", "import transformers.quantizers.auto", "import transformers.modeling_utils", "import transformers"],
+    [
+        "import torch",
+        "import transformers.quantizers.auto",
+        "import transformers.modeling_utils",
+        "import transformers",
+    ],
 )
 def test_registers_whatever_is_imported_first(site: str, first: str) -> None:
     assert python(site, first + PROXIED, HF_QUANT_DEBUG="1").split() == ["_Proxy", "_Proxy", "hf_quant._autoload"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hf_quant.checkpoint import INDEX, WEIGHTS, Checkpoint, TensorInfo, read_header, staged, write_json
@@ -69,7 +69,7 @@ def test_the_hugging_face_cache(below: str, tmp_path: Path) -> None:
     for made in (Checkpoint.open(folder), Checkpoint.of_files([folder / ONE, folder / TWO])):
         assert torch.equal(made.read("w"), torch.ones(2, 3))
     (tmp_path / "linked").symlink_to(folder)
-    assert set(Checkpoint.open(tmp_path / "linked").tensors) == {"w", "v"} or below
+    assert set(Checkpoint.open(tmp_path / "linked").tensors) == {"w", "v"}
     (folder / ONE).unlink()
     (folder / ONE).symlink_to("/etc/hostname")
     with pytest.raises(CheckpointError, match=f"{ONE}: points outside"):
@@ -178,7 +178,6 @@ def test_sound_files_of_the_library_are_accepted(tmp_path: Path) -> None:
         assert {name: info.is_float for name, info in found.items()} == {
             n: t.is_floating_point() for n, t in tensors.items()
         }
-    assert issubclass(SafetensorError, Exception)
 
 
 # -- writing ------------------------------------------------------------------------------------------------------
@@ -257,7 +256,8 @@ def test_staged_puts_the_old_back_if_the_last_step_fails(tmp_path: Path, monkeyp
 
 
 def test_everything_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, log = tmp_path / "out", []
+    out = tmp_path / "out"
+    log: list[int | str] = []
     fsync, rename = os.fsync, Path.rename
 
     def noted(handle: int) -> None:

@@ -130,7 +130,10 @@ FOLDERS: dict[str, tuple[dict[str, Any], str]] = {
     "width true": ({"config.json": {"n_embd": True}, WEIGHTS: raw(GOOD)}, "n_embd"),
     "vocabulary of 2**40": ({"config.json": {"vocab_size": 2**40}, WEIGHTS: raw(GOOD)}, "vocab_size"),
     "no heads": ({"config.json": {"num_attention_heads": 0}, WEIGHTS: raw(GOOD)}, "num_attention_heads"),
-    "one layer too wide": ({"config.json": {"intermediate_size": [8, 2**40]}, WEIGHTS: raw(GOOD)}, "intermediate_size"),
+    "one layer too wide": (
+        {"config.json": {"intermediate_size": [8, 2**40]}, WEIGHTS: raw(GOOD)},
+        "intermediate_size",
+    ),
     "inner config": ({"config.json": {"text_config": {"hidden_size": 0}}, WEIGHTS: raw(GOOD)}, "text_config.hidden"),
     "quantization_config": ({"config.json": {"quantization_config": [1]}, WEIGHTS: raw(GOOD)}, "quantization_config"),
     "no weights": ({}, "neither"),
@@ -193,10 +196,10 @@ def test_files_that_an_index_led_out_of_the_folder(outside: str, tmp_path: Path)
     outside = outside.format(tmp=tmp_path)
     folder = folder_of(tmp_path, {INDEX: index(w=ONE, v=outside), ONE: shard("w")})
     for names in ([ONE, outside], [outside, ONE]):
-        with pytest.raises(CheckpointError, match="secret.safetensors"):
+        with pytest.raises(CheckpointError, match=r"secret\.safetensors"):
             Checkpoint.of_files([Path(os.path.join(folder, name)) for name in names])  # noqa: PTH118
     if outside.startswith(".."):
-        with pytest.raises(CheckpointError, match="secret.safetensors"):
+        with pytest.raises(CheckpointError, match=r"secret\.safetensors"):
             Checkpoint.of_files([Path(os.path.join(folder, outside))])  # noqa: PTH118
 
 
@@ -350,5 +353,5 @@ def test_quantization_config(case: str) -> None:
 def test_the_same_target_in_two_groups() -> None:
     one = config()["config_groups"]["group_0"]
     other = one | {"weights": one["weights"] | {"num_bits": 8}}
-    with pytest.raises(FormatError, match="targets.*Linear"):
+    with pytest.raises(FormatError, match=r"targets.*Linear"):
         plan_of(config(config_groups={"a": one, "b": other}))

@@ -1,0 +1,85 @@
+"""Run by test_triton.py: compile the kernel for GPUs that are not here and look at the machine code.
+
+sys.argv[1] names the target. Prints one JSON object per configuration.
+"""
+
+import collections
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hf_quant.kernels.triton_wna16 import FEW, MANY, STAGES, WARPS, wna16_kernel
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def compiled(target, dtype, bits, has_zero, blocks):
+    types = {"x_ptr": f"*{dtype}", "q_ptr": "*i32", "scale_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+    types |= dict.fromkeys(("M", "N", "K", "WORDS", "G", "GROUP"), "i32")
+    consts = {"BITS": bits, "HAS_ZERO": has_zero}
+    consts |= dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
+    if has_zero:
+        types["zero_ptr"] = "*u8"
+    else:
+        consts["zero_ptr"] = None
+    names = wna16_kernel.arg_names
+    at = {name: (i,) for i, name in enumerate(names)}
+    source = ASTSource(
+        fn=wna16_kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={at[name]: value for name, value in consts.items()},
+        attrs={at[name]: [["tt.divisibility", 16]] for name in types if name not in ("M", "N", "WORDS", "G", "GROUP")},
+    )
+    options = {"num_warps": WARPS, "num_stages": STAGES if target.backend == "cuda" else 2, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
+
+
+def facts(kernel, target):
+    if target.backend == "hip":
+        asm = kernel.asm["amdgcn"]
+        return {
+            "registers": int(re.search(r"\.vgpr_count:\s*(\d+)", asm)[1]),
+            "spills": int(re.search(r"\.vgpr_spill_count:\s*(\d+)", asm)[1]),
+            "mma": len(re.findall(r"\bv_mfma", asm)),
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        run = {"capture_output": True, "text": True, "check": True}
+        usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", file.name], **run).stdout
+        sass = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], **run).stdout
+    ops = collections.Counter(re.findall(r"/\*[0-9a-f]{4,6}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass))
+    count = lambda pattern: sum(c for op, c in ops.items() if re.match(pattern, op))  # noqa: E731
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": count(r"LDL|STL"),
+        "mma": count(r"HMMA|HGMMA|UTC\w*MMA"),
+    }
+
+
+name = sys.argv[1]
+for dtype, bits, has_zero, blocks in (
+    ("bf16", 4, False, FEW),
+    ("bf16", 4, True, MANY),
+    ("fp16", 4, True, FEW),
+    ("bf16", 3, True, FEW),
+    ("bf16", 3, False, MANY),
+    ("bf16", 2, False, FEW),
+    ("bf16", 8, True, MANY),
+):
+    kernel = compiled(TARGETS[name], dtype, bits, has_zero, blocks)
+    row = {"target": name, "dtype": dtype, "bits": bits, "has_zero": has_zero, "blocks": blocks}
+    sys.stdout.write(json.dumps(row | facts(kernel, TARGETS[name])) + "\n")

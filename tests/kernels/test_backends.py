@@ -1,0 +1,138 @@
+"""Every backend against float64, on every layer it says it can run."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_quant import _plugins
+from hf_quant.errors import HfQuantError
+from hf_quant.kernels import LinearBackend, LinearSpec, select
+from hf_quant.kernels.cpu_int4 import cpu_int4_linear
+from hf_quant.kernels.dequant import dequant_linear
+from hf_quant.methods import method
+from hf_quant.scheme import BITS, QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = _plugins.names("kernels")
+DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+@pytest.fixture
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory a kernel forgets to write is NaN."""
+    plain, own = torch.empty, torch.Tensor.new_empty
+
+    def poison(make: Any) -> Any:
+        def made(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = make(*args, **kwargs)
+            return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poison(plain))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poison(own))
+
+
+def layer(n: int, k: int, scheme: QuantScheme, dtype: torch.dtype) -> tuple[QuantizedTensor, LinearSpec]:
+    weight = method("rtn", steps=0).quantize(torch.randn(n, k), scheme, dtype)
+    moved = QuantizedTensor(
+        weight.qweight.to(DEVICE),
+        weight.scale.to(DEVICE),
+        None if weight.zero_point is None else weight.zero_point.to(DEVICE),
+        scheme,
+    )
+    return moved, LinearSpec(scheme, n, k, dtype, DEVICE)
+
+
+def backend_for(name: str, spec: LinearSpec) -> LinearBackend:
+    backend: LinearBackend = _plugins.load("kernels", name).BACKEND()
+    assert isinstance(backend, LinearBackend)
+    if reason := backend.why_not(spec):
+        pytest.skip(reason)
+    return backend
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize(
+    ("n", "k", "group"), [(48, 256, 128), (112, 96, 32), (33, 160, 16), (5, 32, -1), (64, 160, -1), (336, 64, 64)]
+)
+def test_equals_float64(name: str, bits: int, symmetric: bool, dtype: torch.dtype, n: int, k: int, group: int) -> None:
+    weight, spec = layer(n, k, QuantScheme(bits, group, symmetric), dtype)
+    backend = backend_for(name, spec)
+    prepared = backend.prepare(weight, spec)
+    exact = weight.dequantize(torch.float64)
+    tolerance = max(DTYPES[dtype], 1e-2 if name == "cpu_int4" else 0)  # few rows are rounded to bf16 there
+    for m in (0, 1, 3, 17, 70):
+        x = torch.randn(2, m, k, device=DEVICE).to(dtype)
+        got = backend.linear(x, prepared, spec)
+        assert got.shape == (2, m, n) and got.dtype == dtype
+        expected = x.double() @ exact.T
+        if m:
+            assert (got.double() - expected).norm() / expected.norm() < tolerance, m
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [16, 48, 64, 80, 112, 128, 336, 1040])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_restore_inverts_prepare(name: str, n: int, bits: int) -> None:
+    weight, spec = layer(n, 64, QuantScheme(bits, 32), torch.bfloat16)
+    backend = backend_for(name, spec)
+    assert torch.equal(backend.restore(backend.prepare(weight, spec), spec), weight.qweight)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scheme", ["W4A16-g32-asym", "W8A16-g32", "W3A16-g-1"])
+@pytest.mark.parametrize("m", [3, 70])
+def test_gradient(name: str, scheme: str, m: int) -> None:
+    weight, spec = layer(48, 96, QuantScheme.parse(scheme), torch.float32)
+    backend = backend_for(name, spec)
+    x = torch.randn(m, 96, device=DEVICE, requires_grad=True)
+    grad = torch.randn(m, 48, device=DEVICE)
+    backend.linear(x, backend.prepare(weight, spec), spec).backward(grad)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, grad @ weight.dequantize(), rtol=1e-4, atol=1e-4)
+
+
+def test_ops_are_well_formed() -> None:
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    for symmetric in (True, False):
+        weight, spec = layer(48, 64, QuantScheme(4, 32, symmetric), torch.float32)
+        x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
+        args = (x, weight.qweight, weight.scale, weight.zero_point, 4)
+        torch.library.opcheck(dequant_linear, args, test_utils=tests)
+        backend = _plugins.load("kernels", "cpu_int4").BACKEND()
+        if backend.why_not(spec) is None:
+            planes, params, scale, *zero = backend.prepare(weight, spec)
+            args = (x, planes, params, scale, zero[0] if zero else None, 32)
+            torch.library.opcheck(cpu_int4_linear, args, test_utils=tests, atol=0.3, rtol=0.1)
+
+
+def test_select_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = LinearSpec(QuantScheme(4, 32), 64, 64, torch.bfloat16, "cpu")
+    assert select(spec).repacks
+    assert not select(spec, repacking=False).repacks
+    monkeypatch.setenv("HF_QUANT_BACKEND", "reference")
+    assert type(select(spec)).__name__ == "Reference"
+    monkeypatch.setenv("HF_QUANT_BACKEND", "cpu_int4")
+    with pytest.raises(HfQuantError, match="cpu_int4: no packed product for 3 bits"):
+        select(LinearSpec(QuantScheme(3, 32), 64, 64, torch.bfloat16, "cpu"))
+    monkeypatch.setenv("HF_QUANT_BACKEND", "cublas")
+    with pytest.raises(HfQuantError, match="cublas"):
+        select(spec)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+def test_no_scheme_is_refused_on_a_cpu(bits: int, dtype: torch.dtype) -> None:
+    for group in (16, 32, -1):
+        for symmetric in (True, False):
+            for n in (5, 64):
+                chosen = select(LinearSpec(QuantScheme(bits, group, symmetric), n, 96, dtype, "cpu"))
+                assert type(chosen).__name__ != "Reference"

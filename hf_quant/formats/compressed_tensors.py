@@ -111,7 +111,7 @@ def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore
         ignore: Names or globs of the linear layers left in floating point.
 
     Raises:
-        FormatError: A scheme or a glob cannot be said in this vocabulary.
+        FormatError: A glob cannot be said in this vocabulary.
     """
     named: dict[QuantScheme, list[str]] = {}
     for name, scheme in overrides.items():
@@ -130,7 +130,6 @@ def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore
 
 
 def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
-    _check_bits(scheme)
     whole_row = scheme.group_size == -1
     weights = {
         "num_bits": scheme.bits,

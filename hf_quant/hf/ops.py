@@ -6,7 +6,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,10 +20,14 @@ from hf_quant.nn._weight import frozen
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
-if TYPE_CHECKING:
-    from hf_quant.hf.quantizer import HfQuantQuantizer
-
 _NATIVE = format_named("native")
+
+
+class Quantizer(Protocol):
+    """What the operations need of the quantizer."""
+
+    failure: HfQuantError | None
+    quantization_config: Any
 
 
 class Apart(list[list[Tensor]]):
@@ -55,7 +59,7 @@ class KeepApart(ConversionOps):
 class QuantizeOnLoad(ConversionOps):
     """A float weight becomes codes, scales and zero points; one expert of a stack after the other."""
 
-    def __init__(self, quantizer: HfQuantQuantizer) -> None:
+    def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
 
     @torch.no_grad()
@@ -140,12 +144,12 @@ def give_back_memory() -> None:
 class ReadCompressed(ConversionOps):
     """The tensors of one compressed-tensors layer become those of a `QuantLinear`, bit for bit."""
 
-    def __init__(self, quantizer: HfQuantQuantizer) -> None:
+    def __init__(self, quantizer: Quantizer) -> None:
         self.hf_quantizer = quantizer  # by this name transformers knows to hand the tensors over in their own dtype
         self.format = format_named("compressed_tensors")
 
     @classmethod
-    def converter(cls, quantizer: HfQuantQuantizer) -> WeightConverter:
+    def converter(cls, quantizer: Quantizer) -> WeightConverter:
         """For every layer that has such tensors."""
         op = cls(quantizer)
         return WeightConverter(list(op.format.suffixes), "weight", [op])

@@ -1,0 +1,54 @@
+"""The command ``hf-quant``: one file a command. Results go to stdout, everything else to stderr.
+
+Exit codes: 0 ok, 1 error, 2 wrong usage, 3 a quality gate was missed, 130 interrupted. HF_QUANT_DEBUG=1 shows tracebacks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from hf_quant import __version__, _plugins
+from hf_quant.errors import HfQuantError, PlanError, SchemeError
+
+
+class _Commands(click.Group):
+    """Imports a command when it is asked for: ``--help`` needs no torch."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return _plugins.names("cli")
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _plugins.names("cli"):
+            return None
+        command: click.Command = _plugins.load("cli", cmd_name).COMMAND
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except (SchemeError, PlanError) as error:
+            _report(error, 2)
+        except (HfQuantError, OSError, ValueError) as error:
+            _report(error, 1)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+def _report(error: Exception, code: int) -> None:
+    if os.environ.get("HF_QUANT_DEBUG") == "1":
+        traceback.print_exc()
+    click.echo(f"Error: {error}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hf-quant")
+def main() -> None:
+    """Make a Hugging Face model several times smaller, and measure what that cost."""

@@ -305,8 +305,9 @@ def _sizes(model: Any, found: dict[str, Candidate], draft: _Draft, tied: bool) -
     """Parameters, those quantized, bytes before, bytes after; tied parameters are counted once."""
     before = {id(p): p for p in model.parameters()}
     ties = getattr(model, "all_tied_weights_keys", None) or {}
-    for target in ties:  # on the meta device tied parameters are still two objects
-        before.pop(id(model.get_parameter(target)), None)
+    for target, source in ties.items():  # while loading, tied parameters are still two objects
+        if model.get_parameter(target) is not model.get_parameter(source):
+            before.pop(id(model.get_parameter(target)), None)
     bytes_float = sum(p.numel() * p.element_size() for p in before.values())
     bytes_quantized, params_quantized = bytes_float, 0
     native = format_named("native")

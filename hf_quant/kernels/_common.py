@@ -15,7 +15,7 @@ Codes = Callable[[int, int], Tensor]  # rows from, to (exclusive) -> uint8 [rows
 
 
 @lru_cache
-def _cpu_multiplies_bf16() -> bool:
+def cpu_multiplies_bf16() -> bool:
     """Whether bf16 products are instructions here; without them float32 is two to four times faster."""
     probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
@@ -26,7 +26,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype to multiply ``x`` in."""
     if x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
         return x.dtype
-    return torch.bfloat16 if x.dtype is torch.bfloat16 and _cpu_multiplies_bf16() else torch.float32
+    return torch.bfloat16 if x.dtype is torch.bfloat16 and cpu_multiplies_bf16() else torch.float32
 
 
 def _blocks(

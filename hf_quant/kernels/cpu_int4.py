@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._common import Codes, multiply, multiply_back
+from hf_quant.kernels._common import Codes, cpu_multiplies_bf16, multiply, multiply_back
 from hf_quant.packing import pack
 from hf_quant.tensor import QuantizedTensor
 
 GROUPS = (256, 128, 64, 32)  # the group sizes that the op takes
-FEW_ROWS = 64  # below this many rows the packed product is faster than dequantizing
 CHUNK = 1024  # rows packed together: the op wants them as int32
 
 
@@ -34,6 +33,11 @@ def _pack(codes: Tensor) -> Tensor:
         for i in range(0, codes.shape[0], CHUNK)
     ]
     return torch.cat(parts)
+
+
+def _few_rows(bits: int) -> int:
+    """Below this many rows the packed product is faster than dequantizing (``benchmarks/cpu_linear.py``)."""
+    return 192 if bits == 4 and not cpu_multiplies_bf16() else 64
 
 
 @lru_cache
@@ -97,7 +101,7 @@ def cpu_int4_linear(
         group_size: That of ``scale_and_zero``.
     """
     bits = 4 * planes.shape[0]
-    if x.shape[0] >= FEW_ROWS:
+    if x.shape[0] >= _few_rows(bits):
         return multiply(x, _codes(planes), scale, zero, 1 << (bits - 1), step=64)
     few = x.to(torch.bfloat16).contiguous()
     made = [

@@ -109,8 +109,11 @@ class QuantLinear(nn.Linear):
             destination[prefix + "weight"] = _NATIVE.write(self.quantized_weight())["weight"]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        chosen = self._backend is not None
         self._unpack()
         super()._load_from_state_dict(*args, **kwargs)
+        if chosen:  # PEFT loads adapters through here too
+            self.choose_kernel()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"

@@ -38,7 +38,7 @@ def test_one_copy_of_the_codes_and_a_portable_state_dict(slug: str) -> None:
     fresh.choose_kernel()
     assert torch.equal(fresh(x), made(x))
     made.load_state_dict(state)  # into a layer whose kernel was chosen
-    torch.testing.assert_close(fresh(x), made(x), rtol=2e-2, atol=2e-2)
+    assert torch.equal(fresh(x), made(x)) and type(fresh._backend) is type(made._backend)
 
 
 def test_copies_and_casts() -> None:

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-SCHEMES = ("W8A16-g64", "W4A16-g64", "W4A16-g64-asym", "W3A16-g64", "W2A16-g64")
+SCHEMES = ("W8A16-g64", "W4A16-g64", "W3A16-g64-asym")
 LIMIT = 60
 
 

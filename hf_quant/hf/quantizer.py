@@ -180,6 +180,7 @@ class HfQuantQuantizer(HfQuantizer):
         if isinstance(module, QuantLinear):
             module.keeps_layout = dispatched and hasattr(module, "_hf_hook")
             module.choose_kernel()
+            give_back_memory()
 
     def _check_values(self, model: Any, dispatched: bool) -> None:
         """Every floating-point parameter is finite, and (in a quantized checkpoint) came from the checkpoint."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -27,6 +28,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if x.device.type != "cpu" or x.dtype not in (torch.float16, torch.bfloat16):
         return x.dtype
     return torch.bfloat16 if x.dtype is torch.bfloat16 and cpu_multiplies_bf16() else torch.float32
+
+
+def _as_asked(device: str) -> AbstractContextManager[object]:
+    """Keeps autocast, which reaches into custom ops, from rounding what `compute_dtype` chose to bf16."""
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _blocks(
@@ -56,17 +63,20 @@ def multiply(x: Tensor, codes: Codes, scale: Tensor, zero: Tensor | None, fixed:
     """
     dtype = compute_dtype(x)
     wide, y = x.to(dtype), x.new_empty(x.shape[0], scale.shape[0])
-    for i, j, w in _blocks(codes, scale, zero, fixed, x.shape[1], dtype, step):
-        y[:, i:j] = F.linear(wide, w)
+    with _as_asked(x.device.type):
+        for i, j, w in _blocks(codes, scale, zero, fixed, x.shape[1], dtype, step):
+            y[:, i:j] = F.linear(wide, w)
     return y
 
 
 def multiply_back(
     grad: Tensor, codes: Codes, scale: Tensor, zero: Tensor | None, fixed: int, k: int, step: int = 1
 ) -> Tensor:
-    """``grad [M, N] @ W``: what `multiply` passes on to ``x``."""
+    """``grad [M, N] @ W``: what `multiply` passes on to ``x``; the blocks are added up in float32 at least."""
     dtype = compute_dtype(grad)
-    wide, out = grad.to(dtype), grad.new_zeros(grad.shape[0], k, dtype=dtype)
-    for i, j, w in _blocks(codes, scale, zero, fixed, k, dtype, step):
-        out += wide[:, i:j] @ w
+    total = torch.promote_types(dtype, torch.float32)  # hundreds of blocks in a language-model head
+    wide, out = grad.to(dtype), grad.new_zeros(grad.shape[0], k, dtype=total)
+    with _as_asked(grad.device.type):
+        for i, j, w in _blocks(codes, scale, zero, fixed, k, dtype, step):
+            out += wide[:, i:j] @ w
     return out.to(grad.dtype)

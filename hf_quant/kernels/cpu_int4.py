@@ -19,20 +19,27 @@ from torch import Tensor
 
 from hf_quant.kernels import LinearSpec
 from hf_quant.kernels._common import Codes, cpu_multiplies_bf16, multiply, multiply_back
-from hf_quant.packing import pack
+from hf_quant.packing import pack, unpack
 from hf_quant.tensor import QuantizedTensor
 
 GROUPS = (256, 128, 64, 32)  # the group sizes that the op takes
-CHUNK = 1024  # rows packed together: the op wants them as int32
+CHUNK = 256  # rows packed together: the op wants them as int32
 
 
 def _pack(codes: Tensor) -> Tensor:
-    """uint8 codes ``[N, K]`` of four bits to the op's own layout, uint8 ``[N, K / 2]``."""
-    parts = [
-        torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes[i : i + CHUNK].int(), 1)
-        for i in range(0, codes.shape[0], CHUNK)
-    ]
-    return torch.cat(parts)
+    """uint8 codes ``[N, K]`` of four bits to the op's own layout, uint8 ``[N, K / 2]``; N is a multiple of 16."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)  # type: ignore[no-any-return]
+
+
+def _planes(qweight: Tensor, bits: int) -> Tensor:
+    """Portable codes ``[N, ...]`` to ``planes [P, N, K / 2]``, some rows at a time."""
+    n, k = qweight.shape[0], qweight.shape[1] * 8 // bits
+    planes = qweight.new_empty(bits // 4, n, k // 2)
+    for i in range(0, n, CHUNK):
+        codes = unpack(qweight[i : i + CHUNK], bits)
+        for plane, part in zip(planes, (codes,) if bits == 4 else (codes >> 4, codes & 15), strict=True):
+            plane[i : i + CHUNK] = _pack(part)
+    return planes
 
 
 def _few_rows(bits: int) -> int:
@@ -159,6 +166,8 @@ class CpuInt4:
         scheme = spec.scheme
         if spec.device != "cpu":
             return f"needs a CPU, got {spec.device}"
+        if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"the op rounds to bf16, too coarse for {spec.dtype}"
         if scheme.bits not in (4, 8):
             return f"no packed product for {scheme.bits} bits"
         if scheme.bits == 8 and not (scheme.symmetric and spec.dtype is torch.bfloat16):
@@ -172,8 +181,6 @@ class CpuInt4:
     def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
         size = _group_size(spec)
         assert size is not None
-        codes = weight.codes()
-        planes = [codes] if spec.scheme.bits == 4 else [codes >> 4, codes & 15]
         repeat = spec.in_features // weight.scale.shape[1] // size
         scale = weight.scale.repeat_interleave(repeat, 1).T.float()  # [K / size, N]
         if spec.scheme.bits == 4:
@@ -181,7 +188,7 @@ class CpuInt4:
             params = [torch.stack([scale, (8 - zero) * scale], -1)]
         else:  # (16 high + low - 128) scale = (high - 8) 16 scale + ((low - 8) scale + 8 scale)
             params = [torch.stack([16 * scale, 0 * scale], -1), torch.stack([scale, 8 * scale], -1)]
-        packed = torch.stack([_pack(plane) for plane in planes])
+        packed = _planes(weight.qweight, spec.scheme.bits)
         made = (packed, torch.stack(params).to(torch.bfloat16).contiguous(), weight.scale)
         return made if weight.zero_point is None else (*made, weight.zero_point)
 

@@ -70,12 +70,13 @@ def triton_wna16(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None,
         return y
     block_m, block_n, block_k = FEW if m <= 32 else MANY
     grid = (triton.cdiv(m, block_m), triton.cdiv(n, block_n))
-    wna16_kernel[grid](
-        x, words, scale.contiguous(), zero if zero is None else zero.contiguous(), y,
-        m, n, k, words.shape[1], groups, k // groups,
-        BITS=bits, HAS_ZERO=zero is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=WARPS, num_stages=STAGES,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current GPU, which need not be the one of x
+        wna16_kernel[grid](
+            x, words, scale.contiguous(), zero if zero is None else zero.contiguous(), y,
+            m, n, k, words.shape[1], groups, k // groups,
+            BITS=bits, HAS_ZERO=zero is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
+            num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip
     return y
 
 
@@ -119,6 +120,10 @@ class TritonWNA16:
             return "triton is not installed"
         if spec.device != "cuda" and not triton.knobs.runtime.interpret:
             return f"needs a GPU, got {spec.device}"
+        if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"accumulates in float32, too coarse for {spec.dtype}"
+        if spec.dtype is torch.bfloat16 and triton.knobs.runtime.interpret:
+            return "the interpreter computes bf16 silently wrong"
         return None
 
     def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels.triton_wna16 import BACKEND
+from hf_quant.kernels.triton_wna16 import BACKEND, triton_wna16
 from hf_quant.methods import method
 from hf_quant.scheme import QuantScheme
 
@@ -40,4 +40,17 @@ for bits in (2, 3, 4, 8):
             error = (got.double() - expected).norm() / expected.norm()
             assert got.dtype == dtype and error < (2e-3 if dtype is torch.float16 else 1e-5), (spec, error)
             done += 1
+bf16 = LinearSpec(QuantScheme(4, 32), 32, 64, torch.bfloat16, "cpu")
+assert "silently wrong" in (BACKEND().why_not(bf16) or "")
+
+torch.Tensor.new_empty = original
+weight = method("rtn", steps=0).quantize(torch.randn(33, 64), QuantScheme(3, 32, False), torch.float32)
+x = torch.randn(3, 64, requires_grad=True)
+parts = (weight.qweight, weight.scale, weight.zero_point)
+checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+torch.library.opcheck(triton_wna16, (x, *parts, 3), test_utils=checks)
+grad = torch.randn(3, 33)
+triton_wna16(x, *parts, 3).backward(grad)
+torch.testing.assert_close(x.grad, grad @ weight.dequantize(), rtol=1e-4, atol=1e-4)
+assert triton_wna16(x[:0], *parts, 3).shape == (0, 33)
 sys.stdout.write(f"{done} agree")

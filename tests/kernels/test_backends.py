@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_quant import _plugins
 from hf_quant.errors import HfQuantError
-from hf_quant.kernels import LinearBackend, LinearSpec, select
+from hf_quant.kernels import LinearBackend, LinearSpec, _common, select
 from hf_quant.kernels.cpu_int4 import cpu_int4_linear
 from hf_quant.kernels.dequant import dequant_linear
 from hf_quant.methods import method
@@ -23,7 +23,7 @@ DTYPES = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 @pytest.fixture
 def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory a kernel forgets to write is NaN."""
-    plain, own = torch.empty, torch.Tensor.new_empty
+    plain, own, like = torch.empty, torch.Tensor.new_empty, torch.empty_like
 
     def poison(make: Any) -> Any:
         def made(*args: Any, **kwargs: Any) -> Tensor:
@@ -34,6 +34,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "empty", poison(plain))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(own))
+    monkeypatch.setattr(torch, "empty_like", poison(like))
 
 
 def layer(n: int, k: int, scheme: QuantScheme, dtype: torch.dtype) -> tuple[QuantizedTensor, LinearSpec]:
@@ -98,6 +99,40 @@ def test_gradient(name: str, scheme: str, m: int) -> None:
     backend.linear(x, backend.prepare(weight, spec), spec).backward(grad)
     assert x.grad is not None
     torch.testing.assert_close(x.grad, grad @ weight.dequantize(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dequant", "cpu_int4"])
+@pytest.mark.parametrize("inference", [True, False])
+def test_autocast_does_not_reach_into_the_op(name: str, inference: bool) -> None:
+    weight, spec = layer(64, 96, QuantScheme(4, 32), torch.float32)
+    backend = backend_for(name, spec)
+    x = torch.randn(200, 96, device=DEVICE)
+    with torch.autocast(DEVICE, torch.bfloat16), torch.inference_mode(inference):
+        got = backend.linear(x, backend.prepare(weight, spec), spec)
+    expected = x.double() @ weight.dequantize(torch.float64).T
+    assert got.dtype is torch.float32 and (got.double() - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_does_not_lose_accuracy_with_the_number_of_blocks(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_common, "compute_dtype", lambda x: x.dtype)  # as on a GPU
+    monkeypatch.setattr(_common, "BLOCK", 1 << 12)
+    weight, spec = layer(4096, 64, QuantScheme(4, 32), dtype)
+    backend = backend_for("dequant", spec)
+    x = torch.randn(8, 64, device=DEVICE, dtype=dtype, requires_grad=True)
+    grad = torch.randn(8, 4096, device=DEVICE, dtype=dtype)
+    backend.linear(x, backend.prepare(weight, spec), spec).backward(grad)
+    assert x.grad is not None
+    expected = grad.double() @ weight.dequantize(torch.float64)
+    tolerance = 4e-3 if dtype is torch.bfloat16 else 5e-4
+    assert (x.grad.double() - expected).norm() / expected.norm() < tolerance
+
+
+def test_float64_layers_are_computed_in_float64() -> None:
+    chosen = select(LinearSpec(QuantScheme(4, 32), 64, 64, torch.float64, DEVICE))
+    assert type(chosen).__name__ == "Dequant"
 
 
 def test_ops_are_well_formed() -> None:

@@ -28,7 +28,7 @@ CHUNK = 256  # rows packed together: the op wants them as int32
 
 def _pack(codes: Tensor) -> Tensor:
     """uint8 codes ``[N, K]`` of four bits to the op's own layout, uint8 ``[N, K / 2]``; N is a multiple of 16."""
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)  # type: ignore[no-any-return]
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
 
 
 def _planes(qweight: Tensor, bits: int) -> Tensor:

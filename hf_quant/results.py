@@ -1,39 +1,70 @@
-"""What was measured, as plain records: a card needs no torch to read them."""
+"""What was measured, as plain records: a card needs no torch to read them. `results.schema.json` documents the JSON."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
-    """A model beside its base, on the same tokens.
+class Estimate:
+    """One number with its uncertainty.
 
     Attributes:
-        tokens: Predictions measured.
-        documents: Documents of the text they come from.
-        context: Tokens in a window.
-        text_sha256: Of the token ids.
-        perplexity: Of the model.
-        base_perplexity: Of the base.
-        kl_mean: KL divergence of the model from the base, nats per token.
-        kl_median: Likewise, the median.
-        kl_p99: Likewise, the 99th percentile.
-        top1: Share of predictions whose likeliest token is the same, 0 to 1.
+        value: Over all tokens measured.
+        low: Lower end of the 95 % bootstrap interval.
+        high: Upper end.
+        noise: The same number for the base itself, run in bf16 instead of float32; None if it was not measured.
+        within_noise: Whether the interval reaches what the base's own rounding costs; None without ``noise``.
     """
 
+    value: float
+    low: float
+    high: float
+    noise: float | None = None
+    within_noise: bool | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """A model beside its base, on the same text.
+
+    Attributes:
+        kind: ``"causal"`` (next-token distributions) or ``"encoder"`` (embeddings).
+        tokens: Predictions measured; for encoders, tokens read.
+        documents: Documents of the text they come from.
+        resampled: What the bootstrap draws: ``"documents"``, or ``"windows"`` where there are too few documents.
+        context: Tokens in a window.
+        stride: Tokens from one window to the next; the overlap is read and not scored.
+        text_sha256: Of the token ids.
+        dtype: What the model computed in.
+        base_dtype: What the base computed in.
+        metrics: Name of a file in ``evaluation/metrics`` to its estimate.
+        quantiles: For example ``kl_p99``, of the values of single tokens.
+        kl_error: Three standard errors of ``metrics["kl"].value`` from sampling the tail of the base's distributions.
+    """
+
+    kind: str
     tokens: int
     documents: int
+    resampled: str
     context: int
+    stride: int
     text_sha256: str
-    perplexity: float
-    base_perplexity: float
-    kl_mean: float
-    kl_median: float
-    kl_p99: float
-    top1: float
+    dtype: str
+    base_dtype: str
+    metrics: dict[str, Estimate]
+    quantiles: dict[str, float] = field(default_factory=dict)
+    kl_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Quality:
+        """Inverse of `to_dict`."""
+        return cls(**(record | {"metrics": {name: Estimate(**e) for name, e in record["metrics"].items()}}))

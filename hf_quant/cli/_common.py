@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,9 @@ import click
 from hf_quant.errors import HfQuantError
 
 if TYPE_CHECKING:
+    from hf_quant.evaluation.gate import Budget
     from hf_quant.hf import HfQuantConfig
+    from hf_quant.results import Quality
 
 Function = Callable[..., Any]
 TEXT = "heldout.txt"  # the text a model's folder may bring along
@@ -42,6 +45,123 @@ def scheme_options(function: Function) -> Function:
     ):
         function = option(function)
     return function
+
+
+def share(value: str) -> float:
+    """A share of one: ``0.01`` or ``1%``."""
+    return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+
+
+def gate_options(function: Function) -> Function:
+    """What quantization may cost; a miss exits with 3."""
+    for option in (
+        click.option("--min-top1", type=share, help="Gate: top-1 agreement with the base, such as 95%."),
+        click.option("--max-ppl-increase", type=share, help="Gate: perplexity over the base's, such as 1%."),
+        click.option("--max-kl", type=float, help="Gate: KL divergence to the base, nats per token, such as 0.02."),
+    ):
+        function = option(function)
+    return function
+
+
+def measure_options(function: Function) -> Function:
+    """What to measure on, and how."""
+    for option in (
+        click.option("--allow-overlap", is_flag=True, help="Measure even on text that was calibrated on."),
+        click.option("--base-dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+                     show_default=True, help="What the base computes in while it is the yardstick."),
+        click.option("--max-tokens", type=int, help="Measure about that many at most."),
+        click.option("--stride", type=int, help="Tokens from one window to the next; default: the context."),
+        click.option("--context", type=int, help="Tokens in a window; default: 512, or what the model allows."),
+        click.option("--dataset", help="ID[:CONFIG][@SPLIT][#COLUMN] of a datasets set, in place of --text."),
+        click.option("--text", help="UTF-8 file to measure on; default: heldout.txt beside the model or its base."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """The `measure_options` as given."""
+
+    text: str | None
+    dataset: str | None
+    context: int | None
+    stride: int | None
+    max_tokens: int | None
+    base_dtype: str
+    allow_overlap: bool
+
+    def find(self, *folders: str) -> tuple[str, str] | None:
+        """Name and content of the text to measure on; None if none was named and none lies in ``folders``."""
+        from hf_quant.evaluation.text import read_dataset, read_text
+
+        if self.dataset is not None:
+            return self.dataset, read_dataset(self.dataset)
+        file = find_text(self.text, *folders)
+        return None if file is None else (file.name, read_text(file))
+
+    def yardstick(
+        self,
+        base: str,
+        text: str,
+        tokenizer: Any,
+        *,
+        revision: str | None,
+        device: str | None,
+        shown: bool,
+        quiet: bool,
+    ) -> Callable[[Any], Quality]:
+        """Measures models against ``base``; its outputs are computed here, unless they are cached."""
+        import torch
+        from tqdm import tqdm
+
+        from hf_quant.evaluation.yardstick import Base, yardstick
+
+        if tokenizer is None:
+            raise HfQuantError(f"{base} has no tokenizer, so nothing can be measured: --no-eval leaves it out")
+        return yardstick(
+            Base(base, revision, getattr(torch, self.base_dtype), device), tokenizer, text,
+            context=self.context, stride=self.stride, max_tokens=self.max_tokens, say=lambda line: say(line, quiet),
+            progress=lambda parts: tqdm(parts, desc="measuring", disable=not shown),
+        )  # fmt: skip
+
+
+def check_overlap(folder: str, text: str) -> None:
+    """Refuse ``text`` if the recipe in ``folder`` says that its model was calibrated on it."""
+    from hf_quant.evaluation.text import refuse_overlap
+
+    recipe = Path(folder) / "recipe.json"
+    if recipe.is_file():
+        refuse_overlap(text, (json.loads(recipe.read_text()).get("calibration") or {}).get("paragraphs", []))
+
+
+def quality_lines(quality: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A line for each measure: value, interval, noise."""
+    rows: list[tuple[str, ...]] = []
+    for name, e in quality["metrics"].items():
+        noise = "-" if e["noise"] is None else f"{e['noise']:.5g}" + (" (within)" if e["within_noise"] else "")
+        rows.append((name, f"{e['value']:.5g}", f"{e['low']:.5g} .. {e['high']:.5g}", noise))
+    rows += [(name, f"{value:.5g}", "-", "-") for name, value in quality["quantiles"].items()]
+    return rows
+
+
+QUALITY_HEAD = ("measure", "value", "95 % interval", "base in bf16")
+
+
+def gate_lines(gate: dict[str, Any], layers: Sequence[dict[str, Any]]) -> list[str]:
+    """What missed the gate, and where to look."""
+    made = [f"gate missed: {miss}" for miss in gate["misses"]]
+    if made and layers:
+        first = ", ".join(f"{each['layer']} ({each['error']:.1%})" for each in layers[:3])
+        made.append(f"layers farthest from the base's weights: {first}")
+    return made
+
+
+def budget(max_kl: float | None, max_ppl_increase: float | None, min_top1: float | None) -> Budget:
+    """The `gate_options` as one value."""
+    from hf_quant.evaluation.gate import Budget
+
+    return Budget(max_kl, max_ppl_increase, min_top1)
 
 
 def configs(

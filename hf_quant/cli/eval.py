@@ -1,58 +1,101 @@
-"""``hf-quant eval``: perplexity and KL to the base on held-out text."""
+"""``hf-quant eval``: what a model lost beside the one it was made from."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from hf_quant.cli._common import bars, emit, find_text, output_options, say, table
+from hf_quant.cli._common import (
+    QUALITY_HEAD,
+    Measuring,
+    bars,
+    budget,
+    check_overlap,
+    emit,
+    gate_lines,
+    gate_options,
+    measure_options,
+    output_options,
+    quality_lines,
+    say,
+    table,
+)
 from hf_quant.errors import HfQuantError
 
 
 @click.command()
 @click.argument("model")
 @click.option("--base", help="The model it was made from; default: the one its recipe.json names.")
-@click.option("--text", help="UTF-8 file; default: heldout.txt beside the model or the base.")
-@click.option("--context", default=512, show_default=True, help="Tokens in a window.")
-@click.option("--max-tokens", type=int, help="Measure about that many at most.")
+@click.option("--device", help="Where to run both: cpu, cuda, auto, ...")
+@click.option("--tasks", help="Tasks of lm-evaluation-harness too, separated by commas.")
+@measure_options
+@gate_options
 @output_options
 def command(
-    model: str, base: str | None, text: str | None, context: int, max_tokens: int | None, as_json: bool, quiet: bool
-) -> None:
-    """Measure MODEL against the model it was made from."""
+    model: str, base: str | None, device: str | None, tasks: str | None, as_json: bool, quiet: bool,
+    max_kl: float | None, max_ppl_increase: float | None, min_top1: float | None, **how: Any,
+) -> None:  # fmt: skip
+    """Measure MODEL against the model it was made from: KL divergence, perplexity, top-1 agreement."""
     from transformers import AutoTokenizer
 
     from hf_quant import load
-    from hf_quant.checkpoint import Checkpoint, write_json
-    from hf_quant.evaluation import evaluate, read_text
+    from hf_quant.checkpoint import Checkpoint
+    from hf_quant.evaluation.layers import layer_errors
+    from hf_quant.evaluation.yardstick import Base
 
-    base = base or _source(model)
-    file = find_text(text, model, base)
-    if file is None:
+    base, measuring = base or _source(model), Measuring(**how)
+    found = measuring.find(model, base)
+    if found is None:
         raise HfQuantError("no text to measure on: name one with --text")
-    for name in (model, base):
-        if Path(name).is_dir():
-            Checkpoint.open(Path(name))
+    name, text = found
+    if not measuring.allow_overlap:
+        check_overlap(model, text)
+    for each in (model, base):
+        if Path(each).is_dir():
+            Checkpoint.open(Path(each))
     shown = bars(quiet or as_json)
     tokenizer = AutoTokenizer.from_pretrained(base)
     _same_tokenizer(model, tokenizer)
-    say(f"measuring {model} against {base} on {file.name}", quiet)
-    from tqdm import tqdm
+    say(f"measuring {model} against {base} on {name}", quiet)
+    measure = measuring.yardstick(base, text, tokenizer, revision=None, device=device, shown=shown, quiet=quiet)
+    loaded = load(model, **({"device_map": device} if device else {})).eval()
+    quality = measure(loaded)
+    record: dict[str, Any] = {"quality": quality.to_dict()}
+    if asked := budget(max_kl, max_ppl_increase, min_top1):
+        record["gate"] = asked.verdict(quality)
+    record["layers"] = [each.to_dict() for each in layer_errors(loaded, Base(base).checkpoint())]
+    if tasks:
+        from hf_quant.evaluation.tasks import run_tasks
 
-    quality = evaluate(
-        load(model), load(base), tokenizer, read_text(file), context=context, max_tokens=max_tokens,
-        progress=lambda batches: tqdm(batches, desc="eval", disable=not shown),
-    )  # fmt: skip
-    record = quality.to_dict()
+        record["tasks"] = run_tasks(loaded, tokenizer, tasks.split(","))
+    _store(model, record)
+    human = table(QUALITY_HEAD, quality_lines(record["quality"]))
+    missed = gate_lines(record.get("gate", {"misses": []}), record["layers"])
+    first = next(iter(quality.metrics.values())) if quality.kind == "encoder" else quality.metrics["kl"]
+    emit(as_json, quiet, record=record, essential=f"{first.value:.6g}", human="\n".join([human, *_tasks(record)]))
+    for line in missed:
+        say(line)
+    if missed:
+        sys.exit(3)
+
+
+def _store(model: str, record: dict[str, Any]) -> None:
+    from hf_quant.checkpoint import write_json
+
     if Path(model).is_dir():
         path = Path(model) / "results.json"
         known = json.loads(path.read_text()) if path.is_file() else {}
-        write_json(path, known | {"quality": record})
-    rows = [(name, f"{value:.5g}" if isinstance(value, float) else str(value)) for name, value in record.items()]
-    emit(as_json, quiet, record=record, essential=f"{quality.kl_mean:.6g}", human=table(("measure", "value"), rows))
+        write_json(path, known | record)
+
+
+def _tasks(record: dict[str, Any]) -> list[str]:
+    return [
+        f"{task}: {name} {value:.4g}" for task, each in record.get("tasks", {}).items() for name, value in each.items()
+    ]
 
 
 def _source(model: str) -> str:

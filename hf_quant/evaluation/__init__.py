@@ -1,75 +1,91 @@
-"""What quantization cost: a model beside its base, on the same held-out text."""
+"""What quantization cost: a model beside its base, on the same held-out text.
+
+The base's outputs are computed once and kept on disk (`reference`), so the two models are never in memory together.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_quant.errors import HfQuantError
-from hf_quant.evaluation.kl import kl, same_choice
-from hf_quant.evaluation.perplexity import negative_log_likelihood
-from hf_quant.evaluation.text import read_text as read_text
-from hf_quant.evaluation.text import windows
-from hf_quant.results import Quality
+from hf_quant.evaluation.bootstrap import FEWEST, interval, sums
+from hf_quant.evaluation.metrics import all_metrics
+from hf_quant.evaluation.metrics.kl import tail
+from hf_quant.evaluation.reference import Progress, Reference, log_probabilities, require_causal
+from hf_quant.results import Estimate, Quality
 
 
 @torch.inference_mode()
-def evaluate(
-    model: Any, base: Any, tokenizer: Any, text: str, *,
-    context: int = 512, max_tokens: int | None = None, batch: int = 4,
-    progress: Callable[[Iterable[Tensor]], Iterable[Tensor]] = iter,
-) -> Quality:  # fmt: skip
-    """Measure ``model`` against ``base``.
+def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Quality:
+    """Measure ``model`` against a base.
 
     Args:
         model: A causal language model.
-        base: The one it was made from; both stay in memory.
-        tokenizer: Of both.
-        text: Held-out documents, separated by ``<|endoftext|>``.
-        context: Tokens in a window.
-        max_tokens: About how many tokens to use at most.
-        batch: Windows in a forward pass.
+        reference: The base's word on a text.
         progress: Wraps the list of batches, for a progress bar.
 
     Raises:
-        HfQuantError: The text is too short, the vocabularies differ, a model is no causal language model, or logits
-            are not finite.
+        HfQuantError: The vocabularies differ, a model is no causal language model, or logits are not finite.
     """
-    for each in (model, base):
-        if not each.can_generate() or getattr(each.config, "is_encoder_decoder", False):
-            raise HfQuantError(f"eval measures causal language models so far, not {type(each).__name__}")
-    made = windows(tokenizer, text, context, max_tokens)
-    divergences, agreed, own, other = [], 0, 0.0, 0.0
-    at = 0
-    for ids in progress(list(made.ids.split(batch))):
-        reference, quantized = _log_probabilities(base, ids, at), _log_probabilities(model, ids, at)
-        if reference.shape != quantized.shape:
-            raise HfQuantError(
-                f"vocabularies differ: {quantized.shape[-1]} tokens, the base has {reference.shape[-1]}"
-            )
-        divergences.append(kl(reference, quantized).flatten())
-        agreed += int(same_choice(reference, quantized).sum())
-        own += negative_log_likelihood(quantized, ids).double().sum().item()
-        other += negative_log_likelihood(reference, ids).double().sum().item()
-        at += len(ids)
-    every = torch.cat(divergences).double()
-    count = len(every)
+    values, variance = _values(model, reference, progress)
+    made, few = reference.windows, len(reference.windows.document.unique()) < FEWEST
+    window = torch.arange(len(made.ids))[:, None].expand_as(made.scored)
+    unit = (window if few else made.document[:, 1:])[made.scored]
+    noise = reference.meta["noise"]
+    metrics = {}
+    for name, metric in all_metrics().items():
+        total, count = sums(values[name], unit)
+        low, high = map(metric.finish, interval(total, count))
+        value = metric.finish((total.sum() / count.sum()).item())
+        metrics[name] = with_noise(value, low, high, noise.get(name), metric.ideal)
+    quantiles = {
+        f"{name}_p{100 * q:g}": values[name].double().quantile(q).item()
+        for name, metric in all_metrics().items()
+        for q in metric.quantiles
+    }
+    tokens = int(made.scored.sum())
     return Quality(
-        tokens=count, documents=made.documents, context=context, text_sha256=made.sha256,
-        perplexity=math.exp(own / count), base_perplexity=math.exp(other / count),
-        kl_mean=every.mean().item(), kl_median=every.median().item(), kl_p99=every.quantile(0.99).item(),
-        top1=agreed / count,
+        kind="causal", tokens=tokens, documents=len(made.document.unique()),
+        resampled="windows" if few else "documents", context=made.ids.shape[1], stride=made.stride,
+        text_sha256=made.sha256, dtype=str(model.dtype).removeprefix("torch."),
+        base_dtype=reference.meta["base_dtype"], metrics=metrics, quantiles=quantiles,
+        kl_error=3 * math.sqrt(variance.sum().item()) / tokens,
     )  # fmt: skip
 
 
-def _log_probabilities(model: Any, ids: Tensor, at: int) -> Tensor:
-    """Of each next token: float32 ``[B, T - 1, V]``."""
-    logits = model(ids.to(model.device)).logits[:, :-1].float()
-    if not logits.isfinite().all():
-        bad = at + int((~logits.isfinite()).flatten(1).any(1).nonzero()[0])
-        raise HfQuantError(f"logits of {type(model).__name__} are not finite in window {bad}")
-    return logits.log_softmax(-1).to(ids.device)
+def means(model: Any, reference: Reference, progress: Progress = iter) -> dict[str, float]:
+    """Every metric's value, without intervals."""
+    values, _ = _values(model, reference, progress)
+    return {name: metric.finish(values[name].double().mean().item()) for name, metric in all_metrics().items()}
+
+
+def with_noise(value: float, low: float, high: float, noise: float | None, ideal: float | None) -> Estimate:
+    """An estimate that knows whether its interval reaches as near to ``ideal`` as the base's own rounding comes."""
+    if noise is None or ideal is None:
+        return Estimate(value, low, high, noise)
+    distance = 0.0 if low <= ideal <= high else min(abs(low - ideal), abs(high - ideal))
+    return Estimate(value, low, high, noise, distance <= abs(noise - ideal))
+
+
+@torch.inference_mode()
+def _values(model: Any, reference: Reference, progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
+    """Each metric at each position, ``[P]``, and the variance of KL from sampling the tail."""
+    require_causal(model)
+    metrics = all_metrics()
+    values: dict[str, list[Tensor]] = {name: [] for name in metrics}
+    variances, batch = [], reference.meta["batch"]
+    for i, part in enumerate(progress(reference)):
+        log_q = log_probabilities(model, part.ids, part.scored, i * batch)
+        if log_q.shape[-1] != reference.meta["vocabulary"]:
+            raise HfQuantError(
+                f"vocabularies differ: {log_q.shape[-1]} tokens, the base has {reference.meta['vocabulary']}"
+            )
+        for name, metric in metrics.items():
+            values[name].append(metric.measure(part.base, log_q, part.target))
+        m = part.base.tail.shape[-1]
+        variances.append(tail(part.base, log_q).double().var(-1) / m if m else torch.zeros(len(log_q)).double())
+    return {name: torch.cat(each) for name, each in values.items()}, torch.cat(variances)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,31 @@ from torch import Tensor
 from hf_quant.errors import HfQuantError
 
 SEPARATOR = "<|endoftext|>"
+PARAGRAPH = 200  # characters; shorter ones (headings, licence lines) say nothing about where a text comes from
 
 
 @dataclass(frozen=True)
 class Windows:
-    """Attributes: ids ``[W, T]`` int64; documents: how many they come from; sha256: of the ids."""
+    """Tokens to measure on.
+
+    Attributes:
+        ids: int64 ``[W, T]``.
+        document: int64 ``[W, T]``, which document each token comes from.
+        scored: bool ``[W, T - 1]``, whether the prediction of token t + 1 counts; False where windows overlap.
+        stride: Tokens from one window to the next.
+    """
 
     ids: Tensor
-    documents: int
-    sha256: str
+    document: Tensor
+    scored: Tensor
+    stride: int
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the tokens and of which are scored."""
+        made = hashlib.sha256(f"{tuple(self.ids.shape)} {self.stride} ".encode())
+        made.update(self.ids.numpy().tobytes() + self.scored.numpy().tobytes())
+        return made.hexdigest()
 
 
 def read_text(path: Path) -> str:
@@ -36,30 +53,88 @@ def read_text(path: Path) -> str:
         raise HfQuantError(f"{path.name}: not UTF-8 at byte {error.start}") from None
 
 
-def windows(tokenizer: Any, text: str, context: int, max_tokens: int | None = None) -> Windows:
+def read_dataset(name: str) -> str:
+    """The documents of a ``datasets`` set as one text.
+
+    Args:
+        name: ``ID[:CONFIG][@SPLIT][#COLUMN]``; split ``test`` and column ``text`` where they are not named.
+
+    Raises:
+        HfQuantError: ``datasets`` is not installed, or there is no such column.
+    """
+    try:
+        import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        raise HfQuantError("--dataset needs the package datasets: pip install datasets") from None
+    rest, _, column = name.partition("#")
+    rest, _, split = rest.partition("@")
+    path, _, config = rest.partition(":")
+    rows = datasets.load_dataset(path, config or None, split=split or "test")
+    if (column or "text") not in rows.column_names:
+        raise HfQuantError(f"dataset {name}: no column {column or 'text'!r}, there is {', '.join(rows.column_names)}")
+    return SEPARATOR.join(row for row in rows[column or "text"] if row.strip())
+
+
+def split(text: str) -> list[str]:
+    """The documents of a text, those that are empty left out."""
+    return [document.strip("\n") + "\n" for document in text.split(SEPARATOR) if document.strip()]
+
+
+def windows(
+    tokenizer: Any, text: str, context: int, max_tokens: int | None = None, stride: int | None = None
+) -> Windows:
     """Cut ``text`` into windows of ``context`` tokens; documents follow one another, the last partial window is left out.
 
     Args:
         tokenizer: Of the base model.
         text: Documents separated by ``<|endoftext|>``.
         context: Tokens in a window.
-        max_tokens: Stop after about that many.
+        max_tokens: Score about that many at most, in windows spread evenly over the text, so that they come from as many
+            documents as possible.
+        stride: Tokens from one window to the next; ``context`` where it is None.
 
     Raises:
-        HfQuantError: The text is shorter than one window.
+        HfQuantError: The text is shorter than one window, or a number makes no sense.
     """
+    stride = context if stride is None else stride
     if context < 2:
         raise HfQuantError(f"context must be at least 2 tokens, got {context}")
-    limit = max_tokens or len(text)
-    ids: list[int] = []
-    count = 0
-    for document in text.split(SEPARATOR):
-        if len(ids) >= limit or not document.strip():
-            continue
-        ids += tokenizer(document.strip("\n") + "\n", verbose=False).input_ids
-        count += 1
-    whole = min(len(ids), max(limit, context)) // context
-    if not whole:
+    if not 1 <= stride <= context:
+        raise HfQuantError(f"stride must be from 1 to the context of {context} tokens, got {stride}")
+    pieces = [torch.tensor(tokenizer(d, verbose=False).input_ids, dtype=torch.int64) for d in split(text)]
+    ids = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+    if len(ids) < context:
         raise HfQuantError(f"the text has {len(ids)} tokens, fewer than one window of {context}")
-    made = torch.tensor(ids[: whole * context]).view(whole, context)
-    return Windows(made, count, hashlib.sha256(made.numpy().tobytes()).hexdigest())
+    document = torch.repeat_interleave(torch.arange(len(pieces)), torch.tensor([len(p) for p in pieces]))
+    found = (len(ids) - context) // stride + 1
+    wanted = min(found, max(1, (max_tokens or len(ids)) // stride))
+    chosen = torch.arange(wanted) * found // wanted
+    at = chosen[:, None] * stride + torch.arange(context)
+    scored = torch.ones(wanted, context - 1, dtype=torch.bool)
+    scored[1:, : max(0, context - 1 - stride)] = False  # window 0 is always chosen, and nothing comes before it
+    return Windows(ids[at], document[at], scored, stride)
+
+
+def paragraphs(text: str) -> set[str]:
+    """What tells whether two texts share content: hashes of their longer paragraphs, white space aside."""
+    cleaned = (" ".join(part.split()) for document in split(text) for part in document.split("\n\n"))
+    return {hashlib.sha256(part.encode()).hexdigest()[:16] for part in cleaned if len(part) >= PARAGRAPH}
+
+
+def refuse_overlap(text: str, calibrated_on: Iterable[str]) -> None:
+    """Raise if more than one in a hundred paragraphs of ``text`` were calibrated on.
+
+    Args:
+        text: To measure on.
+        calibrated_on: `paragraphs` of the calibration text, as a recipe stores them.
+
+    Raises:
+        HfQuantError: Says how many.
+    """
+    own = paragraphs(text)
+    shared = len(own & set(calibrated_on))
+    if shared > len(own) / 100:
+        raise HfQuantError(
+            f"{shared} of {len(own)} paragraphs of the evaluation text were calibrated on: the numbers would flatter the "
+            "model; measure on another text, or pass --allow-overlap"
+        )

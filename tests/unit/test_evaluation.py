@@ -1,16 +1,29 @@
+import copy
+import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
 
+import hf_quant.evaluation.metrics as metrics_folder
+from hf_quant.checkpoint import Checkpoint
 from hf_quant.errors import HfQuantError
-from hf_quant.evaluation import evaluate, read_text
-from hf_quant.evaluation.kl import kl
-from hf_quant.evaluation.text import windows
+from hf_quant.evaluation import bootstrap, evaluate, means
+from hf_quant.evaluation import reference as reference_module
+from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
+from hf_quant.evaluation.gate import Budget
+from hf_quant.evaluation.layers import layer_errors
+from hf_quant.evaluation.metrics import BaseTokens
+from hf_quant.evaluation.metrics.kl import kl
+from hf_quant.evaluation.reference import Reference, reference
+from hf_quant.evaluation.text import paragraphs, read_text, refuse_overlap, windows
+from hf_quant.hf import HfQuantConfig, load
+from hf_quant.results import Estimate, Quality
 
 
 def tiny(seed: int, vocab: int = 64) -> Any:
@@ -22,66 +35,261 @@ def tiny(seed: int, vocab: int = 64) -> Any:
     return LlamaForCausalLM(config).eval()
 
 
+def near(model: Any, by: float) -> Any:
+    """A copy whose weights are a little off."""
+    torch.manual_seed(7)
+    made = type(model)(model.config).eval()
+    made.load_state_dict({k: v + by * v.std() * torch.randn_like(v) for k, v in model.state_dict().items()})
+    return made
+
+
 def letters(text: str, **_: Any) -> Any:
     return SimpleNamespace(input_ids=[ord(c) % 64 for c in text])
 
 
-TEXT = "<|endoftext|>".join(f"document {i} of a few, with numbers {i * 7} and words in it\n" * 3 for i in range(6))
+TEXT = "<|endoftext|>".join(f"document {i} of a few, with numbers {i * 7} and words in it\n" * 3 for i in range(12))
 
 
-def test_a_model_beside_itself_costs_nothing() -> None:
+def refer(base: Any, cache: Path, said: list[str] | None = None, **kwargs: Any) -> Reference:
+    made = windows(letters, TEXT, kwargs.pop("context", 32), **kwargs)
+    return reference(
+        lambda dtype: copy.deepcopy(base).to(dtype), "base", made, cache=cache, base_dtype=torch.float32, noise=means,
+        say=(said if said is not None else []).append,
+    )  # fmt: skip
+
+
+@pytest.fixture(params=["whole", "sampled"])
+def _distributions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to keep the base's distributions, on a small vocabulary."""
+    if request.param == "sampled":
+        monkeypatch.setattr(reference_module, "TOP", 8)
+        monkeypatch.setattr(reference_module, "SAMPLES", 16)
+
+
+@pytest.mark.usefixtures("_distributions")
+def test_a_model_beside_itself_costs_nothing(tmp_path: Path) -> None:
     model = tiny(0)
-    got = evaluate(model, model, letters, TEXT, context=32)
-    assert got.kl_mean == got.kl_p99 == 0 and got.top1 == 1 and got.perplexity == got.base_perplexity
-    assert got.documents == 6
+    got = evaluate(model, refer(model, tmp_path))
+    assert got.metrics["kl"].value < 1e-9 and got.metrics["kl"].within_noise
+    assert got.metrics["top1"] == Estimate(1, 1, 1, got.metrics["top1"].noise, True)
+    assert got.metrics["perplexity"].value == pytest.approx(got.metrics["base_perplexity"].value, rel=1e-6)
+    assert got.documents == 12 and got.resampled == "documents"
 
 
-def test_values_are_those_of_a_plain_loop_in_float64() -> None:
-    base, model = tiny(0), tiny(1)
-    got = evaluate(model, base, letters, TEXT, context=32, batch=3)
-    ids = windows(letters, TEXT, 32).ids
-    logs = []
-    for each in (base, model):
+@pytest.mark.usefixtures("_distributions")
+@pytest.mark.parametrize("stride", [32, 20])
+def test_values_are_those_of_a_plain_loop_in_float64(tmp_path: Path, stride: int) -> None:
+    base, model = tiny(0), near(tiny(0), 0.1)
+    refers = refer(base, tmp_path, stride=stride)
+    got = evaluate(model, refers)
+    p, q, targets = [], [], []
+    made = refers.windows
+    for i, row in enumerate(made.ids):
+        first = 0 if i == 0 or stride == 32 else 31 - stride
         with torch.no_grad():
-            logs.append(torch.cat([each(row[None]).logits[:, :-1].double().log_softmax(-1) for row in ids]))
-    p, q = logs
-    divergence = (p.exp() * (p - q)).sum(-1).flatten()
-    assert got.kl_mean == pytest.approx(divergence.mean().item(), rel=1e-4)
-    assert got.kl_median == pytest.approx(divergence.median().item(), rel=1e-3)
-    assert got.kl_p99 == pytest.approx(divergence.quantile(0.99).item(), rel=1e-3)
-    nll = -q.gather(-1, ids[:, 1:, None]).mean().item()
-    assert got.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
-    assert got.top1 == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
-    assert got.tokens == ids.shape[0] * 31
+            for each, into in ((base, p), (model, q)):
+                into.append(each(row[None]).logits[0, first:-1].double().log_softmax(-1))
+        targets.append(row[1 + first :])
+    log_p, log_q, target = torch.cat(p), torch.cat(q), torch.cat(targets)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    of = got.metrics
+    assert got.tokens == len(target) and got.kl_error is not None
+    assert abs(of["kl"].value - divergence.mean().item()) <= got.kl_error + 1e-6
+    assert got.quantiles["kl_p99"] == pytest.approx(divergence.quantile(0.99).item(), rel=0.2)
+    nll = -log_q.gather(-1, target[:, None]).mean().item()
+    assert of["perplexity"].value == pytest.approx(math.exp(nll), rel=1e-4)
+    base_nll = -log_p.gather(-1, target[:, None]).mean().item()
+    assert of["perplexity_ratio"].value == pytest.approx(math.exp(nll - base_nll), rel=1e-5)
+    assert of["top1"].value == pytest.approx((log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item())
+    for e in of.values():
+        assert e.low <= e.value <= e.high
+    assert Quality.from_dict(json.loads(json.dumps(got.to_dict()))) == got
+
+
+def test_sampling_the_tail_is_unbiased() -> None:
+    """Over many draws the mean is the exact KL, and its error what the sample's variance says."""
+    torch.manual_seed(0)
+    log_p = torch.randn(1, 4096).log_softmax(-1).expand(500, -1).contiguous()
+    log_q = (log_p[:1] + 0.1 * torch.randn(1, 4096)).log_softmax(-1).expand(500, -1)
+    base = reference_module._compact(log_p, torch.zeros(500, dtype=torch.int64), torch.Generator().manual_seed(0))
+    base = BaseTokens(**{k: v.long() if v.dtype is torch.int32 else v for k, v in vars(base).items()})
+    assert base.tail.shape == (500, 64) and 0.5 < base.tail_mass[0] < 1
+    exact = (log_p[0].double().exp() * (log_p[0].double() - log_q[0].double())).sum().item()
+    got = kl(base, log_q, torch.zeros(500)).double()
+    assert got.mean().item() == pytest.approx(exact, abs=4 * got.std().item() / 500**0.5)
+    assert got.std().item() < 0.25 * exact
 
 
 def test_kl_by_hand() -> None:
-    p, q = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
-    assert kl(p.log(), q.log()).item() == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2))
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
+    nothing = torch.empty(1, 0)
+    base = BaseTokens(torch.tensor([[0, 1, 2]]), p.log(), nothing.long(), nothing, torch.zeros(1), torch.zeros(1))
+    assert kl(base, q.log(), torch.zeros(1)).item() == pytest.approx(0.25 * math.log(2))
+
+
+def test_a_certain_base_has_no_tail() -> None:
+    log_p = torch.full((1, 300), -500.0)
+    log_p[0, 5] = 0
+    base = reference_module._compact(log_p, torch.tensor([5]), torch.Generator())
+    base = BaseTokens(**{k: v.long() if v.dtype is torch.int32 else v for k, v in vars(base).items()})
+    assert kl(base, torch.zeros(1, 300).log_softmax(-1), torch.zeros(1)).item() == pytest.approx(math.log(300))
+
+
+def test_the_base_is_computed_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    base, model = tiny(0), near(tiny(0), 0.1)
+    first = evaluate(model, refer(base, tmp_path, said))
+
+    class Gone:
+        def __deepcopy__(self, _: Any) -> Any:
+            raise AssertionError("the base was loaded again")
+
+    assert evaluate(model, refer(Gone(), tmp_path, said)) == first and not said
+    (folder,) = tmp_path.iterdir()
+    part = folder / "part-00000.safetensors"
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    for damage in (bytes(data), bytes(data[:-40]), b""):
+        part.write_bytes(damage)
+        assert evaluate(model, refer(base, tmp_path, said)) == first
+    (folder / "meta.json").write_text("{")
+    assert evaluate(model, refer(base, tmp_path, said)) == first
+    assert len(said) == 4 and all("damaged" in line for line in said)
+    refer(base, tmp_path, said, max_tokens=100)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_metric_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "confidence.py").write_text(
+        "from hf_quant.evaluation.metrics import Metric\n"
+        "METRIC = Metric('confidence', lambda base, log_q, target: log_q.max(-1).values.exp(), quantiles=(0.1,))\n"
+    )
+    monkeypatch.setattr(metrics_folder, "__path__", [*metrics_folder.__path__, str(tmp_path / "more")])
+    got = evaluate(tiny(1), refer(tiny(0), tmp_path / "cache"))
+    assert 0 < got.quantiles["confidence_p10"] < got.metrics["confidence"].value < 1
+    assert got.metrics["confidence"].noise is not None
 
 
 def test_refusals(tmp_path: Path) -> None:
-    model = tiny(0)
+    base = refer(tiny(0), tmp_path)
     with pytest.raises(HfQuantError, match="fewer than one window of 9999"):
-        evaluate(model, model, letters, TEXT, context=9999)
+        windows(letters, TEXT, 9999)
+    with pytest.raises(HfQuantError, match="stride must be from 1"):
+        windows(letters, TEXT, 32, stride=33)
     with pytest.raises(HfQuantError, match="vocabularies differ: 65"):
-        evaluate(tiny(0, 65), model, letters, TEXT, context=32)
+        evaluate(tiny(0, 65), base)
     with pytest.raises(HfQuantError, match="causal"):
-        encoder = BertModel(
-            BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
-        )
-        evaluate(encoder, model, letters, TEXT, context=32)
+        evaluate(bert(BertModel), base)
     broken = tiny(0)
     with torch.no_grad():
-        broken.lm_head.weight[3, 3] = torch.nan
-    with pytest.raises(HfQuantError, match="not finite in window 0"):
-        evaluate(broken, model, letters, TEXT, context=32)
+        broken.model.layers[0].mlp.up_proj.weight[3, 3] = torch.nan
+    with pytest.raises(HfQuantError, match=r"not finite in window 0: model\.layers\.0\.mlp\.up_proj is the first"):
+        evaluate(broken, base)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(HfQuantError, match=r"latin\.txt: not UTF-8 at byte 3"):
         read_text(tmp_path / "latin.txt")
 
 
-def test_windows_are_capped_and_identified() -> None:
+def test_windows_are_capped_spread_and_identified() -> None:
     all_of_it, some = windows(letters, TEXT, 32), windows(letters, TEXT, 32, 100)
-    assert some.ids.shape == (3, 32) and torch.equal(some.ids, all_of_it.ids[:3])
+    assert some.ids.shape == (3, 32) and len(some.document.unique()) > 2
+    assert torch.equal(some.ids[0], all_of_it.ids[0]) and some.document[-1, -1] >= 7
     assert some.sha256 != all_of_it.sha256 == windows(letters, TEXT, 32).sha256
+    overlapping = windows(letters, TEXT, 32, stride=8)
+    assert overlapping.scored.sum() == 31 + 8 * (len(overlapping.ids) - 1)
+    assert overlapping.sha256 != all_of_it.sha256
+
+
+def test_interval_covers_the_mean() -> None:
+    """Of documents with a random effect: the interval holds the truth about as often as it says."""
+    draw = torch.Generator().manual_seed(1)
+    held = 0
+    for i in range(200):
+        effect = torch.randn(60, 1, generator=draw)
+        values = (effect + torch.randn(60, 20, generator=draw)).flatten()
+        low, high = bootstrap.interval(*bootstrap.sums(values, torch.arange(60).repeat_interleave(20)), seed=i)
+        held += low <= 0 <= high
+    assert 180 <= held <= 199
+
+
+def bert(kind: Any, seed: int = 0) -> Any:
+    torch.manual_seed(seed)
+    return kind(
+        BertConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            initializer_range=0.3,
+        )  # fmt: skip
+    ).eval()
+
+
+def t5(_: Any) -> Any:
+    torch.manual_seed(0)
+    return T5Model(T5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)).eval()
+
+
+@pytest.mark.parametrize(("make", "names"), [
+    (lambda s: bert(BertModel, s), ["embedding_cosine"]),
+    (lambda s: bert(BertForMaskedLM, s), ["embedding_cosine", "logits_cosine"]),
+    (t5, ["embedding_cosine"]),
+])  # fmt: skip
+def test_encoders(make: Any, names: list[str]) -> None:
+    texts = passages(lambda t, **_: letters(t[:60]), TEXT, 60)
+    base = make(0)
+    found = base_outputs(lambda dtype: copy.deepcopy(base).to(dtype), texts, torch.float32)
+    same = evaluate_encoder(base, found, texts, 60)
+    assert list(same.metrics) == names and same.kind == "encoder" and same.documents == 12
+    assert all(e.value == pytest.approx(1, abs=1e-6) and e.within_noise for e in same.metrics.values())
+    off = evaluate_encoder(near(base, 0.5), found, texts, 60).metrics["embedding_cosine"]
+    assert off.value < 0.999 and not off.within_noise and off.low <= off.value <= off.high
+    with pytest.raises(HfQuantError, match="not measured for encoder"):
+        Budget(max_kl=1).misses(same)
+
+
+def quality(**values: float) -> Quality:
+    made = {name: Estimate(value, value, value) for name, value in values.items()}
+    return Quality("causal", 1, 1, "documents", 2, 2, "", "float32", "float32", made)
+
+
+def test_gate() -> None:
+    got = quality(kl=0.03, perplexity_ratio=1.005, top1=0.9)
+    assert not Budget() and Budget(max_kl=0.0)
+    assert not Budget(0.03, 0.006, 0.9).misses(got)
+    assert Budget(0.02, 0.01, 0.95).misses(got) == [
+        "KL 0.03 is over the 0.02 allowed, by 0.01",
+        "top-1 agreement 0.9 is under the 0.95 allowed, by 0.05",
+    ]
+    assert Budget(max_ppl_increase=0.001).verdict(got)["misses"] == [
+        "the increase of perplexity 0.005 is over the 0.001 allowed, by 0.004"
+    ]
+    assert Budget(max_kl=0.1).misses(quality(kl=math.nan))
+
+
+def test_overlap() -> None:
+    long = "<|endoftext|>".join(f"{i} " + "word " * 60 for i in range(50))
+    refuse_overlap(long, paragraphs("something else " * 30))
+    with pytest.raises(HfQuantError, match="2 of 50 paragraphs"):
+        refuse_overlap(long, paragraphs("\n\n".join(long.split("<|endoftext|>")[:2]).replace(" ", "  ")))
+
+
+def layers_of(folder: Path, **kwargs: Any) -> Iterator[Any]:
+    base = tiny(0)
+    base.save_pretrained(folder)
+    model = load(str(folder), quantization_config=HfQuantConfig("W4A16-g32", **kwargs))
+    yield from (model, Checkpoint.open(folder))
+
+
+def test_the_broken_layer_comes_first(tmp_path: Path) -> None:
+    model, base = layers_of(tmp_path)
+    errors = layer_errors(model, base)
+    assert len(errors) == 7 and all(0.01 < e.error < 0.2 for e in errors)
+    name = errors[-1].layer
+    module = model.get_submodule(name)
+    module.weight_scale.data *= 2
+    module.choose_kernel()
+    first = layer_errors(model, base)[0]
+    assert first.layer == name and first.error == pytest.approx(1, abs=0.05) and abs(first.sqnr_db) < 0.5

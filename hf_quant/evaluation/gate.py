@@ -1,0 +1,56 @@
+"""The quality gate: what a model may cost, and by how much it misses that."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hf_quant.errors import HfQuantError
+from hf_quant.results import Quality
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What quantization may cost; None means anything.
+
+    Attributes:
+        max_kl: Mean KL divergence to the base, nats per token.
+        max_ppl_increase: Perplexity over the base's, minus one: 0.01 is one percent.
+        min_top1: Share of predictions whose likeliest token is the base's.
+    """
+
+    max_kl: float | None = None
+    max_ppl_increase: float | None = None
+    min_top1: float | None = None
+
+    def __bool__(self) -> bool:
+        return self != Budget()
+
+    def misses(self, quality: Quality) -> list[str]:
+        """A sentence for every number that is out of budget; NaN is.
+
+        Raises:
+            HfQuantError: A number was not measured, as for an encoder.
+        """
+        checks = (
+            ("kl", "KL", self.max_kl, 0.0, 1),
+            ("perplexity_ratio", "the increase of perplexity", self.max_ppl_increase, 1.0, 1),
+            ("top1", "top-1 agreement", self.min_top1, 0.0, -1),
+        )
+        made = []
+        for name, title, limit, offset, sign in checks:
+            if limit is None:
+                continue
+            if name not in quality.metrics:
+                raise HfQuantError(f"the gate asks for {title}, which is not measured for {quality.kind} models")
+            value = quality.metrics[name].value - offset
+            if not sign * value <= sign * limit:
+                side = "over" if sign > 0 else "under"
+                made.append(f"{title} {value:.5g} is {side} the {limit:g} allowed, by {abs(value - limit):.3g}")
+        return made
+
+    def verdict(self, quality: Quality) -> dict[str, Any]:
+        """For results.json: the budget, whether it was kept, and what missed it."""
+        misses = self.misses(quality)
+        budget = {name: limit for name, limit in asdict(self).items() if limit is not None}
+        return {"budget": budget, "passed": not misses, "misses": misses}

@@ -1,0 +1,17 @@
+"""The base's own perplexity on the same tokens."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from hf_quant.evaluation.metrics import BaseTokens, Metric
+
+
+def negative_log_likelihood(base: BaseTokens, log_q: Tensor, target: Tensor) -> Tensor:
+    """Of each position, nats."""
+    return -base.target
+
+
+METRIC = Metric("perplexity of the base", negative_log_likelihood, finish=math.exp)

@@ -1,0 +1,214 @@
+"""What the base says of a text, on disk: computed once, a kilobyte or two a token, so that it need not stay in memory.
+
+Kept are the base's likeliest tokens, a sample of the others, and nothing else (`metrics.BaseTokens`): for a vocabulary of
+150,000 that is 400 times less than its logits, and KL divergence comes out without bias, with an error that is known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from hf_quant.checkpoint import staged, write_json
+from hf_quant.errors import HfQuantError
+from hf_quant.evaluation.metrics import BaseTokens
+from hf_quant.evaluation.text import Windows
+
+VERSION = 1  # of the files
+TOP, SAMPLES = 128, 64
+LOGITS = 1 << 26  # bytes of logits in one forward pass
+META = "meta.json"
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+Load = Callable[[torch.dtype], Any]
+Measure = Callable[[Any, "Reference"], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some windows with the base's word on them: ids and scored are those of `Windows`."""
+
+    ids: Tensor
+    scored: Tensor
+    base: BaseTokens
+
+    @property
+    def target(self) -> Tensor:
+        """The tokens that came, at the positions that are scored: ``[P]``."""
+        return self.ids[:, 1:][self.scored]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A base's cached word on a text.
+
+    Attributes:
+        folder: Where it is.
+        windows: The text.
+        meta: What `META` holds: vocabulary, base_dtype, batch, noise, and a checksum of every part.
+    """
+
+    folder: Path
+    windows: Windows
+    meta: dict[str, Any]
+
+    def __iter__(self) -> Iterator[Part]:
+        """Every part, in order.
+
+        Raises:
+            HfQuantError: One is damaged.
+        """
+        batch, parts = self.meta["batch"], self.meta["parts"]
+        for i, checksum in enumerate(parts):
+            rows = slice(i * batch, (i + 1) * batch)
+            yield Part(self.windows.ids[rows], self.windows.scored[rows], _read(self.folder / _name(i), checksum))
+
+    def __len__(self) -> int:
+        return len(self.meta["parts"])
+
+
+def reference(
+    load_base: Load, identity: str, windows: Windows, *,
+    cache: Path, base_dtype: torch.dtype, noise: Measure, say: Callable[[str], None], progress: Progress = iter,
+) -> Reference:  # fmt: skip
+    """The base's word on ``windows``, from the cache or computed now.
+
+    Args:
+        load_base: Loads the base in a dtype; it is dropped before this returns.
+        identity: Of the base: a commit, or a digest of its files.
+        windows: What to measure on.
+        cache: Folder of all references.
+        base_dtype: What the base computes in.
+        noise: Measures the base in bf16 beside itself; not called where ``base_dtype`` is bf16 already.
+        say: Told when the cache is no good.
+        progress: Wraps lists of batches.
+    """
+    key = hashlib.sha256(f"{VERSION} {identity} {base_dtype} {windows.sha256} {TOP} {SAMPLES}".encode()).hexdigest()
+    folder = cache / key[:32]
+    if folder.is_dir():
+        try:
+            found = Reference(folder, windows, json.loads((folder / META).read_text()))
+            for _ in found:  # a damaged part would be met after minutes
+                pass
+        except (OSError, ValueError, KeyError, TypeError, HfQuantError) as error:
+            say(f"cached outputs of the base are damaged ({error}): computing them again")
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            return found
+    with staged(folder, overwrite=True) as stage:
+        made = _compute(load_base(base_dtype), stage, windows, base_dtype, progress)
+        if base_dtype is not torch.bfloat16:
+            made.meta["noise"] = noise(load_base(torch.bfloat16), made)
+        write_json(stage / META, made.meta)
+    return Reference(folder, windows, made.meta)
+
+
+def require_causal(model: Any) -> None:
+    """Raise an `HfQuantError` if ``model`` does not predict next tokens."""
+    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
+        raise HfQuantError(f"{type(model).__name__} is no causal language model")
+
+
+@torch.inference_mode()
+def _compute(model: Any, folder: Path, windows: Windows, dtype: torch.dtype, progress: Progress) -> Reference:
+    require_causal(model)
+    vocabulary = model.config.get_text_config().vocab_size
+    batch = max(1, LOGITS // (windows.ids.shape[1] * vocabulary * 4))
+    draw = torch.Generator().manual_seed(0)
+    checksums = []
+    pairs = list(zip(windows.ids.split(batch), windows.scored.split(batch), strict=True))
+    for i, (ids, scored) in enumerate(progress(pairs)):
+        log_p = log_probabilities(model, ids, scored, i * batch)
+        made = save(vars(_compact(log_p, ids[:, 1:][scored], draw)))
+        (folder / _name(i)).write_bytes(made)
+        checksums.append(zlib.crc32(made))
+    meta = {
+        "version": VERSION, "vocabulary": log_p.shape[-1], "base_dtype": str(dtype).removeprefix("torch."),
+        "batch": batch, "noise": {}, "parts": checksums,
+    }  # fmt: skip
+    return Reference(folder, windows, meta)
+
+
+def log_probabilities(model: Any, ids: Tensor, scored: Tensor, first: int) -> Tensor:
+    """Of the next token, at the positions scored: float32 ``[P, V]`` on the CPU.
+
+    Args:
+        model: A causal language model.
+        ids: ``[B, T]``.
+        scored: bool ``[B, T - 1]``.
+        first: Number of the first window, for the message.
+
+    Raises:
+        HfQuantError: Logits are not finite; names the window and the module that made the first such value.
+    """
+    logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]
+    bad = (~logits.isfinite()).flatten(1).any(1).nonzero()
+    if len(bad):
+        at = int(bad[0])
+        origin = first_not_finite(model, ids[at : at + 1])
+        raise HfQuantError(f"logits of {type(model).__name__} are not finite in window {first + at}: {origin}")
+    made: Tensor = logits[scored.to(logits.device)].float().log_softmax(-1).cpu()
+    return made
+
+
+def first_not_finite(model: Any, ids: Tensor) -> str:
+    """A sentence on which module first gives NaN or infinite values for ``ids``."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def look(_module: Any, _args: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(name)
+
+        return look
+
+    leaves = [(name, m) for name, m in model.named_modules() if not next(m.children(), None)]
+    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
+    try:
+        model(ids.to(model.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"{found[0]} is the first module whose output is not" if found else "every module's output is"
+
+
+def _compact(log_p: Tensor, target: Tensor, draw: torch.Generator) -> BaseTokens:
+    k = log_p.shape[-1] if log_p.shape[-1] <= TOP + SAMPLES else TOP
+    top, top_ids = log_p.topk(k, -1)
+    at = log_p.gather(-1, target[:, None]).squeeze(-1)
+    if k == log_p.shape[-1]:
+        nothing = top.new_empty(len(top), 0)
+        return BaseTokens(top_ids.int(), top, nothing.int(), nothing, top.new_zeros(len(top)), at)
+    reached = log_p.exp().scatter_(-1, top_ids, 0).cumsum_(-1)
+    mass = reached[:, -1:].clone()
+    # one random offset, then even steps through the tail's mass (systematic sampling)
+    steps = (torch.arange(SAMPLES) + torch.rand(len(top), 1, generator=draw)) / SAMPLES
+    wanted = (steps * mass).clamp(min=torch.finfo(torch.float32).tiny)
+    tail_ids = torch.searchsorted(reached, torch.minimum(wanted, mass))
+    return BaseTokens(top_ids.int(), top, tail_ids.int(), log_p.gather(-1, tail_ids), mass.squeeze(-1), at)
+
+
+def _name(i: int) -> str:
+    return f"part-{i:05d}.safetensors"
+
+
+def _read(path: Path, checksum: int) -> BaseTokens:
+    data = path.read_bytes()
+    if zlib.crc32(data) != checksum:
+        raise HfQuantError(f"{path.name}: wrong checksum")
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise HfQuantError(f"{path.name}: {error}") from None
+    return BaseTokens(**{name: t.long() if t.dtype is torch.int32 else t for name, t in tensors.items()})

@@ -1,0 +1,113 @@
+"""A base model and a held-out text, to hold other models against."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HOME
+from transformers import AutoConfig
+
+from hf_quant.checkpoint import Checkpoint
+from hf_quant.evaluation import evaluate, means
+from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
+from hf_quant.evaluation.reference import Progress, reference
+from hf_quant.evaluation.text import windows
+from hf_quant.hf import load
+from hf_quant.hf.loading import class_of
+from hf_quant.results import Quality
+
+CONTEXT = 512
+
+
+@dataclass(frozen=True)
+class Base:
+    """Where the base is and how to run it.
+
+    Attributes:
+        model: Folder or Hub id.
+        revision: Of a Hub model.
+        dtype: What it computes in while it is the yardstick.
+        device: As ``device_map``.
+    """
+
+    model: str
+    revision: str | None = None
+    dtype: torch.dtype = torch.float32
+    device: str | None = None
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """The model in ``dtype``, ready to be measured."""
+        return load(
+            self.model, dtype=dtype, **self._hub(), **({"device_map": self.device} if self.device else {})
+        ).eval()
+
+    def identity(self) -> str:
+        """Changes whenever the weights may have."""
+        if not Path(self.model).is_dir():
+            return (
+                f"{self.model}@{getattr(AutoConfig.from_pretrained(self.model, **self._hub()), '_commit_hash', None)}"
+            )
+        made = hashlib.sha256()
+        for file in sorted(Path(self.model).iterdir()):
+            if file.name == "config.json":
+                made.update(file.read_bytes())
+            elif file.suffix == ".safetensors":
+                made.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+        return made.hexdigest()
+
+    def checkpoint(self) -> Checkpoint:
+        """Its tensors on disk."""
+        if Path(self.model).is_dir():
+            return Checkpoint.open(Path(self.model))
+        return Checkpoint.open(
+            Path(snapshot_download(self.model, revision=self.revision, allow_patterns=["*.json", "*.safetensors"]))
+        )
+
+    def context(self) -> int:
+        """Tokens in a window, where nobody says."""
+        config = AutoConfig.from_pretrained(self.model, **self._hub()).get_text_config()
+        return min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
+
+    def causal(self) -> bool:
+        """Whether it predicts next tokens; otherwise it is measured as an encoder."""
+        config = AutoConfig.from_pretrained(self.model, **self._hub())
+        return bool(class_of(config).can_generate()) and not getattr(config, "is_encoder_decoder", False)
+
+    def _hub(self) -> dict[str, str]:
+        return {} if self.revision is None else {"revision": self.revision}
+
+
+def yardstick(
+    base: Base, tokenizer: Any, text: str, *,
+    context: int | None = None, stride: int | None = None, max_tokens: int | None = None,
+    say: Callable[[str], None], progress: Progress = iter, cache: Path | None = None,
+) -> Callable[[Any], Quality]:  # fmt: skip
+    """A function that measures a model; the base's outputs are computed here, or found in the cache.
+
+    Args:
+        base: What to measure against.
+        tokenizer: Of both.
+        text: Held-out documents, separated by ``<|endoftext|>``.
+        context: Tokens in a window; 512, or as many as the base has positions for, where it is None.
+        stride: Tokens from one window to the next.
+        max_tokens: Measure about that many at most.
+        say: Told what is worth knowing.
+        progress: Wraps lists of batches.
+        cache: Folder of cached outputs; by default inside the Hugging Face one.
+    """
+    context = base.context() if context is None else context
+    if not base.causal():
+        texts = passages(tokenizer, text, context, max_tokens)
+        found = base_outputs(base.load, texts, base.dtype, progress)
+        return lambda model: evaluate_encoder(model, found, texts, context, progress)
+    made = reference(
+        base.load, base.identity(), windows(tokenizer, text, context, max_tokens, stride),
+        cache=cache or Path(HF_HOME) / "hf_quant" / "base", base_dtype=base.dtype, noise=means, say=say, progress=progress,
+    )  # fmt: skip
+    return lambda model: evaluate(model, made, progress)

@@ -215,16 +215,11 @@ def test_interval_covers_the_mean() -> None:
 
 def bert(kind: Any, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    return kind(
-        BertConfig(
-            vocab_size=64,
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=32,
-            initializer_range=0.3,
-        )  # fmt: skip
-    ).eval()
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return kind(config).eval()
 
 
 def t5(_: Any) -> Any:

@@ -11,27 +11,45 @@ from hf_quant.evaluation.metrics import BaseTokens, Metric
 def kl(base: BaseTokens, log_q: Tensor, target: Tensor) -> Tensor:
     """Of each position, nats; not negative.
 
-    Since both distributions sum to one, ``p log(p/q) - p + q``, which is never negative, sums to the same. Over the tail
-    it is ``p * (r - 1 - log r)``, r = q/p: its mean over tokens drawn by p, times the tail's mass. This varies by the
-    square of ``log r`` where the plain integrand varies by ``log r`` (the estimator k3 of Schulman,
-    http://joschu.net/blog/kl-approx.html).
+    By the chain rule: the divergence between the likeliest tokens and one bucket for the tail, which is exact, plus the
+    tail's mass times the divergence inside the tail, which is estimated (`tail`).
     """
-    log_q_top = log_q.gather(-1, base.top_ids)
-    p, log_ratio = base.top.exp(), base.top - log_q_top
-    # the right-hand form overflows where p is all but zero; the other one cancels where p and q are close
-    made = torch.where(log_ratio < -5, p * log_ratio + log_q_top.exp() - p, p * _excess(log_ratio)).sum(-1)
-    return made + tail(base, log_q).mean(-1) if base.tail.shape[-1] else made
+    log_top = log_q.gather(-1, base.top_ids)
+    made = _terms(base.top, log_top).sum(-1)
+    if base.tail.shape[-1]:
+        made += _terms(_log(base.tail_mass), _log(_rest(log_top))) + tail(base, log_q).mean(-1)
+    return made
 
 
 def tail(base: BaseTokens, log_q: Tensor) -> Tensor:
-    """What each sampled token of the tail says its whole contribution is: ``[P, m]``."""
-    made = base.tail_mass[:, None] * _excess(base.tail - log_q.gather(-1, base.tail_ids))
-    return made.where(base.tail_mass[:, None] > 0, 0)  # no tail within float32: what was drawn means nothing
+    """What each token drawn from the tail says that the divergence inside the tail adds: ``[P, m]``.
+
+    Its mean is without bias, since the tokens were drawn by p; ``r - 1 - log r`` (r = q/p, both normalized over the tail)
+    is never negative and varies by the square of ``log r``, where ``-log r`` alone varies by ``log r`` (the estimator k3
+    of Schulman, http://joschu.net/blog/kl-approx.html).
+    """
+    mass = base.tail_mass[:, None]
+    rest = _log(_rest(log_q.gather(-1, base.top_ids)))[:, None]
+    log_r = log_q.gather(-1, base.tail_ids) - rest - base.tail + _log(mass)
+    made = mass * (torch.expm1(log_r) - log_r).clamp(min=0)
+    return made.where(mass > 0, 0)  # no tail within float32: what was drawn means nothing
 
 
-def _excess(log_ratio: Tensor) -> Tensor:
-    """``log(p/q) - 1 + q/p``."""
-    return (torch.expm1(-log_ratio) + log_ratio).clamp(min=0)
+def _terms(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``p log(p/q) - p + q``: adds up to the same as ``p log(p/q)``, and no term is negative."""
+    p, log_ratio = log_p.exp(), log_p - log_q
+    close = p * (torch.expm1(-log_ratio) + log_ratio).clamp(min=0)
+    # which overflows where p is all but zero; this cancels where p and q are close
+    return torch.where(log_ratio < -5, p * log_ratio - p + log_q.exp(), close)
+
+
+def _rest(log_top: Tensor) -> Tensor:
+    """The mass that the likeliest tokens leave."""
+    return 1 - log_top.exp().sum(-1)
+
+
+def _log(x: Tensor) -> Tensor:
+    return x.clamp(min=torch.finfo(x.dtype).tiny).log()
 
 
 METRIC = Metric("KL (nats)", kl, ideal=0, quantiles=(0.5, 0.99))

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
-from datetime import date
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,29 +26,11 @@ from hf_quant.cli._common import (
 from hf_quant.errors import HfQuantError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from hf_quant.evaluation.gate import Budget
     from hf_quant.hf import HfQuantConfig
-    from hf_quant.results import Quality
 
 HEAD = ("scheme", "MB", "bits/weight", "quantized", "perplexity", "KL (nats)", "95 % interval", "top-1", "seconds")
-SMALL = 1_000_000_000  # parameters
 TOKENS = 32768  # measured by default: enough for intervals, and soon done
-
-
-@dataclass
-class _Job:
-    """What every scheme of one call shares."""
-
-    model: str
-    load: dict[str, Any]  # for from_pretrained
-    shard: str
-    overwrite: bool
-    quiet: bool
-    tokenizer: Any
-    budget: Budget
-    measure: Callable[[Any], Quality] | None = None
 
 
 @click.command()
@@ -76,6 +54,8 @@ def command(
     min_top1: float | None, prompt: str | None, as_json: bool, quiet: bool, **scheme: Any,
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a Hub id."""
+    from hf_quant.compress import Job, compress, tokenizer_of
+
     plans, gate = configs(**scheme), budget(max_kl, max_ppl_increase, min_top1)
     _refuse_two_bits(plans, gate)
     shown = bars(quiet or as_json)
@@ -90,16 +70,16 @@ def command(
         raise HfQuantError("no text to measure on: name one with --text")
     from_hub = {"dtype": dtype, "device_map": device, "revision": revision}
     given = {k: v for k, v in from_hub.items() if v is not None}
-    job = _Job(model, given, max_shard_size, overwrite, quiet, _tokenizer(model, revision), gate)
+    tokenizer = tokenizer_of(model, revision, say)
     outs = [Path(output) / p.scheme for p in plans] if len(plans) > 1 else [Path(output)]
+    measure = None
     if found is not None:
-        job.measure = how.yardstick(
-            model, found[1], job.tokenizer, revision=revision, device=device, shown=shown, quiet=quiet
-        )
-    rows = [_one(job, plan, out) for plan, out in zip(plans, outs, strict=True)]
+        measure = how.yardstick(model, found[1], tokenizer, revision=revision, device=device, shown=shown, quiet=quiet)
+    job = Job(model, given, max_shard_size, overwrite, lambda line: say(line, quiet), tokenizer, gate, measure)
+    rows = [compress(job, plan, out) for plan, out in zip(plans, outs, strict=True)]
     missed = [line for row in rows for line in gate_lines(row.get("gate", {"misses": []}), row["layers"])]
     folders = [out.with_name(row["folder"]) for row, out in zip(rows, outs, strict=True)]
-    said = _continue(folders[-1], prompt, job) if prompt else None
+    said = _continue(folders[-1], prompt, tokenizer) if prompt else None
     record = {"model": model, "results": rows} | ({"generated": said} if said else {})
     human = table(HEAD, _lines(rows))
     if found is not None:
@@ -133,116 +113,17 @@ def _warn_if_training(folder: Path) -> None:
         )
 
 
-class _GateMissedError(Exception):
-    """Unwinds the stage of the folder that a model may not have."""
-
-
-def _one(job: _Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
-    """Quantize with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate."""
-    import torch
-
-    from hf_quant import load
-    from hf_quant.checkpoint import staged, write_json
-
-    asked = {"overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert)}
-    row: dict[str, Any] = {}
-    with suppress(_GateMissedError), staged(out, overwrite=job.overwrite) as stage:
-        start = time.perf_counter()
-        made = load(job.model, quantization_config=config, **job.load).eval()
-        seconds = time.perf_counter() - start
-        plan = made.hf_quantizer.plan
-        say(f"{config.scheme}: {plan.summary()}", job.quiet)
-        if plan.params < SMALL:
-            say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers", job.quiet)
-        made.save_pretrained(stage, max_shard_size=job.shard)
-        if job.tokenizer is not None:
-            job.tokenizer.save_pretrained(stage)
-        write_json(stage / "recipe.json", _recipe(job, config, asked, made))
-        again = load(str(stage), dtype=made.dtype)
-        if not torch.equal(_logits(again), _logits(made)):
-            raise HfQuantError(f"{config.scheme}: the saved model computes something else than the one in memory")
-        del again
-        row |= {
-            "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
-            "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
-            "base_bytes": plan.bytes_float, "parameters": plan.params, "seconds": seconds, "date": str(date.today()),
-        }  # fmt: skip
-        row |= _measured(job, made)
-        if row.get("gate", {}).get("misses"):
-            row["folder"] = f"{out.name}-failed"
-        write_json(stage / "results.json", row)
-        if row["folder"] != out.name:
-            with staged(out.with_name(row["folder"]), overwrite=True) as aside:
-                for file in stage.iterdir():
-                    file.rename(aside / file.name)
-            raise _GateMissedError
-    return row
-
-
-def _measured(job: _Job, model: Any) -> dict[str, Any]:
-    """Quality and gate where there is a text to measure on, and how far each layer is from the base's."""
-    from hf_quant.evaluation.layers import layer_errors
-    from hf_quant.evaluation.yardstick import Base
-
-    errors = layer_errors(model, Base(job.model, job.load.get("revision")).checkpoint())
-    made: dict[str, Any] = {"layers": [each.to_dict() for each in errors]}
-    if job.measure is not None:
-        quality = job.measure(model)
-        made["quality"] = quality.to_dict()
-        if job.budget:
-            made["gate"] = job.budget.verdict(quality)
-    return made
-
-
-def _recipe(job: _Job, config: HfQuantConfig, asked: dict[str, Any], model: Any) -> dict[str, Any]:
-    """How the model was made; of a local source only the folder's name."""
-    from importlib.metadata import version
-
-    plan, local = model.hf_quantizer.plan, Path(job.model).is_dir()
-    source: dict[str, str | None] = {"model": Path(job.model).resolve().name if local else job.model}
-    source["revision"] = None if local else getattr(model.config, "_commit_hash", None)
-    return {
-        "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
-        "asked": asked, "source": source, "dtype": str(model.dtype).removeprefix("torch."),
-        "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
-        "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
-        "left": plan.left, "regrouped": plan.regrouped,
-        "versions": {name: version(name) for name in ("hf-quant", "torch", "transformers", "safetensors")},
-    }  # fmt: skip
-
-
-def _logits(model: Any) -> Tensor:
-    """Of a few tokens, or of whatever else the model gives for them."""
-    import torch
-
-    ids = torch.arange(3, 19, device=model.device)[None] % model.config.get_text_config().vocab_size
-    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        made: Tensor = model(input_ids=ids, **extra)[0]
-    return made
-
-
-def _tokenizer(model: str, revision: str | None) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(model, revision=revision)
-    except (OSError, ValueError, KeyError):
-        say(f"{model}: no tokenizer found, none is saved")
-        return None
-
-
-def _continue(folder: Path, prompt: str, job: _Job) -> str:
+def _continue(folder: Path, prompt: str, tokenizer: Any) -> str:
     """Greedy, from the folder that was written."""
     import torch
 
     from hf_quant import load
 
-    if job.tokenizer is None:
+    if tokenizer is None:
         raise HfQuantError("--prompt needs a tokenizer")
-    model, ids = load(str(folder)), torch.tensor([job.tokenizer(prompt).input_ids])
+    model, ids = load(str(folder)), torch.tensor([tokenizer(prompt).input_ids])
     out = model.generate(ids.to(model.device), max_new_tokens=40, do_sample=False)
-    made: str = job.tokenizer.decode(out[0], skip_special_tokens=True)
+    made: str = tokenizer.decode(out[0], skip_special_tokens=True)
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -72,7 +73,11 @@ def select(spec: LinearSpec, *, repacking: bool = True) -> LinearBackend:
         repacking: Whether a backend with a layout of its own will do; False where the codes must stay as they are,
             because somebody else moves them (offloading) or reads them too (a tied embedding).
     """
-    wanted = os.environ.get("HF_QUANT_BACKEND")
+    return _select(spec, repacking, os.environ.get("HF_QUANT_BACKEND"))
+
+
+@lru_cache
+def _select(spec: LinearSpec, repacking: bool, wanted: str | None) -> LinearBackend:
     backends = {n: _plugins.load("kernels", n).BACKEND() for n in ([wanted] if wanted else _plugins.names("kernels"))}
     reasons = []
     for name, backend in sorted(backends.items(), key=lambda item: -item[1].priority):

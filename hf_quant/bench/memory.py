@@ -1,0 +1,121 @@
+"""Memory and time to load, each model in a process of its own: nothing that another one left behind is counted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_quant.errors import HfQuantError
+
+EVERY = 0.002  # seconds between two looks
+STATUS = Path("/proc/self/status")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Of one model.
+
+    Attributes:
+        load_seconds: From the call of ``from_pretrained`` to its return, files in the page cache or not.
+        weight_bytes: Of all parameters and buffers, as they lie in memory.
+        peak_bytes: Highest use while loading and running 128 tokens, over what the process used before; of the device
+            if there is one, else of the process (resident memory).
+        where: ``"process"`` or the device's name.
+    """
+
+    load_seconds: float
+    weight_bytes: int
+    peak_bytes: int
+    where: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def measure(model: str, **load: Any) -> Memory:
+    """Load and run ``model`` once in a fresh process.
+
+    Args:
+        model: Folder or Hub id.
+        load: For ``from_pretrained``: plain values only (``dtype``, ``device_map``, ``revision``).
+
+    Raises:
+        HfQuantError: The process failed; the message is its last line.
+    """
+    call = [sys.executable, "-m", "hf_quant.bench.memory", json.dumps([model, load])]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise HfQuantError(f"{model} could not be loaded: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+
+
+class _Watch(threading.Thread):
+    """Remembers the most memory the process used."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.first = self.peak = _used()
+        self.done = threading.Event()
+
+    def run(self) -> None:
+        while not self.done.wait(EVERY):
+            self.peak = max(self.peak, _used())
+
+    def stop(self) -> int:
+        """Bytes over those at the start."""
+        self.done.set()
+        self.join()
+        return max(self.peak, _used()) - self.first
+
+
+def _used() -> int:
+    """Bytes of resident memory; where that cannot be read, the most there was so far."""
+    if STATUS.exists():
+        fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+        return int(fields["VmRSS"].split()[0]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _main(model: str, load: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoConfig, logging
+
+    from hf_quant.hf import load as load_model
+    from hf_quant.hf.loading import class_of
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    class_of(AutoConfig.from_pretrained(model))  # imports its code before the count starts
+    watch = _Watch()
+    watch.start()
+    start = time.perf_counter()
+    made = load_model(model, **load)
+    seconds = time.perf_counter() - start
+    device = made.device
+    with torch.inference_mode():
+        made(torch.arange(128, device=device)[None] % made.config.get_text_config().vocab_size)
+    peak = watch.stop()
+    if device.type != "cpu":
+        peak = torch.get_device_module(device).max_memory_allocated(device)
+    weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(made)}
+    record = Memory(seconds, sum(weights.values()), peak, "process" if device.type == "cpu" else str(device))
+    sys.stdout.write(json.dumps(record.to_dict()) + "\n")
+
+
+def _tensors(model: Any) -> list[Any]:
+    """Parameters, buffers, and what kernels laid out anew."""
+    repacked = [tensor for module in model.modules() for tensor in getattr(module, "_repacked", ())]
+    return [*model.parameters(), *model.buffers(), *repacked]
+
+
+if __name__ == "__main__":
+    _name, _load = json.loads(sys.argv[1])
+    _main(_name, _load)

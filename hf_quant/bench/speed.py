@@ -1,0 +1,104 @@
+"""Prefill and decode speed; models that are compared take turns, so that whatever slows the machine slows them all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+WARM_UP = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Of one model at one batch size; medians over the repeats.
+
+    Attributes:
+        batch: Sequences at once.
+        prompt: Tokens of each prompt.
+        new: Tokens generated for each.
+        prefill: Prompt tokens per second, all sequences together.
+        decode: Generated tokens per second, all sequences together, the first of each left out.
+        first_token: Seconds from the prompt to the first token.
+        prefill_spread: Interquartile range over the median.
+        decode_spread: Likewise.
+    """
+
+    batch: int
+    prompt: int
+    new: int
+    prefill: float
+    decode: float
+    first_token: float
+    prefill_spread: float
+    decode_spread: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def once(model: Any, batch: int, prompt: int, new: int) -> tuple[float, float]:
+    """Seconds to the first token and seconds for the ``new - 1`` that follow, greedy with a cache."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
+    _wait(model)
+    start = time.perf_counter()
+    out = model(ids, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1:].argmax(-1)
+    _wait(model)
+    first = time.perf_counter()
+    for _ in range(new - 1):
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1:].argmax(-1)
+    _wait(model)
+    return first - start, time.perf_counter() - first
+
+
+def compare(
+    models: Mapping[str, Any], batches: Sequence[int], *, prompt: int = 128, new: int = 32, repeats: int = 5,
+    progress: Callable[[Any], Any] = iter,
+) -> dict[str, list[Speed]]:  # fmt: skip
+    """Every model at every batch size.
+
+    Args:
+        models: Name to causal language model; all are in memory.
+        batches: Numbers of sequences.
+        prompt: Tokens of each prompt, random ones.
+        new: Tokens to generate for each, at least 2.
+        repeats: Turns that count; one more comes first, to warm up.
+        progress: Wraps the list of turns.
+    """
+    times: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for turn, batch in progress([(turn, batch) for batch in batches for turn in range(WARM_UP + repeats)]):
+        names = list(models)
+        for name in names if turn % 2 else names[::-1]:
+            took = once(models[name], batch, prompt, new)
+            if turn >= WARM_UP:
+                times.setdefault((name, batch), []).append(took)
+    return {name: [_speed(times[name, batch], batch, prompt, new) for batch in batches] for name in models}
+
+
+def _speed(times: list[tuple[float, float]], batch: int, prompt: int, new: int) -> Speed:
+    first, rest = [t[0] for t in times], [t[1] for t in times]
+    return Speed(
+        batch, prompt, new, batch * prompt / statistics.median(first), batch * (new - 1) / statistics.median(rest),
+        statistics.median(first), _spread(first), _spread(rest),
+    )  # fmt: skip
+
+
+def _spread(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def _wait(model: Any) -> None:
+    if model.device.type != "cpu":
+        torch.get_device_module(model.device).synchronize()

@@ -1,0 +1,115 @@
+"""``hf-quant bench``: memory and speed of a model, beside the one it was made from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hf_quant.cli._common import bars, emit, output_options, say, table
+from hf_quant.errors import HfQuantError
+
+FEW = 3  # repeats, at least
+
+
+@click.command()
+@click.argument("model")
+@click.option("--base", help="Measure this model too, in turns with the first.")
+@click.option("--batch", multiple=True, type=click.IntRange(1), default=(1, 4, 16), show_default=True)
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--new-tokens", type=click.IntRange(2), default=32, show_default=True)
+@click.option("--repeats", type=click.IntRange(FEW), default=5, show_default=True, help="Besides one to warm up.")
+@click.option("--dtype", default="auto", show_default=True)
+@click.option("--device", help="Where to run: cpu, cuda, auto, ...")
+@output_options
+def command(
+    model: str, base: str | None, batch: tuple[int, ...], prompt_tokens: int, new_tokens: int, repeats: int, dtype: str,
+    device: str | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Measure memory, time to load, and prefill and decode speed of MODEL."""
+    from tqdm import tqdm
+
+    from hf_quant import load
+    from hf_quant.bench import memory, speed
+    from hf_quant.checkpoint import write_json
+
+    shown = bars(quiet or as_json)
+    how = {"dtype": dtype} | ({"device_map": device} if device else {})
+    names = {"base": base, "model": model} if base else {"model": model}
+    say("memory and time to load", quiet)
+    record: dict[str, Any] = {role: memory.measure(name, **how).to_dict() for role, name in names.items()}
+    models = {role: load(name, **how).eval() for role, name in names.items()}
+    for role, each in models.items():
+        if not each.can_generate() or each.config.is_encoder_decoder:
+            raise HfQuantError(f"{names[role]}: bench measures causal language models, not {type(each).__name__}")
+    speeds = speed.compare(
+        models, batch, prompt=prompt_tokens, new=new_tokens, repeats=repeats,
+        progress=lambda turns: tqdm(turns, desc="speed", disable=not shown),
+    )  # fmt: skip
+    for role, found in speeds.items():
+        record[role]["speed"] = [each.to_dict() for each in found]
+    record["slower"] = _slower(record) if base else []
+    record["machine"] = _machine()
+    if Path(model).is_dir():
+        path = Path(model) / "results.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        write_json(path, known | {"bench": record})
+    first = speeds["model"][0]
+    emit(as_json, quiet, record=record, essential=f"{first.decode:.4g}", human=_human(record, list(names)))
+
+
+def _slower(record: dict[str, Any]) -> list[str]:
+    """Where the model is slower than its base, by more than both spread."""
+    made = []
+    for own, base in zip(record["model"]["speed"], record["base"]["speed"], strict=True):
+        for what in ("prefill", "decode"):
+            ratio = own[what] / base[what]
+            if ratio < 1 - max(own[f"{what}_spread"], base[f"{what}_spread"]):
+                made.append(f"{what} at batch {own['batch']}: slower than the base here, {ratio:.2f} times its speed")
+    return made
+
+
+def _machine() -> dict[str, Any]:
+    import platform
+
+    import torch
+
+    return {
+        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "cpu": _cpu(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }  # fmt: skip
+
+
+def _cpu() -> str:
+    import platform
+
+    info = Path("/proc/cpuinfo")
+    found = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return found[0].partition(":")[2].strip() if found else platform.processor()
+
+
+def _human(record: dict[str, Any], roles: list[str]) -> str:
+    head = ("", "weights MB", "peak MB", "load s")
+    sizes = [
+        (
+            role, f"{record[role]['weight_bytes'] / 1e6:.1f}", f"{record[role]['peak_bytes'] / 1e6:.1f}",
+            f"{record[role]['load_seconds']:.2f}",
+        )
+        for role in roles
+    ]  # fmt: skip
+    speeds = [
+        (
+            f"{role}, batch {s['batch']}", f"{s['prefill']:.0f} ±{s['prefill_spread'] / 2:.0%}",
+            f"{s['decode']:.1f} ±{s['decode_spread'] / 2:.0%}", f"{1000 * s['first_token']:.0f}",
+        )
+        for role in roles
+        for s in record[role]["speed"]
+    ]  # fmt: skip
+    parts = [table(head, sizes), table(("", "prefill tokens/s", "decode tokens/s", "first token ms"), speeds)]
+    return "\n\n".join([*parts, *(["\n".join(record["slower"])] if record["slower"] else [])])
+
+
+COMMAND = command

@@ -1,0 +1,141 @@
+"""One model, one scheme: quantize, check what was written, measure it, and only then let it appear."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from hf_quant.checkpoint import staged, write_json
+from hf_quant.errors import HfQuantError
+from hf_quant.evaluation.gate import Budget
+from hf_quant.evaluation.layers import layer_errors
+from hf_quant.evaluation.yardstick import Base
+from hf_quant.hf import HfQuantConfig, load
+from hf_quant.results import Quality
+
+SMALL = 1_000_000_000  # parameters
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every scheme of one call shares.
+
+    Attributes:
+        model: Folder or Hub id.
+        load: For ``from_pretrained``: dtype, device_map, revision.
+        shard: Largest file, such as ``"5GB"``.
+        overwrite: Whether an existing folder may be replaced.
+        say: Told what is worth knowing.
+        tokenizer: Saved beside the model; None if it has none.
+        budget: What the result may cost.
+        measure: Measures a model; None where there is no text.
+    """
+
+    model: str
+    load: dict[str, Any]
+    shard: str
+    overwrite: bool
+    say: Callable[[str], None]
+    tokenizer: Any = None
+    budget: Budget = field(default_factory=Budget)
+    measure: Callable[[Any], Quality] | None = None
+
+    def quantized(self, config: HfQuantConfig) -> Any:
+        """The model with ``config`` applied, in memory."""
+        return load(self.model, quantization_config=config, **self.load).eval()
+
+
+class _GateMissedError(Exception):
+    """Unwinds the stage of the folder that a model may not have."""
+
+
+def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
+    """Quantize with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate."""
+    asked = {"overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert)}
+    row: dict[str, Any] = {}
+    with suppress(_GateMissedError), staged(out, overwrite=job.overwrite) as stage:
+        start = time.perf_counter()
+        made = job.quantized(config)
+        seconds = time.perf_counter() - start
+        plan = made.hf_quantizer.plan
+        job.say(f"{config.scheme}: {plan.summary()}")
+        if plan.params < SMALL:
+            job.say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers")
+        made.save_pretrained(stage, max_shard_size=job.shard)
+        if job.tokenizer is not None:
+            job.tokenizer.save_pretrained(stage)
+        write_json(stage / "recipe.json", _recipe(job, config, asked, made))
+        again = load(str(stage), dtype=made.dtype)
+        if not torch.equal(_logits(again), _logits(made)):
+            raise HfQuantError(f"{config.scheme}: the saved model computes something else than the one in memory")
+        del again
+        row |= {
+            "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
+            "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
+            "base_bytes": plan.bytes_float, "parameters": plan.params, "seconds": seconds, "date": str(date.today()),
+        }  # fmt: skip
+        row |= _measured(job, made)
+        if row.get("gate", {}).get("misses"):
+            row["folder"] = f"{out.name}-failed"
+        write_json(stage / "results.json", row)
+        if row["folder"] != out.name:
+            with staged(out.with_name(row["folder"]), overwrite=True) as aside:
+                for file in stage.iterdir():
+                    file.rename(aside / file.name)
+            raise _GateMissedError
+    return row
+
+
+def _measured(job: Job, model: Any) -> dict[str, Any]:
+    """Quality and gate where there is a text to measure on, and how far each layer is from the base's."""
+    errors = layer_errors(model, Base(job.model, job.load.get("revision")).checkpoint())
+    made: dict[str, Any] = {"layers": [each.to_dict() for each in errors]}
+    if job.measure is not None:
+        quality = job.measure(model)
+        made["quality"] = quality.to_dict()
+        if job.budget:
+            made["gate"] = job.budget.verdict(quality)
+    return made
+
+
+def _recipe(job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any) -> dict[str, Any]:
+    """How the model was made; of a local source only the folder's name."""
+    plan, local = model.hf_quantizer.plan, Path(job.model).is_dir()
+    source: dict[str, str | None] = {"model": Path(job.model).resolve().name if local else job.model}
+    source["revision"] = None if local else getattr(model.config, "_commit_hash", None)
+    return {
+        "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
+        "asked": asked, "source": source, "dtype": str(model.dtype).removeprefix("torch."),
+        "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
+        "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
+        "left": plan.left, "regrouped": plan.regrouped,
+        "versions": {name: version(name) for name in ("hf-quant", "torch", "transformers", "safetensors")},
+    }  # fmt: skip
+
+
+def _logits(model: Any) -> Tensor:
+    """Of a few tokens, or of whatever else the model gives for them."""
+    ids = torch.arange(3, 19, device=model.device)[None] % model.config.get_text_config().vocab_size
+    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        made: Tensor = model(input_ids=ids, **extra)[0]
+    return made
+
+
+def tokenizer_of(model: str, revision: str | None, say: Callable[[str], None]) -> Any:
+    """The model's tokenizer, or None."""
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=revision)
+    except (OSError, ValueError, KeyError):
+        say(f"{model}: no tokenizer found, none is saved")
+        return None

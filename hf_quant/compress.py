@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -52,7 +54,7 @@ class Job:
 
     def quantized(self, config: HfQuantConfig) -> Any:
         """The model with ``config`` applied, in memory."""
-        return load(self.model, quantization_config=config, **self.load).eval()
+        return load(self.model, quantization_config=copy.deepcopy(config), **self.load).eval()  # loading fills it in
 
 
 class _GateMissedError(Exception):
@@ -82,7 +84,8 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
         row |= {
             "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
             "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
-            "base_bytes": plan.bytes_float, "parameters": plan.params, "seconds": seconds, "date": str(date.today()),
+            "base_bytes": plan.bytes_float, "parameters": plan.params, "seconds": seconds,
+            "layers_by_scheme": dict(Counter(map(str, plan.schemes.values()))), "date": str(date.today()),
         }  # fmt: skip
         row |= _measured(job, made)
         if row.get("gate", {}).get("misses"):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hf_quant.cli._common import configs, emit, output_options, scheme_options, table
 
+if TYPE_CHECKING:
+    from hf_quant.hf.plan import Plan
+
 WORKING = 60e6  # bytes of working memory while quantizing on load; benchmarks/rtn_memory.py measures it
 SMALL = 1_000_000_000
+ENOUGH = 0.2  # of weights and KV cache together: less saved than this is hardly felt
+LITTLE = 0.05  # of the memory there is
 
 
 @click.command()
@@ -29,7 +35,8 @@ def command(model: str, revision: str | None, as_json: bool, quiet: bool, **sche
     records: list[dict[str, Any]] = []
     summaries = []
     for config in configs(**scheme):
-        _, plan = plan_of(model, config, revision)
+        skeleton, plan = plan_of(model, config, revision)
+        cache = _cache_bytes(skeleton.config.get_text_config())
         summaries.append(f"{config.scheme}: {plan.summary()}")
         records.append(
             {
@@ -43,7 +50,8 @@ def command(model: str, revision: str | None, as_json: bool, quiet: bool, **sche
                 "format": plan.format,
                 "format_reason": plan.format_reason,
                 "left": plan.left,
-                "advice": _advice(plan.params, config.bits),
+                "kv_cache_bytes": cache,
+                "advice": [*_advice(plan.params, config.bits), *_worth(plan, cache)],
             }
         )
     rows = [
@@ -57,6 +65,45 @@ def command(model: str, revision: str | None, as_json: bool, quiet: bool, **sche
     advice = sorted({line for record in records for line in record["advice"]})
     human = "\n\n".join([table(head, rows), *summaries, *advice])
     emit(as_json, quiet, record={"model": model, "plans": records}, essential=rows[0][2], human=human)
+
+
+def _cache_bytes(config: Any) -> int:
+    """Keys and values of one sequence as long as the model allows, in 16 bits; 0 where that is unknown or not used."""
+    tokens, layers = getattr(config, "max_position_embeddings", None), getattr(config, "num_hidden_layers", None)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if not (tokens and layers and heads and getattr(config, "use_cache", False)):
+        return 0
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * 2 * layers * heads * width * tokens)
+
+
+def _worth(plan: Plan, cache: int) -> list[str]:
+    """Whether what is saved matters, beside the KV cache and on this machine."""
+    made, saved = [], plan.bytes_float - plan.bytes_quantized
+    if cache and saved < ENOUGH * (plan.bytes_float + cache):
+        made.append(
+            f"hardly worth it at long context: {cache / 1e6:.0f} MB of keys and values at the full length stay, so "
+            f"{saved / 1e6:.0f} MB are {saved / (plan.bytes_float + cache):.0%} of the whole"
+        )
+    memory = _memory()
+    if memory and plan.bytes_float < LITTLE * memory:
+        made.append(
+            f"hardly worth it for memory on this machine: unquantized it takes {plan.bytes_float / memory:.1%} of "
+            f"{memory / 1e9:.0f} GB"
+        )
+    return made
+
+
+def _memory() -> int:
+    """Bytes of the first GPU, else of the machine; 0 where that is unknown."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 0
 
 
 def _advice(params: int, bits: int) -> list[str]:

@@ -23,13 +23,13 @@ class LayerError:
         layer: Its name.
         scheme: What it is quantized with.
         error: Relative error of its weights: the Frobenius norm of the difference, over the base's.
-        sqnr_db: The same in decibels: ``-20 log10(error)``.
+        sqnr_db: The same in decibels, ``-20 log10(error)``; None where there is no error.
     """
 
     layer: str
     scheme: str
     error: float
-    sqnr_db: float
+    sqnr_db: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -66,5 +66,5 @@ def _error(name: str, scheme: str, original: Tensor, quantized: Tensor) -> Layer
     for a, b in zip(original.split(ROWS), quantized.cpu().split(ROWS), strict=True):
         difference += (a.float() - b.float()).square().sum().item()
         norm += a.float().square().sum().item()
-    error = math.sqrt(difference / norm) if norm else math.inf
-    return LayerError(name, scheme, error, -20 * math.log10(error) if error else math.inf)
+    error = math.sqrt(difference / max(norm, 1e-30))
+    return LayerError(name, scheme, error, -20 * math.log10(error) if error else None)

@@ -80,7 +80,7 @@ class Reference:
 
 def reference(
     load_base: Load, identity: str, windows: Windows, *,
-    cache: Path, base_dtype: torch.dtype, noise: Measure, say: Callable[[str], None], progress: Progress = iter,
+    cache: Path, base_dtype: torch.dtype, noise: Measure | None, say: Callable[[str], None], progress: Progress = iter,
 ) -> Reference:  # fmt: skip
     """The base's word on ``windows``, from the cache or computed now.
 
@@ -90,11 +90,13 @@ def reference(
         windows: What to measure on.
         cache: Folder of all references.
         base_dtype: What the base computes in.
-        noise: Measures the base in bf16 beside itself; not called where ``base_dtype`` is bf16 already.
+        noise: Measures the base in bf16 beside itself; None leaves that out, and so does a base in bf16.
         say: Told when the cache is no good.
         progress: Wraps lists of batches.
     """
-    key = hashlib.sha256(f"{VERSION} {identity} {base_dtype} {windows.sha256} {TOP} {SAMPLES}".encode()).hexdigest()
+    key = hashlib.sha256(
+        f"{VERSION} {identity} {base_dtype} {windows.sha256} {TOP} {SAMPLES} {noise is None}".encode()
+    ).hexdigest()
     folder = cache / key[:32]
     if folder.is_dir():
         try:
@@ -108,7 +110,7 @@ def reference(
             return found
     with staged(folder, overwrite=True) as stage:
         made = _compute(load_base(base_dtype), stage, windows, base_dtype, progress)
-        if base_dtype is not torch.bfloat16:
+        if noise is not None and base_dtype is not torch.bfloat16:
             made.meta["noise"] = noise(load_base(torch.bfloat16), made)
         write_json(stage / META, made.meta)
     return Reference(folder, windows, made.meta)

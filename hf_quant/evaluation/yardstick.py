@@ -12,17 +12,19 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from transformers import AutoConfig
+from transformers.utils import logging
 
 from hf_quant.checkpoint import Checkpoint
 from hf_quant.evaluation import evaluate, means
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
-from hf_quant.evaluation.reference import Progress, reference
+from hf_quant.evaluation.reference import Progress, Reference, reference
 from hf_quant.evaluation.text import windows
 from hf_quant.hf import load
 from hf_quant.hf.loading import class_of
 from hf_quant.results import Quality
 
 CONTEXT = 512
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,30 @@ class Base:
         config = AutoConfig.from_pretrained(self.model, **self._hub())
         return bool(class_of(config).can_generate()) and not getattr(config, "is_encoder_decoder", False)
 
+    def reference(
+        self, tokenizer: Any, text: str, *, context: int | None = None, stride: int | None = None,
+        max_tokens: int | None = None, noise: bool = True, say: Callable[[str], None] = logger.info, progress: Progress = iter,
+        cache: Path | None = None,
+    ) -> Reference:  # fmt: skip
+        """Its word on a text, computed now or found in the cache.
+
+        Args:
+            tokenizer: Its tokenizer.
+            text: Documents, separated by ``<|endoftext|>``.
+            context: Tokens in a window; 512, or as many as there are positions for, where it is None.
+            stride: Tokens from one window to the next.
+            max_tokens: About that many at most.
+            noise: Measure too what bf16 costs the base.
+            say: Told what is worth knowing.
+            progress: Wraps lists of batches.
+            cache: Folder of cached outputs; by default inside the Hugging Face one.
+        """
+        return reference(
+            self.load, self.identity(), windows(tokenizer, text, context or self.context(), max_tokens, stride),
+            cache=cache or Path(HF_HOME) / "hf_quant" / "base", base_dtype=self.dtype, noise=means if noise else None,
+            say=say, progress=progress,
+        )  # fmt: skip
+
     def _hub(self) -> dict[str, str]:
         return {} if self.revision is None else {"revision": self.revision}
 
@@ -101,13 +127,12 @@ def yardstick(
         progress: Wraps lists of batches.
         cache: Folder of cached outputs; by default inside the Hugging Face one.
     """
-    context = base.context() if context is None else context
     if not base.causal():
+        context = context or base.context()
         texts = passages(tokenizer, text, context, max_tokens)
         found = base_outputs(base.load, texts, base.dtype, progress)
         return lambda model: evaluate_encoder(model, found, texts, context, progress)
-    made = reference(
-        base.load, base.identity(), windows(tokenizer, text, context, max_tokens, stride),
-        cache=cache or Path(HF_HOME) / "hf_quant" / "base", base_dtype=base.dtype, noise=means, say=say, progress=progress,
-    )  # fmt: skip
+    made = base.reference(
+        tokenizer, text, context=context, stride=stride, max_tokens=max_tokens, say=say, progress=progress, cache=cache
+    )
     return lambda model: evaluate(model, made, progress)

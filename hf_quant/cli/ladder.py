@@ -1,0 +1,169 @@
+"""``hf-quant ladder``: the smallest model inside a quality budget, or the best one inside a size."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hf_quant.cli._common import (
+    Measuring,
+    bars,
+    budget,
+    emit,
+    gate_options,
+    measure_options,
+    output_options,
+    say,
+    table,
+)
+from hf_quant.errors import HfQuantError
+
+if TYPE_CHECKING:
+    from hf_quant.evaluation.yardstick import Base
+
+HEAD = ("model", "MB", "bits/weight", "KL (nats)", "95 % interval", "perplexity", "top-1", "tokens/s", "")
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
+CALIBRATION = "calibration.txt"
+TOKENS, TRIAL_TOKENS = 32768, 4096
+
+
+def size(value: str) -> int:
+    """``4GB`` as bytes."""
+    number = value.rstrip("BKMGbkmg")
+    return int(float(number) * UNITS[value[len(number) :].upper()])
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, help="Folder of the chosen model.")
+@click.option("--max-size", type=size, help="Bytes of all weights, such as 4GB; alone: the best model inside it.")
+@gate_options
+@click.option("--group-size", type=int, default=128, show_default=True, help="Columns that share a scale.")
+@click.option("--asym", is_flag=True, help="With zero points.")
+@click.option("--method", default="rtn", show_default=True, help="How codes are chosen.")
+@click.option("--ignore", multiple=True, metavar="GLOB", help="Layers to leave in floating point.")
+@click.option("--lm-head", is_flag=True, help="Quantize the output head too.")
+@click.option("--embeddings", is_flag=True, help="Quantize the input embeddings too.")
+@measure_options
+@click.option("--trial-text", help="UTF-8 file for sensitivities; default: calibration.txt beside the model.")
+@click.option("--trial-tokens", default=TRIAL_TOKENS, show_default=True, help="How much of it.")
+@click.option("--dtype", default="auto", show_default=True, help="What the models compute in.")
+@click.option("--device", help="Where to run: cpu, cuda, auto, ...")
+@click.option("--revision", help="Of a Hub model.")
+@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
+@output_options
+def command(
+    model: str, output: str, max_size: int | None, max_kl: float | None, max_ppl_increase: float | None,
+    min_top1: float | None, group_size: int, asym: bool, method: str, ignore: tuple[str, ...], lm_head: bool,
+    embeddings: bool, text: str | None, dataset: str | None, context: int | None, stride: int | None,
+    max_tokens: int | None, base_dtype: str, allow_overlap: bool, trial_text: str | None, trial_tokens: int, dtype: str,
+    device: str | None, revision: str | None, max_shard_size: str, overwrite: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Walk MODEL down the precision ladder and keep the smallest one inside the budget."""
+    import torch
+    from tqdm import tqdm
+
+    from hf_quant.compress import Job, compress, tokenizer_of
+    from hf_quant.evaluation.yardstick import Base
+    from hf_quant.ladder import LADDER, Ladder, Limits
+    from hf_quant.scheme import QuantScheme
+
+    limits = Limits(budget(max_kl, max_ppl_increase, min_top1), max_size)
+    if not limits.budget and max_size is None:
+        raise click.UsageError("say what to keep: --max-kl, --max-ppl-increase, --min-top1 or --max-size")
+    out, shown = Path(output), bars(quiet or as_json)
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise HfQuantError(
+            f"{out}: exists and is not empty; --overwrite replaces it"
+        )  # not after minutes of measuring
+    how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
+    found = how.find(model)
+    if found is None:
+        raise HfQuantError("no text to measure on: name one with --text")
+    tokenizer = tokenizer_of(model, revision, say)
+    measure = how.yardstick(model, found[1], tokenizer, revision=revision, device=device, shown=shown, quiet=quiet)
+    given = {k: v for k, v in {"dtype": dtype, "device_map": device, "revision": revision}.items() if v is not None}
+    job = Job(
+        model, given, max_shard_size, overwrite, lambda line: say(line, quiet), tokenizer, limits.budget, measure
+    )
+    base = Base(model, revision, getattr(torch, base_dtype), device)
+    options = {
+        "method": method, "modules_to_not_convert": list(ignore), "quantize_lm_head": lm_head,
+        "quantize_embeddings": embeddings,
+    }  # fmt: skip
+    walk = Ladder(
+        job, limits, [QuantScheme(bits, group_size, not asym) for bits in LADDER], options, base.load,
+        lambda: _trial(base, tokenizer, found[1], trial_text, trial_tokens, quiet),
+        lambda trials: tqdm(trials, desc="sensitivity", disable=not shown),
+    ).walk()  # fmt: skip
+    record = walk.to_dict() | {"limits": asdict(limits.budget) | {"max_size": max_size}}
+    if walk.chosen is not None:
+        assert walk.chosen.config is not None
+        row = compress(job, walk.chosen.config, out)
+        record |= {"folder": row["folder"], "chosen_bytes": walk.chosen.bytes}
+        _store(out.with_name(row["folder"]), record, quiet)
+    human = table(HEAD, _lines(record))
+    human += f"\n\nmeasured on {record['rungs'][1]['quality']['tokens']:,} held-out tokens of {found[0]}"
+    human += (
+        f"\nchosen: {walk.chosen.name}, in {record['folder']}" if walk.chosen else "\nno rung is inside the limits"
+    )
+    emit(as_json, quiet, record=record, essential=str(out) if walk.chosen else "", human=human)
+    if walk.chosen is None or record["folder"] != out.name:
+        for rung in record["rungs"]:
+            for miss in rung["misses"]:
+                say(f"{rung['name']}: {miss}")
+        sys.exit(3)
+
+
+def _trial(base: Base, tokenizer: Any, measured_on: str, trial_text: str | None, tokens: int, quiet: bool) -> Any:
+    """The base's word on a text that the result is not measured on, if there is one."""
+    from hf_quant.cli._common import find_text
+    from hf_quant.evaluation.text import read_text
+
+    beside = Path(base.model) / CALIBRATION
+    file = find_text(trial_text) or (beside if beside.is_file() else None)
+    if file is None:
+        say("sensitivities are measured on the held-out text itself: --trial-text names another", quiet)
+    return base.reference(tokenizer, read_text(file) if file else measured_on, max_tokens=tokens, noise=False)
+
+
+def _store(folder: Path, record: dict[str, Any], quiet: bool) -> None:
+    from hf_quant.checkpoint import write_json
+    from hf_quant.report import charts
+
+    write_json(folder / "ladder.json", record)
+    if (reason := charts.available()) is not None:
+        say(reason, quiet)
+        return
+    for name, draw in (("size_and_kl", charts.size_and_kl), ("sensitivity", charts.sensitivity)):
+        if name != "sensitivity" or record["sensitivity"]["kl"]:
+            for dark in (False, True):
+                (folder / f"{name}-{'dark' if dark else 'light'}.png").write_bytes(draw(record, dark))
+
+
+def _lines(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    made: list[tuple[str, ...]] = []
+    for rung in sorted(record["rungs"], key=lambda rung: -rung["bytes"]):
+        of = rung["quality"]["metrics"] if rung["quality"] else None
+        measured = (
+            (
+                f"{of['kl']['value']:.5f}", f"{of['kl']['low']:.5f}..{of['kl']['high']:.5f}",
+                f"{of['perplexity']['value']:.3f}", f"{of['top1']['value']:.1%}",
+            )
+            if of
+            else ("-", "-", "-", "-")
+        )  # fmt: skip
+        mark = "out" if rung["misses"] else ""
+        if rung["name"] == record["chosen"] and rung["bytes"] == record.get("chosen_bytes"):
+            mark = "chosen"
+        size_of = (f"{rung['bytes'] / 1e6:.1f}", f"{rung['bits_per_weight']:.2f}")
+        made.append((rung["name"], *size_of, *measured, f"{rung['speed']['decode']:.0f}", mark))
+    return made
+
+
+COMMAND = command

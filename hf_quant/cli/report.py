@@ -1,0 +1,27 @@
+"""``hf-quant report``: one page about what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from hf_quant.cli._common import emit, output_options
+
+
+@click.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: report.html in FOLDER."
+)
+@output_options
+def command(folder: Path, output: Path | None, as_json: bool, quiet: bool) -> None:
+    """Write one HTML file on FOLDER: numbers, charts and recipe, readable without a network and on a phone."""
+    from hf_quant.report.page import page
+
+    out = output or folder / "report.html"
+    out.write_text(page(folder), encoding="utf-8")
+    emit(as_json, quiet, record={"report": str(out)}, essential=str(out), human=str(out))
+
+
+COMMAND = command

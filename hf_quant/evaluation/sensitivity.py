@@ -1,0 +1,90 @@
+"""What each group of layers costs when it alone is quantized.
+
+Layers that a kernel or a format fuses share one width: query, key and value; gate and up; all experts of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_quant.methods import Method
+from hf_quant.scheme import QuantScheme
+
+FUSED = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q", "k", "v", "query", "key", "value"), "qkv"),
+    **dict.fromkeys(("gate_proj", "up_proj", "w1", "w3", "wi_0", "wi_1"), "gate_up"),
+}
+
+
+def groups(names: Iterable[str]) -> dict[str, list[str]]:
+    """Layers that get the same scheme: the group's name to its layers', in order."""
+    made: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        if parent.rpartition(".")[2] == "experts":
+            made.setdefault(parent, []).append(name)
+        else:
+            made.setdefault(f"{parent}.{FUSED.get(leaf, leaf)}" if leaf in FUSED else name, []).append(name)
+    return made
+
+
+@contextmanager
+def rounded(model: Any, names: Sequence[str], scheme: QuantScheme, method: Method) -> Iterator[None]:
+    """Inside, the weights ``names`` of a floating-point ``model`` are what ``scheme`` makes of them."""
+    before = {name: _weight(model, name) for name in names}
+    kept = {name: weight.data for name, (weight, _) in before.items()}
+    try:
+        for weight, turned in before.values():
+            weight.data = _round(weight.data, turned, scheme, method)
+        yield
+    finally:
+        for name, (weight, _) in before.items():
+            weight.data = kept[name]
+
+
+def sensitivities(
+    model: Any, layers: Mapping[str, Sequence[str]], schemes: Sequence[QuantScheme], method: Method,
+    cost: Callable[[Any], float], progress: Callable[[Any], Any] = iter,
+) -> dict[str, list[float]]:  # fmt: skip
+    """What each group costs alone, under each scheme.
+
+    Args:
+        model: In floating point; it is the same afterwards.
+        layers: From `groups`.
+        schemes: To try.
+        method: How codes are chosen.
+        cost: Of the model as it is.
+        progress: Wraps the list of trials.
+    """
+    made: dict[str, list[float]] = {name: [] for name in layers}
+    for group, scheme in progress([(group, scheme) for group in layers for scheme in schemes]):
+        with rounded(model, layers[group], scheme, method):
+            made[group].append(cost(model))
+    return made
+
+
+def _weight(model: Any, name: str) -> tuple[torch.nn.Parameter, bool]:
+    """The parameter of a layer or stack, and whether it lies ``[K, N]``."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if isinstance(getattr(module, leaf), torch.nn.Parameter):
+        return getattr(module, leaf), bool(getattr(module, "is_transposed", False))
+    layer = model.get_submodule(name)
+    return layer.weight, not isinstance(layer, (torch.nn.Linear, torch.nn.Embedding))
+
+
+@torch.inference_mode()
+def _round(weight: Tensor, turned: bool, scheme: QuantScheme, method: Method) -> Tensor:
+    stack = weight if weight.dim() == 3 else weight[None]
+    made = torch.empty_like(stack)
+    for i, matrix in enumerate(stack):
+        rows = matrix.T if turned else matrix
+        codes = method.quantize(rows.contiguous(), scheme.fitted(rows.shape[1]), torch.bfloat16)
+        real = codes.dequantize(weight.dtype)
+        made[i] = real.T if turned else real
+    return made.view_as(weight)

@@ -1,0 +1,1 @@
+"""What was measured, for people: charts and one page."""

@@ -1,0 +1,59 @@
+"""One self-contained page about a folder: what it holds, what it cost, how it was made. Nothing is fetched to read it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from hf_quant.errors import HfQuantError
+from hf_quant.report import charts
+
+TITLES = {
+    "kl": "KL divergence, nats per token", "perplexity": "perplexity", "base_perplexity": "perplexity of the base",
+    "perplexity_ratio": "perplexity over the base's", "top1": "top-1 agreement",
+    "embedding_cosine": "cosine of embeddings", "logits_cosine": "cosine of logits",
+}  # fmt: skip
+SHOWN = 12  # layers, of those farthest from the base
+
+
+def page(folder: Path) -> str:
+    """HTML from results.json, ladder.json and recipe.json in ``folder``, whichever there are.
+
+    Raises:
+        HfQuantError: There is neither results.json nor ladder.json, or one is damaged.
+    """
+    results, ladder, recipe = (_read(folder / f"{name}.json") for name in ("results", "ladder", "recipe"))
+    if not results and not ladder:
+        raise HfQuantError(f"{folder}: neither results.json nor ladder.json; measure first, with eval or ladder")
+    pictures = []
+    if ladder and charts.available() is None:
+        pictures.append(("Size against quality", *_both(charts.size_and_kl, ladder)))
+        if ladder["sensitivity"]["kl"]:
+            pictures.append(("Where it hurts", *_both(charts.sensitivity, ladder)))
+    environment = Environment(loader=PackageLoader("hf_quant.report"), autoescape=True, trim_blocks=True)
+    return environment.get_template("page.html.jinja").render(
+        name=folder.resolve().name, results=results, ladder=ladder, recipe=recipe, pictures=pictures, titles=TITLES,
+        layers=(results.get("layers") or [])[:SHOWN], recipe_json=json.dumps(recipe, indent=2) if recipe else "",
+    )  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HfQuantError(f"{path.name}: {error}") from None
+    if not isinstance(found, dict):
+        raise HfQuantError(f"{path.name}: not an object")
+    return found
+
+
+def _both(draw: Any, ladder: dict[str, Any]) -> tuple[str, str]:
+    """The chart for light and for dark ground, as the text of a data URL."""
+    light, dark = (base64.b64encode(draw(ladder, dark)).decode() for dark in (False, True))
+    return light, dark

@@ -31,7 +31,7 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
     Raises:
         HfQuantError: The vocabularies differ, a model is no causal language model, or logits are not finite.
     """
-    values, variance = _values(model, reference, progress)
+    values, variance = token_values(model, reference, progress)
     made, few = reference.windows, len(reference.windows.document.unique()) < FEWEST
     window = torch.arange(len(made.ids))[:, None].expand_as(made.scored)
     unit = (window if few else made.document[:, 1:])[made.scored]
@@ -59,7 +59,7 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
 
 def means(model: Any, reference: Reference, progress: Progress = iter) -> dict[str, float]:
     """Every metric's value, without intervals."""
-    values, _ = _values(model, reference, progress)
+    values, _ = token_values(model, reference, progress)
     return {name: metric.finish(values[name].double().mean().item()) for name, metric in all_metrics().items()}
 
 
@@ -72,7 +72,7 @@ def with_noise(value: float, low: float, high: float, noise: float | None, ideal
 
 
 @torch.inference_mode()
-def _values(model: Any, reference: Reference, progress: Progress) -> tuple[dict[str, Tensor], Tensor]:
+def token_values(model: Any, reference: Reference, progress: Progress = iter) -> tuple[dict[str, Tensor], Tensor]:
     """Each metric at each position, ``[P]``, and the variance of KL from sampling the tail."""
     require_causal(model)
     metrics = all_metrics()

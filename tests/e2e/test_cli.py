@@ -1,19 +1,23 @@
 """The commands, as a user calls them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import hf_quant
 from hf_quant.cli import main
+from hf_quant.evaluation.text import paragraphs
 
 REPO = Path(__file__).parents[2]
 
@@ -91,8 +95,9 @@ def test_eval_inspect_plan_doctor(folder: Path, tmp_path: Path) -> None:
     assert plain["format"] == "not quantized" and plain["layers_quantized"] == 0
     (plan,) = json.loads(run("plan", folder, "--scheme", "W2A16-g32", "--json").stdout)["plans"]
     model = AutoModelForCausalLM.from_pretrained(folder)
-    assert plan["parameters"] == model.num_parameters() and len(plan["advice"]) == 2
+    assert plan["parameters"] == model.num_parameters() and len(plan["advice"]) == 4
     assert plan["bytes_before"] == 4 * model.num_parameters()
+    assert plan["kv_cache_bytes"] == 2 * 2 * 2 * 64 * model.config.max_position_embeddings
     assert "loads_without_import" in run("doctor").stdout
 
 
@@ -148,8 +153,132 @@ def test_help_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("doctor", "eval", "inspect", "plan", "quantize"):
+    for command in ("bench", "doctor", "eval", "inspect", "ladder", "plan", "quantize", "report"):
         assert command in done.stdout
+
+
+@pytest.fixture(scope="module")
+def checked() -> Any:
+    """Checks a folder's results.json against the schema that documents it."""
+    schema = json.loads((Path(hf_quant.__file__).parent / "results.schema.json").read_text())
+
+    def check(folder: Path) -> Any:
+        record = json.loads((folder / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+        jsonschema.validate(record, schema)
+        return record
+
+    return check
+
+
+def test_a_missed_gate(folder: Path, tmp_path: Path, checked: Any) -> None:
+    out = tmp_path / "q"
+    call = ["quantize", folder, "-o", out, "--scheme", "W2A16-g32"]
+    assert "2 bits break most models, so they need a gate" in run(*call, code=2).stderr
+    assert "need a gate" in run(*call[:-1], "W4A16-g32", "--override", "*.up_proj=W2A16-g32", code=2).stderr
+    result = run(*call, "--max-kl", "0.001", "--min-top1", "99.9%", "--max-ppl-increase", "1e9", code=3)
+    assert "gate missed: KL" in result.stderr and "gate missed: top-1 agreement" in result.stderr
+    assert "layers farthest" in result.stderr and "increase of perplexity" not in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["q-failed"]
+    record = checked(tmp_path / "q-failed")
+    assert record["gate"]["budget"] == {"max_kl": 0.001, "min_top1": pytest.approx(0.999), "max_ppl_increase": 1e9}
+    assert not record["gate"]["passed"] and len(record["gate"]["misses"]) == 2 and record["folder"] == "q-failed"
+    assert hf_quant.load(str(tmp_path / "q-failed")).can_generate()
+    run(*call, "--max-kl", "99")
+    assert checked(out)["gate"] == {"budget": {"max_kl": 99.0}, "passed": True, "misses": []}
+    assert "gate missed" in run("eval", out, "--base", folder, "--max-kl", "0.001", code=3).stderr
+    assert not checked(out)["gate"]["passed"]
+    assert (
+        "no text to measure on"
+        in run("quantize", folder, "-o", tmp_path / "x", "--no-eval", "--max-kl", 1, code=1).stderr
+    )
+
+
+def test_a_broken_layer_is_caught_and_named(folder: Path, tmp_path: Path, checked: Any) -> None:
+    """One layer's scales doubled in the file."""
+    out, name = tmp_path / "q", "model.layers.1.mlp.up_proj"
+    run("quantize", folder, "-o", out, "--scheme", "W8A16-g32", "--max-kl", "0.01", "-q")
+    tensors = load_file(out / "model.safetensors")
+    tensors[f"{name}.weight_scale"] *= 2
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    result = run("eval", out, "--base", folder, "--max-kl", "0.01", code=3)
+    assert "gate missed" in result.stderr and f"weights: {name} (100" in result.stderr
+    assert checked(out)["layers"][0]["layer"] == name
+    page = Path(run("report", out, "-q").stdout.strip()).read_text()
+    assert "Missed its budget" in page and f"Look first at <b>{name}</b>" in page
+
+
+def test_bench_and_report(folder: Path, tmp_path: Path, checked: Any) -> None:
+    out = tmp_path / "<b>q"
+    run("quantize", folder, "-o", out, "--scheme", "W4A16-g32", "--format", "native", "-q")
+    few = ["--batch", 1, "--batch", 2, "--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 3]
+    record = json.loads(run("bench", out, "--base", folder, *few, "--json").stdout)
+    assert checked(out)["bench"] == record
+    for role in ("base", "model"):
+        assert [s["batch"] for s in record[role]["speed"]] == [1, 2] and record[role]["load_seconds"] > 0
+        assert all(s["prefill"] > 0 and s["decode"] > 0 and s["first_token"] > 0 for s in record[role]["speed"])
+    assert record["model"]["weight_bytes"] < record["base"]["weight_bytes"]
+    assert record["base"]["weight_bytes"] >= (folder / "model.safetensors").stat().st_size - 10_000
+    alone = json.loads(run("bench", out, *few, "--json").stdout)
+    assert "base" not in alone and alone["slower"] == []
+    page = Path(run("report", out, "-q").stdout.strip()).read_text()
+    assert "&lt;b&gt;q" in page and "<b>q" not in page and "http" not in page.replace("http-equiv", "")
+    assert "Speed and memory" in page and "KL divergence" in page
+    assert "measure first" in run("report", tmp_path, code=1).stderr
+
+
+def test_ladder(folder: Path, tmp_path: Path, checked: Any) -> None:
+    out = tmp_path / "small"
+    assert "say what to keep" in run("ladder", folder, "-o", out, code=2).stderr
+    call = ["ladder", folder, "-o", out, "--group-size", 32, "--trial-tokens", 128, "--context", 64]
+    record = json.loads(run(*call, "--max-kl", "0.1", "--json").stdout)
+    uniform = [r for r in record["rungs"] if r["name"].startswith("W")]
+    sizes = [r["bytes"] for r in uniform]
+    assert sizes == sorted(sizes, reverse=True) and uniform[-1]["misses"]
+    chosen = next(r for r in record["rungs"] if r["bytes"] == record["chosen_bytes"])
+    assert chosen["quality"]["metrics"]["kl"]["value"] <= 0.1
+    assert record["chosen_bytes"] < min(r["bytes"] for r in uniform if not r["misses"])
+    results, stored = checked(out), json.loads((out / "ladder.json").read_text())
+    assert results["gate"]["passed"] and len(results["layers_by_scheme"]) > 1
+    assert results["quality"]["metrics"]["kl"]["value"] == chosen["quality"]["metrics"]["kl"]["value"]
+    assert stored == record and len(record["sensitivity"]["kl"]) == 8
+    assert {p.name for p in out.glob("*.png")} == {
+        f"{chart}-{ground}.png" for chart in ("size_and_kl", "sensitivity") for ground in ("light", "dark")
+    }
+    assert "data:image/png;base64" in Path(run("report", out, "-q").stdout.strip()).read_text()
+    assert "overwrite" in run(*call, "--max-kl", "0.1", code=1).stderr
+    lost = run("ladder", folder, "-o", tmp_path / "none", "--max-kl", "1e-12", "--context", 64, code=3)
+    assert "no rung is inside" in lost.stdout and "W8A16-g128: KL" in lost.stderr and not (tmp_path / "none").exists()
+    limit = uniform[1]["bytes"] + 2000
+    best = json.loads(run(*call[:3], tmp_path / "best", *call[4:], "--max-size", f"{limit}B", "--json").stdout)
+    assert best["chosen_bytes"] <= limit
+
+
+def test_measuring_the_wrong_thing_is_refused(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "q"
+    run("quantize", folder, "-o", out, "--scheme", "W4A16-g32", "--no-eval", "-q")
+    recipe = json.loads((out / "recipe.json").read_text())
+    text = tmp_path / "text.txt"
+    text.write_text("<|endoftext|>".join(f"{i} " + "words to calibrate on " * 12 for i in range(9)))
+    recipe["calibration"] = {"paragraphs": sorted(paragraphs(text.read_text()))}
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    call = ["eval", out, "--base", folder, "--text", text, "--context", 64]
+    assert "9 of 9 paragraphs of the evaluation text were calibrated on" in run(*call, code=1).stderr
+    run(*call, "--allow-overlap")
+    (tmp_path / "rows.txt").write_text("one row\nanother row\n")
+    assert "fewer than one window" in run(*call[:-4], "--text", tmp_path / "rows.txt", code=1).stderr
+    vocabulary = json.loads((out / "tokenizer.json").read_text())
+    one, two = list(vocabulary["model"]["vocab"])[:2]
+    vocabulary["model"]["vocab"] |= {one: 1, two: 0}
+    (out / "tokenizer.json").write_text(json.dumps(vocabulary))
+    assert "tokenizer of" in run(*call, "--allow-overlap", code=1).stderr
+
+
+def test_training_in_progress_is_said(folder: Path, tmp_path: Path) -> None:
+    source = tmp_path / "checkpoint-10"
+    shutil.copytree(folder, source)
+    (source / "optimizer.pt").write_bytes(b"")
+    result = run("quantize", source, "-o", tmp_path / "q", "--group-size", 32, "--no-eval")
+    assert "may still be training" in result.stderr
 
 
 @pytest.mark.skipif(not (REPO / "examples").is_dir(), reason="no examples beside the tests")

@@ -1,6 +1,5 @@
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -179,4 +178,3 @@ def test_size_and_quality_together() -> None:
     assert found.chosen is not None and found.chosen.bytes <= 780 and found.chosen.kl <= 0.3
     assert any("is over the 0.0 MB allowed" in miss for r in found.rungs for miss in r.misses)
     assert walk(Budget(max_kl=0.05), 700).chosen is None
-    assert replace(found.rungs[1], config=None).to_dict()["overrides"] == {}

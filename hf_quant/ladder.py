@@ -281,4 +281,4 @@ def _bytes(shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype) -> i
 
 
 def _speed(model: Any) -> Speed:
-    return compare({"": model}, [1], prompt=128, new=16, repeats=3)[""][0]
+    return compare({"": model}, [1], prompt=128, new=16, repeats=5)[""][0]

@@ -1,4 +1,4 @@
-"""PyTorch's packed int4 product on CPUs; 8-bit codes go through it as two planes of four bits.
+"""PyTorch's packed int4 product on CPUs; 3-bit codes are widened for it, 8-bit ones become two planes of four bits.
 
 ``aten._weight_int4pack_mm_for_cpu`` computes ``w = (q - 8) * scale + zero`` with bf16 activations and scales, and is two
 to five times faster than a dense bf16 product for a few rows. Its packing depends on the instruction set (64 rows
@@ -6,7 +6,8 @@ interleaved with AVX-512, 32 otherwise), so the packed bytes never leave this pr
 For many rows the codes are dequantized block by block, with the scales as they were.
 
 Few rows: 4-bit layers of float16 and float32 models round activations and scales to bf16, which is small beside the error
-of four bits; 8-bit layers come here only in bf16 models.
+of four bits; 8-bit layers come here only in bf16 models. Three bits take the room of four in memory (not on disk): without
+that they would be thirty times slower. HF_QUANT_BACKEND=dequant keeps them narrow.
 """
 
 from __future__ import annotations
@@ -34,17 +35,17 @@ def _pack(codes: Tensor) -> Tensor:
 def _planes(qweight: Tensor, bits: int) -> Tensor:
     """Portable codes ``[N, ...]`` to ``planes [P, N, K / 2]``, some rows at a time."""
     n, k = qweight.shape[0], qweight.shape[1] * 8 // bits
-    planes = qweight.new_empty(bits // 4, n, k // 2)
+    planes = qweight.new_empty(2 if bits == 8 else 1, n, k // 2)
     for i in range(0, n, CHUNK):
         codes = unpack(qweight[i : i + CHUNK], bits)
-        for plane, part in zip(planes, (codes,) if bits == 4 else (codes >> 4, codes & 15), strict=True):
+        for plane, part in zip(planes, (codes >> 4, codes & 15) if bits == 8 else (codes,), strict=True):
             plane[i : i + CHUNK] = _pack(part)
     return planes
 
 
-def _few_rows(bits: int) -> int:
+def _few_rows(planes: int) -> int:
     """Below this many rows the packed product is faster than dequantizing (``benchmarks/cpu_linear.py``)."""
-    return 192 if bits == 4 and not cpu_multiplies_bf16() else 64
+    return 192 if planes == 1 and not cpu_multiplies_bf16() else 64
 
 
 @lru_cache
@@ -95,21 +96,21 @@ def _codes(planes: Tensor) -> Codes:
 
 @torch.library.custom_op("hf_quant::cpu_int4_linear", mutates_args=())
 def cpu_int4_linear(
-    x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
+    x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, fixed: int
 ) -> Tensor:
     """``x [M, K]`` times the packed codes: ``[M, N]``.
 
     Args:
         x: ``[M, K]``.
-        planes: uint8 ``[P, N, K / 2]`` in the op's layout; P is 1 for four bits, 2 for eight (high, low).
+        planes: uint8 ``[P, N, K / 2]`` in the op's layout; P is 2 for eight bits (high, low), else 1.
         scale_and_zero: bf16 ``[P, K / group_size, N, 2]``.
         scale: ``[N, G]``, as stored.
         zero: uint8 ``[N, G]``, or None.
         group_size: That of ``scale_and_zero``.
+        fixed: The zero point where ``zero`` is None.
     """
-    bits = 4 * planes.shape[0]
-    if x.shape[0] >= _few_rows(bits):
-        return multiply(x, _codes(planes), scale, zero, 1 << (bits - 1), step=64)
+    if x.shape[0] >= _few_rows(planes.shape[0]):
+        return multiply(x, _codes(planes), scale, zero, fixed, step=64)
     few = x.to(torch.bfloat16).contiguous()
     made = [
         torch.ops.aten._weight_int4pack_mm_for_cpu(few, plane, group_size, params)
@@ -120,31 +121,30 @@ def cpu_int4_linear(
 
 
 @torch.library.custom_op("hf_quant::cpu_int4_linear_backward", mutates_args=())
-def cpu_int4_linear_backward(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+def cpu_int4_linear_backward(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, fixed: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``."""
-    fixed = 1 << (4 * planes.shape[0] - 1)
     return multiply_back(grad, _codes(planes), scale, zero, fixed, planes.shape[2] * 2, step=64)
 
 
 @cpu_int4_linear.register_fake
 def _(
-    x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int
+    x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, fixed: int
 ) -> Tensor:
     return x.new_empty(x.shape[0], planes.shape[1])
 
 
 @cpu_int4_linear_backward.register_fake
-def _(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+def _(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, fixed: int) -> Tensor:
     return grad.new_empty(grad.shape[0], planes.shape[2] * 2)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, planes, _, scale, zero, _ = inputs
+    _, planes, _, scale, zero, _, ctx.fixed = inputs
     ctx.save_for_backward(planes, scale, zero)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return cpu_int4_linear_backward(grad, *ctx.saved_tensors), None, None, None, None, None
+    return cpu_int4_linear_backward(grad, *ctx.saved_tensors, ctx.fixed), None, None, None, None, None, None
 
 
 cpu_int4_linear.register_autograd(_backward, setup_context=_save)
@@ -157,7 +157,7 @@ def _group_size(spec: LinearSpec) -> int | None:
 
 
 class CpuInt4:
-    """4 bits, and 8 bits symmetric in bf16 models."""
+    """3 and 4 bits, and 8 bits symmetric in bf16 models."""
 
     priority: ClassVar[int] = 30
     repacks: ClassVar[bool] = True
@@ -168,7 +168,7 @@ class CpuInt4:
             return f"needs a CPU, got {spec.device}"
         if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"the op rounds to bf16, too coarse for {spec.dtype}"
-        if scheme.bits not in (4, 8):
+        if scheme.bits not in (3, 4, 8):
             return f"no packed product for {scheme.bits} bits"
         if scheme.bits == 8 and not (scheme.symmetric and spec.dtype is torch.bfloat16):
             return "8 bits only symmetric and in bf16: the op's scales and zero points are bf16"
@@ -183,7 +183,7 @@ class CpuInt4:
         assert size is not None
         repeat = spec.in_features // weight.scale.shape[1] // size
         scale = weight.scale.repeat_interleave(repeat, 1).T.float()  # [K / size, N]
-        if spec.scheme.bits == 4:
+        if spec.scheme.bits < 8:
             zero = weight.zeros().repeat_interleave(repeat, 1).T.float()
             params = [torch.stack([scale, (8 - zero) * scale], -1)]
         else:  # (16 high + low - 128) scale = (high - 8) 16 scale + ((low - 8) scale + 8 scale)
@@ -201,7 +201,8 @@ class CpuInt4:
         planes, params, scale = prepared[:3]
         zero = prepared[3] if len(prepared) == 4 else None
         size = spec.in_features // params.shape[1]
-        y = cpu_int4_linear(x.reshape(-1, spec.in_features), planes, params, scale, zero, size)
+        fixed = spec.scheme.zero
+        y = cpu_int4_linear(x.reshape(-1, spec.in_features), planes, params, scale, zero, size, fixed)
         return y.reshape(*x.shape[:-1], spec.out_features)
 
 

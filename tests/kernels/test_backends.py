@@ -145,7 +145,7 @@ def test_ops_are_well_formed() -> None:
         backend = _plugins.load("kernels", "cpu_int4").BACKEND()
         if backend.why_not(spec) is None:
             planes, params, scale, *zero = backend.prepare(weight, spec)
-            args = (x, planes, params, scale, zero[0] if zero else None, 32)
+            args = (x, planes, params, scale, zero[0] if zero else None, 32, 8)
             torch.library.opcheck(cpu_int4_linear, args, test_utils=tests, atol=0.3, rtol=0.1)
 
 
@@ -156,8 +156,8 @@ def test_select_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("HF_QUANT_BACKEND", "reference")
     assert type(select(spec)).__name__ == "Reference"
     monkeypatch.setenv("HF_QUANT_BACKEND", "cpu_int4")
-    with pytest.raises(HfQuantError, match="cpu_int4: no packed product for 3 bits"):
-        select(LinearSpec(QuantScheme(3, 32), 64, 64, torch.bfloat16, "cpu"))
+    with pytest.raises(HfQuantError, match="cpu_int4: no packed product for 2 bits"):
+        select(LinearSpec(QuantScheme(2, 32), 64, 64, torch.bfloat16, "cpu"))
     monkeypatch.setenv("HF_QUANT_BACKEND", "cublas")
     with pytest.raises(HfQuantError, match="cublas"):
         select(spec)

@@ -58,40 +58,42 @@ def _interleaved() -> int:
 
 @lru_cache
 def _rows_at(size: int) -> Tensor:
-    """Row of each nibble (all low ones, then all high ones) in a block of ``size`` rows, as an index that sorts them."""
+    """Row of each code of `_lanes` in a block of ``size`` rows, as an index that sorts them."""
     rows = torch.arange(size, dtype=torch.uint8)[:, None].expand(size, 32)
-    nibbles = [_nibbles(_pack(part.contiguous()).view(32, size // 2))[0] for part in (rows & 15, rows >> 4)]
-    return torch.argsort(nibbles[0].int() + 16 * nibbles[1].int())
+    planes = torch.stack([_pack(part.contiguous()) for part in (rows >> 4, rows & 15)])
+    return torch.argsort(_lanes(planes.view(2, 32, size // 2))[0].int())
 
 
-def _nibbles(packed: Tensor) -> Tensor:
-    return torch.cat([packed & 15, packed >> 4], -1)
+def _lanes(planes: Tensor) -> Tensor:
+    """Codes ``[..., 2 L]`` out of ``planes [P, ..., L]``: those in the low nibbles, then those in the high ones."""
+    if planes.shape[0] == 1:
+        return torch.cat([planes[0] & 15, planes[0] >> 4], -1)
+    high, low = planes
+    return torch.cat([high << 4 | low & 15, high & 240 | low >> 4], -1)
 
 
-def _unpack(packed: Tensor) -> Tensor:
-    """Inverse of `_pack` for whole blocks, or for the last rows of a matrix."""
-    n, k = packed.shape[0], packed.shape[1] * 2
+def _unpack(planes: Tensor) -> Tensor:
+    """Codes ``[N, K]`` of ``planes [P, N, K / 2]``, for whole blocks of rows or for the last rows of a matrix."""
+    n, k = planes.shape[1], planes.shape[2] * 2
     size = _interleaved()
     whole = n // size * size
-    parts = [_unpack_blocks(packed[:whole], size, k)] if whole else []
+    parts = [_unpack_blocks(planes[:, :whole], size, k)] if whole else []
     if n > whole:
-        parts.append(_unpack_blocks(packed[whole:], n - whole, k))
-    return torch.cat(parts)
+        parts.append(_unpack_blocks(planes[:, whole:], n - whole, k))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _unpack_blocks(packed: Tensor, size: int, k: int) -> Tensor:
-    nibbles = _nibbles(packed.reshape(-1, k, size // 2))  # [blocks, K, size]
+def _unpack_blocks(planes: Tensor, size: int, k: int) -> Tensor:
+    codes = _lanes(planes.reshape(planes.shape[0], -1, k, size // 2))  # [blocks, K, size]
     order = _rows_at(size)
     if not torch.equal(order, torch.arange(size)):
-        nibbles = nibbles[..., order]
-    return nibbles.transpose(1, 2).reshape(-1, k)
+        codes = codes[..., order]
+    return codes.transpose(1, 2).reshape(-1, k)
 
 
 def _codes(planes: Tensor) -> Codes:
     """Rows of the codes out of ``planes [P, N, K / 2]``."""
-    if planes.shape[0] == 1:
-        return lambda i, j: _unpack(planes[0, i:j])
-    return lambda i, j: _unpack(planes[0, i:j]) << 4 | _unpack(planes[1, i:j])
+    return lambda i, j: _unpack(planes[:, i:j])
 
 
 @torch.library.custom_op("hf_quant::cpu_int4_linear", mutates_args=())

@@ -73,7 +73,7 @@ def measure_options(function: Function) -> Function:
         click.option("--stride", type=int, help="Tokens from one window to the next; default: the context."),
         click.option("--context", type=int, help="Tokens in a window; default: 512, or what the model allows."),
         click.option("--dataset", help="ID[:CONFIG][@SPLIT][#COLUMN] of a datasets set, in place of --text."),
-        click.option("--text", help="UTF-8 file to measure on; default: heldout.txt beside the model or its base."),
+        click.option("--text", help="UTF-8 file to measure on; default: heldout.txt beside the model or its base, else a bundled one."),
     ):  # fmt: skip
         function = option(function)
     return function
@@ -91,14 +91,20 @@ class Measuring:
     base_dtype: str
     allow_overlap: bool
 
-    def find(self, *folders: str) -> tuple[str, str] | None:
-        """Name and content of the text to measure on; None if none was named and none lies in ``folders``."""
+    def beside(self, *folders: str) -> tuple[str, str] | None:
+        """Name and content of the text to measure on: the one named, or the one in ``folders``; None if there is none."""
         from hf_quant.evaluation.text import read_dataset, read_text
 
         if self.dataset is not None:
             return self.dataset, read_dataset(self.dataset)
         file = find_text(self.text, *folders)
         return None if file is None else (file.name, read_text(file))
+
+    def find(self, *folders: str) -> tuple[str, str]:
+        """The same, or else the bundled text."""
+        from hf_quant.evaluation.text import BUNDLED, read_text
+
+        return self.beside(*folders) or ("the bundled text (documentation of Python)", read_text(BUNDLED))
 
     def yardstick(
         self,

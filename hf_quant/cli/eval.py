@@ -48,10 +48,7 @@ def command(
     from hf_quant.evaluation.yardstick import Base
 
     base, measuring = base or _source(model), Measuring(**how)
-    found = measuring.find(model, base)
-    if found is None:
-        raise HfQuantError("no text to measure on: name one with --text")
-    name, text = found
+    name, text = measuring.find(model, base)
     if not measuring.allow_overlap:
         check_overlap(model, text)
     for each in (model, base):

@@ -83,8 +83,6 @@ def command(
         )  # not after minutes of measuring
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
     found = how.find(model)
-    if found is None:
-        raise HfQuantError("no text to measure on: name one with --text")
     tokenizer = tokenizer_of(model, revision, say)
     measure = how.yardstick(model, found[1], tokenizer, revision=revision, device=device, shown=shown, quiet=quiet)
     given = {k: v for k, v in {"dtype": dtype, "device_map": device, "revision": revision}.items() if v is not None}
@@ -147,22 +145,21 @@ def _store(folder: Path, record: dict[str, Any], quiet: bool) -> None:
 
 
 def _lines(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Largest first; the base in bf16 has the noise floor for its quality."""
     made: list[tuple[str, ...]] = []
     for rung in sorted(record["rungs"], key=lambda rung: -rung["bytes"]):
-        of = rung["quality"]["metrics"] if rung["quality"] else None
-        measured = (
-            (
-                f"{of['kl']['value']:.5f}", f"{of['kl']['low']:.5f}..{of['kl']['high']:.5f}",
-                f"{of['perplexity']['value']:.3f}", f"{of['top1']['value']:.1%}",
-            )
-            if of
-            else ("-", "-", "-", "-")
-        )  # fmt: skip
+        of = (rung["quality"] or record["rungs"][1]["quality"])["metrics"]
+        value = "value" if rung["quality"] else "noise"
+        kl, perplexity, top1 = (of[name][value] for name in ("kl", "perplexity", "top1"))
+        interval = f"{of['kl']['low']:.5f}..{of['kl']['high']:.5f}" if rung["quality"] else "noise floor"
+        quality = ("-", "-", "-", "-")
+        if kl is not None:
+            quality = (f"{kl:.5f}", interval, f"{perplexity:.3f}", f"{top1:.1%}")
         mark = "out" if rung["misses"] else ""
         if rung["name"] == record["chosen"] and rung["bytes"] == record.get("chosen_bytes"):
             mark = "chosen"
         size_of = (f"{rung['bytes'] / 1e6:.1f}", f"{rung['bits_per_weight']:.2f}")
-        made.append((rung["name"], *size_of, *measured, f"{rung['speed']['decode']:.0f}", mark))
+        made.append((rung["name"], *size_of, *quality, f"{rung['speed']['decode']:.0f}", mark))
     return made
 
 

@@ -42,7 +42,12 @@ TOKENS = 32768  # measured by default: enough for intervals, and soon done
 @click.option("--revision", help="Of a Hub model.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
-@click.option("--eval/--no-eval", "wanted", default=None, help="Measure the result; default: where a text is found.")
+@click.option(
+    "--eval/--no-eval",
+    "wanted",
+    default=None,
+    help="Measure the result; default: if there is a gate, --text, or heldout.txt beside the model.",
+)
 @measure_options
 @gate_options
 @click.option("--prompt", help="Let the saved model continue this.")
@@ -65,9 +70,9 @@ def command(
         Checkpoint.open(Path(model))
         _warn_if_training(Path(model))
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
-    found = how.find(model) if wanted is not False else None
-    if found is None and (wanted or gate):
-        raise HfQuantError("no text to measure on: name one with --text")
+    if wanted is False and gate:
+        raise click.UsageError("a gate has to measure: it cannot go with --no-eval")
+    found = None if wanted is False else how.find(model) if wanted or gate else how.beside(model)
     from_hub = {"dtype": dtype, "device_map": device, "revision": revision}
     given = {k: v for k, v in from_hub.items() if v is not None}
     tokenizer = tokenizer_of(model, revision, say)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_quant.errors import HfQuantError
 
+BUNDLED = Path(__file__).with_name("heldout.txt")  # Python's documentation; its licence lies beside it
 SEPARATOR = "<|endoftext|>"
 PARAGRAPH = 200  # characters; shorter ones (headings, licence lines) say nothing about where a text comes from
 

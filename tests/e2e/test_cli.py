@@ -187,10 +187,8 @@ def test_a_missed_gate(folder: Path, tmp_path: Path, checked: Any) -> None:
     assert checked(out)["gate"] == {"budget": {"max_kl": 99.0}, "passed": True, "misses": []}
     assert "gate missed" in run("eval", out, "--base", folder, "--max-kl", "0.001", code=3).stderr
     assert not checked(out)["gate"]["passed"]
-    assert (
-        "no text to measure on"
-        in run("quantize", folder, "-o", tmp_path / "x", "--no-eval", "--max-kl", 1, code=1).stderr
-    )
+    result = run("quantize", folder, "-o", tmp_path / "x", "--no-eval", "--max-kl", 1, code=2)
+    assert "cannot go with --no-eval" in result.stderr
 
 
 def test_a_broken_layer_is_caught_and_named(folder: Path, tmp_path: Path, checked: Any) -> None:
@@ -271,6 +269,21 @@ def test_measuring_the_wrong_thing_is_refused(folder: Path, tmp_path: Path) -> N
     vocabulary["model"]["vocab"] |= {one: 1, two: 0}
     (out / "tokenizer.json").write_text(json.dumps(vocabulary))
     assert "tokenizer of" in run(*call, "--allow-overlap", code=1).stderr
+
+
+def test_an_encoder_is_measured_on_the_bundled_text(zoo: Any, folder: Path, tmp_path: Path, checked: Any) -> None:
+    _, path = zoo("bert-mlm")
+    source, out = tmp_path / "bert", tmp_path / "q"
+    shutil.copytree(path, source)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / file, source)
+    few = ["--context", 48, "--max-tokens", 2000]
+    run("quantize", source, "-o", out, "--scheme", "W8A16-g32", "--eval", *few, "-q")
+    quality = checked(out)["quality"]
+    assert quality["kind"] == "encoder" and 0.99 < quality["metrics"]["embedding_cosine"]["value"] < 1
+    result = run("eval", out, "--base", source, *few)
+    assert "embedding_cosine" in result.stdout and "bundled text" in result.stderr
+    assert "not measured for encoder" in run("eval", out, "--base", source, *few, "--max-kl", 1, code=1).stderr
 
 
 def test_training_in_progress_is_said(folder: Path, tmp_path: Path) -> None:

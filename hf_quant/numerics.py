@@ -41,3 +41,35 @@ def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Te
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Reals of ``codes``; inverse of `quantize` up to rounding."""
     return (codes - zero_point) * scale
+
+
+def search(
+    groups: Tensor, scheme: QuantScheme, dtype: torch.dtype, steps: int, least: float, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point with the least squared error among shrunk ranges, the full one first.
+
+    Args:
+        groups: float32 ``[..., G, K/G]``.
+        scheme: Bits and symmetry.
+        dtype: What scales are stored in.
+        steps: Ranges tried, from the full one down to ``least`` of it; 0 takes the full one.
+        least: Smallest share of the range.
+        importance: Weight of each column's squared error, broadcast against ``groups``; None for ones.
+
+    Returns:
+        ``(scale, zero_point)``, float32 ``[..., G, 1]``; the scale is what ``dtype`` can store.
+    """
+    scale, zero = minmax(groups, scheme)
+    widest = scale = floored(scale, dtype)
+    best = torch.full_like(scale, torch.inf)
+    low = -zero * scale  # the real value of code 0 in the full range
+    for share in torch.linspace(1, least, steps).tolist():
+        tried = floored(widest * share, dtype)
+        moved = zero if scheme.symmetric else torch.round(-low * share / tried).clamp(0, scheme.qmax)
+        made = dequantize(quantize(groups, tried, moved, scheme.qmax), tried, moved).sub_(groups).square_()
+        error = (made if importance is None else made.mul_(importance)).sum(-1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, tried, scale)
+        zero = torch.where(better, moved, zero) if not scheme.symmetric else zero
+    return scale, zero

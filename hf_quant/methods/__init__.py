@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hf_quant import _plugins
 from hf_quant.scheme import QuantScheme
+from hf_quant.stats import InputStats
 from hf_quant.tensor import QuantizedTensor
 
 
 @runtime_checkable
 class Method(Protocol):
-    """Turns one weight matrix into codes. Instances are frozen dataclasses of hyperparameters."""
+    """Turns one weight matrix into codes. Instances are frozen dataclasses of hyperparameters.
 
-    def quantize(self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> QuantizedTensor:
-        """Quantize ``weight`` ``[N, K]``, leaving it untouched; scales are stored in ``dtype``."""
+    Attributes:
+        calibrated: Whether it needs to have seen the layer's inputs.
+    """
+
+    calibrated: ClassVar[bool]
+
+    def quantize(
+        self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, stats: InputStats | None = None
+    ) -> QuantizedTensor:
+        """Quantize ``weight`` ``[N, K]``, leaving it untouched; scales are stored in ``dtype``.
+
+        Raises:
+            HfQuantError: The method is calibrated, and there are no statistics.
+        """
         ...
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_quant import _plugins
 from hf_quant.methods import Method, method
 from hf_quant.scheme import BITS, QuantScheme
+from hf_quant.stats import InputStats
 
 METHODS = _plugins.names("methods")
 SCHEMES = [QuantScheme(*args) for args in product(BITS, (32, 128, -1), (True, False))]
@@ -30,6 +31,15 @@ WEIGHTS = {
 }
 
 
+def seen(name: str) -> InputStats | None:
+    """Inputs of 256 columns, all alike, for a method that needs them."""
+    if not method(name).calibrated:
+        return None
+    stats = InputStats.empty(256)
+    stats.update(torch.randn(1024, 256))
+    return stats
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_is_frozen_and_cites_its_paper(name: str) -> None:
     made = method(name)
@@ -46,7 +56,7 @@ def test_a_method_is_frozen_and_cites_its_paper(name: str) -> None:
 def test_what_comes_out_of_a_method(name: str, kind: str, scheme: QuantScheme, dtype: torch.dtype) -> None:
     weight = WEIGHTS[kind]().to(dtype)
     before = weight.clone()
-    made = method(name).quantize(weight, scheme, dtype)
+    made = method(name).quantize(weight, scheme, dtype, seen(name))
     assert torch.equal(weight, before)
     assert made.scheme == scheme and made.in_features == 256
     assert made.scale.dtype == dtype and made.scale.shape == (48, scheme.groups(256))
@@ -65,7 +75,7 @@ def test_what_comes_out_of_a_method(name: str, kind: str, scheme: QuantScheme, d
 def test_the_error_is_below_a_step(name: str, scheme: QuantScheme) -> None:
     """Of the plain min/max grid: a method may clip, but on a bounded weight only where that is worth it."""
     weight = torch.rand(48, 256) * 2 - 1
-    made = method(name).quantize(weight, scheme, torch.float32)
+    made = method(name).quantize(weight, scheme, torch.float32, seen(name))
     step = 2 / scheme.qmax
     assert float((made.dequantize(torch.float32) - weight).square().mean().sqrt()) < step / 2
     plain = method("rtn", steps=0).quantize(weight, scheme, torch.float32)

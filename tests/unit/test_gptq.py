@@ -1,0 +1,124 @@
+import pytest
+import torch
+from torch import Tensor
+
+from hf_quant.errors import HfQuantError
+from hf_quant.methods import method
+from hf_quant.scheme import QuantScheme
+from hf_quant.stats import InputStats
+
+
+def calibrated(k: int, rows: int = 510, seed: int = 0) -> tuple[Tensor, InputStats]:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, k, generator=draw) @ torch.randn(k, k, generator=draw)  # correlated columns
+    stats = InputStats.empty(k)
+    stats.update(x[: rows // 3])
+    stats.update(x[rows // 3 :].view(2, -1, k))
+    return x, stats
+
+
+def test_statistics() -> None:
+    x, stats = calibrated(32)
+    wide = x.double()
+    torch.testing.assert_close(stats.hessian, 2 * wide.T @ wide / len(x))
+    torch.testing.assert_close(stats.importance, (wide.square().mean(0) / wide.square().mean()).float())
+    w, q = torch.randn(8, 32), torch.randn(8, 32)
+    expected = (wide @ (w - q).double().T).square().sum() / (wide @ w.double().T).square().sum()
+    assert stats.error(w, q) == pytest.approx(expected.item())
+    assert InputStats.empty(8).error(w[:, :8], q[:, :8]) == 0 and (InputStats.empty(8).importance == 1).all()
+
+
+def plain_gptq(W: Tensor, H: Tensor, scheme: QuantScheme, order: Tensor) -> Tensor:
+    """The paper's greedy step in float64: after each column the optimal update of all that are left, from a fresh inverse."""
+    W, k = W.double().clone(), W.shape[1]
+    H = H + 0.01 * H.diagonal().mean() * torch.eye(k, dtype=torch.float64)
+    size, made = k // scheme.groups(k), torch.zeros_like(W)
+    for i, j in enumerate(order.tolist()):
+        left = order[i:]
+        inverse = torch.linalg.inv(H[left][:, left])
+        if i % size == 0:
+            group = W[:, order[i : i + size]]
+            scale = (group.abs().amax(1) * 2 / scheme.qmax).float().double()
+        q = ((W[:, j] / scale).round() + scheme.zero).clamp(0, scheme.qmax)
+        made[:, j] = (q - scheme.zero) * scale
+        W[:, left] -= ((W[:, j] - made[:, j]) / inverse[0, 0])[:, None] * inverse[0][None]
+    return made
+
+
+@pytest.mark.parametrize("group_size", [16, 32, -1])
+def test_it_is_the_papers_update(group_size: int) -> None:
+    _, stats = calibrated(64)
+    W, scheme = torch.randn(8, 64), QuantScheme(4, group_size)
+    solver = method("gptq", steps=0)
+    order = solver._order(stats.hessian.diagonal(), scheme.groups(64))  # type: ignore[attr-defined]
+    expected = plain_gptq(W, stats.hessian, scheme, order)
+    got = solver.quantize(W, scheme, torch.float32, stats).dequantize(torch.float64)
+    assert ((got - expected).abs() > 1e-4).double().mean() < 0.01  # float rounding may flip a tie
+
+
+def test_the_order() -> None:
+    solver = method("gptq")
+    diagonal = torch.tensor([1.0, 2, 9, 8, 3, 4])
+    assert solver._order(diagonal, 3).tolist() == [2, 3, 5, 4, 1, 0]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_beats_rounding_to_nearest(bits: int, symmetric: bool) -> None:
+    """On its own inputs and on others of the same kind; rounding with importance is between the two."""
+    _, stats = calibrated(64, 1020)
+    scheme = QuantScheme(bits, 32, symmetric)
+    fresh = InputStats.empty(64)
+    fresh.update(calibrated(64, 1020)[0] + 0.01 * torch.randn(1020, 64))
+    W = torch.randn(32, 64)
+
+    def error(name: str, own: InputStats | None, judge: InputStats) -> float:
+        return judge.error(W, method(name).quantize(W, scheme, torch.float32, own).dequantize())
+
+    for judge in (stats, fresh):
+        assert error("gptq", stats, judge) < 0.7 * error("rtn", None, judge)
+
+
+def test_importance_helps_rounding() -> None:
+    x = torch.randn(256, 64) * torch.logspace(-1, 1, 64)[torch.randperm(64)]
+    stats = InputStats.empty(64)
+    stats.update(x)
+    W, scheme = torch.randn(32, 64), QuantScheme(3, 32)
+    plain, weighed = (
+        stats.error(W, method("rtn").quantize(W, scheme, torch.float32, s).dequantize()) for s in (None, stats)
+    )
+    assert weighed < 0.95 * plain
+
+
+def test_batches_in_another_order_give_the_same_codes() -> None:
+    x, stats = calibrated(64)
+    other = InputStats.empty(64)
+    for part in x.flip(0).split(50):
+        other.update(part)
+    W, scheme = torch.randn(32, 64), QuantScheme(4, 32)
+    one, two = (method("gptq").quantize(W, scheme, torch.float32, s) for s in (stats, other))
+    assert torch.equal(one.qweight, two.qweight) and torch.equal(one.scale, two.scale)
+
+
+def test_difficult_hessians() -> None:
+    W, scheme = torch.randn(8, 64), QuantScheme(4, 32)
+    nearest = method("rtn").quantize(W, scheme, torch.float32)
+    nothing = InputStats.empty(64)
+    assert torch.equal(method("gptq").quantize(W, scheme, torch.float32, nothing).qweight, nearest.qweight)
+    assert nothing.notes == ["no usable Hessian: rounded to nearest"]
+    single = InputStats.empty(64)
+    single.update(torch.randn(1, 64))  # rank one
+    assert method("gptq").quantize(W, scheme, torch.float32, single).dequantize().isfinite().all()
+    dead = InputStats.empty(64)
+    dead.update(torch.randn(256, 64) * (torch.arange(64) % 3 > 0))
+    assert method("gptq").quantize(W, scheme, torch.float32, dead).dequantize().isfinite().all() and not dead.notes
+    indefinite = InputStats(torch.eye(64, dtype=torch.float64).index_fill_(0, torch.tensor([3]), 0), 1)
+    indefinite.gram[3, 3] = -0.05
+    method("gptq").quantize(W, scheme, torch.float32, indefinite)
+    assert indefinite.notes == ["damped by 0.1 of the mean: 0.01 was too little"]
+    broken = InputStats.empty(64)
+    broken.update(torch.full((1, 64), torch.nan))
+    with pytest.raises(HfQuantError, match="NaN or infinite values among the inputs"):
+        method("gptq").quantize(W, scheme, torch.float32, broken)
+    with pytest.raises(HfQuantError, match="needs calibration"):
+        method("gptq").quantize(W, scheme, torch.float32)

@@ -476,8 +476,8 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield stage
         for folder, _, files in os.walk(stage, topdown=False):
             for file in files:
-                _fsync(Path(folder, file))
-            _fsync(Path(folder))
+                fsync(Path(folder, file))
+            fsync(Path(folder))
         _swap(stage, out)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
@@ -494,7 +494,7 @@ def _swap(stage: Path, out: Path) -> None:
         if aside.exists():
             aside.rename(out)
         raise
-    _fsync(out.parent)
+    fsync(out.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -504,14 +504,14 @@ def write_json(path: Path, obj: Any) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         draft.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
-        _fsync(draft)
+        fsync(draft)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on disk."""
     if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and does not need to
         return

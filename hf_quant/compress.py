@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -21,11 +22,36 @@ from hf_quant.checkpoint import staged, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.layers import layer_errors
+from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
+from hf_quant.hf.streaming import digest_of, quantize_streaming
+from hf_quant.methods import method
 from hf_quant.results import Quality
 
 SMALL = 1_000_000_000  # parameters
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Tokens that calibrated methods look at.
+
+    Attributes:
+        ids: int64 ``[S, T]``.
+        name: Of the text.
+        paragraphs: Hashes of the text's paragraphs, so that nobody measures on it.
+    """
+
+    ids: Tensor
+    name: str
+    paragraphs: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the recipe: never the text itself."""
+        return {
+            "name": self.name, "sequences": self.ids.shape[0], "context": self.ids.shape[1],
+            "sha256": digest_of(self.ids), "paragraphs": self.paragraphs,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,6 +67,8 @@ class Job:
         tokenizer: Saved beside the model; None if it has none.
         budget: What the result may cost.
         measure: Measures a model; None where there is no text.
+        calibration: What calibrated methods look at.
+        progress: Wraps the list of blocks, for a progress bar.
     """
 
     model: str
@@ -51,6 +79,8 @@ class Job:
     tokenizer: Any = None
     budget: Budget = field(default_factory=Budget)
     measure: Callable[[Any], Quality] | None = None
+    calibration: Calibration | None = None
+    progress: Progress = iter
 
     def quantized(self, config: HfQuantConfig) -> Any:
         """The model with ``config`` applied, in memory."""
@@ -67,16 +97,18 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
     row: dict[str, Any] = {}
     with suppress(_GateMissedError), staged(out, overwrite=job.overwrite) as stage:
         start = time.perf_counter()
-        made = job.quantized(config)
+        calibrated = method(config.method).calibrated
+        made, blocks = _streamed(job, config, out, stage) if calibrated else (job.quantized(config), [])
         seconds = time.perf_counter() - start
         plan = made.hf_quantizer.plan
         job.say(f"{config.scheme}: {plan.summary()}")
         if plan.params < SMALL:
             job.say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers")
-        made.save_pretrained(stage, max_shard_size=job.shard)
+        if not calibrated:
+            made.save_pretrained(stage, max_shard_size=job.shard)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(stage)
-        write_json(stage / "recipe.json", _recipe(job, config, asked, made))
+        write_json(stage / "recipe.json", _recipe(job, config, asked, made, blocks))
         again = load(str(stage), dtype=made.dtype)
         if not torch.equal(_logits(again), _logits(made)):
             raise HfQuantError(f"{config.scheme}: the saved model computes something else than the one in memory")
@@ -96,7 +128,21 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
                 for file in stage.iterdir():
                     file.rename(aside / file.name)
             raise _GateMissedError
+    shutil.rmtree(out.with_name(f"{out.name}.work"), ignore_errors=True)
     return row
+
+
+def _streamed(job: Job, config: HfQuantConfig, out: Path, stage: Path) -> tuple[Any, list[dict[str, Any]]]:
+    """Calibrate block by block into ``stage``; what is finished stays in ``out.work`` until all is done."""
+    if job.calibration is None:
+        raise HfQuantError(f"{config.method} needs text to calibrate on: name one with --calibration")
+    work = out.with_name(f"{out.name}.work")
+    _, blocks = quantize_streaming(
+        Base(job.model, job.load.get("revision")).checkpoint().folder, config, job.calibration.ids, work, stage,
+        say=job.say, progress=job.progress,
+    )  # fmt: skip
+    device = {name: job.load[name] for name in ("device_map", "dtype") if name in job.load}
+    return load(str(stage), **device).eval(), blocks
 
 
 def _measured(job: Job, model: Any) -> dict[str, Any]:
@@ -111,7 +157,9 @@ def _measured(job: Job, model: Any) -> dict[str, Any]:
     return made
 
 
-def _recipe(job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any) -> dict[str, Any]:
+def _recipe(
+    job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any, blocks: list[dict[str, Any]]
+) -> dict[str, Any]:
     """How the model was made; of a local source only the folder's name."""
     plan, local = model.hf_quantizer.plan, Path(job.model).is_dir()
     source: dict[str, str | None] = {"model": Path(job.model).resolve().name if local else job.model}
@@ -122,6 +170,7 @@ def _recipe(job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any) 
         "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
         "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
         "left": plan.left, "regrouped": plan.regrouped,
+        "calibration": job.calibration.to_dict() if blocks and job.calibration else None, "blocks": blocks,
         "versions": {name: version(name) for name in ("hf-quant", "torch", "transformers", "safetensors")},
     }  # fmt: skip
 

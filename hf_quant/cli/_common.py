@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_quant.results import Quality
 
 Function = Callable[..., Any]
-TEXT = "heldout.txt"  # the text a model's folder may bring along
+TEXT, CALIBRATION = "heldout.txt", "calibration.txt"  # what a model's folder may bring along
 
 
 def output_options(function: Function) -> Function:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_quant.cli._common import (
+    CALIBRATION,
     Measuring,
     bars,
     budget,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 HEAD = ("model", "MB", "bits/weight", "KL (nats)", "95 % interval", "perplexity", "top-1", "tokens/s", "")
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
-CALIBRATION = "calibration.txt"
 TOKENS, TRIAL_TOKENS = 32768, 4096
 
 

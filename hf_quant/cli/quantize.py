@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_quant.cli._common import (
+    CALIBRATION,
     Measuring,
     bars,
     budget,
     configs,
     emit,
+    find_text,
     gate_lines,
     gate_options,
     measure_options,
@@ -26,6 +28,7 @@ from hf_quant.cli._common import (
 from hf_quant.errors import HfQuantError
 
 if TYPE_CHECKING:
+    from hf_quant.compress import Calibration
     from hf_quant.evaluation.gate import Budget
     from hf_quant.hf import HfQuantConfig
 
@@ -48,18 +51,23 @@ TOKENS = 32768  # measured by default: enough for intervals, and soon done
     default=None,
     help="Measure the result; default: if there is a gate, --text, or heldout.txt beside the model.",
 )
+@click.option("--calibration", help="UTF-8 file for calibrated methods; default: calibration.txt beside the model.")
+@click.option("--calibration-tokens", default=65536, show_default=True, help="How much of it.")
 @measure_options
 @gate_options
 @click.option("--prompt", help="Let the saved model continue this.")
 @output_options
 def command(
     model: str, output: str, dtype: str, device: str | None, revision: str | None, max_shard_size: str, overwrite: bool,
-    wanted: bool | None, text: str | None, dataset: str | None, context: int | None, stride: int | None,
+    wanted: bool | None, calibration: str | None, calibration_tokens: int, text: str | None, dataset: str | None, context: int | None, stride: int | None,
     max_tokens: int | None, base_dtype: str, allow_overlap: bool, max_kl: float | None, max_ppl_increase: float | None,
     min_top1: float | None, prompt: str | None, as_json: bool, quiet: bool, **scheme: Any,
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a Hub id."""
+    from tqdm import tqdm
+
     from hf_quant.compress import Job, compress, tokenizer_of
+    from hf_quant.evaluation.text import refuse_overlap
 
     plans, gate = configs(**scheme), budget(max_kl, max_ppl_increase, min_top1)
     _refuse_two_bits(plans, gate)
@@ -77,10 +85,16 @@ def command(
     given = {k: v for k, v in from_hub.items() if v is not None}
     tokenizer = tokenizer_of(model, revision, say)
     outs = [Path(output) / p.scheme for p in plans] if len(plans) > 1 else [Path(output)]
+    calibrated_on = _calibration(plans, model, calibration, calibration_tokens, tokenizer)
     measure = None
+    if found is not None and calibrated_on is not None and not allow_overlap:
+        refuse_overlap(found[1], calibrated_on.paragraphs)
     if found is not None:
         measure = how.yardstick(model, found[1], tokenizer, revision=revision, device=device, shown=shown, quiet=quiet)
-    job = Job(model, given, max_shard_size, overwrite, lambda line: say(line, quiet), tokenizer, gate, measure)
+    job = Job(
+        model, given, max_shard_size, overwrite, lambda line: say(line, quiet), tokenizer, gate, measure, calibrated_on,
+        lambda blocks: tqdm(blocks, desc="blocks", disable=not shown),
+    )  # fmt: skip
     rows = [compress(job, plan, out) for plan, out in zip(plans, outs, strict=True)]
     missed = [line for row in rows for line in gate_lines(row.get("gate", {"misses": []}), row["layers"])]
     folders = [out.with_name(row["folder"]) for row, out in zip(rows, outs, strict=True)]
@@ -96,6 +110,27 @@ def command(
         say(line)
     if missed:
         sys.exit(3)
+
+
+def _calibration(
+    plans: list[HfQuantConfig], model: str, file: str | None, tokens: int, tokenizer: Any
+) -> Calibration | None:
+    """What calibrated methods look at; None if no method is one."""
+    from hf_quant.compress import Calibration
+    from hf_quant.evaluation.text import paragraphs, read_text, windows
+    from hf_quant.evaluation.yardstick import Base
+    from hf_quant.methods import method
+
+    if not any(method(plan.method).calibrated for plan in plans):
+        return None
+    found = find_text(file) or Path(model) / CALIBRATION
+    if not found.is_file():
+        raise HfQuantError(f"{plans[0].method} needs text to calibrate on: name one with --calibration")
+    if tokenizer is None:
+        raise HfQuantError(f"{model} has no tokenizer, so it cannot be calibrated")
+    text = read_text(found)
+    ids = windows(tokenizer, text, Base(model).context(), tokens).ids
+    return Calibration(ids, found.name, sorted(paragraphs(text)))
 
 
 def _refuse_two_bits(plans: list[HfQuantConfig], gate: Budget) -> None:

@@ -195,6 +195,15 @@ def _fit(name: str, candidate: Candidate, asked: QuantScheme, draft: _Draft, fro
         draft.regrouped[name] = f"group size {fitted.group_size}, since {asked.group_size} does not divide in_features"
 
 
+def freeze(config: HfQuantConfig, plan: Plan) -> None:
+    """Write the resolved plan into ``config``: on reload nothing is decided again, by whatever version."""
+    config.overrides = {name: str(s) for name, s in plan.schemes.items() if str(s) != config.scheme}
+    config.modules_to_not_convert = sorted(plan.left)
+    config.format = plan.format
+    config.quantize_embeddings = config.quantize_embeddings or plan.tied
+    config.share_quantized = round(plan.share, 4)
+
+
 def _matches(name: str, pattern: str) -> bool:
     """A glob, a module's name, or trailing parts of it; everything below a named module is meant too."""
     return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."

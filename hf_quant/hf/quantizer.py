@@ -18,7 +18,7 @@ from hf_quant.errors import CheckpointError, HfQuantError, PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad, ReadCompressed, give_back_memory
-from hf_quant.hf.plan import Plan, candidates, make_plan
+from hf_quant.hf.plan import Plan, candidates, freeze, make_plan
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
 from hf_quant.nn._weight import frozen
 
@@ -71,7 +71,7 @@ class HfQuantQuantizer(HfQuantizer):
         if self.plan.tied:
             self._tie_companions(model)
         if not self.pre_quantized:
-            self._freeze()
+            freeze(self.quantization_config, self.plan)
 
     def _preflight(self, files: list[str] | None, shapes: dict[str, tuple[int, ...]]) -> None:
         """Refuse a damaged or hostile checkpoint from its headers and small tensors, before anything is allocated."""
@@ -120,15 +120,6 @@ class HfQuantQuantizer(HfQuantizer):
                 for part in ("_scale", "_zero_point"):
                     if getattr(head, f"weight{part}", None) is not None:
                         ties[target + part] = source + part
-
-    def _freeze(self) -> None:
-        """Write the resolved plan into the config: on reload nothing is decided again, by whatever version."""
-        config, plan = self.quantization_config, self.plan
-        config.overrides = {name: str(s) for name, s in plan.schemes.items() if str(s) != config.scheme}
-        config.modules_to_not_convert = sorted(plan.left)
-        config.format = plan.format
-        config.quantize_embeddings = config.quantize_embeddings or plan.tied
-        config.share_quantized = round(plan.share, 4)
 
     # -- while loading --------------------------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ class _Source:
     plan: Plan
     config: HfQuantConfig
     blocks: dict[str, nn.Module]
+    dtype: torch.dtype  # the checkpoint's, and that of the scales; blocks are filled in float32
 
     def owner(self, tensor: str) -> str | None:
         """The block a tensor belongs to; None outside of blocks."""
@@ -92,7 +93,7 @@ def quantize_streaming(
                 use(block, _codes(source, done.folder / done.parts[i]["file"], block, fmt))
                 advance(block, hidden)
             else:
-                solved = solve(block, hidden, method(config.method), source.model.dtype)
+                solved = solve(block, hidden, method(config.method), source.dtype)
                 _commit(done, source, block, solved, fmt, i)
             block.module.to("meta")
         _assemble(source, done, stage)
@@ -122,7 +123,7 @@ def _open(folder: Path, config: HfQuantConfig) -> _Source:
             raise HfQuantError(f"{config.method}: the checkpoint has no tensor {name}.weight; stacked experts and renamed "
                                "tensors cannot be calibrated yet")  # fmt: skip
     freeze(config, plan)
-    return _Source(checkpoint, model, plan, config, blocks)
+    return _Source(checkpoint, model, plan, config, blocks, dtype)
 
 
 def _blocks(model: Any) -> dict[str, nn.Module]:

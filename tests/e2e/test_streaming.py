@@ -74,6 +74,8 @@ def test_it_loses_less_than_rounding(name: str, tmp_path: Path) -> None:
     assert [block["block"] for block in blocks] == [f"{blocks[0]['block'][:-1]}{i}" for i in range(3)]
     assert all(0 < b["error"] < 0.5 and b["sqnr_db"] > 3 and b["layers"] for b in blocks)
     stored, made = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")
+    scales = {made.tensors[n].dtype for n in made.tensors if n.endswith("_scale")}
+    assert scales == {"BF16"}
     kept = [n for n in stored.tensors if n in made.tensors and not made.tensors[n].dtype.startswith("U")]
     assert kept and all(torch.equal(stored.read(n), made.read(n)) for n in kept)
 

@@ -25,14 +25,14 @@ from hf_quant.hf.streaming import quantize_streaming
 
 SMALL = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.1,
 }  # fmt: skip
 CONFIGS = {
     "llama": tf.LlamaConfig(**SMALL),
     "llama-tied": tf.LlamaConfig(**SMALL, tie_word_embeddings=True),
     "qwen3": tf.Qwen3Config(**SMALL, head_dim=32),
     "gemma3": tf.Gemma3TextConfig(**SMALL, head_dim=32, sliding_window=8),
-    "gpt2": tf.GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=3, n_head=2, initializer_range=0.2),
+    "gpt2": tf.GPT2Config(vocab_size=256, n_positions=64, n_embd=64, n_layer=3, n_head=2, initializer_range=0.1),
 }
 IDS = torch.randint(0, 256, (12, 48), generator=torch.Generator().manual_seed(0))
 
@@ -70,7 +70,7 @@ def test_it_loses_less_than_rounding(name: str, tmp_path: Path) -> None:
     def lost(each: Any) -> float:
         return ((logits(each) - base).norm() / base.norm()).item()
 
-    assert lost(model) < 0.9 * lost(rounded)
+    assert lost(model) < 0.85 * lost(rounded)
     assert [block["block"] for block in blocks] == [f"{blocks[0]['block'][:-1]}{i}" for i in range(3)]
     assert all(0 < b["error"] < 0.5 and b["sqnr_db"] > 3 and b["layers"] for b in blocks)
     stored, made = Checkpoint.open(source), Checkpoint.open(tmp_path / "out")

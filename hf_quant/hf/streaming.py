@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,11 +13,12 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from hf_quant.checkpoint import INDEX, Checkpoint, read_header, write_json
+from hf_quant.checkpoint import INDEX, Checkpoint, read_header, write_tensors
+from hf_quant.disk import copy_file, link_file, need_space, write_json
 from hf_quant.errors import HfQuantError, PlanError
 from hf_quant.formats import Format, format_named
 from hf_quant.hf.config import HfQuantConfig
@@ -82,6 +81,8 @@ def quantize_streaming(
         "transformers": version("transformers"), "hf-quant": version("hf-quant"),
     }  # fmt: skip
     with journal(work, job, say) as done, torch.inference_mode():
+        finished = sum((work / part["file"]).stat().st_size for part in done.parts)
+        need_space(stage, source.plan.bytes_quantized - finished)
         if done.parts:
             say(f"{len(done.parts)} of {len(source.blocks)} blocks are done already")
         hidden, calls = _embed(source, ids)
@@ -196,7 +197,7 @@ def _commit(done: Journal, source: _Source, block: Block, solved: Solved, fmt: F
     }  # fmt: skip
     done.add(
         f"block-{index:05d}.safetensors",
-        lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"}),
+        lambda path: write_tensors(path, tensors),
         record,
     )
 
@@ -206,9 +207,9 @@ def _assemble(source: _Source, done: Journal, stage: Path) -> None:
     count = len(done.parts) + 1
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, part in zip(names, done.parts, strict=False):
-        _link(done.folder / part["file"], stage / name)
+        link_file(done.folder / part["file"], stage / name)
     rest = {n: source.checkpoint.read(n) for n in source.checkpoint.tensors if source.owner(n) is None}
-    save_file(rest, stage / names[-1], metadata={"format": "pt"})
+    write_tensors(stage / names[-1], rest)
     found = {name: read_header(stage / name) for name in names}
     size = sum(info.nbytes for tensors in found.values() for info in tensors.values())
     index = {tensor: name for name, tensors in found.items() for tensor in tensors}
@@ -218,11 +219,4 @@ def _assemble(source: _Source, done: Journal, stage: Path) -> None:
     write_json(stage / "config.json", config)
     generation = source.checkpoint.folder / "generation_config.json"
     if generation.is_file():
-        shutil.copyfile(generation, stage / generation.name)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        copy_file(generation, stage / generation.name)

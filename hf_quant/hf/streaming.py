@@ -82,7 +82,7 @@ def quantize_streaming(
     }  # fmt: skip
     with journal(work, job, say) as done, torch.inference_mode():
         finished = sum((work / part["file"]).stat().st_size for part in done.parts)
-        need_space(stage, source.plan.bytes_quantized - finished)
+        need_space(work, source.plan.bytes_quantized - finished)
         if done.parts:
             say(f"{len(done.parts)} of {len(source.blocks)} blocks are done already")
         hidden, calls = _embed(source, ids)

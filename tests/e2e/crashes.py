@@ -37,11 +37,11 @@ OLD: Contents = {"config.json": b"{}", "model.safetensors": b"old"}
 ADD, PUT = journal.Journal.add, disk.put
 
 
-def make_model(folder: Path, blocks: int = 3) -> Path:
+def make_model(folder: Path, blocks: int = 3, width: int = 32) -> Path:
     """A Llama that takes a fifth of a second, with a tokenizer of bytes and a text to calibrate on."""
     torch.manual_seed(0)
     config = tf.LlamaConfig(
-        vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=blocks, num_attention_heads=2,
+        vocab_size=256, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=blocks, num_attention_heads=2,
         num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1,
     )  # fmt: skip
     tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
@@ -50,7 +50,7 @@ def make_model(folder: Path, blocks: int = 3) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
-    (folder / "calibration.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
+    (folder / "calibration.txt").write_text("The quick brown fox jumps over the lazy dog. " * 100)
     return folder
 
 
@@ -71,8 +71,8 @@ class Run:
     finished: list[str] = field(default_factory=list)
 
 
-def quantize(model: Path, out: Path, *options: str, on: Disk | None = None) -> Run:
-    """The command, in this process."""
+def quantize(model: Path, out: Path, *options: str, on: Disk | None = None, wait: bool = False) -> Run:
+    """The command, in this process; it waits for the real disk only if asked to."""
     made = Run()
     inner = journal.Journal.add  # a mutant's, perhaps
 
@@ -84,8 +84,8 @@ def quantize(model: Path, out: Path, *options: str, on: Disk | None = None) -> R
             on.log.append(Op("finished", name))
 
     call = ["quantize", str(model), "-o", str(out), "--method", "gptq", "-q", *options]
-    # no power fails here, so that there is no need to wait for a disk
-    watched = mock.patch.object(os, "fsync", lambda _: None) if on is None else on.active()
+    sync = os.fsync if wait else lambda _: None
+    watched = mock.patch.object(os, "fsync", sync) if on is None else on.active()
     with mock.patch.object(journal.Journal, "add", add), watched:
         try:
             result = CliRunner().invoke(main, call)
@@ -230,14 +230,14 @@ def killed(case: Case, root: Path, kills: int, seconds: float, draw: random.Rand
         root: A folder to work in.
         kills: At least that many.
         seconds: That an undisturbed run takes.
-        draw: Of the moments.
+        draw: Of the moments: half of them in the first third, where blocks are worked on.
     """
     made = Kills()
     while made.kills < kills:
         out, finished = case.prepare(root / "disk"), set[str]()
         for _ in range(1000):
-            child = _start(case, out, root / "began")
-            time.sleep(draw.uniform(0, seconds))
+            child = start(case, out, root / "began")
+            time.sleep(draw.choice((0.3, 1.3)) * seconds * draw.random())
             with suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -260,7 +260,7 @@ def killed(case: Case, root: Path, kills: int, seconds: float, draw: random.Rand
     return made
 
 
-def _start(case: Case, out: Path, began: Path) -> int:
+def start(case: Case, out: Path, began: Path) -> int:
     """A child with the command in it; blocks that it works on are listed in ``began``."""
     began.write_text("")
     with warnings.catch_warnings():
@@ -278,7 +278,7 @@ def _start(case: Case, out: Path, began: Path) -> int:
             inner(self, name, *args)
 
         with mock.patch.object(journal.Journal, "add", add):
-            code = quantize(case.model, out, *case.options).code or 0
+            code = quantize(case.model, out, *case.options, wait=True).code or 0
     finally:
         os._exit(code)
 

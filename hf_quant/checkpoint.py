@@ -444,10 +444,20 @@ def _check_small(
         top = int(checkpoint.read(full).max())
         if top > scheme.qmax:
             raise CheckpointError(f"{where}: zero point {top} is over {scheme.qmax}")
+    elif local == "weight_outlier_index":
+        _check_outliers(checkpoint.read(full), where, shape[1])
     elif local == "weight_shape":
         stored = checkpoint.read(full).tolist()
         if stored != shape:
             raise CheckpointError(f"{where} says {stored}, expected {shape}")
+
+
+def _check_outliers(index: Tensor, where: str, columns: int) -> None:
+    """A kernel reads activations at these places."""
+    if int(index.min()) < 0 or int(index.max()) >= columns:
+        raise CheckpointError(f"{where}: reaches from {int(index.min())} to {int(index.max())}, outside of {columns} columns")
+    if bool((index.diff() <= 0).any()):
+        raise CheckpointError(f"{where}: the columns of a row must ascend, each standing once")
 
 
 # -- writing ------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,32 @@ from hf_quant.scheme import QuantScheme
 
 
 @dataclass(frozen=True, slots=True)
+class Outliers:
+    """Weights kept in floating point, added to what the codes mean; there the codes mean zero.
+
+    Attributes:
+        index: Input columns, int32: ``[..., C]`` where whole columns are kept, ``[..., N, R]`` where each row has its own.
+        value: ``[..., N, C]`` or ``[..., N, R]``.
+    """
+
+    index: Tensor
+    value: Tensor
+
+    @classmethod
+    def gather(cls, weight: Tensor, index: Tensor, dtype: torch.dtype) -> Outliers:
+        """Those of ``weight`` ``[N, K]`` at ``index``."""
+        value = weight[:, index] if index.ndim == 1 else weight.gather(1, index.long())
+        return cls(index.to(torch.int32), value.to(dtype))
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """``weight`` ``[..., N, K]`` with the outliers added, in place."""
+        index = self.index.long()
+        if index.ndim < weight.ndim:
+            index = index[..., None, :].expand(self.value.shape)
+        return weight.scatter_add_(-1, index, self.value.to(weight.dtype))
+
+
+@dataclass(frozen=True, slots=True)
 class QuantizedTensor:
     """A weight matrix ``[N, K]`` in codes, or a stack of them with leading axes ``...``.
 
@@ -20,21 +47,58 @@ class QuantizedTensor:
         qweight: uint8 ``[..., N, K / 8 * bits]``, packed along K by `packing.pack`.
         scale: ``[..., N, G]`` floating point, G = ``scheme.groups(K)``.
         zero_point: uint8 ``[..., N, G]``, or None where the scheme is symmetric.
-        scheme: How to read the three.
+        scheme: How to read them.
+        outliers: Where the scheme has some.
     """
 
     qweight: Tensor
     scale: Tensor
     zero_point: Tensor | None
     scheme: QuantScheme
+    outliers: Outliers | None = None
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> QuantizedTensor:
+    def from_codes(
+        cls, codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, outliers: Outliers | None = None
+    ) -> QuantizedTensor:
         """Pack ``codes`` ``[..., N, K]``, K a multiple of 32; the zero point is dropped where the scheme fixes it."""
         if codes.shape[-1] % 32:
             raise SchemeError(f"in_features must be a multiple of 32, got {codes.shape[-1]}")
         zero = None if scheme.symmetric else zero_point.to(torch.uint8)
-        return cls(pack(codes, scheme.bits), scale, zero, scheme)
+        return cls(pack(codes, scheme.bits), scale, zero, scheme, outliers)
+
+    @classmethod
+    def of_rows(cls, parts: Iterator[QuantizedTensor], n: int) -> QuantizedTensor:
+        """One matrix of ``n`` rows out of some rows after the other, which are never all held twice."""
+        made, at = None, 0
+        for part in parts:
+            made = made or part._with_rows(n)
+            for whole, some in zip(made._by_row(), part._by_row(), strict=True):
+                whole[at : at + some.shape[0]] = some
+            at += part.qweight.shape[0]
+        if made is None or at != n:
+            raise SchemeError(f"{at} rows instead of {n}")
+        return made
+
+    def _by_row(self) -> list[Tensor]:
+        """All tensors with one entry a row."""
+        own = [self.qweight, self.scale] + ([] if self.zero_point is None else [self.zero_point])
+        if self.outliers is None:
+            return own
+        return [*own, self.outliers.value] + ([self.outliers.index] if self.outliers.index.ndim == 2 else [])
+
+    def _with_rows(self, n: int) -> QuantizedTensor:
+        """Room for ``n`` rows of the same kind."""
+
+        def room(tensor: Tensor) -> Tensor:
+            return tensor.new_empty(n, *tensor.shape[1:])
+
+        outliers = self.outliers
+        if outliers is not None:
+            index = room(outliers.index) if outliers.index.ndim == 2 else outliers.index
+            outliers = Outliers(index, room(outliers.value))
+        zero = None if self.zero_point is None else room(self.zero_point)
+        return QuantizedTensor(room(self.qweight), room(self.scale), zero, self.scheme, outliers)
 
     @property
     def in_features(self) -> int:
@@ -56,4 +120,7 @@ class QuantizedTensor:
         wide = torch.float64 if dtype is torch.float64 else torch.float32
         groups = self.codes().unflatten(-1, (self.scale.shape[-1], -1)).to(wide)
         real = (groups - self.zeros().to(wide)[..., None]) * self.scale.to(wide)[..., None]
-        return real.flatten(-2).to(dtype or self.scale.dtype)
+        whole = real.flatten(-2)
+        if self.outliers is not None:
+            whole = self.outliers.add_to(whole)
+        return whole.to(dtype or self.scale.dtype)

@@ -25,6 +25,8 @@ class CompressedTensors:
     def why_not(self, scheme: QuantScheme) -> str | None:
         if scheme.bits not in (4, 8):
             return f"its {scheme.bits}-bit packing differs between its versions"
+        if scheme.outliers:
+            return f"it has no place for outliers beside the {scheme.bits}-bit codes"
         return None
 
     def layout(

@@ -14,13 +14,16 @@ from torch import Tensor
 
 from hf_quant.errors import FormatError
 from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.tensor import Outliers, QuantizedTensor
 
 
 class Native:
-    """weight uint8 ``[N, K / 8 * bits]`` (8 bits: ``[N, K / 4, 4]``), weight_scale ``[N, G]``, weight_zero_point uint8 ``[N, G]``."""
+    """weight uint8 ``[N, K / 8 * bits]`` (8 bits: ``[N, K / 4, 4]``), weight_scale ``[N, G]``, weight_zero_point uint8 ``[N, G]``;
+    of outliers weight_outlier_value ``[N, C]`` and weight_outlier_index int32 ``[C]`` (whole columns) or ``[N, C]``."""
 
-    suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "weight_zero_point")
+    suffixes: ClassVar[tuple[str, ...]] = (
+        "weight", "weight_scale", "weight_zero_point", "weight_outlier_index", "weight_outlier_value",
+    )  # fmt: skip
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         return None
@@ -29,7 +32,7 @@ class Native:
         self, shape: tuple[int, int], scheme: QuantScheme, dtype: torch.dtype
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape
-        groups = scheme.groups(k)
+        groups, outliers = scheme.groups(k), scheme.outlier_count(k)
         codes = (n, k // 4, 4) if scheme.bits == 8 else (n, scheme.packed_bytes(k))
         made: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "weight": (codes, torch.uint8),
@@ -37,6 +40,9 @@ class Native:
         }
         if not scheme.symmetric:
             made["weight_zero_point"] = ((n, groups), torch.uint8)
+        if outliers:
+            made["weight_outlier_index"] = ((outliers,) if scheme.outlier_columns else (n, outliers), torch.int32)
+            made["weight_outlier_value"] = ((n, outliers), dtype)
         return made
 
     def write(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -44,10 +50,14 @@ class Native:
         made = {"weight": codes, "weight_scale": tensor.scale}
         if tensor.zero_point is not None:
             made["weight_zero_point"] = tensor.zero_point
+        if tensor.outliers is not None:
+            made |= {"weight_outlier_index": tensor.outliers.index, "weight_outlier_value": tensor.outliers.value}
         return made
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
-        wanted = self.suffixes[:2] if scheme.symmetric else self.suffixes
+        absent = {"weight_zero_point"} if scheme.symmetric else set()
+        absent |= set() if scheme.outliers else {"weight_outlier_index", "weight_outlier_value"}
+        wanted = [name for name in self.suffixes if name not in absent]
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise FormatError(f"native: no {missing}")
@@ -55,7 +65,17 @@ class Native:
         zero = None if scheme.symmetric else tensors["weight_zero_point"]
         if zero is not None and int(zero.max()) > scheme.qmax:
             raise FormatError(f"native: weight_zero_point {int(zero.max())} is over {scheme.qmax}")
-        return QuantizedTensor(codes.flatten(-2) if scheme.bits == 8 else codes, tensors["weight_scale"], zero, scheme)
+        qweight = codes.flatten(-2) if scheme.bits == 8 else codes
+        return QuantizedTensor(qweight, tensors["weight_scale"], zero, scheme, self._outliers(tensors, scheme))
+
+    def _outliers(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Outliers | None:
+        if not scheme.outliers:
+            return None
+        index, value = tensors["weight_outlier_index"], tensors["weight_outlier_value"]
+        columns = tensors["weight"].shape[1] * (4 if scheme.bits == 8 else 1) * 8 // scheme.bits
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < columns:
+            raise FormatError(f"native: weight_outlier_index reaches outside of {columns} columns")
+        return Outliers(index, value)
 
 
 FORMAT = Native

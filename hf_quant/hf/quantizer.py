@@ -25,6 +25,7 @@ from hf_quant.nn._weight import frozen
 if TYPE_CHECKING:
     from hf_quant.hf.config import HfQuantConfig
 
+COMPANIONS = tuple(name.removeprefix("weight") for name in format_named("native").suffixes if name != "weight")
 logger = logging.get_logger(__name__)
 
 
@@ -35,7 +36,7 @@ class HfQuantQuantizer(HfQuantizer):
     requires_calibration = False  # True would refuse float checkpoints
     quantization_config: HfQuantConfig
     # from this the base class derives converters and parallel plans for the companions of stacked experts
-    serialized_names = {"weight": ["weight", "weight_scale", "weight_zero_point"]}  # noqa: RUF012
+    serialized_names = {"weight": list(format_named("native").suffixes)}  # noqa: RUF012
 
     plan: Plan
     failure: HfQuantError | None = None  # met in a conversion, where transformers would bury it in a log table
@@ -117,7 +118,7 @@ class HfQuantQuantizer(HfQuantizer):
             head = model.get_submodule(target.rpartition(".")[0])
             if isinstance(head, QuantLinear) and target.rpartition(".")[0] in self.plan.schemes:
                 head.shares_codes = True
-                for part in ("_scale", "_zero_point"):
+                for part in COMPANIONS:
                     if getattr(head, f"weight{part}", None) is not None:
                         ties[target + part] = source + part
 
@@ -218,7 +219,7 @@ class HfQuantQuantizer(HfQuantizer):
             if isinstance(module, QuantExperts):
                 for stack in list(module.schemes):
                     dense = module.expert_weight(stack, dtype)
-                    for part in ("", "_scale", "_zero_point"):
+                    for part in ("", *COMPANIONS):
                         module._parameters.pop(stack + part, None)
                     module.register_parameter(stack, frozen(dense))
                 module.__class__ = module.float_class  # type: ignore[assignment]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_quant.kernels import LinearSpec, select
+from hf_quant.kernels import LinearSpec, outlier_linear, select
 from hf_quant.nn._weight import read, register
 from hf_quant.scheme import QuantScheme
 
@@ -19,7 +19,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 class QuantExperts(nn.Module):
     """Mixed into a model's own experts class, whose gate, activation and flags stay as they are.
 
-    Every stack ``[E, N, K]`` becomes codes ``[E, N, K / 8 * bits]`` with ``_scale`` and ``_zero_point`` beside it;
+    Every stack ``[E, N, K]`` becomes codes ``[E, N, K / 8 * bits]`` with ``_scale`` and other companions beside it;
     transposed stacks ``[E, K, N]`` (gpt-oss) are turned while they are quantized.
     """
 
@@ -38,6 +38,8 @@ class QuantExperts(nn.Module):
             )
             backend = select(spec, repacking=False)
             y = backend.linear(x, backend.prepare(weight, spec), spec)
+            if weight.outliers is not None:
+                y = y + outlier_linear(x, weight.outliers.index, weight.outliers.value)
         else:
             dense: Tensor = getattr(self, name)[expert]
             y = F.linear(x, dense.T if self.is_transposed else dense)

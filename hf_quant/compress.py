@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from hf_quant.calibration import Calibration
 from hf_quant.checkpoint import staged, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.gate import Budget
@@ -25,33 +26,12 @@ from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
-from hf_quant.hf.streaming import digest_of, quantize_streaming
-from hf_quant.methods import method
+from hf_quant.hf.streaming import Settings, quantize_streaming
+from hf_quant.presets import preset
+from hf_quant.ranks import ALONE, Ranks
 from hf_quant.results import Quality
 
 SMALL = 1_000_000_000  # parameters
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Tokens that calibrated methods look at.
-
-    Attributes:
-        ids: int64 ``[S, T]``.
-        name: Of the text.
-        paragraphs: Hashes of the text's paragraphs, so that nobody measures on it.
-    """
-
-    ids: Tensor
-    name: str
-    paragraphs: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the recipe: never the text itself."""
-        return {
-            "name": self.name, "sequences": self.ids.shape[0], "context": self.ids.shape[1],
-            "sha256": digest_of(self.ids), "paragraphs": self.paragraphs,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,6 +49,8 @@ class Job:
         measure: Measures a model; None where there is no text.
         calibration: What calibrated methods look at.
         progress: Wraps the list of blocks, for a progress bar.
+        max_memory: Bytes that activations may take in memory; None: as much as seems right.
+        ranks: The processes that share the work; the first one writes.
     """
 
     model: str
@@ -81,6 +63,8 @@ class Job:
     measure: Callable[[Any], Quality] | None = None
     calibration: Calibration | None = None
     progress: Progress = iter
+    max_memory: int | None = None
+    ranks: Ranks = ALONE
 
     def quantized(self, config: HfQuantConfig) -> Any:
         """The model with ``config`` applied, in memory."""
@@ -93,11 +77,15 @@ class _GateMissedError(Exception):
 
 def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
     """Quantize with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate."""
+    if not job.ranks.first:  # the others only lend a hand
+        if preset(config.method, config.bits).calibrated:
+            _stream(job, config, out, out)
+        return {}
     asked = {"overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert)}
     row: dict[str, Any] = {}
     with suppress(_GateMissedError), staged(out, overwrite=job.overwrite) as stage:
         start = time.perf_counter()
-        calibrated = method(config.method).calibrated
+        calibrated = preset(config.method, config.bits).calibrated
         made, blocks = _streamed(job, config, out, stage) if calibrated else (job.quantized(config), [])
         seconds = time.perf_counter() - start
         plan = made.hf_quantizer.plan
@@ -109,10 +97,7 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(stage)
         write_json(stage / "recipe.json", _recipe(job, config, asked, made, blocks))
-        again = load(str(stage), dtype=made.dtype)
-        if not torch.equal(_logits(again), _logits(made)):
-            raise HfQuantError(f"{config.scheme}: the saved model computes something else than the one in memory")
-        del again
+        _check(made, str(stage), config.scheme)
         row |= {
             "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
             "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
@@ -133,16 +118,22 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
 
 
 def _streamed(job: Job, config: HfQuantConfig, out: Path, stage: Path) -> tuple[Any, list[dict[str, Any]]]:
-    """Calibrate block by block into ``stage``; what is finished stays in ``out.work`` until all is done."""
+    """Calibrate block by block into ``stage``; the model that was written, and a record of each block."""
+    blocks = _stream(job, config, out, stage)
+    device = {name: job.load[name] for name in ("device_map", "dtype") if name in job.load}
+    return load(str(stage), **device).eval(), blocks
+
+
+def _stream(job: Job, config: HfQuantConfig, out: Path, stage: Path) -> list[dict[str, Any]]:
+    """What is finished stays in ``out.work`` until all is done."""
     if job.calibration is None:
         raise HfQuantError(f"{config.method} needs text to calibrate on: name one with --calibration")
     work = out.with_name(f"{out.name}.work")
     _, blocks = quantize_streaming(
-        Base(job.model, job.load.get("revision")).checkpoint().folder, config, job.calibration.ids, work, stage,
-        say=job.say, progress=job.progress,
+        Base(job.model, job.load.get("revision")).checkpoint().folder, config, job.calibration, work, stage,
+        Settings(job.say, job.progress, job.max_memory, job.ranks),
     )  # fmt: skip
-    device = {name: job.load[name] for name in ("device_map", "dtype") if name in job.load}
-    return load(str(stage), **device).eval(), blocks
+    return blocks
 
 
 def _measured(job: Job, model: Any) -> dict[str, Any]:
@@ -173,6 +164,15 @@ def _recipe(
         "calibration": job.calibration.to_dict() if blocks and job.calibration else None, "blocks": blocks,
         "versions": {name: version(name) for name in ("hf-quant", "torch", "transformers", "safetensors")},
     }  # fmt: skip
+
+
+def _check(made: Any, folder: str, scheme: str) -> None:
+    """What was written computes what is in memory, and that is something."""
+    logits = _logits(made)
+    if not logits.isfinite().all():
+        raise HfQuantError(f"{scheme}: the quantized model computes NaN or infinite values")
+    if not torch.equal(_logits(load(folder, dtype=made.dtype)), logits):
+        raise HfQuantError(f"{scheme}: the saved model computes something else than the one in memory")
 
 
 def _logits(model: Any) -> Tensor:

@@ -37,9 +37,10 @@ class InputStats:
     _inverse: Tensor | None = None
 
     @classmethod
-    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> InputStats:
-        """Of a layer that has seen nothing."""
-        return cls(torch.zeros(in_features, in_features, dtype=torch.float64, device=device))
+    def empty(cls, in_features: int, device: torch.device | str = "cpu", *, drift: bool = False) -> InputStats:
+        """Of a layer that has seen nothing; ``drift``: the float model's inputs will be there too."""
+        gram = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        return cls(gram, drift=torch.zeros_like(gram) if drift else None)
 
     def update(self, x: Tensor, original: Tensor | None = None, *, held: int = 0) -> None:
         """Fold in activations ``[..., K]``.
@@ -53,15 +54,13 @@ class InputStats:
         wide = rows.to(torch.float64)
         self.gram.addmm_(wide.T, wide)
         self.rows += rows.shape[0]
-        self._inverse = None
-        if original is None:
+        self.forget()
+        if original is None or self.drift is None:
             return
         off = original.reshape(rows.shape) - rows
         if held:
             self.held.append((rows[::held].clone(), off[::held].clone()))
             return
-        if self.drift is None:
-            self.drift = torch.zeros_like(self.gram)
         self.drift.addmm_(off.to(torch.float64).T, wide)
         self.drift_rows += rows.shape[0]
 
@@ -119,6 +118,10 @@ class InputStats:
             size += made.square().sum(dtype=torch.float64).item()
         blend = min(1.0, max(0.0, fits / size)) if size > 0 else 0.0
         return step.mul_(blend).add_(weight), blend
+
+    def forget(self) -> None:
+        """Drop what was derived from the sums, after they were changed."""
+        self._inverse = None
 
     def error(self, original: Tensor, quantized: Tensor) -> float:
         """Squared error of the layer's output over the squared output, on the rows seen.

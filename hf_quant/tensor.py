@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,16 @@ class QuantizedTensor:
         if made is None or at != n:
             raise SchemeError(f"{at} rows instead of {n}")
         return made
+
+    @classmethod
+    def stack(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """``[E, ...]`` of E matrices with the same shape and scheme."""
+        first = parts[0]
+        zero = None if first.zero_point is None else torch.stack([p.zero_point for p in parts if p.zero_point is not None])
+        outliers = [part.outliers for part in parts if part.outliers is not None]
+        joined = Outliers(torch.stack([o.index for o in outliers]), torch.stack([o.value for o in outliers])) if outliers else None
+        qweight, scale = torch.stack([p.qweight for p in parts]), torch.stack([p.scale for p in parts])
+        return cls(qweight, scale, zero, first.scheme, joined)
 
     def _by_row(self) -> list[Tensor]:
         """All tensors with one entry a row."""

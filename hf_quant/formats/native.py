@@ -7,6 +7,7 @@ the checkpoint for a shape mismatch; under a name of their own it would warn and
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -66,13 +67,11 @@ class Native:
         if zero is not None and int(zero.max()) > scheme.qmax:
             raise FormatError(f"native: weight_zero_point {int(zero.max())} is over {scheme.qmax}")
         qweight = codes.flatten(-2) if scheme.bits == 8 else codes
-        return QuantizedTensor(qweight, tensors["weight_scale"], zero, scheme, self._outliers(tensors, scheme))
+        made = QuantizedTensor(qweight, tensors["weight_scale"], zero, scheme)
+        return replace(made, outliers=self._outliers(tensors, made.in_features)) if scheme.outliers else made
 
-    def _outliers(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> Outliers | None:
-        if not scheme.outliers:
-            return None
+    def _outliers(self, tensors: Mapping[str, Tensor], columns: int) -> Outliers:
         index, value = tensors["weight_outlier_index"], tensors["weight_outlier_value"]
-        columns = tensors["weight"].shape[1] * (4 if scheme.bits == 8 else 1) * 8 // scheme.bits
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < columns:
             raise FormatError(f"native: weight_outlier_index reaches outside of {columns} columns")
         return Outliers(index, value)

@@ -13,14 +13,18 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from hf_quant.calibration import Calibration
 from hf_quant.checkpoint import Checkpoint, check_module
 from hf_quant.errors import CheckpointError, HfQuantError, PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
+from hf_quant.hf.calibrated import calibrate, data_for
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad, ReadCompressed, give_back_memory
 from hf_quant.hf.plan import Plan, candidates, freeze, make_plan
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
 from hf_quant.nn._weight import frozen
+from hf_quant.nn.experts import stacks
+from hf_quant.presets import preset
 
 if TYPE_CHECKING:
     from hf_quant.hf.config import HfQuantConfig
@@ -39,8 +43,16 @@ class HfQuantQuantizer(HfQuantizer):
     serialized_names = {"weight": list(format_named("native").suffixes)}  # noqa: RUF012
 
     plan: Plan
+    data: Calibration | None = None  # what was calibrated on, and what became of each block
+    blocks: list[dict[str, Any]] = []  # noqa: RUF012
     failure: HfQuantError | None = None  # met in a conversion, where transformers would bury it in a log table
     _converters: list[Any] | None = None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model is quantized after it was loaded, on what goes through it."""
+        config = self.quantization_config
+        return not self.pre_quantized and preset(config.method, config.bits).calibrated
 
     # -- before loading -------------------------------------------------------------------------------------------
 
@@ -62,9 +74,12 @@ class HfQuantQuantizer(HfQuantizer):
             if experts:
                 raise PlanError(f"compressed-tensors with stacked experts is not supported yet: {experts[0]}")
         self._preflight(checkpoint_files, {name: found[name].shape for name in self.plan.schemes})
+        if self.calibrates:  # once the weights are there
+            freeze(config, self.plan)
+            return
         for name in self.plan.schemes:
             if found[name].kind != "experts":
-                self._replace(model, name)
+                self._replace(model, name, self.pre_quantized)
         for name in dict.fromkeys(n.rpartition(".")[0] for n in self.plan.schemes if found[n].kind == "experts"):
             own = {n.removeprefix(f"{name}."): s for n, s in self.plan.schemes.items() if n.startswith(f"{name}.")}
             with torch.device("meta"):
@@ -94,20 +109,20 @@ class HfQuantQuantizer(HfQuantizer):
             if any(f"{stem.removesuffix('weight')}{suffix}" in checkpoint.tensors for suffix in fmt.suffixes):
                 check_module(checkpoint, name, shape, self.plan.schemes[name], fmt)
 
-    def _replace(self, model: Any, name: str) -> None:
+    def _replace(self, model: Any, name: str, quantized: bool) -> None:
         old, scheme = model.get_submodule(name), self.plan.schemes[name]
         new: nn.Module
         with torch.device("meta"):
             if isinstance(old, nn.Embedding):
                 new = QuantEmbedding(
                     old.num_embeddings, old.embedding_dim, scheme,
-                    padding_idx=old.padding_idx, dtype=old.weight.dtype, quantized=self.pre_quantized,
+                    padding_idx=old.padding_idx, dtype=old.weight.dtype, quantized=quantized,
                 )  # fmt: skip
             else:
                 k, n = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else old.weight.shape
                 new = QuantLinear(
                     k, n, scheme, bias=old.bias is not None, dtype=old.weight.dtype,
-                    quantized=self.pre_quantized, conv1d=not isinstance(old, nn.Linear),
+                    quantized=quantized, conv1d=not isinstance(old, nn.Linear),
                 )  # fmt: skip
         new.train(old.training)
         model.set_submodule(name, new)
@@ -147,13 +162,15 @@ class HfQuantQuantizer(HfQuantizer):
         self._converters = updated_conversions(super().update_weight_conversions, weight_conversions, model)
         if self.pre_quantized and self.quantization_config.format == "compressed_tensors":
             return [*self._converters, ReadCompressed.converter(self)]
-        return self._converters if self.pre_quantized else [KeepApart.instead_of(c) for c in self._converters]
+        return self._converters if self.pre_quantized or self.calibrates else [KeepApart.instead_of(c) for c in self._converters]
 
     # -- after loading --------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if self.failure is not None:
             raise self.failure
+        if self.calibrates:
+            self._calibrate(model)
         keep_for_saving(model, self._converters)
         dispatched = len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1
         for name, module in model.named_modules():
@@ -163,6 +180,31 @@ class HfQuantQuantizer(HfQuantizer):
         give_back_memory()
         logger.info(self.plan.summary())
         return model
+
+    def _calibrate(self, model: Any) -> None:
+        if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
+            raise PlanError(f"{self.quantization_config.method} calibrates on one device; hf-quant quantize needs less of it")
+        self.data = data_for(self.quantization_config, model)
+
+        def place(layer: str, tensors: dict[str, nn.Parameter]) -> None:
+            path, _, leaf = layer.rpartition(".")
+            parent = model.get_submodule(path)
+            if leaf in stacks(parent) or isinstance(parent, QuantExperts):
+                if not isinstance(parent, QuantExperts):
+                    own = {n.removeprefix(f"{path}."): s for n, s in self.plan.schemes.items() if n.startswith(f"{path}.")}
+                    with torch.device("meta"):
+                        as_quant_experts(parent, own, quantized=True)
+                module, stem = parent, leaf
+            else:
+                bias = parent.get_submodule(leaf).bias
+                self._replace(model, layer, quantized=True)
+                module, stem = model.get_submodule(layer), "weight"
+                module.bias = bias
+            for local, tensor in tensors.items():
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+                module.register_parameter(stem + local.removeprefix("weight"), tensor)
+
+        self.blocks = calibrate(model, self.plan, self.quantization_config, self.data, place)
 
     def _finish(self, name: str, module: nn.Module, dispatched: bool) -> None:
         for local, parameter in module.named_parameters(recurse=False):

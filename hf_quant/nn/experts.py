@@ -92,6 +92,28 @@ def stacks(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     return found if "down_proj" in found else {}
 
 
+def expert_input(module: Any, name: str, expert: int, states: Tensor, chosen: Tensor) -> Tensor:
+    """What the stack ``name`` of a float experts layer is given for one expert: ``[tokens, K]``.
+
+    Args:
+        module: The model's own experts layer.
+        name: Of the stack.
+        expert: Its number.
+        states: ``[M, K]``, what the layer is given.
+        chosen: int64 ``[M, top_k]``, the experts of each token.
+    """
+    x = states[torch.where(chosen == expert)[0]]
+    if name != "down_proj":
+        return x
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    dense: Tensor = getattr(module, first)[expert]
+    y = F.linear(x, dense.T if module.is_transposed else dense)
+    if module.has_bias:
+        y = y + getattr(module, f"{first}_bias")[expert]
+    gated: Tensor = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    return gated
+
+
 def as_quant_experts(module: nn.Module, schemes: dict[str, QuantScheme], *, quantized: bool) -> None:
     """Make ``module`` a `QuantExperts` in place, its parameters empty codes (or, not ``quantized``, placeholders)."""
     shapes = stacks(module)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_quant import HfQuantConfig, load
 from hf_quant.evaluation import evaluate
 from hf_quant.evaluation.reference import Reference
-from hf_quant.evaluation.text import read_text
+from hf_quant.text import read_text
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.methods import rtn
 from hf_quant.results import Quality

@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_quant import HfQuantConfig, load
+from hf_quant.calibration import Calibration
 from hf_quant.checkpoint import Checkpoint
 from hf_quant.errors import HfQuantError
-from hf_quant.hf.streaming import quantize_streaming
+from hf_quant.hf.streaming import Settings, quantize_streaming
 
 SMALL = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -48,8 +49,9 @@ def stream(
 ) -> list[dict[str, Any]]:
     shutil.rmtree(out, ignore_errors=True)  # a stage is always new
     out.mkdir()
-    config = HfQuantConfig(scheme, method="gptq", **options)
-    _, blocks = quantize_streaming(source, config, ids, out.with_suffix(".work"), out, say=lambda _: None)
+    config = HfQuantConfig(scheme, **({"method": "gptq"} | options))
+    data, quiet = Calibration(ids, "ids", []), Settings(lambda _: None)
+    _, blocks = quantize_streaming(source, config, data, out.with_suffix(".work"), out, quiet)
     return blocks
 
 

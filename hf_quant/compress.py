@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import shutil
+import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hf_quant.calibration import Calibration
-from hf_quant.checkpoint import staged, write_json
+from hf_quant.disk import blaming, discard, locked, need_space, staged, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.layers import layer_errors
@@ -27,6 +28,7 @@ from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
 from hf_quant.hf.streaming import Settings, quantize_streaming
+from hf_quant.journal import is_journal, recorded
 from hf_quant.presets import preset
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.results import Quality
@@ -76,26 +78,57 @@ class _GateMissedError(Exception):
 
 
 def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
-    """Quantize with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate."""
+    """Quantize with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate.
+
+    Raises:
+        HfQuantError: Another process is writing ``out``, the disk is full, or something in the model is not as it must be.
+    """
+    real = Path(os.path.realpath(out))
+    work = work_folder(out)
     if not job.ranks.first:  # the others only lend a hand
         if preset(config.method, config.bits).calibrated:
-            _stream(job, config, out, out)
+            _stream(job, config, work, out)
         return {}
+    with locked(real.with_name(f".{real.name}.lock"), out):
+        overwrite = job.overwrite or _published(out, work)
+        row = _compress(job, config, out, work, overwrite)
+        if is_journal(work):
+            discard(work, real)
+    return row
+
+
+def work_folder(out: Path) -> Path:
+    """Where finished blocks stay until ``out`` is there."""
+    real = Path(os.path.realpath(out))
+    return real.with_name(f"{real.name}.work")
+
+
+def _published(out: Path, work: Path) -> bool:
+    """Whether ``out`` was made from the blocks in ``work``: then it appeared, but its process was killed right after."""
+    try:
+        blocks = json.loads((out / "recipe.json").read_text(encoding="utf-8"))["blocks"]
+        return bool(blocks) and blocks == recorded(work)
+    except (OSError, ValueError, KeyError, TypeError, HfQuantError):
+        return False
+
+
+def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite: bool) -> dict[str, Any]:
     asked = {"overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert)}
     row: dict[str, Any] = {}
-    with suppress(_GateMissedError), staged(out, overwrite=job.overwrite) as stage:
+    with suppress(_GateMissedError), staged(out, overwrite=overwrite) as stage:
         start = time.perf_counter()
         calibrated = preset(config.method, config.bits).calibrated
-        made, blocks = _streamed(job, config, out, stage) if calibrated else (job.quantized(config), [])
+        made, blocks = _streamed(job, config, work, stage) if calibrated else (job.quantized(config), [])
         seconds = time.perf_counter() - start
         plan = made.hf_quantizer.plan
         job.say(f"{config.scheme}: {plan.summary()}")
         if plan.params < SMALL:
             job.say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers")
         if not calibrated:
-            made.save_pretrained(stage, max_shard_size=job.shard)
+            need_space(stage, plan.bytes_quantized)
+            _save(made, stage, max_shard_size=job.shard)
         if job.tokenizer is not None:
-            job.tokenizer.save_pretrained(stage)
+            _save(job.tokenizer, stage)
         write_json(stage / "recipe.json", _recipe(job, config, asked, made, blocks))
         _check(made, str(stage), config.scheme)
         row |= {
@@ -113,27 +146,36 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
                 for file in stage.iterdir():
                     file.rename(aside / file.name)
             raise _GateMissedError
-    shutil.rmtree(out.with_name(f"{out.name}.work"), ignore_errors=True)
     return row
 
 
-def _streamed(job: Job, config: HfQuantConfig, out: Path, stage: Path) -> tuple[Any, list[dict[str, Any]]]:
+def _streamed(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[Any, list[dict[str, Any]]]:
     """Calibrate block by block into ``stage``; the model that was written, and a record of each block."""
-    blocks = _stream(job, config, out, stage)
+    blocks = _stream(job, config, work, stage)
     device = {name: job.load[name] for name in ("device_map", "dtype") if name in job.load}
     return load(str(stage), **device).eval(), blocks
 
 
-def _stream(job: Job, config: HfQuantConfig, out: Path, stage: Path) -> list[dict[str, Any]]:
-    """What is finished stays in ``out.work`` until all is done."""
+def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> list[dict[str, Any]]:
+    """What is finished stays in ``work`` until all is done."""
     if job.calibration is None:
         raise HfQuantError(f"{config.method} needs text to calibrate on: name one with --calibration")
-    work = out.with_name(f"{out.name}.work")
     _, blocks = quantize_streaming(
         Base(job.model, job.load.get("revision")).checkpoint().folder, config, job.calibration, work, stage,
         Settings(job.say, job.progress, job.max_memory, job.ranks),
     )  # fmt: skip
     return blocks
+
+
+def _save(model: Any, folder: Path, **options: Any) -> None:
+    """``save_pretrained``, whose errors are of no common type and do not name the file."""
+    try:
+        with blaming(folder):
+            model.save_pretrained(folder, **options)
+    except HfQuantError:
+        raise
+    except Exception as error:
+        raise HfQuantError(f"{folder}: {error}") from error
 
 
 def _measured(job: Job, model: Any) -> dict[str, Any]:

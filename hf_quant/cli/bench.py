@@ -33,7 +33,7 @@ def command(
 
     from hf_quant import load
     from hf_quant.bench import memory, speed
-    from hf_quant.checkpoint import write_json
+    from hf_quant.disk import write_json
 
     shown = bars(quiet or as_json)
     how = {"dtype": dtype} | ({"device_map": device} if device else {})

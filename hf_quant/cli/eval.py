@@ -81,7 +81,7 @@ def command(
 
 
 def _store(model: str, record: dict[str, Any]) -> None:
-    from hf_quant.checkpoint import write_json
+    from hf_quant.disk import write_json
 
     if Path(model).is_dir():
         path = Path(model) / "results.json"

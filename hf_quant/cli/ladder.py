@@ -124,7 +124,7 @@ def _trial(base: Base, tokenizer: Any, measured_on: str, trial_text: str | None,
 
 
 def _store(folder: Path, record: dict[str, Any], quiet: bool) -> None:
-    from hf_quant.checkpoint import write_json
+    from hf_quant.disk import write_json
     from hf_quant.report import charts
 
     write_json(folder / "ladder.json", record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +105,8 @@ def command(
         model, given, max_shard_size, overwrite, lambda line: say(line, quiet), tokenizer, gate, measure, calibrated_on,
         lambda blocks: blocks_shown(blocks, shown), max_memory, ranks,
     )  # fmt: skip
-    rows = [compress(job, plan, out) for plan, out in zip(plans, outs, strict=True)]
+    with _resumable(outs):
+        rows = [compress(job, plan, out) for plan, out in zip(plans, outs, strict=True)]
     if not ranks.first:
         return
     missed = [line for row in rows for line in gate_lines(row.get("gate", {"misses": []}), row["layers"])]
@@ -121,6 +123,20 @@ def command(
         say(line)
     if missed:
         sys.exit(3)
+
+
+@contextmanager
+def _resumable(outs: list[Path]) -> Iterator[None]:
+    """Whoever stops this, or has no disk left, is told that nothing was lost."""
+    from hf_quant.compress import work_folder
+    from hf_quant.journal import is_journal
+
+    try:
+        yield
+    except (KeyboardInterrupt, OSError):
+        for work in filter(is_journal, map(work_folder, outs)):
+            say(f"{work} holds the finished blocks: the same command goes on from there")
+        raise
 
 
 def _calibration(

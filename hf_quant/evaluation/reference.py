@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from hf_quant.checkpoint import staged, write_json
+from hf_quant.disk import staged, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.metrics import BaseTokens
 from hf_quant.text import Windows

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 from hf_quant.activations import Activations
 from hf_quant.calibration import Calibration
-from hf_quant.checkpoint import INDEX, Checkpoint, read_header, write_json
+from hf_quant.checkpoint import INDEX, Checkpoint, read_header, write_tensors
+from hf_quant.disk import copy_file, link_file, need_space, write_json
 from hf_quant.errors import HfQuantError, PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf.config import HfQuantConfig
@@ -104,6 +105,9 @@ def quantize_streaming(
     opened = journal(work, job, settings.say) if ranks.first else nullcontext(None)
     with opened as done, torch.inference_mode(), TemporaryDirectory(**_beside(work, ranks)) as scratch:
         parts = ranks.shared(done.parts if done else None)
+        if done is not None:
+            finished = sum((work / part["file"]).stat().st_size for part in parts)
+            need_space(stage, source.plan.bytes_quantized - finished)
         if parts:
             settings.say(f"{len(parts)} of {len(source.blocks)} blocks are done already")
         streams, calls = _embed(source, data.ids, recipe.needs_twin, Path(scratch), settings)
@@ -316,7 +320,7 @@ def _commit(done: Journal, source: _Source, block: Block, solved: Solved, index:
     tensors |= {n: t for n, t in source.tensors.unused(f"{block.name}.") if n not in tensors}
     done.add(
         f"block-{index:05d}.safetensors",
-        lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"}),
+        lambda path: write_tensors(path, tensors),
         solved.record(block.name),
     )
 
@@ -326,9 +330,8 @@ def _assemble(source: _Source, done: Journal, stage: Path) -> None:
     count = len(done.parts) + 1
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, part in zip(names, done.parts, strict=False):
-        _link(done.folder / part["file"], stage / name)
-    rest = dict(source.tensors.outside(source.blocks))
-    save_file(rest, stage / names[-1], metadata={"format": "pt"})
+        link_file(done.folder / part["file"], stage / name)
+    write_tensors(stage / names[-1], dict(source.tensors.outside(source.blocks)))
     found = {name: read_header(stage / name) for name in names}
     size = sum(info.nbytes for tensors in found.values() for info in tensors.values())
     index = {tensor: name for name, tensors in found.items() for tensor in tensors}
@@ -338,11 +341,4 @@ def _assemble(source: _Source, done: Journal, stage: Path) -> None:
     write_json(stage / "config.json", config)
     generation = source.checkpoint.folder / "generation_config.json"
     if generation.is_file():
-        shutil.copyfile(generation, stage / generation.name)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        copy_file(generation, stage / generation.name)

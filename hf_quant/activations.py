@@ -37,7 +37,7 @@ class Activations:
         return cls(torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape), size)
 
     def __len__(self) -> int:
-        return -(-self.states.shape[0] // self.size)
+        return (self.states.shape[0] + self.size - 1) // self.size
 
     def __getitem__(self, number: int) -> Tensor:
         if not 0 <= number < len(self):

@@ -74,13 +74,17 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
         raise HfQuantError(f"calibration: token id {low if low < 0 else high} in sequence {where[0]} at {where[1]} is "
                            f"outside of the vocabulary of {vocabulary}")  # fmt: skip
     if made.ids.shape[0] < FEWEST:
-        raise HfQuantError(f"calibration: {made.ids.shape[0]} sequence of {context} tokens is too little; at least {FEWEST}")
+        raise HfQuantError(
+            f"calibration: {made.ids.shape[0]} sequence of {context} tokens is too little; at least {FEWEST}"
+        )
     return made
 
 
 def _ids(source: Tensor) -> Tensor:
     if source.ndim != 2 or source.is_floating_point() or not source.numel():
-        raise HfQuantError(f"calibration: token ids must be whole numbers [S, T], got {source.dtype} {list(source.shape)}")
+        raise HfQuantError(
+            f"calibration: token ids must be whole numbers [S, T], got {source.dtype} {list(source.shape)}"
+        )
     return source.to(torch.int64).contiguous()
 
 
@@ -95,7 +99,9 @@ def _read(source: Sequence[str] | str | Path | None, tokenizer: Any) -> tuple[st
         if isinstance(source, Path) or path.suffix in (".txt", ".jsonl", ".md"):
             raise HfQuantError(f"calibration: {source}: no such file")
         rows = dataset_rows(str(source), "train")
-        return str(source), SEPARATOR.join(document({"text" if isinstance(r, str) else "messages": r}, tokenizer) for r in rows)
+        return str(source), SEPARATOR.join(
+            document({"text" if isinstance(r, str) else "messages": r}, tokenizer) for r in rows
+        )
     if not source or not all(isinstance(text, str) for text in source):
         raise HfQuantError("calibration: texts must be a list of strings that is not empty")
     return "texts", SEPARATOR.join(source)

@@ -459,7 +459,9 @@ def _check_small(
 def _check_outliers(index: Tensor, where: str, columns: int) -> None:
     """A kernel reads activations at these places."""
     if int(index.min()) < 0 or int(index.max()) >= columns:
-        raise CheckpointError(f"{where}: reaches from {int(index.min())} to {int(index.max())}, outside of {columns} columns")
+        raise CheckpointError(
+            f"{where}: reaches from {int(index.min())} to {int(index.max())}, outside of {columns} columns"
+        )
     if bool((index.diff() <= 0).any()):
         raise CheckpointError(f"{where}: the columns of a row must ascend, each standing once")
 

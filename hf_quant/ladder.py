@@ -230,7 +230,12 @@ class Ladder:
         trial, model = self.trial(), self.load_base(torch.float32)
         found.bits = [scheme.bits for scheme in tried]
         found.sensitivity = sensitivities(
-            model, layers, tried, preset(config.method, config.bits).solver(), lambda m: means(m, trial)["kl"], self.progress
+            model,
+            layers,
+            tried,
+            preset(config.method, config.bits).solver(),
+            lambda m: means(m, trial)["kl"],
+            self.progress,
         )
         choices = [*(s for s in self.schemes if s.bits == 8), *tried]
         shapes = {name: each.shape for name, each in candidates(skeleton).items()}

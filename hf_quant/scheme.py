@@ -48,7 +48,9 @@ class QuantScheme:
         if type(self.outliers) not in (int, float) or not 0 <= self.outliers <= MOST_OUTLIERS:
             raise SchemeError(f"outliers must be a share from 0 to {MOST_OUTLIERS}, got {self.outliers!r}")
         if type(self.outlier_columns) is not bool or (self.outlier_columns and not self.outliers):
-            raise SchemeError(f"outlier_columns must be True or False, True only with outliers, got {self.outlier_columns!r}")
+            raise SchemeError(
+                f"outlier_columns must be True or False, True only with outliers, got {self.outlier_columns!r}"
+            )
 
     @property
     def qmax(self) -> int:

@@ -84,9 +84,17 @@ class QuantizedTensor:
     def stack(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
         """``[E, ...]`` of E matrices with the same shape and scheme."""
         first = parts[0]
-        zero = None if first.zero_point is None else torch.stack([p.zero_point for p in parts if p.zero_point is not None])
+        zero = (
+            None
+            if first.zero_point is None
+            else torch.stack([p.zero_point for p in parts if p.zero_point is not None])
+        )
         outliers = [part.outliers for part in parts if part.outliers is not None]
-        joined = Outliers(torch.stack([o.index for o in outliers]), torch.stack([o.value for o in outliers])) if outliers else None
+        joined = (
+            Outliers(torch.stack([o.index for o in outliers]), torch.stack([o.value for o in outliers]))
+            if outliers
+            else None
+        )
         qweight, scale = torch.stack([p.qweight for p in parts]), torch.stack([p.scale for p in parts])
         return cls(qweight, scale, zero, first.scheme, joined)
 

@@ -19,6 +19,7 @@ from hf_quant.cli._common import (
     measure_options,
     output_options,
     say,
+    size,
     table,
 )
 from hf_quant.errors import HfQuantError

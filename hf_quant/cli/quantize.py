@@ -17,7 +17,6 @@ from hf_quant.cli._common import (
     budget,
     configs,
     emit,
-    find_text,
     gate_lines,
     gate_options,
     measure_options,

@@ -18,10 +18,10 @@ from hf_quant.checkpoint import Checkpoint
 from hf_quant.evaluation import evaluate, means
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
 from hf_quant.evaluation.reference import Progress, Reference, reference
-from hf_quant.text import windows
 from hf_quant.hf import load
 from hf_quant.hf.loading import class_of
 from hf_quant.results import Quality
+from hf_quant.text import windows
 
 CONTEXT = 512
 logger = logging.get_logger(__name__)

@@ -37,9 +37,13 @@ def data_for(config: HfQuantConfig, model: Any) -> Calibration:
         try:
             tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
         except (OSError, ValueError, KeyError) as error:
-            raise HfQuantError(f"calibration: no tokenizer beside the model, pass token ids instead ({error})") from None
+            raise HfQuantError(
+                f"calibration: no tokenizer beside the model, pass token ids instead ({error})"
+            ) from None
     text = model.config.get_text_config()
-    return calibration(config.calibration, tokenizer, context_of(model.config), config.calibration_tokens, text.vocab_size)
+    return calibration(
+        config.calibration, tokenizer, context_of(model.config), config.calibration_tokens, text.vocab_size
+    )
 
 
 class Place(Protocol):

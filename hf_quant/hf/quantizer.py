@@ -162,7 +162,11 @@ class HfQuantQuantizer(HfQuantizer):
         self._converters = updated_conversions(super().update_weight_conversions, weight_conversions, model)
         if self.pre_quantized and self.quantization_config.format == "compressed_tensors":
             return [*self._converters, ReadCompressed.converter(self)]
-        return self._converters if self.pre_quantized or self.calibrates else [KeepApart.instead_of(c) for c in self._converters]
+        return (
+            self._converters
+            if self.pre_quantized or self.calibrates
+            else [KeepApart.instead_of(c) for c in self._converters]
+        )
 
     # -- after loading --------------------------------------------------------------------------------------------
 
@@ -183,7 +187,9 @@ class HfQuantQuantizer(HfQuantizer):
 
     def _calibrate(self, model: Any) -> None:
         if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
-            raise PlanError(f"{self.quantization_config.method} calibrates on one device; hf-quant quantize needs less of it")
+            raise PlanError(
+                f"{self.quantization_config.method} calibrates on one device; hf-quant quantize needs less of it"
+            )
         self.data = data_for(self.quantization_config, model)
 
         def place(layer: str, tensors: dict[str, nn.Parameter]) -> None:
@@ -191,7 +197,9 @@ class HfQuantQuantizer(HfQuantizer):
             parent = model.get_submodule(path)
             if leaf in stacks(parent) or isinstance(parent, QuantExperts):
                 if not isinstance(parent, QuantExperts):
-                    own = {n.removeprefix(f"{path}."): s for n, s in self.plan.schemes.items() if n.startswith(f"{path}.")}
+                    own = {
+                        n.removeprefix(f"{path}."): s for n, s in self.plan.schemes.items() if n.startswith(f"{path}.")
+                    }
                     with torch.device("meta"):
                         as_quant_experts(parent, own, quantized=True)
                 module, stem = parent, leaf

@@ -147,7 +147,9 @@ def report(parts: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> No
     for part in parts:
         if part["error"] > FAR * usual > 0:
             say(f"{part['block']}: its output error {part['error']:.2%} is far from the usual {usual:.2%}")
-        starved = [f"{n} {note}" for n, notes in part["notes"].items() for note in notes if "rounded to nearest" in note]
+        starved = [
+            f"{n} {note}" for n, notes in part["notes"].items() for note in notes if "rounded to nearest" in note
+        ]
         for line in starved[:3]:
             say(line)
         if len(starved) > 3:
@@ -262,7 +264,7 @@ def embed(
         for number, batch in enumerate(ids.split(size)):
             base(input_ids=batch, use_cache=False)
             states = entered.pop()
-            made = made or Activations.room((len(ids), *states.shape[1:]), size, torch.float32, file)  # type: ignore[arg-type]
+            made = made or Activations.room((len(ids), *states.shape[1:]), size, torch.float32, file)
             made.put(number, states)
     finally:
         for block in blocks.values():

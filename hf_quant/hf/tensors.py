@@ -90,9 +90,7 @@ def _naturally(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
 
-def _renamed(
-    name: str, transforms: list[Any], parameters: set[str], prefix: str
-) -> tuple[str, Any, str | None]:
+def _renamed(name: str, transforms: list[Any], parameters: set[str], prefix: str) -> tuple[str, Any, str | None]:
     """The parameter a tensor belongs to, and the converter it goes through with its pattern."""
     for transform in transforms:
         if not hasattr(transform, "operations"):

@@ -26,7 +26,7 @@ if importlib.util.find_spec("triton"):
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_ok, n_ok = m < M, n < N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for r in range(0, R):
+        for r in range(R):
             at = n.to(tl.int64) * R + r
             column = tl.load(index_ptr + at, mask=n_ok, other=0)
             value = tl.load(value_ptr + at, mask=n_ok, other=0.0).to(tl.float32)
@@ -67,9 +67,7 @@ def outlier_rows(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
     dtype = compute_dtype(x)
     wide, columns, weights = x.to(dtype).T.contiguous(), index.long(), value.to(dtype)
     rows = max(1, CHUNK // max(1, m * r))
-    parts = [
-        torch.einsum("nrm,nr->nm", wide[columns[i : i + rows]], weights[i : i + rows]) for i in range(0, n, rows)
-    ]
+    parts = [torch.einsum("nrm,nr->nm", wide[columns[i : i + rows]], weights[i : i + rows]) for i in range(0, n, rows)]
     return torch.cat(parts).T.to(x.dtype).contiguous()
 
 

@@ -87,7 +87,9 @@ class GPTQ:
             whole = values[0].sum(1).nonzero().flatten() if scheme.outlier_columns else None
             where = values[0].T.nonzero()[:, 1].view(n, -1) if whole is None else whole
             outliers = Outliers.gather(values[1].T, where, dtype)
-        return QuantizedTensor.from_codes(codes.T.to(torch.uint8), scale.T.to(dtype).contiguous(), zero.T.contiguous(), scheme, outliers)
+        return QuantizedTensor.from_codes(
+            codes.T.to(torch.uint8), scale.T.to(dtype).contiguous(), zero.T.contiguous(), scheme, outliers
+        )
 
     def _order(self, diagonal: Tensor, groups: int) -> Tensor:
         """Columns in the order they are quantized: int64 ``[K]``."""

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from hf_quant.transforms import Stage, weight_of
 
-PAIRS = {"o_proj": "v_proj", "down_proj": "up_proj", "w2": "w3", "out_proj": "v_proj"}  # consumer: producer, row by row
+PAIRS = {
+    "o_proj": "v_proj",
+    "down_proj": "up_proj",
+    "w2": "w3",
+    "out_proj": "v_proj",
+}  # consumer: producer, row by row
 CLOSE = 1e-3  # largest relative change of the block's output taken for rounding
 
 
@@ -33,15 +38,15 @@ def fold(stage: Stage, scales: Tensor) -> str | None:
     producer = _producer(stage)
     if producer is None:
         return "nothing before it can take the scales"
-    scales = _shared(stage, producer, scales)
-    if scales is None:
+    shared = _shared(stage, producer, scales)
+    if shared is None:
         return f"{producer} has fewer rows than this has columns"
     judge = stage.twin or stage.block
     before = stage.probe(judge)
-    _scale(stage, producer, scales)
+    _scale(stage, producer, shared)
     after = stage.probe(judge)
     if (after - before).norm() > CLOSE * before.norm():
-        _scale(stage, producer, scales.reciprocal())
+        _scale(stage, producer, shared.reciprocal())
         return f"the output of {producer} is used elsewhere too"
     return None
 

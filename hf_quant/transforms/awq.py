@@ -25,7 +25,15 @@ class AWQ:
     """
 
     needs_twin: ClassVar[bool] = False
-    grid: tuple[tuple[float, float], ...] = ((0.25, 0), (0.5, 0), (0.75, 0), (0.25, 0.5), (0.5, 0.5), (0.75, 0.5), (1, 1))
+    grid: tuple[tuple[float, float], ...] = (
+        (0.25, 0),
+        (0.5, 0),
+        (0.75, 0),
+        (0.25, 0.5),
+        (0.5, 0.5),
+        (0.75, 0.5),
+        (1, 1),
+    )
     steps: int = 8
     gain: float = 0.02
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 HELD_ROWS = 2048  # of the inputs kept to judge on: enough for one number
+TILE = 128  # columns of the Gram matrix computed together
+PART = 4096  # rows whose drift is summed in float32
 DAMP = 0.01  # share of the mean of the Hessian's diagonal added to it before it is inverted
 RISES = (1, 10, 100)  # times the damping, tried until the factorization succeeds
 
@@ -52,7 +54,11 @@ class InputStats:
         """
         rows = x.reshape(-1, x.shape[-1])
         wide = rows.to(torch.float64)
-        self.gram.addmm_(wide.T, wide)
+        for i in range(0, wide.shape[1], TILE):  # one half is the other, turned
+            j = min(i + TILE, wide.shape[1])
+            part = wide[:, i:].T @ wide[:, i:j]
+            self.gram[i:, i:j] += part
+            self.gram[i:j, j:] += part[j - i :].T
         self.rows += rows.shape[0]
         self.forget()
         if original is None or self.drift is None:
@@ -61,7 +67,8 @@ class InputStats:
         if held:
             self.held.append((rows[::held].clone(), off[::held].clone()))
             return
-        self.drift.addmm_(off.to(torch.float64).T, wide)
+        for before, part in zip(off.float().split(PART), rows.float().split(PART), strict=True):
+            self.drift += before.T @ part
         self.drift_rows += rows.shape[0]
 
     @property

@@ -14,6 +14,9 @@ def outlier_index(
 ) -> Tensor | None:
     """int64 ``[C]`` or ``[N, R]``, ascending; None where the scheme has no outliers.
 
+    The cost of a weight is its error on the grid that fits the others: a large one widens the grid of its whole group, so
+    its own error on the grid that fits all would tell nothing.
+
     Args:
         weight: float32 ``[N, K]``.
         scheme: How many, and of which kind.
@@ -26,11 +29,17 @@ def outlier_index(
     if not count:
         return None
     groups = scheme.groups(weight.shape[1])
-    parts = weight.unflatten(1, (groups, -1))
     per_group = None if importance is None else importance.view(groups, -1)
-    scale, zero = search(parts, scheme, dtype, steps, least, per_group)
+    size = weight.square() if importance is None else weight.square() * importance
+    others = weight.masked_fill(outlier_mask(_most(size, scheme, count), weight.shape), 0).unflatten(1, (groups, -1))
+    scale, zero = search(others, scheme, dtype, steps, least, per_group)
+    parts = weight.unflatten(1, (groups, -1))
     lost = (dequantize(quantize(parts, scale, zero, scheme.qmax), scale, zero) - parts).square_()
     cost = (lost if per_group is None else lost * per_group).flatten(1)
+    return _most(cost, scheme, count)
+
+
+def _most(cost: Tensor, scheme: QuantScheme, count: int) -> Tensor:
     judged = cost.sum(0) if scheme.outlier_columns else cost
     return judged.topk(count, dim=-1).indices.sort(-1).values
 

@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hf_quant.kernels._outliers import outlier_kernel
 from hf_quant.kernels.triton_wna16 import FEW, MANY, STAGES, WARPS, wna16_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -35,13 +36,24 @@ def compiled(target, dtype, bits, has_zero, blocks):
         types["zero_ptr"] = "*u8"
     else:
         consts["zero_ptr"] = None
-    names = wna16_kernel.arg_names
+    uneven = ("M", "N", "WORDS", "G", "GROUP")
+    return build(wna16_kernel, target, types, consts, uneven)
+
+
+def outliers(target, dtype, block_m, block_n):
+    types = {"x_ptr": f"*{dtype}", "index_ptr": "*i32", "value_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+    types |= dict.fromkeys(("M", "N", "K", "R"), "i32")
+    return build(outlier_kernel, target, types, {"BLOCK_M": block_m, "BLOCK_N": block_n}, ("M", "N", "K", "R"))
+
+
+def build(kernel, target, types, consts, uneven):
+    names = kernel.arg_names
     at = {name: (i,) for i, name in enumerate(names)}
     source = ASTSource(
-        fn=wna16_kernel,
+        fn=kernel,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={at[name]: value for name, value in consts.items()},
-        attrs={at[name]: [["tt.divisibility", 16]] for name in types if name not in ("M", "N", "WORDS", "G", "GROUP")},
+        attrs={at[name]: [["tt.divisibility", 16]] for name in types if name not in uneven},
     )
     options = {"num_warps": WARPS, "num_stages": STAGES if target.backend == "cuda" else 2, "enable_fp_fusion": True}
     return triton.compile(source, target=target, options=options)
@@ -83,3 +95,6 @@ for dtype, bits, has_zero, blocks in (
     kernel = compiled(TARGETS[name], dtype, bits, has_zero, blocks)
     row = {"target": name, "dtype": dtype, "bits": bits, "has_zero": has_zero, "blocks": blocks}
     sys.stdout.write(json.dumps(row | facts(kernel, TARGETS[name])) + "\n")
+for dtype, blocks in (("bf16", (16, 64)), ("fp16", (1, 256))):
+    row = {"target": name, "outliers": True, "dtype": dtype, "blocks": blocks}
+    sys.stdout.write(json.dumps(row | facts(outliers(TARGETS[name], dtype, *blocks), TARGETS[name])) + "\n")

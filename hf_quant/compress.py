@@ -27,6 +27,7 @@ from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
+from hf_quant.hf.plan import Plan
 from hf_quant.hf.streaming import Settings, quantize_streaming
 from hf_quant.journal import is_journal, recorded
 from hf_quant.presets import preset
@@ -118,9 +119,13 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
     with suppress(_GateMissedError), staged(out, overwrite=overwrite) as stage:
         start = time.perf_counter()
         calibrated = preset(config.method, config.bits).calibrated
-        made, blocks = _streamed(job, config, work, stage) if calibrated else (job.quantized(config), [])
+        if calibrated:
+            plan, blocks = _stream(job, config, work, stage)
+            made = load(str(stage), **{n: job.load[n] for n in ("device_map", "dtype") if n in job.load}).eval()
+        else:
+            made, blocks = job.quantized(config), []
+            plan = made.hf_quantizer.plan
         seconds = time.perf_counter() - start
-        plan = made.hf_quantizer.plan
         job.say(f"{config.scheme}: {plan.summary()}")
         if plan.params < SMALL:
             job.say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers")
@@ -129,8 +134,11 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
             _save(made, stage, max_shard_size=job.shard)
         if job.tokenizer is not None:
             _save(job.tokenizer, stage)
-        write_json(stage / "recipe.json", _recipe(job, config, asked, made, blocks))
-        _check(made, str(stage), config.scheme)
+        write_json(stage / "recipe.json", _recipe(job, config, asked, made, plan, blocks))
+        logits, dtype = _logits(made), made.dtype
+        del made  # never two models in memory
+        made = load(str(stage), dtype=dtype, **{n: job.load[n] for n in ("device_map",) if n in job.load}).eval()
+        _check(logits, _logits(made), config.scheme)
         row |= {
             "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
             "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
@@ -149,22 +157,14 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
     return row
 
 
-def _streamed(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[Any, list[dict[str, Any]]]:
-    """Calibrate block by block into ``stage``; the model that was written, and a record of each block."""
-    blocks = _stream(job, config, work, stage)
-    device = {name: job.load[name] for name in ("device_map", "dtype") if name in job.load}
-    return load(str(stage), **device).eval(), blocks
-
-
-def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> list[dict[str, Any]]:
+def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[Plan, list[dict[str, Any]]]:
     """What is finished stays in ``work`` until all is done."""
     if job.calibration is None:
         raise HfQuantError(f"{config.method} needs text to calibrate on: name one with --calibration")
-    _, blocks = quantize_streaming(
+    return quantize_streaming(
         Base(job.model, job.load.get("revision")).checkpoint().folder, config, job.calibration, work, stage,
         Settings(job.say, job.progress, job.max_memory, job.ranks),
     )  # fmt: skip
-    return blocks
 
 
 def _save(model: Any, folder: Path, **options: Any) -> None:
@@ -191,14 +191,15 @@ def _measured(job: Job, model: Any) -> dict[str, Any]:
 
 
 def _recipe(
-    job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any, blocks: list[dict[str, Any]]
+    job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any, plan: Plan, blocks: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """How the model was made; of a local source only the folder's name."""
-    plan, local = model.hf_quantizer.plan, Path(job.model).is_dir()
+    local = Path(job.model).is_dir()
     source: dict[str, str | None] = {"model": Path(job.model).resolve().name if local else job.model}
     source["revision"] = None if local else getattr(model.config, "_commit_hash", None)
     return {
         "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
+        "steps": {f"{bits} bits": preset(config.method, bits).steps() for bits in sorted({s.bits for s in plan.schemes.values()})},
         "asked": asked, "source": source, "dtype": str(model.dtype).removeprefix("torch."),
         "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
         "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
@@ -208,12 +209,11 @@ def _recipe(
     }  # fmt: skip
 
 
-def _check(made: Any, folder: str, scheme: str) -> None:
-    """What was written computes what is in memory, and that is something."""
-    logits = _logits(made)
+def _check(logits: Tensor, again: Tensor, scheme: str) -> None:
+    """What was written computes what was in memory, and that is something."""
     if not logits.isfinite().all():
         raise HfQuantError(f"{scheme}: the quantized model computes NaN or infinite values")
-    if not torch.equal(_logits(load(folder, dtype=made.dtype)), logits):
+    if not torch.equal(again, logits):
         raise HfQuantError(f"{scheme}: the saved model computes something else than the one in memory")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from hf_quant import _plugins
 from hf_quant.errors import PlanError
@@ -33,6 +34,11 @@ class Preset:
         """Whether calibration data is needed."""
         return self.looks or bool(self.transforms) or self.solver().calibrated
 
+    def steps(self) -> list[dict[str, object]]:
+        """Everything done to a weight, in order, with all hyperparameters: for the recipe."""
+        names = [*self.transforms, self.method]
+        return [{"name": n} | _fields(each) for n, each in zip(names, [*self.rewriters(), self.solver()], strict=True)]
+
     def solver(self) -> Method:
         """The method with its hyperparameters."""
         return method(self.method, **self.options)
@@ -40,6 +46,10 @@ class Preset:
     def rewriters(self) -> tuple[Transform, ...]:
         """The transforms."""
         return tuple(map(transform, self.transforms))
+
+
+def _fields(each: Any) -> dict[str, object]:
+    return asdict(each)
 
 
 BEST = Preset("gptq", ("awq", "drift"), {"sweeps": 2})

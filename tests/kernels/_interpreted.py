@@ -47,7 +47,9 @@ for m, n, k, r in ((1, 16, 64, 1), (3, 300, 96, 2), (40, 65, 160, 5), (5, 7, 32,
     assert _on_gpu(x)
     got = outlier_linear(x, index, value)
     expected = x.double() @ torch.zeros(n, k, dtype=torch.float64).scatter_(1, index.long(), value.double()).T
-    assert got.dtype == dtype and (got - expected).norm() / expected.norm() < (2e-3 if dtype is torch.float16 else 1e-5)
+    assert got.dtype == dtype and (got - expected).norm() / expected.norm() < (
+        2e-3 if dtype is torch.float16 else 1e-5
+    )
     done += 1
 bf16 = LinearSpec(QuantScheme(4, 32), 32, 64, torch.bfloat16, "cpu")
 assert "silently wrong" in (BACKEND().why_not(bf16) or "")

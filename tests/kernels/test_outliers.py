@@ -19,11 +19,20 @@ def dense(outliers: Outliers, n: int, k: int) -> Tensor:
     return outliers.add_to(torch.zeros(n, k, dtype=torch.float64, device=DEVICE))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
+)
 @pytest.mark.parametrize("columns", [True, False])
 @pytest.mark.parametrize(("m", "n", "k", "r"), [(1, 7, 32, 1), (3, 64, 96, 5), (200, 33, 160, 2), (4, 300, 64, 64)])
 def test_equals_float64(
-    m: int, n: int, k: int, r: int, columns: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    columns: bool,
+    dtype: torch.dtype,
+    tolerance: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_outliers, "CHUNK", 64)  # several chunks
     outliers, x = made(n, k, r, columns, dtype), torch.randn(2, m, k, device=DEVICE).to(dtype)

@@ -79,7 +79,11 @@ def test_native_bytes() -> None:
 @pytest.mark.parametrize("slug", KINDS[:2])
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [(lambda t: t + 128, "outside of 128 columns"), (lambda t: t * 0 - 1, "outside"), (lambda t: t * 0, "must ascend")],
+    [
+        (lambda t: t + 128, "outside of 128 columns"),
+        (lambda t: t * 0 - 1, "outside"),
+        (lambda t: t * 0, "must ascend"),
+    ],
 )
 def test_hostile_indices_are_refused(slug: str, damage: object, said: str, tmp_path: Path) -> None:
     W, stats = weights()

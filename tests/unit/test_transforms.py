@@ -58,7 +58,12 @@ def stage(layers: tuple[str, ...], source: str | None, block: nn.Module | None =
     return made, x
 
 
-STAGES = [(("self_attn.v_proj",), "norm"), (("self_attn.o_proj",), None), (("up_proj",), "norm2"), (("down_proj",), "up_proj")]
+STAGES = [
+    (("self_attn.v_proj",), "norm"),
+    (("self_attn.o_proj",), None),
+    (("up_proj",), "norm2"),
+    (("down_proj",), "up_proj"),
+]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "drift"])
@@ -170,7 +175,10 @@ def test_descent_never_loses(bits: int, free: bool) -> None:
         Q = Q if values is None else torch.where(values[0], values[1], Q)
         lost.append((((Q - W).T @ H) * (Q - W).T).sum().item())
         descend(W, codes, scale, zero, H, scheme, torch.float32, 1, values)
-    assert all(after < before * (1 + 1e-5) for before, after in zip(lost, lost[1:], strict=False)) and lost[-1] < lost[0] / 4
+    assert (
+        all(after < before * (1 + 1e-5) for before, after in zip(lost, lost[1:], strict=False))
+        and lost[-1] < lost[0] / 4
+    )
     assert codes.min() >= 0 and codes.max() <= scheme.qmax and torch.equal(codes, codes.round())
 
 
@@ -181,7 +189,9 @@ def test_presets_and_chains(bits: int) -> None:
         assert made.calibrated and made.solver() and isinstance(made.rewriters(), tuple)
     chain = preset("hadamard+awq+drift+hqq", bits)
     assert chain.calibrated and (chain.transforms, chain.method) == (("hadamard", "awq", "drift"), "hqq")
-    assert not preset("rtn", bits).calibrated and not preset("hqq", bits).calibrated and preset("gptq", bits).calibrated
+    assert (
+        not preset("rtn", bits).calibrated and not preset("hqq", bits).calibrated and preset("gptq", bits).calibrated
+    )
     for wrong, named in (("awq", "x"), ("gptq+awq", "awq"), ("magic", "magic"), ("magic+rtn", "magic")):
         if wrong != "awq":
             with pytest.raises(PlanError, match=f"no '{named}'|no 'gptq'"):

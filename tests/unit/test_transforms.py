@@ -1,5 +1,6 @@
 """What every transform promises, and what each one is for."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ def test_hadamard_is_orthogonal(size: int) -> None:
 
 def test_awq_undoes_outlier_channels() -> None:
     """Columns that are small where inputs are large: rounding loses them, scaled it does not."""
-    made, x = stage(("up_proj",), "norm2")
+    made, _x = stage(("up_proj",), "norm2")
     made.block.norm2.weight[:3] *= 30  # type: ignore[index,operator]
     made.block.up_proj.weight[:, :3] /= 30  # type: ignore[index,operator]
     again, _ = stage(("up_proj",), "norm2", made.block)
@@ -175,10 +176,7 @@ def test_descent_never_loses(bits: int, free: bool) -> None:
         Q = Q if values is None else torch.where(values[0], values[1], Q)
         lost.append((((Q - W).T @ H) * (Q - W).T).sum().item())
         descend(W, codes, scale, zero, H, scheme, torch.float32, 1, values)
-    assert (
-        all(after < before * (1 + 1e-5) for before, after in zip(lost, lost[1:], strict=False))
-        and lost[-1] < lost[0] / 4
-    )
+    assert all(after < before * (1 + 1e-5) for before, after in itertools.pairwise(lost)) and lost[-1] < lost[0] / 4
     assert codes.min() >= 0 and codes.max() <= scheme.qmax and torch.equal(codes, codes.round())
 
 

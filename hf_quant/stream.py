@@ -93,6 +93,10 @@ class Block:
                     raise
                 self.rows = min(self.rows, hidden.shape[0]) // 2
 
+    def sample(self, batch: Tensor, module: nn.Module | None = None) -> Tensor:
+        """The output for the first sequence of a batch."""
+        return self._run(batch[:1], module or self.module, batch.shape[0])
+
     def _run(self, hidden: Tensor, module: nn.Module, whole: int) -> Tensor:
         def some(value: Any) -> Any:
             fits = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == whole > hidden.shape[0]
@@ -249,7 +253,7 @@ def _groups(block: Block, batch: Tensor) -> list[_Group]:
     handles = [block.module.get_submodule(n).register_forward_pre_hook(before(n)) for n in [*linear, *experts]]
     handles += [m.register_forward_hook(after(n)) for n, m in block.module.named_modules() if n]
     with _removed(handles):
-        block.run(batch)
+        block.sample(batch)
     made = []
     for tensor, names in given:
         source = next((name for out, name in made_by if out is tensor), None)
@@ -340,7 +344,7 @@ def _solve_group(
     schemes = {local: block.layers[name] for local, name in full.items()}
     codes = {block.local(name): each for name, each in made.codes.items()}
     first = hidden[0]
-    stage = Stage(block.module, twin, schemes, stats, group.source, codes, lambda module: block.run(first, module))
+    stage = Stage(block.module, twin, schemes, stats, group.source, codes, lambda module: block.sample(first, module))
     for each in recipe.transforms:
         each.apply(stage)
     made.codes = {f"{block.name}.{local}": each for local, each in codes.items()}

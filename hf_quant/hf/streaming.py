@@ -103,30 +103,43 @@ def quantize_streaming(
         "transformers": version("transformers"), "hf-quant": version("hf-quant"),
     }  # fmt: skip
     opened = journal(work, job, settings.say) if ranks.first else nullcontext(None)
-    with opened as done, torch.inference_mode(), TemporaryDirectory(**_beside(work, ranks)) as scratch:
+    with opened as done, torch.inference_mode():
         parts = ranks.shared(done.parts if done else None)
         if done is not None:
             finished = sum((work / part["file"]).stat().st_size for part in parts)
             need_space(stage, source.plan.bytes_quantized - finished)
         if parts:
             settings.say(f"{len(parts)} of {len(source.blocks)} blocks are done already")
-        streams, calls = _embed(source, data.ids, recipe.needs_twin, Path(scratch), settings)
-        for i, name in enumerate(settings.progress(list(source.blocks))):
-            block = Block(name, source.blocks[name], layers_of(source.plan, name), calls[name])
-            _fill(source, lambda tensor, name=name: tensor.startswith(f"{name}."))  # type: ignore[misc]
-            if i < len(parts):
-                _pass_by(source, block, work / parts[i]["file"], streams, ranks)
-            else:
-                solved = solve(block, streams[0], recipe, *streams[1:])
-                if done is not None:
-                    _commit(done, source, block, solved, i)
-                ranks.total(0)  # nobody goes on before the block is safe
-            block.module.to("meta")
+        with TemporaryDirectory(**_beside(work, ranks)) as scratch:
+            _walk(source, data.ids, recipe, done, work, len(parts), Path(scratch), settings)
         if done is None:
             return source.plan, []
         _assemble(source, done, stage)
         report(done.parts, settings.say)
         return source.plan, done.parts
+
+
+def _walk(
+    source: _Source, ids: Tensor, recipe: Recipe, done: Journal | None, work: Path, finished: int, scratch: Path,
+    settings: Settings,
+) -> None:  # fmt: skip
+    """Block by block: those that are finished run forward, the others are quantized and committed."""
+    streams, calls = _embed(source, ids, recipe.needs_twin, scratch, settings)
+    for i, name in enumerate(settings.progress(list(source.blocks))):
+        block = Block(name, source.blocks[name], layers_of(source.plan, name), calls[name])
+        _fill(source, lambda tensor, name=name: tensor.startswith(f"{name}."))  # type: ignore[misc]
+        if i < finished:
+            _pass_by(source, block, work / _part(i), streams, recipe.ranks)
+        else:
+            solved = solve(block, streams[0], recipe, *streams[1:])
+            if done is not None:
+                _commit(done, source, block, solved, i)
+            recipe.ranks.total(0)  # nobody goes on before the block is safe
+        block.module.to("meta")
+
+
+def _part(index: int) -> str:
+    return f"block-{index:05d}.safetensors"
 
 
 def recipe_of(config: HfQuantConfig, dtype: torch.dtype, ranks: Ranks = ALONE) -> Recipe:
@@ -321,7 +334,7 @@ def _commit(done: Journal, source: _Source, block: Block, solved: Solved, index:
             tensors[name] = parameter.to(source.tensors.dtype(name))  # transforms may have changed it
     tensors |= {n: t for n, t in source.tensors.unused(f"{block.name}.") if n not in tensors}
     done.add(
-        f"block-{index:05d}.safetensors",
+        _part(index),
         lambda path: write_tensors(path, tensors),
         solved.record(block.name),
     )

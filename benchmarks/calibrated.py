@@ -32,9 +32,9 @@ from hf_quant import load
 from hf_quant.evaluation import token_values
 from hf_quant.evaluation.bootstrap import interval, sums
 from hf_quant.evaluation.reference import Reference
-from hf_quant.evaluation.text import read_text, windows
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.nn import QuantLinear
+from hf_quant.text import read_text, windows
 
 HERE = Path(__file__).parent
 RESULTS, SHIPPED, PEER = HERE / "results", HERE.parent / "examples" / "ref-llama-16m", HERE / "calibrated_peers.py"
@@ -43,6 +43,9 @@ OURS = {
     "ours rtn": ["--method", "rtn"],
     "ours gptq": ["--method", "gptq"],
     "ours gptq asym": ["--method", "gptq", "--asym"],
+    "ours awq": ["--method", "awq"],
+    "ours calibrated": ["--method", "calibrated"],
+    "ours calibrated asym": ["--method", "calibrated", "--asym"],
 }
 CALIBRATION, HELD_OUT = 65536, 65536  # tokens
 
@@ -81,7 +84,7 @@ def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, 
     )  # fmt: skip
 
 
-def plain(row: str, model: Path, out: Path, pythons: dict[str, str], work: Path) -> tuple[Any, float]:
+def plain(row: str, model: Path, out: Path, pythons: dict[str, str]) -> tuple[Any, float]:
     """The model in ``out`` as plain float32, and its bits per weight."""
     if row in OURS:
         made, original = load(str(out)), layers(model)
@@ -95,12 +98,10 @@ def plain(row: str, model: Path, out: Path, pythons: dict[str, str], work: Path)
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise RowError(f"missing {missing}, unexpected {unexpected}")
         return floats.eval(), bits_per_weight(stored(out), original)
-    shutil.rmtree(work / "plain", ignore_errors=True)
-    python = pythons[PEERS[row].package]
-    size = call(
-        [python, str(PEER), "dequantize", row, str(model), str(out), str(work / "plain")], 1, TORCHDYNAMO_DISABLE="1"
-    )["bits_per_weight"]
-    return AutoModelForCausalLM.from_pretrained(work / "plain", dtype=torch.float32).eval(), size
+    shutil.rmtree(f"{out}-plain", ignore_errors=True)
+    command = [pythons[PEERS[row].package], str(PEER), "dequantize", row, str(model), str(out), f"{out}-plain"]
+    size = call(command, 1, TORCHDYNAMO_DISABLE="1")["bits_per_weight"]
+    return AutoModelForCausalLM.from_pretrained(f"{out}-plain", dtype=torch.float32).eval(), size
 
 
 def measure(model: Any, base: Reference) -> Cell:
@@ -125,13 +126,15 @@ def reference(model: Path, work: Path) -> Reference:
 
 def fill(row: str, model: Path, scheme: str, work: Path, base: Reference, pythons: dict[str, str]) -> Cell:
     cell: Cell = {"row": row, "model": model.name, "scheme": scheme, "date": str(date.today())}
-    out = work / "quantized"
+    out = work / f"{row} {scheme}".replace(" ", "-")
     try:
         cell["cost"] = quantize(row, model, work, scheme, pythons, out, threads=1)
-        made, cell["bits_per_weight"] = plain(row, model, out, pythons, work)
+        made, cell["bits_per_weight"] = plain(row, model, out, pythons)
         cell |= measure(made, base)
     except RowError as error:
         cell["error"] = str(error)
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.rmtree(f"{out}-plain", ignore_errors=True)
     return cell
 
 
@@ -233,7 +236,7 @@ def main(
                 file = here / "cells" / f"{one} {each}.json".replace(" ", "-")
                 done = json.loads(file.read_text()) if file.is_file() else None
                 if timing and done and "error" not in done:
-                    done["cost"] = quantize(one, folder, here, each, pythons, here / "quantized", threads=2)
+                    done["cost"] = quantize(one, folder, here, each, pythons, here / "timed", threads=2)
                 elif timing or (done and not again):
                     continue
                 else:

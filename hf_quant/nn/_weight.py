@@ -26,9 +26,9 @@ def register(
     *,
     codes: bool = True,
 ) -> None:
-    """Give ``module`` empty parameters ``name``, ``name_scale``, ``name_zero_point`` for a weight ``[..., N, K]``.
+    """Give ``module`` empty parameters ``name``, ``name_scale``, ``name_zero_point``, ... for a weight ``[..., N, K]``.
 
-    ``codes=False`` leaves ``name`` as it is: a float placeholder that the loader replaces by codes.
+    ``dtype`` is that of the scales, which keep it whatever the module computes in. ``codes=False`` leaves ``name`` as it is: a float placeholder that the loader replaces by codes.
     """
     *lead, n, k = shape
     for local, (size, kind) in _NATIVE.layout((n, k), scheme, dtype).items():
@@ -42,6 +42,8 @@ def read(module: nn.Module, name: str, scheme: QuantScheme, index: int | None = 
     qweight: Tensor = getattr(module, name)
     scale: Tensor = getattr(module, name + "_scale")
     zero: Tensor | None = getattr(module, name + "_zero_point", None)
+    perm: Tensor | None = getattr(module, name + "_perm", None)
     if index is not None:
-        qweight, scale, zero = qweight[index], scale[index], None if zero is None else zero[index]
-    return QuantizedTensor(qweight.flatten(-2) if scheme.bits == 8 else qweight, scale, zero, scheme)
+        qweight, scale = qweight[index], scale[index]
+        zero, perm = (None if part is None else part[index] for part in (zero, perm))
+    return QuantizedTensor(qweight.flatten(-2) if scheme.bits == 8 else qweight, scale, zero, scheme, perm)

@@ -62,6 +62,11 @@ _WIDTHS = {
     8: ("I64", "U64", "F64", "C64"),
 }
 SIZES = {dtype: size for size, dtypes in _WIDTHS.items() for dtype in dtypes}
+TORCH = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32,
+    "I64": torch.int64, "F64": torch.float64,
+}  # fmt: skip
 SCALE_DTYPES = ("F16", "BF16", "F32")
 INTEGER_DTYPES = {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
 
@@ -421,7 +426,8 @@ def check_module(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sche
         if info is None:
             raise CheckpointError(f"tensor {full} is missing from the checkpoint")
         where = f"{info.file.name}: tensor {full}"
-        if info.shape != (*stack, *tail):
+        halves = (*stack, 2, k) if local == "weight_perm" and stack else None  # of the gate and the up rows
+        if info.shape not in ((*stack, *tail), halves):
             raise CheckpointError(
                 f"{where} has shape {list(info.shape)}, expected {[*stack, *tail]} for {list(shape)} in {scheme}"
             )
@@ -434,20 +440,32 @@ def check_module(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sche
 def _check_small(
     checkpoint: Checkpoint, full: str, local: str, where: str, shape: list[int], scheme: QuantScheme
 ) -> None:
-    """The values of scales, zero points and the stored shape; the codes can be anything."""
+    """The values of scales, zero points, orders and the stored shape; the codes can be anything."""
     if local == "weight_scale":
         scale = checkpoint.read(full)
-        bad = int((~((scale > 0) & scale.isfinite())).sum())
-        if bad:
-            raise CheckpointError(f"{where}: {bad} scales are not positive, finite numbers")
-    elif local == "weight_zero_point" and checkpoint.tensors[full].dtype == "U8":  # packed ones cannot be too large
-        top = int(checkpoint.read(full).max())
-        if top > scheme.qmax:
-            raise CheckpointError(f"{where}: zero point {top} is over {scheme.qmax}")
+        good = scale.isfinite() if scheme.foreign else scale.isfinite() & (scale != 0)  # AutoRound makes negative ones
+        if not bool(good.all()):
+            raise CheckpointError(f"{where}: {int((~good).sum())} scales are zero or not finite numbers")
+    elif local == "weight_zero_point":
+        _check_zero_point(checkpoint, full, where, scheme)
+    elif local == "weight_perm":
+        order = checkpoint.read(full).sort(-1).values
+        if not bool((order == torch.arange(shape[1])).all()):
+            raise CheckpointError(f"{where}: not an order of {shape[1]} columns")
     elif local == "weight_shape":
         stored = checkpoint.read(full).tolist()
         if stored != shape:
             raise CheckpointError(f"{where} says {stored}, expected {shape}")
+
+
+def _check_zero_point(checkpoint: Checkpoint, full: str, where: str, scheme: QuantScheme) -> None:
+    if scheme.real_zero:
+        if not bool(checkpoint.read(full).isfinite().all()):
+            raise CheckpointError(f"{where}: some zero points are not finite numbers")
+    elif checkpoint.tensors[full].dtype == "U8":  # packed ones cannot be too large
+        top = int(checkpoint.read(full).max())
+        if top > scheme.qmax:
+            raise CheckpointError(f"{where}: zero point {top} is over {scheme.qmax}")
 
 
 # -- writing ------------------------------------------------------------------------------------------------------

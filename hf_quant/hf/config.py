@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
@@ -11,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_quant import _plugins
 from hf_quant.errors import FormatError, PlanError, SchemeError
-from hf_quant.formats import compressed_tensors
+from hf_quant.formats import compressed_tensors, format_of
 from hf_quant.scheme import QuantScheme
 
 VERSION = 1  # of this configuration's meaning
@@ -80,6 +81,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.quantize_lm_head = quantize_lm_head
         self.quantize_embeddings = quantize_embeddings
         self.share_quantized = share_quantized
+        self.stored: Mapping[str, Any] | None = None  # of a checkpoint that is being taken over; never saved
         for name in self.modules_to_not_convert:
             _typed("modules_to_not_convert", name, str)
         for glob, slug in self.overrides.items():
@@ -97,38 +99,43 @@ class HfQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: compressed-tensors' own vocabulary where that is the format."""
         if self.format != "compressed_tensors":
-            return dict(self.__dict__)
+            return {name: value for name, value in self.__dict__.items() if name != "stored"}
         overrides = {name: QuantScheme.parse(slug) for name, slug in self.overrides.items() if slug is not None}
         made = compressed_tensors.config_of(self.default_scheme, overrides, self.modules_to_not_convert)
         ours = {"version": self.version, "method": self.method, "share_quantized": self.share_quantized}
         return made | {"hf_quant": ours}  # by this key we know our own checkpoints again
+
+    def resolve(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> None:
+        """Say which layers of the model are quantized and how, and which are not, where another program decided it."""
+        default = Counter(schemes.values()).most_common(1)[0][0]
+        self.scheme = str(default)
+        self.bits, self.group_size, self.symmetric = default.bits, default.group_size, default.symmetric
+        self.overrides = {name: str(scheme) for name, scheme in schemes.items() if scheme != default}
+        self.modules_to_not_convert = sorted(left)
+        self.format, self.stored = "auto", None
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Nothing of a saved checkpoint may be changed while loading it."""
         return {}
 
 
-def take_over(stored: Mapping[str, Any], _asked: HfQuantConfig | None = None) -> HfQuantConfig:
-    """The configuration of a compressed-tensors checkpoint, so that its codes run as they are.
+def taken_over(stored: Mapping[str, Any]) -> HfQuantConfig:
+    """The configuration that runs a checkpoint which another program quantized, with its own bits.
 
     Args:
-        stored: ``quantization_config`` of the checkpoint.
-        _asked: What the user passed to ``from_pretrained``; the checkpoint decides.
+        stored: ``quantization_config`` of the checkpoint; what its layers are is found in the headers, while loading.
 
     Raises:
-        FormatError: The checkpoint holds what this package cannot run yet; the message names the field.
+        FormatError: The checkpoint holds what this package cannot run; the message names the field.
     """
-    default, overrides, ignore = compressed_tensors.plan_of(stored)
+    format_of(stored)
     ours = stored.get("hf_quant") or {}
-    return HfQuantConfig(
-        str(default),
-        overrides={name: str(scheme) for name, scheme in overrides.items()},
-        modules_to_not_convert=list(ignore),
-        format="compressed_tensors",
-        method=ours.get("method", "rtn"),
-        version=ours.get("version", VERSION),
+    config = HfQuantConfig(
+        method=ours.get("method", "rtn"), version=ours.get("version", VERSION),
         share_quantized=ours.get("share_quantized"),
-    )
+    )  # fmt: skip
+    config.stored = dict(stored)
+    return config
 
 
 def _typed(field: str, value: Any, kind: type) -> Any:

@@ -10,19 +10,27 @@ from hf_quant.errors import SchemeError
 BITS = (2, 3, 4, 8)
 MULTIPLE = 32  # in_features must be a multiple of this: 32 codes of any width fill whole int32 words
 MOST_OUTLIERS = 0.1  # more than that is another precision, not an exception
+CODEBOOKS = ("nf4", "fp4")  # read from bitsandbytes checkpoints, never made here
 _SLUG = re.compile(
-    r"W(?P<bits>\d)A16-g(?P<group>\d{1,5}|-1)(?P<asym>-asym)?(-o(?P<share>\d{1,2}(\.\d{1,4})?)%(?P<columns>-columns)?)?"
+    r"W(?P<bits>\d)A16-g(?P<group>\d{1,5}|-1)(?P<asym>-asym(?P<real>-real)?)?(-(?P<codebook>nf4|fp4))?(?P<permuted>-perm)?"
+    r"(-o(?P<share>\d{1,2}(\.\d{1,4})?)%(?P<columns>-columns)?)?"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class QuantScheme:
-    """One weight matrix ``[N, K]`` (out_features, in_features) in integers.
+    """One weight matrix ``[N, K]`` (out_features, in_features) in codes.
+
+    The last three fields describe what other programs made; the methods of this package set none of them.
 
     Args:
         bits: Width of one code; one of 2, 3, 4, 8.
         group_size: Consecutive input columns that share one scale, a power of two from 16; -1 means all K columns.
         symmetric: Whether the zero point is fixed at ``2 ** (bits - 1)`` and not stored.
+        codebook: Name of a table of 16 levels that the codes index, which takes the place of the zero point:
+            ``w = level[q] * scale``. None for integers: ``w = (q - zero_point) * scale``.
+        real_zero: Whether zero points are real numbers in the scale's dtype, as HQQ finds them, and not integers.
+        permuted: Whether the columns are stored in another order (GPTQ's act-order), so that groups are consecutive.
         outliers: Share of the weights kept in floating point beside the codes, 0 for none; at least one of each row.
         outlier_columns: Whether outliers are whole input columns (as in LLM.int8, arXiv:2208.07339, and OWQ,
             arXiv:2306.02272); if not, each row has its own, the same number in every row.
@@ -34,6 +42,9 @@ class QuantScheme:
     bits: int
     group_size: int = 128
     symmetric: bool = True
+    codebook: str | None = None
+    real_zero: bool = False
+    permuted: bool = False
     outliers: float = 0.0
     outlier_columns: bool = False
 
@@ -45,6 +56,14 @@ class QuantScheme:
             raise SchemeError(f"group_size must be -1 or a power of two from 16, got {size!r}")
         if type(self.symmetric) is not bool:
             raise SchemeError(f"symmetric must be True or False, got {self.symmetric!r}")
+        if self.codebook is not None and (self.codebook not in CODEBOOKS or self.bits != 4 or not self.symmetric):
+            raise SchemeError(
+                f"a codebook is one of {CODEBOOKS}, of 4 bits and without zero points, got {self.codebook!r}"
+            )
+        if self.outliers and self.foreign:
+            raise SchemeError(f"{self.foreign}: not with outliers")
+        if self.real_zero and self.symmetric:
+            raise SchemeError("real zero points cannot be symmetric")
         if type(self.outliers) not in (int, float) or not 0 <= self.outliers <= MOST_OUTLIERS:
             raise SchemeError(f"outliers must be a share from 0 to {MOST_OUTLIERS}, got {self.outliers!r}")
         if type(self.outlier_columns) is not bool or (self.outlier_columns and not self.outliers):
@@ -79,7 +98,7 @@ class QuantScheme:
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
         """Codes, scales, zero points and outliers, per weight; the index of outlier columns is not counted."""
-        per_group = scale_bits + (0 if self.symmetric else 8)
+        per_group = scale_bits + (0 if self.symmetric else scale_bits if self.real_zero else 8)
         per_outlier = scale_bits if self.outlier_columns else scale_bits + 16
         extra = per_group * self.groups(in_features) + per_outlier * self.outlier_count(in_features)
         return self.bits + extra / in_features
@@ -97,10 +116,19 @@ class QuantScheme:
             size //= 2
         return replace(self, group_size=size)
 
+    @property
+    def foreign(self) -> str | None:
+        """What no method of this package makes, as a sentence; None where there is nothing of the kind."""
+        named = {f"a codebook ({self.codebook})": self.codebook, "real zero points": self.real_zero,
+                 "reordered columns": self.permuted}  # fmt: skip
+        found = [name for name, there in named.items() if there]
+        return f"{' and '.join(found)} can be read and run, not made" if found else None
+
     def __str__(self) -> str:
+        kind = "" if self.symmetric else "-asym-real" if self.real_zero else "-asym"
+        kind += (f"-{self.codebook}" if self.codebook else "") + ("-perm" if self.permuted else "")
         outliers = f"-o{round(100 * self.outliers, 4):g}%" if self.outliers else ""
-        columns = "-columns" if self.outlier_columns else ""
-        return f"W{self.bits}A16-g{self.group_size}" + ("" if self.symmetric else "-asym") + outliers + columns
+        return f"W{self.bits}A16-g{self.group_size}{kind}{outliers}" + ("-columns" if self.outlier_columns else "")
 
     @classmethod
     def parse(cls, slug: str) -> QuantScheme:
@@ -110,5 +138,7 @@ class QuantScheme:
             raise SchemeError(f"not a scheme: {slug!r} (for example 'W4A16-g128-asym')")
         share = round(float(match["share"] or 0) / 100, 6)
         return cls(
-            int(match["bits"]), int(match["group"]), match["asym"] is None, share, bool(share and match["columns"])
-        )
+            int(match["bits"]), int(match["group"]), match["asym"] is None,
+            match["codebook"], match["real"] is not None, match["permuted"] is not None,
+            share, bool(share and match["columns"]),
+        )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.errors import SchemeError
+from hf_quant.numerics import levels
 from hf_quant.packing import pack, unpack
 from hf_quant.scheme import QuantScheme
 
@@ -46,8 +47,10 @@ class QuantizedTensor:
     Attributes:
         qweight: uint8 ``[..., N, K / 8 * bits]``, packed along K by `packing.pack`.
         scale: ``[..., N, G]`` floating point, G = ``scheme.groups(K)``.
-        zero_point: uint8 ``[..., N, G]``, or None where the scheme is symmetric.
+        zero_point: uint8 (with ``real_zero``: like the scale) ``[..., N, G]``, or None where the scheme is symmetric.
         scheme: How to read them.
+        perm: int32 ``[..., S, K]`` where the scheme is permuted: column j of the codes is column ``perm[s, j]`` of the
+            weight, in the s-th of S equal parts of the rows (the gate and up halves of a stack, else S is 1).
         outliers: Where the scheme has some.
     """
 
@@ -55,6 +58,7 @@ class QuantizedTensor:
     scale: Tensor
     zero_point: Tensor | None
     scheme: QuantScheme
+    perm: Tensor | None = None
     outliers: Outliers | None = None
 
     @classmethod
@@ -65,7 +69,7 @@ class QuantizedTensor:
         if codes.shape[-1] % 32:
             raise SchemeError(f"in_features must be a multiple of 32, got {codes.shape[-1]}")
         zero = None if scheme.symmetric else zero_point.to(torch.uint8)
-        return cls(pack(codes, scheme.bits), scale, zero, scheme, outliers)
+        return cls(pack(codes, scheme.bits), scale, zero, scheme, outliers=outliers)
 
     @classmethod
     def of_rows(cls, parts: Iterator[QuantizedTensor], n: int) -> QuantizedTensor:
@@ -96,7 +100,7 @@ class QuantizedTensor:
             else None
         )
         qweight, scale = torch.stack([p.qweight for p in parts]), torch.stack([p.scale for p in parts])
-        return cls(qweight, scale, zero, first.scheme, joined)
+        return cls(qweight, scale, zero, first.scheme, outliers=joined)
 
     def _by_row(self) -> list[Tensor]:
         """All tensors with one entry a row."""
@@ -116,7 +120,7 @@ class QuantizedTensor:
             index = room(outliers.index) if outliers.index.ndim == 2 else outliers.index
             outliers = Outliers(index, room(outliers.value))
         zero = None if self.zero_point is None else room(self.zero_point)
-        return QuantizedTensor(room(self.qweight), room(self.scale), zero, self.scheme, outliers)
+        return QuantizedTensor(room(self.qweight), room(self.scale), zero, self.scheme, outliers=outliers)
 
     @property
     def in_features(self) -> int:
@@ -124,11 +128,11 @@ class QuantizedTensor:
         return self.qweight.shape[-1] * 8 // self.scheme.bits
 
     def codes(self) -> Tensor:
-        """uint8 ``[..., N, K]``."""
+        """uint8 ``[..., N, K]``, in the order they are stored in."""
         return unpack(self.qweight, self.scheme.bits)
 
     def zeros(self) -> Tensor:
-        """uint8 ``[..., N, G]``, whether stored or fixed."""
+        """``[..., N, G]``, whether stored or fixed."""
         if self.zero_point is not None:
             return self.zero_point
         return torch.full_like(self.scale, self.scheme.zero, dtype=torch.uint8)
@@ -136,9 +140,19 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weights ``[..., N, K]``, computed in float32 (float64 if asked for) and rounded once to ``dtype``."""
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        groups = self.codes().unflatten(-1, (self.scale.shape[-1], -1)).to(wide)
-        real = (groups - self.zeros().to(wide)[..., None]) * self.scale.to(wide)[..., None]
-        whole = real.flatten(-2)
+        groups = self.codes().unflatten(-1, (self.scale.shape[-1], -1))
+        if self.scheme.codebook is None:
+            real = groups.to(wide) - self.zeros().to(wide)[..., None]
+        else:
+            real = levels(self.scheme.codebook, groups.device).to(wide)[groups.int()]
+        made = (real * self.scale.to(wide)[..., None]).flatten(-2)
         if self.outliers is not None:
-            whole = self.outliers.add_to(whole)
-        return whole.to(dtype or self.scale.dtype)
+            made = self.outliers.add_to(made)
+        made = made.to(dtype or self.scale.dtype)
+        return made if self.perm is None else in_order(made, self.perm)
+
+
+def in_order(columns: Tensor, perm: Tensor) -> Tensor:
+    """``[..., N, K]`` with its columns back in the order of the weight; ``perm [..., S, K]`` as in `QuantizedTensor`."""
+    parts = columns.unflatten(-2, (perm.shape[-2], -1))
+    return parts.gather(-1, perm.argsort(-1).unsqueeze(-2).expand_as(parts)).flatten(-3, -2)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
@@ -12,12 +13,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_quant import _plugins
 from hf_quant.calibration import Source
 from hf_quant.errors import FormatError, PlanError, SchemeError
-from hf_quant.formats import compressed_tensors
+from hf_quant.formats import compressed_tensors, format_of
 from hf_quant.presets import preset
 from hf_quant.scheme import QuantScheme
 
 TOKENS = 65536  # calibrated on by default
-UNSTORED = ("calibration", "calibration_tokens")  # the text may be private; the recipe has its hash
+UNSTORED = ("calibration", "calibration_tokens", "stored")  # the text may be private; the recipe has its hash
 VERSION = 1  # of this configuration's meaning
 logger = logging.get_logger(__name__)
 
@@ -90,6 +91,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.quantize_lm_head = quantize_lm_head
         self.quantize_embeddings = quantize_embeddings
         self.share_quantized = share_quantized
+        self.stored: Mapping[str, Any] | None = None  # of a checkpoint that is being taken over; never saved
         for name in self.modules_to_not_convert:
             _typed("modules_to_not_convert", name, str)
         for glob, slug in self.overrides.items():
@@ -114,32 +116,37 @@ class HfQuantConfig(QuantizationConfigMixin):
         ours = {"version": self.version, "method": self.method, "share_quantized": self.share_quantized}
         return made | {"hf_quant": ours}  # by this key we know our own checkpoints again
 
+    def resolve(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> None:
+        """Say which layers of the model are quantized and how, and which are not, where another program decided it."""
+        default = Counter(schemes.values()).most_common(1)[0][0]
+        self.scheme = str(default)
+        self.bits, self.group_size, self.symmetric = default.bits, default.group_size, default.symmetric
+        self.overrides = {name: str(scheme) for name, scheme in schemes.items() if scheme != default}
+        self.modules_to_not_convert = sorted(left)
+        self.format, self.stored = "auto", None
+
     def get_loading_attributes(self) -> dict[str, Any]:
         """Nothing of a saved checkpoint may be changed while loading it."""
         return {}
 
 
-def take_over(stored: Mapping[str, Any], _asked: HfQuantConfig | None = None) -> HfQuantConfig:
-    """The configuration of a compressed-tensors checkpoint, so that its codes run as they are.
+def taken_over(stored: Mapping[str, Any]) -> HfQuantConfig:
+    """The configuration that runs a checkpoint which another program quantized, with its own bits.
 
     Args:
-        stored: ``quantization_config`` of the checkpoint.
-        _asked: What the user passed to ``from_pretrained``; the checkpoint decides.
+        stored: ``quantization_config`` of the checkpoint; what its layers are is found in the headers, while loading.
 
     Raises:
-        FormatError: The checkpoint holds what this package cannot run yet; the message names the field.
+        FormatError: The checkpoint holds what this package cannot run; the message names the field.
     """
-    default, overrides, ignore = compressed_tensors.plan_of(stored)
+    format_of(stored)
     ours = stored.get("hf_quant") or {}
-    return HfQuantConfig(
-        str(default),
-        overrides={name: str(scheme) for name, scheme in overrides.items()},
-        modules_to_not_convert=list(ignore),
-        format="compressed_tensors",
-        method=ours.get("method", "rtn"),
-        version=ours.get("version", VERSION),
+    config = HfQuantConfig(
+        method=ours.get("method", "rtn"), version=ours.get("version", VERSION),
         share_quantized=ours.get("share_quantized"),
-    )
+    )  # fmt: skip
+    config.stored = dict(stored)
+    return config
 
 
 def _typed(field: str, value: Any, kind: type) -> Any:

@@ -28,7 +28,7 @@ def register(
 ) -> None:
     """Give ``module`` empty parameters ``name``, ``name_scale`` and its other companions for a weight ``[..., N, K]``.
 
-    ``codes=False`` leaves ``name`` as it is: a float placeholder that the loader replaces by codes.
+    ``dtype`` is that of the scales, which keep it whatever the module computes in. ``codes=False`` leaves ``name`` as it is: a float placeholder that the loader replaces by codes.
     """
     *lead, n, k = shape
     for local, (size, kind) in _NATIVE.layout((n, k), scheme, dtype).items():
@@ -51,4 +51,6 @@ def read(
         outliers = Outliers(found["weight_outlier_index"], found["weight_outlier_value"])
     if qweight is None:
         qweight = codes.flatten(-2) if scheme.bits == 8 else codes
-    return QuantizedTensor(qweight, found["weight_scale"], found.get("weight_zero_point"), scheme, outliers)
+    return QuantizedTensor(
+        qweight, found["weight_scale"], found.get("weight_zero_point"), scheme, found.get("weight_perm"), outliers
+    )

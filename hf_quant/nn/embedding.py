@@ -49,7 +49,7 @@ class QuantEmbedding(nn.Embedding):
         if outliers is not None:
             index = outliers.index[ids] if outliers.index.ndim == 2 else outliers.index
             outliers = Outliers(index, outliers.value[ids])
-        return QuantizedTensor(table.qweight[ids], table.scale[ids], zero, self.scheme, outliers).dequantize()
+        return QuantizedTensor(table.qweight[ids], table.scale[ids], zero, self.scheme, outliers=outliers).dequantize()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"

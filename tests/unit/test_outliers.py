@@ -62,7 +62,7 @@ def test_not_the_largest_but_those_that_save_most() -> None:
     W[:, 3], W[:, 40] = 4.0, 1.0
     importance = torch.ones(64)
     importance[3] = 0.0  # large, but nothing ever arrives there
-    index = outlier_index(W, QuantScheme(3, 32, True, 0.02), torch.float32, importance, 20, 0.6)
+    index = outlier_index(W, QuantScheme(3, 32, outliers=0.02), torch.float32, importance, 20, 0.6)
     assert index is not None and not (index == 3).any()
 
 
@@ -70,7 +70,7 @@ def test_native_bytes() -> None:
     """Pinned: what was written once is read for ever."""
     W = torch.arange(64.0).view(2, 32) / 10
     W[0, 5], W[1, 7] = -50, 80
-    made = format_named("native").write(method("rtn").quantize(W, QuantScheme(4, 32, True, 0.01), torch.float32))
+    made = format_named("native").write(method("rtn").quantize(W, QuantScheme(4, 32, outliers=0.01), torch.float32))
     assert made["weight_outlier_index"].tolist() == [[5], [7]] and made["weight_outlier_index"].dtype is torch.int32
     assert made["weight_outlier_value"].tolist() == [[-50.0], [80.0]]
     assert sorted(made) == ["weight", "weight_outlier_index", "weight_outlier_value", "weight_scale"]

@@ -107,7 +107,7 @@ def test_what_is_used_elsewhere_is_left_alone() -> None:
 
 def test_codes_of_the_layer_before_are_divided_too() -> None:
     made, _ = stage(("down_proj",), "up_proj")
-    weight, scheme = made.weight("up_proj"), QuantScheme(4, 16, False, 0.05)
+    weight, scheme = made.weight("up_proj"), QuantScheme(4, 16, False, outliers=0.05)
     codes = method("rtn").quantize(weight, scheme, torch.bfloat16)
     weight.copy_(codes.dequantize(torch.float32))
     made.codes["up_proj"] = codes

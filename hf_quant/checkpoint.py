@@ -499,11 +499,16 @@ def _swap(stage: Path, out: Path) -> None:
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Write ``obj`` to ``path``, which at any time holds the old text or the new one, never half of it."""
+    """Write ``obj`` as JSON; see `write_bytes`."""
+    write_bytes(path, (json.dumps(obj, indent=2) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``path``, which at any time holds what it held before or all of ``data``, never half of it."""
     path = Path(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        draft.write_text(json.dumps(obj, indent=2) + "\n", encoding="utf-8")
+        draft.write_bytes(data)
         fsync(draft)
         draft.replace(path)
     finally:

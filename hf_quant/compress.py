@@ -19,13 +19,16 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hf_quant.checkpoint import staged, write_json
+from hf_quant.digests import weight_files
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
+from hf_quant.hf.loading import sample_logits
 from hf_quant.hf.streaming import digest_of, quantize_streaming
+from hf_quant.hub.source import copy_notices, describe
 from hf_quant.methods import method
 from hf_quant.results import Quality
 
@@ -93,7 +96,10 @@ class _GateMissedError(Exception):
 
 def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
     """Quantize with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate."""
-    asked = {"overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert)}
+    asked = {
+        "overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert),
+        "quantize_lm_head": config.quantize_lm_head, "quantize_embeddings": config.quantize_embeddings,
+    }  # fmt: skip
     row: dict[str, Any] = {}
     with suppress(_GateMissedError), staged(out, overwrite=job.overwrite) as stage:
         start = time.perf_counter()
@@ -108,9 +114,9 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
             made.save_pretrained(stage, max_shard_size=job.shard)
         if job.tokenizer is not None:
             job.tokenizer.save_pretrained(stage)
-        write_json(stage / "recipe.json", _recipe(job, config, asked, made, blocks))
+        write_json(stage / "recipe.json", _recipe(job, config, asked, made, blocks) | {"source": _source(job, stage)})
         again = load(str(stage), dtype=made.dtype)
-        if not torch.equal(_logits(again), _logits(made)):
+        if not torch.equal(sample_logits(again), sample_logits(made)):
             raise HfQuantError(f"{config.scheme}: the saved model computes something else than the one in memory")
         del again
         row |= {
@@ -118,6 +124,7 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
             "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
             "base_bytes": plan.bytes_float, "parameters": plan.params, "seconds": seconds,
             "layers_by_scheme": dict(Counter(map(str, plan.schemes.values()))), "date": str(date.today()),
+            "files": weight_files(stage),
         }  # fmt: skip
         row |= _measured(job, made)
         if row.get("gate", {}).get("misses"):
@@ -160,13 +167,11 @@ def _measured(job: Job, model: Any) -> dict[str, Any]:
 def _recipe(
     job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any, blocks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """How the model was made; of a local source only the folder's name."""
-    plan, local = model.hf_quantizer.plan, Path(job.model).is_dir()
-    source: dict[str, str | None] = {"model": Path(job.model).resolve().name if local else job.model}
-    source["revision"] = None if local else getattr(model.config, "_commit_hash", None)
+    """How the model was made."""
+    plan = model.hf_quantizer.plan
     return {
         "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
-        "asked": asked, "source": source, "dtype": str(model.dtype).removeprefix("torch."),
+        "asked": asked, "dtype": str(model.dtype).removeprefix("torch."),
         "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
         "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
         "left": plan.left, "regrouped": plan.regrouped,
@@ -175,13 +180,15 @@ def _recipe(
     }  # fmt: skip
 
 
-def _logits(model: Any) -> Tensor:
-    """Of a few tokens, or of whatever else the model gives for them."""
-    ids = torch.arange(3, 19, device=model.device)[None] % model.config.get_text_config().vocab_size
-    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        made: Tensor = model(input_ids=ids, **extra)[0]
-    return made
+def _source(job: Job, stage: Path) -> dict[str, Any]:
+    """What the base is, by its name and never its path, and under which licence; its notices are copied to ``stage``."""
+    commit = Base(job.model, job.load.get("revision")).commit()
+    try:
+        copy_notices(job.model, commit, stage)
+        return describe(job.model, commit)
+    except (OSError, HfQuantError) as error:  # the model itself may come from the cache, with no Hub in reach
+        job.say(f"{job.model}: its card cannot be read now, so push will ask again: {str(error).splitlines()[0]}")
+        return {"model": job.model, "revision": commit}
 
 
 def tokenizer_of(model: str, revision: str | None, say: Callable[[str], None]) -> Any:

@@ -19,6 +19,7 @@ from hf_quant.cli._common import (
     measure_options,
     output_options,
     say,
+    store_results,
     table,
 )
 from hf_quant.errors import HfQuantError
@@ -135,6 +136,7 @@ def _store(folder: Path, record: dict[str, Any], quiet: bool) -> None:
     from hf_quant.report import charts
 
     write_json(folder / "ladder.json", record)
+    store_results(folder, {"ladder": {key: record[key] for key in ("rungs", "chosen", "chosen_bytes", "limits")}})
     if (reason := charts.available()) is not None:
         say(reason, quiet)
         return

@@ -172,7 +172,7 @@ class _Upload:
         """Gate and visibility in one call, so that nothing gated is open for a moment."""
         to, found = self.target, self.api.model_info(self.target.repo_id)
         wanted = {"private": to.private, "gated": to.gated}
-        changed = {k: v for k, v in wanted.items() if v is not None and v != getattr(found, k)}
+        changed: Any = {k: v for k, v in wanted.items() if v is not None and v != getattr(found, k)}
         if changed:
             self.api.update_repo_settings(to.repo_id, **changed)
 
@@ -220,7 +220,7 @@ class _Upload:
                 self.say(f"{what}: {reason}; again in {pause:.0f} s")
                 time.sleep(min(pause, LONGEST_WAIT))
                 wait *= 2
-        raise PushError(f"{what}: {reason}. {self._state()}")
+        raise PushError(f"{what}: {reason.rstrip('.')}. {self._state()}")
 
     def _passes(self, error: BaseException) -> bool:
         """Whether it may be different in a moment."""
@@ -289,7 +289,9 @@ def _answer(error: BaseException) -> tuple[Any, int | None]:
     for each in _chain(error):
         if isinstance(each, HfHubHTTPError):
             return each.response, each.response.status_code
-        if isinstance(each, ConnectionError) and (match := re.search(r"status (?:client|server) error \((\d{3})", str(each))):
+        if isinstance(each, ConnectionError) and (
+            match := re.search(r"status (?:client|server) error \((\d{3})", str(each))
+        ):
             return None, int(match[1])
     return None, None
 

@@ -31,14 +31,45 @@ from typing import Any
 
 import yaml
 
-LFS_PATTERNS = "*.bin *.bz2 *.ckpt *.gz *.h5 *.npy *.npz *.onnx *.parquet *.pb *.pickle *.pkl *.pt *.pth *.safetensors *.tar *.zip".split()
+LFS_PATTERNS = [
+    f"*.{kind}"
+    for kind in [
+        "bin",
+        "ckpt",
+        "gz",
+        "h5",
+        "npy",
+        "npz",
+        "onnx",
+        "parquet",
+        "pb",
+        "pickle",
+        "pkl",
+        "pt",
+        "pth",
+        "safetensors",
+        "tar",
+        "zip",
+    ]
+]
 GITATTRIBUTES = "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in LFS_PATTERNS).encode()
 LFS_SIZE = 10 * 2**20
 KINDS = {"models": "model", "datasets": "dataset"}
-LICENSES = set(
-    "apache-2.0 mit openrail bsd-3-clause cc-by-4.0 cc-by-nc-4.0 cc-by-nc-nd-4.0 cc-by-sa-4.0 gpl-3.0 llama2 llama3 llama3.1 "
-    "llama3.2 llama3.3 llama4 gemma unknown other".split()
-)
+LICENSES = {
+    *[
+        "apache-2.0",
+        "mit",
+        "openrail",
+        "bsd-3-clause",
+        "cc-by-4.0",
+        "cc-by-nc-4.0",
+        "cc-by-nc-nd-4.0",
+        "gpl-3.0",
+        "llama3.1",
+        "gemma",
+        "other",
+    ]
+}
 
 
 @dataclass
@@ -309,14 +340,18 @@ def complaints(content: str) -> tuple[list[str], list[str]]:
             errors.append(f'"{key}" must be a string or an array of strings')
     if found.get("base_model_relation", "quantized") not in ("adapter", "merge", "quantized", "finetune"):
         errors.append('"base_model_relation" must be one of adapter, merge, quantized, finetune')
+    return errors + _index_complaints(found.get("model-index", [])), []
+
+
+def _index_complaints(index: Any) -> list[str]:
     try:
-        for model in found.get("model-index", []):
+        for model in index:
             for result in model["results"]:
                 _ = model["name"], result["task"]["type"], result["dataset"]["type"], result["dataset"]["name"]
                 _ = [(metric["type"], metric["value"]) for metric in result["metrics"]]
     except (TypeError, KeyError) as error:
-        errors.append(f'"model-index" is invalid: missing {error}')
-    return errors, []
+        return [f'"model-index" is invalid: missing {error}']
+    return []
 
 
 def tags_of(tree: dict[str, Entry]) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
@@ -340,7 +375,7 @@ def _list(value: Any) -> list[Any]:
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 
 
-class _Dropped(Exception):  # noqa: N818  (nothing went wrong: a test wanted it)
+class _Dropped(Exception):
     """The connection is gone."""
 
 
@@ -665,7 +700,11 @@ class _Handler(BaseHTTPRequestHandler):
         into_pr = bool(self.query.get("create_pr")) or rest[0].startswith("refs/pr/")
         self.repo(kind, repo_id, write=writing and not into_pr, content=not writing)
         token, until = "xet-token", int(time.time()) + 3600
-        headers = {"X-Xet-Cas-Url": self.hub.cas_url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(until)}
+        headers = {
+            "X-Xet-Cas-Url": self.hub.cas_url,
+            "X-Xet-Access-Token": token,
+            "X-Xet-Token-Expiration": str(until),
+        }
         self.send(200, {"accessToken": token, "exp": until, "casUrl": self.hub.cas_url}, headers)
 
     def lfs_batch(self, kind: str, repo_id: str) -> None:

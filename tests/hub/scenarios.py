@@ -68,7 +68,9 @@ FAULTS: dict[str, dict[str, Any]] = {
     "412": {"status": 412},
 }
 ONLY = {"409": ("commit", "tag", "settings"), "412": ("commit",)}
-NOT = {"xet-token": ("500 for ever", "stall")}  # hf_xet waits five minutes before it gives up, and cannot be told otherwise
+NOT = {
+    "xet-token": ("500 for ever", "stall")
+}  # hf_xet waits five minutes before it gives up, and cannot be told otherwise
 
 
 @dataclass(frozen=True)

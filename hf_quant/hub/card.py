@@ -39,7 +39,6 @@ TITLES = {
     "embedding_cosine": ("cosine of embeddings", "ratio"),
     "logits_cosine": ("cosine of logits", "ratio"),
 }
-TYPES = {"kl": "kl_divergence", "top1": "top1_agreement"}  # in model-index, where another name than ours is plainer
 
 
 # -- what goes in -----------------------------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ def _model_index(recipe: Mapping[str, Any], quality: Mapping[str, Any]) -> list[
     causal = quality["kind"] == "causal"
     metrics = [
         {
-            "type": TYPES.get(name, name), "value": each["value"],
+            "type": "kl_divergence" if name == "kl" else name, "value": each["value"],
             "name": f"{TITLES.get(name, (name,))[0]} (95 % interval {each['low']:.5g} to {each['high']:.5g})",
         }
         for name, each in quality["metrics"].items() if name != "base_perplexity"
@@ -180,12 +179,13 @@ def _verdict(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     what = _code(next(iter(schemes))) if len(schemes) == 1 else f"a mix of {', '.join(map(_code, sorted(schemes)))}"
     made = f"{base} in {what}"
     if "bytes" in results:
-        made += f": {_size(results['bytes'])} in place of {_size(results['base_bytes'])}"
+        made += f": **{_size(results['bytes'])} in place of {_size(results['base_bytes'])}**"
     kl, top1 = (((results.get("quality") or {}).get("metrics") or {}).get(name) for name in ("kl", "top1"))
     if kl is None or top1 is None:
         return f"{made}. What that cost: {'see below' if results.get('quality') else MISSING}."
-    made += f". It diverges from the base by {_number(kl['value'])} nats per token [{_number(kl['low'])}, {_number(kl['high'])}]"
-    made += f" and has the same most likely token {_percent(top1['value'])} of the time"
+    interval = f"[{_number(kl['low'])}, {_number(kl['high'])}]"
+    made += f". It diverges from the base by **{_number(kl['value'])} nats per token** {interval}"
+    made += f" and has the same most likely token **{_percent(top1['value'])}** of the time"
     within = "which cannot be told from the base's own rounding" if kl["within_noise"] else ""
     kept = "inside the budget it was given" if (results.get("gate") or {}).get("passed") else ""
     rest = [each for each in (within, kept) if each]

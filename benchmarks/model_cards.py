@@ -1,6 +1,6 @@
 """Make the models whose cards are in model_cards/ from the model that ships, measure them, and write their cards.
 
-python benchmarks/model_cards.py [NAME...]
+python benchmarks/model_cards.py [--render] [NAME...]     # --render: only write the cards again, from the facts that are there
 
 In model_cards/NAME: facts.json (recipe and results as they were measured), README.md written from it, and its pictures.
 """
@@ -26,29 +26,36 @@ def run(command: str, *arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "hf_quant.cli", command, *map(str, arguments)], check=True)
 
 
-def write(made: Path, out: Path) -> None:
-    """Facts and card; of the machine, only what bears on the speed."""
+def measure(name: str, made: Path) -> None:
+    """Make the model; what is kept of its facts is what the card needs, and of the machine what bears on the speed."""
+    command, *options = MODELS[name]
+    run(command, BASE, "-o", made, *options)
+    run("bench", made, "--base", BASE)
     recipe, results = (json.loads((made / f"{name}.json").read_text()) for name in ("recipe", "results"))
     if recipe["calibration"]:
         del recipe["calibration"]["paragraphs"]
     del results["bench"]["machine"]["system"]
-    for name, record in (("recipe", recipe), ("results", results)):
-        (made / f"{name}.json").write_text(json.dumps(record))
-    run("card", "build", made)
-    out.mkdir(exist_ok=True)
-    (out / "facts.json").write_text(json.dumps({"recipe": recipe, "results": results}, indent=1) + "\n")
-    shutil.copy(made / "README.md", out)
-    shutil.rmtree(out / "assets", ignore_errors=True)
-    shutil.copytree(made / "assets", out / "assets")
+    (CARDS / name).mkdir(exist_ok=True)
+    (CARDS / name / "facts.json").write_text(json.dumps({"recipe": recipe, "results": results}, indent=1) + "\n")
     for picture in made.glob("sensitivity-*.png"):
-        shutil.copy(picture, out)
+        shutil.copy(picture, CARDS / name)
+
+
+def render(name: str, made: Path) -> None:
+    """Write the card and its pictures from the facts."""
+    made.mkdir(exist_ok=True)
+    for kind, record in json.loads((CARDS / name / "facts.json").read_text()).items():
+        (made / f"{kind}.json").write_text(json.dumps(record))
+    run("card", "build", made)
+    shutil.copy(made / "README.md", CARDS / name)
+    shutil.rmtree(CARDS / name / "assets", ignore_errors=True)
+    shutil.copytree(made / "assets", CARDS / name / "assets")
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or MODELS:
+    again = sys.argv[1:2] == ["--render"]
+    for name in sys.argv[1 + again :] or MODELS:
         with tempfile.TemporaryDirectory() as folder:
-            made = Path(folder) / name
-            command, *options = MODELS[name]
-            run(command, BASE, "-o", made, *options)
-            run("bench", made, "--base", BASE)
-            write(made, CARDS / name)
+            if not again:
+                measure(name, Path(folder) / name)
+            render(name, Path(folder) / name)

@@ -72,7 +72,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
     (out / "heldout.txt").write_text("some words to measure on, again and again\n" * 40)
-    (out / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\npipeline_tag: text-generation\n---\n# tiny\n")
+    (out / "README.md").write_text(
+        "---\nlicense: apache-2.0\nlanguage: en\npipeline_tag: text-generation\n---\n# tiny\n"
+    )
     (out / "LICENSE").write_text("Apache License\n")
     return out
 

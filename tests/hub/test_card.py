@@ -45,7 +45,9 @@ def leaves(record: Any) -> Iterator[Any]:
 def untraceable(text: str, recipe: dict[str, Any], results: dict[str, Any]) -> list[str]:
     """Everything with a digit in it that is neither a word of the two files nor one of their numbers, rounded."""
     words, numbers = json.dumps([recipe, results]), {*leaves(recipe), *leaves(results)}
-    numbers |= set(Counter(recipe["schemes"].values()).values())  # what the card works out itself: this, and two products
+    numbers |= set(
+        Counter(recipe["schemes"].values()).values()
+    )  # what the card works out itself: this, and two products
     if "bytes" in results:
         numbers.add(results["bytes"] / results["base_bytes"])
     if recipe.get("calibration"):
@@ -77,7 +79,9 @@ def test_every_number_is_in_the_two_files(known: tuple[dict[str, Any], dict[str,
     recipe, results = known
     text = card.render(recipe, results)
     assert untraceable(text, recipe, results) == []
-    assert untraceable(text.replace("64 every 64", "64 every 65"), recipe, results) == ["65"] or "64 every 64" not in text
+    assert (
+        untraceable(text.replace("64 every 64", "64 every 65"), recipe, results) == ["65"] or "64 every 64" not in text
+    )
     kl = f"{results['quality']['metrics']['kl']['value']:.4g}"
     wrong = f"{float(kl) * 1.01:.4g}"
     assert kl in text and untraceable(text.replace(kl, wrong), recipe, results)
@@ -136,14 +140,24 @@ def bench() -> dict[str, Any]:
     }  # fmt: skip
     each = {"load_seconds": 1.5, "weight_bytes": 10**7, "peak_bytes": 2 * 10**7, "where": "process", "speed": [speed]}
     machine = {"cpu": "Some CPU", "gpus": [], "threads": 3, "torch": "2.13.0"}
-    return {"base": each, "model": each, "slower": ["decode at batch 1: slower than the base here"], "machine": machine}
+    return {
+        "base": each,
+        "model": each,
+        "slower": ["decode at batch 1: slower than the base here"],
+        "machine": machine,
+    }
 
 
 def test_what_was_not_measured_is_said(known: tuple[dict[str, Any], dict[str, Any]]) -> None:
     recipe, _ = known
     text = card.render(recipe, {})
     assert text.count("not measured") >= 6 and "Not measured." in text and "KL" not in text
-    assert "hf_quant.load(" in text and metadata(text).keys() == {"license", "language", "library_name", "pipeline_tag"}
+    assert "hf_quant.load(" in text and metadata(text).keys() == {
+        "license",
+        "language",
+        "library_name",
+        "pipeline_tag",
+    }
     full = card.render(*known)
     assert "Benchmark tasks: not measured" in full and "Quality budget: `max_kl` 9: kept" in full
 
@@ -161,7 +175,9 @@ def test_a_strangers_text_stays_text(known: tuple[dict[str, Any], dict[str, Any]
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(body)
     flat = [child for token in tokens for child in [token, *(token.children or [])]]
     html = {token.content.strip() for token in flat if token.type.startswith("html")}
-    assert all(re.fullmatch(r"</?(details|summary|sub)>.*", each, re.DOTALL) and "script" not in each for each in html), html
+    assert all(
+        re.fullmatch(r"</?(details|summary|sub)>.*", each, re.DOTALL) and "script" not in each for each in html
+    ), html
     links = [token.attrGet("href") for token in flat if token.type == "link_open"]
     assert all(str(link).startswith("https://") and "javascript:" not in str(link) for link in links), links
     assert [t.content for t in flat if t.type == "image"] == []
@@ -172,7 +188,12 @@ def test_a_strangers_text_stays_text(known: tuple[dict[str, Any], dict[str, Any]
 def test_metadata(hub: FakeHub, known: tuple[dict[str, Any], dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     """The client and the Hub take it, and so does the check that needs neither."""
     recipe, results = known
-    recipe["source"] |= {"model": "Org/Tiny", "revision": "0" * 40, "extra_gated_prompt": "Be nice: 100 %", "gated": "manual"}
+    recipe["source"] |= {
+        "model": "Org/Tiny",
+        "revision": "0" * 40,
+        "extra_gated_prompt": "Be nice: 100 %",
+        "gated": "manual",
+    }
     text = card.render(recipe | {"gated": "manual"}, results)
     ModelCard(text).validate()
     assert hub.calls("POST", "validate-yaml")[0]["status"] == 200
@@ -200,7 +221,9 @@ def test_build_show_validate(folder: Path) -> None:
     text = (folder / "README.md").read_text()
     assert run("card", "show", folder).stdout.strip() == text.strip()
     assert json.loads(run("card", "validate", folder, "--json").stdout)["problems"] == []
-    (folder / "README.md").write_text(text.replace("MB in place of", "kB in place of").replace("kB in place", "B in place"))
+    (folder / "README.md").write_text(
+        text.replace("MB in place of", "kB in place of").replace("kB in place", "B in place")
+    )
     assert "is not what recipe.json and results.json give" in run("card", "validate", folder, code=1).stderr
     (folder / "recipe.json").write_text("[]")
     assert "recipe.json: not an object" in run("card", "show", folder, code=1).stderr
@@ -212,7 +235,7 @@ def test_a_failed_gate_is_the_first_sentence(known: tuple[dict[str, Any], dict[s
     recipe, results = known
     gate = {"budget": {"max_kl": 0.01}, "passed": False, "misses": ["KL 3 is over the 0.01 allowed, by 2.99"]}
     body = card.render(recipe, results | {"gate": gate, "allow_failed_gate": True}).split("---\n", 2)[2]
-    first = [line for line in body.splitlines() if line and not line.startswith("#")][0]
+    first = next(line for line in body.splitlines() if line and not line.startswith("#"))
     assert first.startswith("**This model missed its quality gate and was published all the same: KL 3 is over")
     assert "inside the budget" not in body and "`max_kl` 0.01: **missed**" in body
     assert "The quality of this model was not measured" in card.render(recipe, {"allow_failed_gate": True})
@@ -221,7 +244,19 @@ def test_a_failed_gate_is_the_first_sentence(known: tuple[dict[str, Any], dict[s
 def test_the_command_makes_the_same_weights(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the card says under "Reproduce it", typed in beside the base."""
     options = ["--scheme", "W4A16-g32-asym", "--override", "*.down_proj=W8A16-g32", "--override", "*.1.*.q_proj=float"]
-    run("quantize", base, "-o", tmp_path / "a", *options, "--ignore", "*.0.*.k_proj", "--lm-head", "--format", "native", "-q")
+    run(
+        "quantize",
+        base,
+        "-o",
+        tmp_path / "a",
+        *options,
+        "--ignore",
+        "*.0.*.k_proj",
+        "--lm-head",
+        "--format",
+        "native",
+        "-q",
+    )
     text = run("card", "show", tmp_path / "a").stdout
     command = re.search(r"```bash\n(hf-quant .*?)\n```", text, re.DOTALL)
     assert command is not None
@@ -241,7 +276,13 @@ def test_what_a_base_hands_on(hub: FakeHub, base: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").mkdir()
     assert describe(str(tmp_path / "plain")) == {"model": "plain", "revision": None}
     hub.create_repo("Org/Base").gated = "auto"
-    head = {"license": "gemma", "extra_gated_heading": "Ask", "widget": [{"text": "x"}], "tags": ["a"], "datasets": ["d"]}
+    head = {
+        "license": "gemma",
+        "extra_gated_heading": "Ask",
+        "widget": [{"text": "x"}],
+        "tags": ["a"],
+        "datasets": ["d"],
+    }
     hub.put("Org/Base", {"README.md": f"---\n{yaml.safe_dump(head)}---\n".encode()})
     found = describe("Org/Base")
     assert found == {
@@ -277,6 +318,12 @@ def test_licences(source: dict[str, str], repo_id: str, words: str | None) -> No
 
 
 def test_notices() -> None:
-    assert licence.attribution({"license": "llama3.3"}) == "Built with Llama" and licence.attribution({"license": "llama2"}) is None
+    assert (
+        licence.attribution({"license": "llama3.3"}) == "Built with Llama"
+        and licence.attribution({"license": "llama2"}) is None
+    )
     assert "Llama 3.3 Community License" in str(licence.notice({"license": "llama3.3"}))
-    assert "Gemma Terms of Use" in str(licence.notice({"license": "gemma"})) and licence.notice({"license": "mit"}) is None
+    assert (
+        "Gemma Terms of Use" in str(licence.notice({"license": "gemma"}))
+        and licence.notice({"license": "mit"}) is None
+    )

@@ -28,6 +28,7 @@ from hf_quant.hub.source import metadata
 from .conftest import BOB, REPO, run
 from .fakehub import FakeHub
 from .scenarios import TOKEN
+from .scenarios import way as uploading
 
 Push = Callable[..., Result]
 TO = "alice/tiny-W4A16"
@@ -106,7 +107,9 @@ def test_weights_that_were_not_measured(hub: FakeHub, push: Push, folder: Path) 
 def test_a_secret_in_the_weights(hub: FakeHub, push: Push, folder: Path) -> None:
     from hf_quant.digests import weight_files
 
-    save_file(load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt", "by": TOKEN})
+    save_file(
+        load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt", "by": TOKEN}
+    )
     change(folder / "results.json", files=weight_files(folder))
     assert "model.safetensors: holds a Hugging Face token" in push(code=1).stderr
 
@@ -143,7 +146,12 @@ def test_no_budget_was_set(hub: FakeHub, push: Push, folder: Path) -> None:
 
 def test_a_base_on_the_hub(hub: FakeHub, push: Push, folder: Path, base: Path) -> None:
     """Its own spelling, its licence, its notices, its gate; and it has to be what the model was made from."""
-    head = {"license": "other", "license_name": "gemma-x", "license_link": "https://example.org", "extra_gated_prompt": "Ask."}
+    head = {
+        "license": "other",
+        "license_name": "gemma-x",
+        "license_link": "https://example.org",
+        "extra_gated_prompt": "Ask.",
+    }
     hub.create_repo("Org/Tiny").gated = "manual"
     hub.repo("Org/Tiny").allowed.add("alice")
     hub.put("Org/Tiny", {
@@ -156,7 +164,11 @@ def test_a_base_on_the_hub(hub: FakeHub, push: Push, folder: Path, base: Path) -
     repo, tree = hub.repo(TO), hub.files(TO)
     assert (repo.private, repo.gated) == (False, "manual") and len(hub.calls("PUT", "/settings")) == 1
     data = metadata((tree["README.md"].data or b"").decode())
-    assert data["base_model"] == "Org/Tiny" and data["license_link"] == "https://example.org" and data["extra_gated_prompt"]
+    assert (
+        data["base_model"] == "Org/Tiny"
+        and data["license_link"] == "https://example.org"
+        and data["extra_gated_prompt"]
+    )
     assert tree["NOTICE.txt"].data == b"Keep this." and b"Gemma Terms" in (tree["NOTICE"].data or b"")
     tags = HfApi(endpoint=hub.url, token=TOKEN).model_info(TO).tags or []
     assert "base_model:quantized:Org/Tiny" in tags
@@ -198,7 +210,7 @@ def test_push_to_hub(hub: FakeHub, folder: Path, base: Path) -> None:
         model.push_to_hub(TO, budget=Budget(max_kl=1e-6))
     with torch.no_grad():
         model.model.norm.weight.mul_(2)
-    with pytest.raises(PushError, match="model.norm.weight of the model in memory is not what"):
+    with pytest.raises(PushError, match=r"model\.norm\.weight of the model in memory is not what"):
         model.push_to_hub(TO, say=said.append)
     fresh: Any = AutoModelForCausalLM.from_pretrained(base, quantization_config=HfQuantConfig("W4A16-g32"))
     with pytest.raises(PushError, match="nobody measured what this model lost"):
@@ -209,12 +221,13 @@ def test_push_to_hub(hub: FakeHub, folder: Path, base: Path) -> None:
 
 PULL = """
 import sys, torch
-torch.set_num_threads(2)
+torch.set_num_threads(int(sys.argv[2]))
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+models = {name: AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[3:]}
 from hf_quant.hf.loading import sample_logits
-assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"
-torch.save(sample_logits(model), sys.argv[2])
+for name, model in models.items():
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"
+    torch.save(sample_logits(model), f"{sys.argv[1]}/{name.rpartition('/')[2]}.pt")
 """
 
 
@@ -226,36 +239,53 @@ def environment(hub: FakeHub, home: Path, **more: str) -> dict[str, str]:
     } | more  # fmt: skip
 
 
-def test_there_and_back_in_another_process(hub: FakeHub, tmp_path: Path, way: str) -> None:
-    """The shipped model in 4 bits: pushed, pulled into an empty cache by a fresh process, and bit for bit the same."""
-    source = REPO / "examples" / "ref-llama-16m"
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model in 4 bits, measured on little."""
+    source, out = REPO / "examples" / "ref-llama-16m", tmp_path_factory.mktemp("shipped") / "int4"
     if not source.is_dir():
         pytest.skip("no examples beside the tests")
-    out, to = tmp_path / "int4", "alice/ref-llama-16m-W4A16"
-    run("quantize", source, "-o", out, "--scheme", "W4A16-g128", "--max-kl", 0.05, "--max-tokens", 2048, "-q")
-    run("push", out, to, "--yes", "--private", "-q")
-    assert hub.repo(to).private and (hub.files(to)["model.safetensors"].xet_hash is not None) == (way == "xet")
-    call = [sys.executable, "-c", PULL, to, str(tmp_path / "logits.pt")]
+    few = ["--context", 64, "--max-tokens", 256]
+    run("quantize", source, "-o", out, "--scheme", "W4A16-g128", "--max-kl", 0.1, *few, "-q")
+    return out
+
+
+def test_there_and_back_in_another_process(hub: FakeHub, shipped: Path, tmp_path: Path) -> None:
+    """The shipped model in 4 bits: pushed both ways, pulled into an empty cache by a fresh process, bit for bit the same."""
+    for way, to in (("xet", "alice/int4-xet"), ("lfs", "alice/int4-lfs")):
+        with uploading(way):
+            run("push", shipped, to, "--yes", "--private", "-q")
+        assert hub.repo(to).private and (hub.files(to)["model.safetensors"].xet_hash is not None) == (way == "xet")
+    call = [
+        sys.executable,
+        "-c",
+        PULL,
+        str(tmp_path),
+        str(torch.get_num_threads()),
+        "alice/int4-lfs",
+        "alice/int4-xet",
+    ]
     done = subprocess.run(call, env=environment(hub, tmp_path / "home"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), sample_logits(load(str(out))))
-    assert hub.calls("GET", "resolve/.*manifest.json"), "the weights were checked against it"
+    expected = sample_logits(load(str(shipped)))
+    assert all(torch.equal(torch.load(tmp_path / f"int4-{way}.pt"), expected) for way in ("lfs", "xet"))
+    assert len(hub.calls("GET", "resolve/.*manifest.json")) == 2, "the weights were checked against it"
 
 
 def test_the_token_is_found_nowhere(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
     """Not in what is said at debug level, in tracebacks, in files here, or in what the Hub has."""
     loud = {"HF_DEBUG": "1", "HF_QUANT_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "TRANSFORMERS_VERBOSITY": "debug"}
     push = [sys.executable, "-X", "dev", "-W", "ignore", "-m", "hf_quant.cli", "push", str(folder), TO, "--yes"]
-    heard = ""
-    for status in (403, None):
-        hub.faults.clear()
-        if status is not None:
-            hub.fault("/commit/", status=status, times=99)
-        done = subprocess.run(
-            push, env=environment(hub, tmp_path / "home", **loud), capture_output=True, text=True, check=False
-        )
-        assert done.returncode == (0 if status is None else 1), done.stderr[-3000:]
-        heard += done.stdout + done.stderr
+    hub.fault("/settings", status=403, times=99)  # after everything else went well
+    done = subprocess.run(
+        [*push, "--public"],
+        env=environment(hub, tmp_path / "home", **loud),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr[-3000:]
+    heard = done.stdout + done.stderr
     assert "PushError" in heard and "Traceback" in heard and "authenticated: True" in heard
     places = {"heard": heard.encode()} | held(folder) | held(hub.root) | held(tmp_path / "home")
     places |= {f"hub {path}": entry.data for path, entry in hub.files(TO).items() if entry.data}
@@ -277,7 +307,9 @@ def test_errors_hold_no_request(hub: FakeHub, folder: Path) -> None:
 
 def test_what_was_pulled_is_checked(hub: FakeHub, push: Push, folder: Path, tmp_path: Path) -> None:
     push()
-    assert json.loads(run("verify", TO, "--json").stdout)["files"] == len(json.loads((folder / "manifest.json").read_text())["files"])
+    assert json.loads(run("verify", TO, "--json").stdout)["files"] == len(
+        json.loads((folder / "manifest.json").read_text())["files"]
+    )
     assert run("verify", folder, "-q").stdout.strip() == run("verify", TO, "-q").stdout.strip()
     assert AutoModelForCausalLM.from_pretrained(TO)
     (blob,) = {path.resolve() for path in (tmp_path / "cache").rglob("model.safetensors")}
@@ -286,13 +318,13 @@ def test_what_was_pulled_is_checked(hub: FakeHub, push: Push, folder: Path, tmp_
     blob.chmod(0o644)
     blob.write_bytes(data)
     assert "model.safetensors has sha256" in run("verify", TO, code=1).stderr
-    with pytest.raises(CheckpointError, match="model.safetensors has sha256 .* The download is damaged"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256 .* The download is damaged"):
         AutoModelForCausalLM.from_pretrained(TO)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_QUANT_VERIFY", "0")
         assert AutoModelForCausalLM.from_pretrained(TO)
     shutil.copyfile(blob, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match="model.safetensors has sha256"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256"):
         load(str(folder))
     (folder / "config.json").unlink()
     assert "config.json is missing" in run("verify", folder, code=1).stderr

@@ -108,7 +108,7 @@ def test_branch_and_tag(hub: FakeHub, tmp_path: Path) -> None:
     assert repo.refs["int4"] == commit == repo.tags["v1"] and "config.json" not in hub.files(REPO)
     assert send(hub, tmp_path / "m", Target(REPO, revision="int4", tag="v1")) == commit
     (tmp_path / "m" / "config.json").write_text("{}")
-    with pytest.raises(PushError, match="tag v1 is at .* already; the upload itself is complete"):
+    with pytest.raises(PushError, match=r"tag v1 is at .* already; the upload itself is complete"):
         send(hub, tmp_path / "m", Target(REPO, revision="int4", tag="v1"))
 
 

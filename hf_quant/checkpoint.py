@@ -203,11 +203,13 @@ def _regular(path: Path, name: str) -> int:
 def _inside(folder: Path, name: str) -> Path:
     """``folder / name``, which must stay in the folder or be a link as the Hugging Face cache makes them.
 
-    There ``snapshots/<revision>/<name>`` points to ``blobs/<hash>`` beside ``snapshots``.
+    There ``snapshots/<revision>/<name>`` points to ``blobs/<hash>`` beside ``snapshots``; and since huggingface_hub 2.4 that
+    may point on, to ``blobs/<two digits>/<hash>`` of the whole cache.
     """
     path = folder / name
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
-    blobs = {above.parent / "blobs" for above in home.parents if above.name == "snapshots"}
+    repos = [above.parent for above in home.parents if above.name == "snapshots"]
+    blobs = {repo / "blobs" for repo in repos} | {repo.parent / "blobs" / target.name[:2] for repo in repos}
     if not target.is_relative_to(home) and target.parent not in blobs:
         raise CheckpointError(f"{name}: points outside the checkpoint folder")
     return path

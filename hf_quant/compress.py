@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hf_quant.calibration import Calibration
+from hf_quant.digests import weight_files
 from hf_quant.disk import blaming, discard, locked, need_space, staged, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.gate import Budget
@@ -27,8 +28,10 @@ from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
+from hf_quant.hf.loading import sample_logits
 from hf_quant.hf.plan import Plan
 from hf_quant.hf.streaming import Settings, quantize_streaming
+from hf_quant.hub.source import copy_notices, describe
 from hf_quant.journal import is_journal, recorded
 from hf_quant.presets import preset
 from hf_quant.ranks import ALONE, Ranks
@@ -114,7 +117,10 @@ def _published(out: Path, work: Path) -> bool:
 
 
 def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite: bool) -> dict[str, Any]:
-    asked = {"overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert)}
+    asked = {
+        "overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert),
+        "quantize_lm_head": config.quantize_lm_head, "quantize_embeddings": config.quantize_embeddings,
+    }  # fmt: skip
     row: dict[str, Any] = {}
     with suppress(_GateMissedError), staged(out, overwrite=overwrite) as stage:
         start = time.perf_counter()
@@ -134,16 +140,19 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
             _save(made, stage, max_shard_size=job.shard)
         if job.tokenizer is not None:
             _save(job.tokenizer, stage)
-        write_json(stage / "recipe.json", _recipe(job, config, asked, made, plan, blocks))
-        logits, dtype = _logits(made), made.dtype
+        write_json(
+            stage / "recipe.json", _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
+        )
+        logits, dtype = sample_logits(made), made.dtype
         del made  # never two models in memory
         made = load(str(stage), dtype=dtype, **{n: job.load[n] for n in ("device_map",) if n in job.load}).eval()
-        _check(logits, _logits(made), config.scheme)
+        _check(logits, sample_logits(made), config.scheme)
         row |= {
             "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
             "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
             "base_bytes": plan.bytes_float, "parameters": plan.params, "seconds": seconds,
             "layers_by_scheme": dict(Counter(map(str, plan.schemes.values()))), "date": str(date.today()),
+            "files": weight_files(stage),
         }  # fmt: skip
         row |= _measured(job, made)
         if row.get("gate", {}).get("misses"):
@@ -193,14 +202,11 @@ def _measured(job: Job, model: Any) -> dict[str, Any]:
 def _recipe(
     job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any, plan: Plan, blocks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """How the model was made; of a local source only the folder's name."""
-    local = Path(job.model).is_dir()
-    source: dict[str, str | None] = {"model": Path(job.model).resolve().name if local else job.model}
-    source["revision"] = None if local else getattr(model.config, "_commit_hash", None)
+    """How the model was made."""
     return {
         "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
         "steps": {f"{bits} bits": preset(config.method, bits).steps() for bits in sorted({s.bits for s in plan.schemes.values()})},
-        "asked": asked, "source": source, "dtype": str(model.dtype).removeprefix("torch."),
+        "asked": asked, "dtype": str(model.dtype).removeprefix("torch."),
         "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
         "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
         "left": plan.left, "regrouped": plan.regrouped,
@@ -217,13 +223,15 @@ def _check(logits: Tensor, again: Tensor, scheme: str) -> None:
         raise HfQuantError(f"{scheme}: the saved model computes something else than the one in memory")
 
 
-def _logits(model: Any) -> Tensor:
-    """Of a few tokens, or of whatever else the model gives for them."""
-    ids = torch.arange(3, 19, device=model.device)[None] % model.config.get_text_config().vocab_size
-    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        made: Tensor = model(input_ids=ids, **extra)[0]
-    return made
+def _source(job: Job, stage: Path) -> dict[str, Any]:
+    """What the base is, by its name and never its path, and under which licence; its notices are copied to ``stage``."""
+    commit = Base(job.model, job.load.get("revision")).commit()
+    try:
+        copy_notices(job.model, commit, stage)
+        return describe(job.model, commit)
+    except (OSError, HfQuantError) as error:  # the model itself may come from the cache, with no Hub in reach
+        job.say(f"{job.model}: its card cannot be read now, so push will ask again: {str(error).splitlines()[0]}")
+        return {"model": job.model, "revision": commit}
 
 
 def tokenizer_of(model: str, revision: str | None, say: Callable[[str], None]) -> Any:

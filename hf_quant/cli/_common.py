@@ -205,6 +205,19 @@ def configs(
     ]
 
 
+def store_results(folder: Path, record: dict[str, Any]) -> None:
+    """Add what was measured to results.json, if ``folder`` is one; what was measured on other weights goes."""
+    from hf_quant.digests import weight_files
+    from hf_quant.disk import write_json
+
+    if folder.is_dir():
+        path, files = folder / "results.json", weight_files(folder)
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        if known.get("files", files) != files:
+            known = {}
+        write_json(path, known | record | {"files": files})
+
+
 def say(message: str, quiet: bool = False) -> None:
     """To stderr, unless quiet."""
     if not quiet:

@@ -20,6 +20,7 @@ from hf_quant.cli._common import (
     output_options,
     say,
     size,
+    store_results,
     table,
 )
 from hf_quant.errors import HfQuantError
@@ -129,6 +130,7 @@ def _store(folder: Path, record: dict[str, Any], quiet: bool) -> None:
     from hf_quant.report import charts
 
     write_json(folder / "ladder.json", record)
+    store_results(folder, {"ladder": {key: record[key] for key in ("rungs", "chosen", "chosen_bytes", "limits")}})
     if (reason := charts.available()) is not None:
         say(reason, quiet)
         return

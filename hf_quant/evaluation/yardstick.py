@@ -52,9 +52,7 @@ class Base:
     def identity(self) -> str:
         """Changes whenever the weights may have."""
         if not Path(self.model).is_dir():
-            return (
-                f"{self.model}@{getattr(AutoConfig.from_pretrained(self.model, **self._hub()), '_commit_hash', None)}"
-            )
+            return f"{self.model}@{self.commit()}"
         made = hashlib.sha256()
         for file in sorted(Path(self.model).iterdir()):
             if file.name == "config.json":
@@ -62,6 +60,12 @@ class Base:
             elif file.suffix == ".safetensors":
                 made.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
         return made.hexdigest()
+
+    def commit(self) -> str | None:
+        """Of a Hub model, the commit that is loaded; None for a folder."""
+        if Path(self.model).is_dir():
+            return None
+        return getattr(AutoConfig.from_pretrained(self.model, **self._hub()), "_commit_hash", None)
 
     def checkpoint(self) -> Checkpoint:
         """Its tensors on disk."""

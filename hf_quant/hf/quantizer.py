@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from hf_quant.formats import Format, format_named
 from hf_quant.hf._compat import keep_for_saving, renamer, updated_conversions
 from hf_quant.hf.calibrated import calibrate, data_for
 from hf_quant.hf.community import Placed, conversions, place
+from hf_quant.hf.integrity import check_weights
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad, give_back_memory
 from hf_quant.hf.plan import Plan, candidates, freeze, make_plan
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
@@ -136,6 +139,7 @@ class HfQuantQuantizer(HfQuantizer):
                         f"{list(shape)}"
                     )
             return
+        check_weights(sorted({info.file for info in checkpoint.tensors.values()}))
         fmt, rename = format_named(self.quantization_config.format), renamer(model)
         for name, shape in shapes.items():
             stem = f"{name}.weight" if len(shape) == 2 else name
@@ -219,6 +223,7 @@ class HfQuantQuantizer(HfQuantizer):
             if isinstance(module, (QuantLinear, QuantEmbedding, QuantExperts)):
                 self._finish(name, module, dispatched)
         self._check_values(model, dispatched)
+        model.push_to_hub = partial(push_to_hub, model)  # transformers' own would publish it unmeasured
         give_back_memory()
         logger.info(self.plan.summary())
         return model
@@ -315,7 +320,13 @@ class HfQuantQuantizer(HfQuantizer):
                 model.set_submodule(name, _as_float(module, dtype))
         if self.plan.tied:
             model.tie_weights()
+        model.__dict__.pop("push_to_hub", None)
         return model
+
+
+def push_to_hub(model: Any, repo_id: str, **how: Any) -> str:
+    """Of a quantized model; see ``hf_quant.hub.push.push_model``."""
+    return str(import_module("hf_quant.hub.push").push_model(model, repo_id, **how))  # which stands above this module
 
 
 def _as_float(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None) -> nn.Module:

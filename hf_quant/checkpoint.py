@@ -67,6 +67,7 @@ DTYPES = {
     torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
     torch.int64: "I64", torch.uint64: "U64", torch.float64: "F64",
 }  # fmt: skip
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
 SCALE_DTYPES = ("F16", "BF16", "F32")
 
 
@@ -202,11 +203,13 @@ def _regular(path: Path, name: str) -> int:
 def _inside(folder: Path, name: str) -> Path:
     """``folder / name``, which must stay in the folder or be a link as the Hugging Face cache makes them.
 
-    There ``snapshots/<revision>/<name>`` points to ``blobs/<hash>`` beside ``snapshots``.
+    There ``snapshots/<revision>/<name>`` points to ``blobs/<hash>`` beside ``snapshots``; and since huggingface_hub 2.4 that
+    may point on, to ``blobs/<two digits>/<hash>`` of the whole cache.
     """
     path = folder / name
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
-    blobs = {above.parent / "blobs" for above in home.parents if above.name == "snapshots"}
+    repos = [above.parent for above in home.parents if above.name == "snapshots"]
+    blobs = {repo / "blobs" for repo in repos} | {repo.parent / "blobs" / target.name[:2] for repo in repos}
     if not target.is_relative_to(home) and target.parent not in blobs:
         raise CheckpointError(f"{name}: points outside the checkpoint folder")
     return path
@@ -425,7 +428,8 @@ def check_module(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sche
         if info is None:
             raise CheckpointError(f"tensor {full} is missing from the checkpoint")
         where = f"{info.file.name}: tensor {full}"
-        if info.shape != (*stack, *tail):
+        halves = (*stack, 2, k) if local == "weight_perm" and stack else None  # of the gate and the up rows
+        if info.shape not in ((*stack, *tail), halves):
             raise CheckpointError(
                 f"{where} has shape {list(info.shape)}, expected {[*stack, *tail]} for {list(shape)} in {scheme}"
             )
@@ -438,20 +442,44 @@ def check_module(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sche
 def _check_small(
     checkpoint: Checkpoint, full: str, local: str, where: str, shape: list[int], scheme: QuantScheme
 ) -> None:
-    """The values of scales, zero points and the stored shape; the codes can be anything."""
+    """The values of scales, zero points, orders and the stored shape; the codes can be anything."""
     if local == "weight_scale":
         scale = checkpoint.read(full)
-        bad = int((~((scale > 0) & scale.isfinite())).sum())
-        if bad:
-            raise CheckpointError(f"{where}: {bad} scales are not positive, finite numbers")
-    elif local == "weight_zero_point" and checkpoint.tensors[full].dtype == "U8":  # packed ones cannot be too large
-        top = int(checkpoint.read(full).max())
-        if top > scheme.qmax:
-            raise CheckpointError(f"{where}: zero point {top} is over {scheme.qmax}")
+        good = scale.isfinite() if scheme.foreign else scale.isfinite() & (scale != 0)  # AutoRound makes negative ones
+        if not bool(good.all()):
+            raise CheckpointError(f"{where}: {int((~good).sum())} scales are zero or not finite numbers")
+    elif local == "weight_zero_point":
+        _check_zero_point(checkpoint, full, where, scheme)
+    elif local == "weight_perm":
+        order = checkpoint.read(full).sort(-1).values
+        if not bool((order == torch.arange(shape[1])).all()):
+            raise CheckpointError(f"{where}: not an order of {shape[1]} columns")
+    elif local == "weight_outlier_index":
+        _check_outliers(checkpoint.read(full), where, shape[1])
     elif local == "weight_shape":
         stored = checkpoint.read(full).tolist()
         if stored != shape:
             raise CheckpointError(f"{where} says {stored}, expected {shape}")
+
+
+def _check_outliers(index: Tensor, where: str, columns: int) -> None:
+    """A kernel reads activations at these places."""
+    if int(index.min()) < 0 or int(index.max()) >= columns:
+        raise CheckpointError(
+            f"{where}: reaches from {int(index.min())} to {int(index.max())}, outside of {columns} columns"
+        )
+    if bool((index.diff() <= 0).any()):
+        raise CheckpointError(f"{where}: the columns of a row must ascend, each standing once")
+
+
+def _check_zero_point(checkpoint: Checkpoint, full: str, where: str, scheme: QuantScheme) -> None:
+    if scheme.real_zero:
+        if not bool(checkpoint.read(full).isfinite().all()):
+            raise CheckpointError(f"{where}: some zero points are not finite numbers")
+    elif checkpoint.tensors[full].dtype == "U8":  # packed ones cannot be too large
+        top = int(checkpoint.read(full).max())
+        if top > scheme.qmax:
+            raise CheckpointError(f"{where}: zero point {top} is over {scheme.qmax}")
 
 
 # -- writing ------------------------------------------------------------------------------------------------------

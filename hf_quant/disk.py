@@ -32,6 +32,11 @@ def write_json(path: Path, obj: Any) -> None:
     put(Path(path), lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path``, likewise."""
+    put(Path(path), lambda draft: draft.write_bytes(data))
+
+
 def put(path: Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill another file, and put that in the place of ``path``; when this returns, it stays.
 

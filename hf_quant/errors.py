@@ -27,3 +27,11 @@ class FormatError(HfQuantError, ValueError):
 
 class BackendError(HfQuantError, RuntimeError):
     """No kernel can run this layer; the message lists each one's reason."""
+
+
+class PushError(HfQuantError):
+    """A folder may not be published, or the upload did not end; the message says why and how to go on."""
+
+
+class GateError(PushError):
+    """A model that missed its quality gate, or was never held against one, may not be published."""

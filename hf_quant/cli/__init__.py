@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from hf_quant import __version__, _plugins
-from hf_quant.errors import HfQuantError, PlanError, SchemeError
+from hf_quant.errors import GateError, HfQuantError, PlanError, SchemeError
 
 
 class _Commands(click.Group):
@@ -40,6 +40,8 @@ class _Commands(click.Group):
             raise
         except (SchemeError, PlanError) as error:
             _report(error, 2)
+        except GateError as error:
+            _report(error, 3)
         except (HfQuantError, OSError, ValueError) as error:
             _report(error, 1)
         except KeyboardInterrupt as stop:

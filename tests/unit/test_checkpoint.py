@@ -68,6 +68,11 @@ def test_the_hugging_face_cache(below: str, tmp_path: Path) -> None:
         (folder / name).symlink_to(os.path.relpath(repo / "blobs" / f"hash{i}", folder))
     for made in (Checkpoint.open(folder), Checkpoint.of_files([folder / ONE, folder / TWO])):
         assert torch.equal(made.read("w"), torch.ones(2, 3))
+    shared = tmp_path / "blobs" / "ab" / "abc0"
+    shared.parent.mkdir(parents=True)
+    (repo / "blobs" / "hash0").rename(shared)
+    (repo / "blobs" / "hash0").symlink_to(os.path.relpath(shared, repo / "blobs"))
+    assert torch.equal(Checkpoint.open(folder).read("w"), torch.ones(2, 3)), "a store that repositories share"
     (tmp_path / "linked").symlink_to(folder)
     assert set(Checkpoint.open(tmp_path / "linked").tensors) == {"w", "v"}
     (folder / ONE).unlink()

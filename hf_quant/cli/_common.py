@@ -240,12 +240,14 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def bars(quiet: bool) -> bool:
-    """Whether to show progress bars; switches those of transformers off with ours."""
+    """Whether to show progress bars; switches those of transformers and of the client off with ours."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
     from transformers.utils import logging
 
     shown = not quiet and sys.stderr.isatty() and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") != "1"
     if not shown:
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        disable_progress_bars()
     return shown
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_quant.cli._common import budget, emit, gate_options, output_options, say
+from hf_quant.cli._common import bars, budget, emit, gate_options, output_options, say
 
 if TYPE_CHECKING:
     from hf_quant.hub.push import Gated, Publication
@@ -43,6 +43,7 @@ def command(
 
     if create_pr and (revision or tag or private is not None or gated != "inherit"):
         raise click.UsageError("a pull request changes no settings, branches or tags: --create-pr goes alone")
+    bars(quiet or as_json)
     api, target = HfApi(), Target(repo_id, private, create_pr=create_pr, revision=revision, tag=tag)
     ready = prepare(
         folder, target, api, gated=gated, budget=budget(max_kl, max_ppl_increase, min_top1),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from hf_quant.cli._common import emit, output_options
+from hf_quant.cli._common import bars, emit, output_options
 
 
 @click.command()
@@ -17,6 +17,7 @@ def command(model: str, revision: str | None, as_json: bool, quiet: bool) -> Non
     """Check the sha256 of every file of MODEL, a folder or a Hub id, against its manifest.json."""
     from hf_quant.hub.manifest import verify_folder, verify_repo
 
+    bars(quiet or as_json)
     count = verify_folder(Path(model)) if Path(model).is_dir() else verify_repo(model, revision)
     emit(
         as_json,

@@ -358,7 +358,7 @@ def problems(folder: Path) -> list[str]:
 def metadata_problems(data: Mapping[str, Any]) -> list[str]:
     """What the Hub would not take, or would not understand, in a card's metadata."""
     made = [] if data else ["the metadata is empty or not YAML"]
-    if "license" in data and data["license"] not in licence.KNOWN:
+    if "license" in data and str(data["license"]) not in licence.KNOWN:
         made.append(f"license: the Hub does not know {data['license']!r}")
     if data.get("license") == "other" and not data.get("license_name"):
         made.append("license: other needs license_name")

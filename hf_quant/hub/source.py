@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -57,7 +58,8 @@ def describe(model: str, revision: str | None = None, api: HfApi | None = None) 
 def _inherited(card: Mapping[str, Any]) -> dict[str, Any]:
     """Only what is known to be harmless: a stranger's card may hold anything."""
     found = {key: card[key] for key in card if key in INHERITED or str(key).startswith("extra_gated_")}
-    return {key: value for key, value in sorted(found.items()) if value is not None}
+    made: dict[str, Any] = json.loads(json.dumps(found, default=str))  # YAML knows dates, recipe.json does not
+    return {key: value for key, value in sorted(made.items()) if value is not None}
 
 
 def copy_notices(model: str, revision: str | None, folder: Path, api: HfApi | None = None) -> list[str]:

@@ -239,23 +239,20 @@ def environment(hub: FakeHub, home: Path, **more: str) -> dict[str, str]:
     } | more  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped model in 4 bits, measured on little."""
-    source, out = REPO / "examples" / "ref-llama-16m", tmp_path_factory.mktemp("shipped") / "int4"
-    if not source.is_dir():
+def test_there_and_back_in_another_process(hub: FakeHub, tmp_path: Path) -> None:
+    """The example: the shipped model in 4 bits, pushed both ways, pulled into an empty cache, bit for bit the same."""
+    example, made = REPO / "examples" / "publish.py", tmp_path / "int4"
+    if not example.is_file():
         pytest.skip("no examples beside the tests")
-    few = ["--context", 64, "--max-tokens", 256]
-    run("quantize", source, "-o", out, "--scheme", "W4A16-g128", "--max-kl", 0.1, *few, "-q")
-    return out
-
-
-def test_there_and_back_in_another_process(hub: FakeHub, shipped: Path, tmp_path: Path) -> None:
-    """The shipped model in 4 bits: pushed both ways, pulled into an empty cache by a fresh process, bit for bit the same."""
-    for way, to in (("xet", "alice/int4-xet"), ("lfs", "alice/int4-lfs")):
-        with uploading(way):
-            run("push", shipped, to, "--yes", "--private", "-q")
-        assert hub.repo(to).private and (hub.files(to)["model.safetensors"].xet_hash is not None) == (way == "xet")
+    few = ["--context", "64", "--max-tokens", "256", "--max-kl", "0.1"]
+    call = [sys.executable, str(example), "alice/int4-xet", str(tmp_path), *few]
+    done = subprocess.run(call, env=environment(hub, tmp_path / "a"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and f"{hub.url}/alice/int4-xet/commit/" in done.stdout, done.stderr
+    with uploading("lfs"):
+        run("push", made, "alice/int4-lfs", "--yes", "-q")
+    for way in ("lfs", "xet"):
+        stored = hub.files(f"alice/int4-{way}")["model.safetensors"]
+        assert hub.repo(f"alice/int4-{way}").private and (stored.xet_hash is not None) == (way == "xet")
     call = [
         sys.executable,
         "-c",
@@ -267,7 +264,7 @@ def test_there_and_back_in_another_process(hub: FakeHub, shipped: Path, tmp_path
     ]
     done = subprocess.run(call, env=environment(hub, tmp_path / "home"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    expected = sample_logits(load(str(shipped)))
+    expected = sample_logits(load(str(made)))
     assert all(torch.equal(torch.load(tmp_path / f"int4-{way}.pt"), expected) for way in ("lfs", "xet"))
     assert len(hub.calls("GET", "resolve/.*manifest.json")) == 2, "the weights were checked against it"
 

@@ -81,7 +81,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.quantize_lm_head = quantize_lm_head
         self.quantize_embeddings = quantize_embeddings
         self.share_quantized = share_quantized
-        self.stored: Mapping[str, Any] | None = None  # of a checkpoint that is being taken over; never saved
+        self.stored: Mapping[str, Any] | None = None  # of a checkpoint that is being taken over
+        self.dequantize = False
         for name in self.modules_to_not_convert:
             _typed("modules_to_not_convert", name, str)
         for glob, slug in self.overrides.items():
@@ -99,7 +100,7 @@ class HfQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: compressed-tensors' own vocabulary where that is the format."""
         if self.format != "compressed_tensors":
-            return {name: value for name, value in self.__dict__.items() if name != "stored"}
+            return {name: value for name, value in self.__dict__.items() if name not in ("stored", "dequantize")}
         overrides = {name: QuantScheme.parse(slug) for name, slug in self.overrides.items() if slug is not None}
         made = compressed_tensors.config_of(self.default_scheme, overrides, self.modules_to_not_convert)
         ours = {"version": self.version, "method": self.method, "share_quantized": self.share_quantized}
@@ -107,7 +108,8 @@ class HfQuantConfig(QuantizationConfigMixin):
 
     def resolve(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> None:
         """Say which layers of the model are quantized and how, and which are not, where another program decided it."""
-        default = Counter(schemes.values()).most_common(1)[0][0]
+        default = Counter(schemes.values()).most_common(1)[0][0] if schemes else self.default_scheme
+        self.dequantize = not schemes  # by this name transformers knows that the model is an ordinary one
         self.scheme = str(default)
         self.bits, self.group_size, self.symmetric = default.bits, default.group_size, default.symmetric
         self.overrides = {name: str(scheme) for name, scheme in schemes.items() if scheme != default}

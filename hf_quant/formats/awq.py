@@ -32,12 +32,12 @@ class AWQ:
 
     Args:
         version: Which of the layouts.
-        group_size: Input features that share a scale; -1 for whole rows.
+        group_size: Input features that share a scale; -1 for whole rows, 0 for equal groups, as many as there are.
         symmetric: Whether all zero points are 8.
     """
 
     version: str = "gemm"
-    group_size: int = 128
+    group_size: int = 0
     symmetric: bool = False
 
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
@@ -138,6 +138,8 @@ class AWQ:
             rows, k = need(tensors, "qweight", (torch.int16,), (None, None)).shape
             n = rows * 4
         size = k if self.group_size == -1 else min(self.group_size, k)
+        if not size and self.version == "gemm":
+            size = k // groups
         if k % size:
             raise FormatError(f"quantization_config.group_size {size} does not divide {k} input features")
         if n % 8:

@@ -136,6 +136,8 @@ class CompressedTensors:
         if "weight_packed" in tensors:
             n, k = _stored_shape(tensors)
             packed = _bytes(tensors["weight_packed"], n, k, scheme.bits)
+        elif "weight" not in tensors:
+            raise FormatError("neither weight_packed nor weight is there")
         else:
             n, k = need(tensors, "weight", (torch.int8,), (None, None)).shape
             packed = pack(codes_of("weight", tensors["weight"], scheme), scheme.bits)
@@ -146,6 +148,8 @@ class CompressedTensors:
         zero = _zero(tensors, n, groups, scheme)
         zero = None if zero is None else spread(zero, k, k // groups, scheme)
         made = settled(QuantizedTensor(packed, spread(scale, k, k // groups, scheme), zero, scheme))
+        if scheme.permuted and "weight_g_idx" not in tensors:
+            raise FormatError("weight_g_idx is missing")
         order = _order(tensors, k, groups)
         if order is not None and not scheme.permuted:
             raise FormatError("weight_g_idx: the columns of a group lie scattered")

@@ -50,7 +50,7 @@ class GPTQ:
     Args:
         v2: Whether zero points are stored as they are, and not less one.
         bits: Of the layers that nothing else is said of.
-        group_size: Likewise; -1 for whole rows.
+        group_size: Likewise; -1 for whole rows, 0 for equal groups, as many as there are.
         symmetric: Whether all zero points are the middle one.
         desc_act: Whether columns were quantized in the order of their activations.
         mixed: Whether some layers may have other bits and groups.
@@ -58,7 +58,7 @@ class GPTQ:
 
     v2: bool = False
     bits: int = 4
-    group_size: int = 128
+    group_size: int = 0
     symmetric: bool = True
     desc_act: bool = False
     mixed: bool = False
@@ -139,6 +139,8 @@ class GPTQ:
         made = settled(
             QuantizedTensor(packed, scale, None if scheme.symmetric else spread(zero, k, size, scheme), scheme)
         )
+        if scheme.permuted and "g_idx" not in tensors:
+            raise FormatError("g_idx is missing")
         order = self._order(tensors, k, groups)
         if order is not None and not scheme.permuted:
             raise FormatError("g_idx: the columns of a group lie scattered")
@@ -168,7 +170,7 @@ class GPTQ:
                 "desc_act": s.permuted,
             }
             for name, s in schemes.items()
-            if s != default and name != "lm_head"
+            if s != default
         }
         dynamic |= {f"-:^{re.escape(name)}$": {} for name in left if name != "lm_head"}
         version = "gptq_v2" if self.v2 else "gptq"
@@ -200,13 +202,11 @@ class GPTQ:
     def _size(self, k: int, groups: int) -> int:
         """Columns of a stored group; the last one may have fewer."""
         size = k if self.group_size == -1 else min(self.group_size, k)
-        if -(-k // size) == groups:
+        if size and -(-k // size) == groups:
             return size
-        if self.mixed and k % groups == 0:
+        if (self.mixed or not size) and k % groups == 0:
             return k // groups
-        raise FormatError(
-            f"scales has {groups} groups, quantization_config.group_size {self.group_size} gives {-(-k // size)}"
-        )
+        raise FormatError(f"scales has {groups} groups, quantization_config.group_size is {self.group_size}")
 
     def _order(self, tensors: Mapping[str, Tensor], k: int, groups: int) -> Tensor | None:
         return order_of("g_idx", tensors["g_idx"], groups, self._size(k, groups)) if "g_idx" in tensors else None

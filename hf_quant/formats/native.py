@@ -99,10 +99,17 @@ class Native:
         codes = tensors["weight"]
         check_scale("weight_scale", tensors["weight_scale"])
         zero = None if scheme.symmetric else tensors["weight_zero_point"]
+        if zero is not None and scheme.real_zero and not bool(zero.isfinite().all()):
+            raise FormatError("native: weight_zero_point: some are not finite numbers")
         if zero is not None and not scheme.real_zero and int(zero.max()) > scheme.qmax:
             raise FormatError(f"native: weight_zero_point {int(zero.max())} is over {scheme.qmax}")
+        perm = tensors.get("weight_perm")
+        if perm is not None and not bool(
+            (perm.sort(-1).values == torch.arange(perm.shape[-1], device=perm.device)).all()
+        ):
+            raise FormatError(f"native: weight_perm is not an order of {perm.shape[-1]} columns")
         flat = codes.flatten(-2) if scheme.bits == 8 else codes
-        made = QuantizedTensor(flat, tensors["weight_scale"], zero, scheme, tensors.get("weight_perm"))
+        made = QuantizedTensor(flat, tensors["weight_scale"], zero, scheme, perm)
         return replace(made, outliers=self._outliers(tensors, made.in_features)) if scheme.outliers else made
 
     def _outliers(self, tensors: Mapping[str, Tensor], columns: int) -> Outliers:

@@ -48,20 +48,20 @@ class Placed:
     notes: list[str] = field(default_factory=list)
 
 
-def place(model: Any, contents: Contents) -> Placed:
-    """Find where in ``model`` each quantized layer belongs.
+def homes(model: Any, contents: Contents) -> dict[str, str]:
+    """Quantized layer of a checkpoint to the name that ``model`` has for it, or for the stack that it is a piece of.
 
     Args:
         model: Without weights, before any module is replaced.
         contents: Of the checkpoint.
 
     Raises:
-        CheckpointError: A layer has no place in the model or another shape there, or a stack is not complete.
+        CheckpointError: The model has no place for a layer.
     """
-    found, rename = candidates(model), renamer(model)
-    homes: dict[str, dict[str, Layer]] = {}
+    found, rename, parameters = candidates(model), renamer(model), dict(model.named_parameters())
+    made: dict[str, str] = {}
     for module, layer in contents.layers.items():
-        target, converted = rename(f"{module}.weight")
+        target, converted = rename(f"{module}.weight") if len(layer.shape) == 2 else rename(module)
         home = target if target in found else target.removesuffix(".weight")
         if home not in found and (piece := _PIECE.fullmatch(home)):
             home = f"{piece['experts']}.{PIECES[piece['piece']]}"
@@ -70,12 +70,35 @@ def place(model: Any, contents: Contents) -> Placed:
                 raise CheckpointError(
                     f"{_where(contents, module)}: transformers rearranges this weight, which codes do not allow"
                 )
-            homes.setdefault(home, {})[module] = layer
+            made[module] = home
+        elif target in parameters and parameters[target].shape == layer.shape:  # routers
+            made[module] = target
         elif not _may_be_left(model, f"{module}.weight"):
             raise CheckpointError(f"{_where(contents, module)}: the model has no layer of that name")
+    return made
+
+
+def place(model: Any, contents: Contents) -> Placed:
+    """Find where in ``model`` each quantized layer belongs, and whether it fits there.
+
+    Args:
+        model: Without weights, before any module is replaced.
+        contents: Of the checkpoint.
+
+    Raises:
+        CheckpointError: A layer has no place in the model or another shape there, or a stack is not complete.
+    """
+    found = candidates(model)
     placed = Placed(notes=sorted({layer.note for layer in contents.layers.values() if layer.note and layer.scheme}))
-    for home, layers in homes.items():
-        _place_one(placed, home, found[home], layers, contents)
+    by_home: dict[str, dict[str, Layer]] = {}
+    for module, home in homes(model, contents).items():
+        by_home.setdefault(home, {})[module] = contents.layers[module]
+    for home, layers in by_home.items():
+        if home in found:
+            _place_one(placed, home, found[home], layers, contents)
+        else:
+            leaf = home.removesuffix(".weight").rpartition(".")[2]
+            placed.dense[home.removesuffix(".weight")] = f"{leaf}: the model keeps this weight in floating point"
     _check_bias(model, contents)
     return placed
 

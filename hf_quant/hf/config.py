@@ -18,7 +18,12 @@ from hf_quant.presets import preset
 from hf_quant.scheme import QuantScheme
 
 TOKENS = 65536  # calibrated on by default
-UNSTORED = ("calibration", "calibration_tokens", "stored")  # the text may be private; the recipe has its hash
+UNSTORED = (
+    "calibration",
+    "calibration_tokens",
+    "stored",
+    "dequantize",
+)  # the text may be private; the recipe has its hash
 VERSION = 1  # of this configuration's meaning
 logger = logging.get_logger(__name__)
 
@@ -91,7 +96,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.quantize_lm_head = quantize_lm_head
         self.quantize_embeddings = quantize_embeddings
         self.share_quantized = share_quantized
-        self.stored: Mapping[str, Any] | None = None  # of a checkpoint that is being taken over; never saved
+        self.stored: Mapping[str, Any] | None = None  # of a checkpoint that is being taken over
+        self.dequantize = False
         for name in self.modules_to_not_convert:
             _typed("modules_to_not_convert", name, str)
         for glob, slug in self.overrides.items():
@@ -118,7 +124,8 @@ class HfQuantConfig(QuantizationConfigMixin):
 
     def resolve(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> None:
         """Say which layers of the model are quantized and how, and which are not, where another program decided it."""
-        default = Counter(schemes.values()).most_common(1)[0][0]
+        default = Counter(schemes.values()).most_common(1)[0][0] if schemes else self.default_scheme
+        self.dequantize = not schemes  # by this name transformers knows that the model is an ordinary one
         self.scheme = str(default)
         self.bits, self.group_size, self.symmetric = default.bits, default.group_size, default.symmetric
         self.overrides = {name: str(scheme) for name, scheme in schemes.items() if scheme != default}

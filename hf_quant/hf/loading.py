@@ -57,11 +57,16 @@ def take_over(*methods: str) -> None:
 
 def plan_of(model: str, config: HfQuantConfig, revision: str | None = None) -> tuple[Any, Plan]:
     """The model on the meta device, built from config.json alone, and what ``config`` would do to it."""
+    made = skeleton(model, revision)
+    return made, make_plan(made, config)
+
+
+def skeleton(model: str, revision: str | None = None) -> Any:
+    """The model on the meta device, built from config.json alone."""
     stored = AutoConfig.from_pretrained(model, revision=revision)
     with torch.device("meta"):
         dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
-        skeleton = class_of(stored)._from_config(stored, dtype=dtype)
-    return skeleton, make_plan(skeleton, config)
+        return class_of(stored)._from_config(stored, dtype=dtype)
 
 
 def sample_logits(model: Any) -> Tensor:

@@ -111,10 +111,6 @@ class HfQuantQuantizer(HfQuantizer):
             )
         contents = Contents.of(checkpoint, stored)
         self.placed, self._reader = place(model, contents), contents.fmt
-        if not self.placed.schemes:
-            raise PlanError(
-                f"{contents.format}: no layer can be run in codes: {next(iter(self.placed.dense.values()), 'none is there')}"
-            )
         self.quantization_config.resolve(
             self.placed.schemes, [name for name in names if name not in self.placed.schemes]
         )

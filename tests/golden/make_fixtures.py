@@ -131,6 +131,10 @@ def twin(name, tensors, config, weights, dtype):
     }
     dense |= {f"{layer}.weight": weight.detach().cpu().to(dtype).contiguous() for layer, weight in weights.items()}
     config.pop("quantization_config", None)
+    if config["model_type"] == "mixtral":  # GPTQModel calls its experts as transformers 5 does
+        names = {"mlp.experts": "block_sparse_moe.experts", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+        for ours, theirs in names.items():
+            dense = {n.replace(ours, theirs) if "experts" in n else n: tensor for n, tensor in dense.items()}
     folder = WORK / "twins" / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -175,13 +179,12 @@ def gptqmodel():
         "gptq-3bit-asym": ("dense", {"bits": 3, "group_size": 64, "sym": False}),
         "gptq-3bit": ("dense", {"bits": 3}),
         "gptq-2bit-asym-v2": ("dense", {"bits": 2, "group_size": 16, "sym": False, "format": FORMAT.GPTQ_V2}),
-        "gptq-8bit": ("dense", {"bits": 8}),
         "gptq-8bit-asym": ("dense", {"bits": 8, "sym": False}),
         "gptq-4bit-lm-head": ("dense", {"bits": 4, "lm_head": True}),
         "gptq-mixed": ("dense", {"bits": 4, "dynamic": {"+:.*down_proj": {"bits": 8, "group_size": 64}, "-:.*k_proj": {}}}),
         "gptq-4bit-moe": ("moe", {"bits": 4}),
         "gptq-4bit-act-order-moe": ("moe", {"bits": 4, "group_size": 32, "desc_act": True, "act_group_aware": False}),
-        "gptq-8bit-moe": ("mixtral", {"bits": 8, "group_size": -1, "act_group_aware": False}),
+        "gptq-4bit-mixtral": ("mixtral", {"bits": 4, "group_size": -1, "act_group_aware": False}),
     }  # fmt: skip
     for name, (model, fields) in missing(cases):
         one_gptqmodel(name, model, fields)
@@ -234,7 +237,6 @@ def autoawq():
     """All three layouts. GEMV's has no dequantizer without a GPU: its weights are those AutoAWQ rounded and packed."""
     cases = {
         "awq-gemm": ("dense", "GEMM", 128),
-        "awq-gemm-g32": ("dense", "GEMM", 32),
         "awq-gemv": ("dense", "GEMV", 64),
         "awq-gemv-fast": ("dense", "GEMV_FAST", 64),
         "awq-gemm-mixtral": ("mixtral", "GEMM", 64),
@@ -391,7 +393,6 @@ def hqq():
     """Through transformers 4.51, which asks for a GPU that it does not need; version 5 does not write them yet."""
     cases = {
         "hqq-4bit": ("dense", {"nbits": 4, "group_size": 64}),
-        "hqq-8bit": ("dense", {"nbits": 8, "group_size": 128}),
         "hqq-3bit": ("dense", {"nbits": 3, "group_size": 64}),
         "hqq-2bit": ("dense", {"nbits": 2, "group_size": 16}),
         "hqq-4bit-axis0": ("dense", {"nbits": 4, "group_size": 64, "axis": 0}),
@@ -438,15 +439,12 @@ def llmcompressor():
     cases = {
         "ct-4bit": ("dense", {"num_bits": 4, "strategy": "group", "group_size": 128}, None),
         "ct-4bit-asym": ("dense", {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}, None),
-        "ct-4bit-gptq": ("dense", {"num_bits": 4, "strategy": "group", "group_size": 64, "actorder": "weight"}, None),
-        "ct-8bit-channel": ("dense", {"num_bits": 8, "strategy": "channel"}, None),
         "ct-3bit": ("dense", {"num_bits": 3, "strategy": "group", "group_size": 64}, None),
         "ct-3bit-asym": ("dense", {"num_bits": 3, "strategy": "group", "group_size": 64, "symmetric": False}, None),
         "ct-2bit-asym": ("dense", {"num_bits": 2, "strategy": "group", "group_size": 32, "symmetric": False}, None),
         "ct-w8a8": ("dense", {"num_bits": 8, "strategy": "channel"}, token),
         "ct-w8a8-tensor": ("dense", {"num_bits": 8, "strategy": "tensor"}, static),
         "ct-w8a8-asym": ("dense", {"num_bits": 8, "strategy": "channel", "symmetric": False}, token),
-        "ct-fp8": ("dense", float8 | {"strategy": "channel"}, float8 | {"strategy": "token", "dynamic": True}),
         "ct-fp8-tensor": ("dense", float8 | {"strategy": "tensor"}, float8 | {"strategy": "tensor", "dynamic": False}),
         "ct-fp8-block": ("dense", float8 | {"strategy": "block", "block_structure": [64, 64]}, float8 | {"strategy": "token", "dynamic": True}),
         "ct-4bit-moe": ("moe", {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": False}, None),

@@ -37,7 +37,7 @@ from hf_quant.ranks import ALONE, Ranks
 from hf_quant.scheme import QuantScheme
 from hf_quant.stream import Block, Call, Recipe, Solved, advance, solve, use
 
-BATCH = 4  # sequences that walk up the model together
+BATCH = 2  # sequences that walk up the model together: larger ones leave the caches, and take memory for nothing
 FAR = 10  # times the median of all blocks' errors: worth a word
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 

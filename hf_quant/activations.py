@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hf_quant.disk import blaming
+
 
 @dataclass(frozen=True)
 class Activations:
@@ -27,13 +29,14 @@ class Activations:
         """Nothing yet; in ``file`` (mapped, so its pages are not this process's memory) or, where it is None, in memory.
 
         Raises:
-            OSError: The disk is full.
+            DiskError: The disk is full.
         """
         count = shape[0] * shape[1] * shape[2]
         if file is None:
             return cls(torch.empty(shape, dtype=dtype), size)
-        with file.open("wb") as made:
-            _reserve(made.fileno(), count * dtype.itemsize)
+        nbytes = count * dtype.itemsize
+        with blaming(file, nbytes), file.open("wb") as made:
+            _reserve(made.fileno(), nbytes)
         return cls(torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape), size)
 
     def __len__(self) -> int:

@@ -103,12 +103,16 @@ def fsync(path: Path) -> None:
     Raises:
         DiskError: Names ``path``. Trying again would tell nothing: the system may have forgotten what it could not write.
     """
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and does not need to
+    folder = path.is_dir()
+    if os.name == "nt" and folder:  # Windows cannot open a folder, and does not need to
         return
     handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         with blaming(path):
             os.fsync(handle)
+    except DiskError as error:
+        if not (folder and getattr(error.__cause__, "errno", None) in (errno.EINVAL, errno.ENOTSUP)):
+            raise  # those two: a file system that knows no such thing
     finally:
         os.close(handle)
 
@@ -237,7 +241,7 @@ def _swap(stage: Path, out: Path) -> None:
             out.rename(old)
             try:
                 stage.rename(out)
-            except OSError:
+            except BaseException:
                 old.rename(out)
                 raise
             old.rename(stage)
@@ -334,6 +338,8 @@ def _lock(handle: int) -> None:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         except PermissionError:
             raise BlockingIOError from None
+        finally:
+            os.lseek(handle, 0, os.SEEK_SET)
     else:
         import fcntl
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -82,19 +83,17 @@ def journal(folder: Path, plan: Mapping[str, Any], say: Callable[[str], None]) -
     """
     make_folder(folder)
     with locked(folder / LOCK, folder):
-        drafts = set(folder.glob(".*.tmp"))  # of processes that were killed
-        strange = [file.name for file in folder.iterdir() if file not in drafts and file.name != LOCK]
+        strange = [file.name for file in folder.iterdir() if not (file.name == LOCK or file.match(".*.tmp"))]
         if strange and not is_journal(folder):
             raise HfQuantError(
                 f"{folder}: would be removed in the end, but holds {strange[0]} and no journal; move it away"
             )
-        for draft in drafts:
-            draft.unlink()
         path, plan = folder / NAME, _plain(plan) | {"version": VERSION}
         entries = _read(path)
         if entries:
             _same(entries[0].get("plan"), plan, folder)
         parts = _sound(folder, entries[1:], say)
+        _clear(folder, {NAME, LOCK, *(part["file"] for part in parts)})
         lines = b"".join(map(_line, [{"plan": plan}, *parts]))
         put(path, lambda draft: draft.write_bytes(lines))
         yield Journal(folder, parts)
@@ -168,6 +167,14 @@ def _sound(folder: Path, parts: list[dict[str, Any]], say: Callable[[str], None]
             say(f"{part['file']} is {'damaged' if file.is_file() else 'missing'}: going on from there")
             return parts[:i]
     return parts
+
+
+def _clear(folder: Path, keep: set[str]) -> None:
+    """Remove what killed processes have left: drafts, parts without a line, and scratch folders."""
+    for each in folder.iterdir():
+        if each.name not in keep:
+            with blaming(each):
+                shutil.rmtree(each) if each.is_dir() else each.unlink()
 
 
 def _same(found: Any, plan: Mapping[str, Any], folder: Path) -> None:

@@ -6,9 +6,8 @@ import copy
 import json
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,7 @@ from transformers import AutoConfig
 from hf_quant.activations import Activations
 from hf_quant.calibration import Calibration
 from hf_quant.checkpoint import INDEX, Checkpoint, read_header, write_tensors
-from hf_quant.disk import copy_file, link_file, need_space, write_json
+from hf_quant.disk import blaming, copy_file, link_file, need_space, write_json
 from hf_quant.errors import HfQuantError, PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf.config import HfQuantConfig
@@ -111,8 +110,8 @@ def quantize_streaming(
         if parts:
             settings.say(f"{len(parts)} of {len(source.blocks)} blocks are done already")
         if len(parts) < len(source.blocks):
-            with TemporaryDirectory(**_beside(work, ranks)) as scratch:
-                _walk(source, data.ids, recipe, done, work, len(parts), Path(scratch), settings)
+            with _beside(work) as scratch:
+                _walk(source, data.ids, recipe, done, work, len(parts), scratch, settings)
         if done is None:
             return source.plan, []
         _assemble(source, done, stage)
@@ -170,12 +169,14 @@ def report(parts: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> No
             say(f"{part['block']}: {len(starved) - 3} more were rounded to nearest, see recipe.json")
 
 
-def _beside(work: Path, ranks: Ranks) -> dict[str, Any]:
+@contextmanager
+def _beside(work: Path) -> Iterator[Path]:
     """Where activations go: beside the work, which is where the room is, and gone when the process is."""
-    work.mkdir(parents=True, exist_ok=True)
-    for old in work.glob("activations-*") if ranks.first else ():
-        shutil.rmtree(old, ignore_errors=True)
-    return {"dir": work, "prefix": "activations-", "ignore_cleanup_errors": True}
+    with blaming(work):
+        work.mkdir(parents=True, exist_ok=True)
+        made = TemporaryDirectory(dir=work, prefix="activations-", ignore_cleanup_errors=True)
+    with made as folder:
+        yield Path(folder)
 
 
 def _open(folder: Path, config: HfQuantConfig) -> _Source:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 1.5e9
-HIDDEN, WIDE, LAYERS, VOCABULARY = 2048, 5632, 25, 32000
+HIDDEN, WIDE, LAYERS, VOCABULARY = 2048, 5632, 22, 64000
 
 
 def make(folder: Path) -> int:

@@ -71,7 +71,10 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     refuse_outside_blocks(plan, blocks, config.method)
     recipe, native, records = recipe_of(config, model.dtype), format_named("native"), []
     inside = tuple(f"{name}." for name in blocks)
-    with _in_float32([p for n, p in model.named_parameters() if not n.startswith(inside)]):
+    outside = [
+        m for n, m in model.named_modules() if not f"{n}.".startswith(inside) and not isinstance(m, nn.Embedding)
+    ]
+    with _in_float32([p for m in outside for p in m.parameters(recurse=False)]):
         hidden, calls = embed(base, blocks, data.ids.to(model.device), None, ALONE)
     streams = [hidden]
     if recipe.needs_twin:

@@ -17,7 +17,7 @@ BASE, CARDS = ROOT / "examples" / "ref-llama-16m", ROOT / "model_cards"
 MODELS = {
     "ref-llama-16m-W8A16-rtn": ["quantize", "--scheme", "W8A16-g128", "--method", "rtn", "--max-kl", "0.001"],
     "ref-llama-16m-W4A16-gptq": ["quantize", "--scheme", "W4A16-g128", "--method", "gptq", "--max-kl", "0.02"],
-    "ref-llama-16m-mixed": ["ladder", "--max-kl", "0.02"],
+    "ref-llama-16m-mixed": ["ladder", "--max-kl", "0.018"],
 }
 
 

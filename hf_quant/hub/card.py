@@ -263,6 +263,7 @@ def _command(recipe: Mapping[str, Any]) -> str:
     source, asked, calibration = recipe["source"], recipe.get("asked") or {}, recipe.get("calibration")
     words = ["hf-quant", "quantize", str(source["model"]), "-o", "OUT", "--scheme", recipe["scheme"]]
     words += ["--method", recipe["method"], "--format", recipe["format"]]
+    words += ["--dtype", recipe["dtype"]] if "dtype" in recipe else []
     words += ["--revision", source["revision"]] if source.get("revision") else []
     words += ["--lm-head"] if asked.get("quantize_lm_head") else []
     words += ["--embeddings"] if asked.get("quantize_embeddings") else []

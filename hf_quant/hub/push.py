@@ -125,12 +125,10 @@ def publish(
     for name, data in ready.written.items():
         (ready.folder / name).parent.mkdir(exist_ok=True)
         write_bytes(ready.folder / name, data)
-    notices = (
-        copy_notices(ready.source["model"], ready.source.get("revision"), ready.folder, api)
-        if _is_id(ready.source)
-        else []
-    )
-    files = write_manifest(ready.folder, [*ready.names, *notices])
+    names = list(ready.names)
+    if _is_id(ready.source):
+        names += copy_notices(ready.source["model"], ready.source.get("revision"), ready.folder, api)
+    files = write_manifest(ready.folder, names)
     return upload(api, ready.folder, files, ready.target, say=say, **patience)
 
 

@@ -22,7 +22,7 @@ from hf_quant.errors import PushError
 from hf_quant.hub import card, licence
 from hf_quant.hub.source import describe, metadata
 
-from .conftest import REPO, run
+from .conftest import REPO, VALIDATES, run
 from .fakehub import FakeHub
 
 CARDS = sorted(path.parent for path in (REPO / "model_cards").glob("*/facts.json"))
@@ -38,6 +38,8 @@ def leaves(record: Any) -> Iterator[Any]:
     elif isinstance(record, list):
         for value in record:
             yield from leaves(value)
+    elif isinstance(record, str):
+        yield from map(float, re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.-])", record))  # sentences about what is slower
     elif isinstance(record, (int, float)) and not isinstance(record, bool):
         yield record
 
@@ -195,8 +197,9 @@ def test_metadata(hub: FakeHub, known: tuple[dict[str, Any], dict[str, Any]], mo
         "gated": "manual",
     }
     text = card.render(recipe | {"gated": "manual"}, results)
-    ModelCard(text).validate()
-    assert hub.calls("POST", "validate-yaml")[0]["status"] == 200
+    if VALIDATES:
+        ModelCard(text).validate()
+        assert hub.calls("POST", "validate-yaml")[0]["status"] == 200
     data = metadata(text)
     assert data["base_model"] == "Org/Tiny" and data["base_model_relation"] == "quantized"
     assert data["extra_gated_prompt"] == "Be nice: 100 %" and "tags" not in data

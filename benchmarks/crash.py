@@ -15,6 +15,7 @@ ext4     a real ext4 whose image is copied while the command is held, mounted, a
 full     a real tmpfs that is too small, and is made larger
 """
 
+import gc
 import json
 import os
 import random
@@ -115,6 +116,7 @@ def mounted(place: Path, *how: str) -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # models that were loaded from there map their files
         subprocess.run(["umount", str(place)], check=True)
 
 
@@ -203,7 +205,7 @@ def page(rows: dict[str, dict]) -> str:
         "files differed by a byte from those of an undisturbed run, something was left behind, a failed fsync was repeated,"
     ]
     made += ["or a message named no file.", ""]
-    for name, row in rows.items():
+    for name, row in ((name, rows[name]) for name in SECTIONS if name in rows):
         made += [
             f"## {name}",
             "",

@@ -104,7 +104,7 @@ def command(
         model, given, max_shard_size, overwrite, lambda line: say(line, quiet), tokenizer, gate, measure, calibrated_on,
         lambda blocks: blocks_shown(blocks, shown), max_memory, ranks,
     )  # fmt: skip
-    with _resumable(outs):
+    with _resumable({out: plan.scheme for plan, out in zip(plans, outs, strict=True)}):
         rows = [compress(job, plan, out) for plan, out in zip(plans, outs, strict=True)]
     if not ranks.first:
         return
@@ -125,16 +125,18 @@ def command(
 
 
 @contextmanager
-def _resumable(outs: list[Path]) -> Iterator[None]:
-    """Whoever stops this, or has no disk left, is told that nothing was lost."""
+def _resumable(schemes: dict[Path, str]) -> Iterator[None]:
+    """Whoever stops this, or has no disk left, is told how to go on; what is whole already would be refused then."""
     from hf_quant.compress import work_folder
     from hf_quant.journal import is_journal
 
     try:
         yield
     except (KeyboardInterrupt, OSError):
-        for work in filter(is_journal, map(work_folder, outs)):
-            say(f"{work} holds the finished blocks: the same command goes on from there")
+        for out, scheme in schemes.items():
+            if is_journal(work_folder(out)):
+                only = f" with --scheme {scheme} -o {out}" if len(schemes) > 1 else ""
+                say(f"{work_folder(out)} holds the finished blocks: the same command{only} goes on from there")
         raise
 
 

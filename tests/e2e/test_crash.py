@@ -96,6 +96,26 @@ def test_stopped_by_a_signal(
     assert contents(out) == case.whole
 
 
+def test_stopped_among_several_schemes(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is whole and would be refused; the advice is one that works."""
+    inner, parts = journal.Journal.add, []
+
+    def add(self: journal.Journal, *args: Any) -> None:
+        inner(self, *args)
+        parts.append(args[0])
+        if len(parts) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    more = (*case.options, "--scheme", "W8A16-g32")
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "add", add)
+        run = quantize(case.model, tmp_path / "q", *more)
+    out = tmp_path / "q" / "W8A16-g32"
+    assert run.code == 143 and (tmp_path / "q" / "W4A16-g32" / "results.json").is_file()
+    assert f"the same command with --scheme W8A16-g32 -o {out} goes on from there" in run.said
+    assert quantize(case.model, out, *more[2:]).began == ["block-00002.safetensors"]
+
+
 def test_a_second_signal_ends_it_at_once(case: Case, tmp_path: Path) -> None:
     """While the first one unwinds; in a child, since it is the end of it."""
     child = os.fork()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     ConversionOps,
@@ -43,6 +45,12 @@ def recompute_activations(model: Any) -> None:
     """Gradient checkpointing, under the name this version has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def cache_argument(model: Any) -> dict[str, Any]:
+    """An empty cache of keys and values, under the name that ``model`` takes it by: ``cache`` since 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: DynamicCache(config=model.config)}
 
 
 def keep_for_saving(model: Any, converters: list[Any] | None) -> None:

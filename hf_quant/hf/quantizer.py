@@ -77,6 +77,8 @@ class HfQuantQuantizer(HfQuantizer):
         config, self.placed = self.quantization_config, Placed()
         found = candidates(model)
         checkpoint = Checkpoint.of_files([Path(file) for file in checkpoint_files]) if checkpoint_files else None
+        if checkpoint is not None and self.pre_quantized:
+            check_weights(sorted({info.file for info in checkpoint.tensors.values()}))
         with torch.device("cpu"):  # transformers calls this where everything is made on meta
             if config.stored is not None:
                 self._take_over(model, checkpoint, config.stored, list(found))
@@ -135,7 +137,6 @@ class HfQuantQuantizer(HfQuantizer):
                         f"{list(shape)}"
                     )
             return
-        check_weights(sorted({info.file for info in checkpoint.tensors.values()}))
         fmt, rename = format_named(self.quantization_config.format), renamer(model)
         for name, shape in shapes.items():
             stem = f"{name}.weight" if len(shape) == 2 else name

@@ -55,7 +55,7 @@ def untraceable(text: str, recipe: dict[str, Any], results: dict[str, Any]) -> l
     if recipe.get("calibration"):
         numbers.add(recipe["calibration"]["sequences"] * recipe["calibration"]["context"])
     text, made = re.sub(r"\]\([^)]*\)", "]", text), []
-    for match in re.finditer(r"(?<![\w.])[\w.,+=-]*\d[\w.,+=-]*(?: (%|MB|GB|kB))?", text):
+    for match in re.finditer(r"(?<![\w.])[\w.,+-]*\d[\w.,+-]*(?: (%|MB|GB|kB))?", text):
         token, unit = match[0].removesuffix(f" {match[1]}").strip(".,-"), match[1]
         number = re.fullmatch(r"-?(\d[\d,]*)(\.\d+)?(M|e-?\d+)?", token)
         if number is None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -19,6 +20,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import hf_quant
 from hf_quant import HfQuantConfig, load
 from hf_quant.errors import CheckpointError, GateError, PushError
 from hf_quant.evaluation.gate import Budget
@@ -60,6 +62,8 @@ def test_push(hub: FakeHub, push: Push, folder: Path) -> None:
     settings = json.loads(tree["tokenizer_config.json"].data or b"")
     assert not {"is_local", "local_files_only"} & settings.keys()
     assert run("card", "validate", folder).exit_code == 0
+    schema = json.loads((Path(hf_quant.__file__).parent / "results.schema.json").read_text())
+    jsonschema.validate(json.loads(tree["results.json"].data or b""), schema)
     push("--public", "--tag", "v1")
     assert len(hub.history(TO)) == 2, "the same once more is no new commit"
     push("--revision", "int4")

@@ -84,7 +84,8 @@ def search(
     for share in torch.linspace(1, least, steps).tolist():
         tried = floored(widest * share, dtype)
         moved = zero if scheme.symmetric else torch.round(-low * share / tried).clamp(0, scheme.qmax)
-        made = dequantize(quantize(groups, tried, moved, scheme.qmax), tried, moved).sub_(groups).square_()
+        # (codes - zero_point) * scale - w, without the two passes that add the zero point and take it away again
+        made = torch.div(groups, tried).round_().clamp_(-moved, scheme.qmax - moved).mul_(tried).sub_(groups).square_()
         error = (made if importance is None else made.mul_(importance)).sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)

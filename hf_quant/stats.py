@@ -7,10 +7,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+HELD_ROWS = 2048  # of the inputs kept to judge on: enough for one number
+TILE = 128  # columns of the Gram matrix computed together
+PART = 4096  # rows whose drift is summed in float32
+DAMP = 0.01  # share of the mean of the Hessian's diagonal added to it before it is inverted
+RISES = (1, 10, 100)  # times the damping, tried until the factorization succeeds
+
 
 @dataclass(slots=True)
 class InputStats:
-    """Running statistics of the rows ``[K]`` that enter a layer.
+    """Running statistics of the rows ``x [K]`` that enter a layer, and of those that would, were nothing quantized.
 
     The Gram matrix is summed in float64: in float32 the order of the batches alone changes codes
     (154 of 262,144 in one ill-conditioned case), in float64 it does not.
@@ -18,23 +24,52 @@ class InputStats:
     Attributes:
         gram: float64 ``[K, K]``, the sum of ``x x^T`` over all rows.
         rows: How many there were.
+        drift: float64 ``[K, K]``, the sum of ``(x_float - x) x^T``; None where the float model was not looked at.
+        drift_rows: Over how many rows.
+        held: Rows kept out of ``drift`` to judge on: pairs of ``x`` and ``x_float - x``, ``[n, K]`` each.
         notes: What a method wants reported about this layer.
     """
 
     gram: Tensor
     rows: int = 0
+    drift: Tensor | None = None
+    drift_rows: int = 0
+    held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _inverse: Tensor | None = None
 
     @classmethod
-    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> InputStats:
-        """Of a layer that has seen nothing."""
-        return cls(torch.zeros(in_features, in_features, dtype=torch.float64, device=device))
+    def empty(cls, in_features: int, device: torch.device | str = "cpu", *, drift: bool = False) -> InputStats:
+        """Of a layer that has seen nothing; ``drift``: the float model's inputs will be there too."""
+        gram = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        return cls(gram, drift=torch.zeros_like(gram) if drift else None)
 
-    def update(self, x: Tensor) -> None:
-        """Fold in activations ``[..., K]``."""
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float64)
-        self.gram.addmm_(rows.T, rows)
+    def update(self, x: Tensor, original: Tensor | None = None, *, held: int = 0) -> None:
+        """Fold in activations ``[..., K]``.
+
+        Args:
+            x: What the layer is given.
+            original: What the layer of the float model is given for the same tokens.
+            held: Keep every so-manieth row to judge on, in place of summing up the drift; 0 for none.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        wide = rows.to(torch.float64)
+        for i in range(0, wide.shape[1], TILE):  # one half is the other, turned
+            j = min(i + TILE, wide.shape[1])
+            part = wide[:, i:].T @ wide[:, i:j]
+            self.gram[i:, i:j] += part
+            self.gram[i:j, j:] += part[j - i :].T
         self.rows += rows.shape[0]
+        self.forget()
+        if original is None or self.drift is None:
+            return
+        off = original.reshape(rows.shape) - rows
+        if held:
+            self.held.append((rows[::held].clone(), off[::held].clone()))
+            return
+        for before, part in zip(off.float().split(PART), rows.float().split(PART), strict=True):
+            self.drift += before.T @ part
+        self.drift_rows += rows.shape[0]
 
     @property
     def hessian(self) -> Tensor:
@@ -47,6 +82,53 @@ class InputStats:
         diagonal = self.gram.diagonal()
         mean = diagonal.mean()
         return (diagonal / mean).float() if mean > 0 else torch.ones_like(diagonal, dtype=torch.float32)
+
+    def inverse(self) -> Tensor | None:
+        """float64 ``[K, K]``, of the damped Hessian; None if it cannot be inverted. Noted where it took more damping."""
+        if self._inverse is None:
+            H = self.hessian
+            mean = H.diagonal().mean()
+            diagonal = H.diagonal().clone()
+            for times in RISES if mean > 0 else ():
+                H.diagonal().copy_(diagonal + DAMP * times * mean)
+                lower, failed = torch.linalg.cholesky_ex(H)
+                if not failed:
+                    if times > 1:
+                        self.notes.append(f"damped by {DAMP * times:g} of the mean: {DAMP:g} was too little")
+                    self._inverse = torch.cholesky_inverse(lower)
+                    break
+        return self._inverse
+
+    def target(self, weight: Tensor) -> tuple[Tensor, float]:
+        """What to round instead of ``weight``, so that the layer makes up for what was lost before it.
+
+        On the inputs seen, ``weight + blend * W D H^-1`` comes closest to what ``weight`` gives on the float model's inputs,
+        where D is the drift: the idea of GPTAQ (arXiv:2504.02692) and Qronos (arXiv:2505.11695). The blend, 0 to 1, is the
+        best one on the rows that were held out.
+
+        Args:
+            weight: ``[N, K]``.
+
+        Returns:
+            float32 ``[N, K]``, and the blend.
+        """
+        inverse = self.inverse() if self.drift is not None and self.held else None
+        if self.drift is None or inverse is None:
+            return weight.float(), 0.0
+        W = weight.double()
+        step = W @ self.drift
+        step = (step @ inverse).mul_(2 / self.drift_rows).float()
+        fits, size = 0.0, 0.0
+        for x, off in self.held:
+            made = x @ step.T
+            fits += (made * (off @ weight.T.to(off.dtype))).sum(dtype=torch.float64).item()
+            size += made.square().sum(dtype=torch.float64).item()
+        blend = min(1.0, max(0.0, fits / size)) if size > 0 else 0.0
+        return step.mul_(blend).add_(weight), blend
+
+    def forget(self) -> None:
+        """Drop what was derived from the sums, after they were changed."""
+        self._inverse = None
 
     def error(self, original: Tensor, quantized: Tensor) -> float:
         """Squared error of the layer's output over the squared output, on the rows seen.

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from hf_quant.cli._common import bars, emit, output_options, say, table
+from hf_quant.cli._common import bars, emit, output_options, say, store_results, table
 from hf_quant.errors import HfQuantError
 
 FEW = 3  # repeats, at least
@@ -33,7 +32,6 @@ def command(
 
     from hf_quant import load
     from hf_quant.bench import memory, speed
-    from hf_quant.checkpoint import write_json
 
     shown = bars(quiet or as_json)
     how = {"dtype": dtype} | ({"device_map": device} if device else {})
@@ -52,10 +50,7 @@ def command(
         record[role]["speed"] = [each.to_dict() for each in found]
     record["slower"] = _slower(record) if base else []
     record["machine"] = _machine()
-    if Path(model).is_dir():
-        path = Path(model) / "results.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        write_json(path, known | {"bench": record})
+    store_results(Path(model), {"bench": record})
     first = speeds["model"][0]
     emit(as_json, quiet, record=record, essential=f"{first.decode:.4g}", human=_human(record, list(names)))
 

@@ -22,6 +22,7 @@ from hf_quant.cli._common import (
     output_options,
     quality_lines,
     say,
+    store_results,
     table,
 )
 from hf_quant.errors import HfQuantError
@@ -69,7 +70,7 @@ def command(
         from hf_quant.evaluation.tasks import run_tasks
 
         record["tasks"] = run_tasks(loaded, tokenizer, tasks.split(","))
-    _store(model, record)
+    store_results(Path(model), record)
     human = table(QUALITY_HEAD, quality_lines(record["quality"]))
     missed = gate_lines(record.get("gate", {"misses": []}), record["layers"])
     first = next(iter(quality.metrics.values())) if quality.kind == "encoder" else quality.metrics["kl"]
@@ -78,15 +79,6 @@ def command(
         say(line)
     if missed:
         sys.exit(3)
-
-
-def _store(model: str, record: dict[str, Any]) -> None:
-    from hf_quant.checkpoint import write_json
-
-    if Path(model).is_dir():
-        path = Path(model) / "results.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        write_json(path, known | record)
 
 
 def _tasks(record: dict[str, Any]) -> list[str]:

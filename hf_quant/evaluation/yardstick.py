@@ -18,10 +18,10 @@ from hf_quant.checkpoint import Checkpoint
 from hf_quant.evaluation import evaluate, means
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
 from hf_quant.evaluation.reference import Progress, Reference, reference
-from hf_quant.evaluation.text import windows
 from hf_quant.hf import load
 from hf_quant.hf.loading import class_of
 from hf_quant.results import Quality
+from hf_quant.text import windows
 
 CONTEXT = 512
 logger = logging.get_logger(__name__)
@@ -52,9 +52,7 @@ class Base:
     def identity(self) -> str:
         """Changes whenever the weights may have."""
         if not Path(self.model).is_dir():
-            return (
-                f"{self.model}@{getattr(AutoConfig.from_pretrained(self.model, **self._hub()), '_commit_hash', None)}"
-            )
+            return f"{self.model}@{self.commit()}"
         made = hashlib.sha256()
         for file in sorted(Path(self.model).iterdir()):
             if file.name == "config.json":
@@ -62,6 +60,12 @@ class Base:
             elif file.suffix == ".safetensors":
                 made.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
         return made.hexdigest()
+
+    def commit(self) -> str | None:
+        """Of a Hub model, the commit that is loaded; None for a folder."""
+        if Path(self.model).is_dir():
+            return None
+        return getattr(AutoConfig.from_pretrained(self.model, **self._hub()), "_commit_hash", None)
 
     def checkpoint(self) -> Checkpoint:
         """Its tensors on disk."""
@@ -75,6 +79,11 @@ class Base:
         """Tokens in a window, where nobody says."""
         config = AutoConfig.from_pretrained(self.model, **self._hub()).get_text_config()
         return min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
+
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        size: int = AutoConfig.from_pretrained(self.model, **self._hub()).get_text_config().vocab_size
+        return size
 
     def causal(self) -> bool:
         """Whether it predicts next tokens; otherwise it is measured as an encoder."""

@@ -98,6 +98,8 @@ class CompressedTensors:
             return "its readers no longer know columns in another order (weight_g_idx)"
         if scheme.bits not in (4, 8):
             return f"its {scheme.bits}-bit packing differs between its versions"
+        if scheme.outliers:
+            return f"it has no place for outliers beside the {scheme.bits}-bit codes"
         return None
 
     def layout(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -19,7 +19,7 @@ from hf_quant.errors import FormatError, SchemeError
 from hf_quant.formats import Headers, Layer, Value
 from hf_quant.formats._common import FLOATS, check_scale, is_sequence, need, refused
 from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.tensor import Outliers, QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Native:
     """weight uint8 ``[N, K / 8 * bits]`` (8 bits: ``[N, K / 4, 4]``), weight_scale ``[N, G]``, weight_zero_point uint8 ``[N, G]``.
 
     Real zero points have the dtype of the scale; of permuted columns weight_perm int32 ``[1, K]`` says which is where.
+    Of outliers weight_outlier_value ``[N, C]`` and weight_outlier_index int32 ``[C]`` (whole columns) or ``[N, C]``.
 
     Args:
         schemes: Name or glob of modules to scheme, the first match counts; the last one, ``*``, is the default.
@@ -34,7 +35,9 @@ class Native:
 
     schemes: tuple[tuple[str, QuantScheme], ...] = ()
 
-    suffixes: ClassVar[tuple[str, ...]] = ("weight", "weight_scale", "weight_zero_point", "weight_perm")
+    suffixes: ClassVar[tuple[str, ...]] = (
+        "weight", "weight_scale", "weight_zero_point", "weight_perm", "weight_outlier_index", "weight_outlier_value",
+    )  # fmt: skip
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Native | None:
@@ -59,7 +62,7 @@ class Native:
         self, shape: tuple[int, int], scheme: QuantScheme, dtype: torch.dtype
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape
-        groups = scheme.groups(k)
+        groups, outliers = scheme.groups(k), scheme.outlier_count(k)
         codes = (n, k // 4, 4) if scheme.bits == 8 else (n, scheme.packed_bytes(k))
         made: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "weight": (codes, torch.uint8),
@@ -69,6 +72,9 @@ class Native:
             made["weight_zero_point"] = ((n, groups), dtype if scheme.real_zero else torch.uint8)
         if scheme.permuted:
             made["weight_perm"] = ((1, k), torch.int32)
+        if outliers:
+            made["weight_outlier_index"] = ((outliers,) if scheme.outlier_columns else (n, outliers), torch.int32)
+            made["weight_outlier_value"] = ((n, outliers), dtype)
         return made
 
     def write(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -78,12 +84,15 @@ class Native:
             made["weight_zero_point"] = tensor.zero_point
         if tensor.perm is not None:
             made["weight_perm"] = tensor.perm
+        if tensor.outliers is not None:
+            made |= {"weight_outlier_index": tensor.outliers.index, "weight_outlier_value": tensor.outliers.value}
         return made
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
-        wanted = ["weight", "weight_scale"]
-        wanted += [] if scheme.symmetric else ["weight_zero_point"]
-        wanted += ["weight_perm"] if scheme.permuted else []
+        absent = {"weight_zero_point"} if scheme.symmetric else set()
+        absent |= set() if scheme.permuted else {"weight_perm"}
+        absent |= set() if scheme.outliers else {"weight_outlier_index", "weight_outlier_value"}
+        wanted = [name for name in self.suffixes if name not in absent]
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise FormatError(f"native: no {missing}")
@@ -100,7 +109,14 @@ class Native:
         ):
             raise FormatError(f"native: weight_perm is not an order of {perm.shape[-1]} columns")
         flat = codes.flatten(-2) if scheme.bits == 8 else codes
-        return QuantizedTensor(flat, tensors["weight_scale"], zero, scheme, perm)
+        made = QuantizedTensor(flat, tensors["weight_scale"], zero, scheme, perm)
+        return replace(made, outliers=self._outliers(tensors, made.in_features)) if scheme.outliers else made
+
+    def _outliers(self, tensors: Mapping[str, Tensor], columns: int) -> Outliers:
+        index, value = tensors["weight_outlier_index"], tensors["weight_outlier_value"]
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < columns:
+            raise FormatError(f"native: weight_outlier_index reaches outside of {columns} columns")
+        return Outliers(index, value)
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
         raise FormatError("native: the scheme of the layer is unknown")

@@ -11,10 +11,19 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_quant import _plugins
+from hf_quant.calibration import Source
 from hf_quant.errors import FormatError, PlanError, SchemeError
 from hf_quant.formats import compressed_tensors, format_of
+from hf_quant.presets import preset
 from hf_quant.scheme import QuantScheme
 
+TOKENS = 65536  # calibrated on by default
+UNSTORED = (
+    "calibration",
+    "calibration_tokens",
+    "stored",
+    "dequantize",
+)  # the text may be private; the recipe has its hash
 VERSION = 1  # of this configuration's meaning
 logger = logging.get_logger(__name__)
 
@@ -29,7 +38,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         bits: Width of one code: 8, 4, 3 or 2.
         group_size: Input columns that share a scale: a power of two from 16, or -1 for a whole row.
         symmetric: Whether the zero point is fixed.
-        method: Name of a file in ``hf_quant/methods``.
+        method: ``"rtn"`` (rounding, needs no data), ``"calibrated"`` (what loses least at each width), ``"gptq"``, ``"awq"``,
+            ``"hqq"``, or transforms and a method joined by ``+``: see `hf_quant.presets`.
         overrides: Glob over module names to slug, or to None to leave those modules in floating point; the first match
             wins. A module named here is quantized even if the defaults would skip it (output head, vision tower).
         modules_to_not_convert: Globs, names or trailing names (``"o_proj"``) of modules to leave in floating point,
@@ -39,6 +49,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         quantize_embeddings: Quantize the input embeddings too, likewise.
         format: Name of a file in ``hf_quant/formats``, or ``"auto"``: compressed-tensors where it can hold the plan,
             since other software reads it, native otherwise.
+        calibration: What calibrated methods look at while the model loads: token ids ``[S, T]``, a list of texts, a text or
+            JSONL file, or a ``datasets`` set; None for the text that comes with this package. Never stored.
+        calibration_tokens: How many of its tokens to take at most.
         version: Of this configuration's meaning; a newer one is refused, not guessed at.
         share_quantized: Filled in after quantizing: share of the parameters that became codes.
 
@@ -61,6 +74,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         quantize_lm_head: bool = False,
         quantize_embeddings: bool = False,
         format: str = "auto",
+        calibration: Source | None = None,
+        calibration_tokens: int = TOKENS,
         version: int = VERSION,
         share_quantized: float | None = None,
         quant_method: str = "hf_quant",
@@ -88,7 +103,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         for glob, slug in self.overrides.items():
             if slug is not None:
                 _parsed(f"overrides[{glob!r}]", slug)
-        _known("method", "methods", method)
+        self.calibration, self.calibration_tokens = calibration, calibration_tokens
+        preset(method, self.bits)
         if format != "auto":
             _known("format", "formats", format)
 
@@ -100,7 +116,7 @@ class HfQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: compressed-tensors' own vocabulary where that is the format."""
         if self.format != "compressed_tensors":
-            return {name: value for name, value in self.__dict__.items() if name not in ("stored", "dequantize")}
+            return {name: value for name, value in self.__dict__.items() if name not in UNSTORED}
         overrides = {name: QuantScheme.parse(slug) for name, slug in self.overrides.items() if slug is not None}
         made = compressed_tensors.config_of(self.default_scheme, overrides, self.modules_to_not_convert)
         ours = {"version": self.version, "method": self.method, "share_quantized": self.share_quantized}

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hf_quant.checkpoint import INDEX, Checkpoint, read_header, staged, write_json
+from hf_quant.checkpoint import INDEX, Checkpoint, read_header
 from hf_quant.contents import QUANTO, Contents, quantization_of
+from hf_quant.disk import staged, write_json
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, SchemeError
 from hf_quant.formats import Format, Layer, format_named
 from hf_quant.formats.gptq import GPTQ

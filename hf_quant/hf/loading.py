@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hf_quant import _autoload
@@ -68,6 +69,15 @@ def skeleton(model: str, revision: str | None = None) -> Any:
     with torch.device("meta"):
         dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
         return class_of(stored)._from_config(stored, dtype=dtype)
+
+
+def sample_logits(model: Any) -> Tensor:
+    """Logits of a few tokens ``[1, 16, vocab]``, or whatever else the model gives for them: to compare models by."""
+    ids = torch.arange(3, 19, device=model.device)[None] % model.config.get_text_config().vocab_size
+    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        made: Tensor = model(input_ids=ids, **extra)[0]
+    return made
 
 
 def class_of(config: PretrainedConfig) -> Any:

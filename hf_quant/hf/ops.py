@@ -14,9 +14,9 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import format_named
-from hf_quant.methods import method
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
+from hf_quant.presets import preset
 from hf_quant.scheme import QuantScheme
 
 _NATIVE = format_named("native")
@@ -113,7 +113,7 @@ class QuantizeOnLoad(ConversionOps):
             bad = weight.numel() - int(weight.isfinite().sum())
             if bad:
                 raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")
-        solver = method(self.quantizer.quantization_config.method)
+        solver = preset(self.quantizer.quantization_config.method, scheme.bits).solver()
         return _NATIVE.write(solver.quantize(weight, scheme, dtype))
 
     @property

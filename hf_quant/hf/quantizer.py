@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +16,26 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from hf_quant.calibration import Calibration
 from hf_quant.checkpoint import TORCH, Checkpoint, check_module
 from hf_quant.contents import Contents
 from hf_quant.errors import CheckpointError, HfQuantError, PlanError
 from hf_quant.formats import Format, format_named
 from hf_quant.hf._compat import keep_for_saving, renamer, updated_conversions
+from hf_quant.hf.calibrated import calibrate, data_for
 from hf_quant.hf.community import Placed, conversions, place
+from hf_quant.hf.integrity import check_weights
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad, give_back_memory
 from hf_quant.hf.plan import Plan, candidates, freeze, make_plan
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
 from hf_quant.nn._weight import frozen
+from hf_quant.nn.experts import stacks
+from hf_quant.presets import preset
 
 if TYPE_CHECKING:
     from hf_quant.hf.config import HfQuantConfig
 
+COMPANIONS = tuple(name.removeprefix("weight") for name in format_named("native").suffixes if name != "weight")
 logger = logging.get_logger(__name__)
 
 
@@ -38,13 +46,21 @@ class HfQuantQuantizer(HfQuantizer):
     requires_calibration = False  # True would refuse float checkpoints
     quantization_config: HfQuantConfig
     # from this the base class derives converters and parallel plans for the companions of stacked experts
-    serialized_names = {"weight": ["weight", "weight_scale", "weight_zero_point", "weight_perm"]}  # noqa: RUF012
+    serialized_names = {"weight": list(format_named("native").suffixes)}  # noqa: RUF012
 
     plan: Plan
+    data: Calibration | None = None  # what was calibrated on, and what became of each block
+    blocks: list[dict[str, Any]] = []  # noqa: RUF012
     placed: Placed  # where the layers of another program's checkpoint belong
     _reader: Format | None = None  # of that checkpoint
     failure: HfQuantError | None = None  # met in a conversion, where transformers would bury it in a log table
     _converters: list[Any] | None = None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model is quantized after it was loaded, on what goes through it."""
+        config = self.quantization_config
+        return not self.pre_quantized and preset(config.method, config.bits).calibrated
 
     # -- before loading -------------------------------------------------------------------------------------------
 
@@ -67,9 +83,12 @@ class HfQuantQuantizer(HfQuantizer):
             self.plan = make_plan(model, config, frozen=self.pre_quantized)
             if checkpoint is not None:
                 self._preflight(model, checkpoint, {name: found[name].shape for name in self.plan.schemes})
+        if self.calibrates:  # once the weights are there
+            freeze(config, self.plan)
+            return
         for name in self.plan.schemes:
             if found[name].kind != "experts":
-                self._replace(model, name)
+                self._replace(model, name, self.pre_quantized)
         for name in dict.fromkeys(n.rpartition(".")[0] for n in self.plan.schemes if found[n].kind == "experts"):
             own = {n.removeprefix(f"{name}."): s for n, s in self.plan.schemes.items() if n.startswith(f"{name}.")}
             with torch.device("meta"):
@@ -116,6 +135,7 @@ class HfQuantQuantizer(HfQuantizer):
                         f"{list(shape)}"
                     )
             return
+        check_weights(sorted({info.file for info in checkpoint.tensors.values()}))
         fmt, rename = format_named(self.quantization_config.format), renamer(model)
         for name, shape in shapes.items():
             stem = f"{name}.weight" if len(shape) == 2 else name
@@ -129,20 +149,20 @@ class HfQuantQuantizer(HfQuantizer):
                     own = (info.shape[0] if info.shape else 0, shapes[home][-1])
                     check_module(checkpoint, name.removesuffix(".weight_scale"), own, self.plan.schemes[home], fmt)
 
-    def _replace(self, model: Any, name: str) -> None:
+    def _replace(self, model: Any, name: str, quantized: bool) -> None:
         old, scheme = model.get_submodule(name), self.plan.schemes[name]
         new: nn.Module
         with torch.device("meta"):
             if isinstance(old, nn.Embedding):
                 new = QuantEmbedding(
                     old.num_embeddings, old.embedding_dim, scheme,
-                    padding_idx=old.padding_idx, dtype=old.weight.dtype, quantized=self.pre_quantized,
+                    padding_idx=old.padding_idx, dtype=old.weight.dtype, quantized=quantized,
                 )  # fmt: skip
             else:
                 k, n = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else old.weight.shape
                 new = QuantLinear(
                     k, n, scheme, bias=old.bias is not None, dtype=old.weight.dtype,
-                    scale_dtype=self._finer(name, old.weight.dtype), quantized=self.pre_quantized, conv1d=not isinstance(old, nn.Linear),
+                    scale_dtype=self._finer(name, old.weight.dtype), quantized=quantized, conv1d=not isinstance(old, nn.Linear),
                 )  # fmt: skip
         new.train(old.training)
         model.set_submodule(name, new)
@@ -153,7 +173,7 @@ class HfQuantQuantizer(HfQuantizer):
             head = model.get_submodule(target.rpartition(".")[0])
             if isinstance(head, QuantLinear) and target.rpartition(".")[0] in self.plan.schemes:
                 head.shares_codes = True
-                for part in ("_scale", "_zero_point", "_perm"):
+                for part in COMPANIONS:
                     if getattr(head, f"weight{part}", None) is not None:
                         ties[target + part] = source + part
 
@@ -182,22 +202,56 @@ class HfQuantQuantizer(HfQuantizer):
         self._converters = updated_conversions(super().update_weight_conversions, weight_conversions, model)
         if self._reader is not None:
             return conversions(self, self._reader, weight_conversions)
-        return self._converters if self.pre_quantized else [KeepApart.instead_of(c) for c in self._converters]
+        if self.pre_quantized or self.calibrates:
+            return self._converters
+        return [KeepApart.instead_of(c) for c in self._converters]
 
     # -- after loading --------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if self.failure is not None:
             raise self.failure
+        if self.calibrates:
+            self._calibrate(model)
         keep_for_saving(model, self._converters)
         dispatched = len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1
         for name, module in model.named_modules():
             if isinstance(module, (QuantLinear, QuantEmbedding, QuantExperts)):
                 self._finish(name, module, dispatched)
         self._check_values(model, dispatched)
+        model.push_to_hub = partial(push_to_hub, model)  # transformers' own would publish it unmeasured
         give_back_memory()
         logger.info(self.plan.summary())
         return model
+
+    def _calibrate(self, model: Any) -> None:
+        if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
+            raise PlanError(
+                f"{self.quantization_config.method} calibrates on one device; hf-quant quantize needs less of it"
+            )
+        self.data = data_for(self.quantization_config, model)
+
+        def place(layer: str, tensors: dict[str, nn.Parameter]) -> None:
+            path, _, leaf = layer.rpartition(".")
+            parent = model.get_submodule(path)
+            if leaf in stacks(parent) or isinstance(parent, QuantExperts):
+                if not isinstance(parent, QuantExperts):
+                    own = {
+                        n.removeprefix(f"{path}."): s for n, s in self.plan.schemes.items() if n.startswith(f"{path}.")
+                    }
+                    with torch.device("meta"):
+                        as_quant_experts(parent, own, quantized=True)
+                module, stem = parent, leaf
+            else:
+                bias = parent.get_submodule(leaf).bias
+                self._replace(model, layer, quantized=True)
+                module, stem = model.get_submodule(layer), "weight"
+                module.bias = bias
+            for local, tensor in tensors.items():
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+                module.register_parameter(stem + local.removeprefix("weight"), tensor)
+
+        self.blocks = calibrate(model, self.plan, self.quantization_config, self.data, place)
 
     def _finish(self, name: str, module: nn.Module, dispatched: bool) -> None:
         for local, parameter in module.named_parameters(recurse=False):
@@ -254,7 +308,7 @@ class HfQuantQuantizer(HfQuantizer):
             if isinstance(module, QuantExperts):
                 for stack in list(module.schemes):
                     dense = module.expert_weight(stack, dtype)
-                    for part in ("", "_scale", "_zero_point", "_perm"):
+                    for part in ("", *COMPANIONS):
                         module._parameters.pop(stack + part, None)
                     module.register_parameter(stack, frozen(dense))
                 module.__class__ = module.float_class  # type: ignore[assignment]
@@ -262,7 +316,13 @@ class HfQuantQuantizer(HfQuantizer):
                 model.set_submodule(name, _as_float(module, dtype))
         if self.plan.tied:
             model.tie_weights()
+        model.__dict__.pop("push_to_hub", None)
         return model
+
+
+def push_to_hub(model: Any, repo_id: str, **how: Any) -> str:
+    """Of a quantized model; see ``hf_quant.hub.push.push_model``."""
+    return str(import_module("hf_quant.hub.push").push_model(model, repo_id, **how))  # which stands above this module
 
 
 def _as_float(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None) -> nn.Module:

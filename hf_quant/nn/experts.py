@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_quant.kernels import LinearSpec, select
+from hf_quant.kernels import LinearSpec, outlier_linear, select
 from hf_quant.nn._weight import frozen, read, register
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
@@ -22,7 +22,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 class QuantExperts(nn.Module):
     """Mixed into a model's own experts class, whose gate, activation and flags stay as they are.
 
-    Every stack ``[E, N, K]`` becomes codes ``[E, N, K / 8 * bits]`` with ``_scale`` and ``_zero_point`` beside it;
+    Every stack ``[E, N, K]`` becomes codes ``[E, N, K / 8 * bits]`` with ``_scale`` and other companions beside it;
     transposed stacks ``[E, K, N]`` (gpt-oss) are turned while they are quantized.
     """
 
@@ -47,7 +47,10 @@ class QuantExperts(nn.Module):
             return torch.cat([self._product(x[:, order], w) for order, w in zip(weight.perm, parts, strict=True)], -1)
         spec = LinearSpec(weight.scheme, weight.scale.shape[0], weight.in_features, self.compute_dtype, x.device.type)
         backend = select(spec, repacking=False)
-        return backend.linear(x, backend.prepare(weight, spec), spec)
+        y = backend.linear(x, backend.prepare(weight, spec), spec)
+        if weight.outliers is not None:
+            y = y + outlier_linear(x, weight.outliers.index, weight.outliers.value)
+        return y
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden_states)
@@ -100,6 +103,28 @@ def stacks(module: nn.Module) -> dict[str, tuple[int, int, int]]:
             e, n, k = weight.shape
             found[name] = (e, k, n) if getattr(module, "is_transposed", False) else (e, n, k)
     return found if "down_proj" in found else {}
+
+
+def expert_input(module: Any, name: str, expert: int, states: Tensor, chosen: Tensor) -> Tensor:
+    """What the stack ``name`` of a float experts layer is given for one expert: ``[tokens, K]``.
+
+    Args:
+        module: The model's own experts layer.
+        name: Of the stack.
+        expert: Its number.
+        states: ``[M, K]``, what the layer is given.
+        chosen: int64 ``[M, top_k]``, the experts of each token.
+    """
+    x = states[torch.where(chosen == expert)[0]]
+    if name != "down_proj":
+        return x
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    dense: Tensor = getattr(module, first)[expert]
+    y = F.linear(x, dense.T if module.is_transposed else dense)
+    if module.has_bias:
+        y = y + getattr(module, f"{first}_bias")[expert]
+    gated: Tensor = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    return gated
 
 
 def as_quant_experts(

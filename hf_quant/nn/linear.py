@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.formats import format_named
-from hf_quant.kernels import LinearBackend, LinearSpec, select
+from hf_quant.kernels import LinearBackend, LinearSpec, outlier_linear, select
 from hf_quant.nn._weight import frozen, read, register
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
@@ -36,6 +36,8 @@ class QuantLinear(nn.Linear):
 
     weight_scale: nn.Parameter
     weight_zero_point: nn.Parameter | None
+    weight_outlier_index: nn.Parameter
+    weight_outlier_value: nn.Parameter
     weight_perm: nn.Parameter
 
     def __init__(
@@ -67,8 +69,7 @@ class QuantLinear(nn.Linear):
         if self._backend is None or not self._repacked or self.shares_codes:
             return read(self, "weight", self.scheme)
         qweight = self._backend.restore(self._repacked, self.spec)
-        zero, perm = getattr(self, "weight_zero_point", None), getattr(self, "weight_perm", None)
-        return QuantizedTensor(qweight, self.weight_scale, zero, self.scheme, perm)
+        return read(self, "weight", self.scheme, qweight=qweight)
 
     def choose_kernel(self) -> None:
         """Choose the backend for where the parameters are now, and lay the codes out as it reads them."""
@@ -93,6 +94,8 @@ class QuantLinear(nn.Linear):
         if self.scheme.permuted:
             x = x.index_select(-1, self.weight_perm[0])
         y = self._backend.linear(x, prepared, self.spec)
+        if self.scheme.outliers:
+            y = y + outlier_linear(x, self.weight_outlier_index, self.weight_outlier_value)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,6 +10,9 @@ from typing import Any
 from hf_quant.errors import HfQuantError
 
 INK = {False: ("#1f2328", "#ffffff", "#d0d7de"), True: ("#e6edf3", "#0d1117", "#30363d")}  # text, ground, lines
+ORDER = {
+    kind: i for i, kind in enumerate(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+}
 BLUE, RED, GREY = "#2f81f7", "#e5534b", "#8b949e"
 
 
@@ -101,6 +104,45 @@ def sensitivity(walk: dict[str, Any], dark: bool) -> bytes:
         bar.ax.tick_params(which="both", colors=ink)
 
     return _png(draw, dark, (2.4 + 2.6 * len(bits), 1.8 + 0.26 * min(len(blocks), 40)))
+
+
+def layers(errors: list[dict[str, Any]], dark: bool) -> bytes:
+    """How far each layer's weights are from the base's: block by kind of layer, with the bits it has.
+
+    Args:
+        errors: ``layers`` of results.json.
+        dark: For dark ground.
+    """
+    places = {each["layer"]: _place(each["layer"].removesuffix(".weight")) for each in errors}
+    blocks = sorted({block for block, _ in places.values()})
+    kinds = sorted(
+        {kind for _, kind in places.values()}, key=lambda kind: (kind not in ORDER, ORDER.get(kind, 0), kind)
+    )
+
+    def draw(figure: Any, ink: str) -> None:
+        axes = figure.add_subplot()
+        grid = [[float("nan")] * len(kinds) for _ in blocks]
+        for each in errors:
+            block, kind = places[each["layer"]]
+            grid[blocks.index(block)][kinds.index(kind)] = 100 * each["error"]
+        image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
+        top = max(100 * each["error"] for each in errors)
+        for each in errors if len(blocks) <= 40 else []:
+            block, kind = places[each["layer"]]
+            match = re.match(r"W(\d+)", each["scheme"])
+            axes.text(
+                kinds.index(kind), blocks.index(block), match[1] if match else "", ha="center", va="center", fontsize=8,
+                color="black" if 100 * each["error"] > 0.6 * top else "white",
+            )  # fmt: skip
+        axes.set_xticks(range(len(kinds)), [kind.replace("_proj", "") for kind in kinds], rotation=35, ha="right")
+        axes.set_yticks(range(len(blocks)), blocks) if len(blocks) <= 40 else None
+        axes.set_ylabel("block")
+        axes.set_title("Relative error of the weights; in each field, the bits", fontsize=11)
+        bar = figure.colorbar(image, ax=axes)
+        bar.set_label("%", color=ink)
+        bar.ax.tick_params(which="both", colors=ink)
+
+    return _png(draw, dark, (7.2, 1.6 + 0.3 * min(len(blocks), 40)))
 
 
 def _is_chosen(rung: dict[str, Any], walk: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hf_quant.kernels._outliers import outlier_kernel
 from hf_quant.kernels.triton_codebook import codebook_kernel
 from hf_quant.kernels.triton_wna16 import FEW, MANY, STAGES, WARPS, wna16_kernel
 
@@ -43,15 +44,21 @@ def compiled_codebook(target, dtype, blocks):
     return built(target, codebook_kernel, types | dict.fromkeys(("M", "N", "K", "G", "GROUP"), "i32"), {}, blocks)
 
 
+def outliers(target, dtype, block_m, block_n):
+    types = {"x_ptr": f"*{dtype}", "index_ptr": "*i32", "value_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"}
+    return built(target, outlier_kernel, types | dict.fromkeys(("M", "N", "K", "R"), "i32"), {}, (block_m, block_n))
+
+
 def built(target, function, types, consts, blocks):
-    consts = consts | dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=True))
+    consts = consts | dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), blocks, strict=False))
+    uneven = ("M", "N", "WORDS", "G", "GROUP", "R")
     names = function.arg_names
     at = {name: (i,) for i, name in enumerate(names)}
     source = ASTSource(
         fn=function,
         signature={name: types.get(name, "constexpr") for name in names},
         constexprs={at[name]: value for name, value in consts.items()},
-        attrs={at[name]: [["tt.divisibility", 16]] for name in types if name not in ("M", "N", "WORDS", "G", "GROUP")},
+        attrs={at[name]: [["tt.divisibility", 16]] for name in types if name not in uneven},
     )
     options = {"num_warps": WARPS, "num_stages": STAGES if target.backend == "cuda" else 2, "enable_fp_fusion": True}
     return triton.compile(source, target=target, options=options)
@@ -99,3 +106,6 @@ for dtype, bits, has_zero, blocks in (
         kernel = compiled(TARGETS[name], dtype, bits, has_zero, blocks)
     row = {"target": name, "dtype": dtype, "bits": bits, "has_zero": has_zero, "blocks": blocks}
     sys.stdout.write(json.dumps(row | facts(kernel, TARGETS[name])) + "\n")
+for dtype, blocks in (("bf16", (16, 64)), ("fp16", (1, 256))):
+    row = {"target": name, "outliers": True, "dtype": dtype, "blocks": blocks}
+    sys.stdout.write(json.dumps(row | facts(outliers(TARGETS[name], dtype, *blocks), TARGETS[name])) + "\n")

@@ -7,7 +7,8 @@ import sys
 
 import torch
 
-from hf_quant.kernels import LinearSpec
+from hf_quant.kernels import LinearSpec, outlier_linear
+from hf_quant.kernels._outliers import _on_gpu
 from hf_quant.kernels.triton_codebook import BACKEND as CODEBOOK
 from hf_quant.kernels.triton_codebook import triton_codebook
 from hf_quant.kernels.triton_wna16 import BACKEND, triton_wna16
@@ -43,6 +44,16 @@ for bits in (2, 3, 4, 8):
             error = (got.double() - expected).norm() / expected.norm()
             assert got.dtype == dtype and error < (2e-3 if dtype is torch.float16 else 1e-5), (spec, error)
             done += 1
+for m, n, k, r in ((1, 16, 64, 1), (3, 300, 96, 2), (40, 65, 160, 5), (5, 7, 32, 32)):
+    dtype = (torch.float16, torch.float32)[done % 2]
+    x, index, value = torch.randn(m, k).to(dtype), torch.rand(n, k).topk(r).indices.int(), torch.randn(n, r).to(dtype)
+    assert _on_gpu(x)
+    got = outlier_linear(x, index, value)
+    expected = x.double() @ torch.zeros(n, k, dtype=torch.float64).scatter_(1, index.long(), value.double()).T
+    assert got.dtype == dtype and (got - expected).norm() / expected.norm() < (
+        2e-3 if dtype is torch.float16 else 1e-5
+    )
+    done += 1
 for slug in ("-nf4", "-fp4", "-asym-real"):
     for m, n, k, group in SHAPES:
         dtype = (torch.float16, torch.float32)[done % 2]

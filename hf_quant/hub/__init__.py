@@ -1,0 +1,1 @@
+"""Publishing: the card, what may be published, the upload, and checking what was pulled."""

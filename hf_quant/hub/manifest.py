@@ -1,0 +1,58 @@
+"""manifest.json: what a published folder holds, so that whoever pulls it can tell whether it is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from hf_quant.digests import MANIFEST, Digest, digests, mismatches, read_manifest
+from hf_quant.disk import write_json
+from hf_quant.errors import CheckpointError
+from hf_quant.hub.card import CARD
+
+VERSION = 1
+
+
+def write_manifest(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
+    """Write it into ``folder`` for the files ``names``; the card is left out, since people edit it on the Hub.
+
+    Returns:
+        What every file holds, the card and the manifest too.
+    """
+    found = digests(folder, set(names) - {MANIFEST})
+    listed = {name: {"bytes": each.bytes, "sha256": each.sha256} for name, each in found.items() if name != CARD}
+    write_json(folder / MANIFEST, {"version": VERSION, "files": listed})
+    return found | digests(folder, [MANIFEST])
+
+
+def verify_folder(folder: Path) -> int:
+    """Check every file of the folder's manifest; returns how many there are.
+
+    Raises:
+        CheckpointError: There is no manifest, or a file is missing or holds something else.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST}, so there is nothing to check against; hf-quant push writes it"
+        )
+    expected = read_manifest(folder / MANIFEST)
+    if wrong := mismatches(folder, expected):
+        raise CheckpointError("\n".join(wrong))
+    return len(expected)
+
+
+def verify_repo(repo_id: str, revision: str | None = None, token: str | None = None) -> int:
+    """Download what is not yet in the cache, and check every file of the manifest; returns how many there are.
+
+    Raises:
+        CheckpointError: As `verify_folder`.
+    """
+    try:
+        hf_hub_download(repo_id, MANIFEST, revision=revision, token=token)
+    except EntryNotFoundError:
+        raise CheckpointError(f"{repo_id}: no {MANIFEST}; it was not published by hf-quant push") from None
+    return verify_folder(Path(snapshot_download(repo_id, revision=revision, token=token)))

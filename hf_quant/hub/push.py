@@ -1,0 +1,283 @@
+"""Publishing a folder: what may not go is refused before anything is sent, and what goes is checked when it is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import HfApi, get_token
+
+from hf_quant.checkpoint import Checkpoint
+from hf_quant.digests import MANIFEST, weight_files
+from hf_quant.disk import write_bytes
+from hf_quant.errors import GateError, PushError
+from hf_quant.evaluation.gate import Budget
+from hf_quant.hf import load
+from hf_quant.hf.loading import sample_logits
+from hf_quant.hub import card, licence
+from hf_quant.hub.manifest import write_manifest
+from hf_quant.hub.scan import check_private, files_of
+from hf_quant.hub.source import copy_notices, describe, metadata
+from hf_quant.hub.upload import Target, Uploaded, upload
+from hf_quant.results import Quality
+from hf_quant.scheme import QuantScheme
+
+Gated = Literal["inherit", "auto", "manual", "off"]
+CLOSE = 0.05  # relative difference of logits between a kernel and plain products, in bfloat16
+LOCAL = (
+    "is_local",
+    "local_files_only",
+)  # what transformers writes into tokenizer_config.json of where it was read from
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A folder that may be published.
+
+    Attributes:
+        folder: Where it is.
+        target: Where it goes.
+        written: What is to be written into the folder before: the card, pictures, recipe.json and results.json.
+        names: Of all files that go, those included, the manifest not.
+        source: What the base says about itself.
+    """
+
+    folder: Path
+    target: Target
+    written: Mapping[str, bytes]
+    names: list[str]
+    source: Mapping[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(
+            len(self.written[name]) if name in self.written else (self.folder / name).stat().st_size
+            for name in self.names
+        )
+
+
+def prepare(
+    folder: Path, target: Target, api: HfApi, *, gated: Gated = "inherit", budget: Budget | None = None,
+    allow_failed_gate: bool = False, base_model: str | None = None, license: str | None = None,
+) -> Publication:  # fmt: skip
+    """Check everything that can be checked without running the model or writing anything.
+
+    Args:
+        folder: Made by ``hf-quant quantize`` or ``ladder``.
+        target: Where it shall go; its ``gated`` is decided here.
+        api: The client; asked about the base.
+        gated: Whether readers have to ask: as for the base, or so.
+        budget: What quantization may cost, besides what it was held against before.
+        allow_failed_gate: Publish although the gate was missed; the card begins with it.
+        base_model: Hub id of the base, where the model was made from a folder.
+        license: Of the base, where its card names none.
+
+    Raises:
+        PushError: Something forbids publishing it.
+        GateError: Its quality does, or nobody measured it.
+        CheckpointError: The checkpoint is damaged.
+    """
+    folder = Path(folder)
+    if not _REPO_ID.fullmatch(target.repo_id):
+        raise PushError(f"{target.repo_id!r} is not owner/name")
+    recipe, results = card.facts(folder)
+    names = set(files_of(folder)) - {MANIFEST}
+    _check_weights(folder, results)
+    results = _gated(folder, recipe, results, budget or Budget(), allow_failed_gate)
+    source = _source(folder, recipe["source"], api, base_model, license)
+    if (refusal := licence.why_not(source, target.repo_id)) is not None:
+        raise PushError(refusal)
+    gate: Any = source.get("gated", False) if gated == "inherit" else False if gated == "off" else gated
+    target = replace(target, gated=gate or (None if gated == "inherit" else False))
+    recipe = recipe | {"source": source, "repo_id": target.repo_id, "gated": gate}
+    written = _written(folder, recipe, results, names)
+    if problems := card.metadata_problems(metadata(written[card.CARD].decode())):
+        raise PushError(f"{card.CARD}: {'; '.join(problems)}")
+    made = Publication(folder, target, written, sorted(names | written.keys()), source)
+    check_private(folder, made.names, written, [(api.token if isinstance(api.token, str) else get_token()) or ""])
+    return made
+
+
+def publish(
+    ready: Publication, api: HfApi, *, model: Any = None, say: Callable[[str], None] = print, **patience: Any
+) -> Uploaded:
+    """Run the model once more from its files, write what is missing, upload, verify.
+
+    Args:
+        ready: From `prepare`.
+        api: The client, with the token to push with.
+        model: If the push began with a model in memory: it must be what is in the folder.
+        say: Told what goes on.
+        patience: ``attempts`` and ``timeout`` of `upload`.
+
+    Raises:
+        PushError: The files do not give the model back, or the upload did not end.
+    """
+    say(f"loading {ready.folder} once more and comparing logits")
+    check_runs(ready.folder, card.facts(ready.folder)[0], model)
+    for name, data in ready.written.items():
+        (ready.folder / name).parent.mkdir(exist_ok=True)
+        write_bytes(ready.folder / name, data)
+    names = list(ready.names)
+    if _is_id(ready.source):
+        names += copy_notices(ready.source["model"], ready.source.get("revision"), ready.folder, api)
+    files = write_manifest(ready.folder, names)
+    return upload(api, ready.folder, files, ready.target, say=say, **patience)
+
+
+def push_model(
+    model: Any, repo_id: str, *, commit_message: str | None = None, private: bool | None = None,
+    token: str | bool | None = None, revision: str | None = None, create_pr: bool = False, allow_failed_gate: bool = False,
+    budget: Budget | None = None, say: Callable[[str], None] = print,
+) -> str:  # fmt: skip
+    """``model.push_to_hub``: publish the folder that the model was loaded from, if the model still is what is there.
+
+    Args:
+        model: Loaded by ``from_pretrained`` from a folder that ``hf-quant quantize`` or ``ladder`` wrote.
+        repo_id: ``owner/name``.
+        commit_message: Of the commit.
+        private: None leaves an old repository as it is, and a new one private.
+        token: As for the client.
+        revision: Branch.
+        create_pr: As a pull request.
+        allow_failed_gate: As in `prepare`.
+        budget: As in `prepare`.
+        say: Told what goes on.
+
+    Returns:
+        Where it is to be seen.
+
+    Raises:
+        PushError: It may not be published, or could not be; nothing is sent then, or the message says what was.
+    """
+    folder, api = Path(model.name_or_path), HfApi(token=token)
+    if not (folder / "recipe.json").is_file():
+        raise PushError(
+            "nobody measured what this model lost, so it is not published: make a folder with hf-quant quantize MODEL -o DIR "
+            "--max-kl 0.02, and push that, or the model loaded from it"
+        )
+    target = Target(repo_id, private, create_pr=create_pr, revision=revision)
+    target = replace(target, message=commit_message) if commit_message else target
+    ready = prepare(folder, target, api, budget=budget, allow_failed_gate=allow_failed_gate)
+    return publish(ready, api, model=model, say=say).url
+
+
+def check_runs(folder: Path, recipe: Mapping[str, Any], model: Any = None) -> None:
+    """Load ``folder`` and compare logits with those of its own weights dequantized, its layers with ``recipe`` and ``model``.
+
+    Raises:
+        PushError: They differ.
+    """
+    again = load(str(folder)).eval()
+    if {name: str(scheme) for name, scheme in again.hf_quantizer.plan.schemes.items()} != recipe["schemes"]:
+        raise PushError(f"{folder}: recipe.json lists other layers or schemes than the checkpoint has")
+    if model is not None and (name := _differs(model, again)) is not None:
+        raise PushError(f"{name} of the model in memory is not what {folder} holds; save it, and measure that")
+    quick, plain = sample_logits(again).float(), sample_logits(again.dequantize()).float()
+    if not quick.isfinite().all():
+        raise PushError(f"{folder}: its logits are not finite")
+    error = ((quick - plain).norm() / plain.norm()).item()
+    if not error < CLOSE:
+        raise PushError(f"{folder}: the logits of its kernels are {error:.1%} from those of its weights dequantized")
+
+
+def _differs(model: Any, again: Any) -> str | None:
+    """The first tensor that is not the same in both, or None."""
+    mine, stored = model.state_dict(), again.state_dict()
+    for name in sorted(mine.keys() | stored.keys()):
+        if name not in mine or name not in stored or not torch.equal(mine[name].cpu(), stored[name].cpu()):
+            return str(name)
+    return None
+
+
+# -- what has to be true ----------------------------------------------------------------------------------------------
+
+
+def _check_weights(folder: Path, results: Mapping[str, Any]) -> None:
+    """The checkpoint is whole, and is the one that was measured."""
+    Checkpoint.open(folder)
+    if results and results.get("files") != weight_files(folder):
+        raise PushError(
+            f"{folder}: results.json was not measured on these weights; measure them with hf-quant eval {folder.name} "
+            "--base MODEL --max-kl 0.02"
+        )
+
+
+def _gated(
+    folder: Path, recipe: Mapping[str, Any], results: dict[str, Any], budget: Budget, allow: bool
+) -> dict[str, Any]:
+    """The results, with the verdict of the gate worked out again from what was measured."""
+    quality, known = results.get("quality"), (results.get("gate") or {}).get("budget") or {}
+    reason = None
+    if quality is None:
+        reason = (
+            f"its quality was not measured; measure it with hf-quant eval {folder.name} --base MODEL --max-kl 0.02"
+        )
+    elif not known and not budget:
+        reason = "it was held against no budget; say what it may cost, for example --max-kl 0.02"
+    else:
+        measured = Quality.from_dict(quality)
+        misses = list(dict.fromkeys(Budget(**known).misses(measured) + budget.misses(measured)))
+        stricter = known | budget.verdict(measured)["budget"]
+        results = results | {"gate": {"budget": stricter, "passed": not misses, "misses": misses}}
+        reason = "; ".join(misses) or None
+    results = {key: value for key, value in results.items() if key != "allow_failed_gate"}
+    if reason is None:
+        return results
+    if not allow:
+        raise GateError(f"{folder} is not published: {reason}")
+    if any(QuantScheme.parse(slug).bits <= 2 for slug in recipe["schemes"].values()):
+        raise GateError(f"{folder} is not published: {reason}; with 2 bits the gate has to be passed")
+    return results | {"allow_failed_gate": True}
+
+
+def _is_id(source: Mapping[str, Any]) -> bool:
+    return "/" in str(source["model"])
+
+
+def _source(
+    folder: Path, known: Mapping[str, Any], api: HfApi, base_model: str | None, license: str | None
+) -> dict[str, Any]:
+    """What the base says, asked again where it is on the Hub; ``license`` only fills a gap."""
+    source = dict(known)
+    if base_model is not None:
+        source |= describe(base_model, None, api) | {"revision": None}  # which commit it was, nobody recorded
+        _check_base(folder, base_model, api)
+    elif _is_id(source):
+        source |= describe(str(source["model"]), source.get("revision"), api)
+    if license is not None and source.setdefault("license", license) != license:
+        raise PushError(f"the licence of {source['model']} is {source['license']}, not {license}")
+    return source
+
+
+def _check_base(folder: Path, base: str, api: HfApi) -> None:
+    stated = (api.model_info(base).config or {}).get("model_type")
+    own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if stated is not None and stated != own:
+        raise PushError(f"{base} is a {stated} model and {folder} a {own} model: it was not made from that")
+
+
+def _written(folder: Path, recipe: dict[str, Any], results: dict[str, Any], names: set[str]) -> dict[str, bytes]:
+    drawn = card.pictures(results)
+    made = {f"{card.ASSETS}/{name}": data for name, data in drawn.items()}
+    made |= {"recipe.json": _json(recipe), card.CARD: card.render(recipe, results, drawn).encode()}
+    if results:
+        made["results.json"] = _json(results)
+    if (line := licence.notice(recipe["source"])) is not None and "NOTICE" not in names:
+        made["NOTICE"] = f"{line}\n".encode()
+    if "tokenizer_config.json" in names:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        if settings.keys() & set(LOCAL):
+            made["tokenizer_config.json"] = _json({k: v for k, v in settings.items() if k not in LOCAL})
+    return made
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=2) + "\n").encode()

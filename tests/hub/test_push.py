@@ -1,0 +1,351 @@
+"""``hf-quant push`` and ``model.push_to_hub``: what is refused, what is sent, and what comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import Result
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from hf_quant import HfQuantConfig, load
+from hf_quant.errors import CheckpointError, GateError, PushError
+from hf_quant.evaluation.gate import Budget
+from hf_quant.hf.loading import sample_logits
+from hf_quant.hub.source import metadata
+
+from .conftest import BOB, REPO, run
+from .fakehub import FakeHub
+from .scenarios import TOKEN
+from .scenarios import way as uploading
+
+Push = Callable[..., Result]
+TO = "alice/tiny-W4A16"
+
+
+def change(path: Path, **what: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | what))
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_push(hub: FakeHub, push: Push, folder: Path) -> None:
+    before = held(folder)
+    plan = json.loads(run("push", folder, TO, "--dry-run", "--json").stdout)
+    assert held(folder) == before and not hub.repos, "a dry run leaves everything as it is"
+    made = json.loads(push("--public", "--tag", "v1", "--json").stdout)
+    repo, tree = hub.repo(TO), hub.files(TO)
+    assert set(tree) == {*plan["files"], "manifest.json", ".gitattributes"} and "LICENSE" in tree
+    assert (repo.private, repo.gated, repo.tags["v1"]) == (False, False, made["commit"])
+    assert plan["bytes"] == sum((folder / name).stat().st_size for name in plan["files"])
+    assert made["url"] == f"{hub.url}/{TO}/commit/{made['commit']}"
+    card = (tree["README.md"].data or b"").decode()
+    assert f'from_pretrained("{TO}")' in card and metadata(card)["license"] == "apache-2.0"
+    listed = json.loads(tree["manifest.json"].data or b"")["files"]
+    assert set(listed) == set(plan["files"]) - {"README.md"}
+    assert listed["model.safetensors"]["sha256"] == tree["model.safetensors"].sha256
+    settings = json.loads(tree["tokenizer_config.json"].data or b"")
+    assert not {"is_local", "local_files_only"} & settings.keys()
+    assert run("card", "validate", folder).exit_code == 0
+    push("--public", "--tag", "v1")
+    assert len(hub.history(TO)) == 2, "the same once more is no new commit"
+    push("--revision", "int4")
+    assert hub.repo(TO).refs["int4"] == made["commit"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words", "code"),
+    [
+        (lambda f: change(f / "results.json", quality=None), "its quality was not measured", 3),
+        (lambda f: (f / "results.json").unlink(), "its quality was not measured", 3),
+        (lambda f: change(f / "results.json", gate=None), "held against no budget", 3),
+        (lambda f: change(f / "results.json", gate={"budget": {"max_kl": 1e-9}}), "is over the 1e-09 allowed", 3),
+        (lambda f: (f / "recipe.json").unlink(), "no recipe.json", 1),
+        (lambda f: change(f / "recipe.json", schemes={}), "recipe.json lists other layers", 1),
+        (lambda f: change(f / "recipe.json", source={"model": "tiny"}), "the licence of tiny is not known", 1),
+        (lambda f: change(f / "recipe.json", source={"model": "tiny", "license": "cc-by-nc-nd-4.0"}), "forbids derivatives", 1),
+        (lambda f: (f / "pytorch_model.bin").write_bytes(b"\x80\x02"), "pytorch_model.bin: a pickle", 1),
+        (lambda f: (f / "data").write_bytes(b"PK\x03\x04"), "data: a zip archive", 1),
+        (lambda f: (f / "modeling.py").write_text("1"), "modeling.py: a program", 1),
+        (lambda f: (f / "notes.txt").symlink_to("/etc/hostname"), "notes.txt: not a regular file", 1),
+        (lambda f: (f / "a[b].txt").write_text("x"), "odd characters", 1),
+        (lambda f: (f / "notes.txt").write_text(f"my token is {TOKEN}"), "notes.txt: holds a Hugging Face token", 1),
+        (lambda f: (f / "notes.txt").write_text("C:\\\\Users\\\\someone"), "notes.txt: holds somebody's home directory", 1),
+        (lambda f: (f / "notes.txt").write_text(f"see {f.parent}/other"), "notes.txt: holds the name of a folder", 1),
+        (lambda f: change(f / "recipe.json", note="sk-" + "a" * 30), "recipe.json: holds an API key", 1),
+    ],
+)  # fmt: skip
+def test_what_is_refused(hub: FakeHub, push: Push, folder: Path, spoil: Any, words: str, code: int) -> None:
+    spoil(folder)
+    error = push(code=code).stderr
+    assert words in error and TOKEN not in error
+    assert not hub.repos, "nothing was sent"
+
+
+def test_weights_that_were_not_measured(hub: FakeHub, push: Push, folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert "results.json was not measured on these weights" in push(code=1).stderr
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    assert "truncated" in push(code=1).stderr
+
+
+def test_a_secret_in_the_weights(hub: FakeHub, push: Push, folder: Path) -> None:
+    from hf_quant.digests import weight_files
+
+    save_file(
+        load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt", "by": TOKEN}
+    )
+    change(folder / "results.json", files=weight_files(folder))
+    assert "model.safetensors: holds a Hugging Face token" in push(code=1).stderr
+
+
+def test_kernels_that_compute_something_else(
+    hub: FakeHub, push: Push, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_quant.nn import QuantLinear
+
+    right = QuantLinear.forward
+    monkeypatch.setattr(QuantLinear, "forward", lambda self, x: right(self, x) * 1.2)
+    assert "the logits of its kernels are" in push(code=1).stderr and not hub.repos
+
+
+def test_a_failed_gate_may_be_shown(hub: FakeHub, push: Push, folder: Path, base: Path, tmp_path: Path) -> None:
+    assert push("--max-kl", 1e-6, code=3).stderr.startswith("Error: ")
+    push("--max-kl", 1e-6, "--allow-failed-gate")
+    text = (hub.files(TO)["README.md"].data or b"").decode()
+    assert "**This model missed its quality gate and was published all the same: KL" in text
+    push(code=3)
+    assert "is over the 1e-06 allowed" in push(code=3).stderr, "it stays failed"
+    run("quantize", base, "-o", tmp_path / "two", "--scheme", "W2A16-g32", "--max-kl", 1e-6, "-q", code=3)
+    failed = run("push", tmp_path / "two-failed", TO, "--yes", "--allow-failed-gate", code=3)
+    assert "with 2 bits the gate has to be passed" in failed.stderr
+
+
+def test_no_budget_was_set(hub: FakeHub, push: Push, folder: Path) -> None:
+    change(folder / "results.json", gate=None)
+    push("--min-top1", "0%")
+    assert json.loads((folder / "results.json").read_text())["gate"] == {
+        "budget": {"min_top1": 0.0}, "passed": True, "misses": [],
+    }  # fmt: skip
+
+
+def test_a_base_on_the_hub(hub: FakeHub, push: Push, folder: Path, base: Path) -> None:
+    """Its own spelling, its licence, its notices, its gate; and it has to be what the model was made from."""
+    head = {
+        "license": "other",
+        "license_name": "gemma-x",
+        "license_link": "https://example.org",
+        "extra_gated_prompt": "Ask.",
+    }
+    hub.create_repo("Org/Tiny").gated = "manual"
+    hub.repo("Org/Tiny").allowed.add("alice")
+    hub.put("Org/Tiny", {
+        "README.md": f"---\n{yaml.safe_dump(head)}---\n".encode(), "config.json": b'{"model_type": "llama"}',
+        "NOTICE.txt": b"Keep this.", "notices/x": b"not this",
+    })  # fmt: skip
+    (folder / "LICENSE").unlink()
+    change(folder / "recipe.json", source={"model": "Org/Tiny", "revision": hub.repo("Org/Tiny").refs["main"]})
+    push("--public")
+    repo, tree = hub.repo(TO), hub.files(TO)
+    assert (repo.private, repo.gated) == (False, "manual") and len(hub.calls("PUT", "/settings")) == 1
+    data = metadata((tree["README.md"].data or b"").decode())
+    assert (
+        data["base_model"] == "Org/Tiny"
+        and data["license_link"] == "https://example.org"
+        and data["extra_gated_prompt"]
+    )
+    assert tree["NOTICE.txt"].data == b"Keep this." and b"Gemma Terms" in (tree["NOTICE"].data or b"")
+    tags = HfApi(endpoint=hub.url, token=TOKEN).model_info(TO).tags or []
+    assert "base_model:quantized:Org/Tiny" in tags
+    with pytest.raises(OSError, match="403"):
+        HfApi(endpoint=hub.url, token=BOB).hf_hub_download(TO, "config.json")
+    push("--gated", "off")
+    assert repo.gated is False and "extra_gated_prompt" not in (hub.files(TO)["README.md"].data or b"").decode()
+    assert "not apache-2.0" in push("--license", "apache-2.0", code=1).stderr
+    hub.put("Org/Tiny", {"config.json": b'{"model_type": "qwen3"}'})
+    change(folder / "recipe.json", source={"model": "tiny"})
+    assert "was not made from that" in push("--base-model", "Org/Tiny", code=1).stderr
+    hub.put("Org/Tiny", {"config.json": b'{"model_type": "llama"}'})
+    push("--base-model", "Org/Tiny")
+    source = json.loads((folder / "recipe.json").read_text())["source"]
+    assert (source["model"], source["revision"], source["gated"]) == ("Org/Tiny", None, "manual")
+    assert "is not on the Hub" in push("--base-model", "Org/Nothing", code=1).stderr
+
+
+def test_usage(hub: FakeHub, push: Push, folder: Path) -> None:
+    assert "nobody is there to ask" in run("push", folder, TO, code=2).stderr
+    assert "goes alone" in push("--create-pr", "--tag", "v1", code=2).stderr
+    assert "is not owner/name" in push(to="tiny", code=1).stderr
+
+
+def test_pull_request(hub: FakeHub, push: Push) -> None:
+    hub.create_repo("bob/tiny")
+    url = push("--create-pr", "-q", to="bob/tiny").stdout.strip()
+    assert url == f"{hub.url}/bob/tiny/discussions/1" and "config.json" not in hub.files("bob/tiny")
+    assert "model.safetensors" in hub.files("bob/tiny", "refs/pr/1") and not hub.repo("bob/tiny").private
+    assert push("--create-pr", "-q", to="bob/tiny").stdout.strip() == url, "the same goes to the same"
+
+
+def test_push_to_hub(hub: FakeHub, folder: Path, base: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    said: list[str] = []
+    assert model.push_to_hub(TO, private=False, say=said.append).startswith(f"{hub.url}/{TO}/commit/")
+    assert not hub.repo(TO).private and "manifest.json" in hub.files(TO)
+    with pytest.raises(GateError, match="is over the 1e-06 allowed"):
+        model.push_to_hub(TO, budget=Budget(max_kl=1e-6))
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    with pytest.raises(PushError, match=r"model\.norm\.weight of the model in memory is not what"):
+        model.push_to_hub(TO, say=said.append)
+    fresh: Any = AutoModelForCausalLM.from_pretrained(base, quantization_config=HfQuantConfig("W4A16-g32"))
+    with pytest.raises(PushError, match="nobody measured what this model lost"):
+        fresh.push_to_hub("alice/other")
+    assert "push_to_hub" not in fresh.dequantize().__dict__, "what it is then is transformers' own affair"
+    assert ("model", "alice/other") not in hub.repos
+
+
+PULL = """
+import sys, torch
+torch.set_num_threads(int(sys.argv[2]))
+from transformers import AutoModelForCausalLM
+models = {name: AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[3:]}
+from hf_quant.hf.loading import sample_logits
+for name, model in models.items():
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"
+    torch.save(sample_logits(model), f"{sys.argv[1]}/{name.rpartition('/')[2]}.pt")
+"""
+
+
+def environment(hub: FakeHub, home: Path, **more: str) -> dict[str, str]:
+    """Of a process that knows nothing but the Hub: no cache, no login but the token."""
+    mine = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    return mine | {
+        "HF_HOME": str(home), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_PROGRESS_BARS": "1"
+    } | more  # fmt: skip
+
+
+def test_there_and_back_in_another_process(hub: FakeHub, tmp_path: Path) -> None:
+    """The example: the shipped model in 4 bits, pushed both ways, pulled into an empty cache, bit for bit the same."""
+    example, made = REPO / "examples" / "publish.py", tmp_path / "int4"
+    if not example.is_file():
+        pytest.skip("no examples beside the tests")
+    few = ["--context", "64", "--max-tokens", "256", "--max-kl", "0.1"]
+    call = [sys.executable, str(example), "alice/int4-xet", str(tmp_path), *few]
+    done = subprocess.run(call, env=environment(hub, tmp_path / "a"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and f"{hub.url}/alice/int4-xet/commit/" in done.stdout, done.stderr
+    with uploading("lfs"):
+        run("push", made, "alice/int4-lfs", "--yes", "-q")
+    for way in ("lfs", "xet"):
+        stored = hub.files(f"alice/int4-{way}")["model.safetensors"]
+        assert hub.repo(f"alice/int4-{way}").private and (stored.xet_hash is not None) == (way == "xet")
+    call = [
+        sys.executable,
+        "-c",
+        PULL,
+        str(tmp_path),
+        str(torch.get_num_threads()),
+        "alice/int4-lfs",
+        "alice/int4-xet",
+    ]
+    done = subprocess.run(call, env=environment(hub, tmp_path / "home"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = sample_logits(load(str(made)))
+    assert all(torch.equal(torch.load(tmp_path / f"int4-{way}.pt"), expected) for way in ("lfs", "xet"))
+    assert len(hub.calls("GET", "resolve/.*manifest.json")) == 2, "the weights were checked against it"
+
+
+def test_the_token_is_found_nowhere(hub: FakeHub, folder: Path, tmp_path: Path) -> None:
+    """Not in what is said at debug level, in tracebacks, in files here, or in what the Hub has."""
+    loud = {"HF_DEBUG": "1", "HF_QUANT_DEBUG": "1", "HF_HUB_VERBOSITY": "debug", "TRANSFORMERS_VERBOSITY": "debug"}
+    push = [sys.executable, "-X", "dev", "-W", "ignore", "-m", "hf_quant.cli", "push", str(folder), TO, "--yes"]
+    hub.fault("/settings", status=403, times=99)  # after everything else went well
+    done = subprocess.run(
+        [*push, "--public"],
+        env=environment(hub, tmp_path / "home", **loud),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr[-3000:]
+    heard = done.stdout + done.stderr
+    assert "PushError" in heard and "Traceback" in heard and "authenticated: True" in heard
+    places = {"heard": heard.encode()} | held(folder) | held(hub.root) | held(tmp_path / "home")
+    places |= {f"hub {path}": entry.data for path, entry in hub.files(TO).items() if entry.data}
+    assert [name for name, data in places.items() if TOKEN.encode() in data] == []
+    assert not [each for each in hub.log if each.get("leaked")]
+
+
+def test_errors_hold_no_request(hub: FakeHub, folder: Path) -> None:
+    """The client's exceptions carry the request, and that the token: ours let go of them."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    hub.fault("/commit/", status=403, times=99)
+    with pytest.raises(PushError) as error:
+        model.push_to_hub(TO, say=lambda _: None)
+    seen: BaseException | None = error.value
+    while seen is not None:
+        assert not hasattr(seen, "request") and not hasattr(seen, "response")
+        seen = seen.__cause__ or seen.__context__
+
+
+def test_what_was_pulled_is_checked(hub: FakeHub, push: Push, folder: Path, tmp_path: Path) -> None:
+    push()
+    assert json.loads(run("verify", TO, "--json").stdout)["files"] == len(
+        json.loads((folder / "manifest.json").read_text())["files"]
+    )
+    assert run("verify", folder, "-q").stdout.strip() == run("verify", TO, "-q").stdout.strip()
+    assert AutoModelForCausalLM.from_pretrained(TO)
+    (blob,) = {path.resolve() for path in (tmp_path / "cache").rglob("model.safetensors")}
+    data = bytearray(blob.read_bytes())
+    data[-100] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(data)
+    assert "model.safetensors has sha256" in run("verify", TO, code=1).stderr
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256 .* The download is damaged"):
+        AutoModelForCausalLM.from_pretrained(TO)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_QUANT_VERIFY", "0")
+        assert AutoModelForCausalLM.from_pretrained(TO)
+    shutil.copyfile(blob, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256"):
+        load(str(folder))
+    (folder / "config.json").unlink()
+    assert "config.json is missing" in run("verify", folder, code=1).stderr
+    (folder / "manifest.json").unlink()
+    assert load and "config.json: cannot be read" in run("verify", folder, code=1).stderr, (
+        "then the checkpoint itself is checked"
+    )
+
+
+def test_a_repository_without_a_manifest(hub: FakeHub, api: HfApi, measured: Path) -> None:
+    to = "alice/plain"  # transformers remembers which commit a name stood for
+    api.create_repo(to)
+    api.upload_folder(repo_id=to, folder_path=measured)
+    assert "was not published by hf-quant push" in run("verify", to, code=1).stderr
+    for _ in range(2):
+        assert AutoModelForCausalLM.from_pretrained(to)
+    assert len(hub.calls("*", "resolve/.*manifest.json")) <= 2, "asked once more at most"
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"files": []}', '{"files": {"a": {"bytes": "1", "sha256": "x"}}}', "{" * 10**5,
+             '{"files": {"../a": {"bytes": 1, "sha256": "' + "0" * 64 + '"}}}'],
+)  # fmt: skip
+def test_a_damaged_manifest(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        load(str(folder))

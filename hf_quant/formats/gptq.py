@@ -84,6 +84,7 @@ class GPTQ:
         size = integer(config, "group_size", range(-1, 1 << 20), 128)
         if size == 0:
             raise refused("group_size", size, "must be -1 or above zero")
+        desc_act = desc_act and not config.get("static_groups")
         mixed = bool(config.get("dynamic") or config.get("extra_config"))
         return cls(v2, integer(config, "bits", BITS), size, symmetric is not False, bool(desc_act), mixed)
 
@@ -186,7 +187,9 @@ class GPTQ:
             size = self._size(k, groups)
             if bits != self.bits and not self.mixed:
                 raise FormatError(f"qzeros holds {bits}-bit zero points, quantization_config.bits is {self.bits}")
-            scattered, symmetric = self.desc_act and groups > 1 and "g_idx" in own, self.symmetric
+            scattered, symmetric = self.desc_act and groups > 1, self.symmetric
+            if scattered and "g_idx" not in own:
+                raise FormatError("g_idx is missing, and desc_act says that columns are out of order")
             g_idx = value(f"{module}.g_idx") if "g_idx" in own else None
             if g_idx is not None:  # the truth, where there is time to look
                 scattered = self._order({"g_idx": g_idx}, k, groups) is not None

@@ -65,7 +65,7 @@ class HQQ(ReadOnly):
     def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
         made = {}
         for module, own in headers.items():
-            if "W_q" not in own:
+            if "W_q" not in own and "nbits" not in own:
                 continue  # other modules have a scale too
             try:
                 facts = _facts(own, lambda name: value(f"{module}.{name}"))  # noqa: B023  (called at once)

@@ -214,12 +214,16 @@ class _Read(ConversionOps):
     def __deepcopy__(self, memo: dict[int, Any]) -> _Read:
         return self  # it holds no state, and transformers copies it for every tensor
 
-    def _fail(self, name: str, error: HfQuantError) -> None:
-        """Raised again after loading: from here transformers would only log it."""
-        self.hf_quantizer.failure = self.hf_quantizer.failure or CheckpointError(
-            f"{name.removesuffix('.weight')}: {error}"
-        )
-        raise error
+    def _guarded(self, name: str, read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``read`` gives; if it fails, nothing, and the error is raised again after loading.
+
+        From here transformers would only log it, and raise one of its own that names no tensor.
+        """
+        try:
+            return {} if self.hf_quantizer.failure is not None else read()
+        except HfQuantError as error:
+            self.hf_quantizer.failure = CheckpointError(f"{name.removesuffix('.weight')}: {error}")
+            return {}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -233,29 +237,17 @@ class ReadLayer(_Read):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, Tensor]:
-        path, _sep, leaf = full_layer_name.rpartition(".")
-        module = model.get_submodule(path)
         tensors = {_local(pattern): v[0] if isinstance(v, list) else v for pattern, v in input_dict.items()}
-        placeholder = getattr(module, leaf)
-        if not isinstance(module, QuantLinear):
-            if (
-                list(tensors) == ["weight"]
-                and full_layer_name.removesuffix(".weight") not in self.hf_quantizer.placed.dense
-            ):
-                return {full_layer_name: tensors["weight"].to(placeholder.dtype)}
-            return {full_layer_name: frozen(self._dense(full_layer_name, tensors).to(placeholder.dtype))}
-        try:
-            read = self.fmt.read(tensors, module.scheme)
-        except HfQuantError as error:
-            self._fail(full_layer_name, error)
-        return _parameters(full_layer_name, read, module.weight_scale.dtype)
+        return self._guarded(full_layer_name, lambda: self._read(model, full_layer_name, tensors))
 
-    def _dense(self, name: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        try:
-            return self.fmt.dense(tensors)
-        except HfQuantError as error:
-            self._fail(name, error)
-            raise
+    def _read(self, model: Any, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        path, _sep, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, QuantLinear):
+            return _parameters(name, self.fmt.read(tensors, module.scheme), module.weight_scale.dtype)
+        plain = list(tensors) == ["weight"] and path not in self.hf_quantizer.placed.dense
+        dense = tensors["weight"] if plain else self.fmt.dense(tensors)
+        return {name: frozen(dense.to(getattr(module, leaf).dtype))}
 
 
 class ReadStack(_Read):
@@ -269,31 +261,30 @@ class ReadStack(_Read):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
     ) -> dict[str, Tensor]:
-        path, _sep, leaf = full_layer_name.rpartition(".")
-        module = model.get_submodule(path)
         parts: list[dict[str, list[Tensor]]] = [{} for _ in range(1 + max(i for i, _ in self.patterns.values()))]
         for pattern, tensors in input_dict.items():
             i, local = self.patterns[pattern]
             parts[i][local] = tensors
-        coded = isinstance(module, QuantExperts) and leaf in module.schemes
-        read: Callable[[dict[str, Tensor]], Any] = (
-            (lambda own: self.fmt.read(own, module.schemes[leaf])) if coded else self._dense
-        )
+        return self._guarded(full_layer_name, lambda: self._read(model, full_layer_name, parts))
+
+    def _read(self, model: Any, name: str, parts: list[dict[str, list[Tensor]]]) -> dict[str, Tensor]:
+        path, _sep, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        scheme = module.schemes.get(leaf) if isinstance(module, QuantExperts) else None
+        experts = getattr(module, leaf).shape[0]
         made: dict[str, Tensor] = {}
-        for expert in range(getattr(module, leaf).shape[0]):
-            try:
-                each = [read({local: tensors[expert] for local, tensors in part.items()}) for part in parts]
-            except HfQuantError as error:
-                self._fail(f"{full_layer_name}[{expert}]", error)
-            one = {leaf: torch.cat(each)}.items() if not coded else _NATIVE.write(_joined(each)).items()
-            for local, tensor in one:
-                full = full_layer_name + local.removeprefix("weight") if coded else full_layer_name
+        for expert in range(experts):
+            own = [{local: tensors[expert] for local, tensors in part.items()} for part in parts]
+            if scheme is None:
+                one = {name: torch.cat([self._dense(each) for each in own])}
+            else:
+                written = _NATIVE.write(_joined([self.fmt.read(each, scheme) for each in own]))
+                one = {name + local.removeprefix("weight"): tensor for local, tensor in written.items()}
+            for full, tensor in one.items():
                 if full not in made:
-                    made[full] = tensor.new_empty(
-                        (getattr(module, leaf).shape[0], *tensor.shape), dtype=model.get_parameter(full).dtype
-                    )
+                    made[full] = tensor.new_empty((experts, *tensor.shape), dtype=model.get_parameter(full).dtype)
                 made[full][expert] = tensor
-        return {name: frozen(tensor) for name, tensor in made.items()}
+        return {full: frozen(tensor) for full, tensor in made.items()}
 
     def _dense(self, own: dict[str, Tensor]) -> Tensor:
         return own["weight"] if list(own) == ["weight"] and own["weight"].dtype.itemsize > 1 else self.fmt.dense(own)

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig
 from hf_quant import _autoload
 from hf_quant.contents import quantization_of
 from hf_quant.errors import CheckpointError, PlanError
+from hf_quant.formats import format_of
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan, make_plan
@@ -33,8 +34,9 @@ def load(model: str, **kwargs: Any) -> Any:
     stored = getattr(config, "quantization_config", None)
     if stored is None and Path(model).is_dir() and (found := quantization_of(Path(model), {})):
         config.quantization_config = stored = dict(found)  # some do not say it in config.json
-    if isinstance(stored, dict) and stored.get("quant_method") != "hf_quant":
-        kwargs.setdefault("quantization_config", HfQuantConfig())
+    if isinstance(stored, dict) and stored.get("quant_method") != "hf_quant" and "quantization_config" not in kwargs:
+        format_of(stored)  # transformers would skip a kind that it does not know
+        kwargs["quantization_config"] = HfQuantConfig()
     return class_of(config).from_pretrained(model, config=config, **kwargs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -32,7 +33,9 @@ class Ranks:
         if not dist.is_initialized():
             if not dist.is_torchelastic_launched():
                 return cls()
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group(
+                "gloo", timeout=timedelta(days=1)
+            )  # statistics live in main memory; one rank may measure
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property

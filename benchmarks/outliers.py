@@ -37,7 +37,7 @@ RECOVERY = [
 def row(model: Path, method: str, scheme: str, work: Path, tokens: int) -> dict[str, Any]:
     """Results of one quantization: KL with its interval, and bytes."""
     out = work / f"{model.name}-{method}-{scheme}"
-    kept = out.with_suffix(".results.json")
+    kept = work / f"{out.name}.results.json"
     if not kept.is_file():
         call = [
             sys.executable,

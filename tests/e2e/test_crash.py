@@ -73,6 +73,15 @@ def test_killed_at_random_moments(case: Case, tmp_path: Path) -> None:
     assert made.kills >= 8 and made.outputs >= 1 and not made.wrong
 
 
+@pytest.fixture
+def _heard() -> Iterator[None]:
+    """What a shell starts in the background does not hear Ctrl-C, and neither does a command that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_by_a_signal(
     number: signal.Signals, case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

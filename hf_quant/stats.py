@@ -9,6 +9,7 @@ from torch import Tensor
 
 HELD_ROWS = 2048  # of the inputs kept to judge on: enough for one number
 TILE = 128  # columns of the Gram matrix computed together
+ROWS = 256  # of weights looked at together in float64
 PART = 4096  # rows whose drift is summed in float32
 DAMP = 0.01  # share of the mean of the Hessian's diagonal added to it before it is inverted
 RISES = (1, 10, 100)  # times the damping, tried until the factorization succeeds
@@ -37,6 +38,7 @@ class InputStats:
     held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _inverse: Tensor | None = None
+    _upper: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu", *, drift: bool = False) -> InputStats:
@@ -86,18 +88,37 @@ class InputStats:
     def inverse(self) -> Tensor | None:
         """float64 ``[K, K]``, of the damped Hessian; None if it cannot be inverted. Noted where it took more damping."""
         if self._inverse is None:
-            H = self.hessian
-            mean = H.diagonal().mean()
-            diagonal = H.diagonal().clone()
-            for times in RISES if mean > 0 else ():
-                H.diagonal().copy_(diagonal + DAMP * times * mean)
-                lower, failed = torch.linalg.cholesky_ex(H)
-                if not failed:
-                    if times > 1:
-                        self.notes.append(f"damped by {DAMP * times:g} of the mean: {DAMP:g} was too little")
-                    self._inverse = torch.cholesky_inverse(lower)
-                    break
+            self._inverse = self._inverted(self.hessian)
         return self._inverse
+
+    def upper(self, order: Tensor) -> Tensor | None:
+        """float32 ``[K, K]``: the upper Cholesky factor of that inverse with rows and columns in ``order``; None likewise.
+
+        It is kept for the other layers with this input; two matrices of its size are the most that is held besides.
+        """
+        if self._upper is None or not torch.equal(self._upper[0], order):
+            H = self.gram[order[:, None], order].mul_(2 / max(1, self.rows))
+            inverse = self._inverted(H)
+            if inverse is None:
+                return None
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if failed:
+                return None
+            self._upper = order, upper.float()
+        return self._upper[1]
+
+    def _inverted(self, H: Tensor) -> Tensor | None:
+        """The inverse of ``H``, damped, in its place."""
+        diagonal = H.diagonal().clone()
+        mean = diagonal.mean()
+        for times in RISES if mean > 0 else ():
+            H.diagonal().copy_(diagonal + DAMP * times * mean)
+            lower, failed = torch.linalg.cholesky_ex(H)
+            if not failed:
+                if times > 1:
+                    self.notes.append(f"damped by {DAMP * times:g} of the mean: {DAMP:g} was too little")
+                return torch.cholesky_inverse(lower, out=H)
+        return None
 
     def target(self, weight: Tensor) -> tuple[Tensor, float]:
         """What to round instead of ``weight``, so that the layer makes up for what was lost before it.
@@ -128,7 +149,7 @@ class InputStats:
 
     def forget(self) -> None:
         """Drop what was derived from the sums, after they were changed."""
-        self._inverse = None
+        self._inverse = self._upper = None
 
     def error(self, original: Tensor, quantized: Tensor) -> float:
         """Squared error of the layer's output over the squared output, on the rows seen.
@@ -137,8 +158,10 @@ class InputStats:
             original: ``[N, K]``.
             quantized: ``[N, K]``.
         """
-        w = original.double()
-        difference = w - quantized.double()
-        lost = ((difference @ self.gram) * difference).sum()
-        whole = ((w @ self.gram) * w).sum()
-        return float(lost / whole) if whole > 0 else 0.0
+        lost = whole = 0.0
+        for w, q in zip(original.split(ROWS), quantized.split(ROWS), strict=True):
+            wide = w.double()
+            difference = wide - q.double()
+            lost += float(((difference @ self.gram) * difference).sum())
+            whole += float(((wide @ self.gram) * wide).sum())
+        return lost / whole if whole > 0 else 0.0

@@ -100,11 +100,9 @@ class GPTQ:
 
     def _factor(self, order: Tensor, stats: InputStats) -> Tensor:
         """float32 ``[K, K]``: the upper Cholesky factor of the inverse of the damped Hessian; the identity if there is none."""
-        inverse = stats.inverse()
-        if inverse is not None:
-            upper, failed = torch.linalg.cholesky_ex(inverse[order][:, order], upper=True)
-            if not failed:
-                return upper.float()
+        upper = stats.upper(order)
+        if upper is not None:
+            return upper
         stats.notes.append("no usable Hessian: rounded to nearest")
         return torch.eye(len(order), device=order.device)
 

@@ -117,7 +117,8 @@ class InputStats:
             if not failed:
                 if times > 1:
                     self.notes.append(f"damped by {DAMP * times:g} of the mean: {DAMP:g} was too little")
-                return torch.cholesky_inverse(lower, out=H)
+                torch.cholesky_inverse(lower, out=H.T)  # column by column, as it works: no third matrix
+                return H
         return None
 
     def target(self, weight: Tensor) -> tuple[Tensor, float]:

@@ -28,6 +28,7 @@ from hf_quant.errors import HfQuantError, PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.loading import class_of
+from hf_quant.hf.ops import give_back_memory
 from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.tensors import Tensors
 from hf_quant.journal import Journal, digest, journal
@@ -136,6 +137,7 @@ def _walk(
                 _commit(done, source, block, solved, i)
             recipe.ranks.total(0)  # nobody goes on before the block is safe
         block.module.to("meta")
+        give_back_memory()
 
 
 def _part(index: int) -> str:
@@ -248,6 +250,9 @@ def _embed(
     if need > room:
         settings.say(f"{need / 1e9:.1f} GB of activations go to disk")
     hidden, calls = embed(base, source.blocks, ids, None if need <= room else scratch / "hidden", settings.ranks)
+    for module in base.modules():
+        if isinstance(module, nn.Embedding):  # they may be larger than a block, and have done their work
+            module.to("meta")
     streams = [hidden]
     if twice:
         other = Activations.room(shape, hidden.size, torch.float32, None if need <= room else scratch / "original")

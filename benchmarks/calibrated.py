@@ -133,7 +133,6 @@ def fill(row: str, model: Path, scheme: str, work: Path, base: Reference, python
         cell |= measure(made, base)
     except RowError as error:
         cell["error"] = str(error)
-    shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(f"{out}-plain", ignore_errors=True)
     return cell
 
@@ -162,9 +161,10 @@ def line(cell: Cell) -> str:
         return f"{head} - | - | - | - | - | - | {cell['error']} |"
     cost = cell["cost"]
     quiet = f"{cost['threads']} threads, load {cost['load_before']:.1f}"
+    cpu = f" ({cost['cpu_seconds']:.0f})" if "cpu_seconds" in cost else ""
     return (
         f"{head} {cell['bits_per_weight']:.2f} | {cell['kl']:.5f} | {cell['low']:.5f}..{cell['high']:.5f} | "
-        f"{cell['top1']:.1%} | {cost['seconds']:.1f} | {cost['peak_mb'] - cost['imports_mb']:.0f} "
+        f"{cell['top1']:.1%} | {cost['seconds']:.1f}{cpu} | {cost['peak_mb'] - cost['imports_mb']:.0f} "
         f"({cost['peak_mb']:.0f}) | {quiet} |"
     )
 
@@ -199,7 +199,7 @@ def report(work: Path) -> None:
     about |= {"cores": os.cpu_count(), "python": platform.python_version(), "date": str(date.today()), **versions}
     about |= {"calibration_tokens": CALIBRATION, "held_out_tokens": HELD_OUT}
     lines = [str(about), "", *__doc__.split("\n\n")[2].splitlines()]
-    head = "| row | bits/weight | KL | 95 % interval | top-1 | seconds | peak MB over imports (peak) | timed with |"
+    head = "| row | bits/weight | KL | 95 % interval | top-1 | seconds (of CPU) | peak MB over imports (peak) | timed with |"
     for model in sorted({cell["model"] for cell in cells}):
         for scheme in SCHEMES:
             here = [cell for cell in cells if (cell["model"], cell["scheme"]) == (model, scheme)]

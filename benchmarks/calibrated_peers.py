@@ -36,17 +36,17 @@ def anonymous_mb() -> float:
 
 
 class Watch:
-    """Seconds and peak anonymous memory between `__enter__` and `__exit__`."""
+    """Seconds, on the clock and of the CPU, and peak anonymous memory between `__enter__` and `__exit__`."""
 
     def __enter__(self) -> "Watch":
         self.first = self.peak = anonymous_mb()
         self.done, self.thread = threading.Event(), threading.Thread(target=self._look, daemon=True)
-        self.load, self.start = os.getloadavg()[0], time.perf_counter()
+        self.load, self.start, self.cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
         self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self.start
+        self.seconds, self.cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
         self.done.set()
         self.thread.join()
 
@@ -57,7 +57,7 @@ class Watch:
     def to_dict(self) -> dict[str, Any]:
         """Memory in MB: anonymous at the peak and after the imports, resident at the peak of the process."""
         return {
-            "seconds": self.seconds, "peak_mb": self.peak, "imports_mb": self.first,
+            "seconds": self.seconds, "cpu_seconds": self.cpu, "peak_mb": self.peak, "imports_mb": self.first,
             "max_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "threads": torch.get_num_threads(), "load_before": self.load,
         }  # fmt: skip
@@ -170,7 +170,7 @@ def autoround(**how: Any) -> Callable[..., None]:
 
 
 def dequantize_autoround(out: Path) -> Weights:
-    from auto_round_extension.torch.qlinear_torch import QuantLinear
+    from auto_round_extension.torch.qlinear_torch_zp import QuantLinear  # zero points are stored less one
 
     config = json.loads(next(out.rglob("quantization_config.json")).read_text())
     if config["packing_format"] != "auto_round:auto_gptq":

@@ -36,7 +36,7 @@ from hf_quant.evaluation.yardstick import Base
 from hf_quant.nn import QuantLinear
 from hf_quant.text import read_text, windows
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 RESULTS, SHIPPED, PEER = HERE / "results", HERE.parent / "examples" / "ref-llama-16m", HERE / "calibrated_peers.py"
 SCHEMES = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
 OURS = {
@@ -56,12 +56,12 @@ class RowError(Exception):
     """What a row's own process said last."""
 
 
-def call(command: list[str], threads: int, **extra: str) -> Cell:
-    """Run a row's process; its last line is what it found out."""
+def call(command: list[str], threads: int, folder: Path, **extra: str) -> Cell:
+    """Run a row's process in ``folder``, where some leave logs; its last line is what it found out."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **extra}
     env["GPTQMODEL_CPU_WORKERS"] = "2"  # with two cores GPTQModel 7.7 makes one worker, asks for two, and stops
     start = time.perf_counter()
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RowError(next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")[:300])
     return json.loads(done.stdout.splitlines()[-1]) | {"process_seconds": time.perf_counter() - start}
@@ -75,12 +75,27 @@ def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, 
         text = ["--calibration", str(model / "calibration.txt"), "--calibration-tokens", str(CALIBRATION)]
         gate = ["--max-kl", "1000", "--max-tokens", "1024"] if bits == 2 else ["--no-eval"]  # 2 bits need a gate
         how = ["--bits", str(bits), "--group-size", str(group_size), *OURS[row], *text, *gate]
-        return call([sys.executable, __file__, "--ours", "quantize", str(model), "-o", str(out), "-q", *how], threads)
+        return call(
+            [
+                sys.executable,
+                str(HERE / "calibrated.py"),
+                "--ours",
+                "quantize",
+                str(model),
+                "-o",
+                str(out),
+                "-q",
+                *how,
+            ],
+            threads,
+            work,
+        )
     python = pythons[PEERS[row].package]
     return call(
         [python, str(PEER), "quantize", row, str(model), str(work / "calibration.safetensors"), str(bits),
          str(group_size), str(out)],
         threads,
+        work,
     )  # fmt: skip
 
 
@@ -100,7 +115,7 @@ def plain(row: str, model: Path, out: Path, pythons: dict[str, str]) -> tuple[An
         return floats.eval(), bits_per_weight(stored(out), original)
     shutil.rmtree(f"{out}-plain", ignore_errors=True)
     command = [pythons[PEERS[row].package], str(PEER), "dequantize", row, str(model), str(out), f"{out}-plain"]
-    size = call(command, 1, TORCHDYNAMO_DISABLE="1")["bits_per_weight"]
+    size = call(command, 1, out.parent, TORCHDYNAMO_DISABLE="1")["bits_per_weight"]
     return AutoModelForCausalLM.from_pretrained(f"{out}-plain", dtype=torch.float32).eval(), size
 
 
@@ -133,7 +148,6 @@ def fill(row: str, model: Path, scheme: str, work: Path, base: Reference, python
         cell |= measure(made, base)
     except RowError as error:
         cell["error"] = str(error)
-    shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(f"{out}-plain", ignore_errors=True)
     return cell
 
@@ -162,9 +176,10 @@ def line(cell: Cell) -> str:
         return f"{head} - | - | - | - | - | - | {cell['error']} |"
     cost = cell["cost"]
     quiet = f"{cost['threads']} threads, load {cost['load_before']:.1f}"
+    cpu = f" ({cost['cpu_seconds']:.0f})" if "cpu_seconds" in cost else ""
     return (
         f"{head} {cell['bits_per_weight']:.2f} | {cell['kl']:.5f} | {cell['low']:.5f}..{cell['high']:.5f} | "
-        f"{cell['top1']:.1%} | {cost['seconds']:.1f} | {cost['peak_mb'] - cost['imports_mb']:.0f} "
+        f"{cell['top1']:.1%} | {cost['seconds']:.1f}{cpu} | {cost['peak_mb'] - cost['imports_mb']:.0f} "
         f"({cost['peak_mb']:.0f}) | {quiet} |"
     )
 
@@ -199,11 +214,13 @@ def report(work: Path) -> None:
     about |= {"cores": os.cpu_count(), "python": platform.python_version(), "date": str(date.today()), **versions}
     about |= {"calibration_tokens": CALIBRATION, "held_out_tokens": HELD_OUT}
     lines = [str(about), "", *__doc__.split("\n\n")[2].splitlines()]
-    head = "| row | bits/weight | KL | 95 % interval | top-1 | seconds | peak MB over imports (peak) | timed with |"
+    head = "| row | bits/weight | KL | 95 % interval | top-1 | seconds (of CPU) | peak MB over imports (peak) | timed with |"
     for model in sorted({cell["model"] for cell in cells}):
         for scheme in SCHEMES:
             here = [cell for cell in cells if (cell["model"], cell["scheme"]) == (model, scheme)]
             lines += ["", f"## {model}, {scheme}", "", head, "|---" * 8 + "|", *map(line, here), "", *verdict(here)]
+            missing = [title(row) for row in [*OURS, *PEERS] if row not in [cell["row"] for cell in here]]
+            lines += ["", f"Not run: {', '.join(missing)}."] if missing else []
     RESULTS.mkdir(exist_ok=True)
     record = {"about": about, "cells": cells}
     (RESULTS / "calibrated.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -222,10 +239,10 @@ def main(
     work: Path, peer: tuple[str, ...], row: tuple[str, ...], scheme: tuple[str, ...], model: tuple[str, ...],
     again: bool, timing: bool,
 ) -> None:  # fmt: skip
-    pythons = dict(each.split("=", 1) for each in peer)
+    pythons = {name: str(Path(python).absolute()) for name, _, python in (each.partition("=") for each in peer)}
     rows = [each for each in row or [*OURS, *PEERS] if each in OURS or PEERS[each].package in pythons]
     for name in model or ("ref-llama-16m", "outliers"):
-        here = work / name
+        here = work.resolve() / name
         (here / "cells").mkdir(parents=True, exist_ok=True)
         folder = SHIPPED if name == "ref-llama-16m" else here / "outliers"
         if not folder.is_dir():

@@ -36,17 +36,17 @@ def anonymous_mb() -> float:
 
 
 class Watch:
-    """Seconds and peak anonymous memory between `__enter__` and `__exit__`."""
+    """Seconds, on the clock and of the CPU, and peak anonymous memory between `__enter__` and `__exit__`."""
 
     def __enter__(self) -> "Watch":
         self.first = self.peak = anonymous_mb()
         self.done, self.thread = threading.Event(), threading.Thread(target=self._look, daemon=True)
-        self.load, self.start = os.getloadavg()[0], time.perf_counter()
+        self.load, self.start, self.cpu = os.getloadavg()[0], time.perf_counter(), time.process_time()
         self.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds = time.perf_counter() - self.start
+        self.seconds, self.cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
         self.done.set()
         self.thread.join()
 
@@ -57,7 +57,7 @@ class Watch:
     def to_dict(self) -> dict[str, Any]:
         """Memory in MB: anonymous at the peak and after the imports, resident at the peak of the process."""
         return {
-            "seconds": self.seconds, "peak_mb": self.peak, "imports_mb": self.first,
+            "seconds": self.seconds, "cpu_seconds": self.cpu, "peak_mb": self.peak, "imports_mb": self.first,
             "max_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "threads": torch.get_num_threads(), "load_before": self.load,
         }  # fmt: skip
@@ -135,20 +135,25 @@ def awq(**how: Any) -> Callable[..., None]:
     return run
 
 
-def dequantize_gptqmodel(out: Path) -> Weights:
+def dequantize_gptq(out: Path) -> Weights:
     from gptqmodel import BACKEND, GPTQModel
 
-    config = json.loads((out / "quantize_config.json").read_text())
-    backend = BACKEND.TORCH_AWQ if config["quant_method"] == "awq" else BACKEND.TORCH
-    made, scales, weights = (
-        GPTQModel.load(str(out), backend=backend, device="cpu", dtype=torch.float16),
-        stored(out),
-        {},
-    )
+    made = GPTQModel.load(str(out), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
+    tensors, weights = stored(out), {}
     for name, module in made.model.named_modules():
-        if f"{name}.qweight" in scales:
-            module.scales.data = scales[f"{name}.scales"].float()
-            weights[name] = module.dequantize_weight().T.contiguous()
+        if f"{name}.qweight" in tensors:
+            module.scales.data = tensors[f"{name}.scales"].float()
+            weights[name] = module.dequantize_weight().T
+    return weights
+
+
+def dequantize_awq(out: Path) -> Weights:
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    config, tensors, weights = json.loads((out / "quantize_config.json").read_text()), stored(out), {}
+    for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
+        codes, zeros, scales = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
+        weights[name] = dequantize_gemm(codes, zeros, scales.float(), config["bits"], config["group_size"]).T
     return weights
 
 
@@ -165,7 +170,7 @@ def autoround(**how: Any) -> Callable[..., None]:
 
 
 def dequantize_autoround(out: Path) -> Weights:
-    from auto_round_extension.torch.qlinear_torch import QuantLinear
+    from auto_round_extension.torch.qlinear_torch_zp import QuantLinear  # zero points are stored less one
 
     config = json.loads(next(out.rglob("quantization_config.json")).read_text())
     if config["packing_format"] != "auto_round:auto_gptq":
@@ -246,13 +251,13 @@ class Peer(NamedTuple):
 
 
 PEERS = {
-    "gptqmodel-gptq": Peer(gptq(), dequantize_gptqmodel, "gptqmodel"),
-    "gptqmodel-gptq-mse": Peer(gptq(mse=2.4), dequantize_gptqmodel, "gptqmodel", False),
-    "gptqmodel-gptq-mse-asym": Peer(gptq(mse=2.4, sym=False), dequantize_gptqmodel, "gptqmodel", False),
-    "gptqmodel-gptq-mse-desc_act": Peer(gptq(mse=2.4, desc_act=True), dequantize_gptqmodel, "gptqmodel", False),
-    "gptqmodel-gptq-mse-foem": Peer(gptq_foem, dequantize_gptqmodel, "gptqmodel", False),
-    "gptqmodel-awq": Peer(awq(), dequantize_gptqmodel, "gptqmodel"),
-    "gptqmodel-awq-asym": Peer(awq(sym=False), dequantize_gptqmodel, "gptqmodel", False),
+    "gptqmodel-gptq": Peer(gptq(), dequantize_gptq, "gptqmodel"),
+    "gptqmodel-gptq-mse": Peer(gptq(mse=2.4), dequantize_gptq, "gptqmodel", False),
+    "gptqmodel-gptq-mse-asym": Peer(gptq(mse=2.4, sym=False), dequantize_gptq, "gptqmodel", False),
+    "gptqmodel-gptq-mse-desc_act": Peer(gptq(mse=2.4, desc_act=True), dequantize_gptq, "gptqmodel", False),
+    "gptqmodel-gptq-mse-foem": Peer(gptq_foem, dequantize_gptq, "gptqmodel", False),
+    "gptqmodel-awq": Peer(awq(), dequantize_awq, "gptqmodel"),
+    "gptqmodel-awq-asym": Peer(awq(sym=False), dequantize_awq, "gptqmodel", False),
     "autoround": Peer(autoround(), dequantize_autoround, "auto-round"),
     "autoround-best": Peer(autoround(iters=1000, enable_alg_ext=True), dequantize_autoround, "auto-round", False),
     "hqq": Peer(hqq(), dequantize_hqq, "hqq"),

@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 
 import hf_quant
 from hf_quant.cli import main
+from hf_quant.errors import FormatError
+from hf_quant.hf.convert import convert
 
 FIXTURES = Path(__file__).parents[1] / "golden" / "fixtures"
 IDS = torch.arange(1, 17)[None]
@@ -118,3 +120,38 @@ def test_verify_names_what_is_damaged(tmp_path: Path) -> None:
     assert "v_proj: scales: 1 scales are not finite" in run("verify", tmp_path / "q", code=1).stderr
     file.write_bytes(file.read_bytes()[:-9])
     assert "truncated" in run("verify", tmp_path / "q", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-tied", "gpt2", "phi3", "gemma2", "bert-mlm", "t5", "mixtral", "qwen3-moe", "llava"]
+)
+@pytest.mark.parametrize("scheme", ["W4A16-g32-asym", "W8A16-g-1"])
+def test_every_architecture_through_gptq_and_back_to_floats(zoo: Any, tmp_path: Path, name: str, scheme: str) -> None:
+    arch, folder = zoo(name)
+    config = hf_quant.HfQuantConfig(scheme, format="native")
+    model = arch.auto.from_pretrained(folder, quantization_config=config)
+    model.save_pretrained(tmp_path / "native")
+    convert(tmp_path / "native", "gptq", tmp_path / "gptq")
+    asked = hf_quant.HfQuantConfig()
+    again, info = arch.auto.from_pretrained(tmp_path / "gptq", quantization_config=asked, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert torch.equal(arch.run(again), arch.run(model))
+    convert(tmp_path / "gptq", "dense", tmp_path / "dense")
+    plain, info = arch.auto.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    torch.testing.assert_close(arch.run(plain), arch.run(model.dequantize()), rtol=1e-2, atol=1e-2)
+
+
+def test_stacks_that_cannot_be_taken_apart_are_refused(zoo: Any, tmp_path: Path) -> None:
+    arch, folder = zoo("gpt-oss")
+    arch.auto.from_pretrained(folder, quantization_config=hf_quant.HfQuantConfig("W4A16-g32")).save_pretrained(
+        tmp_path / "q"
+    )
+    with pytest.raises(FormatError, match="stacked"):
+        convert(tmp_path / "q", "gptq", tmp_path / "gptq")
+    convert(tmp_path / "q", "native", tmp_path / "n")
+    models = [arch.auto.from_pretrained(tmp_path / name) for name in ("q", "n")]
+    assert torch.equal(*map(arch.run, models))
+    convert(tmp_path / "q", "dense", tmp_path / "dense")
+    plain = arch.run(arch.auto.from_pretrained(tmp_path / "dense"))
+    torch.testing.assert_close(plain, arch.run(models[0].dequantize()), rtol=1e-2, atol=1e-2)

@@ -1,7 +1,7 @@
 """What other engines can run, asked before anything is written: rules of their kernels, as sentences.
 
-vLLM's rules are those of its main branch in autumn 2026 (``vllm/model_executor/kernels/linear/mixed_precision`` and
-``layers/quantization/utils/{marlin,machete}_utils.py``); they were read, not run.
+vLLM's are those of version 0.33.0 on NVIDIA GPUs, read in ``vllm/model_executor/layers/quantization/auto_gptq.py``,
+``auto_awq.py``, ``utils/{marlin,machete}_utils.py`` and ``vllm/model_executor/kernels/linear/mixed_precision``; not run.
 """
 
 from __future__ import annotations
@@ -78,25 +78,18 @@ def _one(fmt: str, name: str, layer: Layer, tp: int) -> str:
     if len(layer.shape) != 2:
         return "!experts must stand apart in the file"
     n, k = layer.shape
-    leaf, rows = name.rpartition(".")[2], name.rpartition(".")[2] in ROWS
-    if (k if rows else n) % tp:
-        return f"!{'in' if rows else 'out'}_features {k if rows else n} cannot be split over {tp} GPUs"
-    part = _Part(scheme, n // (1 if rows else tp), k // (tp if rows else 1), k, fmt)
+    leaf = name.rpartition(".")[2]
+    by_rows = leaf in ROWS
+    if (k if by_rows else n) % tp:
+        return f"!{'in' if by_rows else 'out'}_features {k if by_rows else n} cannot be split over {tp} GPUs"
+    part = _Part(scheme, n if by_rows else n // tp, k // tp if by_rows else k, k)
+    if (reason := _never(fmt, part)) is not None:
+        return f"!{reason}"
     if _EXPERT.match(name):
         return _expert(part, leaf)
-    if fmt == "gptq" and not scheme.symmetric:
-        return "GPTQ kernel (float16)" if part.whole_groups() else f"!{part.cut()}"
-    reasons = []
-    for kernel, why_not in (
-        ("Machete (Hopper) or Marlin", _machete),
-        ("Marlin", _marlin),
-        ("GPTQ kernel (float16)", _exllama),
-    ):
-        reason = why_not(part)
-        if reason is None:
-            return kernel
-        reasons.append(reason)
-    return f"!{reasons[1]}"
+    if fmt == "awq":
+        return "Marlin" if scheme.group_size in MARLIN and not scheme.symmetric else "AWQ kernel"
+    return _mixed(part)
 
 
 @dataclass(frozen=True)
@@ -107,66 +100,49 @@ class _Part:
     n: int
     k: int
     whole_k: int
-    fmt: str
-
-    def whole_groups(self) -> bool:
-        """Whether no group is cut by the split over GPUs."""
-        size = self.scheme.group_size
-        return size == -1 or size >= self.whole_k or self.k % size == 0
-
-    def cut(self) -> str:
-        """That it is, as a sentence."""
-        return f"groups of {self.scheme.group_size} are cut where {self.k} input features stand on each GPU"
 
 
-def _types(part: _Part, with_zeros: tuple[int, ...]) -> str | None:
-    allowed = (4, 8) if part.scheme.symmetric else with_zeros
-    if part.scheme.codebook or part.scheme.real_zero or part.scheme.bits not in allowed:
-        return f"{part.scheme} is none of its types"
+MARLIN = (-1, 32, 64, 128)
+
+
+def _never(fmt: str, part: _Part) -> str | None:
+    """Why no kernel at all takes it."""
+    scheme, size = part.scheme, part.scheme.group_size
+    if scheme.codebook or scheme.real_zero or scheme.outliers:
+        return f"{scheme} is none of its types"
+    if scheme.permuted:
+        return "columns in another order (desc_act) are no longer supported"
+    if size not in (-1, part.whole_k) and part.k % size:
+        return f"groups of {size} are cut where {part.k} input features stand on each GPU"
+    if fmt == "gptq" and (scheme.bits not in (4, 8) or not scheme.symmetric):
+        return f"GPTQ of 4 and 8 bits without zero points only, not {scheme}; compressed-tensors holds zero points"
+    if fmt == "gptq" and size not in MARLIN:
+        return f"GPTQ in groups of 32, 64, 128 or a row, not of {size}"
     return None
 
 
-def _machete(part: _Part) -> str | None:
-    if (reason := _types(part, (4, 8)) or _marlin(part)) is not None:
-        return reason
-    if part.scheme.group_size not in (-1, 64, 128) or part.k % 64 or part.n % 128:
-        return "Machete takes groups of 64, 128 or a row, and multiples of 64 input and 128 output features"
-    if part.scheme.permuted and part.k != part.whole_k:
-        return "Machete does not split columns in another order over GPUs"
-    return None
-
-
-def _marlin(part: _Part) -> str | None:
-    if (reason := _types(part, (4,))) is not None:
-        return reason
-    if part.scheme.group_size not in (-1, 32, 64, 128):
-        return f"Marlin takes groups of 32, 64, 128 or a row, not of {part.scheme.group_size}"
-    if not part.whole_groups():
-        return part.cut()
-    if (part.scheme.permuted or part.fmt == "awq") and (part.n % 64 or part.k % 128):
-        return f"Marlin takes multiples of 128 input and 64 output features here, not {part.k} and {part.n}"
-    return None
-
-
-def _exllama(part: _Part) -> str | None:
-    if part.fmt == "awq":
-        return None if part.whole_groups() else part.cut()
-    if part.scheme.bits not in (4, 8) and part.fmt != "gptq":
-        return f"{part.scheme} is none of its types"
-    if part.scheme.permuted and part.k != part.whole_k:
-        return "columns in another order cannot be split over GPUs"
-    if part.scheme.group_size == -1 or not part.whole_groups():
-        return "the GPTQ kernel needs whole groups"
-    return None
+def _mixed(part: _Part) -> str:
+    """The first of vLLM's kernels for integer weights that takes it, in the order that it asks them."""
+    scheme, size = part.scheme, part.scheme.group_size
+    marlin = scheme.bits in ((4, 8) if scheme.symmetric else (4,)) and size in MARLIN
+    if scheme.bits in (4, 8) and size in (-1, 64, 128) and part.k % 64 == 0 and part.n % 128 == 0:
+        return "Machete on Hopper, else Marlin" if marlin else "Machete (Hopper only)"
+    if marlin:
+        return "Marlin"
+    if scheme.symmetric and scheme.bits in (4, 8) and size > 0 and part.n % (32 // scheme.bits) == 0:
+        return "Exllama (float16 only)"
+    if scheme.bits == 4 and size in (*MARLIN, 256) and part.n % 8 == 0:
+        return "Triton"
+    return f"!no kernel for {scheme} in {part.n} x {part.k}"
 
 
 def _expert(part: _Part, leaf: str) -> str:
     hidden, inner = (part.n, part.k) if leaf in ROWS else (part.k, part.n)
-    size = part.scheme.group_size
-    if (reason := _types(part, (4,))) is not None:
-        return f"!{reason}"
-    if size not in (-1, 32, 64, 128) or hidden % 128 or inner % max(64, size):
-        return f"!fused Marlin for experts takes a hidden size in multiples of 128 and {max(64, size)} inner features, not {hidden} and {inner}"
+    scheme, size = part.scheme, part.scheme.group_size
+    if scheme.bits not in ((4, 8) if scheme.symmetric else (4,)) or size not in MARLIN:
+        return f"!experts in 4 bits, or 8 without zero points, in groups of 32, 64, 128 or a row, not {scheme}"
+    if hidden % 128 or (size > 0 and inner % size):
+        return f"!experts of a hidden size in multiples of 128 and whole groups, not {hidden} and {inner}"
     return "fused Marlin for experts"
 
 

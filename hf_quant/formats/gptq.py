@@ -89,8 +89,8 @@ class GPTQ:
         return cls(v2, integer(config, "bits", BITS), size, symmetric is not False, bool(desc_act), mixed)
 
     def why_not(self, scheme: QuantScheme) -> str | None:
-        if scheme.codebook or scheme.real_zero:
-            return "it holds integers with integer zero points only"
+        if scheme.codebook or scheme.real_zero or scheme.outliers:
+            return f"it holds integers with integer zero points only, and nothing beside the {scheme.bits}-bit codes"
         return None
 
     def layout(

@@ -28,6 +28,7 @@ from hf_quant.tensor import QuantizedTensor
 _NATIVE = format_named("native")
 # how programs that take transformers 5 stacks apart call the pieces, whatever the model's own checkpoints call them
 PIECES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+_NUMBER = re.compile(r"\.experts\.(\d+)\.")
 _PIECE = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<piece>gate_proj|up_proj|down_proj)(\.weight)?")
 
 
@@ -65,6 +66,8 @@ def homes(model: Any, contents: Contents) -> dict[str, str]:
         home = target if target in found else target.removesuffix(".weight")
         if home not in found and (piece := _PIECE.fullmatch(home)):
             home = f"{piece['experts']}.{PIECES[piece['piece']]}"
+            if home in found and not getattr(model.get_submodule(piece["experts"]), "is_concatenated", True):
+                raise CheckpointError(f"{_where(contents, module)}: this model interleaves the rows of gate and up")
         if home in found:
             if converted and found[home].kind != "experts":
                 raise CheckpointError(
@@ -100,6 +103,7 @@ def place(model: Any, contents: Contents) -> Placed:
             leaf = home.removesuffix(".weight").rpartition(".")[2]
             placed.dense[home.removesuffix(".weight")] = f"{leaf}: the model keeps this weight in floating point"
     _check_bias(model, contents)
+    _check_ties(model, placed)
     return placed
 
 
@@ -107,7 +111,7 @@ def _place_one(placed: Placed, home: str, at: Candidate, layers: dict[str, Layer
     first = next(iter(layers))
     if at.kind == "embedding":
         raise CheckpointError(f"{_where(contents, first)}: embeddings that other programs quantized are not read")
-    if at.kind == "experts":
+    if at.kind == "experts" and len(layers[first].shape) == 2:
         _check_stack(home, at, layers, contents)
     elif layers[first].shape != at.shape:
         raise CheckpointError(
@@ -130,6 +134,9 @@ def _check_stack(home: str, at: Candidate, layers: dict[str, Layer], contents: C
     first = next(iter(layers))
     if len(layers) % experts:
         raise CheckpointError(f"{_where(contents, first)}: {len(layers)} matrices for the {experts} experts of {home}")
+    numbers = {int(match[1]) for module in layers if (match := _NUMBER.search(module))}
+    if numbers and numbers != set(range(experts)):
+        raise CheckpointError(f"{_where(contents, first)}: experts {sorted(numbers)} instead of 0 to {experts - 1}")
     rows = n // (len(layers) // experts)
     for module, layer in layers.items():
         if layer.shape != (rows, k):
@@ -144,16 +151,20 @@ def _check_stack(home: str, at: Candidate, layers: dict[str, Layer], contents: C
 
 def _check_bias(model: Any, contents: Contents) -> None:
     """Some programs write a bias of zeros for every layer; any other must not get lost."""
-    rename, names = renamer(model), set(model.state_dict())
-    for module in contents.layers:
-        name = f"{module}.bias"
-        if (
-            name in contents.checkpoint.tensors
-            and rename(name) not in names
-            and bool(contents.checkpoint.read(name).any())
-        ):
+    rename, names, stored = renamer(model), set(model.state_dict()), contents.checkpoint.tensors
+    for name in (f"{module}.bias" for module in contents.layers):
+        if name in stored and rename(name)[0] not in names and bool(contents.checkpoint.read(name).any()):
+            raise CheckpointError(f"{stored[name].file.name}: tensor {name}: the layer has no bias in the model")
+
+
+def _check_ties(model: Any, placed: Placed) -> None:
+    """One table cannot be codes in one place and numbers in the other."""
+    for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        names = [name.removesuffix(".weight") for name in pair]
+        coded = [name for name in names if name in placed.schemes or name in placed.dense]
+        if len(coded) == 1:
             raise CheckpointError(
-                f"{contents.checkpoint.tensors[name].file.name}: tensor {name}: the layer has no bias in the model"
+                f"{coded[0]} is quantized, but config.json ties it to {(set(names) - set(coded)).pop()}"
             )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_quant.checkpoint import INDEX, Checkpoint, read_header
 from hf_quant.contents import QUANTO, Contents, quantization_of
+from hf_quant.digests import MANIFEST
 from hf_quant.disk import staged, write_json
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, SchemeError
 from hf_quant.formats import Format, Layer, format_named
@@ -31,7 +32,7 @@ from hf_quant.tensor import QuantizedTensor, in_order
 KINDS = {"native": "native", "compressed-tensors": "compressed_tensors", "gptq": "gptq", "awq": "awq", "dense": None}
 NARROW = ("gptq", "awq")  # whose readers hold scales in 16 bits
 COPIED = (".json", ".txt", ".model", ".jinja")
-REPLACED = ("config.json", INDEX, "quantize_config.json", "quant_config.json", QUANTO)
+REPLACED = ("config.json", INDEX, "quantize_config.json", "quant_config.json", QUANTO, MANIFEST, "results.json")
 
 
 @dataclass(frozen=True)

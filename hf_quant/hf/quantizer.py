@@ -304,7 +304,8 @@ class HfQuantQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         return True
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # what a config says after saving
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantExperts):
                 for stack in list(module.schemes):

@@ -144,6 +144,15 @@ def test_compressed_tensors_names_what_is_damaged(key: str, damage: str) -> None
         made.read(written | {key: DAMAGE[damage](written[key])}, scheme)
 
 
+@pytest.mark.parametrize("columns", [True, False])
+@pytest.mark.parametrize("name", [name for name in FORMATS if name != "native"])
+def test_no_format_of_others_loses_outliers(name: str, columns: bool) -> None:
+    scheme = QuantScheme(4, 32, outliers=0.01, outlier_columns=columns)
+    assert format_named(name).why_not(scheme) is not None
+    with pytest.raises(FormatError):
+        format_named(name).write(quantized(scheme, 64))
+
+
 def test_what_a_format_cannot_hold_it_does_not_write() -> None:
     with pytest.raises(FormatError, match="3 bits"):
         format_named("compressed_tensors").write(quantized(QuantScheme(3, 32)))

@@ -153,7 +153,7 @@ def test_help_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("bench", "doctor", "eval", "inspect", "ladder", "plan", "quantize", "report"):
+    for command in ("bench", "convert", "doctor", "eval", "inspect", "ladder", "plan", "quantize", "report"):
         assert command in done.stdout
 
 

@@ -2,6 +2,9 @@
 
     python make_fixtures.py WORK GROUP...      for example: python make_fixtures.py /tmp/w models gptqmodel logits
 
+``shipped`` makes checkpoints of examples/ref-llama-16m with whatever packages the environment has, under WORK/shipped (they
+are too large to commit; ``benchmarks/formats.py WORK/shipped`` looks at them); ``shipped logits`` belong together.
+
 ``models`` comes first and makes the float models, ``logits`` last, in a process of its own: some packages change how
 transformers computes. A fixture is a folder under ``fixtures/``: config.json and model.safetensors as the package wrote
 them; expected.json with the packages, their versions, and the SHA-256 of what their own dequantizer gives for every layer;
@@ -77,7 +80,10 @@ def tokenizer():
 
 
 def calibration(rows=16, length=64):
-    """Random tokens with unequal frequencies."""
+    """Random tokens with unequal frequencies; for the shipped model, its own text."""
+    if (WORK / "text.txt").is_file() and FIXTURES.name == "shipped":
+        made = transformers.AutoTokenizer.from_pretrained(WORK / "ref")((WORK / "text.txt").read_text()[:100_000])
+        return torch.tensor(made.input_ids[: rows * length * 4]).view(rows * 2, length * 2)
     torch.manual_seed(7)
     return torch.multinomial(torch.linspace(4, 1, 45), rows * length, replacement=True).view(rows, length) + 3
 
@@ -152,6 +158,8 @@ def fingerprint(weight):
 def logits():
     """Those of every twin that was made since, with transformers as it is."""
     for folder in sorted((WORK / "twins").iterdir()):
+        if not (FIXTURES / folder.name).is_dir():
+            continue
         out, facts = FIXTURES / folder.name, json.loads((FIXTURES / folder.name / "expected.json").read_text())
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder, torch_dtype=getattr(torch, facts["dtype"]), attn_implementation="eager", output_loading_info=True
@@ -580,7 +588,39 @@ def torchao():
         keep(name, out, weights, ["torchao"])
 
 
+# -- the shipped model ------------------------------------------------------------------------------------------------
+
+
+def shipped():
+    """The trained model of this repository through every package that is here."""
+    import importlib.util
+
+    global FIXTURES
+    FIXTURES = WORK / "shipped"
+    example = Path(__file__).parents[2] / "examples" / "ref-llama-16m"
+    shutil.copytree(example, WORK / "ref", dirs_exist_ok=True)
+    shutil.copyfile(example / "calibration.txt", WORK / "text.txt")
+    has = importlib.util.find_spec
+    cases = {
+        "gptq-4bit": ("gptqmodel", lambda n: one_gptqmodel(n, "ref", {"bits": 4})),
+        "gptq-4bit-act-order": ("gptqmodel", lambda n: one_gptqmodel(n, "ref", {"bits": 4, "desc_act": True, "act_group_aware": False})),
+        "gptq-3bit-asym": ("gptqmodel", lambda n: one_gptqmodel(n, "ref", {"bits": 3, "sym": False})),
+        "awq-gemm": ("awq", lambda n: one_autoawq(n, "ref", "GEMM", 128)),
+        "auto-round": ("auto_round", lambda n: one_auto_round(n, "ref", {"bits": 4, "group_size": 128}, "auto_round")),
+        "bnb-nf4-double": ("bitsandbytes", lambda n: one_bitsandbytes(n, "ref", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True})),
+        "bnb-int8": ("bitsandbytes", lambda n: one_bitsandbytes(n, "ref", {"load_in_8bit": True})),
+        "hqq-4bit": ("hqq", lambda n: one_hqq(n, "ref", {"nbits": 4, "group_size": 64})),
+        "ct-4bit": ("llmcompressor", lambda n: one_llmcompressor(n, "ref", {"num_bits": 4, "strategy": "group", "group_size": 128}, None)),
+        "ct-w8a8": ("llmcompressor", lambda n: one_llmcompressor(n, "ref", {"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True})),
+    }  # fmt: skip
+    for name, (package, make) in missing(cases):
+        is_old = transformers.__version__.startswith("4.")
+        if has(package) is not None and (package in ("awq", "hqq")) == is_old:
+            make(name)
+
+
 GROUPS = {
+    "shipped": shipped,
     "models": models, "gptqmodel": gptqmodel, "autoawq": autoawq, "auto_round": auto_round, "bitsandbytes": bitsandbytes,
     "hqq": hqq, "llmcompressor": llmcompressor, "old": old, "quanto": quanto, "torchao": torchao, "logits": logits,
 }  # fmt: skip

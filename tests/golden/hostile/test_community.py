@@ -89,6 +89,13 @@ def copied(layer: str, to: str) -> Change:
     )
 
 
+def renumbered(old: str, new: str) -> Change:
+    """A layer has another name."""
+    return lambda tensors, _: [
+        tensors.update({n.replace(old, new): tensors.pop(n)}) for n in list(tensors) if old in n
+    ]
+
+
 NAN, INF = float("nan"), float("inf")
 GPTQ, ORDER, ASYM, MOE = "gptq-4bit", "gptq-4bit-act-order", "gptq-4bit-asym", "gptq-4bit-act-order-moe"
 BNB, DOUBLE, INT8 = "bnb-nf4", "bnb-nf4-double", "bnb-int8"
@@ -216,6 +223,8 @@ CASES: dict[str, tuple[str, Change, str]] = {
     "a layer less": (GPTQ, gone(*(f"{UP}.{local}" for local in ("qweight", "qzeros", "scales", "g_idx"))), rf"{UP}.weight is missing"),
     "an expert less": (MOE, gone(*(f"{EXPERT}.{local}" for local in ("qweight", "qzeros", "scales", "g_idx"))), "5 matrices for the 3 experts"),
     "a tensor of one expert less": (MOE, gone(f"{EXPERT}.scales"), rf"{EXPERT}: scales is missing"),
+    "an expert of another number": (MOE, renumbered("experts.2", "experts.7"), r"experts \[0, 1, 7\] instead of 0 to 2"),
+    "a head tied to embeddings": ("gptq-4bit-lm-head", model(tie_word_embeddings=True), "lm_head is quantized, but config.json ties it to"),
     "another width": (GPTQ, model(intermediate_size=256), r"mlp.*has shape \[128, 128\], config.json says"),
     "a bias that the model has not": (GPTQ, added(f"{UP}.bias", torch.ones(128).half()), rf"tensor {UP}.bias: the layer has no bias"),
     "a norm of NaN": (GPTQ, value("model.norm.weight", NAN), "model.norm.weight.*NaN"),

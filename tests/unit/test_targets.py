@@ -1,0 +1,97 @@
+"""Which of vLLM's kernels will run a layer, and which layers none will."""
+
+import pytest
+import torch
+
+from hf_quant.errors import HfQuantError
+from hf_quant.formats import Layer
+from hf_quant.scheme import QuantScheme
+from hf_quant.targets import vllm
+
+ATTN, MLP, EXPERT = "model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.0.mlp.experts.3"
+
+
+def layer(slug: str, n: int = 4096, k: int = 4096) -> Layer:
+    return Layer((n, k), QuantScheme.parse(slug), torch.float16)
+
+
+RUNS = {
+    ("compressed_tensors", "W4A16-g128", 4096, 4096): "Machete on Hopper, else Marlin",
+    ("compressed_tensors", "W4A16-g128-asym", 4096, 4096): "Machete on Hopper, else Marlin",
+    ("compressed_tensors", "W8A16-g-1", 4096, 4096): "Machete on Hopper, else Marlin",
+    ("compressed_tensors", "W8A16-g128-asym", 4096, 4096): "Machete (Hopper only)",
+    ("compressed_tensors", "W4A16-g32", 4096, 4096): "Marlin",
+    ("compressed_tensors", "W4A16-g128", 4160, 4096): "Marlin",
+    ("compressed_tensors", "W4A16-g256", 4096, 4096): "Exllama (float16 only)",
+    ("compressed_tensors", "W4A16-g256-asym", 4096, 4096): "Triton",
+    ("gptq", "W4A16-g128", 4096, 4096): "Machete on Hopper, else Marlin",
+    ("awq", "W4A16-g128-asym", 4096, 4096): "Marlin",
+    ("awq", "W4A16-g128", 4096, 4096): "AWQ kernel",
+}
+REFUSED = {
+    ("compressed_tensors", "W3A16-g128"): "no kernel for W3A16",
+    ("compressed_tensors", "W4A16-g16-asym"): "no kernel",
+    ("gptq", "W4A16-g128-perm"): "another order",
+    ("gptq", "W4A16-g128-asym"): "without zero points",
+    ("gptq", "W4A16-g256"): "groups of 32, 64, 128",
+    ("native", "W4A16-g128"): "does not read native",
+    ("native", "W4A16-g64-nf4"): "does not read native",
+    ("compressed_tensors", "W4A16-g64-asym-real"): "none of its types",
+}
+
+
+@pytest.mark.parametrize("case", RUNS, ids=str)
+def test_runs(case: tuple[str, str, int, int]) -> None:
+    fmt, slug, n, k = case
+    verdict = vllm(fmt, {f"{MLP}.down_proj": layer(slug, n, k)})
+    assert verdict.kernels == {RUNS[case]: 1} and not verdict.refused
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_refused(case: tuple[str, str]) -> None:
+    verdict = vllm(case[0], {f"{MLP}.down_proj": layer(case[1])})
+    assert not verdict.kernels and REFUSED[case] in "".join(verdict.lines())
+
+
+def test_splitting_cuts_groups_of_what_is_split_by_its_input() -> None:
+    layers = {f"{MLP}.down_proj": layer("W4A16-g128", 4096, 11008), f"{MLP}.gate_proj": layer("W4A16-g128", 11008, 4096),
+              f"{MLP}.up_proj": layer("W4A16-g128", 11008, 4096)}  # fmt: skip
+    assert not vllm("compressed_tensors", layers, 2).refused
+    verdict = vllm("compressed_tensors", layers, 4)
+    assert (
+        list(verdict.refused.values()) == [[f"{MLP}.down_proj"]]
+        and "groups of 128 are cut where 2752" in verdict.lines()[-1]
+    )
+    assert "cannot be split over 3" in vllm("gptq", {f"{ATTN}.q_proj": layer("W4A16-g128")}, 3).lines()[0]
+    with pytest.raises(HfQuantError, match="--tp 0"):
+        vllm("gptq", layers, 0)
+
+
+def test_what_becomes_one_layer_must_be_quantized_alike() -> None:
+    layers = {f"{ATTN}.{leaf}": layer("W4A16-g128") for leaf in ("q_proj", "k_proj", "v_proj")}
+    assert not vllm("compressed_tensors", layers).refused
+    layers[f"{ATTN}.k_proj"] = layer("W8A16-g128")
+    assert "must have one scheme" in "".join(vllm("compressed_tensors", layers).lines())
+    del layers[f"{ATTN}.k_proj"]
+    assert "must have one scheme" in "".join(vllm("compressed_tensors", layers).lines())
+
+
+@pytest.mark.parametrize(
+    ("slug", "n", "k", "tp", "said"),
+    [
+        ("W4A16-g128", 2048, 768, 1, "fused Marlin"),
+        ("W4A16-g128", 2048, 768, 6, "fused Marlin"),
+        ("W4A16-g128", 2048, 768, 4, "are cut"),
+        ("W4A16-g128", 2000, 768, 1, "multiples of 128"),
+        ("W8A16-g128-asym", 2048, 768, 1, "without zero points"),
+    ],
+)
+def test_experts(slug: str, n: int, k: int, tp: int, said: str) -> None:
+    assert said in "".join(vllm("compressed_tensors", {f"{EXPERT}.down_proj": layer(slug, n, k)}, tp).lines())
+
+
+def test_stacks_and_floats_are_refused() -> None:
+    stack = Layer((4, 64, 64), QuantScheme(4, 32), torch.float16)
+    assert "apart" in vllm("compressed_tensors", {"experts.down_proj": stack}).lines()[0]
+    dense = Layer((64, 64), None, torch.float16, "8-bit floats")
+    assert "integer codes" in vllm("compressed_tensors", {f"{MLP}.down_proj": dense}).lines()[0]

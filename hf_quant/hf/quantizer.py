@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +54,7 @@ class HfQuantQuantizer(HfQuantizer):
     blocks: list[dict[str, Any]] = []  # noqa: RUF012
     placed: Placed  # where the layers of another program's checkpoint belong
     _reader: Format | None = None  # of that checkpoint
+    _dtypes: Mapping[str, torch.dtype] = MappingProxyType({})  # what floats of a quantized checkpoint shall be
     failure: HfQuantError | None = None  # met in a conversion, where transformers would bury it in a log table
     _converters: list[Any] | None = None
 
@@ -102,6 +104,9 @@ class HfQuantQuantizer(HfQuantizer):
             self._tie_companions(model)
         if not self.pre_quantized or self._reader is not None:
             freeze(self.quantization_config, self.plan)
+        self._dtypes = {
+            n: p.dtype for n, p in model.named_parameters() if self.pre_quantized and p.is_floating_point()
+        }
 
     def _take_over(
         self, model: Any, checkpoint: Checkpoint | None, stored: Mapping[str, Any], names: list[str]
@@ -215,6 +220,7 @@ class HfQuantQuantizer(HfQuantizer):
         if self.calibrates:
             self._calibrate(model)
         keep_for_saving(model, self._converters)
+        self._cast(model)
         dispatched = len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1
         for name, module in model.named_modules():
             if isinstance(module, (QuantLinear, QuantEmbedding, QuantExperts)):
@@ -253,6 +259,13 @@ class HfQuantQuantizer(HfQuantizer):
                 module.register_parameter(stem + local.removeprefix("weight"), tensor)
 
         self.blocks = calibrate(model, self.plan, self.quantization_config, self.data, place)
+
+    def _cast(self, model: Any) -> None:
+        """Before 5.21 transformers leaves floats of a quantized checkpoint in their own dtype where it renames them."""
+        for name, parameter in model.named_parameters():
+            expected = self._dtypes.get(name, parameter.dtype)
+            if parameter.device.type != "meta" and parameter.dtype != expected:
+                parameter.data = parameter.data.to(expected)
 
     def _finish(self, name: str, module: nn.Module, dispatched: bool) -> None:
         for local, parameter in module.named_parameters(recurse=False):

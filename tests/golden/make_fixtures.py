@@ -600,7 +600,11 @@ def shipped():
     example = Path(__file__).parents[2] / "examples" / "ref-llama-16m"
     shutil.copytree(example, WORK / "ref", dirs_exist_ok=True)
     shutil.copyfile(example / "calibration.txt", WORK / "text.txt")
-    has = importlib.util.find_spec
+    has, is_old = importlib.util.find_spec, transformers.__version__.startswith("4.")
+    if is_old:
+        described = json.loads((WORK / "ref" / "tokenizer_config.json").read_text())
+        described["tokenizer_class"] = "PreTrainedTokenizerFast"
+        (WORK / "ref" / "tokenizer_config.json").write_text(json.dumps(described))
     cases = {
         "gptq-4bit": ("gptqmodel", lambda n: one_gptqmodel(n, "ref", {"bits": 4})),
         "gptq-4bit-act-order": ("gptqmodel", lambda n: one_gptqmodel(n, "ref", {"bits": 4, "desc_act": True, "act_group_aware": False})),
@@ -614,7 +618,6 @@ def shipped():
         "ct-w8a8": ("llmcompressor", lambda n: one_llmcompressor(n, "ref", {"num_bits": 8, "strategy": "channel"}, {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True})),
     }  # fmt: skip
     for name, (package, make) in missing(cases):
-        is_old = transformers.__version__.startswith("4.")
         if has(package) is not None and (package in ("awq", "hqq")) == is_old:
             make(name)
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,12 @@ def describe(model: str, revision: str | None = None, api: HfApi | None = None) 
         card = Path(model) / "README.md"
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         return {"model": Path(model).resolve().name, "revision": None} | _inherited(metadata(text))
-    try:
+    found = None
+    with suppress(RepositoryNotFoundError, RevisionNotFoundError):
         found = (api or HfApi()).model_info(model, revision=revision)
-    except (RepositoryNotFoundError, RevisionNotFoundError):
+    if found is None:
         at = f" at {revision}" if revision else ""
-        raise PushError(f"the base {model}{at} is not on the Hub, or the token may not see it") from None
+        raise PushError(f"the base {model}{at} is not on the Hub, or the token may not see it")
     card_data: Any = found.card_data  # its methods have no annotations
     made = {"model": found.id, "revision": found.sha} | _inherited(card_data.to_dict() if card_data else {})
     return made | ({"gated": found.gated} if found.gated else {})

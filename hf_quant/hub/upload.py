@@ -209,9 +209,10 @@ class _Upload:
         for attempt in range(1, self.attempts + 1):
             try:
                 return step()
-            except PushError:
+            except PushError as refusal:
+                refusal.__context__ = None  # the client's own error has the request, and with it the token
                 raise
-            except Exception as error:  # raised again below, without the request that holds the token
+            except Exception as error:  # raised below, without that
                 reason = self._reason(error)
                 passing, pause = self._passes(error), max(_retry_after(error), wait)
             if not passing:

@@ -81,7 +81,7 @@ class Fault:
         action: ``status`` (answer with it, do nothing), ``reset`` (the connection drops before anything is read),
             ``reset_mid_body`` (after ``after`` bytes were read), ``lost_response`` (the request is carried out, and the
             connection drops), ``truncate`` (so many bytes of the answer, then the connection drops), ``stall`` (nothing
-            happens for ``seconds``, then the request is carried out).
+            happens for ``seconds``, then ``meanwhile``, then the request is carried out).
         method: Of HTTP; ``*`` is any.
     """
 
@@ -93,6 +93,7 @@ class Fault:
     body: bytes = b""
     after: int = 0
     seconds: float = 0.0
+    meanwhile: Callable[[], None] = lambda: None
     skip: int = 0
     times: int = 1
     hits: int = 0
@@ -436,6 +437,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._drop()
         if fault.action == "stall":
             self.hub.closing.wait(fault.seconds)
+            fault.meanwhile()
         if fault.action == "status":
             self.body()
             self.ailing = None

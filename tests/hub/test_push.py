@@ -298,12 +298,10 @@ def test_errors_hold_no_request(hub: FakeHub, folder: Path) -> None:
     """The client's exceptions carry the request, and that the token: ours let go of them."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     hub.fault("/commit/", status=403, times=99)
-    with pytest.raises(PushError) as error:
-        model.push_to_hub(TO, say=lambda _: None)
-    seen: BaseException | None = error.value
-    while seen is not None:
-        assert not hasattr(seen, "request") and not hasattr(seen, "response")
-        seen = seen.__cause__ or seen.__context__
+    for how in ({}, {"create_pr": True}, {"revision": "refs/pr/7"}):
+        with pytest.raises(PushError) as error:
+            model.push_to_hub(TO if not how else "alice/nothing", say=lambda _: None, **how)
+        assert error.value.__cause__ is None and error.value.__context__ is None, error.value
 
 
 def test_what_was_pulled_is_checked(hub: FakeHub, push: Push, folder: Path, tmp_path: Path) -> None:

@@ -294,6 +294,9 @@ def test_what_a_base_hands_on(hub: FakeHub, base: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(PushError, match="the base Org/Other is not on the Hub"):
         describe("Org/Other")
+    hub.fault("api/models/Org/Base", action="reset", times=99)
+    with pytest.raises(PushError, match="the base Org/Base cannot be read now: ReadError"):
+        describe("Org/Base")
 
 
 @pytest.mark.parametrize(

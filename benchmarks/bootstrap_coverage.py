@@ -19,8 +19,8 @@ from transformers import AutoTokenizer
 from hf_quant import HfQuantConfig, load
 from hf_quant.evaluation import token_values
 from hf_quant.evaluation.bootstrap import interval, sums
-from hf_quant.evaluation.text import read_text
 from hf_quant.evaluation.yardstick import Base
+from hf_quant.text import read_text
 
 MODEL = Path(__file__).parents[1] / "examples" / "ref-llama-16m"
 RESULTS = Path(__file__).parent / "results"

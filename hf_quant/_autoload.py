@@ -18,6 +18,8 @@ from typing import Any
 
 METHOD = "hf_quant"
 AUTO = "transformers.quantizers.auto"
+READABLE = ("auto-round", "awq", "bitsandbytes", "compressed-tensors", "gptq", "hqq", "torchao")  # quant_method
+taken_over: set[str] = set()  # those of them that `hf_quant.take_over` was asked to run
 TARGETS = (AUTO, "transformers.modeling_utils")  # the second, since torch may be imported from inside the first
 
 
@@ -102,14 +104,15 @@ def _register() -> None:
 
 def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
     def merge_quantization_configs(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        """Transformers' own, except for compressed-tensors checkpoints that we wrote or were asked to run."""
+        """Transformers' own, except for checkpoints of other programs that we wrote or were asked to run."""
         asked = quantization_config_from_args
-        if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "compressed-tensors":
-            by_us = METHOD in quantization_config and asked is None
-            if by_us or type(asked).__name__ == "HfQuantConfig":
+        method = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else METHOD
+        if method != METHOD:
+            wanted = METHOD in quantization_config or method in taken_over
+            if type(asked).__name__ == "HfQuantConfig" or (asked is None and wanted):
                 hf = import_module("hf_quant.hf")
-                if by_us or isinstance(asked, hf.HfQuantConfig):
-                    return hf.take_over(quantization_config, asked)
+                if asked is None or isinstance(asked, hf.HfQuantConfig):
+                    return hf.taken_over(quantization_config)
         return original(cls, quantization_config, quantization_config_from_args)
 
     return merge_quantization_configs

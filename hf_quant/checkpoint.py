@@ -1,4 +1,4 @@
-"""Checkpoints on disk: what is in them is checked before anything is allocated, and they appear whole or not at all.
+"""Checkpoints on disk: what is in them is checked before anything is allocated.
 
 A checkpoint may come from a stranger. Nothing of it is executed, no path in it may lead out of its folder, and every
 number is checked before it is used. Every refusal is a `CheckpointError` that names the file and the tensor or field.
@@ -10,11 +10,9 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hf_quant.disk import blaming, need_space
 from hf_quant.errors import CheckpointError
 from hf_quant.formats import Format
 from hf_quant.scheme import QuantScheme
@@ -62,8 +61,14 @@ _WIDTHS = {
     8: ("I64", "U64", "F64", "C64"),
 }
 SIZES = {dtype: size for size, dtypes in _WIDTHS.items() for dtype in dtypes}
+DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int16: "I16", torch.uint16: "U16", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int32: "I32", torch.uint32: "U32", torch.float32: "F32",
+    torch.int64: "I64", torch.uint64: "U64", torch.float64: "F64",
+}  # fmt: skip
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
 SCALE_DTYPES = ("F16", "BF16", "F32")
-INTEGER_DTYPES = {torch.uint8: "U8", torch.int32: "I32", torch.int64: "I64"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,11 +428,12 @@ def check_module(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sche
         if info is None:
             raise CheckpointError(f"tensor {full} is missing from the checkpoint")
         where = f"{info.file.name}: tensor {full}"
-        if info.shape != (*stack, *tail):
+        halves = (*stack, 2, k) if local == "weight_perm" and stack else None  # of the gate and the up rows
+        if info.shape not in ((*stack, *tail), halves):
             raise CheckpointError(
                 f"{where} has shape {list(info.shape)}, expected {[*stack, *tail]} for {list(shape)} in {scheme}"
             )
-        wanted = SCALE_DTYPES if dtype.is_floating_point else (INTEGER_DTYPES[dtype],)
+        wanted = SCALE_DTYPES if dtype.is_floating_point else (DTYPES[dtype],)
         if info.dtype not in wanted:
             raise CheckpointError(f"{where} has dtype {info.dtype}, expected {' or '.join(wanted)}")
         _check_small(checkpoint, full, local, where, [n, k], scheme)
@@ -436,94 +442,71 @@ def check_module(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], sche
 def _check_small(
     checkpoint: Checkpoint, full: str, local: str, where: str, shape: list[int], scheme: QuantScheme
 ) -> None:
-    """The values of scales, zero points and the stored shape; the codes can be anything."""
+    """The values of scales, zero points, orders and the stored shape; the codes can be anything."""
     if local == "weight_scale":
         scale = checkpoint.read(full)
-        bad = int((~((scale > 0) & scale.isfinite())).sum())
-        if bad:
-            raise CheckpointError(f"{where}: {bad} scales are not positive, finite numbers")
-    elif local == "weight_zero_point" and checkpoint.tensors[full].dtype == "U8":  # packed ones cannot be too large
-        top = int(checkpoint.read(full).max())
-        if top > scheme.qmax:
-            raise CheckpointError(f"{where}: zero point {top} is over {scheme.qmax}")
+        good = scale.isfinite() if scheme.foreign else scale.isfinite() & (scale != 0)  # AutoRound makes negative ones
+        if not bool(good.all()):
+            raise CheckpointError(f"{where}: {int((~good).sum())} scales are zero or not finite numbers")
+    elif local == "weight_zero_point":
+        _check_zero_point(checkpoint, full, where, scheme)
+    elif local == "weight_perm":
+        order = checkpoint.read(full).sort(-1).values
+        if not bool((order == torch.arange(shape[1])).all()):
+            raise CheckpointError(f"{where}: not an order of {shape[1]} columns")
+    elif local == "weight_outlier_index":
+        _check_outliers(checkpoint.read(full), where, shape[1])
     elif local == "weight_shape":
         stored = checkpoint.read(full).tolist()
         if stored != shape:
             raise CheckpointError(f"{where} says {stored}, expected {shape}")
 
 
+def _check_outliers(index: Tensor, where: str, columns: int) -> None:
+    """A kernel reads activations at these places."""
+    if int(index.min()) < 0 or int(index.max()) >= columns:
+        raise CheckpointError(
+            f"{where}: reaches from {int(index.min())} to {int(index.max())}, outside of {columns} columns"
+        )
+    if bool((index.diff() <= 0).any()):
+        raise CheckpointError(f"{where}: the columns of a row must ascend, each standing once")
+
+
+def _check_zero_point(checkpoint: Checkpoint, full: str, where: str, scheme: QuantScheme) -> None:
+    if scheme.real_zero:
+        if not bool(checkpoint.read(full).isfinite().all()):
+            raise CheckpointError(f"{where}: some zero points are not finite numbers")
+    elif checkpoint.tensors[full].dtype == "U8":  # packed ones cannot be too large
+        top = int(checkpoint.read(full).max())
+        if top > scheme.qmax:
+            raise CheckpointError(f"{where}: zero point {top} is over {scheme.qmax}")
+
+
 # -- writing ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` if the body succeeds, and vanishes if it does not.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, with nothing copied in memory but what is not contiguous.
 
-    Args:
-        out: Where the result shall be. At any time it is what it was, or whole.
-        overwrite: Whether ``out`` may exist and hold something; all of that is then replaced.
+    The library's own writer leaves a file of another name behind when it is killed, lets only the owner read what it
+    writes, and does not say which file a disk had no room for.
 
     Raises:
-        CheckpointError: ``out`` is a file, or a folder that is not empty and may not be overwritten.
+        DiskError: Names the file.
     """
-    out = Path(os.path.realpath(out))
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out}: is not a folder")
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise CheckpointError(f"{out}: exists and is not empty; overwrite=True replaces it")
-    stage = out.with_name(f".{out.name}.stage-{os.getpid()}")
-    shutil.rmtree(stage, ignore_errors=True)  # of a crashed process that had this id
-    stage.mkdir(parents=True)
-    try:
-        yield stage
-        for folder, _, files in os.walk(stage, topdown=False):
-            for file in files:
-                fsync(Path(folder, file))
-            fsync(Path(folder))
-        _swap(stage, out)
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
-
-
-def _swap(stage: Path, out: Path) -> None:
-    aside = stage.with_name(f"{stage.name}-old")
-    if out.exists():
-        out.rename(aside)
-    try:
-        stage.rename(out)
-    except OSError:
-        if aside.exists():
-            aside.rename(out)
-        raise
-    fsync(out.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def write_json(path: Path, obj: Any) -> None:
-    """Write ``obj`` as JSON; see `write_bytes`."""
-    write_bytes(path, (json.dumps(obj, indent=2) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``path``, which at any time holds what it held before or all of ``data``, never half of it."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_bytes(data)
-        fsync(draft)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
-    fsync(path.parent)
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on disk."""
-    if os.name == "nt" and path.is_dir():  # Windows cannot open a folder, and does not need to
-        return
-    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that every one is aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # a single key: the library shuffles several
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {
+            "dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    size = 8 + len(text) + end
+    need_space(path, size)
+    with blaming(path, size), path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            file.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-import shutil
+import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from hf_quant.checkpoint import staged, write_json
+from hf_quant.calibration import Calibration
 from hf_quant.digests import weight_files
+from hf_quant.disk import blaming, discard, locked, need_space, staged, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.layers import layer_errors
@@ -27,34 +29,15 @@ from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
 from hf_quant.hf.loading import sample_logits
-from hf_quant.hf.streaming import digest_of, quantize_streaming
+from hf_quant.hf.plan import Plan
+from hf_quant.hf.streaming import Settings, quantize_streaming
 from hf_quant.hub.source import copy_notices, describe
-from hf_quant.methods import method
+from hf_quant.journal import is_journal, recorded
+from hf_quant.presets import preset
+from hf_quant.ranks import ALONE, Ranks
 from hf_quant.results import Quality
 
 SMALL = 1_000_000_000  # parameters
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Tokens that calibrated methods look at.
-
-    Attributes:
-        ids: int64 ``[S, T]``.
-        name: Of the text.
-        paragraphs: Hashes of the text's paragraphs, so that nobody measures on it.
-    """
-
-    ids: Tensor
-    name: str
-    paragraphs: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the recipe: never the text itself."""
-        return {
-            "name": self.name, "sequences": self.ids.shape[0], "context": self.ids.shape[1],
-            "sha256": digest_of(self.ids), "paragraphs": self.paragraphs,
-        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,6 +55,8 @@ class Job:
         measure: Measures a model; None where there is no text.
         calibration: What calibrated methods look at.
         progress: Wraps the list of blocks, for a progress bar.
+        max_memory: Bytes that activations may take in memory; None: as much as seems right.
+        ranks: The processes that share the work; the first one writes.
     """
 
     model: str
@@ -84,6 +69,8 @@ class Job:
     measure: Callable[[Any], Quality] | None = None
     calibration: Calibration | None = None
     progress: Progress = iter
+    max_memory: int | None = None
+    ranks: Ranks = ALONE
 
     def quantized(self, config: HfQuantConfig) -> Any:
         """The model with ``config`` applied, in memory."""
@@ -95,30 +82,71 @@ class _GateMissedError(Exception):
 
 
 def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
-    """Quantize with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate."""
+    """Quantize with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate.
+
+    Raises:
+        HfQuantError: Another process is writing ``out``, the disk is full, or something in the model is not as it must be.
+    """
+    real = Path(os.path.realpath(out))
+    work = work_folder(out)
+    if not job.ranks.first:  # the others only lend a hand
+        if preset(config.method, config.bits).calibrated:
+            _stream(job, config, work, out)
+        return {}
+    with locked(real.with_name(f".{real.name}.lock"), out):
+        overwrite = job.overwrite or _published(out, work)
+        row = _compress(job, config, out, work, overwrite)
+        if is_journal(work):
+            discard(work, real)
+    return row
+
+
+def work_folder(out: Path) -> Path:
+    """Where finished blocks stay until ``out`` is there."""
+    real = Path(os.path.realpath(out))
+    return real.with_name(f"{real.name}.work")
+
+
+def _published(out: Path, work: Path) -> bool:
+    """Whether ``out`` was made from the blocks in ``work``: then it appeared, but its process was killed right after."""
+    try:
+        blocks = json.loads((out / "recipe.json").read_text(encoding="utf-8"))["blocks"]
+        return bool(blocks) and blocks == recorded(work)
+    except (OSError, ValueError, KeyError, TypeError, HfQuantError):
+        return False
+
+
+def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite: bool) -> dict[str, Any]:
     asked = {
         "overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert),
         "quantize_lm_head": config.quantize_lm_head, "quantize_embeddings": config.quantize_embeddings,
     }  # fmt: skip
     row: dict[str, Any] = {}
-    with suppress(_GateMissedError), staged(out, overwrite=job.overwrite) as stage:
+    with suppress(_GateMissedError), staged(out, overwrite=overwrite) as stage:
         start = time.perf_counter()
-        calibrated = method(config.method).calibrated
-        made, blocks = _streamed(job, config, out, stage) if calibrated else (job.quantized(config), [])
+        calibrated = preset(config.method, config.bits).calibrated
+        if calibrated:
+            plan, blocks = _stream(job, config, work, stage)
+            made = load(str(stage), **{n: job.load[n] for n in ("device_map", "dtype") if n in job.load}).eval()
+        else:
+            made, blocks = job.quantized(config), []
+            plan = made.hf_quantizer.plan
         seconds = time.perf_counter() - start
-        plan = made.hf_quantizer.plan
         job.say(f"{config.scheme}: {plan.summary()}")
         if plan.params < SMALL:
             job.say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers")
         if not calibrated:
-            made.save_pretrained(stage, max_shard_size=job.shard)
+            need_space(stage, plan.bytes_quantized)
+            _save(made, stage, max_shard_size=job.shard)
         if job.tokenizer is not None:
-            job.tokenizer.save_pretrained(stage)
-        write_json(stage / "recipe.json", _recipe(job, config, asked, made, blocks) | {"source": _source(job, stage)})
-        again = load(str(stage), dtype=made.dtype)
-        if not torch.equal(sample_logits(again), sample_logits(made)):
-            raise HfQuantError(f"{config.scheme}: the saved model computes something else than the one in memory")
-        del again
+            _save(job.tokenizer, stage)
+        write_json(
+            stage / "recipe.json", _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
+        )
+        logits, dtype = sample_logits(made), made.dtype
+        del made  # never two models in memory
+        made = load(str(stage), dtype=dtype, **{n: job.load[n] for n in ("device_map",) if n in job.load}).eval()
+        _check(logits, sample_logits(made), config.scheme)
         row |= {
             "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
             "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
@@ -135,21 +163,28 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
                 for file in stage.iterdir():
                     file.rename(aside / file.name)
             raise _GateMissedError
-    shutil.rmtree(out.with_name(f"{out.name}.work"), ignore_errors=True)
     return row
 
 
-def _streamed(job: Job, config: HfQuantConfig, out: Path, stage: Path) -> tuple[Any, list[dict[str, Any]]]:
-    """Calibrate block by block into ``stage``; what is finished stays in ``out.work`` until all is done."""
+def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[Plan, list[dict[str, Any]]]:
+    """What is finished stays in ``work`` until all is done."""
     if job.calibration is None:
         raise HfQuantError(f"{config.method} needs text to calibrate on: name one with --calibration")
-    work = out.with_name(f"{out.name}.work")
-    _, blocks = quantize_streaming(
-        Base(job.model, job.load.get("revision")).checkpoint().folder, config, job.calibration.ids, work, stage,
-        say=job.say, progress=job.progress,
+    return quantize_streaming(
+        Base(job.model, job.load.get("revision")).checkpoint().folder, config, job.calibration, work, stage,
+        Settings(job.say, job.progress, job.max_memory, job.ranks),
     )  # fmt: skip
-    device = {name: job.load[name] for name in ("device_map", "dtype") if name in job.load}
-    return load(str(stage), **device).eval(), blocks
+
+
+def _save(model: Any, folder: Path, **options: Any) -> None:
+    """``save_pretrained``, whose errors are of no common type and do not name the file."""
+    try:
+        with blaming(folder):
+            model.save_pretrained(folder, **options)
+    except HfQuantError:
+        raise
+    except Exception as error:
+        raise HfQuantError(f"{folder}: {error}") from error
 
 
 def _measured(job: Job, model: Any) -> dict[str, Any]:
@@ -165,12 +200,12 @@ def _measured(job: Job, model: Any) -> dict[str, Any]:
 
 
 def _recipe(
-    job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any, blocks: list[dict[str, Any]]
+    job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any, plan: Plan, blocks: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """How the model was made."""
-    plan = model.hf_quantizer.plan
     return {
         "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
+        "steps": {f"{bits} bits": preset(config.method, bits).steps() for bits in sorted({s.bits for s in plan.schemes.values()})},
         "asked": asked, "dtype": str(model.dtype).removeprefix("torch."),
         "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
         "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
@@ -178,6 +213,14 @@ def _recipe(
         "calibration": job.calibration.to_dict() if blocks and job.calibration else None, "blocks": blocks,
         "versions": {name: version(name) for name in ("hf-quant", "torch", "transformers", "safetensors")},
     }  # fmt: skip
+
+
+def _check(logits: Tensor, again: Tensor, scheme: str) -> None:
+    """What was written computes what was in memory, and that is something."""
+    if not logits.isfinite().all():
+        raise HfQuantError(f"{scheme}: the quantized model computes NaN or infinite values")
+    if not torch.equal(again, logits):
+        raise HfQuantError(f"{scheme}: the saved model computes something else than the one in memory")
 
 
 def _source(job: Job, stage: Path) -> dict[str, Any]:

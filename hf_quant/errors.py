@@ -17,6 +17,10 @@ class CheckpointError(HfQuantError, ValueError):
     """A checkpoint is damaged, hostile or contradicts its config; the message names file and tensor or field."""
 
 
+class DiskError(HfQuantError, OSError):
+    """A file cannot be written or read: the disk is full, or fails; the message names the file."""
+
+
 class FormatError(HfQuantError, ValueError):
     """A checkpoint cannot be read as, or written in, the named format."""
 

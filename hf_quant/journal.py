@@ -2,7 +2,8 @@
 
 ``OUT.work/`` holds a lock, ``journal.jsonl`` and one file a part. A part is written under a temporary name, synced, renamed,
 and the folder synced; then one checksummed line is appended to the journal and synced. That line is the commit: a part
-without it does not count, and a line is never changed. Whoever finds a damaged part appends a rewind before redoing it.
+without it does not count. Whoever goes on begins with a new copy of the journal, without what is damaged: nobody knows
+how much the disk has of a file whose writer was killed, or whose sync failed.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_quant.checkpoint import fsync
-from hf_quant.errors import HfQuantError
+from hf_quant.disk import blaming, locked, make_folder, put
+from hf_quant.errors import DiskError, HfQuantError
 
 NAME, LOCK = "journal.jsonl", "LOCK"
 VERSION = 1
@@ -31,10 +33,12 @@ class Journal:
     Attributes:
         folder: Where everything is.
         parts: Records of the finished parts, in order; each with ``file`` and ``sha256``, and whatever `add` was given.
+        broken: Whether a line could not be written; nothing is appended to that.
     """
 
     folder: Path
     parts: list[dict[str, Any]] = field(default_factory=list)
+    broken: bool = False
 
     def add(self, name: str, write: Callable[[Path], None], record: Mapping[str, Any]) -> None:
         """Commit one part: when this returns, it stays.
@@ -43,30 +47,26 @@ class Journal:
             name: Of its file.
             write: Writes the file of that path.
             record: What to remember about it, for JSON.
+
+        Raises:
+            DiskError: Names the file.
         """
         path = self.folder / name
-        draft = path.with_name(f".{name}.tmp")
-        try:
-            write(draft)
-            fsync(draft)
-            draft.replace(path)
-        finally:
-            with suppress(OSError):
-                draft.unlink(missing_ok=True)
-        fsync(self.folder)
-        entry = dict(record) | {"file": name, "sha256": digest(path)}
+        put(path, write)
+        entry = _plain(dict(record) | {"file": name, "sha256": digest(path)})
         self._append(entry)
         self.parts.append(entry)
 
     def _append(self, entry: Mapping[str, Any]) -> None:
-        with (self.folder / NAME).open("ab") as file:
+        path = self.folder / NAME
+        if self.broken:
+            raise DiskError(f"{path}: a line could not be written before; begin again")
+        self.broken = True  # until it is known that the line is whole
+        with blaming(path), path.open("ab") as file:
             file.write(_line(entry))
             file.flush()
             os.fsync(file.fileno())
-
-    def _rewind(self, to: int) -> None:
-        self._append({"rewind": to})
-        del self.parts[to:]
+        self.broken = False
 
 
 @contextmanager
@@ -81,38 +81,55 @@ def journal(folder: Path, plan: Mapping[str, Any], say: Callable[[str], None]) -
     Raises:
         HfQuantError: Another process works there, the journal is damaged, or it belongs to another plan.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        made = Journal(folder)
-        entries = _read(folder / NAME)
-        plan = json.loads(json.dumps(plan)) | {"version": VERSION}
-        if not entries:
-            made._append({"plan": plan})
-            fsync(folder)
-            fsync(folder.parent)
-        else:
+    make_folder(folder)
+    with locked(folder / LOCK, folder):
+        strange = [file.name for file in folder.iterdir() if not (file.name == LOCK or file.match(".*.tmp"))]
+        if strange and not is_journal(folder):
+            raise HfQuantError(
+                f"{folder}: would be removed in the end, but holds {strange[0]} and no journal; move it away"
+            )
+        path, plan = folder / NAME, _plain(plan) | {"version": VERSION}
+        entries = _read(path)
+        if entries:
             _same(entries[0].get("plan"), plan, folder)
-            for entry in entries[1:]:
-                if "rewind" in entry:
-                    del made.parts[entry["rewind"] :]
-                else:
-                    made.parts.append(entry)
-            for i, part in enumerate(made.parts):
-                path = folder / part["file"]
-                if not path.is_file() or digest(path) != part["sha256"]:
-                    say(f"{part['file']} is {'damaged' if path.is_file() else 'missing'}: going on from there")
-                    made._rewind(i)
-                    break
-        yield made
+        parts = _sound(folder, entries[1:], say)
+        _clear(folder, {NAME, LOCK, *(part["file"] for part in parts)})
+        lines = b"".join(map(_line, [{"plan": plan}, *parts]))
+        put(path, lambda draft: draft.write_bytes(lines))
+        yield Journal(folder, parts)
+
+
+def is_journal(folder: Path) -> bool:
+    """Whether a folder is one of ours."""
+    return (folder / NAME).is_file()
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """Records of the finished parts in a folder, which nobody may be working in; their files are not looked at.
+
+    Raises:
+        HfQuantError: The journal is damaged.
+    """
+    return _read(folder / NAME)[1:]
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file.
+
+    Raises:
+        DiskError: It cannot be read.
+    """
     made = hashlib.sha256()
-    with path.open("rb") as file:
+    with blaming(path), path.open("rb") as file:
         while block := file.read(1 << 20):
             made.update(block)
     return made.hexdigest()
+
+
+def _plain(obj: Mapping[str, Any]) -> dict[str, Any]:
+    """As it is when it was written and read again, the order of keys included."""
+    made: dict[str, Any] = json.loads(json.dumps(obj, sort_keys=True))
+    return made
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
@@ -121,22 +138,43 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """All entries; a last line that was cut off by a crash never counted, and is taken away."""
+    """All entries; what a crash or a loss of power has left of a line behind the last whole one never counted."""
     if not path.exists():
         return []
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    entries = []
-    for number, line in enumerate(data[:whole].splitlines(), 1):
-        checksum, _, text = line.partition(b" ")
-        if checksum != f"{zlib.crc32(text):08x}".encode():
-            raise HfQuantError(f"{path}: line {number} is damaged; delete {path.parent} to begin anew")
-        entries.append(json.loads(text))
-    if whole < len(data):
-        with path.open("r+b") as file:
-            file.truncate(whole)
-            os.fsync(file.fileno())
+    with blaming(path):
+        lines = path.read_bytes().split(b"\n")
+    whole = [_entry(line) for line in lines]
+    end = max((i + 1 for i, entry in enumerate(whole[:-1]) if entry is not None), default=0)
+    entries = [entry for entry in whole[:end] if entry is not None]
+    if len(entries) < end:
+        raise HfQuantError(f"{path}: line {whole.index(None) + 1} is damaged; delete {path.parent} to begin anew")
     return entries
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    checksum, _, text = line.partition(b" ")
+    if checksum != f"{zlib.crc32(text):08x}".encode():
+        return None
+    made: dict[str, Any] = json.loads(text)
+    return made
+
+
+def _sound(folder: Path, parts: list[dict[str, Any]], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The parts before the first whose file is not what it was: those after it were made with it."""
+    for i, part in enumerate(parts):
+        file = folder / part["file"]
+        if not file.is_file() or digest(file) != part["sha256"]:
+            say(f"{part['file']} is {'damaged' if file.is_file() else 'missing'}: going on from there")
+            return parts[:i]
+    return parts
+
+
+def _clear(folder: Path, keep: set[str]) -> None:
+    """Remove what killed processes have left: drafts, parts without a line, and scratch folders."""
+    for each in folder.iterdir():
+        if each.name not in keep:
+            with blaming(each):
+                shutil.rmtree(each) if each.is_dir() else each.unlink()
 
 
 def _same(found: Any, plan: Mapping[str, Any], folder: Path) -> None:
@@ -146,20 +184,3 @@ def _same(found: Any, plan: Mapping[str, Any], folder: Path) -> None:
         raise HfQuantError(
             f"{folder} was begun with other settings ({', '.join(names)}); repeat them, or delete it to begin anew"
         )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock; the system lets go of it when the process ends, however it ends."""
-    import fcntl
-
-    with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise HfQuantError(f"{folder}: another process ({file.read().strip() or 'unknown'}) works there") from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()}")
-        file.flush()
-        yield

@@ -25,7 +25,7 @@ from hf_quant.formats import format_named
 from hf_quant.hf import HfQuantConfig
 from hf_quant.hf.loading import plan_of
 from hf_quant.hf.plan import candidates
-from hf_quant.methods import method
+from hf_quant.presets import preset
 from hf_quant.results import Quality
 from hf_quant.scheme import QuantScheme
 
@@ -230,7 +230,12 @@ class Ladder:
         trial, model = self.trial(), self.load_base(torch.float32)
         found.bits = [scheme.bits for scheme in tried]
         found.sensitivity = sensitivities(
-            model, layers, tried, method(config.method), lambda m: means(m, trial)["kl"], self.progress
+            model,
+            layers,
+            tried,
+            preset(config.method, config.bits).solver(),
+            lambda m: means(m, trial)["kl"],
+            self.progress,
         )
         choices = [*(s for s in self.schemes if s.bits == 8), *tried]
         shapes = {name: each.shape for name, each in candidates(skeleton).items()}

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from hf_quant.scheme import QuantScheme
+
+LEVELS = {
+    # quantiles of the normal distribution: QLoRA, https://arxiv.org/abs/2305.14314, appendix E
+    "nf4": (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+            -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+            0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+            1.0),
+    # sign, two bits of exponent, one of mantissa, over the largest: bitsandbytes' own order of codes
+    "fp4": tuple(sign * level / 12 + 0.0 for sign in (1, -1) for level in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+}  # fmt: skip
 
 
 def minmax(groups: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
@@ -25,6 +37,12 @@ def minmax(groups: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
         return scale, torch.full_like(scale, scheme.zero)
     scale = (hi - lo) / scheme.qmax
     return scale, torch.round(-lo / floored(scale, torch.float32)).clamp(0, scheme.qmax)
+
+
+@lru_cache
+def levels(codebook: str, device: torch.device) -> Tensor:
+    """The 16 levels of a codebook, float32, by code."""
+    return torch.tensor(LEVELS[codebook], device=device)
 
 
 def floored(scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -66,7 +84,8 @@ def search(
     for share in torch.linspace(1, least, steps).tolist():
         tried = floored(widest * share, dtype)
         moved = zero if scheme.symmetric else torch.round(-low * share / tried).clamp(0, scheme.qmax)
-        made = dequantize(quantize(groups, tried, moved, scheme.qmax), tried, moved).sub_(groups).square_()
+        # (codes - zero_point) * scale - w, without the two passes that add the zero point and take it away again
+        made = torch.div(groups, tried).round_().clamp_(-moved, scheme.qmax - moved).mul_(tried).sub_(groups).square_()
         error = (made if importance is None else made.mul_(importance)).sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)

@@ -9,17 +9,31 @@ from hf_quant.errors import SchemeError
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 32  # in_features must be a multiple of this: 32 codes of any width fill whole int32 words
-_SLUG = re.compile(r"W(?P<bits>\d)A16-g(?P<group>\d{1,5}|-1)(?P<asym>-asym)?")
+MOST_OUTLIERS = 0.1  # more than that is another precision, not an exception
+CODEBOOKS = ("nf4", "fp4")  # read from bitsandbytes checkpoints, never made here
+_SLUG = re.compile(
+    r"W(?P<bits>\d)A16-g(?P<group>\d{1,5}|-1)(?P<asym>-asym(?P<real>-real)?)?(-(?P<codebook>nf4|fp4))?(?P<permuted>-perm)?"
+    r"(-o(?P<share>\d{1,2}(\.\d{1,4})?)%(?P<columns>-columns)?)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantScheme:
-    """One weight matrix ``[N, K]`` (out_features, in_features) in integers.
+    """One weight matrix ``[N, K]`` (out_features, in_features) in codes.
+
+    The last three fields describe what other programs made; the methods of this package set none of them.
 
     Args:
         bits: Width of one code; one of 2, 3, 4, 8.
         group_size: Consecutive input columns that share one scale, a power of two from 16; -1 means all K columns.
         symmetric: Whether the zero point is fixed at ``2 ** (bits - 1)`` and not stored.
+        codebook: Name of a table of 16 levels that the codes index, which takes the place of the zero point:
+            ``w = level[q] * scale``. None for integers: ``w = (q - zero_point) * scale``.
+        real_zero: Whether zero points are real numbers in the scale's dtype, as HQQ finds them, and not integers.
+        permuted: Whether the columns are stored in another order (GPTQ's act-order), so that groups are consecutive.
+        outliers: Share of the weights kept in floating point beside the codes, 0 for none; at least one of each row.
+        outlier_columns: Whether outliers are whole input columns (as in LLM.int8, arXiv:2208.07339, and OWQ,
+            arXiv:2306.02272); if not, each row has its own, the same number in every row.
 
     Raises:
         SchemeError: A value is outside what this package can hold.
@@ -28,6 +42,11 @@ class QuantScheme:
     bits: int
     group_size: int = 128
     symmetric: bool = True
+    codebook: str | None = None
+    real_zero: bool = False
+    permuted: bool = False
+    outliers: float = 0.0
+    outlier_columns: bool = False
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
@@ -37,6 +56,20 @@ class QuantScheme:
             raise SchemeError(f"group_size must be -1 or a power of two from 16, got {size!r}")
         if type(self.symmetric) is not bool:
             raise SchemeError(f"symmetric must be True or False, got {self.symmetric!r}")
+        if self.codebook is not None and (self.codebook not in CODEBOOKS or self.bits != 4 or not self.symmetric):
+            raise SchemeError(
+                f"a codebook is one of {CODEBOOKS}, of 4 bits and without zero points, got {self.codebook!r}"
+            )
+        if self.outliers and self.foreign:
+            raise SchemeError(f"{self.foreign}: not with outliers")
+        if self.real_zero and self.symmetric:
+            raise SchemeError("real zero points cannot be symmetric")
+        if type(self.outliers) not in (int, float) or not 0 <= self.outliers <= MOST_OUTLIERS:
+            raise SchemeError(f"outliers must be a share from 0 to {MOST_OUTLIERS}, got {self.outliers!r}")
+        if type(self.outlier_columns) is not bool or (self.outlier_columns and not self.outliers):
+            raise SchemeError(
+                f"outlier_columns must be True or False, True only with outliers, got {self.outlier_columns!r}"
+            )
 
     @property
     def qmax(self) -> int:
@@ -59,10 +92,16 @@ class QuantScheme:
         """Bytes of one row of packed codes."""
         return in_features * self.bits // 8
 
+    def outlier_count(self, in_features: int) -> int:
+        """Outliers in a row of ``in_features`` columns."""
+        return max(1, round(self.outliers * in_features)) if self.outliers else 0
+
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Codes, scales and zero points, per weight."""
-        per_group = scale_bits + (0 if self.symmetric else 8)
-        return self.bits + per_group * self.groups(in_features) / in_features
+        """Codes, scales, zero points and outliers, per weight; the index of outlier columns is not counted."""
+        per_group = scale_bits + (0 if self.symmetric else scale_bits if self.real_zero else 8)
+        per_outlier = scale_bits if self.outlier_columns else scale_bits + 16
+        extra = per_group * self.groups(in_features) + per_outlier * self.outlier_count(in_features)
+        return self.bits + extra / in_features
 
     def fitted(self, in_features: int) -> QuantScheme:
         """This scheme, or the same with the largest smaller group size that divides ``in_features``.
@@ -77,8 +116,19 @@ class QuantScheme:
             size //= 2
         return replace(self, group_size=size)
 
+    @property
+    def foreign(self) -> str | None:
+        """What no method of this package makes, as a sentence; None where there is nothing of the kind."""
+        named = {f"a codebook ({self.codebook})": self.codebook, "real zero points": self.real_zero,
+                 "reordered columns": self.permuted}  # fmt: skip
+        found = [name for name, there in named.items() if there]
+        return f"{' and '.join(found)} can be read and run, not made" if found else None
+
     def __str__(self) -> str:
-        return f"W{self.bits}A16-g{self.group_size}" + ("" if self.symmetric else "-asym")
+        kind = "" if self.symmetric else "-asym-real" if self.real_zero else "-asym"
+        kind += (f"-{self.codebook}" if self.codebook else "") + ("-perm" if self.permuted else "")
+        outliers = f"-o{round(100 * self.outliers, 4):g}%" if self.outliers else ""
+        return f"W{self.bits}A16-g{self.group_size}{kind}{outliers}" + ("-columns" if self.outlier_columns else "")
 
     @classmethod
     def parse(cls, slug: str) -> QuantScheme:
@@ -86,4 +136,9 @@ class QuantScheme:
         match = _SLUG.fullmatch(slug) if isinstance(slug, str) else None
         if match is None:
             raise SchemeError(f"not a scheme: {slug!r} (for example 'W4A16-g128-asym')")
-        return cls(int(match["bits"]), int(match["group"]), match["asym"] is None)
+        share = round(float(match["share"] or 0) / 100, 6)
+        return cls(
+            int(match["bits"]), int(match["group"]), match["asym"] is None,
+            match["codebook"], match["real"] is not None, match["permuted"] is not None,
+            share, bool(share and match["columns"]),
+        )  # fmt: skip

@@ -7,10 +7,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+HELD_ROWS = 2048  # of the inputs kept to judge on: enough for one number
+TILE = 128  # columns of the Gram matrix computed together
+ROWS = 256  # of weights looked at together in float64
+PART = 4096  # rows whose drift is summed in float32
+DAMP = 0.01  # share of the mean of the Hessian's diagonal added to it before it is inverted
+RISES = (1, 10, 100)  # times the damping, tried until the factorization succeeds
+
 
 @dataclass(slots=True)
 class InputStats:
-    """Running statistics of the rows ``[K]`` that enter a layer.
+    """Running statistics of the rows ``x [K]`` that enter a layer, and of those that would, were nothing quantized.
 
     The Gram matrix is summed in float64: in float32 the order of the batches alone changes codes
     (154 of 262,144 in one ill-conditioned case), in float64 it does not.
@@ -18,23 +25,53 @@ class InputStats:
     Attributes:
         gram: float64 ``[K, K]``, the sum of ``x x^T`` over all rows.
         rows: How many there were.
+        drift: float64 ``[K, K]``, the sum of ``(x_float - x) x^T``; None where the float model was not looked at.
+        drift_rows: Over how many rows.
+        held: Rows kept out of ``drift`` to judge on: pairs of ``x`` and ``x_float - x``, ``[n, K]`` each.
         notes: What a method wants reported about this layer.
     """
 
     gram: Tensor
     rows: int = 0
+    drift: Tensor | None = None
+    drift_rows: int = 0
+    held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    _inverse: Tensor | None = None
+    _upper: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> InputStats:
-        """Of a layer that has seen nothing."""
-        return cls(torch.zeros(in_features, in_features, dtype=torch.float64, device=device))
+    def empty(cls, in_features: int, device: torch.device | str = "cpu", *, drift: bool = False) -> InputStats:
+        """Of a layer that has seen nothing; ``drift``: the float model's inputs will be there too."""
+        gram = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        return cls(gram, drift=torch.zeros_like(gram) if drift else None)
 
-    def update(self, x: Tensor) -> None:
-        """Fold in activations ``[..., K]``."""
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float64)
-        self.gram.addmm_(rows.T, rows)
+    def update(self, x: Tensor, original: Tensor | None = None, *, held: int = 0) -> None:
+        """Fold in activations ``[..., K]``.
+
+        Args:
+            x: What the layer is given.
+            original: What the layer of the float model is given for the same tokens.
+            held: Keep every so-manieth row to judge on, in place of summing up the drift; 0 for none.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        wide = rows.to(torch.float64)
+        for i in range(0, wide.shape[1], TILE):  # one half is the other, turned
+            j = min(i + TILE, wide.shape[1])
+            part = wide[:, i:].T @ wide[:, i:j]
+            self.gram[i:, i:j] += part
+            self.gram[i:j, j:] += part[j - i :].T
         self.rows += rows.shape[0]
+        self.forget()
+        if original is None or self.drift is None:
+            return
+        off = original.reshape(rows.shape) - rows
+        if held:
+            self.held.append((rows[::held].clone(), off[::held].clone()))
+            return
+        for before, part in zip(off.float().split(PART), rows.float().split(PART), strict=True):
+            self.drift += before.T @ part
+        self.drift_rows += rows.shape[0]
 
     @property
     def hessian(self) -> Tensor:
@@ -48,6 +85,73 @@ class InputStats:
         mean = diagonal.mean()
         return (diagonal / mean).float() if mean > 0 else torch.ones_like(diagonal, dtype=torch.float32)
 
+    def inverse(self) -> Tensor | None:
+        """float64 ``[K, K]``, of the damped Hessian; None if it cannot be inverted. Noted where it took more damping."""
+        if self._inverse is None:
+            self._inverse = self._inverted(self.hessian)
+        return self._inverse
+
+    def upper(self, order: Tensor) -> Tensor | None:
+        """float32 ``[K, K]``: the upper Cholesky factor of that inverse with rows and columns in ``order``; None likewise.
+
+        It is kept for the other layers with this input; two matrices of its size are the most that is held besides.
+        """
+        if self._upper is None or not torch.equal(self._upper[0], order):
+            H = self.gram[order[:, None], order].mul_(2 / max(1, self.rows))
+            inverse = self._inverted(H)
+            if inverse is None:
+                return None
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if failed:
+                return None
+            self._upper = order, upper.float()
+        return self._upper[1]
+
+    def _inverted(self, H: Tensor) -> Tensor | None:
+        """The inverse of ``H``, damped, in its place."""
+        diagonal = H.diagonal().clone()
+        mean = diagonal.mean()
+        for times in RISES if mean > 0 else ():
+            H.diagonal().copy_(diagonal + DAMP * times * mean)
+            lower, failed = torch.linalg.cholesky_ex(H)
+            if not failed:
+                if times > 1:
+                    self.notes.append(f"damped by {DAMP * times:g} of the mean: {DAMP:g} was too little")
+                torch.cholesky_inverse(lower, out=H.T)  # column by column, as it works: no third matrix
+                return H
+        return None
+
+    def target(self, weight: Tensor) -> tuple[Tensor, float]:
+        """What to round instead of ``weight``, so that the layer makes up for what was lost before it.
+
+        On the inputs seen, ``weight + blend * W D H^-1`` comes closest to what ``weight`` gives on the float model's inputs,
+        where D is the drift: the idea of GPTAQ (arXiv:2504.02692) and Qronos (arXiv:2505.11695). The blend, 0 to 1, is the
+        best one on the rows that were held out.
+
+        Args:
+            weight: ``[N, K]``.
+
+        Returns:
+            float32 ``[N, K]``, and the blend.
+        """
+        inverse = self.inverse() if self.drift is not None and self.held else None
+        if self.drift is None or inverse is None:
+            return weight.float(), 0.0
+        W = weight.double()
+        step = W @ self.drift
+        step = (step @ inverse).mul_(2 / self.drift_rows).float()
+        fits, size = 0.0, 0.0
+        for x, off in self.held:
+            made = x @ step.T
+            fits += (made * (off @ weight.T.to(off.dtype))).sum(dtype=torch.float64).item()
+            size += made.square().sum(dtype=torch.float64).item()
+        blend = min(1.0, max(0.0, fits / size)) if size > 0 else 0.0
+        return step.mul_(blend).add_(weight), blend
+
+    def forget(self) -> None:
+        """Drop what was derived from the sums, after they were changed."""
+        self._inverse = self._upper = None
+
     def error(self, original: Tensor, quantized: Tensor) -> float:
         """Squared error of the layer's output over the squared output, on the rows seen.
 
@@ -55,8 +159,10 @@ class InputStats:
             original: ``[N, K]``.
             quantized: ``[N, K]``.
         """
-        w = original.double()
-        difference = w - quantized.double()
-        lost = ((difference @ self.gram) * difference).sum()
-        whole = ((w @ self.gram) * w).sum()
-        return float(lost / whole) if whole > 0 else 0.0
+        lost = whole = 0.0
+        for w, q in zip(original.split(ROWS), quantized.split(ROWS), strict=True):
+            wide = w.double()
+            difference = wide - q.double()
+            lost += float(((difference @ self.gram) * difference).sum())
+            whole += float(((wide @ self.gram) * wide).sum())
+        return lost / whole if whole > 0 else 0.0

@@ -5,47 +5,106 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_quant.activations import Activations
 from hf_quant.errors import HfQuantError
-from hf_quant.methods import Method
+from hf_quant.methods import Method, method
+from hf_quant.nn.experts import expert_input, stacks
+from hf_quant.ranks import ALONE, Ranks
 from hf_quant.scheme import QuantScheme
-from hf_quant.stats import InputStats
+from hf_quant.stats import HELD_ROWS, InputStats
 from hf_quant.tensor import QuantizedTensor
+from hf_quant.transforms import Stage, Transform, weight_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+HELD = 8  # every so-manieth batch is kept out of the drift, to judge on
+STARVED = 32  # an expert that saw fewer tokens is rounded without them
+SAMPLE = 16  # batches that a block's error is measured on, where the float model is not followed
+EXPERTS = 1 << 30  # bytes of statistics of experts collected together; more experts take more passes
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How the weights of a block become codes.
+
+    Attributes:
+        method: For each width, how codes are chosen.
+        transforms: What is done to the weights before, stage by stage.
+        dtype: What scales are stored in.
+        ranks: Who works on it.
+    """
+
+    method: Callable[[QuantScheme], Method]
+    transforms: tuple[Transform, ...]
+    dtype: torch.dtype
+    ranks: Ranks = ALONE
+
+    @property
+    def staged(self) -> bool:
+        """Whether each stage sees the effect of those before it; without transforms one pass serves all, as in GPTQ."""
+        return bool(self.transforms)
+
+    @property
+    def needs_twin(self) -> bool:
+        """Whether the float model's activations are looked at."""
+        return any(each.needs_twin for each in self.transforms)
+
+
+@dataclass
 class Block:
     """One decoder layer.
 
     Attributes:
         name: ``"model.layers.3"``.
         module: In memory while it is worked on.
-        layers: Full name of each linear layer to quantize, to its scheme.
+        layers: Full name of each linear layer (or stack of experts) to quantize, to its scheme.
         call: What the block takes besides hidden states; the same for all batches.
+        rows: Sequences that are run together; halved when memory runs out.
     """
 
     name: str
     module: nn.Module
     layers: Mapping[str, QuantScheme]
     call: Call
+    rows: int = 1 << 30
 
     def local(self, layer: str) -> str:
         """A layer's name inside the block."""
         return layer.removeprefix(f"{self.name}.")
 
-    def run(self, hidden: Tensor) -> Tensor:
-        """The block's output, ``[B, T, d]`` as its input."""
-        out = self.module(hidden, *self.call[0], **self.call[1])
+    def run(self, hidden: Tensor, module: nn.Module | None = None) -> Tensor:
+        """The block's output, ``[B, T, d]`` as its input; of ``module`` where one stands in for it."""
+        while True:
+            try:
+                parts = hidden.split(self.rows)
+                made = [self._run(part, module or self.module, hidden.shape[0]) for part in parts]
+                return made[0] if len(made) == 1 else torch.cat(made)
+            except RuntimeError as error:
+                if not _out_of_memory(error) or min(self.rows, hidden.shape[0]) == 1:
+                    raise
+                self.rows = min(self.rows, hidden.shape[0]) // 2
+
+    def sample(self, batch: Tensor, module: nn.Module | None = None) -> Tensor:
+        """The output for the first sequence of a batch."""
+        return self._run(batch[:1], module or self.module, batch.shape[0])
+
+    def _run(self, hidden: Tensor, module: nn.Module, whole: int) -> Tensor:
+        def some(value: Any) -> Any:
+            fits = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == whole > hidden.shape[0]
+            return value[: hidden.shape[0]] if fits else value  # masks of all sequences are alike
+
+        args, kwargs = self.call
+        hidden = hidden.to(next(module.parameters()).device)
+        out = module(hidden, *map(some, args), **{name: some(value) for name, value in kwargs.items()})
         return out[0] if isinstance(out, tuple) else out
 
 
@@ -55,102 +114,160 @@ class Solved:
 
     Attributes:
         codes: Full name of each layer to its codes.
-        errors: To the squared error of the layer's output over its squared output.
-        notes: To what the method wants reported.
-        error: Of the block's output likewise, all its layers quantized.
+        errors: To the squared error of the layer's output over its squared output, on what it was asked to give.
+        notes: Of layers, stages and experts: what is worth reporting.
+        error: Of the block's output likewise, all its layers quantized: beside the float block on the same inputs or,
+            where the float model's activations are followed, beside those.
+        experts: Full name of each stack to the tokens that each of its experts saw.
     """
 
     codes: dict[str, QuantizedTensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     error: float = 0.0
+    experts: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def sqnr_db(self) -> float | None:
         """Signal to quantization noise of the block's output; None where there is no noise."""
         return -10 * math.log10(self.error) if self.error else None
 
+    def record(self, block: str) -> dict[str, Any]:
+        """For journal and recipe."""
+        return {
+            "block": block, "error": self.error, "sqnr_db": self.sqnr_db, "layers": self.errors, "notes": self.notes,
+            "experts": self.experts,
+        }  # fmt: skip
+
+    def note(self, name: str, lines: Iterable[str]) -> None:
+        """Remember ``lines`` about a layer."""
+        new = [line for line in lines if line not in self.notes.get(name, [])]
+        if new:
+            self.notes.setdefault(name, []).extend(new)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Layers that are given the same tensor, by local name; ``source`` is the module that made it."""
+
+    layers: tuple[str, ...]
+    source: str | None
+    experts: bool = False
+
 
 @torch.inference_mode()
-def solve(block: Block, batches: list[Tensor], method: Method, dtype: torch.dtype) -> Solved:
-    """Quantize a block's layers, leave it computing with the result, and replace ``batches`` by its outputs.
+def solve(block: Block, hidden: Activations, recipe: Recipe, original: Activations | None = None) -> Solved:
+    """Quantize a block's layers, leave it computing with the result, and replace ``hidden`` by its outputs.
 
     Args:
         block: In floating point.
-        batches: Its inputs, ``[B, T, d]`` each.
-        method: How codes are chosen.
-        dtype: What scales are stored in.
+        hidden: Its inputs.
+        recipe: How.
+        original: Its inputs in the float model, replaced by its outputs there; None if the recipe does not need them.
 
     Raises:
-        HfQuantError: An output is NaN or infinite; names the block.
+        HfQuantError: An output is NaN or infinite, or a layer sees no tokens; names the block or the layer.
     """
-    stats: dict[str, InputStats] = {}
-    made, wanted = Solved(), []
-    with _watching(block, stats):
-        for batch in batches:
-            wanted.append(block.run(batch))
-    for name, scheme in block.layers.items():
-        weight = _weight(block, name)
-        if name not in stats:
-            raise HfQuantError(f"{name} saw no tokens")
-        made.codes[name] = method.quantize(weight, scheme, dtype, stats[name])
-        real = made.codes[name].dequantize(torch.float32)
-        made.errors[name] = stats[name].error(weight, real)
-        if stats[name].notes:
-            made.notes[name] = list(stats[name].notes)
-            stats[name].notes.clear()
-    use(block, made.codes)
+    twin = copy.deepcopy(block.module) if original is not None else None
+    made, mine = Solved(), [i for i in range(len(hidden)) if recipe.ranks.owner(i) == recipe.ranks.rank]
+    groups = _groups(block, hidden[0])
+    sample = {i: block.run(hidden[i]) for i in mine[:: -(-len(mine) // SAMPLE) or 1]} if twin is None else {}
+    together = [] if recipe.staged else [group for group in groups if not group.experts]
+    for part in [together] * bool(together) + [[group] for group in groups if group not in together]:
+        if part[0].experts:
+            _solve_experts(block, part[0], hidden, mine, recipe, made)
+            continue
+        found = _collect(block, part, hidden, mine, recipe.ranks, twin, original)
+        for group in part:
+            _solve_group(block, group, found.pop(group.layers[0]), hidden, recipe, made, twin)
     lost = whole = 0.0
-    for i, (batch, before) in enumerate(zip(list(batches), wanted, strict=True)):
-        batches[i] = block.run(batch)
-        lost += (batches[i] - before).double().square().sum().item()
-        whole += before.double().square().sum().item()
+    for i in mine:
+        after = block.run(hidden[i])
+        before = sample.get(i)
+        if twin is not None and original is not None:
+            before = block.run(original[i], twin)
+            original.put(i, before)
+        if before is not None:
+            lost += (after - before).double().square().sum().item()
+            whole += before.double().square().sum().item()
+        hidden.put(i, after)
+    lost, whole = recipe.ranks.total(lost, whole)
     made.error = lost / whole if whole else 0.0
-    _check(block, batches)
+    _check(block, hidden, mine)
     return made
 
 
 @torch.inference_mode()
-def advance(block: Block, batches: list[Tensor]) -> None:
-    """Replace ``batches`` by the block's outputs."""
-    for i, batch in enumerate(batches):
-        batches[i] = block.run(batch)
-    _check(block, batches)
+def advance(block: Block, hidden: Activations, ranks: Ranks = ALONE) -> None:
+    """Replace ``hidden`` by the block's outputs."""
+    mine = [i for i in range(len(hidden)) if ranks.owner(i) == ranks.rank]
+    for i in mine:
+        hidden.put(i, block.run(hidden[i]))
+    _check(block, hidden, mine)
 
 
 def use(block: Block, codes: Mapping[str, QuantizedTensor]) -> None:
     """Let the block's layers compute with what their codes mean."""
     for name, quantized in codes.items():
-        layer: Any = block.module.get_submodule(block.local(name))
-        real = quantized.dequantize(torch.float32)
-        layer.weight = nn.Parameter((real if isinstance(layer, nn.Linear) else real.T).to(layer.weight.dtype), False)
+        _put(block, name, quantized.dequantize(torch.float32))
 
 
-def _weight(block: Block, name: str) -> Tensor:
-    """``[N, K]``, also of a ``Conv1D``, which holds its transpose."""
-    layer: Any = block.module.get_submodule(block.local(name))
-    weight: Tensor = layer.weight.data
-    return weight if isinstance(layer, nn.Linear) else weight.T
+def _put(block: Block, name: str, real: Tensor) -> None:
+    local = block.local(name)
+    path, _, leaf = local.rpartition(".")
+    parent: Any = block.module.get_submodule(path)
+    if leaf in stacks(parent):
+        stack: Tensor = getattr(parent, leaf).data
+        stack.copy_(real.transpose(-1, -2) if parent.is_transposed else real)
+    else:
+        weight_of(block.module.get_submodule(local)).copy_(real)
 
 
-@contextmanager
-def _watching(block: Block, stats: dict[str, InputStats]) -> Iterator[None]:
-    """Fill ``stats`` while the block runs; layers that are given the very same tensor share one entry."""
-    leader: dict[str, str] = {}
-    last: list[Any] = [None, ""]  # the input seen last, and by which layer
+# -- what belongs together ----------------------------------------------------------------------------------------
 
-    def hook(name: str) -> Callable[..., None]:
+
+def _groups(block: Block, batch: Tensor) -> list[_Group]:
+    """The layers in the order they run, those that are given the same tensor together."""
+    made_by: list[tuple[Tensor, str]] = []  # tensors are kept, so that no two have the same identity
+    given: list[tuple[Tensor, list[str]]] = []
+    experts: dict[str, list[str]] = {}
+    for name in block.layers:
+        path, _, leaf = block.local(name).rpartition(".")
+        if leaf in stacks(block.module.get_submodule(path)):
+            experts.setdefault(path, []).append(block.local(name))
+
+    def before(name: str) -> Callable[..., None]:
         def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if args[0] is not last[0]:
-                last[:] = args[0], name
-            if leader.setdefault(name, last[1]) != name:
-                stats[name] = stats[leader[name]]
-                return
-            stats.setdefault(name, InputStats.empty(args[0].shape[-1], args[0].device)).update(args[0])
+            names = next((names for tensor, names in given if tensor is args[0]), None)
+            if names is None:
+                given.append((args[0], names := []))
+            if name not in names:
+                names.append(name)
 
         return look
 
-    handles = [block.module.get_submodule(block.local(n)).register_forward_pre_hook(hook(n)) for n in block.layers]
+    def after(name: str) -> Callable[..., None]:
+        return lambda _module, _args, out: made_by.append((out, name)) if isinstance(out, Tensor) else None
+
+    linear = [local for n in block.layers if (local := block.local(n)).rpartition(".")[0] not in experts]
+    handles = [block.module.get_submodule(n).register_forward_pre_hook(before(n)) for n in [*linear, *experts]]
+    handles += [m.register_forward_hook(after(n)) for n, m in block.module.named_modules() if n]
+    with _removed(handles):
+        block.sample(batch)
+    made = []
+    for tensor, names in given:
+        source = next((name for out, name in made_by if out is tensor), None)
+        layers = tuple(name for name in names if name not in experts)
+        made += [_Group(layers, source)] if layers else []
+        made += [_Group(tuple(experts[name]), None, experts=True) for name in names if name in experts]
+    missing = {*linear, *(n for names in experts.values() for n in names)} - {n for g in made for n in g.layers}
+    if missing:
+        raise HfQuantError(f"{block.name}.{min(missing)} saw no tokens")
+    return made
+
+
+@contextmanager
+def _removed(handles: list[Any]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -158,6 +275,145 @@ def _watching(block: Block, stats: dict[str, InputStats]) -> Iterator[None]:
             handle.remove()
 
 
-def _check(block: Block, batches: Sequence[Tensor]) -> None:
-    if not all(batch.isfinite().all() for batch in batches):
+class _SeenError(Exception):
+    """Everything asked for was seen; the rest of the block need not run."""
+
+
+def _inputs(block: Block, module: nn.Module, names: list[str], batch: Tensor) -> dict[str, tuple[Tensor, ...]]:
+    """What the modules of those local names are called with; the block is left as soon as that is known."""
+    found: dict[str, list[tuple[Tensor, ...]]] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            found.setdefault(name, []).append((*args, *kwargs.values()))
+            if len(found) == len(names) and block.rows >= batch.shape[0]:
+                raise _SeenError
+
+        return hook
+
+    handles = [module.get_submodule(n).register_forward_pre_hook(look(n), with_kwargs=True) for n in names]
+    with _removed(handles), suppress(_SeenError):
+        block.run(batch, module)
+    return {name: tuple(torch.cat(parts) for parts in zip(*calls, strict=True)) for name, calls in found.items()}
+
+
+def _collect(
+    block: Block, part: list[_Group], hidden: Activations, mine: list[int], ranks: Ranks, twin: nn.Module | None,
+    original: Activations | None,
+) -> dict[str, InputStats]:  # fmt: skip
+    """Statistics of each group's input, under the name of its first layer."""
+    leaders = [group.layers[0] for group in part]
+    stats = {}
+    for name in leaders:
+        weight = weight_of(block.module.get_submodule(name))
+        stats[name] = InputStats.empty(weight.shape[1], weight.device, drift=twin is not None)
+    judged = max(1, len(hidden) // HELD)
+    for i in mine:
+        seen = _inputs(block, block.module, leaders, hidden[i])
+        there = {} if twin is None or original is None else _inputs(block, twin, leaders, original[i])
+        held = i % HELD == HELD - 1 or (len(hidden) < HELD and i == len(hidden) - 1)
+        every = -(-judged * hidden[i].shape[0] * hidden[i].shape[1] // HELD_ROWS)
+        for name in leaders:
+            other = there[name][0] if there else None
+            stats[name].update(seen[name][0], other, held=every if held else 0)
+    for each in stats.values():
+        reduce(each, ranks)
+    return stats
+
+
+def reduce(stats: InputStats, ranks: Ranks) -> None:
+    """Join the statistics of all ranks, in place."""
+    if ranks.world == 1:
+        return
+    ranks.sum_(stats.gram)
+    if stats.drift is not None:
+        ranks.sum_(stats.drift)
+    rows, drift_rows = ranks.total(stats.rows, stats.drift_rows)
+    stats.rows, stats.drift_rows = int(rows), int(drift_rows)
+    stats.held = [pair for held in ranks.every(stats.held) for pair in held]
+
+
+# -- solving ------------------------------------------------------------------------------------------------------
+
+
+def _solve_group(
+    block: Block, group: _Group, stats: InputStats, hidden: Activations, recipe: Recipe, made: Solved,
+    twin: nn.Module | None,
+) -> None:  # fmt: skip
+    full = {local: f"{block.name}.{local}" for local in group.layers}
+    schemes = {local: block.layers[name] for local, name in full.items()}
+    codes = {block.local(name): each for name, each in made.codes.items()}
+    first = hidden[0]
+    stage = Stage(block.module, twin, schemes, stats, group.source, codes, lambda module: block.sample(first, module))
+    for each in recipe.transforms:
+        each.apply(stage)
+    made.codes = {f"{block.name}.{local}": each for local, each in codes.items()}
+    made.note(full[group.layers[0]], stage.notes)
+    for number, local in enumerate(group.layers):
+        owner, found = recipe.ranks.owner(number), None
+        if owner == recipe.ranks.rank:
+            weight = stage.weight(local)
+            quantized = recipe.method(schemes[local]).quantize(weight, schemes[local], recipe.dtype, stats)
+            error = stats.error(weight, quantized.dequantize(torch.float32))
+            found = quantized, error, list(stats.notes)
+            stats.notes.clear()
+        quantized, made.errors[full[local]], notes = recipe.ranks.shared(found, owner)
+        made.codes[full[local]] = quantized
+        made.note(full[local], notes)
+        _put(block, full[local], quantized.dequantize(torch.float32))
+
+
+def _solve_experts(
+    block: Block, group: _Group, hidden: Activations, mine: list[int], recipe: Recipe, made: Solved
+) -> None:
+    """Each expert on the tokens that are sent to it; the projections into the experts first."""
+    path = group.layers[0].rpartition(".")[0]
+    module: Any = block.module.get_submodule(path)
+    shapes = stacks(module)
+    for local in sorted(group.layers, key=lambda name: list(shapes).index(name.rpartition(".")[2])):
+        name, stack = f"{block.name}.{local}", local.rpartition(".")[2]
+        count, _, k = shapes[stack]
+        step, parts, lost = max(1, EXPERTS // (8 * k * k)), [], []
+        made.experts[name] = []
+        for start in range(0, count, step):
+            some = range(start, min(start + step, count))
+            stats = {e: InputStats.empty(k, getattr(module, stack).device) for e in some}
+            for i in mine:
+                states, chosen, *_ = _inputs(block, block.module, [path], hidden[i])[path]
+                for e in some:
+                    stats[e].update(expert_input(module, stack, e, states.reshape(-1, states.shape[-1]), chosen))
+            for e in some:
+                reduce(stats[e], recipe.ranks)
+                owner, found = recipe.ranks.owner(e), None
+                if owner == recipe.ranks.rank:
+                    found = _solve_expert(module, stack, e, block.layers[name], stats[e], recipe)
+                quantized, error, notes = recipe.ranks.shared(found, owner)
+                parts.append(quantized)
+                lost.append(error)
+                made.experts[name].append(stats[e].rows)
+                made.note(name, notes)
+        made.codes[name] = QuantizedTensor.stack(parts)
+        made.errors[name] = sum(lost) / len(lost)
+        _put(block, name, made.codes[name].dequantize(torch.float32))
+
+
+def _solve_expert(
+    module: Any, stack: str, expert: int, scheme: QuantScheme, stats: InputStats, recipe: Recipe
+) -> tuple[QuantizedTensor, float, list[str]]:
+    dense: Tensor = getattr(module, stack)[expert]
+    weight = (dense.T if module.is_transposed else dense).contiguous()
+    if stats.rows < STARVED:
+        quantized = method("rtn").quantize(weight, scheme, recipe.dtype)
+        return quantized, 0.0, [f"expert {expert} saw {stats.rows} tokens: rounded to nearest"]
+    quantized = recipe.method(scheme).quantize(weight, scheme, recipe.dtype, stats)
+    notes = [f"expert {expert}: {note}" for note in stats.notes]
+    return quantized, stats.error(weight, quantized.dequantize(torch.float32)), notes
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _check(block: Block, hidden: Activations, mine: list[int]) -> None:
+    if not all(hidden[i].isfinite().all() for i in mine):
         raise HfQuantError(f"{block.name}: its outputs on the calibration text are NaN or infinite")

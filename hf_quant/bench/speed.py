@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from hf_quant.hf._compat import cache_argument
+
 WARM_UP = 1
 
 
@@ -49,12 +51,13 @@ def once(model: Any, batch: int, prompt: int, new: int) -> tuple[float, float]:
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
     _wait(model)
     start = time.perf_counter()
-    out = model(ids, use_cache=True, logits_to_keep=1)
+    kept = cache_argument(model)
+    out = model(ids, use_cache=True, logits_to_keep=1, **kept)
     token = out.logits[:, -1:].argmax(-1)
     _wait(model)
     first = time.perf_counter()
     for _ in range(new - 1):
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(token, use_cache=True, **kept)
         token = out.logits[:, -1:].argmax(-1)
     _wait(model)
     return first - start, time.perf_counter() - first

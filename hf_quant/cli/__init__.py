@@ -1,13 +1,17 @@
 """The command ``hf-quant``: one file a command. Results go to stdout, everything else to stderr.
 
-Exit codes: 0 ok, 1 error, 2 wrong usage, 3 a quality gate was missed, 130 interrupted. HF_QUANT_DEBUG=1 shows tracebacks.
+Exit codes: 0 ok, 1 error, 2 wrong usage, 3 a quality gate was missed, 130 stopped by Ctrl-C, 143 by SIGTERM.
+HF_QUANT_DEBUG=1 shows tracebacks.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -30,7 +34,8 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _stoppable():
+                return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except (SchemeError, PlanError) as error:
@@ -39,8 +44,37 @@ class _Commands(click.Group):
             _report(error, 3)
         except (HfQuantError, OSError, ValueError) as error:
             _report(error, 1)
-        except KeyboardInterrupt:
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+            click.echo(f"Stopped by {number.name}", err=True)
+            sys.exit(128 + number)
+
+
+class _Stopped(KeyboardInterrupt):
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM unwind what is running, so that drafts and locks go; a second one ends the process at once."""
+
+    def stop(number: int, _frame: Any) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise _Stopped(number)
+
+    before: dict[signal.Signals, Any] = {}
+    with suppress(ValueError):  # not in the main thread
+        for each in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(each) is not signal.SIG_IGN:  # nohup and the like
+                before[each] = signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _report(error: Exception, code: int) -> None:

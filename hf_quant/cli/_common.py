@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_quant.results import Quality
 
 Function = Callable[..., Any]
+UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 TEXT, CALIBRATION = "heldout.txt", "calibration.txt"  # what a model's folder may bring along
 
 
@@ -45,6 +46,12 @@ def scheme_options(function: Function) -> Function:
     ):
         function = option(function)
     return function
+
+
+def size(value: str) -> int:
+    """``4GB`` as bytes."""
+    number = value.rstrip("BKMGbkmg")
+    return int(float(number) * UNITS[value[len(number) :].upper()])
 
 
 def share(value: str) -> float:
@@ -93,7 +100,7 @@ class Measuring:
 
     def beside(self, *folders: str) -> tuple[str, str] | None:
         """Name and content of the text to measure on: the one named, or the one in ``folders``; None if there is none."""
-        from hf_quant.evaluation.text import read_dataset, read_text
+        from hf_quant.text import read_dataset, read_text
 
         if self.dataset is not None:
             return self.dataset, read_dataset(self.dataset)
@@ -102,7 +109,7 @@ class Measuring:
 
     def find(self, *folders: str) -> tuple[str, str]:
         """The same, or else the bundled text."""
-        from hf_quant.evaluation.text import BUNDLED, read_text
+        from hf_quant.text import BUNDLED, read_text
 
         return self.beside(*folders) or ("the bundled text (documentation of Python)", read_text(BUNDLED))
 
@@ -134,7 +141,7 @@ class Measuring:
 
 def check_overlap(folder: str, text: str) -> None:
     """Refuse ``text`` if the recipe in ``folder`` says that its model was calibrated on it."""
-    from hf_quant.evaluation.text import refuse_overlap
+    from hf_quant.text import refuse_overlap
 
     recipe = Path(folder) / "recipe.json"
     if recipe.is_file():
@@ -200,8 +207,8 @@ def configs(
 
 def store_results(folder: Path, record: dict[str, Any]) -> None:
     """Add what was measured to results.json, if ``folder`` is one; what was measured on other weights goes."""
-    from hf_quant.checkpoint import write_json
     from hf_quant.digests import weight_files
+    from hf_quant.disk import write_json
 
     if folder.is_dir():
         path, files = folder / "results.json", weight_files(folder)

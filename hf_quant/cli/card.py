@@ -22,7 +22,7 @@ def command() -> None:
 @output_options
 def build(folder: Path, as_json: bool, quiet: bool) -> None:
     """Write README.md and its pictures into FOLDER, from recipe.json and results.json."""
-    from hf_quant.checkpoint import write_bytes
+    from hf_quant.disk import write_bytes
     from hf_quant.hub import card
 
     recipe, results = card.facts(folder)

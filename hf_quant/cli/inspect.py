@@ -1,64 +1,89 @@
-"""``hf-quant inspect``: what a checkpoint holds, from its headers alone."""
+"""``hf-quant inspect``: what a checkpoint holds, from config.json and its headers alone."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hf_quant.cli._common import emit, output_options, table
 from hf_quant.errors import CheckpointError
 
-CODES = (".weight_packed", ".qweight", ".weight_scale", ".scales", ".weight.absmax", ".SCB", ".weight.quant_state")
+if TYPE_CHECKING:
+    from hf_quant.checkpoint import Checkpoint
+    from hf_quant.contents import Contents
 
 
 @click.command()
 @click.argument("model")
 @output_options
 def command(model: str, as_json: bool, quiet: bool) -> None:
-    """Say how the checkpoint in the folder MODEL is quantized."""
+    """Say how the checkpoint in the folder MODEL is quantized: format, schemes, which layers and which not."""
     if not Path(model).is_dir():
         raise CheckpointError(f"{model}: no such folder; inspect reads local checkpoints")
     from hf_quant.checkpoint import Checkpoint
+    from hf_quant.contents import Contents, quantization_of
 
     checkpoint = Checkpoint.open(Path(model))
-    stored = checkpoint.config.get("quantization_config") or {}
-    layers = {name[: -len(end)] for name in checkpoint.tensors for end in CODES if name.endswith(end)}
-    layers |= {n[: -len("_scale")] for n in checkpoint.tensors if n.endswith("_proj_scale")}  # stacked experts
+    stored = quantization_of(Path(model), checkpoint.config)
+    contents = None if stored is None else Contents.of(checkpoint, stored, thorough=False)
     sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
         sizes[info.dtype] += info.nbytes
-    matrices = [n for n, info in checkpoint.tensors.items() if n.endswith(".weight") and len(info.shape) == 2]
+    left = _left(checkpoint, contents)
     record: dict[str, Any] = {
         "format": _format(stored),
-        "bits": stored.get("bits") or _first_group(stored).get("num_bits"),
-        "group_size": stored.get("group_size") or _first_group(stored).get("group_size"),
-        "layers_quantized": len(layers),
-        "matrices_in_floating_point": sum(n.removesuffix(".weight") not in layers for n in matrices),
-        "share_quantized": (stored.get("hf_quant") or stored).get("share_quantized"),
+        **_layers(contents),
+        "matrices_in_floating_point": len(left),
+        "left": left,
+        "share_quantized": ((stored or {}).get("hf_quant") or stored or {}).get("share_quantized"),
         "files": len({info.file for info in checkpoint.tensors.values()}),
         "bytes": sum(sizes.values()),
         "bytes_by_dtype": dict(sizes.most_common()),
     }
-    human = table(("field", "value"), [(name, str(value)) for name, value in record.items()])
-    emit(as_json, quiet, record=record, essential=record["format"], human=human)
+    lines = [(name, str(value)) for name, value in record.items() if name not in ("left", "schemes")]
+    lines += [(f"{count} layers", scheme) for scheme, count in record["schemes"].items()]
+    lines += [("in floating point", _shown(left))] if left else []
+    emit(as_json, quiet, record=record, essential=record["format"], human=table(("field", "value"), lines))
 
 
-def _format(stored: dict[str, Any]) -> str:
+def _layers(contents: Contents | None) -> dict[str, Any]:
+    """Bits and group size of most layers, and all schemes with the number of their layers."""
+    layers = list(contents.layers.values()) if contents is not None else []
+    schemes = Counter(str(layer.scheme) if layer.scheme else f"floating point: {layer.note}" for layer in layers)
+    coded = [layer.scheme for layer in layers if layer.scheme]
+    most = Counter(coded).most_common(1)[0][0] if coded else None
+    return {
+        "bits": most.bits if most else None,
+        "group_size": most.group_size if most else None,
+        "symmetric": most.symmetric if most else None,
+        "codebook": most.codebook if most else None,
+        "act_order": any(scheme.permuted for scheme in coded),
+        "layers_quantized": len(layers),
+        "schemes": dict(schemes.most_common()),
+        "notes": sorted({layer.note for layer in layers if layer.note}),
+    }
+
+
+def _left(checkpoint: Checkpoint, contents: Contents | None) -> list[str]:
+    """Matrices in floating point, by name."""
+    names = contents.rest if contents is not None else list(checkpoint.tensors)
+    matrices = [n for n in names if n.endswith(".weight") and len(checkpoint.tensors[n].shape) == 2]
+    return [name.removesuffix(".weight") for name in matrices]
+
+
+def _shown(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _format(stored: Any) -> str:
     if not stored:
         return "not quantized"
     method = str(stored.get("quant_method", "unknown"))
-    return (
-        f"hf_quant {stored.get('format')}" if method == "hf_quant" else f"{method} {stored.get('format', '')}".strip()
-    )
-
-
-def _first_group(stored: dict[str, Any]) -> dict[str, Any]:
-    groups = list((stored.get("config_groups") or {}).values())
-    plain = [g for g in groups if "Linear" in (g.get("targets") or [])] or groups
-    return (plain[0].get("weights") or {}) if plain else {}
+    said = {"hf_quant": "format", "gptq": "checkpoint_format", "awq": "version", "auto-round": "packing_format"}
+    return f"{method} {stored.get(said.get(method, 'format')) or ''}".strip()
 
 
 COMMAND = command

@@ -19,6 +19,7 @@ from hf_quant.cli._common import (
     measure_options,
     output_options,
     say,
+    size,
     store_results,
     table,
 )
@@ -28,14 +29,7 @@ if TYPE_CHECKING:
     from hf_quant.evaluation.yardstick import Base
 
 HEAD = ("model", "MB", "bits/weight", "KL (nats)", "95 % interval", "perplexity", "top-1", "tokens/s", "")
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 TOKENS, TRIAL_TOKENS = 32768, 4096
-
-
-def size(value: str) -> int:
-    """``4GB`` as bytes."""
-    number = value.rstrip("BKMGbkmg")
-    return int(float(number) * UNITS[value[len(number) :].upper()])
 
 
 @click.command()
@@ -122,7 +116,7 @@ def command(
 def _trial(base: Base, tokenizer: Any, measured_on: str, trial_text: str | None, tokens: int, quiet: bool) -> Any:
     """The base's word on a text that the result is not measured on, if there is one."""
     from hf_quant.cli._common import find_text
-    from hf_quant.evaluation.text import read_text
+    from hf_quant.text import read_text
 
     beside = Path(base.model) / CALIBRATION
     file = find_text(trial_text) or (beside if beside.is_file() else None)
@@ -132,7 +126,7 @@ def _trial(base: Base, tokenizer: Any, measured_on: str, trial_text: str | None,
 
 
 def _store(folder: Path, record: dict[str, Any], quiet: bool) -> None:
-    from hf_quant.checkpoint import write_json
+    from hf_quant.disk import write_json
     from hf_quant.report import charts
 
     write_json(folder / "ladder.json", record)

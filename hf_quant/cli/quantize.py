@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,19 +17,19 @@ from hf_quant.cli._common import (
     budget,
     configs,
     emit,
-    find_text,
     gate_lines,
     gate_options,
     measure_options,
     output_options,
     say,
     scheme_options,
+    size,
     table,
 )
 from hf_quant.errors import HfQuantError
 
 if TYPE_CHECKING:
-    from hf_quant.compress import Calibration
+    from hf_quant.calibration import Calibration
     from hf_quant.evaluation.gate import Budget
     from hf_quant.hf import HfQuantConfig
 
@@ -51,26 +52,33 @@ TOKENS = 32768  # measured by default: enough for intervals, and soon done
     default=None,
     help="Measure the result; default: if there is a gate, --text, or heldout.txt beside the model.",
 )
-@click.option("--calibration", help="UTF-8 file for calibrated methods; default: calibration.txt beside the model.")
+@click.option(
+    "--calibration",
+    metavar="TEXT",
+    help="For calibrated methods: a UTF-8 or JSONL file, or ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
+    "default: calibration.txt beside the model, else a bundled text.",
+)
 @click.option("--calibration-tokens", default=65536, show_default=True, help="How much of it.")
+@click.option("--max-memory", type=size, help="What activations may take before they go to disk, such as 2GB.")
 @measure_options
 @gate_options
 @click.option("--prompt", help="Let the saved model continue this.")
 @output_options
 def command(
     model: str, output: str, dtype: str, device: str | None, revision: str | None, max_shard_size: str, overwrite: bool,
-    wanted: bool | None, calibration: str | None, calibration_tokens: int, text: str | None, dataset: str | None, context: int | None, stride: int | None,
+    wanted: bool | None, calibration: str | None, calibration_tokens: int, max_memory: int | None, text: str | None, dataset: str | None, context: int | None, stride: int | None,
     max_tokens: int | None, base_dtype: str, allow_overlap: bool, max_kl: float | None, max_ppl_increase: float | None,
     min_top1: float | None, prompt: str | None, as_json: bool, quiet: bool, **scheme: Any,
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a Hub id."""
-    from tqdm import tqdm
-
     from hf_quant.compress import Job, compress, tokenizer_of
-    from hf_quant.evaluation.text import refuse_overlap
+    from hf_quant.ranks import Ranks
+    from hf_quant.text import refuse_overlap
 
     plans, gate = configs(**scheme), budget(max_kl, max_ppl_increase, min_top1)
     _refuse_two_bits(plans, gate)
+    ranks = Ranks.found()
+    quiet = quiet or not ranks.first
     shown = bars(quiet or as_json)
     if Path(model).is_dir():
         from hf_quant.checkpoint import Checkpoint
@@ -80,12 +88,13 @@ def command(
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
     if wanted is False and gate:
         raise click.UsageError("a gate has to measure: it cannot go with --no-eval")
-    found = None if wanted is False else how.find(model) if wanted or gate else how.beside(model)
+    tokenizer = tokenizer_of(model, revision, say)
+    calibrated_on = _calibration(plans, model, calibration, calibration_tokens, tokenizer)
+    always = wanted or gate or calibrated_on is not None
+    found = None if wanted is False or not ranks.first else how.find(model) if always else how.beside(model)
     from_hub = {"dtype": dtype, "device_map": device, "revision": revision}
     given = {k: v for k, v in from_hub.items() if v is not None}
-    tokenizer = tokenizer_of(model, revision, say)
     outs = [Path(output) / p.scheme for p in plans] if len(plans) > 1 else [Path(output)]
-    calibrated_on = _calibration(plans, model, calibration, calibration_tokens, tokenizer)
     measure = None
     if found is not None and calibrated_on is not None and not allow_overlap:
         refuse_overlap(found[1], calibrated_on.paragraphs)
@@ -93,9 +102,12 @@ def command(
         measure = how.yardstick(model, found[1], tokenizer, revision=revision, device=device, shown=shown, quiet=quiet)
     job = Job(
         model, given, max_shard_size, overwrite, lambda line: say(line, quiet), tokenizer, gate, measure, calibrated_on,
-        lambda blocks: tqdm(blocks, desc="blocks", disable=not shown),
+        lambda blocks: blocks_shown(blocks, shown), max_memory, ranks,
     )  # fmt: skip
-    rows = [compress(job, plan, out) for plan, out in zip(plans, outs, strict=True)]
+    with _resumable({out: plan.scheme for plan, out in zip(plans, outs, strict=True)}):
+        rows = [compress(job, plan, out) for plan, out in zip(plans, outs, strict=True)]
+    if not ranks.first:
+        return
     missed = [line for row in rows for line in gate_lines(row.get("gate", {"misses": []}), row["layers"])]
     folders = [out.with_name(row["folder"]) for row, out in zip(rows, outs, strict=True)]
     said = _continue(folders[-1], prompt, tokenizer) if prompt else None
@@ -112,25 +124,56 @@ def command(
         sys.exit(3)
 
 
+@contextmanager
+def _resumable(schemes: dict[Path, str]) -> Iterator[None]:
+    """Whoever stops this, or has no disk left, is told how to go on; what is whole already would be refused then."""
+    from hf_quant.compress import work_folder
+    from hf_quant.journal import is_journal
+
+    try:
+        yield
+    except (KeyboardInterrupt, OSError):
+        for out, scheme in schemes.items():
+            if is_journal(work_folder(out)):
+                only = f" with --scheme {scheme} -o {out}" if len(schemes) > 1 else ""
+                say(f"{work_folder(out)} holds the finished blocks: the same command{only} goes on from there")
+        raise
+
+
 def _calibration(
-    plans: list[HfQuantConfig], model: str, file: str | None, tokens: int, tokenizer: Any
+    plans: list[HfQuantConfig], model: str, source: str | None, tokens: int, tokenizer: Any
 ) -> Calibration | None:
     """What calibrated methods look at; None if no method is one."""
-    from hf_quant.compress import Calibration
-    from hf_quant.evaluation.text import paragraphs, read_text, windows
+    from hf_quant.calibration import calibration
     from hf_quant.evaluation.yardstick import Base
-    from hf_quant.methods import method
+    from hf_quant.presets import preset
 
-    if not any(method(plan.method).calibrated for plan in plans):
+    if not any(preset(plan.method, plan.bits).calibrated for plan in plans):
         return None
-    found = find_text(file) or Path(model) / CALIBRATION
-    if not found.is_file():
-        raise HfQuantError(f"{plans[0].method} needs text to calibrate on: name one with --calibration")
-    if tokenizer is None:
-        raise HfQuantError(f"{model} has no tokenizer, so it cannot be calibrated")
-    text = read_text(found)
-    ids = windows(tokenizer, text, Base(model).context(), tokens).ids
-    return Calibration(ids, found.name, sorted(paragraphs(text)))
+    beside = Path(model) / CALIBRATION
+    found = str(beside) if source is None and beside.is_file() else source
+    base = Base(model)
+    return calibration(found, tokenizer, base.context(), tokens, base.vocabulary())
+
+
+def blocks_shown(blocks: Iterable[Any], shown: bool) -> Iterator[Any]:
+    """A bar with seconds a block, the time left, and the peak memory of this process so far."""
+    from tqdm import tqdm
+
+    with tqdm(blocks, desc="blocks", unit="block", disable=not shown) as bar:
+        for block in bar:
+            yield block
+            bar.set_postfix_str(f"peak {peak_memory() / 1e9:.1f} GB")
+
+
+def peak_memory() -> int:
+    """Bytes of this process in memory at most so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _refuse_two_bits(plans: list[HfQuantConfig], gate: Budget) -> None:

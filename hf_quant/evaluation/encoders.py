@@ -15,8 +15,8 @@ from hf_quant.errors import HfQuantError
 from hf_quant.evaluation import with_noise
 from hf_quant.evaluation.bootstrap import FEWEST, interval, sums
 from hf_quant.evaluation.reference import Load, Progress
-from hf_quant.evaluation.text import split
 from hf_quant.results import Estimate, Quality
+from hf_quant.text import split
 
 SHORTEST = 40  # characters of a passage
 POSITIONS = 8  # of a passage, whose logits are compared

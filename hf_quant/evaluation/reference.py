@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from hf_quant.checkpoint import staged, write_json
+from hf_quant.disk import staged, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.metrics import BaseTokens
-from hf_quant.evaluation.text import Windows
+from hf_quant.text import Windows
 
 VERSION = 1  # of the files
 TOP, SAMPLES = 128, 64

@@ -18,10 +18,10 @@ from hf_quant.checkpoint import Checkpoint
 from hf_quant.evaluation import evaluate, means
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
 from hf_quant.evaluation.reference import Progress, Reference, reference
-from hf_quant.evaluation.text import windows
 from hf_quant.hf import load
 from hf_quant.hf.loading import class_of
 from hf_quant.results import Quality
+from hf_quant.text import windows
 
 CONTEXT = 512
 logger = logging.get_logger(__name__)
@@ -79,6 +79,11 @@ class Base:
         """Tokens in a window, where nobody says."""
         config = AutoConfig.from_pretrained(self.model, **self._hub()).get_text_config()
         return min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
+
+    def vocabulary(self) -> int:
+        """How many token ids there are."""
+        size: int = AutoConfig.from_pretrained(self.model, **self._hub()).get_text_config().vocab_size
+        return size
 
     def causal(self) -> bool:
         """Whether it predicts next tokens; otherwise it is measured as an encoder."""

@@ -1,26 +1,76 @@
-"""Formats: how a `QuantizedTensor` is laid out in a checkpoint. One file each."""
+"""Formats: how a `QuantizedTensor` is laid out in a checkpoint. One file each.
+
+Every format reads; some also write. A format made from a ``quantization_config`` (`format_of`) knows what that says of
+the layout, and finds the quantized layers of a checkpoint in its headers (`Format.layers`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hf_quant import _plugins
+from hf_quant.errors import FormatError
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
 
+class Shaped(Protocol):
+    """What a header tells of a tensor; a tensor tells it too."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its axes."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its type."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A quantized layer of a checkpoint, as the headers and the small tensors tell.
+
+    Attributes:
+        shape: ``(N, K)`` of its weight, or ``(E, N, K)`` of a stack of experts.
+        scheme: How it is coded; None where it can only be read to floating point.
+        scale_dtype: Of the stored scales.
+        note: Why it is read to floating point, or what of it is left out.
+    """
+
+    shape: tuple[int, ...]
+    scheme: QuantScheme | None
+    scale_dtype: torch.dtype
+    note: str = ""
+
+
+Headers = Mapping[str, Mapping[str, Shaped]]  # module -> local name -> header
+Value = Callable[[str], Tensor | None]  # the tensor of that full name, or None if it is too large to look at
+
+
 @runtime_checkable
 class Format(Protocol):
-    """Reads and writes the tensors of one linear layer, under their local names."""
+    """Reads, and mostly writes, the tensors of one linear layer, under their local names."""
 
     suffixes: ClassVar[tuple[str, ...]]
 
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Format | None:
+        """The format that a ``quantization_config`` asks for, or None if it speaks of another.
+
+        Raises:
+            FormatError: It is this one, but a field holds what cannot be read; the message names the field.
+        """
+        ...
+
     def why_not(self, scheme: QuantScheme) -> str | None:
-        """Why this format cannot hold ``scheme``, or None if it can."""
+        """Why this format cannot be written with ``scheme``, or None if it can."""
         ...
 
     def layout(
@@ -37,8 +87,50 @@ class Format(Protocol):
         """Inverse of `write`; raises FormatError on a missing, misshapen or out-of-range tensor."""
         ...
 
+    def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight ``[N, K]`` in float32, of a layer whose scheme is None; raises as `read` does."""
+        ...
+
+    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+        """The quantized layers among the modules that have tensors under one of the `suffixes`.
+
+        Args:
+            headers: All those modules.
+            value: Reads small tensors; gives at least those of a kilobyte.
+
+        Raises:
+            FormatError: Tensors are missing or contradict each other or the config; the message names the module.
+        """
+        ...
+
+    def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
+        """The ``quantization_config`` of a checkpoint that was written in this format.
+
+        Args:
+            schemes: Of every quantized layer, by the name it has in the checkpoint.
+            left: Names of the linear layers in floating point.
+
+        Raises:
+            FormatError: It cannot say that.
+        """
+        ...
+
 
 def format_named(name: str) -> Format:
     """The format in the file of that name: ``format_named("native")``."""
     made: Format = _plugins.load("formats", name).FORMAT()
     return made
+
+
+def format_of(config: Mapping[str, Any]) -> tuple[str, Format]:
+    """Name of the format that a ``quantization_config`` speaks of, and that format.
+
+    Raises:
+        FormatError: No format reads it; or one would, but a field holds what it cannot read.
+    """
+    method = config.get("quant_method")
+    for name in _plugins.names("formats"):
+        found = _plugins.load("formats", name).FORMAT.of(config)
+        if found is not None:
+            return name, found
+    raise FormatError(f"quantization_config.quant_method {ascii(method)[:80]}: no format reads it")

@@ -1,30 +1,105 @@
-"""compressed-tensors ``pack-quantized``: what vLLM, SGLang and the Hub's parameter counter read without this package."""
+"""compressed-tensors: what vLLM, SGLang and the Hub's parameter counter read without this package.
+
+Written as ``pack-quantized`` of 4 and 8 bits. Read: that of every width, in today's layout and in the one before 0.13, in
+which no code crosses a word; columns in another order (``weight_g_idx``, actorder "group"); ``int-quantized`` and
+``naive-quantized`` integers, which run in that many bits against activations in floating point, even where the checkpoint
+quantizes activations too; and 8-bit floats, which become floating point.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.errors import FormatError, SchemeError
+from hf_quant.errors import FormatError
+from hf_quant.formats import Headers, Layer, Value
+from hf_quant.formats._common import (
+    FLOATS,
+    check_scale,
+    codes_of,
+    integer,
+    is_sequence,
+    need,
+    order_of,
+    permuted,
+    refused,
+    scheme_for,
+    settled,
+    spread,
+)
 from hf_quant.packing import pack, unpack
-from hf_quant.scheme import MULTIPLE, QuantScheme
+from hf_quant.scheme import BITS, MULTIPLE, QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")  # read past: they run in float
 
+
+@dataclass(frozen=True)
+class _Group:
+    """What a config group says of the weights it is for."""
+
+    targets: tuple[str, ...]
+    bits: int
+    group_size: int  # -1 for whole rows
+    symmetric: bool
+    floats: bool  # 8-bit floats, not integers
+    block: tuple[int, int] | None  # rows and columns that share a scale, where more than one row does
+    activations: bool  # whether activations are quantized too
+
+
+@dataclass(frozen=True)
 class CompressedTensors:
     """weight_packed int32 ``[N, K / 32 * bits]``, weight_scale ``[N, G]``, weight_shape int64 ``[2]``, and for asymmetric
-    schemes weight_zero_point int32 ``[ceil(N * bits / 32), G]``, packed along N."""
+    schemes weight_zero_point int32 ``[ceil(N * bits / 32), G]``, packed along N.
 
-    suffixes: ClassVar[tuple[str, ...]] = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+    Args:
+        groups: Of the config that it reads by; one that says nothing reads what `write` wrote.
+    """
+
+    groups: tuple[_Group, ...] = ()
+
+    suffixes: ClassVar[tuple[str, ...]] = (
+        "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", *ACTIVATIONS, "weight",
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> CompressedTensors | None:
+        if config.get("quant_method") != "compressed-tensors":
+            return None
+        _only("", config, _ONLY)
+        sparsity = config.get("sparsity_config") or {}
+        if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
+            raise refused("sparsity_config", sparsity, "only dense weights are read")
+        groups = config.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            raise refused("config_groups", groups, "must be an object with at least one group")
+        if not is_sequence(config.get("ignore") or []):
+            raise refused("ignore", config["ignore"], "must be a list of names")
+        made = tuple(_group_read(f"config_groups.{ascii(name)[1:-1]}", group) for name, group in groups.items())
+        counted = Counter(target for group in made for target in group.targets)
+        for target, count in counted.items():
+            if count > 1:
+                raise refused("config_groups.targets", target, "two groups have it")
+        return cls(made)
 
     def why_not(self, scheme: QuantScheme) -> str | None:
+        if scheme.codebook or scheme.real_zero:
+            return "it holds integers with integer zero points only"
+        if scheme.permuted:
+            return "its readers no longer know columns in another order (weight_g_idx)"
         if scheme.bits not in (4, 8):
             return f"its {scheme.bits}-bit packing differs between its versions"
+        if scheme.outliers:
+            return f"it has no place for outliers beside the {scheme.bits}-bit codes"
         return None
 
     def layout(
@@ -42,7 +117,8 @@ class CompressedTensors:
         return made
 
     def write(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
-        _check_bits(tensor.scheme)
+        if (reason := self.why_not(tensor.scheme)) is not None:
+            raise FormatError(f"compressed-tensors: {tensor.scheme.bits} bits: {reason}")
         n, bits = tensor.scale.shape[0], tensor.scheme.bits
         made = {
             "weight_packed": tensor.qweight.contiguous().view(torch.int32),
@@ -57,49 +133,181 @@ class CompressedTensors:
         return made
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
-        _check_bits(scheme)
-        wanted = [s for s in self.suffixes if s != "weight_zero_point" or not scheme.symmetric]
-        missing = [name for name in wanted if name not in tensors]
-        if missing:
-            raise FormatError(f"compressed-tensors: no {missing}")
-        n, k = _stored_shape(tensors["weight_shape"])
-        words, scale = tensors["weight_packed"], tensors["weight_scale"]
-        if scale.ndim == 1:  # some writers leave out the group axis where there is one group
-            scale = scale[:, None]
-        try:
-            layout = self.layout((n, k), scheme, scale.dtype)
-        except SchemeError as error:
-            raise FormatError(f"compressed-tensors: weight_shape {[n, k]}: {error}") from None
-        for name, (shape, dtype) in layout.items():
-            _check(name, scale if name == "weight_scale" else tensors[name], shape, dtype)
-        zero = None
-        if not scheme.symmetric:
-            packed = tensors["weight_zero_point"].T.contiguous()
-            whole = F.pad(packed, (0, -(-n // 32) * scheme.bits - packed.shape[1]))
-            zero = unpack(whole.view(torch.uint8), scheme.bits)[:, :n].T.contiguous()
-        return QuantizedTensor(words.contiguous().view(torch.uint8), scale, zero, scheme)
+        if "weight_packed" in tensors:
+            n, k = _stored_shape(tensors)
+            packed = _bytes(tensors["weight_packed"], n, k, scheme.bits)
+        elif "weight" not in tensors:
+            raise FormatError("neither weight_packed nor weight is there")
+        else:
+            n, k = need(tensors, "weight", (torch.int8,), (None, None)).shape
+            packed = pack(codes_of("weight", tensors["weight"], scheme), scheme.bits)
+        scale = _scale(tensors, n)
+        groups = scale.shape[1]
+        if scheme.groups(k) % groups:
+            raise FormatError(f"weight_scale has {groups} groups for {k} input features, expected {scheme.groups(k)}")
+        zero = _zero(tensors, n, groups, scheme)
+        zero = None if zero is None else spread(zero, k, k // groups, scheme)
+        made = settled(QuantizedTensor(packed, spread(scale, k, k // groups, scheme), zero, scheme))
+        if scheme.permuted and "weight_g_idx" not in tensors:
+            raise FormatError("weight_g_idx is missing")
+        order = _order(tensors, k, groups)
+        if order is not None and not scheme.permuted:
+            raise FormatError("weight_g_idx: the columns of a group lie scattered")
+        if not scheme.permuted:
+            return made
+        return permuted(made, torch.arange(k) if order is None else order)
+
+    def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        weight = need(tensors, "weight", (*FLOAT8, *FLOATS), (None, None))
+        n, k = weight.shape
+        block = next((group.block for group in self.groups if group.floats and group.block), None)
+        if block is None:
+            scale = _scale(tensors, n)
+            across = k // scale.shape[1]
+        else:
+            rows, across = block
+            scale = need(tensors, "weight_scale", FLOATS, (-(-n // rows), -(-k // across)))
+            check_scale("weight_scale", scale)
+            scale = scale.repeat_interleave(rows, 0)[:n]
+        return weight.float() * scale.float().repeat_interleave(across, 1)[:, :k]
+
+    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+        made = {}
+        for module, own in headers.items():
+            weight = own.get("weight")
+            if weight is not None and weight.dtype in FLOATS:
+                continue  # a layer in floating point
+            try:
+                made[module] = self._layer(module, own, value)
+            except FormatError as error:
+                raise FormatError(f"{module}: {error}") from None
+        return made
+
+    def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
+        default = Counter(schemes.values()).most_common(1)[0][0]
+        return config_of(default, {name: scheme for name, scheme in schemes.items() if scheme != default}, left)
+
+    def _layer(self, module: str, own: Mapping[str, Any], value: Value) -> Layer:
+        group = self._group(module)
+        if "weight_packed" in own:
+            need(own, "weight_packed", (torch.int32,), (None, None))
+            need(own, "weight_shape", SHAPES, (2,))
+            shape = value(f"{module}.weight_shape")
+            assert shape is not None
+            n, k = _stored_shape({"weight_shape": shape})
+            _width(own["weight_packed"].shape, n, k, group.bits)
+        else:
+            n, k = need(own, "weight", FLOAT8 if group.floats else (torch.int8,), (None, None)).shape
+        scale = need(own, "weight_scale", FLOATS)
+        note = "its activations stay in floating point" if group.activations else ""
+        if group.floats:
+            return Layer((n, k), None, scale.dtype, "8-bit floats")
+        size = k if group.group_size == -1 else group.group_size
+        if k % size:
+            raise FormatError(f"group_size {size} does not divide {k} input features")
+        if list(scale.shape) != [n, k // size] and (size != k or list(scale.shape) not in ([n], [1], [], [1, 1])):
+            raise FormatError(f"weight_scale has shape {list(scale.shape)}, expected {[n, k // size]}")
+        g_idx = value(f"{module}.weight_g_idx") if "weight_g_idx" in own else None
+        scattered = "weight_g_idx" in own and k > size
+        if g_idx is not None:
+            scattered = _order({"weight_g_idx": g_idx}, k, k // size) is not None
+        scheme = scheme_for(group.bits, group.group_size, k, group.symmetric, permuted=scattered)
+        if scheme is None:
+            raise FormatError(f"groups of {size} in rows of {k} do not divide into legal ones")
+        if not group.symmetric:
+            need(own, "weight_zero_point", (torch.int32, torch.int8))
+        return Layer((n, k), scheme, scale.dtype, note)
+
+    def _group(self, module: str) -> _Group:
+        """What the config says of a module: a name counts before a pattern, a pattern before a class."""
+        if len(self.groups) == 1:  # it has tensors, so what else could they be
+            return self.groups[0]
+        named = {target: group for group in self.groups for target in group.targets}
+        if module in named:
+            return named[module]
+        for target in sorted(target for target in named if target.startswith("re:")):
+            if fnmatchcase(module, _glob("config_groups.targets", target)):
+                return named[target]
+        if "Linear" not in named:
+            raise FormatError("no group of quantization_config is for it")
+        return named["Linear"]
 
 
-def _check_bits(scheme: QuantScheme) -> None:
-    reason = CompressedTensors().why_not(scheme)
-    if reason is not None:
-        raise FormatError(f"compressed-tensors: {scheme.bits} bits: {reason}")
+SHAPES = (torch.int64, torch.int32)
 
 
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tuple(tensor.shape) != shape:
-        raise FormatError(f"compressed-tensors: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
-    if tensor.dtype != dtype or (name == "weight_scale" and not dtype.is_floating_point):
-        raise FormatError(f"compressed-tensors: {name} has dtype {tensor.dtype}")
-
-
-def _stored_shape(stored: Tensor) -> tuple[int, int]:
+def _stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     """N and K, as the checkpoint says them."""
-    _check("weight_shape", stored, (2,), torch.int64)
-    n, k = (int(size) for size in stored)
-    if n < 1 or k < 1 or k % MULTIPLE:
-        raise FormatError(f"compressed-tensors: weight_shape {[n, k]}: in_features must be a multiple of {MULTIPLE}")
+    n, k = (int(size) for size in need(tensors, "weight_shape", SHAPES, (2,)))
+    if not (1 <= n < 1 << 32 and 1 <= k < 1 << 32) or k % MULTIPLE:
+        raise FormatError(f"weight_shape {[n, k]}: in_features must be a multiple of {MULTIPLE}")
     return n, k
+
+
+def _width(shape: Sequence[int], n: int, k: int, bits: int) -> bool:
+    """Whether a packed weight has the layout of before, in which no code crosses a word."""
+    now, before = [n, k * bits // 32], [n, -(-k // (32 // bits))]
+    if list(shape) not in (now, before):
+        raise FormatError(f"weight_packed has shape {list(shape)}, expected {now} for {n} x {k} in {bits} bits")
+    return list(shape) != now
+
+
+def _apart(words: Tensor, bits: int) -> Tensor:
+    """uint8 ``[R, W * (32 // bits)]`` of int32 words ``[R, W]`` in the layout of before."""
+    shifts = torch.arange(0, 32 - bits + 1, bits, device=words.device)
+    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)
+
+
+def _bytes(words: Tensor, n: int, k: int, bits: int) -> Tensor:
+    """Portable codes uint8 ``[N, K / 8 * bits]``."""
+    need({"weight_packed": words}, "weight_packed", (torch.int32,))
+    if _width(words.shape, n, k, bits):
+        return pack(_apart(words, bits)[:, :k], bits)
+    return words.contiguous().view(torch.uint8)
+
+
+def _scale(tensors: Mapping[str, Tensor], n: int) -> Tensor:
+    """``[N, G]``, of one a group, one a row or one for all."""
+    scale = need(tensors, "weight_scale", FLOATS)
+    check_scale("weight_scale", scale)
+    if scale.numel() == 1:
+        return scale.view(1, 1).expand(n, 1).contiguous()
+    if scale.ndim == 1:  # some writers leave out the group axis where there is one group
+        scale = scale[:, None]
+    return need({"weight_scale": scale}, "weight_scale", FLOATS, (n, None))
+
+
+def _zero(tensors: Mapping[str, Tensor], n: int, groups: int, scheme: QuantScheme) -> Tensor | None:
+    """uint8 ``[N, G]``; None where the scheme fixes it."""
+    if scheme.symmetric:
+        return None
+    stored = need(tensors, "weight_zero_point", (torch.int32, torch.int8))
+    if stored.dtype is torch.int8:
+        if stored.numel() == 1:
+            stored = stored.view(1, 1).expand(n, 1)
+        stored = stored[:, None] if stored.ndim == 1 else stored
+        return codes_of(
+            "weight_zero_point",
+            need({"weight_zero_point": stored}, "weight_zero_point", (torch.int8,), (n, groups)),
+            scheme,
+        )
+    now, before = -(-n * scheme.bits // 32), -(-n // (32 // scheme.bits))
+    if list(stored.shape) not in ([now, groups], [before, groups]):
+        raise FormatError(f"weight_zero_point has shape {list(stored.shape)}, expected {[now, groups]}")
+    if stored.shape[0] != now:
+        return _apart(stored.T, scheme.bits)[:, :n].T.contiguous()
+    packed = stored.T.contiguous()
+    whole = F.pad(packed, (0, -(-n // 32) * scheme.bits - packed.shape[1]))
+    return unpack(whole.view(torch.uint8), scheme.bits)[:, :n].T.contiguous()
+
+
+def _order(tensors: Mapping[str, Tensor], k: int, groups: int) -> Tensor | None:
+    if "weight_g_idx" not in tensors:
+        return None
+    g_idx = need(tensors, "weight_g_idx", (torch.int32, torch.int64), (k,))
+    if bool((g_idx == -1).all()):  # how its writers mark that there is no order
+        return None
+    return order_of("weight_g_idx", g_idx, groups, k // groups)
 
 
 def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore: Sequence[str]) -> dict[str, Any]:
@@ -142,56 +350,23 @@ def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
     return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
-def plan_of(config: Mapping[str, Any]) -> tuple[QuantScheme, dict[str, QuantScheme], list[str]]:
-    """Inverse of `config_of`: default scheme, overrides by glob, globs of layers left alone.
-
-    Raises:
-        FormatError: A field holds what this package cannot run; the message names it.
-    """
-    if not isinstance(config, Mapping):
-        raise FormatError(f"quantization_config must be an object, got {ascii(config)[:80]}")
-    _only("", config, _ONLY)
-    sparsity = config.get("sparsity_config") or {}
-    if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
-        raise _refused("sparsity_config", sparsity, "only dense weights are read")
-    groups = config.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups:
-        raise _refused("config_groups", groups, "must be an object with at least one group")
-    schemes: dict[str, QuantScheme] = {}
-    for name, group in groups.items():
-        where = f"config_groups.{ascii(name)[1:-1]}"
-        scheme = _scheme(where, group)
-        for target in _list(f"{where}.targets", group.get("targets")):
-            if schemes.setdefault(target, scheme) != scheme:
-                raise _refused(f"{where}.targets", target, "another group has it too")
-    default = schemes.pop("Linear", None)
-    if default is None:
-        raise _refused("config_groups", sorted(groups), "no group targets 'Linear'")
-    # the library prefers an exact name, then patterns in the order of their text, then classes
-    ordered = sorted(schemes, key=lambda target: ("re:" in target, target))
-    overrides = {_glob("config_groups.targets", target): schemes[target] for target in ordered}
-    return default, overrides, [_glob("ignore", name) for name in _list("ignore", config.get("ignore") or [])]
-
-
 # field to the values that change nothing here
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "quant_method": ("compressed-tensors",),
-    "format": ("pack-quantized",),
+    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision"),
     "quantization_status": ("compressed", "frozen", None),
     "kv_cache_scheme": (None, {}),
     "transform_config": (None, {}),
     "moe_sparsity_config": (None,),
 }
 _ONLY_IN_GROUP: dict[str, tuple[Any, ...]] = {
-    "input_activations": (None,),
     "output_activations": (None,),
-    "format": ("pack-quantized", None),
+    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", None),
 }
 _ONLY_IN_WEIGHTS: dict[str, tuple[Any, ...]] = {
-    "type": ("int", None),
+    "type": ("int", "float", None),
     "dynamic": (False, None),
-    "actorder": (None, False, "weight", "static"),  # the last two: the order of quantizing, not of storing
-    "block_structure": (None,),
+    "symmetric": (True, False, None),
+    "strategy": ("group", "channel", "tensor", "block"),
 }
 
 
@@ -199,32 +374,35 @@ def _only(prefix: str, found: Mapping[str, Any], allowed: Mapping[str, tuple[Any
     for name, values in allowed.items():
         value = found.get(name)
         if not any(type(value) is type(legal) and value == legal for legal in values):
-            raise _refused(f"{prefix}{name}", value, f"only {' or '.join(map(str, values))} is read")
+            raise refused(f"{prefix}{name}", value, f"only {' or '.join(map(str, values))} is read")
 
 
-def _scheme(where: str, group: Any) -> QuantScheme:
+def _group_read(where: str, group: Any) -> _Group:
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
-        raise _refused(f"{where}.weights", weights, "must be an object")
+        raise refused(f"{where}.weights", weights, "must be an object")
     _only(f"{where}.", group, _ONLY_IN_GROUP)
     _only(f"{where}.weights.", weights, _ONLY_IN_WEIGHTS)
-    strategy = weights.get("strategy")
-    if strategy not in ("group", "channel"):
-        raise _refused(f"{where}.weights.strategy", strategy, "only group and channel are read")
-    size = -1 if strategy == "channel" else weights.get("group_size")
+    targets = group.get("targets")
+    if not is_sequence(targets):
+        raise refused(f"{where}.targets", targets, "must be a list of names")
+    floats, strategy, block = weights.get("type") == "float", weights["strategy"], weights.get("block_structure")
     try:
-        made = QuantScheme(weights.get("num_bits"), size, weights.get("symmetric", True))  # type: ignore[arg-type]
-    except SchemeError as error:
-        raise FormatError(f"quantization_config.{where}.weights: {error}") from None
-    if (reason := CompressedTensors().why_not(made)) is not None:
-        raise _refused(f"{where}.weights.num_bits", made.bits, reason)
-    return made
-
-
-def _list(field: str, value: Any) -> list[str]:
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise _refused(field, value, "must be a list of names")
-    return value
+        bits = integer(weights, "num_bits", (8,) if floats else BITS, 8 if floats else None)
+        size = integer(weights, "group_size", range(1, 1 << 20)) if strategy == "group" else -1
+    except FormatError as error:
+        raise FormatError(
+            str(error).replace("quantization_config.", f"quantization_config.{where}.weights.")
+        ) from None
+    if floats and strategy == "group":
+        raise refused(f"{where}.weights.strategy", strategy, "of floats only channel, tensor and block are read")
+    if strategy == "block":
+        sizes = isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b < 1 << 20 for b in block)
+        if not floats or not sizes:
+            raise refused(f"{where}.weights.block_structure", block, "only two sizes, and only of floats, are read")
+    shared = (block[0], block[1]) if strategy == "block" and block else None
+    activations = group.get("input_activations") is not None
+    return _Group(tuple(targets), bits, size, weights.get("symmetric") is not False, floats, shared, activations)
 
 
 _PLAIN = re.compile(r"[\w.\-/]+", re.ASCII)
@@ -246,22 +424,13 @@ def _glob(field: str, name: str) -> str:
 
     A pattern matches from the start of a name but may end before its end, so without a ``$`` a ``*`` is appended.
     """
-    if not name.startswith("re:"):
-        is_class = name in ("Linear", "Module") or (name[:1].isupper() and field != "ignore")
-        if is_class or not _PLAIN.fullmatch(name):
-            raise _refused(field, name, "not the name of a module")
-        return name
     pattern = name[3:].removeprefix("^")
     body = pattern.removesuffix("$")
     tokens = _TOKEN.findall(body)
     if "".join(tokens) != body:
-        raise _refused(field, name, "of regular expressions only literals, '.', '.*' and '$' at the end are read")
+        raise refused(field, name, "of regular expressions only literals, '.', '.*' and '$' at the end are read")
     made = "".join({".*": "*", ".": "?", r"\.": "."}.get(token, token) for token in tokens)
     return made if body != pattern or made.endswith("*") else f"{made}*"
-
-
-def _refused(field: str, value: Any, reason: str) -> FormatError:
-    return FormatError(f"quantization_config.{field} {ascii(value)[:80]}: {reason}")
 
 
 FORMAT = CompressedTensors

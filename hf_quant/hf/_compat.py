@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.core_model_loading import ConversionOps, MergeModulelist
+from transformers import DynamicCache
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    ConversionOps,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 
 def updated_conversions(update: Callable[..., list[Any]], conversions: list[Any], model: Any) -> list[Any]:
@@ -15,10 +24,33 @@ def updated_conversions(update: Callable[..., list[Any]], conversions: list[Any]
     return update(conversions) if model is None else update(conversions, model)
 
 
+def renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
+    """Gives the name that a tensor of a float checkpoint gets in ``model``, as the loader would, and whether the loader
+    does more than rename it."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    names = dict.fromkeys(model.state_dict(), True)
+
+    def renamed(name: str) -> tuple[str, bool]:
+        made, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, names)
+        if made not in names and name in names:
+            made, pattern = rename_source_key(name, [], [], model.base_model_prefix, names)
+        return made, pattern is not None
+
+    return renamed
+
+
 def recompute_activations(model: Any) -> None:
     """Gradient checkpointing, under the name this version has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def cache_argument(model: Any) -> dict[str, Any]:
+    """An empty cache of keys and values, under the name that ``model`` takes it by: ``cache`` since 5.24."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return {name: DynamicCache(config=model.config)}
 
 
 def keep_for_saving(model: Any, converters: list[Any] | None) -> None:

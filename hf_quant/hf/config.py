@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
@@ -10,10 +11,19 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_quant import _plugins
+from hf_quant.calibration import Source
 from hf_quant.errors import FormatError, PlanError, SchemeError
-from hf_quant.formats import compressed_tensors
+from hf_quant.formats import compressed_tensors, format_of
+from hf_quant.presets import preset
 from hf_quant.scheme import QuantScheme
 
+TOKENS = 65536  # calibrated on by default
+UNSTORED = (
+    "calibration",
+    "calibration_tokens",
+    "stored",
+    "dequantize",
+)  # the text may be private; the recipe has its hash
 VERSION = 1  # of this configuration's meaning
 logger = logging.get_logger(__name__)
 
@@ -28,7 +38,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         bits: Width of one code: 8, 4, 3 or 2.
         group_size: Input columns that share a scale: a power of two from 16, or -1 for a whole row.
         symmetric: Whether the zero point is fixed.
-        method: Name of a file in ``hf_quant/methods``.
+        method: ``"rtn"`` (rounding, needs no data), ``"calibrated"`` (what loses least at each width), ``"gptq"``, ``"awq"``,
+            ``"hqq"``, or transforms and a method joined by ``+``: see `hf_quant.presets`.
         overrides: Glob over module names to slug, or to None to leave those modules in floating point; the first match
             wins. A module named here is quantized even if the defaults would skip it (output head, vision tower).
         modules_to_not_convert: Globs, names or trailing names (``"o_proj"``) of modules to leave in floating point,
@@ -38,6 +49,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         quantize_embeddings: Quantize the input embeddings too, likewise.
         format: Name of a file in ``hf_quant/formats``, or ``"auto"``: compressed-tensors where it can hold the plan,
             since other software reads it, native otherwise.
+        calibration: What calibrated methods look at while the model loads: token ids ``[S, T]``, a list of texts, a text or
+            JSONL file, or a ``datasets`` set; None for the text that comes with this package. Never stored.
+        calibration_tokens: How many of its tokens to take at most.
         version: Of this configuration's meaning; a newer one is refused, not guessed at.
         share_quantized: Filled in after quantizing: share of the parameters that became codes.
 
@@ -60,6 +74,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         quantize_lm_head: bool = False,
         quantize_embeddings: bool = False,
         format: str = "auto",
+        calibration: Source | None = None,
+        calibration_tokens: int = TOKENS,
         version: int = VERSION,
         share_quantized: float | None = None,
         quant_method: str = "hf_quant",
@@ -80,12 +96,15 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.quantize_lm_head = quantize_lm_head
         self.quantize_embeddings = quantize_embeddings
         self.share_quantized = share_quantized
+        self.stored: Mapping[str, Any] | None = None  # of a checkpoint that is being taken over
+        self.dequantize = False
         for name in self.modules_to_not_convert:
             _typed("modules_to_not_convert", name, str)
         for glob, slug in self.overrides.items():
             if slug is not None:
                 _parsed(f"overrides[{glob!r}]", slug)
-        _known("method", "methods", method)
+        self.calibration, self.calibration_tokens = calibration, calibration_tokens
+        preset(method, self.bits)
         if format != "auto":
             _known("format", "formats", format)
 
@@ -97,38 +116,44 @@ class HfQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: compressed-tensors' own vocabulary where that is the format."""
         if self.format != "compressed_tensors":
-            return dict(self.__dict__)
+            return {name: value for name, value in self.__dict__.items() if name not in UNSTORED}
         overrides = {name: QuantScheme.parse(slug) for name, slug in self.overrides.items() if slug is not None}
         made = compressed_tensors.config_of(self.default_scheme, overrides, self.modules_to_not_convert)
         ours = {"version": self.version, "method": self.method, "share_quantized": self.share_quantized}
         return made | {"hf_quant": ours}  # by this key we know our own checkpoints again
+
+    def resolve(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> None:
+        """Say which layers of the model are quantized and how, and which are not, where another program decided it."""
+        default = Counter(schemes.values()).most_common(1)[0][0] if schemes else self.default_scheme
+        self.dequantize = not schemes  # by this name transformers knows that the model is an ordinary one
+        self.scheme = str(default)
+        self.bits, self.group_size, self.symmetric = default.bits, default.group_size, default.symmetric
+        self.overrides = {name: str(scheme) for name, scheme in schemes.items() if scheme != default}
+        self.modules_to_not_convert = sorted(left)
+        self.format, self.stored = "auto", None
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Nothing of a saved checkpoint may be changed while loading it."""
         return {}
 
 
-def take_over(stored: Mapping[str, Any], _asked: HfQuantConfig | None = None) -> HfQuantConfig:
-    """The configuration of a compressed-tensors checkpoint, so that its codes run as they are.
+def taken_over(stored: Mapping[str, Any]) -> HfQuantConfig:
+    """The configuration that runs a checkpoint which another program quantized, with its own bits.
 
     Args:
-        stored: ``quantization_config`` of the checkpoint.
-        _asked: What the user passed to ``from_pretrained``; the checkpoint decides.
+        stored: ``quantization_config`` of the checkpoint; what its layers are is found in the headers, while loading.
 
     Raises:
-        FormatError: The checkpoint holds what this package cannot run yet; the message names the field.
+        FormatError: The checkpoint holds what this package cannot run; the message names the field.
     """
-    default, overrides, ignore = compressed_tensors.plan_of(stored)
+    format_of(stored)
     ours = stored.get("hf_quant") or {}
-    return HfQuantConfig(
-        str(default),
-        overrides={name: str(scheme) for name, scheme in overrides.items()},
-        modules_to_not_convert=list(ignore),
-        format="compressed_tensors",
-        method=ours.get("method", "rtn"),
-        version=ours.get("version", VERSION),
+    config = HfQuantConfig(
+        method=ours.get("method", "rtn"), version=ours.get("version", VERSION),
         share_quantized=ours.get("share_quantized"),
-    )
+    )  # fmt: skip
+    config.stored = dict(stored)
+    return config
 
 
 def _typed(field: str, value: Any, kind: type) -> Any:

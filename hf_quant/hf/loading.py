@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,36 +10,65 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
-from hf_quant.errors import CheckpointError
+from hf_quant import _autoload
+from hf_quant.contents import quantization_of
+from hf_quant.errors import CheckpointError, PlanError
+from hf_quant.formats import format_of
 from hf_quant.hf._compat import recompute_activations
-from hf_quant.hf.config import HfQuantConfig, take_over
+from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan, make_plan
 
 
 def load(model: str, **kwargs: Any) -> Any:
-    """``from_pretrained`` of the class the checkpoint names; compressed-tensors codes run as they are.
+    """``from_pretrained`` of the class the checkpoint names; what other programs quantized runs with its own codes.
 
     Args:
         model: Folder or Hub id.
         kwargs: As for ``from_pretrained``: ``quantization_config``, ``dtype``, ``device_map``, ``revision``, ...
 
     Raises:
-        CheckpointError: The config names no class of transformers.
+        CheckpointError: The config names no class of transformers; or something in the checkpoint is not as it must be.
+        FormatError: It was quantized in a way that this package does not read.
     """
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(model, **_hub(kwargs))
     stored = getattr(config, "quantization_config", None)
-    if isinstance(stored, dict) and stored.get("quant_method") == "compressed-tensors":
-        config.quantization_config = take_over(stored).__dict__
+    if stored is None and Path(model).is_dir() and (found := quantization_of(Path(model), {})):
+        config.quantization_config = stored = dict(found)  # some do not say it in config.json
+    if isinstance(stored, dict) and stored.get("quant_method") != "hf_quant" and "quantization_config" not in kwargs:
+        format_of(stored)  # transformers would skip a kind that it does not know
+        kwargs["quantization_config"] = HfQuantConfig()
     return class_of(config).from_pretrained(model, config=config, **kwargs)
+
+
+def take_over(*methods: str) -> None:
+    """From now on, in this program, run checkpoints of these kinds even where ``from_pretrained`` is not asked to.
+
+    Args:
+        methods: As ``quant_method`` in their config.json: ``"gptq"``, ``"awq"``, ``"compressed-tensors"``,
+            ``"bitsandbytes"``, ``"hqq"``, ``"auto-round"``, ``"torchao"``. None: stop it.
+
+    Raises:
+        PlanError: There is no such kind.
+    """
+    unknown = sorted(set(methods) - set(_autoload.READABLE))
+    if unknown:
+        raise PlanError(f"take_over: {unknown[0]!r} is not one of {', '.join(_autoload.READABLE)}")
+    _autoload.taken_over.clear()
+    _autoload.taken_over.update(methods)
 
 
 def plan_of(model: str, config: HfQuantConfig, revision: str | None = None) -> tuple[Any, Plan]:
     """The model on the meta device, built from config.json alone, and what ``config`` would do to it."""
+    made = skeleton(model, revision)
+    return made, make_plan(made, config)
+
+
+def skeleton(model: str, revision: str | None = None) -> Any:
+    """The model on the meta device, built from config.json alone."""
     stored = AutoConfig.from_pretrained(model, revision=revision)
     with torch.device("meta"):
         dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
-        skeleton = class_of(stored)._from_config(stored, dtype=dtype)
-    return skeleton, make_plan(skeleton, config)
+        return class_of(stored)._from_config(stored, dtype=dtype)
 
 
 def sample_logits(model: Any) -> Tensor:

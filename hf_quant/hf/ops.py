@@ -14,11 +14,10 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import format_named
-from hf_quant.methods import method
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
+from hf_quant.presets import preset
 from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 _NATIVE = format_named("native")
 
@@ -114,7 +113,7 @@ class QuantizeOnLoad(ConversionOps):
             bad = weight.numel() - int(weight.isfinite().sum())
             if bad:
                 raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")
-        solver = method(self.quantizer.quantization_config.method)
+        solver = preset(self.quantizer.quantization_config.method, scheme.bits).solver()
         return _NATIVE.write(solver.quantize(weight, scheme, dtype))
 
     @property
@@ -139,36 +138,3 @@ def give_back_memory() -> None:
     """glibc keeps freed working memory between the codes it hands out: a third more than the model itself."""
     if (trim := _malloc_trim()) is not None:
         trim(0)
-
-
-class ReadCompressed(ConversionOps):
-    """The tensors of one compressed-tensors layer become those of a `QuantLinear`, bit for bit."""
-
-    def __init__(self, quantizer: Quantizer) -> None:
-        self.hf_quantizer = quantizer  # by this name transformers knows to hand the tensors over in their own dtype
-        self.format = format_named("compressed_tensors")
-
-    @classmethod
-    def converter(cls, quantizer: Quantizer) -> WeightConverter:
-        """For every layer that has such tensors."""
-        op = cls(quantizer)
-        return WeightConverter(list(op.format.suffixes), "weight", [op])
-
-    @torch.no_grad()
-    def convert(  # type: ignore[override]
-        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
-    ) -> dict[str, Tensor]:
-        module = model.get_submodule(full_layer_name.rpartition(".")[0])
-        tensors = {n: v[0] if isinstance(v, list) else v for n, v in input_dict.items()}
-        try:
-            read = self.format.read(tensors, module.scheme)
-        except HfQuantError as error:
-            self.hf_quantizer.failure = type(error)(f"{full_layer_name}: {error}")
-            raise
-        typed = QuantizedTensor(read.qweight, read.scale.to(module.compute_dtype), read.zero_point, read.scheme)
-        written = _NATIVE.write(typed)
-        return {full_layer_name + local.removeprefix("weight"): frozen(t) for local, t in written.items()}
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("saving writes this format itself")

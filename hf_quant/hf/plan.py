@@ -151,7 +151,7 @@ def make_plan(model: Any, config: HfQuantConfig, *, frozen: bool = False) -> Pla
     for name, candidate in found.items():
         _decide(name, candidate, config, skips.get(name), draft, frozen)
     tied = _tie(model, found, draft)
-    if not draft.schemes:
+    if not draft.schemes and not frozen:
         raise PlanError(
             f"nothing to quantize in {type(model).__name__}: " + "; ".join(sorted(set(draft.left.values())))
         )
@@ -191,6 +191,8 @@ def _fit(name: str, candidate: Candidate, asked: QuantScheme, draft: _Draft, fro
         draft.left[name] = str(error)
         return
     draft.schemes[name] = fitted
+    if asked.foreign and not frozen:
+        raise PlanError(f"{name}: {asked.foreign}")
     if fitted != asked:
         draft.regrouped[name] = f"group size {fitted.group_size}, since {asked.group_size} does not divide in_features"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -15,19 +16,26 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from hf_quant.checkpoint import Checkpoint, check_module
+from hf_quant.calibration import Calibration
+from hf_quant.checkpoint import TORCH, Checkpoint, check_module
+from hf_quant.contents import Contents
 from hf_quant.errors import CheckpointError, HfQuantError, PlanError
-from hf_quant.formats import format_named
-from hf_quant.hf._compat import keep_for_saving, updated_conversions
+from hf_quant.formats import Format, format_named
+from hf_quant.hf._compat import keep_for_saving, renamer, updated_conversions
+from hf_quant.hf.calibrated import calibrate, data_for
+from hf_quant.hf.community import Placed, conversions, place
 from hf_quant.hf.integrity import check_weights
-from hf_quant.hf.ops import KeepApart, QuantizeOnLoad, ReadCompressed, give_back_memory
+from hf_quant.hf.ops import KeepApart, QuantizeOnLoad, give_back_memory
 from hf_quant.hf.plan import Plan, candidates, freeze, make_plan
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
 from hf_quant.nn._weight import frozen
+from hf_quant.nn.experts import stacks
+from hf_quant.presets import preset
 
 if TYPE_CHECKING:
     from hf_quant.hf.config import HfQuantConfig
 
+COMPANIONS = tuple(name.removeprefix("weight") for name in format_named("native").suffixes if name != "weight")
 logger = logging.get_logger(__name__)
 
 
@@ -38,11 +46,21 @@ class HfQuantQuantizer(HfQuantizer):
     requires_calibration = False  # True would refuse float checkpoints
     quantization_config: HfQuantConfig
     # from this the base class derives converters and parallel plans for the companions of stacked experts
-    serialized_names = {"weight": ["weight", "weight_scale", "weight_zero_point"]}  # noqa: RUF012
+    serialized_names = {"weight": list(format_named("native").suffixes)}  # noqa: RUF012
 
     plan: Plan
+    data: Calibration | None = None  # what was calibrated on, and what became of each block
+    blocks: list[dict[str, Any]] = []  # noqa: RUF012
+    placed: Placed  # where the layers of another program's checkpoint belong
+    _reader: Format | None = None  # of that checkpoint
     failure: HfQuantError | None = None  # met in a conversion, where transformers would bury it in a log table
     _converters: list[Any] | None = None
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the model is quantized after it was loaded, on what goes through it."""
+        config = self.quantization_config
+        return not self.pre_quantized and preset(config.method, config.bits).calibrated
 
     # -- before loading -------------------------------------------------------------------------------------------
 
@@ -56,31 +74,60 @@ class HfQuantQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
-        config = self.quantization_config
-        self.plan = make_plan(model, config, frozen=self.pre_quantized)
+        config, self.placed = self.quantization_config, Placed()
         found = candidates(model)
-        if self.pre_quantized and config.format == "compressed_tensors":
-            experts = [name for name in self.plan.schemes if found[name].kind == "experts"]
-            if experts:
-                raise PlanError(f"compressed-tensors with stacked experts is not supported yet: {experts[0]}")
-        self._preflight(checkpoint_files, {name: found[name].shape for name in self.plan.schemes})
+        checkpoint = Checkpoint.of_files([Path(file) for file in checkpoint_files]) if checkpoint_files else None
+        if checkpoint is not None and self.pre_quantized:
+            check_weights(sorted({info.file for info in checkpoint.tensors.values()}))
+        with torch.device("cpu"):  # transformers calls this where everything is made on meta
+            if config.stored is not None:
+                self._take_over(model, checkpoint, config.stored, list(found))
+            self.plan = make_plan(model, config, frozen=self.pre_quantized)
+            if checkpoint is not None:
+                self._preflight(model, checkpoint, {name: found[name].shape for name in self.plan.schemes})
+        if self.calibrates:  # once the weights are there
+            freeze(config, self.plan)
+            return
         for name in self.plan.schemes:
             if found[name].kind != "experts":
-                self._replace(model, name)
+                self._replace(model, name, self.pre_quantized)
         for name in dict.fromkeys(n.rpartition(".")[0] for n in self.plan.schemes if found[n].kind == "experts"):
             own = {n.removeprefix(f"{name}."): s for n, s in self.plan.schemes.items() if n.startswith(f"{name}.")}
             with torch.device("meta"):
-                as_quant_experts(model.get_submodule(name), own, quantized=self.pre_quantized)
+                as_quant_experts(
+                    model.get_submodule(name), own, quantized=self.pre_quantized,
+                    scale_dtypes={leaf: dtype for leaf in own if (dtype := self._finer(f"{name}.{leaf}", model.dtype))},
+                )  # fmt: skip
         if self.plan.tied:
             self._tie_companions(model)
-        if not self.pre_quantized:
+        if not self.pre_quantized or self._reader is not None:
             freeze(self.quantization_config, self.plan)
 
-    def _preflight(self, files: list[str] | None, shapes: dict[str, tuple[int, ...]]) -> None:
+    def _take_over(
+        self, model: Any, checkpoint: Checkpoint | None, stored: Mapping[str, Any], names: list[str]
+    ) -> None:
+        """Learn from a checkpoint that another program quantized what its layers are, and write that into the config."""
+        if checkpoint is None:
+            raise PlanError(
+                "a checkpoint that another program quantized is read from its files, not from a state dict"
+            )
+        contents = Contents.of(checkpoint, stored)
+        self.placed, self._reader = place(model, contents), contents.fmt
+        self.quantization_config.resolve(
+            self.placed.schemes, [name for name in names if name not in self.placed.schemes]
+        )
+        for note in (*self.placed.notes, *dict.fromkeys(self.placed.dense.values())):
+            logger.warning(f"{contents.format}: {note}")
+
+    def _finer(self, name: str, dtype: torch.dtype) -> torch.dtype | None:
+        """The type of a layer's scales in the checkpoint, if ``dtype`` cannot hold all their values."""
+        stored = self.placed.scale_dtypes.get(name)
+        return stored if stored is not None and torch.promote_types(stored, dtype) != dtype else None
+
+    def _preflight(self, model: Any, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
         """Refuse a damaged or hostile checkpoint from its headers and small tensors, before anything is allocated."""
-        if not files:
-            return
-        checkpoint = Checkpoint.of_files([Path(file) for file in files])
+        if self._reader is not None:
+            return  # it has been looked at
         if not self.pre_quantized:
             for name, shape in shapes.items():
                 stored = checkpoint.tensors.get(f"{name}.weight")
@@ -90,27 +137,33 @@ class HfQuantQuantizer(HfQuantizer):
                         f"{list(shape)}"
                     )
             return
-        check_weights([Path(file) for file in files])
-        fmt = format_named(self.quantization_config.format)
+        fmt, rename = format_named(self.quantization_config.format), renamer(model)
         for name, shape in shapes.items():
             stem = f"{name}.weight" if len(shape) == 2 else name
             if any(f"{stem.removesuffix('weight')}{suffix}" in checkpoint.tensors for suffix in fmt.suffixes):
                 check_module(checkpoint, name, shape, self.plan.schemes[name], fmt)
+        for name, info in checkpoint.tensors.items():
+            home = rename(name.removesuffix("_scale"))[0].removesuffix(".weight") if name.endswith("_scale") else ""
+            if home in shapes:
+                self.placed.scale_dtypes[home] = TORCH.get(info.dtype, torch.float32)
+                if name.endswith(".weight_scale") and len(shapes[home]) == 3:  # one of the experts, apart in the file
+                    own = (info.shape[0] if info.shape else 0, shapes[home][-1])
+                    check_module(checkpoint, name.removesuffix(".weight_scale"), own, self.plan.schemes[home], fmt)
 
-    def _replace(self, model: Any, name: str) -> None:
+    def _replace(self, model: Any, name: str, quantized: bool) -> None:
         old, scheme = model.get_submodule(name), self.plan.schemes[name]
         new: nn.Module
         with torch.device("meta"):
             if isinstance(old, nn.Embedding):
                 new = QuantEmbedding(
                     old.num_embeddings, old.embedding_dim, scheme,
-                    padding_idx=old.padding_idx, dtype=old.weight.dtype, quantized=self.pre_quantized,
+                    padding_idx=old.padding_idx, dtype=old.weight.dtype, quantized=quantized,
                 )  # fmt: skip
             else:
                 k, n = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else old.weight.shape
                 new = QuantLinear(
                     k, n, scheme, bias=old.bias is not None, dtype=old.weight.dtype,
-                    quantized=self.pre_quantized, conv1d=not isinstance(old, nn.Linear),
+                    scale_dtype=self._finer(name, old.weight.dtype), quantized=quantized, conv1d=not isinstance(old, nn.Linear),
                 )  # fmt: skip
         new.train(old.training)
         model.set_submodule(name, new)
@@ -121,7 +174,7 @@ class HfQuantQuantizer(HfQuantizer):
             head = model.get_submodule(target.rpartition(".")[0])
             if isinstance(head, QuantLinear) and target.rpartition(".")[0] in self.plan.schemes:
                 head.shares_codes = True
-                for part in ("_scale", "_zero_point"):
+                for part in COMPANIONS:
                     if getattr(head, f"weight{part}", None) is not None:
                         ties[target + part] = source + part
 
@@ -148,15 +201,19 @@ class HfQuantQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         self._converters = updated_conversions(super().update_weight_conversions, weight_conversions, model)
-        if self.pre_quantized and self.quantization_config.format == "compressed_tensors":
-            return [*self._converters, ReadCompressed.converter(self)]
-        return self._converters if self.pre_quantized else [KeepApart.instead_of(c) for c in self._converters]
+        if self._reader is not None:
+            return conversions(self, self._reader, weight_conversions)
+        if self.pre_quantized or self.calibrates:
+            return self._converters
+        return [KeepApart.instead_of(c) for c in self._converters]
 
     # -- after loading --------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if self.failure is not None:
             raise self.failure
+        if self.calibrates:
+            self._calibrate(model)
         keep_for_saving(model, self._converters)
         dispatched = len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1
         for name, module in model.named_modules():
@@ -167,6 +224,35 @@ class HfQuantQuantizer(HfQuantizer):
         give_back_memory()
         logger.info(self.plan.summary())
         return model
+
+    def _calibrate(self, model: Any) -> None:
+        if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
+            raise PlanError(
+                f"{self.quantization_config.method} calibrates on one device; hf-quant quantize needs less of it"
+            )
+        self.data = data_for(self.quantization_config, model)
+
+        def place(layer: str, tensors: dict[str, nn.Parameter]) -> None:
+            path, _, leaf = layer.rpartition(".")
+            parent = model.get_submodule(path)
+            if leaf in stacks(parent) or isinstance(parent, QuantExperts):
+                if not isinstance(parent, QuantExperts):
+                    own = {
+                        n.removeprefix(f"{path}."): s for n, s in self.plan.schemes.items() if n.startswith(f"{path}.")
+                    }
+                    with torch.device("meta"):
+                        as_quant_experts(parent, own, quantized=True)
+                module, stem = parent, leaf
+            else:
+                bias = parent.get_submodule(leaf).bias
+                self._replace(model, layer, quantized=True)
+                module, stem = model.get_submodule(layer), "weight"
+                module.bias = bias
+            for local, tensor in tensors.items():
+                tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+                module.register_parameter(stem + local.removeprefix("weight"), tensor)
+
+        self.blocks = calibrate(model, self.plan, self.quantization_config, self.data, place)
 
     def _finish(self, name: str, module: nn.Module, dispatched: bool) -> None:
         for local, parameter in module.named_parameters(recurse=False):
@@ -223,7 +309,7 @@ class HfQuantQuantizer(HfQuantizer):
             if isinstance(module, QuantExperts):
                 for stack in list(module.schemes):
                     dense = module.expert_weight(stack, dtype)
-                    for part in ("", "_scale", "_zero_point"):
+                    for part in ("", *COMPANIONS):
                         module._parameters.pop(stack + part, None)
                     module.register_parameter(stack, frozen(dense))
                 module.__class__ = module.float_class  # type: ignore[assignment]

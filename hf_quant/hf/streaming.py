@@ -3,34 +3,42 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
+import math
 import os
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from hf_quant.checkpoint import INDEX, Checkpoint, read_header, write_json
+from hf_quant.activations import Activations
+from hf_quant.calibration import Calibration
+from hf_quant.checkpoint import INDEX, Checkpoint, read_header, write_tensors
+from hf_quant.disk import blaming, copy_file, link_file, need_space, write_json
 from hf_quant.errors import HfQuantError, PlanError
-from hf_quant.formats import Format, format_named
+from hf_quant.formats import format_named
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.loading import class_of
+from hf_quant.hf.ops import give_back_memory
 from hf_quant.hf.plan import Plan, freeze, make_plan
+from hf_quant.hf.tensors import Tensors
 from hf_quant.journal import Journal, digest, journal
-from hf_quant.methods import method
-from hf_quant.stream import Block, Call, Solved, advance, solve, use
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.presets import preset
+from hf_quant.ranks import ALONE, Ranks
+from hf_quant.scheme import QuantScheme
+from hf_quant.stream import Block, Call, Recipe, Solved, advance, solve, use
 
-BATCH = 4  # sequences that walk up the model together
+BATCH = 2  # sequences that walk up the model together: larger ones leave the caches, and take memory for nothing
+FAR = 10  # times the median of all blocks' errors: worth a word
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
@@ -39,6 +47,7 @@ class _Source:
     """A checkpoint, its model without weights, and what shall become of it."""
 
     checkpoint: Checkpoint
+    tensors: Tensors
     model: Any
     plan: Plan
     config: HfQuantConfig
@@ -49,84 +58,158 @@ class _Source:
         """The block a tensor belongs to; None outside of blocks."""
         return next((name for name in self.blocks if tensor.startswith(f"{name}.")), None)
 
-    def layers(self, block: str) -> dict[str, Any]:
-        """The layers of a block that are quantized, in the order of the model."""
-        return {name: scheme for name, scheme in self.plan.schemes.items() if name.startswith(f"{block}.")}
+
+@dataclass(frozen=True)
+class Settings:
+    """What changes how a job runs, and not what comes out.
+
+    Attributes:
+        say: Told what is worth knowing.
+        progress: Wraps the list of blocks.
+        max_memory: Bytes that activations may take in memory before they go to disk; None: half of what is free now.
+        ranks: The processes that share the job.
+    """
+
+    say: Callable[[str], None]
+    progress: Progress = iter
+    max_memory: int | None = None
+    ranks: Ranks = ALONE
 
 
 def quantize_streaming(
-    folder: Path, config: HfQuantConfig, ids: Tensor, work: Path, stage: Path, *,
-    say: Callable[[str], None], progress: Progress = iter,
-) -> tuple[Plan, list[dict[str, Any]]]:  # fmt: skip
+    folder: Path, config: HfQuantConfig, data: Calibration, work: Path, stage: Path, settings: Settings
+) -> tuple[Plan, list[dict[str, Any]]]:
     """Quantize the checkpoint in ``folder`` into ``stage``, going on with whatever ``work`` holds of the same job.
 
     Args:
-        folder: Float checkpoint of a decoder-only model, whose tensors are named as the model's modules are.
+        folder: Float checkpoint of a decoder-only model.
         config: The plan, with a calibrated method.
-        ids: Calibration tokens, int64 ``[S, T]``.
+        data: What to calibrate on.
         work: Finished blocks and their journal; the caller removes it when all is done.
         stage: An empty folder; becomes a complete checkpoint.
-        say: Told what is worth knowing.
-        progress: Wraps the list of blocks.
+        settings: How to run.
 
     Returns:
-        The plan, and a record of each block: errors, notes.
+        The plan, and a record of each block: errors, notes, tokens seen by experts.
 
     Raises:
         HfQuantError: Something in the model, the checkpoint or the work folder is not as it must be.
     """
-    source = _open(folder, config)
+    source, ranks = _open(folder, config), settings.ranks
+    recipe = recipe_of(source.config, source.dtype, ranks)
     job = {
         "source": {file.name: digest(file) for file in sorted({t.file for t in source.checkpoint.tensors.values()})},
-        "config": config.to_dict(), "calibration": digest_of(ids), "torch": torch.__version__,
+        "config": config.to_dict(), "calibration": data.sha256, "ranks": ranks.world, "torch": torch.__version__,
         "transformers": version("transformers"), "hf-quant": version("hf-quant"),
     }  # fmt: skip
-    with journal(work, job, say) as done, torch.inference_mode():
-        if done.parts:
-            say(f"{len(done.parts)} of {len(source.blocks)} blocks are done already")
-        hidden, calls = _embed(source, ids)
-        fmt = format_named(source.plan.format)
-        for i, name in enumerate(progress(list(source.blocks))):
-            _fill(source, lambda tensor, name=name: tensor.startswith(f"{name}."))  # type: ignore[misc]
-            block = Block(name, source.blocks[name], source.layers(name), calls[name])
-            if i < len(done.parts):
-                use(block, _codes(source, done.folder / done.parts[i]["file"], block, fmt))
-                advance(block, hidden)
-            else:
-                solved = solve(block, hidden, method(config.method), source.dtype)
-                _commit(done, source, block, solved, fmt, i)
-            block.module.to("meta")
+    opened = journal(work, job, settings.say) if ranks.first else nullcontext(None)
+    with opened as done, torch.inference_mode():
+        parts = ranks.shared(done.parts if done else None)
+        if done is not None:
+            finished = sum((work / part["file"]).stat().st_size for part in parts)
+            need_space(work, source.plan.bytes_quantized - finished)
+        if parts:
+            settings.say(f"{len(parts)} of {len(source.blocks)} blocks are done already")
+        if len(parts) < len(source.blocks):
+            with _beside(work) as scratch:
+                _walk(source, data.ids, recipe, done, work, len(parts), scratch, settings)
+        if done is None:
+            return source.plan, []
         _assemble(source, done, stage)
+        report(done.parts, settings.say)
         return source.plan, done.parts
 
 
-def digest_of(ids: Tensor) -> str:
-    """SHA-256 of token ids."""
-    return hashlib.sha256(f"{tuple(ids.shape)} ".encode() + ids.numpy().tobytes()).hexdigest()
+def _walk(
+    source: _Source, ids: Tensor, recipe: Recipe, done: Journal | None, work: Path, finished: int, scratch: Path,
+    settings: Settings,
+) -> None:  # fmt: skip
+    """Block by block: those that are finished run forward, the others are quantized and committed."""
+    streams, calls = _embed(source, ids, recipe.needs_twin, scratch, settings)
+    for i, name in enumerate(settings.progress(list(source.blocks))):
+        block = Block(name, source.blocks[name], layers_of(source.plan, name), calls[name])
+        _fill(source, lambda tensor, name=name: tensor.startswith(f"{name}."))  # type: ignore[misc]
+        if i < finished:
+            _pass_by(source, block, work / _part(i), streams, recipe.ranks)
+        else:
+            solved = solve(block, streams[0], recipe, *streams[1:])
+            if done is not None:
+                _commit(done, source, block, solved, i)
+            recipe.ranks.total(0)  # nobody goes on before the block is safe
+        block.module.to("meta")
+        give_back_memory()
+
+
+def _part(index: int) -> str:
+    return f"block-{index:05d}.safetensors"
+
+
+def recipe_of(config: HfQuantConfig, dtype: torch.dtype, ranks: Ranks = ALONE) -> Recipe:
+    """What the configuration's method means."""
+    chosen = preset(config.method, config.bits)
+    return Recipe(lambda scheme: preset(config.method, scheme.bits).solver(), chosen.rewriters(), dtype, ranks)
+
+
+def layers_of(plan: Plan, block: str) -> dict[str, QuantScheme]:
+    """The layers of a block that are quantized, in the order of the model."""
+    return {name: scheme for name, scheme in plan.schemes.items() if name.startswith(f"{block}.")}
+
+
+def report(parts: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
+    """Say which blocks lost far more than the others, and which experts saw too little."""
+    errors = sorted(part["error"] for part in parts)
+    usual = errors[len(errors) // 2] if errors else 0.0
+    for part in parts:
+        if part["error"] > FAR * usual > 0:
+            say(f"{part['block']}: its output error {part['error']:.2%} is far from the usual {usual:.2%}")
+        starved = [
+            f"{n} {note}" for n, notes in part["notes"].items() for note in notes if "rounded to nearest" in note
+        ]
+        for line in starved[:3]:
+            say(line)
+        if len(starved) > 3:
+            say(f"{part['block']}: {len(starved) - 3} more were rounded to nearest, see recipe.json")
+
+
+@contextmanager
+def _beside(work: Path) -> Iterator[Path]:
+    """Where activations go: beside the work, which is where the room is, and gone when the process is."""
+    with blaming(work):
+        work.mkdir(parents=True, exist_ok=True)
+        made = TemporaryDirectory(dir=work, prefix="activations-", ignore_cleanup_errors=True)
+    with made as folder:
+        yield Path(folder)
 
 
 def _open(folder: Path, config: HfQuantConfig) -> _Source:
     checkpoint = Checkpoint.open(folder)
     stored = AutoConfig.from_pretrained(folder)
-    if getattr(stored, "is_encoder_decoder", False) or not class_of(stored).can_generate():
-        raise HfQuantError(f"{config.method} calibrates decoder-only models so far, not {class_of(stored).__name__}")
+    refuse_other_kinds(stored, config.method)
     dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
     with init_empty_weights(include_buffers=False):
         model = class_of(stored)._from_config(stored, dtype=dtype).eval()
     config = copy.deepcopy(config)
     plan = make_plan(model, config)
-    blocks = _blocks(model)
+    blocks = blocks_of(model)
+    refuse_outside_blocks(plan, blocks, config.method)
+    freeze(config, plan)
+    return _Source(checkpoint, Tensors(checkpoint, model), model, plan, config, blocks, dtype)
+
+
+def refuse_other_kinds(config: Any, method: str) -> None:
+    """Only decoders are calibrated so far."""
+    if getattr(config, "is_encoder_decoder", False) or not class_of(config).can_generate():
+        raise HfQuantError(f"{method} calibrates decoder-only models so far, not {class_of(config).__name__}")
+
+
+def refuse_outside_blocks(plan: Plan, blocks: Mapping[str, nn.Module], method: str) -> None:
+    """Output head and embeddings are not calibrated so far."""
     for name in plan.schemes:
         if not any(name.startswith(f"{block}.") for block in blocks):
-            raise PlanError(f"{config.method} calibrates the layers of blocks so far, and {name} is in none")
-        if f"{name}.weight" not in checkpoint.tensors:
-            raise HfQuantError(f"{config.method}: the checkpoint has no tensor {name}.weight; stacked experts and renamed "
-                               "tensors cannot be calibrated yet")  # fmt: skip
-    freeze(config, plan)
-    return _Source(checkpoint, model, plan, config, blocks, dtype)
+            raise PlanError(f"{method} calibrates the layers of blocks so far, and {name} is in none")
 
 
-def _blocks(model: Any) -> dict[str, nn.Module]:
+def blocks_of(model: Any) -> dict[str, nn.Module]:
     """The decoder layers by name, in order."""
     count = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
@@ -136,68 +219,138 @@ def _blocks(model: Any) -> dict[str, nn.Module]:
 
 
 def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
-    """Read the parameters whose names are wanted, in float32: faster than bf16 on most CPUs, and nothing is lost."""
+    """Read the parameters whose names are wanted, in float32: faster than bf16 on most CPUs, and nothing is lost.
+
+    Embeddings stay as they are, mapped from the file: only a few rows are looked at.
+    """
     for name, parameter in list(source.model.named_parameters()):
         if wanted(name):
-            tensor = source.checkpoint.read(name)
+            tensor = source.tensors.read(name)
             if tensor.shape != parameter.shape:
                 raise HfQuantError(
                     f"tensor {name} has shape {list(tensor.shape)}, config.json says {list(parameter.shape)}"
                 )
             path, _, leaf = name.rpartition(".")
-            source.model.get_submodule(path).register_parameter(leaf, nn.Parameter(tensor.float(), False))
+            module = source.model.get_submodule(path)
+            kept = tensor if isinstance(module, nn.Embedding) else tensor.float()
+            module.register_parameter(leaf, nn.Parameter(kept, False))
 
 
-def _embed(source: _Source, ids: Tensor) -> tuple[list[Tensor], dict[str, Call]]:
-    """What enters the first block, and what each block is called with: the model is run with blocks that do nothing."""
+def _embed(
+    source: _Source, ids: Tensor, twice: bool, scratch: Path, settings: Settings
+) -> tuple[list[Activations], dict[str, Call]]:
+    """What enters the first block (twice, where the float model is followed), and what each block is called with."""
     model, base = source.model, source.model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
     _fill(source, lambda name: name.startswith(prefix) and source.owner(name) is None)
+    width = source.model.config.get_text_config().hidden_size
+    shape = (*ids.shape, width)
+    need = math.prod(shape) * 4 * (2 if twice else 1)
+    room = settings.max_memory if settings.max_memory is not None else free_memory() // 2
+    if need > room:
+        settings.say(f"{need / 1e9:.1f} GB of activations go to disk")
+    hidden, calls = embed(base, source.blocks, ids, None if need <= room else scratch / "hidden", settings.ranks)
+    for module in base.modules():
+        if isinstance(module, nn.Embedding):  # they may be larger than a block, and have done their work
+            module.to("meta")
+    streams = [hidden]
+    if twice:
+        other = Activations.room(shape, hidden.size, torch.float32, None if need <= room else scratch / "original")
+        other.copy_from(hidden)
+        streams.append(other)
+    return streams, calls
+
+
+def embed(
+    base: Any, blocks: Mapping[str, nn.Module], ids: Tensor, file: Path | None, ranks: Ranks
+) -> tuple[Activations, dict[str, Call]]:
+    """Run a model with blocks that do nothing: what enters the first one, and what each is called with.
+
+    Raises:
+        HfQuantError: A block is called with something else for each batch.
+    """
     calls: dict[str, Call] = {}
     entered: list[Tensor] = []
 
     def stand_in(name: str, first: bool) -> Callable[..., Tensor]:
         def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            calls[name] = (args, kwargs)
+            if not _alike(calls.setdefault(name, (args, kwargs)), (args, kwargs)):
+                raise HfQuantError(f"{name}: takes inputs that depend on the tokens, which cannot be calibrated yet")
             entered.extend([hidden] if first else [])
             return hidden
 
         return forward
 
-    size = next(n for n in range(min(BATCH, len(ids)), 0, -1) if len(ids) % n == 0)  # all batches alike
-    for i, (name, block) in enumerate(source.blocks.items()):
+    size = next(n for n in range(min(BATCH, max(1, len(ids) // ranks.world)), 0, -1) if len(ids) % n == 0)
+    made: Activations | None = None
+    for i, (name, block) in enumerate(blocks.items()):
         block.forward = stand_in(name, i == 0)
+    wide = base.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.float())
     try:
-        for batch in ids.split(size):
+        for number, batch in enumerate(ids.split(size)):
             base(input_ids=batch, use_cache=False)
+            states = entered.pop()
+            made = made or Activations.room((len(ids), *states.shape[1:]), size, torch.float32, file)
+            made.put(number, states)
     finally:
-        for block in source.blocks.values():
+        wide.remove()
+        for block in blocks.values():
             del block.forward
-    return entered, calls
+    assert made is not None
+    return made, calls
 
 
-def _codes(source: _Source, file: Path, block: Block, fmt: Format) -> dict[str, QuantizedTensor]:
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
+    return one is other or type(one) is type(other)
+
+
+def free_memory() -> int:
+    """Bytes that could be taken now without swapping."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 4 << 30
+
+
+def _pass_by(source: _Source, block: Block, file: Path, streams: list[Activations], ranks: Ranks) -> None:
+    """A finished block is only run forward, the float one too where it is followed."""
+    if len(streams) > 1:
+        advance(block, streams[1], ranks)
     tensors = load_file(file)
-    made = {}
+    fmt = format_named(source.plan.format)
+    codes = {}
     for name, scheme in block.layers.items():
-        own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-        made[name] = fmt.read(own, scheme)
-    return made
+        stem = f"{name}." if f"{name}.{fmt.suffixes[0]}" in tensors else name
+        own = {key.removeprefix(stem): t for key, t in tensors.items() if key.startswith(stem)}
+        codes[name] = fmt.read({k if k in fmt.suffixes else f"weight{k}": t for k, t in own.items()}, scheme)
+    for name, parameter in block.module.named_parameters(prefix=block.name):
+        if name in tensors and tensors[name].is_floating_point():
+            parameter.data.copy_(tensors[name])
+    use(block, codes)
+    advance(block, streams[0], ranks)
 
 
-def _commit(done: Journal, source: _Source, block: Block, solved: Solved, fmt: Format, index: int) -> None:
-    tensors = {f"{n}.{local}": t for n, codes in solved.codes.items() for local, t in fmt.write(codes).items()}
-    for name in source.checkpoint.tensors:
-        if name.startswith(f"{block.name}.") and name.removesuffix(".weight") not in block.layers:
-            tensors[name] = source.checkpoint.read(name)
-    record = {
-        "block": block.name, "error": solved.error, "sqnr_db": solved.sqnr_db, "layers": solved.errors,
-        "notes": solved.notes,
-    }  # fmt: skip
+def _commit(done: Journal, source: _Source, block: Block, solved: Solved, index: int) -> None:
+    fmt, tensors = format_named(source.plan.format), {}
+    for name, codes in solved.codes.items():
+        stacked = codes.qweight.ndim == 3
+        for local, tensor in fmt.write(codes).items():
+            tensors[name + local.removeprefix("weight") if stacked else f"{name}.{local}"] = tensor
+    quantized = {name if codes.qweight.ndim == 3 else f"{name}.weight" for name, codes in solved.codes.items()}
+    for name, parameter in block.module.named_parameters(prefix=block.name):
+        if name not in quantized:
+            tensors[name] = parameter.to(source.tensors.dtype(name))  # transforms may have changed it
+    tensors |= {n: t for n, t in source.tensors.unused(f"{block.name}.") if n not in tensors}
     done.add(
-        f"block-{index:05d}.safetensors",
-        lambda path: save_file({n: t.contiguous() for n, t in tensors.items()}, path, metadata={"format": "pt"}),
-        record,
+        _part(index),
+        lambda path: write_tensors(path, tensors),
+        solved.record(block.name),
     )
 
 
@@ -206,9 +359,8 @@ def _assemble(source: _Source, done: Journal, stage: Path) -> None:
     count = len(done.parts) + 1
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, part in zip(names, done.parts, strict=False):
-        _link(done.folder / part["file"], stage / name)
-    rest = {n: source.checkpoint.read(n) for n in source.checkpoint.tensors if source.owner(n) is None}
-    save_file(rest, stage / names[-1], metadata={"format": "pt"})
+        link_file(done.folder / part["file"], stage / name)
+    write_tensors(stage / names[-1], dict(source.tensors.outside(source.blocks)))
     found = {name: read_header(stage / name) for name in names}
     size = sum(info.nbytes for tensors in found.values() for info in tensors.values())
     index = {tensor: name for name, tensors in found.items() for tensor in tensors}
@@ -218,11 +370,4 @@ def _assemble(source: _Source, done: Journal, stage: Path) -> None:
     write_json(stage / "config.json", config)
     generation = source.checkpoint.folder / "generation_config.json"
     if generation.is_file():
-        shutil.copyfile(generation, stage / generation.name)
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+        copy_file(generation, stage / generation.name)

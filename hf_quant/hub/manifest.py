@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from hf_quant.checkpoint import write_json
 from hf_quant.digests import MANIFEST, Digest, digests, mismatches, read_manifest
+from hf_quant.disk import write_json
 from hf_quant.errors import CheckpointError
 from hf_quant.hub.card import CARD
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import torch
 from huggingface_hub import HfApi, get_token
 
-from hf_quant.checkpoint import Checkpoint, write_bytes
+from hf_quant.checkpoint import Checkpoint
 from hf_quant.digests import MANIFEST, weight_files
+from hf_quant.disk import write_bytes
 from hf_quant.errors import GateError, PushError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.hf import load

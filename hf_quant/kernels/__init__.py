@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_quant import _plugins
 from hf_quant.errors import BackendError
+from hf_quant.kernels._outliers import outlier_linear as outlier_linear
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 BLOCK = 1 << 20  # weights dequantized together: 4 MB in float32, which stays in a cache
 
-Codes = Callable[[int, int], Tensor]  # rows from, to (exclusive) -> uint8 [rows, K]
+Codes = Callable[[int, int], Tensor]  # rows from, to (exclusive) -> [rows, K]: uint8 codes, or levels of a codebook
 
 
 @lru_cache
@@ -30,6 +30,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.bfloat16 if x.dtype is torch.bfloat16 and cpu_multiplies_bf16() else torch.float32
 
 
+def looked_up(qweight: Tensor, table: Tensor) -> Codes:
+    """Gives some rows of levels ``[rows, K]`` of four-bit codes ``[N, K / 2]``, two at a time."""
+    pairs = torch.stack([table.repeat(16), table.repeat_interleave(16)], -1)  # [256, 2]: of the low and the high bits
+    return lambda i, j: pairs.index_select(0, qweight[i:j].flatten().int()).view(j - i, -1)
+
+
 def _as_asked(device: str) -> AbstractContextManager[object]:
     """Keeps autocast, which reaches into custom ops, from rounding what `compute_dtype` chose to bf16."""
     available = torch.amp.is_autocast_available(device)
@@ -39,15 +45,16 @@ def _as_asked(device: str) -> AbstractContextManager[object]:
 def _blocks(
     codes: Codes, scale: Tensor, zero: Tensor | None, fixed: int, k: int, dtype: torch.dtype, step: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """``(i, j, W[i:j])`` over the rows of W, dequantized in ``dtype``; ``step`` divides the rows of every block."""
+    """``(i, j, W[i:j])`` over the rows of W, dequantized to ``dtype``; ``step`` divides the rows of every block."""
     n, groups = scale.shape
+    wide = torch.promote_types(dtype, scale.dtype)  # scales may be finer than what is multiplied in
     rows = max(step, BLOCK // k // step * step)
     for i in range(0, n, rows):
         j = min(i + rows, n)
-        w = codes(i, j).to(dtype).unflatten(-1, (groups, -1))
-        w -= fixed if zero is None else zero[i:j, :, None].to(dtype)
-        w *= scale[i:j, :, None].to(dtype)
-        yield i, j, w.flatten(-2)
+        w = codes(i, j).to(wide).unflatten(-1, (groups, -1))
+        w -= fixed if zero is None else zero[i:j, :, None].to(wide)
+        w *= scale[i:j, :, None].to(wide)
+        yield i, j, w.flatten(-2).to(dtype)
 
 
 def multiply(x: Tensor, codes: Codes, scale: Tensor, zero: Tensor | None, fixed: int, step: int = 1) -> Tensor:
@@ -57,7 +64,7 @@ def multiply(x: Tensor, codes: Codes, scale: Tensor, zero: Tensor | None, fixed:
         x: ``[M, K]``.
         codes: Gives some rows of the codes.
         scale: ``[N, G]``.
-        zero: uint8 ``[N, G]``, or None where all zero points are ``fixed``.
+        zero: ``[N, G]``, or None where all zero points are ``fixed``.
         fixed: The zero point of a symmetric scheme.
         step: Rows come in multiples of this.
     """

@@ -170,6 +170,8 @@ class CpuInt4:
             return f"needs a CPU, got {spec.device}"
         if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"the op rounds to bf16, too coarse for {spec.dtype}"
+        if scheme.codebook:
+            return "integers only, no codebooks"
         if scheme.bits not in (3, 4, 8):
             return f"no packed product for {scheme.bits} bits"
         if scheme.bits == 8 and not (scheme.symmetric and spec.dtype is torch.bfloat16):

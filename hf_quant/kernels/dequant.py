@@ -1,4 +1,4 @@
-"""Every scheme on every device: dequantize some rows, multiply, go on to the next rows."""
+"""Integers of every width on every device: dequantize some rows, multiply, go on to the next rows."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ dequant_linear.register_autograd(_backward, setup_context=_save)
 
 
 class Dequant:
-    """The fall-back that refuses nothing."""
+    """The fall-back that refuses no integers."""
 
     priority: ClassVar[int] = 10
     repacks: ClassVar[bool] = False
 
     def why_not(self, spec: LinearSpec) -> str | None:
-        return None
+        return "integers only, no codebooks" if spec.scheme.codebook else None
 
     def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
         parts = (weight.qweight, weight.scale, weight.zero_point)

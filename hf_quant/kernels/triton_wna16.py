@@ -50,11 +50,12 @@ if importlib.util.find_spec("triton"):
             code = (code & ((1 << BITS) - 1)).to(tl.int32)  # [BLOCK_K, BLOCK_N]
             at = g_row + (k // GROUP)[:, None]
             scale = tl.load(scale_ptr + at, mask=ok, other=0.0)
-            if HAS_ZERO:
-                code -= tl.load(zero_ptr + at, mask=ok, other=0).to(tl.int32)
+            w = code.to(tl.float32)
+            if HAS_ZERO:  # integers, or HQQ's real numbers
+                w -= tl.load(zero_ptr + at, mask=ok, other=0).to(tl.float32)
             else:
-                code -= 1 << (BITS - 1)
-            w = code.to(tl.float32) * scale.to(tl.float32)
+                w -= 1 << (BITS - 1)
+            w *= scale.to(tl.float32)
             acc += tl.dot(x, w.to(x.dtype), out_dtype=tl.float32, input_precision="ieee")
         at = m[:, None].to(tl.int64) * N + n[None, :]
         tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
@@ -118,6 +119,8 @@ class TritonWNA16:
     def why_not(self, spec: LinearSpec) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
+        if spec.scheme.codebook:
+            return "integers only, no codebooks"
         if spec.device != "cuda" and not triton.knobs.runtime.interpret:
             return f"needs a GPU, got {spec.device}"
         if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from hf_quant.errors import HfQuantError
+from hf_quant.methods._descent import descend
+from hf_quant.methods._outliers import outlier_index, outlier_mask
 from hf_quant.numerics import dequantize, quantize, search
 from hf_quant.scheme import QuantScheme
 from hf_quant.stats import InputStats
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.tensor import Outliers, QuantizedTensor
 
-DAMPS = (1, 10, 100)  # times ``damp``, tried until the factorization succeeds
+BLOCK = 128  # columns whose errors are passed on to all later ones together: changes speed, not the result
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ class GPTQ:
     what is left of the Hessian.
 
     Args:
-        damp: Share of the mean of ``diag(H)`` added to it before inversion.
+        sweeps: Of coordinate descent over scales and codes afterwards.
         steps: Ranges tried per group, from the full one down to ``least`` of it.
         least: Smallest share of the range tried.
     """
 
     calibrated: ClassVar[bool] = True
-    damp: float = 0.01
+    sweeps: int = 0
     steps: int = 20
     least: float = 0.6
 
@@ -47,29 +49,47 @@ class GPTQ:
         n, k = weight.shape
         G = scheme.groups(k)
         size = k // G
-        H = stats.hessian.to(weight.device)
-        order = self._order(H.diagonal(), G)
-        U = self._factor(H[order][:, order], stats)
-        W = weight.float()[:, order]  # a copy
+        order = self._order(stats.gram.diagonal(), G)
+        U = self._factor(order, stats)
         importance = U.diagonal().square().reciprocal()  # of each column's error, given that later ones make up for it
-        codes = torch.empty_like(W)
-        scale, zero = W.new_empty(n, G), W.new_empty(n, G)
-        for g in range(G):
-            now = slice(g * size, (g + 1) * size)
-            s, z = search(W[:, now], scheme, dtype, self.steps, self.least, importance[now])
-            errors = W.new_empty(n, size)
-            for j in range(size):
-                at = g * size + j
-                w = W[:, at : at + 1]
-                q = codes[:, at : at + 1] = quantize(w, s, z, scheme.qmax)
-                errors[:, j : j + 1] = (w - dequantize(q, s, z)) / U[at, at]
-                W[:, at + 1 : now.stop].addmm_(errors[:, j : j + 1], U[at : at + 1, at + 1 : now.stop], alpha=-1)
-            W[:, now.stop :].addmm_(errors, U[now, now.stop :], alpha=-1)
-            place = int(order[now.start]) // size
-            scale[:, place], zero[:, place] = s.squeeze(1), z.squeeze(1)
-        back = torch.empty_like(codes, dtype=torch.uint8)
-        back[:, order] = codes.to(torch.uint8)
-        return QuantizedTensor.from_codes(back, scale.to(dtype), zero, scheme)
+        W = weight.float().T[order]  # [K, N], a copy
+        index = outlier_index(W.T, scheme, dtype, importance, self.steps, self.least)
+        free = None if index is None else outlier_mask(index, weight.shape).T
+        codes, scale, zero = torch.empty_like(W), W.new_empty(G, n), W.new_empty(G, n)
+        for start in range(0, k, step := min(size, BLOCK)):
+            g, now = start // size, slice(start, start + step)
+            if start % size == 0:
+                group = W[start : start + size]
+                group = group if free is None else group.masked_fill(free[start : start + size], 0)
+                s, z = search(group.T, scheme, dtype, self.steps, self.least, importance[start : start + size])
+                scale[g], zero[g] = s.squeeze(1), z.squeeze(1)
+            errors = W.new_empty(step, n)
+            for j in range(step):
+                at = start + j
+                codes[at] = quantize(W[at], scale[g], zero[g], scheme.qmax)
+                real = dequantize(codes[at], scale[g], zero[g])
+                if free is not None:
+                    codes[at] = torch.where(free[at], zero[g], codes[at])
+                    real = torch.where(free[at], W[at], real)
+                errors[j] = (W[at] - real) / U[at, at]
+                W[at + 1 : now.stop].addr_(U[at, at + 1 : now.stop], errors[j], alpha=-1)
+            W[now.stop :].addmm_(U[now, now.stop :].T, errors, alpha=-1)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(k, device=order.device)
+        groups = order[::size].argsort()
+        codes, scale, zero = codes[back], scale[groups], zero[groups]
+        values = None if free is None else (free[back], W[back])
+        if self.sweeps:
+            H = (stats.gram / stats.gram.diagonal().mean()).float()
+            descend(weight.float().T, codes, scale, zero, H, scheme, dtype, self.sweeps, values)
+        outliers = None
+        if values is not None:
+            whole = values[0].sum(1).nonzero().flatten() if scheme.outlier_columns else None
+            where = values[0].T.nonzero()[:, 1].view(n, -1) if whole is None else whole
+            outliers = Outliers.gather(values[1].T, where, dtype)
+        return QuantizedTensor.from_codes(
+            codes.T.to(torch.uint8), scale.T.to(dtype).contiguous(), zero.T.contiguous(), scheme, outliers
+        )
 
     def _order(self, diagonal: Tensor, groups: int) -> Tensor:
         """Columns in the order they are quantized: int64 ``[K]``."""
@@ -78,23 +98,13 @@ class GPTQ:
         inside = by_group.argsort(dim=1, descending=True, stable=True)[first]
         return (inside + first[:, None] * by_group.shape[1]).flatten()
 
-    def _factor(self, H: Tensor, stats: InputStats) -> Tensor:
-        """float32 ``[K, K]``: the upper Cholesky factor of the inverse of the damped Hessian; the identity if none works."""
-        mean = H.diagonal().mean()
-        if mean > 0:
-            for times in DAMPS:
-                damped = H + torch.eye(len(H), dtype=H.dtype, device=H.device) * (self.damp * times * mean)
-                lower, failed = torch.linalg.cholesky_ex(damped)
-                if not failed:
-                    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-                if not failed:
-                    if times > 1:
-                        stats.notes.append(
-                            f"damped by {self.damp * times:g} of the mean: {self.damp:g} was too little"
-                        )
-                    return upper.float()
+    def _factor(self, order: Tensor, stats: InputStats) -> Tensor:
+        """float32 ``[K, K]``: the upper Cholesky factor of the inverse of the damped Hessian; the identity if there is none."""
+        upper = stats.upper(order)
+        if upper is not None:
+            return upper
         stats.notes.append("no usable Hessian: rounded to nearest")
-        return torch.eye(len(H), device=H.device)
+        return torch.eye(len(order), device=order.device)
 
 
 METHOD = GPTQ

@@ -1,4 +1,4 @@
-"""The three parameters every quantized module holds, under the names and shapes of `formats.native`."""
+"""The parameters every quantized module holds, under the names and shapes of `formats.native`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_quant.formats import format_named
 from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.tensor import Outliers, QuantizedTensor
 
 _NATIVE = format_named("native")
 
@@ -26,9 +26,9 @@ def register(
     *,
     codes: bool = True,
 ) -> None:
-    """Give ``module`` empty parameters ``name``, ``name_scale``, ``name_zero_point`` for a weight ``[..., N, K]``.
+    """Give ``module`` empty parameters ``name``, ``name_scale`` and its other companions for a weight ``[..., N, K]``.
 
-    ``codes=False`` leaves ``name`` as it is: a float placeholder that the loader replaces by codes.
+    ``dtype`` is that of the scales, which keep it whatever the module computes in. ``codes=False`` leaves ``name`` as it is: a float placeholder that the loader replaces by codes.
     """
     *lead, n, k = shape
     for local, (size, kind) in _NATIVE.layout((n, k), scheme, dtype).items():
@@ -37,11 +37,20 @@ def register(
             module.register_parameter(full, frozen(torch.empty((*lead, *size), dtype=kind)))
 
 
-def read(module: nn.Module, name: str, scheme: QuantScheme, index: int | None = None) -> QuantizedTensor:
-    """The parameters as one value; ``index`` picks one of a stack."""
-    qweight: Tensor = getattr(module, name)
-    scale: Tensor = getattr(module, name + "_scale")
-    zero: Tensor | None = getattr(module, name + "_zero_point", None)
-    if index is not None:
-        qweight, scale, zero = qweight[index], scale[index], None if zero is None else zero[index]
-    return QuantizedTensor(qweight.flatten(-2) if scheme.bits == 8 else qweight, scale, zero, scheme)
+def read(
+    module: nn.Module, name: str, scheme: QuantScheme, index: int | None = None, qweight: Tensor | None = None
+) -> QuantizedTensor:
+    """The parameters as one value; ``index`` picks one of a stack, ``qweight`` stands in for repacked codes."""
+    found = {}
+    for local in _NATIVE.suffixes:
+        tensor: Tensor | None = getattr(module, name + local.removeprefix("weight"), None)
+        if tensor is not None:
+            found[local] = tensor if index is None else tensor[index]
+    codes, outliers = found["weight"], None
+    if "weight_outlier_index" in found:
+        outliers = Outliers(found["weight_outlier_index"], found["weight_outlier_value"])
+    if qweight is None:
+        qweight = codes.flatten(-2) if scheme.bits == 8 else codes
+    return QuantizedTensor(
+        qweight, found["weight_scale"], found.get("weight_zero_point"), scheme, found.get("weight_perm"), outliers
+    )

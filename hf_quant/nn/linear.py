@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.formats import format_named
-from hf_quant.kernels import LinearBackend, LinearSpec, select
+from hf_quant.kernels import LinearBackend, LinearSpec, outlier_linear, select
 from hf_quant.nn._weight import frozen, read, register
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
@@ -28,17 +28,21 @@ class QuantLinear(nn.Linear):
         out_features: N.
         scheme: How the weight is coded.
         bias: Whether there is one.
-        dtype: What the layer computes in, and the dtype of scales and bias.
+        dtype: What the layer computes in, and the dtype of the bias.
+        scale_dtype: Of the scales; None for ``dtype``.
         quantized: Whether the weight starts as codes; if not, as the float placeholder that loading quantizes.
         conv1d: Whether this stands in for GPT-2's ``Conv1D``, whose float weight is ``[K, N]``.
     """
 
     weight_scale: nn.Parameter
     weight_zero_point: nn.Parameter | None
+    weight_outlier_index: nn.Parameter
+    weight_outlier_value: nn.Parameter
+    weight_perm: nn.Parameter
 
     def __init__(
         self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool, dtype: torch.dtype,
-        quantized: bool = True, conv1d: bool = False,
+        scale_dtype: torch.dtype | None = None, quantized: bool = True, conv1d: bool = False,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.scheme, self.conv1d = in_features, out_features, scheme, conv1d
@@ -46,7 +50,7 @@ class QuantLinear(nn.Linear):
         if not quantized:
             shape = (in_features, out_features) if conv1d else (out_features, in_features)
             self.weight = frozen(torch.empty(shape, dtype=dtype))
-        register(self, "weight", (out_features, in_features), scheme, dtype, codes=quantized)
+        register(self, "weight", (out_features, in_features), scheme, scale_dtype or dtype, codes=quantized)
         self.register_parameter("bias", frozen(torch.empty(out_features, dtype=dtype)) if bias else None)
         self.keeps_layout = False  # True where hooks move the codes about (offloading)
         self.shares_codes = False  # True where the embeddings read the same codes
@@ -65,7 +69,7 @@ class QuantLinear(nn.Linear):
         if self._backend is None or not self._repacked or self.shares_codes:
             return read(self, "weight", self.scheme)
         qweight = self._backend.restore(self._repacked, self.spec)
-        return QuantizedTensor(qweight, self.weight_scale, getattr(self, "weight_zero_point", None), self.scheme)
+        return read(self, "weight", self.scheme, qweight=qweight)
 
     def choose_kernel(self) -> None:
         """Choose the backend for where the parameters are now, and lay the codes out as it reads them."""
@@ -87,7 +91,11 @@ class QuantLinear(nn.Linear):
         if self._backend is None:
             self._backend = select(self.spec, repacking=False)
         prepared = self._repacked or self._backend.prepare(read(self, "weight", self.scheme), self.spec)
+        if self.scheme.permuted:
+            x = x.index_select(-1, self.weight_perm[0])
         y = self._backend.linear(x, prepared, self.spec)
+        if self.scheme.outliers:
+            y = y + outlier_linear(x, self.weight_outlier_index, self.weight_outlier_value)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -97,8 +105,14 @@ class QuantLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         chosen = self._backend is not None
         self._unpack()
+        cast = fn(self.weight_scale.new_empty(0, dtype=self.compute_dtype)).dtype
+        finer = self.weight_scale.dtype != self.compute_dtype
+        own = [(p, p.data) for name, p in self.named_parameters(recurse=False) if name.startswith("weight_") and finer]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.compute_dtype = self.weight_scale.dtype
+        self.compute_dtype = cast
+        for parameter, tensor in own:  # scales finer than what the layer computes in stay so
+            if parameter.dtype != tensor.dtype:
+                parameter.data = tensor.to(parameter.device)
         if chosen:
             self.choose_kernel()
         return self

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import hf_quant
 from hf_quant.cli import main
-from hf_quant.evaluation.text import paragraphs
+from hf_quant.text import paragraphs
 
 REPO = Path(__file__).parents[2]
 

@@ -296,7 +296,6 @@ TAMPERED = {
     "scale_nan": (lambda t: t[f"{UP}.weight_scale"].view(-1)[3:4].fill_(float("nan")), "weight_scale"),
     "scale_inf": (lambda t: t[f"{UP}.weight_scale"].view(-1)[3:4].fill_(float("inf")), "weight_scale"),
     "scale_zero": (lambda t: t[f"{UP}.weight_scale"].view(-1)[3:4].fill_(0), "weight_scale"),
-    "scale_negative": (lambda t: t[f"{UP}.weight_scale"].view(-1)[3:4].fill_(-1), "weight_scale"),
     "zero_point": (lambda t: t[f"{UP}.weight_zero_point"].view(-1)[3:4].fill_(16), "weight_zero_point"),
     "no_scale": (lambda t: t.pop(f"{UP}.weight_scale"), "weight_scale"),
     "no_codes": (lambda t: t.pop(f"{UP}.weight"), f"{UP}.weight"),

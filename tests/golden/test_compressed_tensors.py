@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from hf_quant.errors import FormatError
-from hf_quant.formats import format_named
-from hf_quant.formats.compressed_tensors import config_of, plan_of
+from hf_quant.formats import format_named, format_of
+from hf_quant.formats.compressed_tensors import config_of
 from hf_quant.methods import method
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
@@ -73,18 +73,32 @@ OVERRIDES = {
 }
 
 
+def layers_of(stored: dict[str, Any], modules: dict[str, QuantScheme]) -> dict[str, Any]:
+    """What a checkpoint of these modules is found to hold."""
+    headers = {
+        n: FORMAT.write(method("rtn", steps=0).quantize(torch.randn(32, 256), s, torch.float32))
+        for n, s in modules.items()
+    }
+    name, made = format_of(json.loads(json.dumps(stored)))
+    assert name == "compressed_tensors"
+    found = made.layers(headers, lambda full: headers[full.rpartition(".")[0]][full.rpartition(".")[2]])
+    return {name: layer.scheme for name, layer in found.items()}
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_config_round_trip(scheme: QuantScheme) -> None:
     overrides = {name: other for name, other in OVERRIDES.items() if other != scheme}
-    made = config_of(scheme, overrides, ["lm_head", "model.*.gate"])
-    stored = json.loads(json.dumps(made | {"hf_quant": {"version": 1}}))
-    assert plan_of(stored) == (scheme, overrides, ["lm_head", "model.*.gate"])
+    made = config_of(scheme, overrides, ["lm_head", "model.*.gate"]) | {"hf_quant": {"version": 1}}
+    modules = {"model.layers.1.mlp.gate_proj": scheme} | overrides
+    assert layers_of(made, modules) == modules
+    assert FORMAT.config(modules, ["lm_head"])["ignore"] == ["lm_head"]
+    assert layers_of(FORMAT.config(modules, []), modules) == modules
 
 
 def test_an_override_that_says_the_same_needs_no_group() -> None:
     made = config_of(QuantScheme(4), {"a.b": QuantScheme(4)}, [])
     assert len(made["config_groups"]) == 1
-    assert plan_of(made) == (QuantScheme(4), {}, [])
+    assert layers_of(made, {"a.b": QuantScheme(4)}) == {"a.b": QuantScheme(4)}
 
 
 def test_what_cannot_be_said_is_refused() -> None:
@@ -92,20 +106,26 @@ def test_what_cannot_be_said_is_refused() -> None:
         config_of(QuantScheme(4), {}, ["layers.[01].gate"])
 
 
-PATTERNS = {
-    "lm_head": "lm_head",
-    "re:.*lm_head": "*lm_head*",
-    "re:.*lm_head$": "*lm_head",
-    r"re:model\.vision.*": "model.vision*",
-    r"re:^model\.layers\.0\..*gate$": "model.layers.0.*gate",
-    "re:visual.*proj": "visual*proj*",
-    "re:a.b": "a?b*",
+PATTERNS = {  # pattern -> a name it matches, one it does not
+    "lm_head": ("lm_head", "model.lm_head"),
+    "re:.*lm_head": ("model.lm_head.x", "model.head"),
+    "re:.*lm_head$": ("model.lm_head", "model.lm_head.x"),
+    r"re:model\.vision.*": ("model.vision.x", "model_vision.x"),
+    r"re:^model\.layers\.0\..*gate$": ("model.layers.0.mlp.gate", "model.layers.1.mlp.gate"),
+    "re:visual.*proj": ("visual.x_proj.y", "x.visual.proj"),
+    "re:a.b": ("a_bc", "xa_b"),
 }
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_plain_patterns_become_globs_with_the_same_meaning(pattern: str) -> None:
-    assert plan_of(config_of(QuantScheme(4), {}, []) | {"ignore": [pattern]})[2] == [PATTERNS[pattern]]
+def test_plain_patterns_match_what_they_match_in_the_package(pattern: str) -> None:
+    hit, miss = PATTERNS[pattern]
+    made = config_of(QuantScheme(4), {}, [])
+    one = made["config_groups"]["group_0"]
+    eight = one | {"targets": [pattern], "weights": one["weights"] | {"num_bits": 8}}
+    stored = made | {"config_groups": {"a": one, "b": eight}}
+    modules = {hit: QuantScheme(8), miss: QuantScheme(4)}
+    assert layers_of(stored, modules) == modules
 
 
 def test_names_count_before_patterns_and_order_of_storing_does_not_matter() -> None:
@@ -113,10 +133,8 @@ def test_names_count_before_patterns_and_order_of_storing_does_not_matter() -> N
     one = made["config_groups"]["group_0"]
     eight = one["weights"] | {"num_bits": 8, "actorder": "static", "observer": "mse", "observer_kwargs": {}}
     groups = {"a": one | {"targets": ["re:.*proj"]}, "b": one, "c": {"targets": ["x.proj"], "weights": eight}}
-    assert list(plan_of(made | {"config_groups": groups})[1].items()) == [
-        ("x.proj", QuantScheme(8)),
-        ("*proj*", QuantScheme(4)),
-    ]
+    modules = {"x.proj": QuantScheme(8), "y.proj": QuantScheme(4), "y.other": QuantScheme(4)}
+    assert layers_of(made | {"config_groups": groups}, modules) == modules
 
 
 # -- the package as oracle ----------------------------------------------------------------------------------------

@@ -348,7 +348,9 @@ def test_what_was_pulled_is_checked(hub: FakeHub, push: Push, folder: Path, tmp_
     (folder / "config.json").unlink()
     assert "config.json is missing" in run("verify", folder, code=1).stderr
     (folder / "manifest.json").unlink()
-    assert load and "there is nothing to check against" in run("verify", folder, code=1).stderr
+    assert load and "config.json: cannot be read" in run("verify", folder, code=1).stderr, (
+        "then the checkpoint itself is checked"
+    )
 
 
 def test_repositories_without_a_manifest(

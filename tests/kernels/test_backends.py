@@ -1,5 +1,6 @@
 """Every backend against float64, on every layer it says it can run."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from hf_quant import _plugins
 from hf_quant.errors import HfQuantError
 from hf_quant.kernels import LinearBackend, LinearSpec, _common, select
+from hf_quant.kernels.codebook import codebook_linear
 from hf_quant.kernels.cpu_int4 import cpu_int4_linear
 from hf_quant.kernels.dequant import dequant_linear
 from hf_quant.methods import method
@@ -38,7 +40,14 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layer(n: int, k: int, scheme: QuantScheme, dtype: torch.dtype) -> tuple[QuantizedTensor, LinearSpec]:
-    weight = method("rtn", steps=0).quantize(torch.randn(n, k), scheme, dtype)
+    if scheme.foreign:
+        scale = torch.rand(n, scheme.groups(k)) + 0.1
+        zero = (torch.rand_like(scale) * scheme.qmax).to(dtype) if scheme.real_zero else None
+        finer = torch.float32 if scheme.codebook else dtype  # as bitsandbytes stores them
+        packed = torch.randint(256, (n, scheme.packed_bytes(k)), dtype=torch.uint8)
+        weight = QuantizedTensor(packed, scale.to(finer), zero, scheme)
+    else:
+        weight = method("rtn", steps=0).quantize(torch.randn(n, k), scheme, dtype)
     moved = QuantizedTensor(
         weight.qweight.to(DEVICE),
         weight.scale.to(DEVICE),
@@ -56,16 +65,22 @@ def backend_for(name: str, spec: LinearSpec) -> LinearBackend:
     return backend
 
 
+KINDS = [*(QuantScheme(bits, symmetric=symmetric) for bits in BITS for symmetric in (True, False))]
+FOREIGN = [
+    *(QuantScheme(4, codebook=name) for name in ("nf4", "fp4")),
+    *(QuantScheme(bits, symmetric=False, real_zero=True) for bits in BITS),
+]
+
+
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", [*KINDS, *FOREIGN], ids=str)
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 @pytest.mark.parametrize(
     ("n", "k", "group"), [(48, 256, 128), (112, 96, 32), (33, 160, 16), (5, 32, -1), (64, 160, -1), (336, 64, 64)]
 )
-def test_equals_float64(name: str, bits: int, symmetric: bool, dtype: torch.dtype, n: int, k: int, group: int) -> None:
-    weight, spec = layer(n, k, QuantScheme(bits, group, symmetric), dtype)
+def test_equals_float64(name: str, kind: QuantScheme, dtype: torch.dtype, n: int, k: int, group: int) -> None:
+    weight, spec = layer(n, k, replace(kind, group_size=group), dtype)
     backend = backend_for(name, spec)
     prepared = backend.prepare(weight, spec)
     exact = weight.dequantize(torch.float64)
@@ -89,7 +104,9 @@ def test_restore_inverts_prepare(name: str, n: int, bits: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("scheme", ["W4A16-g32-asym", "W8A16-g32", "W3A16-g-1"])
+@pytest.mark.parametrize(
+    "scheme", ["W4A16-g32-asym", "W8A16-g32", "W3A16-g-1", "W4A16-g32-nf4", "W4A16-g32-asym-real"]
+)
 @pytest.mark.parametrize("m", [3, 70])
 def test_gradient(name: str, scheme: str, m: int) -> None:
     weight, spec = layer(48, 96, QuantScheme.parse(scheme), torch.float32)
@@ -147,6 +164,35 @@ def test_ops_are_well_formed() -> None:
             planes, params, scale, *zero = backend.prepare(weight, spec)
             args = (x, planes, params, scale, zero[0] if zero else None, 32, 8)
             torch.library.opcheck(cpu_int4_linear, args, test_utils=tests, atol=0.3, rtol=0.1)
+
+
+def test_the_op_of_codebooks_is_well_formed() -> None:
+    weight, spec = layer(48, 64, QuantScheme(4, 32, codebook="nf4"), torch.float32)
+    x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    prepared = _plugins.load("kernels", "codebook").BACKEND().prepare(weight, spec)
+    torch.library.opcheck(codebook_linear, (x, *prepared), test_utils=tests)
+
+
+def test_what_a_codebook_holds() -> None:
+    """bitsandbytes' own levels, in the order of its codes (its functional.get_4bit_type, 0.50.2)."""
+    codes = torch.arange(16, dtype=torch.uint8).repeat(2)[None]
+    for name, some in {"nf4": (-1.0, -0.6961928009986877), "fp4": (0.0, 0.0052083334885537624)}.items():
+        weight = QuantizedTensor.from_codes(
+            codes, torch.ones(1, 1), torch.zeros(1, 1), QuantScheme(4, -1, codebook=name)
+        )
+        assert weight.dequantize()[0, :2].tolist() == list(some)
+
+
+def test_columns_in_another_order() -> None:
+    plain, _ = layer(48, 64, QuantScheme(4, 32, symmetric=False), torch.float32)
+    order = torch.randperm(64)
+    mixed = QuantizedTensor(plain.qweight, plain.scale, plain.zero_point, plain.scheme, order[None].int())
+    assert torch.equal(mixed.dequantize()[:, order], plain.dequantize())
+    halves = torch.stack([order, order.flip(0)]).int()  # the gate and the up rows of experts each have their own
+    both = QuantizedTensor(plain.qweight, plain.scale, plain.zero_point, plain.scheme, halves).dequantize()
+    assert torch.equal(both[:24], mixed.dequantize()[:24])
+    assert torch.equal(both[24:, order.flip(0)], plain.dequantize()[24:])
 
 
 def test_select_takes_the_first_that_can(monkeypatch: pytest.MonkeyPatch) -> None:

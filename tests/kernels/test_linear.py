@@ -51,6 +51,31 @@ def test_copies_and_casts() -> None:
     assert made(x.float()).dtype is torch.float32
 
 
+def test_scales_finer_than_what_the_layer_computes_in_stay_so() -> None:
+    scheme = QuantScheme(4, 32, codebook="nf4")
+    made = QuantLinear(64, 80, scheme, bias=True, dtype=torch.bfloat16, scale_dtype=torch.float32)
+    made.weight = frozen(torch.randint(256, (80, 32), dtype=torch.uint8))
+    made.weight_scale = frozen(torch.rand(80, 2))
+    made.bias = frozen(torch.randn(80).bfloat16())
+    before = made.dequantize()
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        made.to(dtype)
+        assert (made.compute_dtype, made.bias.dtype, made.weight_scale.dtype) == (dtype, dtype, torch.float32)
+        assert torch.equal(made.dequantize(), before) and made(torch.randn(3, 64, dtype=dtype)).dtype is dtype
+
+
+@pytest.mark.parametrize("asym", ["", "-asym"])
+def test_permuted_columns(asym: str) -> None:
+    made, weight = layer(f"W4A16-g32{asym}")
+    order = torch.randperm(64)
+    mixed = QuantLinear(64, 80, QuantScheme.parse(f"W4A16-g32{asym}-perm"), bias=True, dtype=torch.bfloat16)
+    mixed.load_state_dict(made.state_dict() | {"weight_perm": order[None].int()})
+    mixed.choose_kernel()
+    x = torch.randn(3, 64).bfloat16()
+    assert torch.equal(mixed(x[:, order.argsort()]), made(x))
+    assert torch.equal(mixed.dequantize()[:, order], weight.dequantize())
+
+
 @pytest.mark.parametrize("m", [3, 200])
 def test_compiles_into_one_graph(m: int) -> None:
     made, _ = layer()

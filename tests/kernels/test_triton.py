@@ -1,4 +1,4 @@
-"""The Triton kernel without a GPU: interpreted against float64, and compiled ahead of time for four kinds of GPU."""
+"""The Triton kernels without a GPU: interpreted against float64, and compiled ahead of time for four kinds of GPU."""
 
 import json
 import os
@@ -22,13 +22,13 @@ def run(script: str, *args: str, interpret: bool) -> str:
 
 
 def test_interpreted_it_equals_float64() -> None:
-    assert run("_interpreted.py", interpret=True) == "32 agree"
+    assert run("_interpreted.py", interpret=True) == "48 agree"
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiles_ahead_of_time_without_spills(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # or the compiler might not be asked
     rows = [json.loads(line) for line in run("_ahead_of_time.py", target, interpret=False).splitlines()]
-    assert len(rows) == 7
+    assert len(rows) == 12
     for row in rows:
-        assert row["spills"] == 0 and row["mma"] > 0 and 0 < row["registers"] <= 255, row
+        assert row["spills"] == 0 and (row["mma"] > 0 or "outliers" in row) and 0 < row["registers"] <= 255, row

@@ -37,7 +37,7 @@ class HfQuantQuantizer:
     def __init__(self, config, **kwargs): self.config = config
 hf = types.ModuleType("hf_quant.hf")
 hf.HfQuantConfig, hf.HfQuantQuantizer = HfQuantConfig, HfQuantQuantizer
-hf.take_over = lambda stored, asked: ("taken over", asked)
+hf.taken_over = lambda stored: ("taken over", stored["quant_method"])
 """
 
 
@@ -139,24 +139,28 @@ for _ in range(2):
     assert python(site, STUB + code).splitlines() == ["on purpose True"] * 2
 
 
-def test_only_our_compressed_tensors_checkpoints_are_taken_over(site: str) -> None:
+def test_only_what_we_wrote_or_were_asked_for_is_taken_over(site: str) -> None:
     code = """
 sys.modules["hf_quant.hf"] = hf
+from hf_quant import _autoload
 class Theirs(QuantizationConfigMixin): pass
 Theirs.__name__ = "HfQuantConfig"
 merge = auto.AutoHfQuantizer.merge_quantization_configs
-plain, other = {"quant_method": "compressed-tensors"}, {"quant_method": "fp8"}
+plain, gptq = {"quant_method": "compressed-tensors"}, {"quant_method": "gptq", "bits": 4}
 ours = plain | {"hf_quant": {}}
 asked = HfQuantConfig(quant_method="hf_quant")
 def outcome(*args):
     try: return merge(*args)
-    except Exception as error: return "refused" if "HfQuantConfig" in str(error) else type(error).__name__
-print(outcome(ours, None) == ("taken over", None))
-print(outcome(ours, asked) == ("taken over", asked))
-print(outcome(plain, asked) == ("taken over", asked))
-print(outcome(other, asked) == "refused")
-print(outcome(plain, None)[0:1] != "t" if isinstance(outcome(plain, None), str) else type(outcome(plain, None)).__name__)
-print(merge(quantization_config=ours, quantization_config_from_args=None) == ("taken over", None))
+    except Exception as error: return type(error).__name__
+done = ("taken over", "compressed-tensors")
+print(outcome(ours, None) == done, outcome(ours, asked) == done, outcome(plain, asked) == done)
+print(outcome(gptq, asked) == ("taken over", "gptq"))
+print(type(outcome(plain, None)).__name__)  # never silently
+print(outcome(gptq, None) != ("taken over", "gptq"))
+print(merge(quantization_config=ours, quantization_config_from_args=None) == done)
+_autoload.taken_over.add("gptq")
+print(outcome(gptq, None) == ("taken over", "gptq"), outcome(plain, None) != done)
+print(outcome(gptq, Theirs("hf_quant")) != ("taken over", "gptq"))  # somebody else's config is theirs to answer
 """
     lines = python(site, STUB + code).splitlines()
-    assert lines == ["True", "True", "True", "True", "CompressedTensorsConfig", "True"]
+    assert lines == ["True True True", "True", "CompressedTensorsConfig", "True", "True", "True True", "True"]

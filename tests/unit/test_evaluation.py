@@ -21,9 +21,9 @@ from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.metrics import BaseTokens
 from hf_quant.evaluation.metrics.kl import kl
 from hf_quant.evaluation.reference import Reference, reference
-from hf_quant.evaluation.text import paragraphs, read_text, refuse_overlap, windows
 from hf_quant.hf import HfQuantConfig, load
 from hf_quant.results import Estimate, Quality
+from hf_quant.text import paragraphs, read_text, refuse_overlap, windows
 
 
 def tiny(seed: int, vocab: int = 64) -> Any:

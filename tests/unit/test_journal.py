@@ -1,3 +1,5 @@
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -5,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from hf_quant.errors import HfQuantError
-from hf_quant.journal import LOCK, NAME, journal
+from hf_quant.errors import DiskError, HfQuantError
+from hf_quant.journal import NAME, journal
 
 PLAN = {"method": "gptq", "bits": 4}
 
@@ -26,7 +28,7 @@ def test_going_on(tmp_path: Path) -> None:
     assert work(folder, 2) == []
     assert work(folder, 4) == ["part-0", "part-1"]
     assert work(folder, 4) == [f"part-{i}" for i in range(4)]
-    assert {p.name for p in folder.iterdir()} == {NAME, LOCK, *(f"part-{i}" for i in range(4))}
+    assert {p.name for p in folder.iterdir()} == {NAME, *(f"part-{i}" for i in range(4))}
 
 
 def test_a_failed_part_leaves_nothing(tmp_path: Path) -> None:
@@ -36,7 +38,7 @@ def test_a_failed_part_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(OSError, match="No space"), journal(tmp_path, PLAN, print) as done:
         done.add("part-0", fail, {})
-    assert {p.name for p in tmp_path.iterdir()} == {NAME, LOCK}
+    assert {p.name for p in tmp_path.iterdir()} == {NAME}
     assert work(tmp_path, 1) == []
 
 
@@ -47,6 +49,53 @@ def test_a_torn_last_line_never_counted(tmp_path: Path, cut: int) -> None:
     path.write_bytes(path.read_bytes()[:-cut])
     assert work(tmp_path, 3) == ["part-0", "part-1"]
     assert work(tmp_path, 3) == ["part-0", "part-1", "part-2"]
+
+
+@pytest.mark.parametrize("garbage", [b"\0" * 5000 + b'"number": 3}\n', b"\0" * 4096, b"\n\n", b"deadbeef {}\n"])
+def test_garbage_at_the_end_never_counted(tmp_path: Path, garbage: bytes) -> None:
+    """A line of several pages whose first page did not reach the disk still ends like a line."""
+    work(tmp_path, 3)
+    with (tmp_path / NAME).open("ab") as file:
+        file.write(garbage)
+    assert work(tmp_path, 4) == ["part-0", "part-1", "part-2"]
+    assert work(tmp_path, 4) == [f"part-{i}" for i in range(4)]
+
+
+def test_what_killed_processes_left_goes(tmp_path: Path) -> None:
+    work(tmp_path, 2)
+    for name in (".part-2.77.tmp", "part-2", ".journal.jsonl.77.tmp", "LOCK"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / "activations-x").mkdir()
+    (tmp_path / "activations-x" / "hidden").write_text("many")
+    assert work(tmp_path, 2) == ["part-0", "part-1"]
+    assert {p.name for p in tmp_path.iterdir()} == {NAME, "part-0", "part-1"}
+
+
+def test_nothing_is_appended_to_half_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def failing(handle: int) -> None:
+        sync(handle)
+        if os.path.samestat(os.fstat(handle), (tmp_path / NAME).stat()):
+            raise OSError(5, "Input/output error")
+
+    with journal(tmp_path, PLAN, print) as done:
+        done.add("part-0", lambda path: path.write_text("content 0"), {"number": 0})
+        monkeypatch.setattr(os, "fsync", failing)
+        with pytest.raises(DiskError, match=r"journal\.jsonl: Input/output error"):
+            done.add("part-1", lambda path: path.write_text("content 1"), {"number": 1})
+        monkeypatch.setattr(os, "fsync", sync)
+        with pytest.raises(DiskError, match=r"journal\.jsonl: a line could not be written before"):
+            done.add("part-2", lambda path: path.write_text("content 2"), {"number": 2})
+    assert work(tmp_path, 3) == ["part-0", "part-1"]  # whose line was written, though nobody knew
+
+
+def test_records_are_the_same_before_and_after(tmp_path: Path) -> None:
+    with journal(tmp_path, PLAN, print) as done:
+        done.add("part-0", lambda path: path.write_text("0"), {"z": (1, 2), "a": {"y": 0.1, "b": None}})
+        first = json.dumps(done.parts)
+    with journal(tmp_path, PLAN, print) as done:
+        assert json.dumps(done.parts) == first
 
 
 def test_a_journal_that_was_never_begun(tmp_path: Path) -> None:
@@ -92,7 +141,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"in\n"
-        with pytest.raises(HfQuantError, match=f"another process \\(pid {other.pid}\\) works there"):
+        with pytest.raises(HfQuantError, match=f"another process \\(pid {other.pid} on .*\\) works there"):
             work(tmp_path, 1)
         other.kill()
     assert work(tmp_path, 1) == []

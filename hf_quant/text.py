@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_quant.errors import HfQuantError
 
-BUNDLED = Path(__file__).with_name("heldout.txt")  # Python's documentation; its licence lies beside it
+BUNDLED = Path(__file__).parent / "evaluation" / "heldout.txt"  # Python's documentation; its licence lies beside it
 SEPARATOR = "<|endoftext|>"
 PARAGRAPH = 200  # characters; shorter ones (headings, licence lines) say nothing about where a text comes from
 
@@ -54,11 +54,12 @@ def read_text(path: Path) -> str:
         raise HfQuantError(f"{path.name}: not UTF-8 at byte {error.start}") from None
 
 
-def read_dataset(name: str) -> str:
-    """The documents of a ``datasets`` set as one text.
+def dataset_rows(name: str, default_split: str = "test") -> list[Any]:
+    """One column of a ``datasets`` set.
 
     Args:
-        name: ``ID[:CONFIG][@SPLIT][#COLUMN]``; split ``test`` and column ``text`` where they are not named.
+        name: ``ID[:CONFIG][@SPLIT][#COLUMN][~REVISION]``; column ``text``, else ``messages``, where none is named.
+        default_split: Where none is named.
 
     Raises:
         HfQuantError: ``datasets`` is not installed, or there is no such column.
@@ -66,14 +67,21 @@ def read_dataset(name: str) -> str:
     try:
         import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError:
-        raise HfQuantError("--dataset needs the package datasets: pip install datasets") from None
-    rest, _, column = name.partition("#")
+        raise HfQuantError(f"{name}: needs the package datasets: pip install datasets") from None
+    rest, _, revision = name.partition("~")
+    rest, _, column = rest.partition("#")
     rest, _, split = rest.partition("@")
     path, _, config = rest.partition(":")
-    rows = datasets.load_dataset(path, config or None, split=split or "test")
-    if (column or "text") not in rows.column_names:
-        raise HfQuantError(f"dataset {name}: no column {column or 'text'!r}, there is {', '.join(rows.column_names)}")
-    return SEPARATOR.join(row for row in rows[column or "text"] if row.strip())
+    rows = datasets.load_dataset(path, config or None, split=split or default_split, revision=revision or None)
+    column = column or next((known for known in ("text", "messages") if known in rows.column_names), "text")
+    if column not in rows.column_names:
+        raise HfQuantError(f"dataset {name}: no column {column!r}, there is {', '.join(rows.column_names)}")
+    return list(rows[column])
+
+
+def read_dataset(name: str) -> str:
+    """The documents of a ``datasets`` set, named as for `dataset_rows`, as one text."""
+    return SEPARATOR.join(row for row in dataset_rows(name) if row.strip())
 
 
 def split(text: str) -> list[str]:

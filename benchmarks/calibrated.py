@@ -1,0 +1,278 @@
+"""Calibrated quantization beside its peers: same calibration tokens, same held-out text, same bits and group size.
+
+    python benchmarks/calibrated.py --work WORK --peer gptqmodel=PYTHON --peer auto-round=PYTHON --peer hqq=PYTHON ...
+
+Each peer runs in its own environment (`calibrated_peers.py`), at its defaults for the bits and group size; rows marked with a
+star use options that the peer offers beyond them. All layers of the decoder's blocks are quantized; embeddings and head are
+not. Every result, ours too, becomes a plain float32 model and is measured alike: KL to the float32 model it was made from, per
+token, with 95 % intervals over documents. What is done stays in WORK, so single rows can be redone (--row, --again) and timed
+again when the machine is quiet (--timing). A cell that a peer cannot do says why, in the peer's words.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from calibrated_peers import PEERS, Watch, bits_per_weight, layers, stored
+from outlier_variant import make
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_quant import load
+from hf_quant.evaluation import token_values
+from hf_quant.evaluation.bootstrap import interval, sums
+from hf_quant.evaluation.reference import Reference
+from hf_quant.evaluation.yardstick import Base
+from hf_quant.nn import QuantLinear
+from hf_quant.text import read_text, windows
+
+HERE = Path(__file__).resolve().parent
+RESULTS, SHIPPED, PEER = HERE / "results", HERE.parent / "examples" / "ref-llama-16m", HERE / "calibrated_peers.py"
+SCHEMES = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
+OURS = {
+    "ours rtn": ["--method", "rtn"],
+    "ours gptq": ["--method", "gptq"],
+    "ours gptq asym": ["--method", "gptq", "--asym"],
+    "ours awq": ["--method", "awq"],
+    "ours calibrated": ["--method", "calibrated"],
+    "ours calibrated asym": ["--method", "calibrated", "--asym"],
+}
+CALIBRATION, HELD_OUT = 65536, 65536  # tokens
+
+Cell = dict[str, Any]
+
+
+class RowError(Exception):
+    """What a row's own process said last."""
+
+
+def call(command: list[str], threads: int, folder: Path, **extra: str) -> Cell:
+    """Run a row's process in ``folder``, where some leave logs; its last line is what it found out."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **extra}
+    env["GPTQMODEL_CPU_WORKERS"] = "2"  # with two cores GPTQModel 7.7 makes one worker, asks for two, and stops
+    start = time.perf_counter()
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RowError(next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no message")[:300])
+    return json.loads(done.stdout.splitlines()[-1]) | {"process_seconds": time.perf_counter() - start}
+
+
+def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, str], out: Path, threads: int) -> Cell:
+    """Quantize ``model`` into ``out``: what it cost."""
+    bits, group_size = SCHEMES[scheme]
+    shutil.rmtree(out, ignore_errors=True)
+    if row in OURS:
+        text = ["--calibration", str(model / "calibration.txt"), "--calibration-tokens", str(CALIBRATION)]
+        gate = ["--max-kl", "1000", "--max-tokens", "1024"] if bits == 2 else ["--no-eval"]  # 2 bits need a gate
+        how = ["--bits", str(bits), "--group-size", str(group_size), *OURS[row], *text, *gate]
+        return call(
+            [
+                sys.executable,
+                str(HERE / "calibrated.py"),
+                "--ours",
+                "quantize",
+                str(model),
+                "-o",
+                str(out),
+                "-q",
+                *how,
+            ],
+            threads,
+            work,
+        )
+    python = pythons[PEERS[row].package]
+    return call(
+        [python, str(PEER), "quantize", row, str(model), str(work / "calibration.safetensors"), str(bits),
+         str(group_size), str(out)],
+        threads,
+        work,
+    )  # fmt: skip
+
+
+def plain(row: str, model: Path, out: Path, pythons: dict[str, str]) -> tuple[Any, float]:
+    """The model in ``out`` as plain float32, and its bits per weight."""
+    if row in OURS:
+        made, original = load(str(out)), layers(model)
+        found = {name: module for name, module in made.named_modules() if isinstance(module, QuantLinear)}
+        if set(found) != set(original):
+            raise RowError(f"other layers were quantized: {sorted(set(found) ^ set(original))}")
+        rest = {name: p.float() for name, p in made.named_parameters() if name.rpartition(".")[0] not in found}
+        weights = {f"{name}.weight": module.dequantize(torch.float32) for name, module in found.items()}
+        floats = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        missing, unexpected = floats.load_state_dict(rest | weights, strict=False)
+        if unexpected or set(missing) - {"lm_head.weight"}:
+            raise RowError(f"missing {missing}, unexpected {unexpected}")
+        return floats.eval(), bits_per_weight(stored(out), original)
+    shutil.rmtree(f"{out}-plain", ignore_errors=True)
+    command = [pythons[PEERS[row].package], str(PEER), "dequantize", row, str(model), str(out), f"{out}-plain"]
+    size = call(command, 1, out.parent, TORCHDYNAMO_DISABLE="1")["bits_per_weight"]
+    return AutoModelForCausalLM.from_pretrained(f"{out}-plain", dtype=torch.float32).eval(), size
+
+
+def measure(model: Any, base: Reference) -> Cell:
+    """KL to the base and top-1 agreement; sums over documents are kept, for intervals of differences."""
+    values, _ = token_values(model, base)
+    document = base.windows.document[:, 1:][base.windows.scored]
+    total, count = sums(values["kl"], document)
+    low, high = interval(total, count)
+    return {
+        "kl": (total.sum() / count.sum()).item(), "low": low, "high": high, "top1": values["top1"].mean().item(),
+        "kl_sums": total.tolist(), "counts": count.tolist(),
+    }  # fmt: skip
+
+
+def reference(model: Path, work: Path) -> Reference:
+    """The base's word on the held-out text; the calibration tokens are written on the way."""
+    tokenizer, base = AutoTokenizer.from_pretrained(model), Base(str(model))
+    ids = windows(tokenizer, read_text(model / "calibration.txt"), base.context(), CALIBRATION).ids
+    save_file({"ids": ids.contiguous()}, work / "calibration.safetensors")
+    return base.reference(tokenizer, read_text(model / "heldout.txt"), max_tokens=HELD_OUT, cache=work / "base")
+
+
+def fill(row: str, model: Path, scheme: str, work: Path, base: Reference, pythons: dict[str, str]) -> Cell:
+    cell: Cell = {"row": row, "model": model.name, "scheme": scheme, "date": str(date.today())}
+    out = work / f"{row} {scheme}".replace(" ", "-")
+    try:
+        cell["cost"] = quantize(row, model, work, scheme, pythons, out, threads=1)
+        made, cell["bits_per_weight"] = plain(row, model, out, pythons)
+        cell |= measure(made, base)
+    except RowError as error:
+        cell["error"] = str(error)
+    shutil.rmtree(f"{out}-plain", ignore_errors=True)
+    return cell
+
+
+def cells_of(work: Path) -> list[Cell]:
+    order = [*OURS, *PEERS]
+    found = [json.loads(file.read_text()) for file in work.glob("*/cells/*.json")]
+    found = [cell for cell in found if cell["row"] in order]
+    return sorted(found, key=lambda c: (c["model"], list(SCHEMES).index(c["scheme"]), order.index(c["row"])))
+
+
+def difference(ours: Cell, peer: Cell) -> tuple[float, float, float]:
+    """KL of ours less that of a peer, on the same tokens, with its interval."""
+    total = torch.tensor(ours["kl_sums"]) - torch.tensor(peer["kl_sums"])
+    count: Tensor = torch.tensor(ours["counts"])
+    return (total.sum() / count.sum()).item(), *interval(total.double(), count.double())
+
+
+def title(row: str) -> str:
+    return row + ("" if row in OURS or PEERS[row].default else " *")
+
+
+def line(cell: Cell) -> str:
+    head = f"| {title(cell['row'])} |"
+    if "error" in cell:
+        return f"{head} - | - | - | - | - | - | {cell['error']} |"
+    cost = cell["cost"]
+    quiet = f"{cost['threads']} threads, load {cost['load_before']:.1f}"
+    cpu = f" ({cost['cpu_seconds']:.0f})" if "cpu_seconds" in cost else ""
+    return (
+        f"{head} {cell['bits_per_weight']:.2f} | {cell['kl']:.5f} | {cell['low']:.5f}..{cell['high']:.5f} | "
+        f"{cell['top1']:.1%} | {cost['seconds']:.1f}{cpu} | {cost['peak_mb'] - cost['imports_mb']:.0f} "
+        f"({cost['peak_mb']:.0f}) | {quiet} |"
+    )
+
+
+def verdict(cells: list[Cell]) -> list[str]:
+    """Our rows against the best of the peers' defaults, and against the best of all their rows."""
+    made = []
+    for ours in [cell for cell in cells if cell["row"] in OURS]:
+        for which, rows in (
+            ("of the defaults", [name for name, peer in PEERS.items() if peer.default]),
+            ("of all rows", list(PEERS)),
+        ):
+            peers = [cell for cell in cells if cell["row"] in rows and "kl" in cell]
+            if not peers or "kl" not in ours:
+                continue
+            best = min(peers, key=lambda cell: cell["kl"])
+            mean, low, high = difference(ours, best)
+            made.append(
+                f"- {ours['row']}: {ours['kl'] / best['kl']:.2f} times the KL of the best {which} ({best['row']}), "
+                f"difference {mean:+.5f} ({low:+.5f}..{high:+.5f}): {'held' if mean <= 0 else 'lost'}"
+            )
+    return made
+
+
+def report(work: Path) -> None:
+    cells = cells_of(work)
+    versions: dict[str, str] = {}
+    for cell in cells:
+        versions |= cell.get("cost", {}).get("versions", {})
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    about = {"cpu": next(each.partition(": ")[2] for each in info if each.startswith("model name"))}
+    about |= {"cores": os.cpu_count(), "python": platform.python_version(), "date": str(date.today()), **versions}
+    about |= {"calibration_tokens": CALIBRATION, "held_out_tokens": HELD_OUT}
+    lines = [str(about), "", *__doc__.split("\n\n")[2].splitlines()]
+    head = "| row | bits/weight | KL | 95 % interval | top-1 | seconds (of CPU) | peak MB over imports (peak) | timed with |"
+    for model in sorted({cell["model"] for cell in cells}):
+        for scheme in SCHEMES:
+            here = [cell for cell in cells if (cell["model"], cell["scheme"]) == (model, scheme)]
+            lines += ["", f"## {model}, {scheme}", "", head, "|---" * 8 + "|", *map(line, here), "", *verdict(here)]
+            missing = [title(row) for row in [*OURS, *PEERS] if row not in [cell["row"] for cell in here]]
+            lines += ["", f"Not run: {', '.join(missing)}."] if missing else []
+    RESULTS.mkdir(exist_ok=True)
+    record = {"about": about, "cells": cells}
+    (RESULTS / "calibrated.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / "calibrated.md").write_text("\n".join(lines) + "\n")
+
+
+@click.command(help=__doc__)
+@click.option("--work", type=Path, required=True, help="Folder for what is done.")
+@click.option("--peer", multiple=True, metavar="PACKAGE=PYTHON", help="Where a peer is installed.")
+@click.option("--row", multiple=True, type=click.Choice([*OURS, *PEERS]), help="Only these rows.")
+@click.option("--scheme", multiple=True, type=click.Choice(list(SCHEMES)), help="Only these schemes.")
+@click.option("--model", multiple=True, type=click.Choice(["ref-llama-16m", "outliers"]), help="Only these models.")
+@click.option("--again", is_flag=True, help="Redo cells that are done.")
+@click.option("--timing", is_flag=True, help="Only quantize once more and note what it cost, with two threads.")
+def main(
+    work: Path, peer: tuple[str, ...], row: tuple[str, ...], scheme: tuple[str, ...], model: tuple[str, ...],
+    again: bool, timing: bool,
+) -> None:  # fmt: skip
+    pythons = {name: str(Path(python).absolute()) for name, _, python in (each.partition("=") for each in peer)}
+    rows = [each for each in row or [*OURS, *PEERS] if each in OURS or PEERS[each].package in pythons]
+    for name in model or ("ref-llama-16m", "outliers"):
+        here = work.resolve() / name
+        (here / "cells").mkdir(parents=True, exist_ok=True)
+        folder = SHIPPED if name == "ref-llama-16m" else here / "outliers"
+        if not folder.is_dir():
+            make(SHIPPED, folder)
+        base = reference(folder, here)
+        for each in scheme or SCHEMES:
+            for one in rows:
+                file = here / "cells" / f"{one} {each}.json".replace(" ", "-")
+                done = json.loads(file.read_text()) if file.is_file() else None
+                if timing and done and "error" not in done:
+                    done["cost"] = quantize(one, folder, here, each, pythons, here / "timed", threads=2)
+                elif timing or (done and not again):
+                    continue
+                else:
+                    done = fill(one, folder, each, here, base, pythons)
+                file.write_text(json.dumps(done))
+                print(f"{name} {each} {line(done)}", flush=True)
+    report(work)
+
+
+def ours(arguments: list[str]) -> None:
+    """The command, watched."""
+    import transformers.models.llama.modeling_llama  # noqa: F401  (what everybody imports is not counted)
+
+    from hf_quant.cli import main as command
+
+    with Watch() as watch:
+        command(arguments, standalone_mode=False)
+    print(json.dumps(watch.to_dict()))
+
+
+if __name__ == "__main__":
+    ours(sys.argv[2:]) if sys.argv[1:2] == ["--ours"] else main()

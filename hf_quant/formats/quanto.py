@@ -1,0 +1,75 @@
+"""optimum-quanto checkpoints of 8-bit integers, one scale a row.
+
+They say so in ``quanto_qmap.json`` and not in config.json, so only `hf_quant.load` and the commands know them. The 4 and 2
+bits of quanto subtract a real number after scaling (``q * scale - shift``), which codes with zero points cannot hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_quant.errors import FormatError
+from hf_quant.formats import Headers, Layer, Value
+from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, need, scheme_for, settled
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+
+class Quanto(ReadOnly):
+    """weight._data int8 ``[N, K]``, weight._scale ``[N, 1]``; scales of activations, which stay in floating point."""
+
+    suffixes: ClassVar[tuple[str, ...]] = (
+        "weight._data._data", "weight._data", "weight._scale", "weight._shift", "input_scale", "output_scale",
+    )  # fmt: skip
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Quanto | None:
+        return cls() if config.get("quant_method") == "quanto" else None
+
+    def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+        _facts(tensors)
+        check_scale("weight._scale", tensors["weight._scale"])
+        codes = tensors["weight._data"].contiguous().view(torch.uint8) ^ 0x80  # -128..127 to 0..255
+        return settled(QuantizedTensor(codes, tensors["weight._scale"].contiguous(), None, scheme))
+
+    def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        _facts(tensors)
+        check_scale("weight._scale", tensors["weight._scale"])
+        return tensors["weight._data"].float() * tensors["weight._scale"].float()
+
+    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+        made = {}
+        for module, own in headers.items():
+            if not any(local.startswith("weight.") for local in own):
+                continue
+            try:
+                n, k = _facts(own)
+            except FormatError as error:
+                raise FormatError(f"{module}: {error}") from None
+            scheme = scheme_for(8, -1, k, True)
+            note = "" if scheme else f"{k} input features are not a multiple of 32"
+            made[module] = Layer((n, k), scheme, own["weight._scale"].dtype, note)
+        return made
+
+
+def _facts(tensors: Mapping[str, Any]) -> tuple[int, int]:
+    if "weight._shift" in tensors:
+        raise FormatError(
+            "weight._shift is subtracted after scaling, which codes with zero points cannot hold: quantize the original "
+            "model again, or load this one with optimum-quanto"
+        )
+    if "weight._data" in tensors and tensors["weight._data"].dtype is not torch.int8:
+        raise FormatError(
+            f"weight._data has dtype {tensors['weight._data'].dtype}: of optimum-quanto only 8-bit integers are read; "
+            "load this one with optimum-quanto"
+        )
+    n, k = need(tensors, "weight._data", (torch.int8,), (None, None)).shape
+    need(tensors, "weight._scale", FLOATS, (n, 1))
+    return n, k
+
+
+FORMAT = Quanto

@@ -1,0 +1,320 @@
+"""Checkpoints that other programs quantized: their layers find their places in the model, their tensors the way there.
+
+Names differ between a checkpoint and the model, and experts that stand apart in the file are stacked in the model. Both
+are told by transformers' own conversions for float checkpoints, which are followed here tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+
+from hf_quant.contents import Contents
+from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.formats import Format, Layer, format_named
+from hf_quant.hf._compat import renamer
+from hf_quant.hf.plan import Candidate, candidates
+from hf_quant.nn import QuantExperts, QuantLinear
+from hf_quant.nn._weight import frozen
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+_NATIVE = format_named("native")
+# how programs that take transformers 5 stacks apart call the pieces, whatever the model's own checkpoints call them
+PIECES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+_PIECE = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<piece>gate_proj|up_proj|down_proj)(\.weight)?")
+
+
+@dataclass
+class Placed:
+    """The quantized layers of a checkpoint, by the names that the model has for them.
+
+    Attributes:
+        schemes: Layer, or full name of a stack of experts, to its scheme.
+        scale_dtypes: The same to the type of its scales.
+        dense: The same to why it becomes floating point.
+        notes: What else is worth saying, each once.
+    """
+
+    schemes: dict[str, QuantScheme] = field(default_factory=dict)
+    scale_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+    dense: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def homes(model: Any, contents: Contents) -> dict[str, str]:
+    """Quantized layer of a checkpoint to the name that ``model`` has for it, or for the stack that it is a piece of.
+
+    Args:
+        model: Without weights, before any module is replaced.
+        contents: Of the checkpoint.
+
+    Raises:
+        CheckpointError: The model has no place for a layer.
+    """
+    found, rename, parameters = candidates(model), renamer(model), dict(model.named_parameters())
+    made: dict[str, str] = {}
+    for module, layer in contents.layers.items():
+        target, converted = rename(f"{module}.weight") if len(layer.shape) == 2 else rename(module)
+        home = target if target in found else target.removesuffix(".weight")
+        if home not in found and (piece := _PIECE.fullmatch(home)):
+            home = f"{piece['experts']}.{PIECES[piece['piece']]}"
+        if home in found:
+            if converted and found[home].kind != "experts":
+                raise CheckpointError(
+                    f"{_where(contents, module)}: transformers rearranges this weight, which codes do not allow"
+                )
+            made[module] = home
+        elif target in parameters and parameters[target].shape == layer.shape:  # routers
+            made[module] = target
+        elif not _may_be_left(model, f"{module}.weight"):
+            raise CheckpointError(f"{_where(contents, module)}: the model has no layer of that name")
+    return made
+
+
+def place(model: Any, contents: Contents) -> Placed:
+    """Find where in ``model`` each quantized layer belongs, and whether it fits there.
+
+    Args:
+        model: Without weights, before any module is replaced.
+        contents: Of the checkpoint.
+
+    Raises:
+        CheckpointError: A layer has no place in the model or another shape there, or a stack is not complete.
+    """
+    found = candidates(model)
+    placed = Placed(notes=sorted({layer.note for layer in contents.layers.values() if layer.note and layer.scheme}))
+    by_home: dict[str, dict[str, Layer]] = {}
+    for module, home in homes(model, contents).items():
+        by_home.setdefault(home, {})[module] = contents.layers[module]
+    for home, layers in by_home.items():
+        if home in found:
+            _place_one(placed, home, found[home], layers, contents)
+        else:
+            leaf = home.removesuffix(".weight").rpartition(".")[2]
+            placed.dense[home.removesuffix(".weight")] = f"{leaf}: the model keeps this weight in floating point"
+    _check_bias(model, contents)
+    return placed
+
+
+def _place_one(placed: Placed, home: str, at: Candidate, layers: dict[str, Layer], contents: Contents) -> None:
+    first = next(iter(layers))
+    if at.kind == "embedding":
+        raise CheckpointError(f"{_where(contents, first)}: embeddings that other programs quantized are not read")
+    if at.kind == "experts":
+        _check_stack(home, at, layers, contents)
+    elif layers[first].shape != at.shape:
+        raise CheckpointError(
+            f"{_where(contents, first)} has shape {list(layers[first].shape)}, config.json says {list(at.shape)}"
+        )
+    schemes = {layer.scheme for layer in layers.values()}
+    reason = at.refusal or next((layer.note for layer in layers.values() if layer.scheme is None), None)
+    if len(schemes) > 1:
+        reason = reason or "its experts are quantized in different ways"
+    scheme = layers[first].scheme
+    if reason is not None or scheme is None:
+        placed.dense[home] = reason or "floating point"
+    else:
+        placed.schemes[home] = scheme
+        placed.scale_dtypes[home] = layers[first].scale_dtype
+
+
+def _check_stack(home: str, at: Candidate, layers: dict[str, Layer], contents: Contents) -> None:
+    experts, n, k = at.shape
+    first = next(iter(layers))
+    if len(layers) % experts:
+        raise CheckpointError(f"{_where(contents, first)}: {len(layers)} matrices for the {experts} experts of {home}")
+    rows = n // (len(layers) // experts)
+    for module, layer in layers.items():
+        if layer.shape != (rows, k):
+            raise CheckpointError(
+                f"{_where(contents, module)} has shape {list(layer.shape)}, config.json says {[rows, k]}"
+            )
+    for module in layers:
+        if set(contents.names[module]) != set(contents.names[first]):
+            lacks = sorted(set(contents.names[first]) ^ set(contents.names[module]))
+            raise CheckpointError(f"{_where(contents, module)}: {lacks[0]} is there for some experts only")
+
+
+def _check_bias(model: Any, contents: Contents) -> None:
+    """Some programs write a bias of zeros for every layer; any other must not get lost."""
+    rename, names = renamer(model), set(model.state_dict())
+    for module in contents.layers:
+        name = f"{module}.bias"
+        if (
+            name in contents.checkpoint.tensors
+            and rename(name) not in names
+            and bool(contents.checkpoint.read(name).any())
+        ):
+            raise CheckpointError(
+                f"{contents.checkpoint.tensors[name].file.name}: tensor {name}: the layer has no bias in the model"
+            )
+
+
+def _may_be_left(model: Any, name: str) -> bool:
+    """Whether the model says itself that its checkpoints hold more, for example a draft head."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _where(contents: Contents, module: str) -> str:
+    name = next(iter(contents.names[module].values()))
+    return f"{contents.checkpoint.tensors[name].file.name}: {module}"
+
+
+# -- tensors ------------------------------------------------------------------------------------------------------
+
+
+def conversions(quantizer: Any, fmt: Format, of_model: list[Any]) -> list[Any]:
+    """What transformers must do with the tensors: first ours for stacks, then the model's own, then ours for layers."""
+    pieces = [WeightConverter([f"experts.*.{piece}.weight" for piece, of in PIECES.items() if of == stack], f"experts.{stack}",
+                              [MergeModulelist()]) for stack in dict.fromkeys(PIECES.values())]  # fmt: skip
+    stacks = [made for c in [*of_model, *pieces] if (made := _for_stack(quantizer, fmt, c)) is not None]
+    # a pattern may match from anywhere in a name, and in older versions did not end where it ends: dot and dollar
+    layers = WeightConverter(
+        [_pattern("", local) for local in _longest_first(fmt)], ".weight", [ReadLayer(quantizer, fmt)]
+    )
+    return [*stacks, *of_model, layers]
+
+
+def _for_stack(quantizer: Any, fmt: Format, converter: Any) -> Any:
+    operations = getattr(converter, "operations", [])
+    merges = operations[:1] and type(operations[0]) is MergeModulelist and operations[0].dim == 0
+    joins = not operations[1:] or (type(operations[1]) is Concatenate and operations[1].dim == 1)
+    sources = getattr(converter, "_original_source_patterns", [])
+    bases = [source.removesuffix("$").removesuffix(".weight").removesuffix("\\") for source in sources]
+    if not (merges and joins and len(operations) <= 2 and len(converter._original_target_patterns) == 1):
+        return None
+    if not all(source.removesuffix("$").endswith(".weight") for source in sources):
+        return None
+    patterns = {_pattern(base, local): (i, local) for local in _longest_first(fmt) for i, base in enumerate(bases)}
+    return WeightConverter(list(patterns), converter._original_target_patterns, [ReadStack(quantizer, fmt, patterns)])
+
+
+def _longest_first(fmt: Format) -> list[str]:
+    return sorted(fmt.suffixes, key=len, reverse=True)
+
+
+def _pattern(base: str, local: str) -> str:
+    return rf"{base}\.{re.escape(local)}$"
+
+
+class _Read(ConversionOps):
+    """Carries the quantizer: by the name ``hf_quantizer`` transformers knows to hand tensors over in their own dtype."""
+
+    def __init__(self, quantizer: Any, fmt: Format) -> None:
+        self.hf_quantizer, self.fmt = quantizer, fmt
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Read:
+        return self  # it holds no state, and transformers copies it for every tensor
+
+    def _guarded(self, name: str, read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``read`` gives; if it fails, nothing, and the error is raised again after loading.
+
+        From here transformers would only log it, and raise one of its own that names no tensor.
+        """
+        try:
+            return {} if self.hf_quantizer.failure is not None else read()
+        except HfQuantError as error:
+            self.hf_quantizer.failure = CheckpointError(f"{name.removesuffix('.weight')}: {error}")
+            return {}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("saving writes a format of this package")
+
+
+class ReadLayer(_Read):
+    """The tensors of one layer become those of a `QuantLinear`, bit for bit; or its weight, in floating point."""
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Tensor]:
+        tensors = {_local(pattern): v[0] if isinstance(v, list) else v for pattern, v in input_dict.items()}
+        return self._guarded(full_layer_name, lambda: self._read(model, full_layer_name, tensors))
+
+    def _read(self, model: Any, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        path, _sep, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, QuantLinear):
+            return _parameters(name, self.fmt.read(tensors, module.scheme), module.weight_scale.dtype)
+        plain = list(tensors) == ["weight"] and path not in self.hf_quantizer.placed.dense
+        dense = tensors["weight"] if plain else self.fmt.dense(tensors)
+        return {name: frozen(dense.to(getattr(module, leaf).dtype))}
+
+
+class ReadStack(_Read):
+    """The tensors of all experts become a stack of codes; or of weights in floating point."""
+
+    def __init__(self, quantizer: Any, fmt: Format, patterns: Mapping[str, tuple[int, str]]) -> None:
+        super().__init__(quantizer, fmt)
+        self.patterns = patterns  # pattern -> (which of gate and up, local name)
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Tensor]:
+        parts: list[dict[str, list[Tensor]]] = [{} for _ in range(1 + max(i for i, _ in self.patterns.values()))]
+        for pattern, tensors in input_dict.items():
+            i, local = self.patterns[pattern]
+            parts[i][local] = tensors
+        return self._guarded(full_layer_name, lambda: self._read(model, full_layer_name, parts))
+
+    def _read(self, model: Any, name: str, parts: list[dict[str, list[Tensor]]]) -> dict[str, Tensor]:
+        path, _sep, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        scheme = module.schemes.get(leaf) if isinstance(module, QuantExperts) else None
+        experts = getattr(module, leaf).shape[0]
+        made: dict[str, Tensor] = {}
+        for expert in range(experts):
+            own = [{local: tensors[expert] for local, tensors in part.items()} for part in parts]
+            if scheme is None:
+                one = {name: torch.cat([self._dense(each) for each in own])}
+            else:
+                written = _NATIVE.write(_joined([self.fmt.read(each, scheme) for each in own]))
+                one = {name + local.removeprefix("weight"): tensor for local, tensor in written.items()}
+            for full, tensor in one.items():
+                if full not in made:
+                    made[full] = tensor.new_empty((experts, *tensor.shape), dtype=model.get_parameter(full).dtype)
+                made[full][expert] = tensor
+        return {full: frozen(tensor) for full, tensor in made.items()}
+
+    def _dense(self, own: dict[str, Tensor]) -> Tensor:
+        return own["weight"] if list(own) == ["weight"] and own["weight"].dtype.itemsize > 1 else self.fmt.dense(own)
+
+
+def _local(pattern: str) -> str:
+    """What `_pattern` was made of, for a layer."""
+    return pattern[2:-1].replace("\\", "")
+
+
+def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """One matrix of the rows of several; each keeps the order of its columns."""
+    if len(parts) == 1:
+        return parts[0]
+    zero, perm = (
+        None if first is None else torch.cat([getattr(part, name) for part in parts])
+        for name, first in (("zero_point", parts[0].zero_point), ("perm", parts[0].perm))
+    )
+    return QuantizedTensor(
+        torch.cat([part.qweight for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        zero,
+        parts[0].scheme,
+        perm,
+    )
+
+
+def _parameters(name: str, read: QuantizedTensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    zero = (
+        read.zero_point.to(scale_dtype) if read.scheme.real_zero and read.zero_point is not None else read.zero_point
+    )
+    typed = QuantizedTensor(read.qweight, read.scale.to(scale_dtype), zero, read.scheme, read.perm)
+    return {name + local.removeprefix("weight"): frozen(tensor) for local, tensor in _NATIVE.write(typed).items()}

@@ -1,0 +1,70 @@
+"""Codes that index a table of 16 levels (NF4, FP4), on every device: look up some rows, multiply, go on to the next rows."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._common import looked_up, multiply, multiply_back
+from hf_quant.numerics import levels
+from hf_quant.tensor import QuantizedTensor
+
+
+@torch.library.custom_op("hf_quant::codebook_linear", mutates_args=())
+def codebook_linear(x: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    """``x [M, K]`` times the portable codes ``[N, K / 2]`` of ``table [16]``: ``[M, N]``."""
+    return multiply(x, looked_up(qweight, table), scale, None, 0)
+
+
+@torch.library.custom_op("hf_quant::codebook_linear_backward", mutates_args=())
+def codebook_linear_backward(grad: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    """``grad [M, N]`` times W: ``[M, K]``."""
+    return multiply_back(grad, looked_up(qweight, table), scale, None, 0, qweight.shape[1] * 2)
+
+
+@codebook_linear.register_fake
+def _(x: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], qweight.shape[0])
+
+
+@codebook_linear_backward.register_fake
+def _(grad: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
+    return grad.new_empty(grad.shape[0], qweight.shape[1] * 2)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return codebook_linear_backward(grad, *ctx.saved_tensors), None, None, None
+
+
+codebook_linear.register_autograd(_backward, setup_context=_save)
+
+
+class Codebook:
+    """The fall-back for codebooks."""
+
+    priority: ClassVar[int] = 10
+    repacks: ClassVar[bool] = False
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        return None if spec.scheme.codebook else "codebooks only, no integers"
+
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+        assert spec.scheme.codebook is not None
+        return weight.qweight, weight.scale, levels(spec.scheme.codebook, weight.qweight.device)
+
+    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        return prepared[0]
+
+    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        y = codebook_linear(x.reshape(-1, spec.in_features), *prepared)
+        return y.reshape(*x.shape[:-1], spec.out_features)
+
+
+BACKEND = Codebook

@@ -1,0 +1,81 @@
+"""Coordinate descent on codes and scales that a method has chosen: CDQuant (arXiv:2406.17542), with scales as coordinates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_quant.numerics import floored
+from hf_quant.scheme import QuantScheme
+
+
+def descend(
+    W: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, H: Tensor, scheme: QuantScheme, dtype: torch.dtype,
+    sweeps: int, free: tuple[Tensor, Tensor] | None = None,
+) -> None:  # fmt: skip
+    """Lower ``tr((Q - W) H (Q - W)^T)``, in place; no step ever raises it but for the rounding of scales to ``dtype``.
+
+    Everything is transposed, so that a column of weights is contiguous.
+
+    Args:
+        W: float32 ``[K, N]``, what is approximated.
+        codes: float32 ``[K, N]``, changed.
+        scale: float32 ``[G, N]``, changed.
+        zero: float32 ``[G, N]``.
+        H: float32 ``[K, K]``; its scale does not matter.
+        scheme: Of the codes.
+        dtype: What scales are stored in.
+        sweeps: How often every scale and every column is visited.
+        free: bool ``[K, N]``, which weights are outliers, and float32 ``[K, N]``, their values, changed; no outliers: None.
+    """
+    G, size = scale.shape[0], W.shape[0] // scale.shape[0]
+    Q = ((codes.view(G, size, -1) - zero[:, None]) * scale[:, None]).view_as(W)
+    if free is not None:
+        Q = torch.where(free[0], free[1], Q)
+    slope = H @ (Q - W)  # half the gradient, kept up to date
+    for _ in range(sweeps):
+        for g in H.diagonal().view(G, size).sum(1).argsort(descending=True, stable=True).tolist():
+            now = slice(g * size, (g + 1) * size)
+            slope += H[:, now] @ _rescale(now, g, codes, scale, zero, slope, H, dtype, free)
+            slope += H[:, now] @ _recode(now, g, codes, scale, zero, slope, H, scheme, free)
+
+
+def _rescale(
+    now: slice, g: int, codes: Tensor, scale: Tensor, zero: Tensor, slope: Tensor, H: Tensor, dtype: torch.dtype,
+    free: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """The best scale of one group for the codes as they are; returns the change of its weights."""
+    steps = codes[now] - zero[g]
+    if free is not None:
+        steps = steps.masked_fill(free[0][now], 0)
+    curve = ((H[now, now] @ steps) * steps).sum(0)
+    best = scale[g] - (steps * slope[now]).sum(0) / curve
+    best = torch.where((curve > 0) & (best > 0), floored(best, dtype), scale[g])
+    moved = steps * (best - scale[g])
+    scale[g] = best
+    return moved
+
+
+def _recode(
+    now: slice, g: int, codes: Tensor, scale: Tensor, zero: Tensor, slope: Tensor, H: Tensor, scheme: QuantScheme,
+    free: tuple[Tensor, Tensor] | None,
+) -> Tensor:  # fmt: skip
+    """The best code of one column after the other, all else as it is; returns the change of the group's weights."""
+    local, block = slope[now].clone(), H[now, now]
+    moved = torch.zeros_like(local)
+    for j in range(block.shape[0]):
+        at = now.start + j
+        if block[j, j] <= 0:
+            continue
+        step = local[j] / -block[j, j]
+        code = (codes[at] + step / scale[g]).round_().clamp_(0, scheme.qmax)
+        change = (code - codes[at]) * scale[g]
+        if free is not None:
+            outlier = free[0][at]
+            change = torch.where(outlier, step, change)
+            code = torch.where(outlier, codes[at], code)
+            free[1][at] += step * outlier
+        codes[at] = code
+        moved[j] = change
+        local[j + 1 :].addr_(block[j, j + 1 :], change)
+    return moved

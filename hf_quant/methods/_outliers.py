@@ -1,0 +1,50 @@
+"""Which weights are kept in floating point: those that save the most error, not the largest ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_quant.numerics import dequantize, quantize, search
+from hf_quant.scheme import QuantScheme
+
+
+def outlier_index(
+    weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, importance: Tensor | None, steps: int, least: float
+) -> Tensor | None:
+    """int64 ``[C]`` or ``[N, R]``, ascending; None where the scheme has no outliers.
+
+    The cost of a weight is its error on the grid that fits the others: a large one widens the grid of its whole group, so
+    its own error on the grid that fits all would tell nothing.
+
+    Args:
+        weight: float32 ``[N, K]``.
+        scheme: How many, and of which kind.
+        dtype: What scales are stored in.
+        importance: ``[K]``, what an error in each column costs; None for the same everywhere.
+        steps: Of the search for the grid the error is judged on.
+        least: Likewise.
+    """
+    count = scheme.outlier_count(weight.shape[1])
+    if not count:
+        return None
+    groups = scheme.groups(weight.shape[1])
+    per_group = None if importance is None else importance.view(groups, -1)
+    size = weight.square() if importance is None else weight.square() * importance
+    others = weight.masked_fill(outlier_mask(_most(size, scheme, count), weight.shape), 0).unflatten(1, (groups, -1))
+    scale, zero = search(others, scheme, dtype, steps, least, per_group)
+    parts = weight.unflatten(1, (groups, -1))
+    lost = (dequantize(quantize(parts, scale, zero, scheme.qmax), scale, zero) - parts).square_()
+    cost = (lost if per_group is None else lost * per_group).flatten(1)
+    return _most(cost, scheme, count)
+
+
+def _most(cost: Tensor, scheme: QuantScheme, count: int) -> Tensor:
+    judged = cost.sum(0) if scheme.outlier_columns else cost
+    return judged.topk(count, dim=-1).indices.sort(-1).values
+
+
+def outlier_mask(index: Tensor, shape: torch.Size) -> Tensor:
+    """bool ``[N, K]``: where the outliers are."""
+    mask = torch.zeros(shape, dtype=torch.bool, device=index.device)
+    return mask.index_fill_(1, index, True) if index.ndim == 1 else mask.scatter_(1, index, True)

@@ -1,0 +1,87 @@
+"""HQQ, half-quadratic quantization: https://mobiusml.github.io/hqq_blog (Badri and Shaji, 2023); needs no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_quant.methods._outliers import outlier_index, outlier_mask
+from hf_quant.numerics import dequantize, floored, minmax, quantize
+from hf_quant.scheme import QuantScheme
+from hf_quant.stats import InputStats
+from hf_quant.tensor import Outliers, QuantizedTensor
+
+CHUNK = 1 << 20  # weights worked on together
+STEPS, LEAST = 20, 0.6  # of the search that finds the outliers
+
+
+@dataclass(frozen=True)
+class HQQ:
+    """Minimizes ``sum |w - w_q|^p`` for p < 1, which forgives the few large errors that outliers cause.
+
+    Half-quadratic splitting: ``e``, the error that is forgiven, by shrinking ``w - w_q``; then scale and zero point by
+    least squares for ``w - e``. The paper moves only the zero point, which is real there and a whole number here, so the
+    scale moves too, and each group keeps its best round.
+
+    Args:
+        p: Norm of the error.
+        beta: Weight of the split, multiplied by ``kappa`` each round.
+        kappa: See ``beta``.
+        rounds: At most.
+    """
+
+    calibrated: ClassVar[bool] = False
+    p: float = 0.7
+    beta: float = 10.0
+    kappa: float = 1.01
+    rounds: int = 20
+
+    def quantize(
+        self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, stats: InputStats | None = None
+    ) -> QuantizedTensor:
+        rows = max(1, CHUNK // weight.shape[1])
+        index = None
+        if scheme.outliers and scheme.outlier_columns:
+            index = outlier_index(weight.float(), scheme, dtype, None, STEPS, LEAST)
+        parts = (self._rows(part, scheme, dtype, index) for part in weight.split(rows))
+        return QuantizedTensor.of_rows(parts, weight.shape[0])
+
+    def _rows(self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, index: Tensor | None) -> QuantizedTensor:
+        wide, outliers = weight.float(), None
+        if scheme.outliers and index is None:
+            index = outlier_index(wide, scheme, dtype, None, STEPS, LEAST)
+        if index is not None:
+            outliers = Outliers.gather(wide, index, dtype)
+            wide = wide.masked_fill(outlier_mask(index, wide.shape), 0)
+        groups = wide.unflatten(-1, (scheme.groups(wide.shape[-1]), -1))
+        scale, zero = self._fit(groups, scheme, dtype)
+        codes = quantize(groups, scale, zero, scheme.qmax).to(torch.uint8).flatten(-2)
+        return QuantizedTensor.from_codes(codes, scale.squeeze(-1).to(dtype), zero.squeeze(-1), scheme, outliers)
+
+    def _fit(self, W: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        scale, zero = minmax(W, scheme)
+        scale = floored(scale, dtype)
+        best = torch.full_like(scale, torch.inf)
+        kept, beta = (scale, zero), self.beta
+        for _ in range(self.rounds):
+            codes = quantize(W, scale, zero, scheme.qmax)
+            off = W - dequantize(codes, scale, zero)
+            size = off.abs()
+            lost = size.pow(self.p).sum(-1, keepdim=True)
+            better = lost < best
+            best = torch.where(better, lost, best)
+            kept = torch.where(better, scale, kept[0]), torch.where(better, zero, kept[1])
+            e = off.sign() * (size - size.clamp(min=1e-8).pow(self.p - 1) / beta).clamp(min=0)
+            beta *= self.kappa
+            steps = codes - zero
+            fitted = ((W - e) * steps).sum(-1, keepdim=True) / steps.square().sum(-1, keepdim=True).clamp(min=1)
+            scale = floored(torch.where(fitted > 0, fitted, scale), dtype)
+            if not scheme.symmetric:
+                zero = (codes - (W - e) / scale).mean(-1, keepdim=True).round().clamp(0, scheme.qmax)
+        return kept
+
+
+METHOD = HQQ

@@ -1,0 +1,68 @@
+"""AWQ: activation-aware weight quantization (arXiv:2306.00978): columns that matter get a larger share of the grid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_quant.numerics import dequantize, quantize, search
+from hf_quant.scheme import QuantScheme
+from hf_quant.transforms import Stage
+from hf_quant.transforms._fold import fold, powers_of_two
+
+
+@dataclass(frozen=True)
+class AWQ:
+    """Scale input columns by ``rms(x)^a / rms(w)^b``, with the a and b that lose least when the weights are rounded.
+
+    Args:
+        grid: The pairs tried besides leaving everything as it is.
+        steps: Of the search for each group's range; clipping is part of it.
+        gain: Share of the error that has to be saved.
+    """
+
+    needs_twin: ClassVar[bool] = False
+    grid: tuple[tuple[float, float], ...] = (
+        (0.25, 0),
+        (0.5, 0),
+        (0.75, 0),
+        (0.25, 0.5),
+        (0.5, 0.5),
+        (0.75, 0.5),
+        (1, 1),
+    )
+    steps: int = 8
+    gain: float = 0.02
+
+    def apply(self, stage: Stage) -> None:
+        weights = [(stage.weight(name).float(), scheme) for name, scheme in stage.layers.items()]
+        inputs = stage.stats.importance.sqrt().clamp(min=1e-4)
+        columns = torch.stack([w.square().mean(0) for w, _ in weights]).mean(0).sqrt()
+        columns = (columns / columns.mean()).clamp(min=1e-4)
+        gram = (stage.stats.gram / max(1, stage.stats.rows)).float()
+        least = self._lost(weights, gram, torch.ones_like(inputs))
+        limit, best = (1 - self.gain) * least, None
+        for a, b in self.grid:
+            scales = powers_of_two(inputs**a / columns**b)
+            lost = self._lost(weights, gram, scales)
+            if lost < limit:
+                limit, best = lost, scales
+        if best is not None and (reason := fold(stage, best)) is not None:
+            stage.notes.append(f"awq: {reason}")
+
+    def _lost(self, weights: list[tuple[Tensor, QuantScheme]], gram: Tensor, scales: Tensor) -> float:
+        """Squared output error of all layers, rounded with their columns scaled."""
+        total = 0.0
+        for W, scheme in weights:
+            groups = (W * scales).unflatten(1, (scheme.groups(W.shape[1]), -1))
+            importance = (gram.diagonal() / scales.square()).view(groups.shape[1], -1)
+            scale, zero = search(groups, scheme, torch.float32, self.steps, 0.6, importance)
+            made = dequantize(quantize(groups, scale, zero, scheme.qmax), scale, zero).flatten(1) / scales - W
+            total += ((made @ gram) * made).sum(dtype=torch.float64).item()
+        return total
+
+
+TRANSFORM = AWQ

@@ -1,0 +1,25 @@
+"""Targets from the float model: each layer makes up for what was lost before it. GPTAQ (arXiv:2504.02692), Qronos
+(arXiv:2505.11695)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hf_quant.transforms import Stage
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Moves each weight to `InputStats.target`, as far as that helps on the rows held out. Changes the function, on purpose."""
+
+    needs_twin: ClassVar[bool] = True
+
+    def apply(self, stage: Stage) -> None:
+        for name in stage.layers:
+            moved, blend = stage.stats.target(stage.weight(name))
+            stage.weight(name).copy_(moved)
+            stage.notes.append(f"drift: {name} {blend:.2f}")
+
+
+TRANSFORM = Drift

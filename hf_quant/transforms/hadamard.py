@@ -1,0 +1,64 @@
+"""Rotation of each attention head's values by a Hadamard matrix, folded into the weights: the value part of QuaRot
+(arXiv:2404.00456) and SpinQuant's R2 (arXiv:2405.16406)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.transforms import Stage, weight_of
+from hf_quant.transforms._fold import CLOSE
+
+VALUES, OUTPUT = "v_proj", ("o_proj", "out_proj")
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """Applied when the values' layer is about to be quantized: its rows are rotated, the output layer's columns back."""
+
+    needs_twin: ClassVar[bool] = False
+
+    def apply(self, stage: Stage) -> None:
+        values = next((name for name in stage.layers if name.rpartition(".")[2] == VALUES), None)
+        if values is None:
+            return
+        path = values.rpartition(".")[0]
+        attention: Any = stage.block.get_submodule(path)
+        output = next((name for name in OUTPUT if hasattr(attention, name)), None)
+        head = getattr(attention, "head_dim", None)
+        if output is None or not isinstance(head, int) or head & (head - 1):
+            stage.notes.append("hadamard: no output layer, or heads whose width is not a power of two")
+            return
+        judge = stage.twin or stage.block
+        before, H = stage.probe(judge), hadamard(head)
+        for block in stage.blocks:
+            _turn(block.get_submodule(values), block.get_submodule(f"{path}.{output}"), H)
+        if (stage.probe(judge) - before).norm() > CLOSE * before.norm():
+            for block in stage.blocks:
+                _turn(block.get_submodule(values), block.get_submodule(f"{path}.{output}"), H.T)
+            stage.notes.append("hadamard: more than a product lies between values and output")
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's, orthogonal: float32 ``[size, size]``, a power of two."""
+    made = torch.ones(1, 1)
+    while made.shape[0] < size:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made / size**0.5
+
+
+def _turn(values: nn.Module, output: nn.Module, H: Tensor) -> None:
+    head = H.shape[0]
+    rows, columns = weight_of(values), weight_of(output)
+    H = H.to(rows)
+    rows.copy_((H @ rows.reshape(-1, head, rows.shape[1])).reshape(rows.shape))
+    columns.copy_((columns.reshape(columns.shape[0], -1, head) @ H.T).reshape(columns.shape))
+    bias: Any = getattr(values, "bias", None)
+    if bias is not None:
+        bias.data.copy_((bias.data.view(-1, head) @ H.T.to(bias.dtype)).flatten())
+
+
+TRANSFORM = Hadamard

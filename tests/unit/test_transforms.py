@@ -1,0 +1,196 @@
+"""What every transform promises, and what each one is for."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_quant import _plugins
+from hf_quant.errors import PlanError
+from hf_quant.methods import method
+from hf_quant.methods._descent import descend
+from hf_quant.presets import PRESETS, preset
+from hf_quant.scheme import BITS, QuantScheme
+from hf_quant.stats import InputStats
+from hf_quant.transforms import Stage, Transform, transform
+from hf_quant.transforms._fold import fold, powers_of_two
+from hf_quant.transforms.hadamard import hadamard
+
+NAMES = _plugins.names("transforms")
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 8
+        self.v_proj, self.o_proj = nn.Linear(32, 16), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.v_proj(x).unflatten(-1, (2, 1, 8)).expand(-1, -1, 2, 8).flatten(-3)  # grouped: two heads a value
+        return self.o_proj(values.cumsum(0))  # type: ignore[no-any-return]
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.self_attn = nn.LayerNorm(32), Attention()
+        self.norm2, self.up_proj, self.down_proj = nn.RMSNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.norm(x))
+        return x + self.down_proj(self.up_proj(self.norm2(x)))  # type: ignore[no-any-return]
+
+
+def stage(layers: tuple[str, ...], source: str | None, block: nn.Module | None = None) -> tuple[Stage, Tensor]:
+    if block is None:
+        block = Tiny()
+        block.up_proj.weight.data *= torch.logspace(-1, 1, 64)[:, None]
+    block.requires_grad_(False)
+    x, seen = torch.randn(64, 32) * torch.logspace(-1, 1, 32), []
+    handle = block.get_submodule(layers[0]).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    block(x)
+    handle.remove()
+    stats = InputStats.empty(seen[0].shape[-1], drift=True)
+    for held, part in enumerate(seen[0].chunk(2)):
+        stats.update(part, part + 0.01, held=held)
+    made = Stage(block, None, dict.fromkeys(layers, QuantScheme(3, 16)), stats, source, {}, lambda m: m(x))
+    return made, x
+
+
+STAGES = [
+    (("self_attn.v_proj",), "norm"),
+    (("self_attn.o_proj",), None),
+    (("up_proj",), "norm2"),
+    (("down_proj",), "up_proj"),
+]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "drift"])
+@pytest.mark.parametrize(("layers", "source"), STAGES)
+def test_the_function_stays(name: str, layers: tuple[str, ...], source: str | None) -> None:
+    made, x = stage(layers, source)
+    before = made.block(x)
+    weights = {n: p.clone() for n, p in made.block.named_parameters()}
+    rewriter = transform(name)
+    assert isinstance(rewriter, Transform)
+    rewriter.apply(made)
+    torch.testing.assert_close(made.block(x), before, rtol=1e-4, atol=1e-4)
+    changed = any(not torch.equal(p, weights[n]) for n, p in made.block.named_parameters())
+    if name != "awq":  # which does nothing where that is best
+        assert changed == (name != "hadamard" or layers == ("self_attn.v_proj",)), made.notes
+
+
+def test_statistics_follow_the_scales() -> None:
+    made, x = stage(("up_proj",), "norm2")
+    scales = powers_of_two(torch.rand(32) * 10)
+    assert fold(made, scales) is None
+    seen = made.block.norm2(x + made.block.self_attn(made.block.norm(x))).double()  # type: ignore[operator]
+    torch.testing.assert_close(made.stats.gram, seen.T @ seen, rtol=1e-4, atol=1e-4)
+    rest, off = made.stats.held[0]
+    torch.testing.assert_close(rest, seen[32:].float())
+    torch.testing.assert_close(off, (torch.full_like(scales, 0.01) / scales).expand_as(off))
+
+
+def test_what_is_used_elsewhere_is_left_alone() -> None:
+    class Shared(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.norm2(x)  # type: ignore[no-any-return]
+
+    made, x = stage(("up_proj",), "norm2", Shared())
+    before, weights = made.block(x), {n: p.clone() for n, p in made.block.named_parameters()}
+    assert "is used elsewhere too" in (fold(made, powers_of_two(torch.rand(32) * 10)) or "")
+    assert all(torch.equal(p, weights[n]) for n, p in made.block.named_parameters())
+    assert torch.equal(made.block(x), before)
+
+
+def test_codes_of_the_layer_before_are_divided_too() -> None:
+    made, _ = stage(("down_proj",), "up_proj")
+    weight, scheme = made.weight("up_proj"), QuantScheme(4, 16, False, outliers=0.05)
+    codes = method("rtn").quantize(weight, scheme, torch.bfloat16)
+    weight.copy_(codes.dequantize(torch.float32))
+    made.codes["up_proj"] = codes
+    scales = powers_of_two(torch.rand(64) * 10)
+    assert fold(made, scales) is None
+    assert torch.equal(made.codes["up_proj"].dequantize(torch.float32), made.weight("up_proj"))
+
+
+@pytest.mark.parametrize("size", [1, 2, 8, 64])
+def test_hadamard_is_orthogonal(size: int) -> None:
+    H = hadamard(size)
+    torch.testing.assert_close(H @ H.T, torch.eye(size))
+
+
+def test_awq_undoes_outlier_channels() -> None:
+    """Columns that are small where inputs are large: rounding loses them, scaled it does not."""
+    made, _x = stage(("up_proj",), "norm2")
+    made.block.norm2.weight[:3] *= 30  # type: ignore[index,operator]
+    made.block.up_proj.weight[:, :3] /= 30  # type: ignore[index,operator]
+    again, _ = stage(("up_proj",), "norm2", made.block)
+    W = again.weight("up_proj").clone()
+    rounded = method("rtn").quantize(W, QuantScheme(3, 16), torch.float32, again.stats).dequantize()
+    lost = again.stats.error(W, rounded)
+    transform("awq").apply(again)
+    scaled = again.weight("up_proj")
+    kept = method("rtn").quantize(scaled, QuantScheme(3, 16), torch.float32, again.stats).dequantize()
+    assert again.stats.error(scaled, kept) < 0.7 * lost
+
+
+def test_drift_makes_up_for_what_was_lost() -> None:
+    draw = torch.Generator().manual_seed(0)
+    true = torch.randn(2000, 64, generator=draw) @ torch.randn(64, 64, generator=draw)
+    seen = true + 0.3 * true.roll(1, 1) + 0.1 * torch.randn(true.shape, generator=draw)
+    stats, W = InputStats.empty(64, drift=True), torch.randn(32, 64, generator=draw)
+    stats.update(seen[:1000], true[:1000])
+    stats.update(seen[1000:1500], true[1000:1500], held=1)
+    target, blend = stats.target(W)
+    fresh, wanted = seen[1500:], true[1500:] @ W.T
+    assert 0.8 < blend <= 1
+    assert (fresh @ target.T - wanted).norm() < 0.5 * (fresh @ W.T - wanted).norm()
+
+
+def test_drift_that_does_not_hold_is_not_followed() -> None:
+    stats, W = InputStats.empty(64, drift=True), torch.randn(32, 64)
+    x = torch.randn(70, 64)
+    stats.update(x, x + torch.randn(70, 64))  # hardly more rows than columns, and nothing to be learned
+    stats.update(torch.randn(500, 64), torch.randn(500, 64), held=1)
+    _, blend = stats.target(W)
+    assert blend < 0.5
+    alone = InputStats.empty(64)
+    alone.update(x, x + 1)
+    assert alone.target(W)[1] == 0 and torch.equal(alone.target(W)[0], W)
+
+
+@pytest.mark.parametrize("free", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_descent_never_loses(bits: int, free: bool) -> None:
+    x = torch.randn(500, 64) @ torch.randn(64, 64)
+    H, W, scheme = x.T @ x / 500, torch.randn(64, 16), QuantScheme(bits, 32, symmetric=False)
+    codes = torch.randint(0, scheme.qmax + 1, (64, 16)).float()
+    scale, zero = torch.full((2, 16), 0.5), torch.full((2, 16), float(scheme.zero))
+    values = (torch.rand(64, 16) < 0.1, torch.zeros(64, 16)) if free else None
+    lost = []
+    for _ in range(4):
+        Q = ((codes.view(2, 32, 16) - zero[:, None]) * scale[:, None]).view(64, 16)
+        Q = Q if values is None else torch.where(values[0], values[1], Q)
+        lost.append((((Q - W).T @ H) * (Q - W).T).sum().item())
+        descend(W, codes, scale, zero, H, scheme, torch.float32, 1, values)
+    assert all(after < before * (1 + 1e-5) for before, after in itertools.pairwise(lost)) and lost[-1] < lost[0] / 4
+    assert codes.min() >= 0 and codes.max() <= scheme.qmax and torch.equal(codes, codes.round())
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_presets_and_chains(bits: int) -> None:
+    for name in PRESETS:
+        made: Any = preset(name, bits)
+        assert made.calibrated and made.solver() and isinstance(made.rewriters(), tuple)
+    chain = preset("hadamard+awq+drift+hqq", bits)
+    assert chain.calibrated and (chain.transforms, chain.method) == (("hadamard", "awq", "drift"), "hqq")
+    assert (
+        not preset("rtn", bits).calibrated and not preset("hqq", bits).calibrated and preset("gptq", bits).calibrated
+    )
+    for wrong, named in (("awq", "x"), ("gptq+awq", "awq"), ("magic", "magic"), ("magic+rtn", "magic")):
+        if wrong != "awq":
+            with pytest.raises(PlanError, match=f"no '{named}'|no 'gptq'"):
+                preset(wrong, bits)

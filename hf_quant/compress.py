@@ -229,8 +229,8 @@ def _source(job: Job, stage: Path) -> dict[str, Any]:
     try:
         copy_notices(job.model, commit, stage)
         return describe(job.model, commit)
-    except (OSError, HfQuantError) as error:  # the model itself may come from the cache, with no Hub in reach
-        job.say(f"{job.model}: its card cannot be read now, so push will ask again: {str(error).splitlines()[0]}")
+    except HfQuantError as error:  # the model itself may come from the cache, with no Hub in reach
+        job.say(f"{job.model}: its card cannot be read now, so push will ask again: {error}")
         return {"model": job.model, "revision": commit}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.constants import HF_HOME
 from transformers import AutoConfig
 from transformers.utils import logging
@@ -65,7 +65,7 @@ class Base:
         """Of a Hub model, the commit that is loaded; None for a folder."""
         if Path(self.model).is_dir():
             return None
-        return getattr(AutoConfig.from_pretrained(self.model, **self._hub()), "_commit_hash", None)
+        return Path(hf_hub_download(self.model, "config.json", revision=self.revision)).parent.name  # in snapshots/
 
     def checkpoint(self) -> Checkpoint:
         """Its tensors on disk."""

@@ -22,12 +22,16 @@ CARD, ASSETS = "README.md", "assets"
 MISSING = "not measured"
 SHOWN = 12  # layers, of those farthest from the base
 SMALL = 1_000_000_000  # parameters
-METHODS = {
-    "rtn": "rounding to the grid with the least squared error, without data",
-    "gptq": "[GPTQ](https://arxiv.org/abs/2210.17323): rounding that makes up for its errors in the columns that follow",
-    "hqq": "[HQQ](https://mobiusml.github.io/hqq_blog/): zero points fitted by half-quadratic splitting, without data",
-    "awq": "[AWQ](https://arxiv.org/abs/2306.00978): scaling of channels that matter, then rounding",
+STEPS = {
+    "rtn": "rounding to the grid with the least squared error",
+    "gptq": "[GPTQ](https://arxiv.org/abs/2210.17323)",
+    "hqq": "[HQQ](https://mobiusml.github.io/hqq_blog)",
+    "awq": "[AWQ](https://arxiv.org/abs/2306.00978)",
+    "smoothquant": "[SmoothQuant](https://arxiv.org/abs/2211.10438)",
+    "hadamard": "Hadamard rotation of values ([QuaRot](https://arxiv.org/abs/2404.00456))",
+    "drift": "targets from the float model ([GPTAQ](https://arxiv.org/abs/2504.02692))",
 }
+FOUND = ("calibration.txt", "the bundled text (documentation of Python)")  # without being named
 TITLES = {
     "kl": ("KL divergence to the base, nats per token", "number"),
     "kl_p50": ("KL divergence, median over tokens", "number"),
@@ -110,7 +114,7 @@ def render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collect
         yaml=yaml.safe_dump(card_data(recipe, results), sort_keys=False, allow_unicode=True, width=1000),
         title=_title(recipe), warning=_warning(results), verdict=_verdict(recipe, results), missing=MISSING,
         base=_base(source), schemes=dict(Counter(recipe["schemes"].values()).most_common()),
-        method=METHODS.get(recipe["method"], _code(recipe["method"])), format=_format(recipe),
+        method=_method(recipe), format=_format(recipe),
         loading=_loading(recipe, results), elsewhere=_elsewhere(recipe), quality=quality,
         quality_rows=_quality_rows(quality) if quality else [], ladder=results.get("ladder"), charts=drawn,
         layers=(results.get("layers") or [])[:SHOWN], left=_by_reason(recipe["left"]),
@@ -203,10 +207,20 @@ def _base(source: Mapping[str, Any]) -> str:
     return _base_link(source) + (f" at {_code(source['revision'])}" if source.get("revision") else "")
 
 
+def _method(recipe: Mapping[str, Any]) -> str:
+    """What was done to a weight, one step after the other, and for which bits if not for all."""
+    steps = recipe.get("steps") or {"": [{"name": recipe["method"]}]}
+    chains: dict[str, list[str]] = {}
+    for bits, each in steps.items():
+        chains.setdefault(", then ".join(STEPS.get(s["name"], _code(s["name"])) for s in each), []).append(bits)
+    made = [chain if len(chains) == 1 else f"{', '.join(bits)}: {chain}" for chain, bits in chains.items()]
+    return "; ".join(made) + ("" if recipe.get("calibration") else ", without data")
+
+
 def _format(recipe: Mapping[str, Any]) -> str:
     if recipe["format"] == "compressed_tensors":
         return "compressed-tensors, `pack-quantized`"
-    return f"{_code(recipe['format'])} of hf-quant"
+    return _code(recipe["format"]) + (" of hf-quant" if recipe["format"] == "native" else "")
 
 
 def _loading(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
@@ -224,11 +238,13 @@ def _loading(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 def _elsewhere(recipe: Mapping[str, Any]) -> str:
     """What reads it without this package; nothing is said to work that was not tried."""
     tried = "vLLM, SGLang and other engines: not checked with this model."
-    if recipe["format"] != "compressed_tensors":
+    if recipe["format"] == "native":
         return (
             "Without hf-quant, transformers refuses it with a shape mismatch. `model.dequantize()` gives the "
             f"floating-point model back. {tried}"
         )
+    if recipe["format"] != "compressed_tensors":
+        return tried
     if any("asym" in slug for slug in recipe["schemes"].values()):
         return (
             "Without hf-quant: `pip install compressed-tensors`, and `from_pretrained(..., quantization_config="
@@ -272,8 +288,8 @@ def _command(recipe: Mapping[str, Any]) -> str:
     for glob in asked.get("modules_to_not_convert") or []:
         words += ["--ignore", glob]
     if calibration:
-        tokens = calibration["sequences"] * calibration["context"]
-        words += ["--calibration", calibration["name"], "--calibration-tokens", str(tokens)]
+        words += ["--calibration", calibration["name"]] if calibration["name"] not in FOUND else []
+        words += ["--calibration-tokens", str(calibration["sequences"] * calibration["context"])]
     return shlex.join(str(word) for word in words).replace("`", "'").replace(" --override", " \\\n  --override")
 
 

@@ -22,7 +22,7 @@ from hf_quant.hf.loading import sample_logits
 from hf_quant.hub import card, licence
 from hf_quant.hub.manifest import write_manifest
 from hf_quant.hub.scan import check_private, files_of
-from hf_quant.hub.source import copy_notices, describe, metadata
+from hf_quant.hub.source import copy_notices, describe, metadata, model_type
 from hf_quant.hub.upload import Target, Uploaded, upload
 from hf_quant.results import Quality
 from hf_quant.scheme import QuantScheme
@@ -258,7 +258,7 @@ def _source(
 
 
 def _check_base(folder: Path, base: str, api: HfApi) -> None:
-    stated = (api.model_info(base).config or {}).get("model_type")
+    stated = model_type(base, api)
     own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if stated is not None and stated != own:
         raise PushError(f"{base} is a {stated} model and {folder} a {own} model: it was not made from that")

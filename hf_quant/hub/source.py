@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from huggingface_hub import HfApi
@@ -16,6 +16,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 
 from hf_quant.errors import PushError
 
+T = TypeVar("T")
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 NOTICE = re.compile(r"(licen[cs]e|notice|copying|use_policy)[\w.-]*", re.IGNORECASE)
 _HEAD = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
@@ -40,21 +41,28 @@ def describe(model: str, revision: str | None = None, api: HfApi | None = None) 
         api: The client to ask.
 
     Raises:
-        PushError: The Hub has no such model.
+        PushError: The Hub has no such model, or does not answer.
     """
     if Path(model).is_dir():
         card = Path(model) / "README.md"
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         return {"model": Path(model).resolve().name, "revision": None} | _inherited(metadata(text))
-    found = None
-    with suppress(RepositoryNotFoundError, RevisionNotFoundError):
-        found = (api or HfApi()).model_info(model, revision=revision)
-    if found is None:
-        at = f" at {revision}" if revision else ""
-        raise PushError(f"the base {model}{at} is not on the Hub, or the token may not see it")
+    at = f" at {revision}" if revision else ""
+    found = _asked(f"the base {model}{at}", lambda: (api or HfApi()).model_info(model, revision=revision))
     card_data: Any = found.card_data  # its methods have no annotations
     made = {"model": found.id, "revision": found.sha} | _inherited(card_data.to_dict() if card_data else {})
     return made | ({"gated": found.gated} if found.gated else {})
+
+
+def _asked(what: str, ask: Callable[[], T]) -> T:
+    """The Hub's answer, or an error without the request, which holds the token."""
+    try:
+        return ask()
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        reason = "is not on the Hub, or the token may not see it"
+    except Exception as error:  # the client lets through whatever its transport raises
+        reason = f"cannot be read now: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    raise PushError(f"{what} {reason}")
 
 
 def _inherited(card: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +72,12 @@ def _inherited(card: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in sorted(made.items()) if value is not None}
 
 
+def model_type(model: str, api: HfApi) -> str | None:
+    """Of a model on the Hub, from its config.json; None if that does not say."""
+    found = _asked(f"the base {model}", lambda: api.model_info(model)).config or {}
+    return found.get("model_type")
+
+
 def copy_notices(model: str, revision: str | None, folder: Path, api: HfApi | None = None) -> list[str]:
     """Copy licence texts and notices of the base into ``folder``, which must carry them on; returns their names."""
     if Path(model).is_dir():
@@ -71,9 +85,10 @@ def copy_notices(model: str, revision: str | None, folder: Path, api: HfApi | No
         found = {name: Path(model) / name for name in names}
     else:
         client = api or HfApi()
-        listed = client.model_info(model, revision=revision).siblings or []
+        listed = _asked(f"the base {model}", lambda: client.model_info(model, revision=revision)).siblings or []
         names = sorted(each.rfilename for each in listed if NOTICE.fullmatch(each.rfilename))
-        found = {name: Path(client.hf_hub_download(model, name, revision=revision)) for name in names}
+        get = partial(client.hf_hub_download, model, revision=revision)
+        found = {name: Path(_asked(f"{name} of {model}", partial(get, name))) for name in names}
     for name, path in found.items():
         if not (folder / name).exists():
             shutil.copyfile(path, folder / name)

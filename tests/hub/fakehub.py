@@ -81,7 +81,7 @@ class Fault:
         action: ``status`` (answer with it, do nothing), ``reset`` (the connection drops before anything is read),
             ``reset_mid_body`` (after ``after`` bytes were read), ``lost_response`` (the request is carried out, and the
             connection drops), ``truncate`` (so many bytes of the answer, then the connection drops), ``stall`` (nothing
-            happens for ``seconds``, then the request is carried out).
+            happens for ``seconds``, then ``meanwhile``, then the request is carried out).
         method: Of HTTP; ``*`` is any.
     """
 
@@ -93,6 +93,7 @@ class Fault:
     body: bytes = b""
     after: int = 0
     seconds: float = 0.0
+    meanwhile: Callable[[], None] = lambda: None
     skip: int = 0
     times: int = 1
     hits: int = 0
@@ -436,6 +437,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._drop()
         if fault.action == "stall":
             self.hub.closing.wait(fault.seconds)
+            fault.meanwhile()
         if fault.action == "status":
             self.body()
             self.ailing = None
@@ -453,15 +455,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def body(self) -> bytes:
         if self._body is None:
-            if "chunked" in self.headers.get("Transfer-Encoding", ""):
-                parts = []
-                while size := int(self.rfile.readline().split(b";")[0], 16):
-                    parts.append(self.rfile.read(size))
-                    self.rfile.readline()
-                self.rfile.readline()
-                self._body = b"".join(parts)
-            else:
-                self._body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self._body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         return self._body
 
     def json(self) -> Any:
@@ -557,7 +551,6 @@ class _Handler(BaseHTTPRequestHandler):
     def api(self, parts: list[str]) -> None:
         fixed: dict[str, Callable[[], None]] = {
             "whoami-v2": self.whoami, "validate-yaml": self.validate_yaml, "repos/create": self.create,
-            "repos/delete": self.delete,
             "agent-harnesses": lambda: self.send(200, {"standardEnvVars": [], "harnesses": {}}),
         }  # fmt: skip
         if (found := fixed.get("/".join(parts))) is not None:
@@ -568,7 +561,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not rest or rest[0] == "revision":
             return self.info(kind, repo_id, rest[1] if rest else "main")
         of_repo: dict[str, Callable[[str, str, list[str]], None]] = {
-            "tree": self.tree, "paths-info": self.paths_info, "refs": self.refs, "branch": self.branch, "tag": self.tag,
+            "tree": self.tree, "refs": self.refs, "branch": self.branch, "tag": self.tag,
             "settings": self.settings, "preupload": self.preupload, "commit": self.commit, "discussions": self.discussions,
             "xet-write-token": self.xet_token, "xet-read-token": self.xet_token,
         }  # fmt: skip
@@ -606,13 +599,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.create_repo(repo_id, kind, private=private, author=me["user"])
         self.send(200, {"url": url, "name": repo_id, "id": repo_id})
 
-    def delete(self) -> None:
-        given, me = self.json(), self.user()
-        kind, repo_id = given.get("type") or "model", f"{given.get('organization') or me['user']}/{given['name']}"
-        self.repo(kind, repo_id, write=True)
-        del self.hub.repos[kind, repo_id]
-        self.send(200, {})
-
     def info(self, kind: str, repo_id: str, revision: str) -> None:
         repo = self.repo(kind, repo_id)
         sha = repo.resolve(revision)
@@ -642,11 +628,6 @@ class _Handler(BaseHTTPRequestHandler):
             query = urllib.parse.urlencode(self.query | {"cursor": str(following)})
             headers["Link"] = f'<{self.hub.url}{self.path.partition("?")[0]}?{query}>; rel="next"'
         self.send(200, found[at:following], headers)
-
-    def paths_info(self, kind: str, repo_id: str, rest: list[str]) -> None:
-        tree, text = self.repo(kind, repo_id).tree(rest[0]), self.body().decode()
-        paths = json.loads(text)["paths"] if text.startswith("{") else urllib.parse.parse_qs(text).get("paths", [])
-        self.send(200, [tree[path].described(path) for path in _list(paths) if path in tree])
 
     def refs(self, kind: str, repo_id: str, _rest: list[str]) -> None:
         repo = self.repo(kind, repo_id)

@@ -26,7 +26,7 @@ from .fakehub import FakeHub
 
 TOKEN, REPO = "hf_" + "plantedtokenplantedtoken", "alice/tiny-W4A16"
 CARD = b"---\nlicense: apache-2.0\n---\n# tiny\n"
-TIMEOUT = 0.4  # of the client, in tests; a stall lasts longer
+TIMEOUT, LONG = 0.5, 60.0  # of the client, where something stalls for longer, and where nothing does
 HTML = b"<html>Bad gateway</html>"
 EXPIRED = {"X-Error-Message": "Invalid credentials in Authorization header"}
 READ_ONLY = {"X-Error-Message": "Forbidden: this token is read-only"}
@@ -165,10 +165,10 @@ def _play(scenario: Scenario, hub: FakeHub, folder: Path, files: dict[str, Diges
         hub.create_repo(REPO)
     method, _, path = STEPS[scenario.step][0].rpartition(" ")
     fault = hub.fault(path, method=method or "*", skip=SKIP.get(scenario.step, 0), **FAULTS[scenario.fault])
-    api = HfApi(endpoint=hub.url, token=TOKEN)
+    api, timeout = HfApi(endpoint=hub.url, token=TOKEN), TIMEOUT if fault.action == "stall" else LONG
 
     def once() -> str:
-        made = upload(api, folder, files, target, say=lambda _: None, timeout=TIMEOUT)
+        made = upload(api, folder, files, target, say=lambda _: None, timeout=timeout)
         _check(hub, made.revision, files, outcome)
         return made.revision
 

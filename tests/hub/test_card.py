@@ -217,6 +217,20 @@ def test_metadata(hub: FakeHub, known: tuple[dict[str, Any], dict[str, Any]], mo
         assert words in "; ".join(card.metadata_problems(bad))
 
 
+def test_what_was_done_step_by_step(known: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    recipe, results = known
+    assert "| method | rounding to the grid with the least squared error, without data |" in card.render(
+        recipe, results
+    )
+    recipe["steps"] = {"8 bits": [{"name": "rtn"}], "4 bits": [{"name": "awq"}, {"name": "mine|<b>"}]}
+    recipe["calibration"] = {"name": "calibration.txt", "sequences": 7, "context": 64, "sha256": "0" * 64}
+    text = card.render(recipe, results)
+    assert "| 8 bits: rounding to the grid with the least squared error; 4 bits: [AWQ](" in text
+    assert "then `mine/<b>` |" in text and "7 sequences of 64 tokens" in text
+    assert "--calibration-tokens 448" in text and "--calibration " not in text, "that name is found by itself"
+    assert untraceable(text, recipe, results) == []
+
+
 def test_build_show_validate(folder: Path) -> None:
     assert "card build writes it" in run("card", "validate", folder, code=1).stderr
     run("card", "build", folder)
@@ -294,6 +308,9 @@ def test_what_a_base_hands_on(hub: FakeHub, base: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(PushError, match="the base Org/Other is not on the Hub"):
         describe("Org/Other")
+    hub.fault("api/models/Org/Base", action="reset", times=99)
+    with pytest.raises(PushError, match="the base Org/Base cannot be read now: ReadError"):
+        describe("Org/Base")
 
 
 @pytest.mark.parametrize(

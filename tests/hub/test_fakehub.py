@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_session
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from .conftest import BOB, READ_TOKEN, VALIDATES
@@ -57,6 +57,12 @@ def test_read_without_xet_and_in_parts(
     api.upload_folder(repo_id="alice/q", folder_path=files)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     assert same(files, Path(api.snapshot_download("alice/q", cache_dir=tmp_path / "c"))) and hub.calls("GET", "/_cdn/")
+    hub.fault("/_cdn/", action="truncate", after=1000)
+    with pytest.raises(Exception, match="reset by peer"):
+        api.hf_hub_download("alice/q", "model.safetensors", cache_dir=tmp_path / "d")
+    url = f"{hub.url}/alice/q/resolve/main/config.json"
+    part = get_session().get(url, headers={"Range": "bytes=1-20", "Authorization": f"Bearer {api.token}"})
+    assert (part.status_code, part.text) == (206, '"quantization_config')
     hub.multipart, hub.part_size = 100_000, 120_000
     (files / "model.safetensors").write_bytes(os.urandom(300_000))
     api.upload_folder(repo_id="alice/q", folder_path=files)

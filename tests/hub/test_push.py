@@ -24,6 +24,7 @@ import hf_quant
 from hf_quant import HfQuantConfig, load
 from hf_quant.errors import CheckpointError, GateError, PushError
 from hf_quant.evaluation.gate import Budget
+from hf_quant.hf import integrity
 from hf_quant.hf.loading import sample_logits
 from hf_quant.hub.source import metadata
 
@@ -191,6 +192,24 @@ def test_a_base_on_the_hub(hub: FakeHub, push: Push, folder: Path, base: Path) -
     assert "is not on the Hub" in push("--base-model", "Org/Nothing", code=1).stderr
 
 
+def test_a_model_made_from_the_hub(hub: FakeHub, api: HfApi, base: Path, tmp_path: Path) -> None:
+    """The recipe knows commit and licence, the folder has the notices, and publishing needs nothing said."""
+    api.create_repo("alice/base")
+    api.upload_folder(repo_id="alice/base", folder_path=base)
+    commit = hub.repo("alice/base").refs["main"]
+    hub.put("alice/base", {"README.md": b"---\nlicense: mit\n---\n"})  # afterwards, and not what was quantized
+    few = ["--text", base / "heldout.txt", "--max-kl", 9, "-q"]
+    run("quantize", "alice/base", "--revision", commit, "-o", tmp_path / "q", "--scheme", "W4A16-g32", *few)
+    source = json.loads((tmp_path / "q" / "recipe.json").read_text())["source"]
+    assert source == {
+        "model": "alice/base", "revision": commit, "license": "apache-2.0", "language": "en", "pipeline_tag": "text-generation",
+    }  # fmt: skip
+    assert (tmp_path / "q" / "LICENSE").read_text() == "Apache License\n"
+    run("push", tmp_path / "q", "alice/base-W4A16", "--yes", "-q")
+    data = metadata((hub.files("alice/base-W4A16")["README.md"].data or b"").decode())
+    assert (data["base_model"], data["license"]) == ("alice/base", "apache-2.0")
+
+
 def test_usage(hub: FakeHub, push: Push, folder: Path) -> None:
     assert "nobody is there to ask" in run("push", folder, TO, code=2).stderr
     assert "goes alone" in push("--create-pr", "--tag", "v1", code=2).stderr
@@ -228,6 +247,7 @@ import sys, torch
 torch.set_num_threads(int(sys.argv[2]))
 from transformers import AutoModelForCausalLM
 models = {name: AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[3:]}
+from hf_quant.hf import integrity
 from hf_quant.hf.loading import sample_logits
 for name, model in models.items():
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"
@@ -298,12 +318,10 @@ def test_errors_hold_no_request(hub: FakeHub, folder: Path) -> None:
     """The client's exceptions carry the request, and that the token: ours let go of them."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     hub.fault("/commit/", status=403, times=99)
-    with pytest.raises(PushError) as error:
-        model.push_to_hub(TO, say=lambda _: None)
-    seen: BaseException | None = error.value
-    while seen is not None:
-        assert not hasattr(seen, "request") and not hasattr(seen, "response")
-        seen = seen.__cause__ or seen.__context__
+    for how in ({}, {"create_pr": True}, {"revision": "refs/pr/7"}):
+        with pytest.raises(PushError) as error:
+            model.push_to_hub(TO if not how else "alice/nothing", say=lambda _: None, **how)
+        assert error.value.__cause__ is None and error.value.__context__ is None, error.value
 
 
 def test_what_was_pulled_is_checked(hub: FakeHub, push: Push, folder: Path, tmp_path: Path) -> None:
@@ -335,14 +353,26 @@ def test_what_was_pulled_is_checked(hub: FakeHub, push: Push, folder: Path, tmp_
     )
 
 
-def test_a_repository_without_a_manifest(hub: FakeHub, api: HfApi, measured: Path) -> None:
-    to = "alice/plain"  # transformers remembers which commit a name stood for
-    api.create_repo(to)
-    api.upload_folder(repo_id=to, folder_path=measured)
-    assert "was not published by hf-quant push" in run("verify", to, code=1).stderr
+def test_repositories_without_a_manifest(
+    hub: FakeHub, api: HfApi, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(integrity.logger, "warning", said.append)
+    for to in ("alice/plain", "alice/down", "alice/away"):  # transformers remembers which commit a name stood for
+        api.create_repo(to)
+        api.upload_folder(repo_id=to, folder_path=measured)
     for _ in range(2):
-        assert AutoModelForCausalLM.from_pretrained(to)
-    assert len(hub.calls("*", "resolve/.*manifest.json")) <= 2, "asked once more at most"
+        assert AutoModelForCausalLM.from_pretrained("alice/plain")
+    assert len(hub.calls("*", "resolve/.*manifest.json")) == 1 and not said, "it is known then that there is none"
+    assert "was not published by hf-quant push" in run("verify", "alice/plain", code=1).stderr
+    hub.fault("resolve/.*manifest.json", status=403, times=99)
+    assert AutoModelForCausalLM.from_pretrained("alice/down")
+    assert said == ["alice/down: manifest.json cannot be read now, so its weights were not checked"]
+    hub.fault("resolve/.*manifest.json", action="reset", times=99)
+    hub.faults.pop(0)
+    assert AutoModelForCausalLM.from_pretrained("alice/away") and said[1].startswith(
+        "alice/away: manifest.json cannot be"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Uploads end complete and verified, or with an error and in a state from which the same call goes on."""
 
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from hf_quant.hub.upload import Target, upload
 
 from .conftest import BOB, READ_TOKEN
 from .fakehub import FakeHub
-from .scenarios import REPO, TIMEOUT, Scenario, make_folder, play, scenarios
+from .scenarios import REPO, Scenario, make_folder, play, scenarios
 
 EVERY = [str(each) for each in scenarios()]
 CHOSEN = [  # all 554 are in benchmarks/push_faults.py
@@ -52,24 +50,15 @@ def test_the_client_alone_doubles_a_commit(hub: FakeHub, api: HfApi, tmp_path: P
 def send(hub: FakeHub, folder: Path, target: Target, token: str = "", said: list[str] | None = None) -> str:
     api = HfApi(endpoint=hub.url, token=token or next(iter(hub.tokens)))
     files = digests(folder, [path.name for path in folder.iterdir()])
-    return upload(api, folder, files, target, say=(said if said is not None else []).append, timeout=TIMEOUT).commit
+    return upload(api, folder, files, target, say=(said if said is not None else []).append).commit
 
 
 def test_somebody_else_commits_meanwhile(hub: FakeHub, api: HfApi, tmp_path: Path, way: str) -> None:
     make_folder(tmp_path / "m")
     api.create_repo(REPO)
-    hub.fault("/commit/main", action="stall", seconds=TIMEOUT / 2)
-
-    def intrude() -> None:
-        while not hub.calls("POST", "/commit/main"):
-            time.sleep(0)
-        hub.put(REPO, {"notes.txt": b"mine"})
-
-    thread = threading.Thread(target=intrude)
-    thread.start()
+    hub.fault("/commit/main", action="stall", meanwhile=lambda: hub.put(REPO, {"notes.txt": b"mine"}))
     said: list[str] = []
     send(hub, tmp_path / "m", Target(REPO), said=said)
-    thread.join()
     tree = hub.files(REPO)
     assert {"notes.txt", "model-00001-of-00002.safetensors"} <= tree.keys() and len(hub.history(REPO)) == 3
     assert any("412" in line for line in said)

@@ -28,7 +28,7 @@ from hf_quant.transforms import Stage, Transform, weight_of
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 HELD = 8  # every so-manieth batch is kept out of the drift, to judge on
 STARVED = 32  # an expert that saw fewer tokens is rounded without them
-SAMPLE = 16  # batches that a block's error is measured on, where the float model is not followed
+SAMPLE = 4  # batches that a block's error is measured on, where the float model is not followed
 EXPERTS = 1 << 30  # bytes of statistics of experts collected together; more experts take more passes
 
 

@@ -172,8 +172,22 @@ def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[P
         raise HfQuantError(f"{config.method} needs text to calibrate on: name one with --calibration")
     return quantize_streaming(
         Base(job.model, job.load.get("revision")).checkpoint().folder, config, job.calibration, work, stage,
-        Settings(job.say, job.progress, job.max_memory, job.ranks),
+        Settings(job.say, job.progress, job.max_memory, job.ranks, _device(job)),
     )  # fmt: skip
+
+
+def _device(job: Job) -> str:
+    """Where a calibrated method works: main memory unless another place is named; each process has a GPU of its own."""
+    asked = job.load.get("device_map") or "cpu"
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise HfQuantError(f"--device {asked}: {str(error).splitlines()[0]}") from None
+    alike = device.type == "cuda" and device.index is None
+    return f"cuda:{job.ranks.rank % torch.cuda.device_count()}" if alike else asked
 
 
 def _save(model: Any, folder: Path, **options: Any) -> None:

@@ -355,7 +355,7 @@ def _solve_group(
             weight = stage.weight(local)
             quantized = recipe.method(schemes[local]).quantize(weight, schemes[local], recipe.dtype, stats)
             error = stats.error(weight, quantized.dequantize(torch.float32))
-            found = quantized, error, list(stats.notes)
+            found = quantized.cpu(), error, list(stats.notes)
             stats.notes.clear()
         quantized, made.errors[full[local]], notes = recipe.ranks.shared(found, owner)
         made.codes[full[local]] = quantized
@@ -404,10 +404,10 @@ def _solve_expert(
     weight = (dense.T if module.is_transposed else dense).contiguous()
     if stats.rows < STARVED:
         quantized = method("rtn").quantize(weight, scheme, recipe.dtype)
-        return quantized, 0.0, [f"expert {expert} saw {stats.rows} tokens: rounded to nearest"]
+        return quantized.cpu(), 0.0, [f"expert {expert} saw {stats.rows} tokens: rounded to nearest"]
     quantized = recipe.method(scheme).quantize(weight, scheme, recipe.dtype, stats)
     notes = [f"expert {expert}: {note}" for note in stats.notes]
-    return quantized, stats.error(weight, quantized.dequantize(torch.float32)), notes
+    return quantized.cpu(), stats.error(weight, quantized.dequantize(torch.float32)), notes
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

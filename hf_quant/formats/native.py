@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_quant.errors import FormatError, SchemeError
 from hf_quant.formats import Headers, Layer, Value
-from hf_quant.formats._common import FLOATS, check_scale, is_sequence, need, refused
+from hf_quant.formats._common import FLOATS, check_input_scale, check_scale, is_sequence, need, refused
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import Outliers, QuantizedTensor
 
@@ -27,6 +27,7 @@ class Native:
     """weight uint8 ``[N, K / 8 * bits]`` (8 bits: ``[N, K / 4, 4]``), weight_scale ``[N, G]``, weight_zero_point uint8 ``[N, G]``.
 
     Real zero points have the dtype of the scale; of permuted columns weight_perm int32 ``[1, K]`` says which is where.
+    A static scale of the inputs is weight_input_scale ``[1]``.
     Of outliers weight_outlier_value ``[N, C]`` and weight_outlier_index int32 ``[C]`` (whole columns) or ``[N, C]``.
 
     Args:
@@ -37,6 +38,7 @@ class Native:
 
     suffixes: ClassVar[tuple[str, ...]] = (
         "weight", "weight_scale", "weight_zero_point", "weight_perm", "weight_outlier_index", "weight_outlier_value",
+        "weight_input_scale",
     )  # fmt: skip
 
     @classmethod
@@ -75,6 +77,8 @@ class Native:
         if outliers:
             made["weight_outlier_index"] = ((outliers,) if scheme.outlier_columns else (n, outliers), torch.int32)
             made["weight_outlier_value"] = ((n, outliers), dtype)
+        if scheme.activations == "tensor":
+            made["weight_input_scale"] = ((1,), dtype)
         return made
 
     def write(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -86,18 +90,24 @@ class Native:
             made["weight_perm"] = tensor.perm
         if tensor.outliers is not None:
             made |= {"weight_outlier_index": tensor.outliers.index, "weight_outlier_value": tensor.outliers.value}
+        if tensor.input_scale is not None:
+            made["weight_input_scale"] = tensor.input_scale
         return made
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
         absent = {"weight_zero_point"} if scheme.symmetric else set()
         absent |= set() if scheme.permuted else {"weight_perm"}
         absent |= set() if scheme.outliers else {"weight_outlier_index", "weight_outlier_value"}
+        absent |= set() if scheme.activations == "tensor" else {"weight_input_scale"}
         wanted = [name for name in self.suffixes if name not in absent]
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise FormatError(f"native: no {missing}")
         codes = tensors["weight"]
         check_scale("weight_scale", tensors["weight_scale"])
+        ranges = None if "weight_input_scale" in absent else tensors["weight_input_scale"]
+        if ranges is not None:
+            check_input_scale("native: weight_input_scale", ranges)
         zero = None if scheme.symmetric else tensors["weight_zero_point"]
         if zero is not None and scheme.real_zero and not bool(zero.isfinite().all()):
             raise FormatError("native: weight_zero_point: some are not finite numbers")
@@ -109,7 +119,7 @@ class Native:
         ):
             raise FormatError(f"native: weight_perm is not an order of {perm.shape[-1]} columns")
         flat = codes.flatten(-2) if scheme.bits == 8 else codes
-        made = QuantizedTensor(flat, tensors["weight_scale"], zero, scheme, perm)
+        made = QuantizedTensor(flat, tensors["weight_scale"], zero, scheme, perm, input_scale=ranges)
         return replace(made, outliers=self._outliers(tensors, made.in_features)) if scheme.outliers else made
 
     def _outliers(self, tensors: Mapping[str, Tensor], columns: int) -> Outliers:

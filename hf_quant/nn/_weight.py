@@ -52,5 +52,6 @@ def read(
     if qweight is None:
         qweight = codes.flatten(-2) if scheme.bits == 8 else codes
     return QuantizedTensor(
-        qweight, found["weight_scale"], found.get("weight_zero_point"), scheme, found.get("weight_perm"), outliers
-    )
+        qweight, found["weight_scale"], found.get("weight_zero_point"), scheme, found.get("weight_perm"), outliers,
+        found.get("weight_input_scale"),
+    )  # fmt: skip

@@ -233,7 +233,7 @@ class Ladder:
             model,
             layers,
             tried,
-            preset(config.method, config.bits).solver(),
+            preset(config.method, config.default_scheme).solver(),
             lambda m: means(m, trial)["kl"],
             self.progress,
         )

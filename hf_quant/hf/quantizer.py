@@ -36,6 +36,7 @@ from hf_quant.presets import preset
 if TYPE_CHECKING:
     from hf_quant.hf.config import HfQuantConfig
 
+CHUNK = 1 << 24  # values looked at together
 COMPANIONS = tuple(name.removeprefix("weight") for name in format_named("native").suffixes if name != "weight")
 logger = logging.get_logger(__name__)
 
@@ -286,7 +287,8 @@ class HfQuantQuantizer(HfQuantizer):
             expected = self.pre_quantized and not dispatched and not optional and parameter.numel()  # 0: in a kernel
             if expected and not hasattr(parameter, "_is_hf_initialized"):
                 raise CheckpointError(f"tensor {name} is missing from the checkpoint")
-            if parameter.is_floating_point() and not math.isfinite(parameter.sum(dtype=torch.float32).item()):
+            parts = parameter.detach().flatten().split(CHUNK)  # a sum in float32 makes a copy in float32
+            if parameter.is_floating_point() and not math.isfinite(sum(p.sum(dtype=torch.float32) for p in parts)):
                 bad = int((~parameter.isfinite()).sum())
                 if bad:
                     raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")

@@ -26,8 +26,9 @@ from hf_quant.hf._compat import keep_for_saving, renamer, updated_conversions
 from hf_quant.hf.calibrated import calibrate, data_for
 from hf_quant.hf.community import Placed, conversions, place
 from hf_quant.hf.integrity import check_weights
-from hf_quant.hf.ops import KeepApart, QuantizeOnLoad, give_back_memory
+from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
 from hf_quant.hf.plan import Plan, candidates, freeze, make_plan
+from hf_quant.memory import give_back_memory
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
 from hf_quant.nn._weight import frozen
 from hf_quant.nn.experts import stacks

@@ -31,7 +31,7 @@ RECOVERY = {
     "W4A16-g128": [
         ("clean", "rtn", ""), ("rescaled", "rtn", ""), ("rescaled", "gptq", ""), ("rescaled", "gptq", "-o0.1%-columns"),
         ("rescaled", "calibrated", ""), ("rescaled", "calibrated", "-o0.1%"), ("rescaled", "calibrated", "-o1%-columns"),
-        ("rescaled", "calibrated", "-o1%"),
+        ("rescaled", "calibrated", "-o1%"), ("rescaled", "calibrated", "-o2%"),
     ],
     "W3A16-g128": [
         ("clean", "rtn", ""), ("rescaled", "rtn", ""), ("rescaled", "calibrated", "-o0.1%"),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_quant.activations import Activations
 from hf_quant.errors import HfQuantError
+from hf_quant.memory import give_back_memory
 from hf_quant.methods import Method, method
 from hf_quant.nn.experts import expert_input, stacks
 from hf_quant.numerics import floored
@@ -359,6 +360,7 @@ def _solve_group(
     for number, local in enumerate(group.layers):
         owner, found = recipe.ranks.owner(number), None
         if owner == recipe.ranks.rank:
+            give_back_memory()  # of the layer before: a factorization takes the most
             weight = stage.weight(local)
             quantized = recipe.method(schemes[local]).quantize(weight, schemes[local], recipe.dtype, stats)
             error = stats.error(weight, quantized.dequantize(torch.float32))

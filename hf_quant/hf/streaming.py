@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -29,10 +28,10 @@ from hf_quant.errors import HfQuantError, PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.loading import class_of
-from hf_quant.hf.ops import give_back_memory
 from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.tensors import Tensors
 from hf_quant.journal import Journal, digest, journal
+from hf_quant.memory import free_memory, give_back_memory
 from hf_quant.presets import preset
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.scheme import QuantScheme
@@ -313,14 +312,6 @@ def _alike(one: Any, other: Any) -> bool:
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
     return one is other or type(one) is type(other)
-
-
-def free_memory() -> int:
-    """Bytes that could be taken now without swapping."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 4 << 30
 
 
 def _pass_by(source: _Source, block: Block, file: Path, streams: list[Activations], ranks: Ranks) -> None:

@@ -48,10 +48,7 @@ if importlib.util.find_spec("triton"):
                 x *= tl.load(kept_ptr + k, mask=k < K, other=0).to(tl.float32)
             peak = tl.maximum(peak, tl.abs(x))
             nothing += x * 0
-        if STATIC:
-            scale = tl.load(range_ptr).to(tl.float32)
-        else:
-            scale = tl.maximum(tl.max(peak, 0), 1.5e-36) / 127
+        scale = tl.load(range_ptr).to(tl.float32) if STATIC else tl.maximum(tl.max(peak, 0), 1.5e-36) / 127
         tl.store(scale_ptr + tl.program_id(0), scale + tl.sum(nothing, 0))
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
@@ -60,6 +57,25 @@ if importlib.util.find_spec("triton"):
                 x *= tl.load(kept_ptr + k, mask=k < K, other=0).to(tl.float32)
             at = (k % PLANES) * (K // PLANES) + k // PLANES
             tl.store(q_ptr + row + at, rounded(x, scale), mask=k < K)
+
+    @triton.jit
+    def row_scales(
+        x_ptr, kept_ptr, range_ptr, m, M, K,
+        HAS_KEPT: tl.constexpr, STATIC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """Scale ``[BLOCK_M]`` of some rows, and what is NaN where a row is not finite, else 0."""
+        peak = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        nothing = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for k0 in range(0, K, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            ok = (m < M)[None, :] & (k < K)[:, None]
+            x = tl.load(x_ptr + m[None, :].to(tl.int64) * K + k[:, None], mask=ok, other=0.0).to(tl.float32)
+            if HAS_KEPT:
+                x *= tl.load(kept_ptr + k, mask=k < K, other=0).to(tl.float32)[:, None]
+            peak = tl.maximum(peak, tl.max(tl.abs(x), 0))
+            nothing += tl.sum(x * 0, 0)
+        scale = peak * 0 + tl.load(range_ptr).to(tl.float32) if STATIC else tl.maximum(peak, 1.5e-36) / 127
+        return scale, nothing
 
     @triton.jit
     def inputs(
@@ -73,7 +89,7 @@ if importlib.util.find_spec("triton"):
             wide = x.to(tl.float32)
             if HAS_KEPT:
                 wide *= tl.load(kept_ptr + column, mask=k < width, other=0).to(tl.float32)[:, None]
-            return rounded(wide, scale[None, :])
+            x = rounded(wide, scale[None, :])
         return x
 
     @triton.jit
@@ -93,23 +109,10 @@ if importlib.util.find_spec("triton"):
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         m_ok, n_ok = m < M, n < N
-        nothing = tl.zeros((BLOCK_M,), dtype=tl.float32)
         if FUSED:
-            peak = tl.zeros((BLOCK_M,), dtype=tl.float32)
-            for k0 in range(0, K, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                ok = m_ok[None, :] & (k < K)[:, None]
-                x = tl.load(x_ptr + m[None, :].to(tl.int64) * K + k[:, None], mask=ok, other=0.0).to(tl.float32)
-                if HAS_KEPT:
-                    x *= tl.load(kept_ptr + k, mask=k < K, other=0).to(tl.float32)[:, None]
-                peak = tl.maximum(peak, tl.max(tl.abs(x), 0))
-                nothing += tl.sum(x * 0, 0)
-            if STATIC:
-                sx = tl.zeros((BLOCK_M,), dtype=tl.float32) + tl.load(range_ptr).to(tl.float32)
-            else:
-                sx = tl.maximum(peak, 1.5e-36) / 127
+            sx, nothing = row_scales(x_ptr, kept_ptr, range_ptr, m, M, K, HAS_KEPT, STATIC, BLOCK_M, BLOCK_K)
         else:
-            sx = tl.load(range_ptr + m, mask=m_ok, other=0.0)
+            sx, nothing = tl.load(range_ptr + m, mask=m_ok, other=0.0), tl.zeros((BLOCK_M,), dtype=tl.float32)
         width = K // PLANES
         q_row = q_ptr + n[:, None].to(tl.int64) * width
         g_row = n.to(tl.int64) * G

@@ -11,7 +11,7 @@ from hf_quant.scheme import QuantScheme
 
 def outlier_index(
     weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, importance: Tensor | None, steps: int, least: float,
-    peak: Tensor | None = None,
+    inputs: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
     """int64 ``[C]`` or ``[N, R]``, ascending; None where the scheme has no outliers.
 
@@ -26,13 +26,13 @@ def outlier_index(
         importance: ``[K]``, what an error in each column costs; None for the same everywhere.
         steps: Of the search for the grid the error is judged on.
         least: Likewise.
-        peak: ``[K]``, the largest magnitude of each input; None where none was seen.
+        inputs: ``[K]``, the mean square of each input; None where none was seen.
     """
     count = scheme.outlier_count(weight.shape[1])
     if not count:
         return None
-    if scheme.activations and scheme.outlier_columns and peak is not None:
-        return peak.topk(count).indices.sort().values
+    if scheme.activations and scheme.outlier_columns and inputs is not None:
+        return inputs.topk(count).indices.sort().values
     groups = scheme.groups(weight.shape[1])
     per_group = None if importance is None else importance.view(groups, -1)
     size = weight.square() if importance is None else weight.square() * importance

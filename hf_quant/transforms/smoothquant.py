@@ -77,7 +77,7 @@ def _inputs(x: Tensor, scheme: QuantScheme) -> Tensor:
     if scheme.activations is None:
         return x
     if scheme.outlier_columns:  # those stay as they are
-        kept = x.abs().amax(0).topk(scheme.outlier_count(x.shape[1])).indices
+        kept = x.square().mean(0).topk(scheme.outlier_count(x.shape[1])).indices
         codes, scale = quantize_rows(x.index_fill(1, kept, 0))
         return (codes * scale).index_copy_(1, kept, x[:, kept])
     codes, scale = quantize_rows(x, x.abs().amax() / 127 if scheme.activations == "tensor" else None)

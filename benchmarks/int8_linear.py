@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from torch import Tensor
 
 from hf_quant import HfQuantConfig
 from hf_quant.bench.speed import compare
@@ -36,7 +37,7 @@ SECONDS = 1.0  # of turns for each cell
 ROUND = ("bf16", "W8A8", "linear_dynamic", "W8A16")
 
 
-def ways(k: int, n: int) -> dict[str, Callable[[int], Callable[[], torch.Tensor]]]:
+def ways(k: int, n: int) -> dict[str, Callable[[int], Callable[[], Tensor]]]:
     """Name to what makes a product of so many rows."""
     codes = torch.randint(256, (n, k), dtype=torch.uint8)
     scale = torch.full((n, 1), 1e-3, dtype=torch.bfloat16)
@@ -46,22 +47,29 @@ def ways(k: int, n: int) -> dict[str, Callable[[int], Callable[[], torch.Tensor]
     )
     packed = torch.ops.quantized.linear_prepack(signed, None)
 
-    def ours(slug: str) -> Callable[[int], Callable[[], torch.Tensor]]:
+    def of(dtype: torch.dtype, product: Callable[[Tensor], Tensor]) -> Callable[[int], Callable[[], Tensor]]:
+        def make(m: int) -> Callable[[], Tensor]:
+            x = torch.randn(m, k).to(dtype)
+            return lambda: product(x)
+
+        return make
+
+    def ours(slug: str) -> Callable[[int], Callable[[], Tensor]]:
         scheme = QuantScheme.parse(slug)
         spec = LinearSpec(scheme, n, k, torch.bfloat16, "cpu")
         backend = select(spec)
         prepared = backend.prepare(QuantizedTensor(codes, scale, None, scheme), spec)
-        return lambda m: (lambda x=torch.randn(m, k).bfloat16(): backend.linear(x, prepared, spec))
+        return of(torch.bfloat16, lambda x: backend.linear(x, prepared, spec))
 
     return {
-        "bf16": lambda m: (lambda x=torch.randn(m, k).bfloat16(): F.linear(x, dense)),
+        "bf16": of(torch.bfloat16, lambda x: F.linear(x, dense)),
         "W8A8": ours("W8A8"),
-        "linear_dynamic": lambda m: (lambda x=torch.randn(m, k): torch.ops.quantized.linear_dynamic(x, packed)),
+        "linear_dynamic": of(torch.float32, lambda x: torch.ops.quantized.linear_dynamic(x, packed)),
         "W8A16": ours("W8A16-g-1"),
     }
 
 
-def in_turns(made: dict[str, Callable[[], torch.Tensor]]) -> dict[str, float]:
+def in_turns(made: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     """Median microseconds of each."""
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(3):
@@ -124,20 +132,28 @@ def page(record: dict[str, Any]) -> str:
             shown = [f"{cell[name]:.0f} ({cell['bf16'] / cell[name]:.2f}x)" for name in ROUND]
             lines.append(f"| {cell['k']} x {cell['n']} | {cell['m']} | " + " | ".join(shown) + " |")
     if record.get("models"):
-        lines += ["", "| model | batch | prompt | prefill tokens/s in bf16 | in W8A8 | ratio | decode ratio |", "|---" * 7 + "|"]
+        lines += [
+            "",
+            "| model | batch | prompt | prefill tokens/s in bf16 | in W8A8 | ratio | decode ratio |",
+            "|---" * 7 + "|",
+        ]
         of = {(c["model"], c["batch"], c["role"]): c for c in record["models"]}
         for (model, batch, role), ours in of.items():
             if role == "W8A8":
                 base = of[model, batch, "bf16"]
                 ratio, decode = ours["prefill"] / base["prefill"], ours["decode"] / base["decode"]
-                lines.append(f"| {model} | {batch} | {ours['prompt']} | {base['prefill']:.0f} | {ours['prefill']:.0f} | {ratio:.2f} | {decode:.2f} |")
+                lines.append(
+                    f"| {model} | {batch} | {ours['prompt']} | {base['prefill']:.0f} | {ours['prefill']:.0f} | {ratio:.2f} | {decode:.2f} |"
+                )
     return "# W8A8 on a CPU\n\n" + "\n".join(lines) + "\n"
 
 
 def main(what: str, work: Path) -> None:
     file = RESULTS / "int8_linear.json"
     record: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    cpu = next((x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    cpu = next(
+        (x.partition(":")[2].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
     record |= {
         "machine": f"{cpu or platform.processor()} ({torch.backends.cpu.get_cpu_capability()}, AMX {torch.cpu._is_amx_tile_supported()})",
         "threads": torch.get_num_threads(), "torch": torch.__version__, "date": str(date.today()),

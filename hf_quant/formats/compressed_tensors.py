@@ -116,6 +116,7 @@ class CompressedTensors:
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape
         groups = scheme.groups(k)
+        made: dict[str, tuple[tuple[int, ...], torch.dtype]]
         if scheme.activations:
             made = {"weight": ((n, k), torch.int8), "weight_scale": ((n, 1), dtype)}
             made |= {} if scheme.symmetric else {"weight_zero_point": ((n, 1), torch.int8)}

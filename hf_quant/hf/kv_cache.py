@@ -25,7 +25,7 @@ GROUP, RECENT = 32, 128  # tokens or channels that share a scale; newest tokens 
 logger = logging.get_logger(__name__)
 
 
-class QuantCache(Cache):  # type: ignore[misc]
+class QuantCache(Cache):
     """Pass a new one as ``past_key_values`` to ``model(...)`` or ``model.generate(...)`` (``cache`` since transformers 5.24).
 
     Layers with a window or a state of their own keep them in floating point, which is said once.
@@ -44,7 +44,7 @@ class QuantCache(Cache):  # type: ignore[misc]
             raise HfQuantError(
                 f"a cache of keys and values has 8 or 4 bits and recent >= 0, got {bits!r} and {recent!r}"
             )
-        layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]
+        layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]  # type: ignore[no-untyped-call]
         plain = [type(layer) is DynamicLayer for layer in layers]
         made = [
             (Int8Layer() if bits == 8 else Int4Layer(recent)) if p else x for p, x in zip(plain, layers, strict=True)
@@ -65,13 +65,15 @@ def cache_bytes(cache: Any) -> int:
     return sum(t.nbytes for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor))
 
 
-class _Layer(DynamicLayer):  # type: ignore[misc]
+class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer. Every tensor kept is ``[B, heads, ..., ...]``, and is named in ``parts``."""
 
     parts: tuple[str, ...] = ()
+    keys: Any
+    values: Any
 
     def __init__(self, *_: Any, **__: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = torch.float32
         for name in self.parts:
             setattr(self, name, None)
@@ -122,9 +124,11 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         self._each(lambda t: t.to(self.device, non_blocking=True))
 
 
-class Int8Layer(_Layer):
+class Int8Layer(_Layer):  # type: ignore[no-untyped-call]
     """What attention sees is read back from the codes, new tokens too: no matter how a text is cut into calls."""
 
+    key_scale: Any
+    value_scale: Any
     parts = ("keys", "values", "key_scale", "value_scale")  # codes int8 [B, H, T, D], scales [B, H, T, 1]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -148,9 +152,15 @@ class Int8Layer(_Layer):
         self._each(lambda t: t[..., :left, :])
 
 
-class Int4Layer(_Layer):
+class Int4Layer(_Layer):  # type: ignore[no-untyped-call]
     """Groups of `GROUP` tokens become codes as soon as ``recent`` newer ones are there."""
 
+    key_codes: Any
+    value_codes: Any
+    key_scale: Any
+    key_low: Any
+    value_scale: Any
+    value_low: Any
     parts = (
         "keys", "values",  # the newest, in floating point [B, H, R, D]
         "key_codes", "value_codes",  # uint8 [B, H, T, D / 2]

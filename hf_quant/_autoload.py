@@ -112,7 +112,7 @@ def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
             if type(asked).__name__ == "HfQuantConfig" or (asked is None and wanted):
                 hf = import_module("hf_quant.hf")
                 if asked is None or isinstance(asked, hf.HfQuantConfig):
-                    return hf.taken_over(quantization_config)
+                    return hf.taken_over(quantization_config, getattr(asked, "activations", None))
         return original(cls, quantization_config, quantization_config_from_args)
 
     return merge_quantization_configs

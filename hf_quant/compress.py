@@ -37,6 +37,7 @@ from hf_quant.journal import is_journal, recorded
 from hf_quant.presets import preset
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.results import Quality
+from hf_quant.scheme import QuantScheme
 
 SMALL = 1_000_000_000  # parameters
 
@@ -91,7 +92,7 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
     real = Path(os.path.realpath(out))
     work = work_folder(out)
     if not job.ranks.first:  # the others only lend a hand
-        if preset(config.method, config.bits).calibrated:
+        if preset(config.method, config.default_scheme).calibrated:
             _stream(job, config, work, out)
         return {}
     with locked(real.with_name(f".{real.name}.lock"), out):
@@ -125,7 +126,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
     row: dict[str, Any] = {}
     with suppress(_GateMissedError), staged(out, overwrite=overwrite) as stage:
         start = time.perf_counter()
-        calibrated = preset(config.method, config.bits).calibrated
+        calibrated = preset(config.method, config.default_scheme).calibrated
         if calibrated:
             plan, blocks = _stream(job, config, work, stage)
             made = load(str(stage), **{n: job.load[n] for n in ("device_map", "dtype") if n in job.load}).eval()
@@ -222,7 +223,7 @@ def _recipe(
     """How the model was made."""
     return {
         "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
-        "steps": {f"{bits} bits": preset(config.method, bits).steps() for bits in sorted({s.bits for s in plan.schemes.values()})},
+        "steps": {_kind(s): preset(config.method, s).steps() for s in sorted(plan.schemes.values(), key=str)},
         "asked": asked, "dtype": str(model.dtype).removeprefix("torch."),
         "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
         "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
@@ -230,6 +231,10 @@ def _recipe(
         "calibration": job.calibration.to_dict() if blocks and job.calibration else None, "blocks": blocks,
         "versions": {name: version(name) for name in ("hf-quant", "torch", "transformers", "safetensors")},
     }  # fmt: skip
+
+
+def _kind(scheme: QuantScheme) -> str:
+    return f"{scheme.bits} bits" + (", INT8 activations" if scheme.activations else "")
 
 
 def _check(logits: Tensor, again: Tensor, scheme: str) -> None:

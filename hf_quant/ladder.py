@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,14 @@ LADDER = (8, 4, 3, 2)
 MIXED = "mixed"
 TRIES = 4  # mixed plans to measure, at most
 CLOSE = 0.97  # of the budget used: near enough
+
+
+def rungs(group_size: int, symmetric: bool, int8_activations: bool) -> list[QuantScheme]:
+    """From many bits to few; with INT8 activations where kernels multiply them, beside 8 and 4 bits."""
+    plain = [QuantScheme(bits, group_size, symmetric) for bits in LADDER]
+    if not int8_activations:
+        return plain
+    return [QuantScheme(8, -1, activations="token"), replace(plain[1], activations="token"), *plain[2:]]
 
 
 @dataclass(frozen=True)
@@ -186,7 +194,7 @@ class Ladder:
         """Mix so that the budget is used up: aim, measure, aim again."""
         assert missed.config is not None
         bits = missed.config.bits
-        table = self._table(found, [s for s in self.schemes if bits - 1 <= s.bits < 8 or s.bits == 4])
+        table = self._table(found, [s for s in self.schemes if bits - 1 <= s.bits < 8 or s.bits == 4 or s.activations])
         aim = table.uniform(bits)
         rung, before = missed, None
         for _ in range(TRIES):
@@ -202,7 +210,7 @@ class Ladder:
     def _up_to_size(self, found: Walk) -> None:
         """Mix so that the size is used up."""
         assert self.limits.max_size is not None
-        table = self._table(found, [s for s in self.schemes if s.bits < 8])
+        table = self._table(found, [s for s in self.schemes if s.bits < 8 or s.activations])
         picks = table.frontier.cheapest(self.limits.max_size - table.rest)
         if picks is not None:
             self._add(found, self._rung(MIXED, table.config(picks)))
@@ -233,11 +241,11 @@ class Ladder:
             model,
             layers,
             tried,
-            preset(config.method, config.bits).solver(),
+            preset(config.method, config.default_scheme).solver(),
             lambda m: means(m, trial)["kl"],
             self.progress,
         )
-        choices = [*(s for s in self.schemes if s.bits == 8), *tried]
+        choices = [*(s for s in self.schemes if s.bits == 8 and s not in tried), *tried]
         shapes = {name: each.shape for name, each in candidates(skeleton).items()}
         sizes = [
             [sum(_bytes(shapes[name], s.fitted(shapes[name][-1]), skeleton.dtype) for name in names) for s in choices]

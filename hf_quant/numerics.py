@@ -39,6 +39,23 @@ def minmax(groups: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     return scale, torch.round(-lo / floored(scale, torch.float32)).clamp(0, scheme.qmax)
 
 
+def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Symmetric INT8 of activations, as vLLM rounds them: ``x = q * scale``.
+
+    Args:
+        x: ``[..., K]``.
+        scale: Broadcasts against ``x``; None for the largest value of each row over 127.
+
+    Returns:
+        ``q`` in float32, whole numbers in -127..127, and the float32 scale ``[..., 1]``. Where ``x`` is all zeros so is
+        ``q``; a row with NaN or infinite values has a scale that is not finite either, so none of it gets lost.
+    """
+    wide = x.float()
+    if scale is None:
+        scale = wide.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 127) / 127
+    return (wide / scale).round_().clamp_(-127, 127), scale
+
+
 @lru_cache
 def levels(codebook: str, device: torch.device) -> Tensor:
     """The 16 levels of a codebook, float32, by code."""

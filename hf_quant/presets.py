@@ -9,7 +9,7 @@ from typing import Any
 from hf_quant import _plugins
 from hf_quant.errors import PlanError
 from hf_quant.methods import Method, method
-from hf_quant.scheme import BITS
+from hf_quant.scheme import BITS, QuantScheme
 from hf_quant.transforms import Transform, transform
 
 
@@ -53,20 +53,21 @@ def _fields(each: Any) -> dict[str, object]:
 
 
 BEST = Preset("gptq", ("awq", "drift"), {"sweeps": 2})
+INT8 = Preset("gptq", ("smoothquant",))  # of weights that meet INT8 activations
 PRESETS: dict[str, dict[int, Preset]] = {
     "awq": dict.fromkeys(BITS, Preset("rtn", ("awq",))),
     "calibrated": {8: Preset("rtn", looks=True), 4: BEST, 3: BEST, 2: BEST},
 }
 
 
-def preset(name: str, bits: int) -> Preset:
-    """What ``name`` means for codes of ``bits``: a preset, a method, or a chain such as ``"awq+drift+gptq"``.
+def preset(name: str, scheme: QuantScheme) -> Preset:
+    """What ``name`` means for ``scheme``: a preset, a method, or a chain such as ``"awq+drift+gptq"``.
 
     Raises:
         PlanError: There is nothing of that name.
     """
     if name in PRESETS:
-        return PRESETS[name][bits]
+        return INT8 if name == "calibrated" and scheme.activations else PRESETS[name][scheme.bits]
     *transforms, last = name.split("+")
     methods, known = _plugins.names("methods"), _plugins.names("transforms")
     wrong = next((t for t in transforms if t not in known), None if last in methods else last)

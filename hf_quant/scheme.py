@@ -11,8 +11,11 @@ BITS = (2, 3, 4, 8)
 MULTIPLE = 32  # in_features must be a multiple of this: 32 codes of any width fill whole int32 words
 MOST_OUTLIERS = 0.1  # more than that is another precision, not an exception
 CODEBOOKS = ("nf4", "fp4")  # read from bitsandbytes checkpoints, never made here
+ACTIVATIONS = {"token": "", "tensor": "-static", "threshold": "-threshold"}  # how they become INT8, and in a slug
+ALIASES = {"bnb-int8": "W8A8-o0.5%-columns"}
+THRESHOLD = 6.0  # of LLM.int8: an input column with a value that large stays in floating point
 _SLUG = re.compile(
-    r"W(?P<bits>\d)A16-g(?P<group>\d{1,5}|-1)(?P<asym>-asym(?P<real>-real)?)?(-(?P<codebook>nf4|fp4))?(?P<permuted>-perm)?"
+    r"W(?P<bits>\d)(A16|(?P<int8>A8)(?P<how>-static|-threshold)?)(-g(?P<group>\d{1,5}|-1))?(?P<asym>-asym(?P<real>-real)?)?(-(?P<codebook>nf4|fp4))?(?P<permuted>-perm)?"
     r"(-o(?P<share>\d{1,2}(\.\d{1,4})?)%(?P<columns>-columns)?)?"
 )
 
@@ -21,7 +24,8 @@ _SLUG = re.compile(
 class QuantScheme:
     """One weight matrix ``[N, K]`` (out_features, in_features) in codes.
 
-    The last three fields describe what other programs made; the methods of this package set none of them.
+    ``codebook``, ``real_zero`` and ``permuted`` describe what other programs made; the methods of this package set none
+    of them.
 
     Args:
         bits: Width of one code; one of 2, 3, 4, 8.
@@ -34,6 +38,10 @@ class QuantScheme:
         outliers: Share of the weights kept in floating point beside the codes, 0 for none; at least one of each row.
         outlier_columns: Whether outliers are whole input columns (as in LLM.int8, arXiv:2208.07339, and OWQ,
             arXiv:2306.02272); if not, each row has its own, the same number in every row.
+        activations: How the inputs become symmetric INT8; None leaves them in floating point. ``"token"``: every row by its
+            own largest value, while the model runs. ``"tensor"``: by one scale that calibration found. ``"threshold"``: by
+            row, but for columns with a value of 6 and more anywhere in the batch, as LLM.int8 does (arXiv:2208.07339).
+            Whole outlier columns stay in floating point on this side too.
 
     Raises:
         SchemeError: A value is outside what this package can hold.
@@ -47,6 +55,7 @@ class QuantScheme:
     permuted: bool = False
     outliers: float = 0.0
     outlier_columns: bool = False
+    activations: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
@@ -69,6 +78,10 @@ class QuantScheme:
         if type(self.outlier_columns) is not bool or (self.outlier_columns and not self.outliers):
             raise SchemeError(
                 f"outlier_columns must be True or False, True only with outliers, got {self.outlier_columns!r}"
+            )
+        if self.activations is not None and (self.activations not in ACTIVATIONS or self.foreign):
+            raise SchemeError(
+                f"activations must be one of {tuple(ACTIVATIONS)} or None, and None with what is foreign, got {self.activations!r}"
             )
 
     @property
@@ -122,6 +135,16 @@ class QuantScheme:
         return replace(self, group_size=size)
 
     @property
+    def weights(self) -> QuantScheme:
+        """The same with activations in floating point."""
+        return replace(self, activations=None)
+
+    @property
+    def needs_ranges(self) -> bool:
+        """Whether it takes a look at the activations to make: for their scale, or for the columns to leave alone."""
+        return self.activations == "tensor" or (self.activations is not None and self.outlier_columns)
+
+    @property
     def foreign(self) -> str | None:
         """What no method of this package makes, as a sentence; None where there is nothing of the kind."""
         named = {f"a codebook ({self.codebook})": self.codebook, "real zero points": self.real_zero,
@@ -133,17 +156,20 @@ class QuantScheme:
         kind = "" if self.symmetric else "-asym-real" if self.real_zero else "-asym"
         kind += (f"-{self.codebook}" if self.codebook else "") + ("-perm" if self.permuted else "")
         outliers = f"-o{round(100 * self.outliers, 4):g}%" if self.outliers else ""
-        return f"W{self.bits}A16-g{self.group_size}{kind}{outliers}" + ("-columns" if self.outlier_columns else "")
+        inputs = "A16" if self.activations is None else f"A8{ACTIVATIONS[self.activations]}"
+        group = "" if self.activations and self.group_size == -1 else f"-g{self.group_size}"
+        return f"W{self.bits}{inputs}{group}{kind}{outliers}" + ("-columns" if self.outlier_columns else "")
 
     @classmethod
     def parse(cls, slug: str) -> QuantScheme:
-        """Inverse of ``str``: ``QuantScheme.parse("W4A16-g128-asym")``."""
-        match = _SLUG.fullmatch(slug) if isinstance(slug, str) else None
-        if match is None:
-            raise SchemeError(f"not a scheme: {slug!r} (for example 'W4A16-g128-asym')")
+        """Inverse of ``str``: ``QuantScheme.parse("W4A16-g128-asym")``; also what ``"bnb-int8"`` stands for."""
+        match = _SLUG.fullmatch(ALIASES.get(slug, slug)) if isinstance(slug, str) else None
+        if match is None or not (match["int8"] or match["group"]):
+            raise SchemeError(f"not a scheme: {slug!r} (for example 'W4A16-g128-asym' or 'W8A8')")
+        how = next(name for name, suffix in ACTIVATIONS.items() if suffix == (match["how"] or ""))
         share = round(float(match["share"] or 0) / 100, 6)
         return cls(
-            int(match["bits"]), int(match["group"]), match["asym"] is None,
+            int(match["bits"]), int(match["group"] or -1), match["asym"] is None,
             match["codebook"], match["real"] is not None, match["permuted"] is not None,
-            share, bool(share and match["columns"]),
+            share, bool(share and match["columns"]), how if match["int8"] else None,
         )  # fmt: skip

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+SAMPLE_ROWS = 512  # looked at to see what rounding activations costs
 HELD_ROWS = 2048  # of the inputs kept to judge on: enough for one number
 TILE = 128  # columns of the Gram matrix computed together
 ROWS = 256  # of weights looked at together in float64
@@ -29,6 +30,8 @@ class InputStats:
         drift_rows: Over how many rows.
         held: Rows kept out of ``drift`` to judge on: pairs of ``x`` and ``x_float - x``, ``[n, K]`` each.
         notes: What a method wants reported about this layer.
+        peak: float32 ``[K]``, the largest magnitude of each input.
+        sample: Some of the rows, ``[n, K]`` each, where activations shall be rounded.
     """
 
     gram: Tensor
@@ -37,6 +40,8 @@ class InputStats:
     drift_rows: int = 0
     held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    peak: Tensor = field(default_factory=lambda: torch.zeros(()))
+    sample: list[Tensor] = field(default_factory=list)
     _inverse: Tensor | None = None
     _upper: tuple[Tensor, Tensor] | None = None
 
@@ -44,18 +49,24 @@ class InputStats:
     def empty(cls, in_features: int, device: torch.device | str = "cpu", *, drift: bool = False) -> InputStats:
         """Of a layer that has seen nothing; ``drift``: the float model's inputs will be there too."""
         gram = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
-        return cls(gram, drift=torch.zeros_like(gram) if drift else None)
+        peak = torch.zeros(in_features, device=device)
+        return cls(gram, drift=torch.zeros_like(gram) if drift else None, peak=peak)
 
-    def update(self, x: Tensor, original: Tensor | None = None, *, held: int = 0) -> None:
+    def update(self, x: Tensor, original: Tensor | None = None, *, held: int = 0, sampled: int = 0) -> None:
         """Fold in activations ``[..., K]``.
 
         Args:
             x: What the layer is given.
             original: What the layer of the float model is given for the same tokens.
             held: Keep every so-manieth row to judge on, in place of summing up the drift; 0 for none.
+            sampled: Keep every so-manieth row in ``sample``; 0 for none.
         """
         rows = x.reshape(-1, x.shape[-1])
         wide = rows.to(torch.float64)
+        if len(rows):
+            self.peak = torch.maximum(self.peak, rows.abs().amax(0).float())
+        if sampled:
+            self.sample.append(rows[::sampled].float())
         for i in range(0, wide.shape[1], TILE):  # one half is the other, turned
             j = min(i + TILE, wide.shape[1])
             part = wide[:, i:].T @ wide[:, i:j]

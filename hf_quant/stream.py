@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from hf_quant.errors import HfQuantError
 from hf_quant.memory import give_back_memory
 from hf_quant.methods import Method, method
 from hf_quant.nn.experts import expert_input, stacks
+from hf_quant.numerics import floored
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.scheme import QuantScheme
-from hf_quant.stats import HELD_ROWS, InputStats
+from hf_quant.stats import HELD_ROWS, SAMPLE_ROWS, InputStats
 from hf_quant.tensor import QuantizedTensor
 from hf_quant.transforms import Stage, Transform, weight_of
 
@@ -309,6 +310,7 @@ def _collect(
         weight = weight_of(block.module.get_submodule(name))
         stats[name] = InputStats.empty(weight.shape[1], weight.device, drift=twin is not None)
     judged = max(1, len(hidden) // HELD)
+    rounds = {g.layers[0]: any(block.layers[f"{block.name}.{n}"].activations for n in g.layers) for g in part}
     for i in mine:
         seen = _inputs(block, block.module, leaders, hidden[i])
         there = {} if twin is None or original is None else _inputs(block, twin, leaders, original[i])
@@ -316,9 +318,12 @@ def _collect(
         every = -(-judged * hidden[i].shape[0] * hidden[i].shape[1] // HELD_ROWS)
         for name in leaders:
             other = there[name][0] if there else None
-            stats[name].update(seen[name][0], other, held=every if held else 0)
-    for each in stats.values():
+            few = -(-hidden[i].shape[0] * hidden[i].shape[1] * len(hidden) // SAMPLE_ROWS) if rounds[name] else 0
+            stats[name].update(seen[name][0], other, held=every if held else 0, sampled=few)
+    for name, each in stats.items():
         reduce(each, ranks)
+        if not each.peak.isfinite().all():
+            raise HfQuantError(f"{block.name}.{name}: NaN or infinite values among its inputs")
     return stats
 
 
@@ -329,6 +334,8 @@ def reduce(stats: InputStats, ranks: Ranks) -> None:
     ranks.sum_(stats.gram)
     if stats.drift is not None:
         ranks.sum_(stats.drift)
+    stats.peak = torch.stack(ranks.every(stats.peak)).amax(0)
+    stats.sample = [x for part in ranks.every(stats.sample) for x in part]
     rows, drift_rows = ranks.total(stats.rows, stats.drift_rows)
     stats.rows, stats.drift_rows = int(rows), int(drift_rows)
     stats.held = [pair for held in ranks.every(stats.held) for pair in held]
@@ -357,7 +364,7 @@ def _solve_group(
             weight = stage.weight(local)
             quantized = recipe.method(schemes[local]).quantize(weight, schemes[local], recipe.dtype, stats)
             error = stats.error(weight, quantized.dequantize(torch.float32))
-            found = quantized.cpu(), error, list(stats.notes)
+            found = with_range(quantized, stats.peak).cpu(), error, list(stats.notes)
             stats.notes.clear()
         quantized, made.errors[full[local]], notes = recipe.ranks.shared(found, owner)
         made.codes[full[local]] = quantized
@@ -395,6 +402,9 @@ def _solve_experts(
                 made.experts[name].append(stats[e].rows)
                 made.note(name, notes)
         made.codes[name] = QuantizedTensor.stack(parts)
+        if block.layers[name].activations == "tensor":  # an expert that saw little knows little of its range
+            widest = torch.stack([part.input_scale for part in parts if part.input_scale is not None]).amax()
+            made.codes[name] = replace(made.codes[name], input_scale=widest.expand(count, 1).contiguous())
         made.errors[name] = sum(lost) / len(lost)
         _put(block, name, made.codes[name].dequantize(torch.float32))
 
@@ -406,10 +416,30 @@ def _solve_expert(
     weight = (dense.T if module.is_transposed else dense).contiguous()
     if stats.rows < STARVED:
         quantized = method("rtn").quantize(weight, scheme, recipe.dtype)
-        return quantized.cpu(), 0.0, [f"expert {expert} saw {stats.rows} tokens: rounded to nearest"]
-    quantized = recipe.method(scheme).quantize(weight, scheme, recipe.dtype, stats)
+        return (
+            with_range(quantized, stats.peak).cpu(),
+            0.0,
+            [f"expert {expert} saw {stats.rows} tokens: rounded to nearest"],
+        )
+    quantized = with_range(recipe.method(scheme).quantize(weight, scheme, recipe.dtype, stats), stats.peak)
     notes = [f"expert {expert}: {note}" for note in stats.notes]
     return quantized.cpu(), stats.error(weight, quantized.dequantize(torch.float32)), notes
+
+
+def with_range(quantized: QuantizedTensor, peak: Tensor) -> QuantizedTensor:
+    """The same with one scale for all activations, where its scheme wants that: the largest value seen becomes 127.
+
+    Args:
+        quantized: A layer.
+        peak: ``[K]``, the largest magnitude of each of its inputs.
+    """
+    if quantized.scheme.activations != "tensor":
+        return quantized
+    if quantized.scheme.outlier_columns and quantized.outliers is not None:
+        peak = peak.index_fill(0, quantized.outliers.index.long(), 0)
+    return replace(
+        quantized, input_scale=floored(peak.amax()[None] / 127, quantized.scale.dtype).to(quantized.scale.dtype)
+    )
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -82,6 +82,8 @@ def _one(fmt: str, name: str, layer: Layer, tp: int) -> str:
     by_rows = leaf in ROWS
     if (k if by_rows else n) % tp:
         return f"!{'in' if by_rows else 'out'}_features {k if by_rows else n} cannot be split over {tp} GPUs"
+    if scheme.activations:
+        return _int8(scheme, fmt, bool(_EXPERT.match(name)))
     part = _Part(scheme, n if by_rows else n // tp, k // tp if by_rows else k, k)
     if (reason := _never(fmt, part)) is not None:
         return f"!{reason}"
@@ -103,6 +105,21 @@ class _Part:
 
 
 MARLIN = (-1, 32, 64, 128)
+
+
+def _int8(scheme: QuantScheme, fmt: str, expert: bool) -> str:
+    """INT8 activations: those of ``compressed_tensors`` that hold 8 bits with one scale a row."""
+    if (
+        fmt != "compressed_tensors"
+        or scheme.bits != 8
+        or scheme.group_size != -1
+        or scheme.outliers
+        or not scheme.symmetric
+    ):
+        return f"!of INT8 activations it runs W8A8 without zero points in compressed_tensors, not {scheme} in {fmt}"
+    if expert and scheme.activations != "token":
+        return f"!experts take activations by token, not {scheme}"
+    return "fused Triton for experts in INT8" if expert else "CUTLASS INT8 (scaled_mm)"
 
 
 def _never(fmt: str, part: _Part) -> str | None:

@@ -58,6 +58,7 @@ class QuantizedTensor:
         perm: int32 ``[..., S, K]`` where the scheme is permuted: column j of the codes is column ``perm[s, j]`` of the
             weight, in the s-th of S equal parts of the rows (the gate and up halves of a stack, else S is 1).
         outliers: Where the scheme has some.
+        input_scale: ``[..., 1]`` floating point, of the activations, where the scheme gives them one scale for all.
     """
 
     qweight: Tensor
@@ -66,6 +67,7 @@ class QuantizedTensor:
     scheme: QuantScheme
     perm: Tensor | None = None
     outliers: Outliers | None = None
+    input_scale: Tensor | None = None
 
     @classmethod
     def from_codes(
@@ -106,7 +108,9 @@ class QuantizedTensor:
             else None
         )
         qweight, scale = torch.stack([p.qweight for p in parts]), torch.stack([p.scale for p in parts])
-        return cls(qweight, scale, zero, first.scheme, outliers=joined)
+        ranges = [part.input_scale for part in parts if part.input_scale is not None]
+        input_scale = torch.stack(ranges) if ranges else None
+        return cls(qweight, scale, zero, first.scheme, outliers=joined, input_scale=input_scale)
 
     def _by_row(self) -> list[Tensor]:
         """All tensors with one entry a row."""

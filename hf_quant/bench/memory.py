@@ -105,9 +105,16 @@ def _main(model: str, load: dict[str, Any]) -> None:
     peak = watch.stop()
     if device.type != "cpu":
         peak = torch.get_device_module(device).max_memory_allocated(device)
-    weights = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(made)}
+    weights = dict(map(_stored, _tensors(made)))
     record = Memory(seconds, sum(weights.values()), peak, "process" if device.type == "cpu" else str(device))
     sys.stdout.write(json.dumps(record.to_dict()) + "\n")
+
+
+def _stored(tensor: Any) -> tuple[int, int]:
+    """Where it is, and its bytes; what oneDNN laid out has no storage to ask."""
+    if tensor.is_mkldnn:
+        return id(tensor), tensor.nbytes
+    return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
 def _tensors(model: Any) -> list[Any]:

@@ -6,11 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from hf_quant.hf._compat import cache_argument
+from hf_quant.hf.kv_cache import cache_bytes
 
 WARM_UP = 1
 
@@ -28,6 +30,7 @@ class Speed:
         first_token: Seconds from the prompt to the first token.
         prefill_spread: Interquartile range over the median.
         decode_spread: Likewise.
+        cache_bytes: Of keys and values at the end, all sequences together.
     """
 
     batch: int
@@ -38,6 +41,7 @@ class Speed:
     first_token: float
     prefill_spread: float
     decode_spread: float
+    cache_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -45,13 +49,13 @@ class Speed:
 
 
 @torch.inference_mode()
-def once(model: Any, batch: int, prompt: int, new: int) -> tuple[float, float]:
-    """Seconds to the first token and seconds for the ``new - 1`` that follow, greedy with a cache."""
+def once(model: Any, batch: int, prompt: int, new: int, cache: str | None = None) -> tuple[float, float, int]:
+    """Seconds to the first token, seconds for the ``new - 1`` that follow, greedy with a cache, and its bytes."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
     _wait(model)
     start = time.perf_counter()
-    kept = cache_argument(model)
+    kept = cache_argument(model, cache)
     out = model(ids, use_cache=True, logits_to_keep=1, **kept)
     token = out.logits[:, -1:].argmax(-1)
     _wait(model)
@@ -60,12 +64,12 @@ def once(model: Any, batch: int, prompt: int, new: int) -> tuple[float, float]:
         out = model(token, use_cache=True, **kept)
         token = out.logits[:, -1:].argmax(-1)
     _wait(model)
-    return first - start, time.perf_counter() - first
+    return first - start, time.perf_counter() - first, cache_bytes(next(iter(kept.values())))
 
 
 def compare(
     models: Mapping[str, Any], batches: Sequence[int], *, prompt: int = 128, new: int = 32, repeats: int = 5,
-    progress: Callable[[Any], Any] = iter,
+    progress: Callable[[Any], Any] = iter, caches: Mapping[str, str | None] = MappingProxyType({}),
 ) -> dict[str, list[Speed]]:  # fmt: skip
     """Every model at every batch size.
 
@@ -76,22 +80,23 @@ def compare(
         new: Tokens to generate for each, at least 2.
         repeats: Turns that count; one more comes first, to warm up.
         progress: Wraps the list of turns.
+        caches: Name of a model to the kind of its cache: ``"int8"``, ``"int4"``; others have one in floating point.
     """
-    times: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    times: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
     for turn, batch in progress([(turn, batch) for batch in batches for turn in range(WARM_UP + repeats)]):
         names = list(models)
         for name in names if turn % 2 else names[::-1]:
-            took = once(models[name], batch, prompt, new)
+            took = once(models[name], batch, prompt, new, caches.get(name))
             if turn >= WARM_UP:
                 times.setdefault((name, batch), []).append(took)
     return {name: [_speed(times[name, batch], batch, prompt, new) for batch in batches] for name in models}
 
 
-def _speed(times: list[tuple[float, float]], batch: int, prompt: int, new: int) -> Speed:
+def _speed(times: list[tuple[float, float, int]], batch: int, prompt: int, new: int) -> Speed:
     first, rest = [t[0] for t in times], [t[1] for t in times]
     return Speed(
         batch, prompt, new, batch * prompt / statistics.median(first), batch * (new - 1) / statistics.median(rest),
-        statistics.median(first), _spread(first), _spread(rest),
+        statistics.median(first), _spread(first), _spread(rest), times[-1][2],
     )  # fmt: skip
 
 

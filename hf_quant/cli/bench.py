@@ -20,12 +20,15 @@ FEW = 3  # repeats, at least
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(2), default=32, show_default=True)
 @click.option("--repeats", type=click.IntRange(FEW), default=5, show_default=True, help="Besides one to warm up.")
+@click.option(
+    "--kv-cache", type=click.Choice(["int8", "int4"]), help="Keys and values of MODEL like that; the base's stay."
+)
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--device", help="Where to run: cpu, cuda, auto, ...")
 @output_options
 def command(
     model: str, base: str | None, batch: tuple[int, ...], prompt_tokens: int, new_tokens: int, repeats: int, dtype: str,
-    device: str | None, as_json: bool, quiet: bool,
+    device: str | None, kv_cache: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure memory, time to load, and prefill and decode speed of MODEL."""
     from tqdm import tqdm
@@ -43,11 +46,12 @@ def command(
         if not each.can_generate() or each.config.is_encoder_decoder:
             raise HfQuantError(f"{names[role]}: bench measures causal language models, not {type(each).__name__}")
     speeds = speed.compare(
-        models, batch, prompt=prompt_tokens, new=new_tokens, repeats=repeats,
+        models, batch, caches={"model": kv_cache}, prompt=prompt_tokens, new=new_tokens, repeats=repeats,
         progress=lambda turns: tqdm(turns, desc="speed", disable=not shown),
     )  # fmt: skip
     for role, found in speeds.items():
         record[role]["speed"] = [each.to_dict() for each in found]
+    record["kv_cache"] = kv_cache or "float"
     record["slower"] = _slower(record) if base else []
     record["machine"] = _machine()
     store_results(Path(model), {"bench": record})
@@ -99,11 +103,15 @@ def _human(record: dict[str, Any], roles: list[str]) -> str:
         (
             f"{role}, batch {s['batch']}", f"{s['prefill']:.0f} ±{s['prefill_spread'] / 2:.0%}",
             f"{s['decode']:.1f} ±{s['decode_spread'] / 2:.0%}", f"{1000 * s['first_token']:.0f}",
+            f"{s['cache_bytes'] / 1e6:.2f}",
         )
         for role in roles
         for s in record[role]["speed"]
     ]  # fmt: skip
-    parts = [table(head, sizes), table(("", "prefill tokens/s", "decode tokens/s", "first token ms"), speeds)]
+    parts = [
+        table(head, sizes),
+        table(("", "prefill tokens/s", "decode tokens/s", "first token ms", "KV cache MB"), speeds),
+    ]
     return "\n\n".join([*parts, *(["\n".join(record["slower"])] if record["slower"] else [])])
 
 

@@ -15,7 +15,7 @@ PACKAGES = (
     "hf-quant", "torch", "transformers", "accelerate", "safetensors", "huggingface-hub", "triton", "peft",
     "compressed-tensors", "optimum",
 )  # fmt: skip
-SCHEMES = ("W8A16-g128", "W4A16-g128", "W3A16-g128", "W2A16-g128")
+SCHEMES = ("W8A8", "W4A8-g128", "W8A16-g128", "W4A16-g128", "W3A16-g128", "W2A16-g128")
 
 
 @click.command()
@@ -38,7 +38,7 @@ def command(as_json: bool, quiet: bool) -> None:
     for kernel in record["kernels"]:
         lines.append(f"{kernel['scheme']} {kernel['dtype']}: {kernel['chosen']}")
         lines += [f"    not {name}: {reason}" for name, reason in kernel["not"].items()]
-    chosen = record["kernels"][2]["chosen"]
+    chosen = next(kernel["chosen"] for kernel in record["kernels"] if kernel["scheme"] == "W4A16-g128")
     emit(as_json, quiet, record=record, essential=chosen, human="\n".join(lines))
 
 
@@ -58,12 +58,14 @@ def _autoloads() -> str:
 
 def _kernel(slug: str, dtype: Any, device: str) -> dict[str, Any]:
     from hf_quant import _plugins
-    from hf_quant.kernels import LinearSpec, select
+    from hf_quant.kernels import LinearSpec, refusal, select
     from hf_quant.scheme import QuantScheme
 
     spec = LinearSpec(QuantScheme.parse(slug), 4096, 4096, dtype, device)
-    reasons = {name: _plugins.load("kernels", name).BACKEND().why_not(spec) for name in _plugins.names("kernels")}
-    chosen = type(select(spec)).__name__
+    reasons = {name: refusal(_plugins.load("kernels", name).BACKEND(), spec) for name in _plugins.names("kernels")}
+    backend = select(spec)
+    inner = getattr(backend, "inner", None)
+    chosen = type(backend).__name__ if inner is None else f"{type(inner).__name__} on rounded activations"
     refused = {name: reason for name, reason in reasons.items() if reason}
     return {"scheme": slug, "dtype": str(dtype).removeprefix("torch."), "chosen": chosen, "not": refused}
 

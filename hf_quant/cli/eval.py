@@ -32,12 +32,15 @@ from hf_quant.errors import HfQuantError
 @click.argument("model")
 @click.option("--base", help="The model it was made from; default: the one its recipe.json names.")
 @click.option("--device", help="Where to run both: cpu, cuda, auto, ...")
+@click.option(
+    "--kv-cache", type=click.Choice(["int8", "int4"]), help="Measure it with keys and values kept like that."
+)
 @click.option("--tasks", help="Tasks of lm-evaluation-harness too, separated by commas.")
 @measure_options
 @gate_options
 @output_options
 def command(
-    model: str, base: str | None, device: str | None, tasks: str | None, as_json: bool, quiet: bool,
+    model: str, base: str | None, device: str | None, kv_cache: str | None, tasks: str | None, as_json: bool, quiet: bool,
     max_kl: float | None, max_ppl_increase: float | None, min_top1: float | None, **how: Any,
 ) -> None:  # fmt: skip
     """Measure MODEL against the model it was made from: KL divergence, perplexity, top-1 agreement."""
@@ -61,8 +64,11 @@ def command(
     say(f"measuring {model} against {base} on {name}", quiet)
     measure = measuring.yardstick(base, text, tokenizer, revision=None, device=device, shown=shown, quiet=quiet)
     loaded = load(model, **({"device_map": device} if device else {})).eval()
-    quality = measure(loaded)
+    measured = _cached(loaded, kv_cache) if kv_cache else loaded
+    quality = measure(measured)
     record: dict[str, Any] = {"quality": quality.to_dict()}
+    if kv_cache:
+        record["kv_cache"] = {"kind": kv_cache, "bytes": measured.nbytes}
     if asked := budget(max_kl, max_ppl_increase, min_top1):
         record["gate"] = asked.verdict(quality)
     record["layers"] = [each.to_dict() for each in layer_errors(loaded, Base(base).checkpoint())]
@@ -70,7 +76,8 @@ def command(
         from hf_quant.evaluation.tasks import run_tasks
 
         record["tasks"] = run_tasks(loaded, tokenizer, tasks.split(","))
-    store_results(Path(model), record)
+    if not kv_cache:  # results.json is about the model alone
+        store_results(Path(model), record)
     human = table(QUALITY_HEAD, quality_lines(record["quality"]))
     missed = gate_lines(record.get("gate", {"misses": []}), record["layers"])
     first = next(iter(quality.metrics.values())) if quality.kind == "encoder" else quality.metrics["kl"]
@@ -79,6 +86,14 @@ def command(
         say(line)
     if missed:
         sys.exit(3)
+
+
+def _cached(model: Any, kind: str) -> Any:
+    from hf_quant.evaluation.cached import Cached
+
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise HfQuantError(f"--kv-cache: {type(model).__name__} is no causal language model, so it keeps none")
+    return Cached(model, kind)
 
 
 def _tasks(record: dict[str, Any]) -> list[str]:

@@ -39,6 +39,9 @@ TOKENS, TRIAL_TOKENS = 32768, 4096
 @gate_options
 @click.option("--group-size", type=int, default=128, show_default=True, help="Columns that share a scale.")
 @click.option("--asym", is_flag=True, help="With zero points.")
+@click.option(
+    "--int8-activations", is_flag=True, help="W8A8 and W4A8 on the way down, for speed in prefill and batches."
+)
 @click.option("--method", default="rtn", show_default=True, help="How codes are chosen.")
 @click.option("--ignore", multiple=True, metavar="GLOB", help="Layers to leave in floating point.")
 @click.option("--lm-head", is_flag=True, help="Quantize the output head too.")
@@ -54,7 +57,7 @@ TOKENS, TRIAL_TOKENS = 32768, 4096
 @output_options
 def command(
     model: str, output: str, max_size: int | None, max_kl: float | None, max_ppl_increase: float | None,
-    min_top1: float | None, group_size: int, asym: bool, method: str, ignore: tuple[str, ...], lm_head: bool,
+    min_top1: float | None, group_size: int, asym: bool, int8_activations: bool, method: str, ignore: tuple[str, ...], lm_head: bool,
     embeddings: bool, text: str | None, dataset: str | None, context: int | None, stride: int | None,
     max_tokens: int | None, base_dtype: str, allow_overlap: bool, trial_text: str | None, trial_tokens: int, dtype: str,
     device: str | None, revision: str | None, max_shard_size: str, overwrite: bool, as_json: bool, quiet: bool,
@@ -65,8 +68,7 @@ def command(
 
     from hf_quant.compress import Job, compress, tokenizer_of
     from hf_quant.evaluation.yardstick import Base
-    from hf_quant.ladder import LADDER, Ladder, Limits
-    from hf_quant.scheme import QuantScheme
+    from hf_quant.ladder import Ladder, Limits, rungs
 
     limits = Limits(budget(max_kl, max_ppl_increase, min_top1), max_size)
     if not limits.budget and max_size is None:
@@ -90,7 +92,7 @@ def command(
         "quantize_embeddings": embeddings,
     }  # fmt: skip
     walk = Ladder(
-        job, limits, [QuantScheme(bits, group_size, not asym) for bits in LADDER], options, base.load,
+        job, limits, rungs(group_size, not asym, int8_activations), options, base.load,
         lambda: _trial(base, tokenizer, found[1], trial_text, trial_tokens, quiet),
         lambda trials: tqdm(trials, desc="sensitivity", disable=not shown),
     ).walk()  # fmt: skip

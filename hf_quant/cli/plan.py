@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 WORKING = 60e6  # bytes of working memory while quantizing on load; benchmarks/rtn_memory.py measures it
 SMALL = 1_000_000_000
 ENOUGH = 0.2  # of weights and KV cache together: less saved than this is hardly felt
+KV_BITS = {
+    "int8": 8.25,
+    "int4": 5,
+}  # of each value, scales included, in heads of 64; the newest tokens of INT4 left out
 LITTLE = 0.05  # of the memory there is
 
 
@@ -51,6 +55,8 @@ def command(model: str, revision: str | None, as_json: bool, quiet: bool, **sche
                 "format_reason": plan.format_reason,
                 "left": plan.left,
                 "kv_cache_bytes": cache,
+                "kv_cache_bytes_int8": int(cache * KV_BITS["int8"] / 16),
+                "kv_cache_bytes_int4": int(cache * KV_BITS["int4"] / 16),
                 "advice": [*_advice(plan.params, config.bits), *_worth(plan, cache)],
             }
         )
@@ -83,7 +89,8 @@ def _worth(plan: Plan, cache: int) -> list[str]:
     if cache and saved < ENOUGH * (plan.bytes_float + cache):
         made.append(
             f"hardly worth it at long context: {cache / 1e6:.0f} MB of keys and values at the full length stay, so "
-            f"{saved / 1e6:.0f} MB are {saved / (plan.bytes_float + cache):.0%} of the whole"
+            f"{saved / 1e6:.0f} MB are {saved / (plan.bytes_float + cache):.0%} of the whole; in INT8 they are "
+            f"{cache * KV_BITS['int8'] / 16e6:.0f} MB, in INT4 {cache * KV_BITS['int4'] / 16e6:.0f}: hf_quant.QuantCache"
         )
     memory = _memory()
     if memory and plan.bytes_float < LITTLE * memory:

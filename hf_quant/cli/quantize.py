@@ -148,7 +148,7 @@ def _calibration(
     from hf_quant.evaluation.yardstick import Base
     from hf_quant.presets import preset
 
-    if not any(preset(plan.method, plan.bits).calibrated for plan in plans):
+    if not any(preset(plan.method, plan.default_scheme).calibrated for plan in plans):
         return None
     beside = Path(model) / CALIBRATION
     found = str(beside) if source is None and beside.is_file() else source

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.methods import Method
+from hf_quant.numerics import quantize_rows
 from hf_quant.scheme import QuantScheme
 
 FUSED = {
@@ -35,14 +36,17 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
 
 @contextmanager
 def rounded(model: Any, names: Sequence[str], scheme: QuantScheme, method: Method) -> Iterator[None]:
-    """Inside, the weights ``names`` of a floating-point ``model`` are what ``scheme`` makes of them."""
+    """Inside, the weights ``names`` of a floating-point ``model``, and what enters them, are what ``scheme`` makes of them."""
     before = {name: _weight(model, name) for name in names}
-    kept = {name: weight.data for name, (weight, _) in before.items()}
+    kept, hooks = {name: weight.data for name, (weight, _) in before.items()}, []
     try:
         for weight, turned in before.values():
             weight.data = _round(weight.data, turned, scheme, method)
+        hooks = [_owner(model, name).register_forward_pre_hook(_round_input) for name in names if scheme.activations]
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, (weight, _) in before.items():
             weight.data = kept[name]
 
@@ -76,6 +80,18 @@ def _weight(model: Any, name: str) -> tuple[torch.nn.Parameter, bool]:
         return getattr(module, leaf), bool(getattr(module, "is_transposed", False))
     layer = model.get_submodule(name)
     return layer.weight, not isinstance(layer, (torch.nn.Linear, torch.nn.Embedding))
+
+
+def _owner(model: Any, name: str) -> torch.nn.Module:
+    """The module that multiplies by a weight."""
+    parent, _, leaf = name.rpartition(".")
+    module: torch.nn.Module = model.get_submodule(parent)
+    return module if isinstance(getattr(module, leaf), torch.nn.Parameter) else getattr(module, leaf)
+
+
+def _round_input(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    codes, scale = quantize_rows(args[0])
+    return ((codes * scale).to(args[0].dtype), *args[1:])
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,12 @@ def check_scale(name: str, scale: Tensor) -> None:
         raise FormatError(f"{name}: all scales are zero, so the file is damaged")
 
 
+def check_input_scale(name: str, scale: Tensor) -> None:
+    """Every scale of activations is a number above zero."""
+    if not bool((scale.isfinite() & (scale > 0)).all()):
+        raise FormatError(f"{name}: must be a finite number above zero")
+
+
 def settled(tensor: QuantizedTensor) -> QuantizedTensor:
     """The same weight; groups whose scale is zero (float16 underflows) get a scale of one, and codes of zero."""
     dead = tensor.scale == 0
@@ -88,8 +95,7 @@ def settled(tensor: QuantizedTensor) -> QuantizedTensor:
     zeros = tensor.zeros()
     codes = tensor.codes().unflatten(-1, (zeros.shape[-1], -1))
     codes = torch.where(dead[..., None], zeros[..., None], codes).flatten(-2)
-    scale = torch.where(dead, 1, tensor.scale)
-    return QuantizedTensor(pack(codes, tensor.scheme.bits), scale, tensor.zero_point, tensor.scheme, tensor.perm)
+    return replace(tensor, qweight=pack(codes, tensor.scheme.bits), scale=torch.where(dead, 1, tensor.scale))
 
 
 def codes_of(name: str, signed: Tensor, scheme: QuantScheme) -> Tensor:

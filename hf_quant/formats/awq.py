@@ -64,6 +64,8 @@ class AWQ:
         return cls(version, size, not zeros)
 
     def why_not(self, scheme: QuantScheme) -> str | None:
+        if scheme.activations:
+            return f"it says nothing of activations, and those of {scheme} are INT8 beside {scheme.bits}-bit weights"
         if scheme.codebook or scheme.real_zero or scheme.permuted or scheme.outliers:
             return f"it holds integers with integer zero points in the order of the columns only, not {scheme}"
         return None if scheme.bits == 4 else f"it holds 4 bits only, and these are {scheme.bits}"

@@ -1,9 +1,10 @@
 """compressed-tensors: what vLLM, SGLang and the Hub's parameter counter read without this package.
 
-Written as ``pack-quantized`` of 4 and 8 bits. Read: that of every width, in today's layout and in the one before 0.13, in
-which no code crosses a word; columns in another order (``weight_g_idx``, actorder "group"); ``int-quantized`` and
-``naive-quantized`` integers, which run in that many bits against activations in floating point, even where the checkpoint
-quantizes activations too; and 8-bit floats, which become floating point.
+Written as ``pack-quantized`` of 4 and 8 bits and, where activations are INT8 too, as ``int-quantized``. Read: packed
+integers of every width, in today's layout and in the one before 0.13, in which no code crosses a word; columns in another
+order (``weight_g_idx``, actorder "group"); ``int-quantized`` and ``naive-quantized`` integers; and 8-bit floats, which
+become floating point. Activations run in symmetric INT8 where the config says so (by token, or with one stored scale), and
+in floating point where it says something else.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
@@ -23,6 +24,7 @@ from hf_quant.errors import FormatError
 from hf_quant.formats import Headers, Layer, Value
 from hf_quant.formats._common import (
     FLOATS,
+    check_input_scale,
     check_scale,
     codes_of,
     integer,
@@ -40,7 +42,11 @@ from hf_quant.scheme import BITS, MULTIPLE, QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")  # read past: they run in float
+ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+INPUTS = {  # what our words mean in this format
+    "token": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+    "tensor": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,8 @@ class _Group:
     symmetric: bool
     floats: bool  # 8-bit floats, not integers
     block: tuple[int, int] | None  # rows and columns that share a scale, where more than one row does
-    activations: bool  # whether activations are quantized too
+    activations: str | None  # as in a `QuantScheme`
+    note: str  # on activations that stay in floating point, although the config quantizes them
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,8 @@ class CompressedTensors:
             return "its readers no longer know columns in another order (weight_g_idx)"
         if scheme.bits not in (4, 8):
             return f"its {scheme.bits}-bit packing differs between its versions"
+        if scheme.activations and (scheme.activations not in INPUTS or (scheme.bits, scheme.group_size) != (8, -1)):
+            return f"beside INT8 activations it holds 8 bits with one scale a row, and not {scheme}"
         if scheme.outliers:
             return f"it has no place for outliers beside the {scheme.bits}-bit codes"
         return None
@@ -107,6 +116,11 @@ class CompressedTensors:
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape
         groups = scheme.groups(k)
+        made: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        if scheme.activations:
+            made = {"weight": ((n, k), torch.int8), "weight_scale": ((n, 1), dtype)}
+            made |= {} if scheme.symmetric else {"weight_zero_point": ((n, 1), torch.int8)}
+            return made | ({"input_scale": ((1,), dtype)} if scheme.activations == "tensor" else {})
         made = {
             "weight_packed": ((n, scheme.packed_bytes(k) // 4), torch.int32),
             "weight_scale": ((n, groups), dtype),
@@ -119,6 +133,8 @@ class CompressedTensors:
     def write(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
         if (reason := self.why_not(tensor.scheme)) is not None:
             raise FormatError(f"compressed-tensors: {tensor.scheme.bits} bits: {reason}")
+        if tensor.scheme.activations:
+            return _unpacked(tensor)
         n, bits = tensor.scale.shape[0], tensor.scheme.bits
         made = {
             "weight_packed": tensor.qweight.contiguous().view(torch.int32),
@@ -148,6 +164,12 @@ class CompressedTensors:
         zero = _zero(tensors, n, groups, scheme)
         zero = None if zero is None else spread(zero, k, k // groups, scheme)
         made = settled(QuantizedTensor(packed, spread(scale, k, k // groups, scheme), zero, scheme))
+        if scheme.activations == "tensor":
+            found = need(tensors, "input_scale", FLOATS)
+            if found.numel() != 1:
+                raise FormatError(f"input_scale has shape {list(found.shape)}, expected one value")
+            check_input_scale("input_scale", found)
+            made = replace(made, input_scale=found.reshape(1))
         if scheme.permuted and "weight_g_idx" not in tensors:
             raise FormatError("weight_g_idx is missing")
         order = _order(tensors, k, groups)
@@ -199,7 +221,6 @@ class CompressedTensors:
         else:
             n, k = need(own, "weight", FLOAT8 if group.floats else (torch.int8,), (None, None)).shape
         scale = need(own, "weight_scale", FLOATS)
-        note = "its activations stay in floating point" if group.activations else ""
         if group.floats:
             return Layer((n, k), None, scale.dtype, "8-bit floats")
         size = k if group.group_size == -1 else group.group_size
@@ -211,7 +232,8 @@ class CompressedTensors:
         scattered = "weight_g_idx" in own and k > size
         if g_idx is not None:
             scattered = _order({"weight_g_idx": g_idx}, k, k // size) is not None
-        scheme = scheme_for(group.bits, group.group_size, k, group.symmetric, permuted=scattered)
+        inputs, note = (None, IN_FLOAT) if scattered and group.activations else (group.activations, group.note)
+        scheme = scheme_for(group.bits, group.group_size, k, group.symmetric, permuted=scattered, activations=inputs)
         if scheme is None:
             raise FormatError(f"groups of {size} in rows of {k} do not divide into legal ones")
         if not group.symmetric:
@@ -233,7 +255,16 @@ class CompressedTensors:
         return named["Linear"]
 
 
+IN_FLOAT = "its activations stay in floating point"
 SHAPES = (torch.int64, torch.int32)
+
+
+def _unpacked(tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """One code a byte: ``int-quantized``."""
+    made = {"weight": (tensor.qweight ^ 0x80).view(torch.int8), "weight_scale": tensor.scale}
+    if tensor.zero_point is not None:
+        made["weight_zero_point"] = (tensor.zero_point ^ 0x80).view(torch.int8)
+    return made if tensor.input_scale is None else made | {"input_scale": tensor.input_scale}
 
 
 def _stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -327,11 +358,16 @@ def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore
             named.setdefault(scheme, []).append(_target(name))
     # a name counts before a class wherever it stands; some of transformers looks at the first group only
     groups = [(default, ["Linear"]), *named.items()]
+    made = {f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(groups)}
+    formats = {"int-quantized" if scheme.activations else "pack-quantized" for scheme, _ in groups}
+    if len(formats) > 1:
+        for (scheme, _), group in zip(groups, made.values(), strict=True):
+            group["format"] = "int-quantized" if scheme.activations else "pack-quantized"
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
-        "config_groups": {f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(groups)},
+        "config_groups": made,
         "ignore": [_target(name) for name in ignore],
         "kv_cache_scheme": None,
     }
@@ -347,7 +383,8 @@ def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
         "group_size": None if whole_row else scheme.group_size,
         "dynamic": False,
     }
-    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
+    inputs = INPUTS[scheme.activations] if scheme.activations else None
+    return {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
 
 
 # field to the values that change nothing here
@@ -401,8 +438,24 @@ def _group_read(where: str, group: Any) -> _Group:
         if not floats or not sizes:
             raise refused(f"{where}.weights.block_structure", block, "only two sizes, and only of floats, are read")
     shared = (block[0], block[1]) if strategy == "block" and block else None
-    activations = group.get("input_activations") is not None
-    return _Group(tuple(targets), bits, size, weights.get("symmetric") is not False, floats, shared, activations)
+    activations, note = _inputs_read(where, group.get("input_activations"), floats)
+    return _Group(tuple(targets), bits, size, weights.get("symmetric") is not False, floats, shared, activations, note)
+
+
+def _inputs_read(where: str, inputs: Any, floats: bool) -> tuple[str | None, str]:
+    """What the config says of activations, and what of that is not followed."""
+    if inputs is None:
+        return None, ""
+    if not isinstance(inputs, Mapping):
+        raise refused(f"{where}.input_activations", inputs, "must be an object")
+    for name, asked in INPUTS.items():
+        if (
+            not floats
+            and all(inputs.get(field, asked[field]) == asked[field] for field in asked)
+            and "strategy" in inputs
+        ):
+            return name, ""
+    return None, IN_FLOAT
 
 
 _PLAIN = re.compile(r"[\w.\-/]+", re.ASCII)

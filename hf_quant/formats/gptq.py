@@ -89,6 +89,8 @@ class GPTQ:
         return cls(v2, integer(config, "bits", BITS), size, symmetric is not False, bool(desc_act), mixed)
 
     def why_not(self, scheme: QuantScheme) -> str | None:
+        if scheme.activations:
+            return f"it says nothing of activations, and those of {scheme} are INT8 beside {scheme.bits}-bit weights"
         if scheme.codebook or scheme.real_zero or scheme.outliers:
             return f"it holds integers with integer zero points only, and nothing beside the {scheme.bits}-bit codes"
         return None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_quant.errors import FormatError, SchemeError
 from hf_quant.formats import Headers, Layer, Value
-from hf_quant.formats._common import FLOATS, check_scale, is_sequence, need, refused
+from hf_quant.formats._common import FLOATS, check_input_scale, check_scale, is_sequence, need, refused
 from hf_quant.packing import pack_short, unpack_short
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import Outliers, QuantizedTensor, index_dtype
@@ -30,6 +30,7 @@ class Native:
     weight_zero_point uint8 ``[N, ceil(G * bits / 8)]`` is packed like codes; real zero points are ``[N, G]`` in the dtype of
     the scale. Of permuted columns weight_perm int32 ``[1, K]`` says which is where. Of outliers weight_outlier_value
     ``[N, C]`` and weight_outlier_index ``[C]`` (whole columns) or ``[N, C]``, of `tensor.index_dtype`.
+    A static scale of the inputs is weight_input_scale ``[1]``.
 
     Args:
         schemes: Name or glob of modules to scheme, the first match counts; the last one, ``*``, is the default.
@@ -39,6 +40,7 @@ class Native:
 
     suffixes: ClassVar[tuple[str, ...]] = (
         "weight", "weight_scale", "weight_zero_point", "weight_perm", "weight_outlier_index", "weight_outlier_value",
+        "weight_input_scale",
     )  # fmt: skip
 
     @classmethod
@@ -78,6 +80,8 @@ class Native:
         if outliers:
             made["weight_outlier_index"] = ((outliers,) if scheme.outlier_columns else (n, outliers), index_dtype(k))
             made["weight_outlier_value"] = ((n, outliers), dtype)
+        if scheme.activations == "tensor":
+            made["weight_input_scale"] = ((1,), dtype)
         return made
 
     def write(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
@@ -92,18 +96,24 @@ class Native:
             made["weight_perm"] = tensor.perm
         if tensor.outliers is not None:
             made |= {"weight_outlier_index": tensor.outliers.index, "weight_outlier_value": tensor.outliers.value}
+        if tensor.input_scale is not None:
+            made["weight_input_scale"] = tensor.input_scale
         return made
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
         absent = {"weight_zero_point"} if scheme.symmetric else set()
         absent |= set() if scheme.permuted else {"weight_perm"}
         absent |= set() if scheme.outliers else {"weight_outlier_index", "weight_outlier_value"}
+        absent |= set() if scheme.activations == "tensor" else {"weight_input_scale"}
         wanted = [name for name in self.suffixes if name not in absent]
         missing = [name for name in wanted if name not in tensors]
         if missing:
             raise FormatError(f"native: no {missing}")
         codes = tensors["weight"]
         check_scale("weight_scale", tensors["weight_scale"])
+        ranges = None if "weight_input_scale" in absent else tensors["weight_input_scale"]
+        if ranges is not None:
+            check_input_scale("native: weight_input_scale", ranges)
         zero = None if scheme.symmetric else tensors["weight_zero_point"]
         if zero is not None and scheme.real_zero and not bool(zero.isfinite().all()):
             raise FormatError("native: weight_zero_point: some are not finite numbers")
@@ -115,7 +125,7 @@ class Native:
         ):
             raise FormatError(f"native: weight_perm is not an order of {perm.shape[-1]} columns")
         flat = codes.flatten(-2) if scheme.bits == 8 else codes
-        made = QuantizedTensor(flat, tensors["weight_scale"], zero, scheme, perm)
+        made = QuantizedTensor(flat, tensors["weight_scale"], zero, scheme, perm, input_scale=ranges)
         return replace(made, outliers=self._outliers(tensors, made.in_features)) if scheme.outliers else made
 
     def _outliers(self, tensors: Mapping[str, Tensor], columns: int) -> Outliers:

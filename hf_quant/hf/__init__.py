@@ -6,6 +6,7 @@ _autoload.drop_proxies()
 
 from hf_quant.hf.config import HfQuantConfig as HfQuantConfig  # noqa: E402  (the proxies must be gone before this)
 from hf_quant.hf.config import taken_over as taken_over  # noqa: E402
+from hf_quant.hf.kv_cache import QuantCache as QuantCache  # noqa: E402
 from hf_quant.hf.loading import load as load  # noqa: E402
 from hf_quant.hf.loading import plan_of as plan_of  # noqa: E402
 from hf_quant.hf.loading import prepare_for_training as prepare_for_training  # noqa: E402

@@ -18,6 +18,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from hf_quant.hf.kv_cache import KINDS, QuantCache
+
 
 def updated_conversions(update: Callable[..., list[Any]], conversions: list[Any], model: Any) -> list[Any]:
     """Call the base class's ``update_weight_conversions``: it takes the model since 5.21."""
@@ -47,10 +49,15 @@ def recompute_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def cache_argument(model: Any) -> dict[str, Any]:
-    """An empty cache of keys and values, under the name that ``model`` takes it by: ``cache`` since 5.24."""
+def cache_argument(model: Any, kind: str | None = None) -> dict[str, Any]:
+    """An empty cache of keys and values, under the name that ``model`` takes it by: ``cache`` since 5.24.
+
+    Args:
+        model: What it is for.
+        kind: ``"int8"`` or ``"int4"``; None for transformers' own, in floating point.
+    """
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    return {name: DynamicCache(config=model.config)}
+    return {name: DynamicCache(config=model.config) if kind is None else QuantCache(model.config, KINDS[kind])}
 
 
 def keep_for_saving(model: Any, converters: list[Any] | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 from hf_quant.contents import Contents
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import Format, Layer, format_named
+from hf_quant.formats._common import refused
 from hf_quant.hf._compat import renamer
 from hf_quant.hf.plan import Candidate, candidates
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
-from hf_quant.scheme import QuantScheme
+from hf_quant.scheme import THRESHOLD, QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
 _NATIVE = format_named("native")
@@ -105,6 +106,30 @@ def place(model: Any, contents: Contents) -> Placed:
     _check_bias(model, contents)
     _check_ties(model, placed)
     return placed
+
+
+def as_asked(
+    schemes: Mapping[str, QuantScheme], stored: Mapping[str, Any], activations: str | None
+) -> dict[str, QuantScheme]:
+    """The schemes of a checkpoint with its activations in floating point, or in INT8 as its own program has them.
+
+    Args:
+        schemes: As its format tells them.
+        stored: Its ``quantization_config``.
+        activations: See `HfQuantConfig`.
+
+    Raises:
+        FormatError: Its program rounds activations in a way that is not known here.
+    """
+    if activations == "float":
+        return {name: scheme.weights for name, scheme in schemes.items()}
+    if activations is None or stored.get("quant_method") != "bitsandbytes":
+        return dict(schemes)
+    threshold = stored.get("llm_int8_threshold", THRESHOLD)
+    how = {0.0: "token", THRESHOLD: "threshold"}.get(threshold) if type(threshold) in (int, float) else None
+    if how is None:
+        raise refused("llm_int8_threshold", threshold, f"activations='int8' knows {THRESHOLD} and 0 only")
+    return {name: replace(s, activations=how) if s.bits == 8 else s for name, s in schemes.items()}
 
 
 def _place_one(placed: Placed, home: str, at: Candidate, layers: dict[str, Layer], contents: Contents) -> None:
@@ -314,12 +339,14 @@ def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
         None if first is None else torch.cat([getattr(part, name) for part in parts])
         for name, first in (("zero_point", parts[0].zero_point), ("perm", parts[0].perm))
     )
+    ranges = [part.input_scale for part in parts if part.input_scale is not None]  # of the same input
     return QuantizedTensor(
         torch.cat([part.qweight for part in parts]),
         torch.cat([part.scale for part in parts]),
         zero,
         parts[0].scheme,
         perm,
+        input_scale=torch.stack(ranges).amax(0) if ranges else None,
     )
 
 
@@ -327,5 +354,6 @@ def _parameters(name: str, read: QuantizedTensor, scale_dtype: torch.dtype) -> d
     zero = (
         read.zero_point.to(scale_dtype) if read.scheme.real_zero and read.zero_point is not None else read.zero_point
     )
-    typed = QuantizedTensor(read.qweight, read.scale.to(scale_dtype), zero, read.scheme, read.perm)
+    inputs = None if read.input_scale is None else read.input_scale.to(scale_dtype)
+    typed = replace(read, scale=read.scale.to(scale_dtype), zero_point=zero, input_scale=inputs)
     return {name + local.removeprefix("weight"): frozen(tensor) for local, tensor in _NATIVE.write(typed).items()}

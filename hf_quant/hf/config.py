@@ -14,13 +14,14 @@ from hf_quant import _plugins
 from hf_quant.calibration import Source
 from hf_quant.errors import FormatError, PlanError, SchemeError
 from hf_quant.formats import compressed_tensors, format_of
-from hf_quant.presets import preset
+from hf_quant.presets import Preset, preset
 from hf_quant.scheme import QuantScheme
 
 TOKENS = 65536  # calibrated on by default
 UNSTORED = (
     "calibration",
     "calibration_tokens",
+    "activations",
     "stored",
     "dequantize",
 )  # the text may be private; the recipe has its hash
@@ -52,6 +53,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         calibration: What calibrated methods look at while the model loads: token ids ``[S, T]``, a list of texts, a text or
             JSONL file, or a ``datasets`` set; None for the text that comes with this package. Never stored.
         calibration_tokens: How many of its tokens to take at most.
+        activations: Of a checkpoint that another program quantized: ``"float"`` runs its layers against activations in
+            floating point, ``"int8"`` as that program would (for LLM.int8 with its threshold of 6). None follows the config
+            of compressed-tensors, and keeps floating point for LLM.int8, which is more exact.
         version: Of this configuration's meaning; a newer one is refused, not guessed at.
         share_quantized: Filled in after quantizing: share of the parameters that became codes.
 
@@ -76,6 +80,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         format: str = "auto",
         calibration: Source | None = None,
         calibration_tokens: int = TOKENS,
+        activations: str | None = None,
         version: int = VERSION,
         share_quantized: float | None = None,
         quant_method: str = "hf_quant",
@@ -98,15 +103,28 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.share_quantized = share_quantized
         self.stored: Mapping[str, Any] | None = None  # of a checkpoint that is being taken over
         self.dequantize = False
+        if activations not in ("float", "int8", None):
+            raise PlanError(f"quantization_config.activations {activations!r}: must be 'float', 'int8' or None")
+        self.activations = activations
         for name in self.modules_to_not_convert:
             _typed("modules_to_not_convert", name, str)
         for glob, slug in self.overrides.items():
             if slug is not None:
                 _parsed(f"overrides[{glob!r}]", slug)
         self.calibration, self.calibration_tokens = calibration, calibration_tokens
-        preset(method, self.bits)
+        self._check_ranges(preset(method, default))
         if format != "auto":
             _known("format", "formats", format)
+
+    def _check_ranges(self, chosen: Preset) -> None:
+        """Refuse schemes that take a look at activations, where nothing looks."""
+        named = [self.scheme, *(slug for slug in self.overrides.values() if slug)]
+        wanting = [slug for slug in named if QuantScheme.parse(slug).needs_ranges]
+        if wanting and not chosen.calibrated and self.share_quantized is None:
+            raise PlanError(
+                f"{wanting[0]}: ranges of the activations have to be measured first, and {self.method} looks at none: "
+                "method='calibrated', or another that does"
+            )
 
     @property
     def default_scheme(self) -> QuantScheme:
@@ -137,11 +155,12 @@ class HfQuantConfig(QuantizationConfigMixin):
         return {}
 
 
-def taken_over(stored: Mapping[str, Any]) -> HfQuantConfig:
+def taken_over(stored: Mapping[str, Any], activations: str | None = None) -> HfQuantConfig:
     """The configuration that runs a checkpoint which another program quantized, with its own bits.
 
     Args:
         stored: ``quantization_config`` of the checkpoint; what its layers are is found in the headers, while loading.
+        activations: As in `HfQuantConfig`.
 
     Raises:
         FormatError: The checkpoint holds what this package cannot run; the message names the field.
@@ -150,7 +169,7 @@ def taken_over(stored: Mapping[str, Any]) -> HfQuantConfig:
     ours = stored.get("hf_quant") or {}
     config = HfQuantConfig(
         method=ours.get("method", "rtn"), version=ours.get("version", VERSION),
-        share_quantized=ours.get("share_quantized"),
+        share_quantized=ours.get("share_quantized"), activations=activations,
     )  # fmt: skip
     config.stored = dict(stored)
     return config

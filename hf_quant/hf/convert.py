@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,7 +228,7 @@ def _narrowed(module: str, read: QuantizedTensor, to: str) -> QuantizedTensor:
     for dtype in (torch.float16, torch.bfloat16):
         narrow = read.scale.to(dtype)
         if torch.equal(narrow.float(), read.scale):
-            return QuantizedTensor(read.qweight, narrow, read.zero_point, read.scheme, read.perm)
+            return replace(read, scale=narrow)
     raise FormatError(f"--to {to}: {module}: its scales need float32, and readers of this format keep 16 bits")
 
 
@@ -265,6 +265,12 @@ def _compare(job: _Job, stage: Path) -> None:
         assert isinstance(after, QuantizedTensor)
         _same(module, before.dequantize(torch.float32), after.dequantize(torch.float32))
         _same(module, _codes(before), _codes(after))
+        if before.scheme.activations != after.scheme.activations:
+            raise CheckpointError(
+                f"{module}: activations of {before.scheme} became those of {after.scheme}; nothing is kept"
+            )
+        if before.input_scale is not None and after.input_scale is not None:
+            _same(f"{module}: scale of the inputs", before.input_scale, after.input_scale)
 
 
 def _codes(tensor: QuantizedTensor) -> Tensor:

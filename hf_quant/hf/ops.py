@@ -112,7 +112,7 @@ class QuantizeOnLoad(ConversionOps):
             bad = weight.numel() - int(weight.isfinite().sum())
             if bad:
                 raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")
-        solver = preset(self.quantizer.quantization_config.method, scheme.bits).solver()
+        solver = preset(self.quantizer.quantization_config.method, scheme).solver()
         return _NATIVE.write(solver.quantize(weight, scheme, dtype))
 
     @property

@@ -177,7 +177,8 @@ def _decide(
     elif candidate.refusal is not None:
         draft.left[name] = candidate.refusal
     else:
-        _fit(name, candidate, QuantScheme.parse(slug), draft, frozen)
+        scheme = QuantScheme.parse(slug)
+        _fit(name, candidate, scheme.weights if candidate.kind == "embedding" else scheme, draft, frozen)
 
 
 def _fit(name: str, candidate: Candidate, asked: QuantScheme, draft: _Draft, frozen: bool) -> None:

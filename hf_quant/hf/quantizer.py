@@ -24,7 +24,7 @@ from hf_quant.errors import CheckpointError, HfQuantError, PlanError
 from hf_quant.formats import Format, format_named
 from hf_quant.hf._compat import keep_for_saving, renamer, updated_conversions
 from hf_quant.hf.calibrated import calibrate, data_for
-from hf_quant.hf.community import Placed, conversions, place
+from hf_quant.hf.community import Placed, as_asked, conversions, place
 from hf_quant.hf.integrity import check_weights
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
 from hf_quant.hf.plan import Plan, candidates, freeze, make_plan
@@ -64,7 +64,7 @@ class HfQuantQuantizer(HfQuantizer):
     def calibrates(self) -> bool:
         """Whether the model is quantized after it was loaded, on what goes through it."""
         config = self.quantization_config
-        return not self.pre_quantized and preset(config.method, config.bits).calibrated
+        return not self.pre_quantized and preset(config.method, config.default_scheme).calibrated
 
     # -- before loading -------------------------------------------------------------------------------------------
 
@@ -120,6 +120,7 @@ class HfQuantQuantizer(HfQuantizer):
             )
         contents = Contents.of(checkpoint, stored)
         self.placed, self._reader = place(model, contents), contents.fmt
+        self.placed.schemes = as_asked(self.placed.schemes, stored, self.quantization_config.activations)
         self.quantization_config.resolve(
             self.placed.schemes, [name for name in names if name not in self.placed.schemes]
         )

@@ -150,8 +150,8 @@ def _part(index: int) -> str:
 
 def recipe_of(config: HfQuantConfig, dtype: torch.dtype, ranks: Ranks = ALONE) -> Recipe:
     """What the configuration's method means."""
-    chosen = preset(config.method, config.bits)
-    return Recipe(lambda scheme: preset(config.method, scheme.bits).solver(), chosen.rewriters(), dtype, ranks)
+    chosen = preset(config.method, config.default_scheme)
+    return Recipe(lambda scheme: preset(config.method, scheme).solver(), chosen.rewriters(), dtype, ranks)
 
 
 def layers_of(plan: Plan, block: str) -> dict[str, QuantScheme]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -13,8 +14,11 @@ from torch import Tensor
 from hf_quant import _plugins
 from hf_quant.errors import BackendError
 from hf_quant.kernels._outliers import outlier_linear as outlier_linear
+from hf_quant.kernels._rounded import RoundedPacked, RoundedViews
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,9 @@ class LinearBackend(Protocol):
         priority: Backends are tried from the highest to the lowest.
         repacks: Whether `prepare` lays the codes out anew, once at load, in place of the portable ones;
             if not, it only makes views and may be called at every step.
+
+    One that multiplies INT8 activations says so by a class attribute ``int8_activations = True``: it gets those layers and
+    no others.
     """
 
     priority: ClassVar[int]
@@ -77,16 +84,38 @@ def select(spec: LinearSpec, *, repacking: bool = True) -> LinearBackend:
     return _select(spec, repacking, os.environ.get("HF_QUANT_BACKEND"))
 
 
+def refusal(backend: LinearBackend, spec: LinearSpec) -> str | None:
+    """Why ``backend`` cannot run ``spec`` as it is; None if it can."""
+    int8 = getattr(backend, "int8_activations", False)
+    if int8 and spec.scheme.activations is None:
+        return "INT8 activations only"
+    if not int8 and spec.scheme.activations is not None:
+        return "activations stay in floating point there"
+    return backend.why_not(spec)
+
+
 @lru_cache
 def _select(spec: LinearSpec, repacking: bool, wanted: str | None) -> LinearBackend:
     backends = {n: _plugins.load("kernels", n).BACKEND() for n in ([wanted] if wanted else _plugins.names("kernels"))}
-    reasons = []
+    reasons, int8 = [], []
     for name, backend in sorted(backends.items(), key=lambda item: -item[1].priority):
-        reason = backend.why_not(spec)
+        reason = refusal(backend, spec)
         if reason is None and backend.repacks and not repacking:
             reason = "the codes must keep their layout here"
         if reason is None:
             chosen: LinearBackend = backend
             return chosen
         reasons.append(f"{name}: {reason}")
+        int8 += reasons[-1:] if getattr(backend, "int8_activations", False) else []
+    if spec.scheme.activations is not None:
+        inner = _select(replace(spec, scheme=spec.scheme.weights), repacking, wanted)
+        if wanted is None:
+            _say(f"{spec.scheme} on {spec.device}", type(inner).__name__, "; ".join(int8))
+        return RoundedPacked(inner) if inner.repacks else RoundedViews(inner)
     raise BackendError(f"no backend for {spec}: " + "; ".join(reasons))
+
+
+@lru_cache
+def _say(what: str, inner: str, reasons: str) -> None:
+    """Once for each kind of layer."""
+    logger.warning(f"{what}: activations are rounded, then multiplied in floating point by {inner} ({reasons})")

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_quant.tensor import QuantizedTensor
+
 BLOCK = 1 << 20  # weights dequantized together: 4 MB in float32, which stays in a cache
 
 Codes = Callable[[int, int], Tensor]  # rows from, to (exclusive) -> [rows, K]: uint8 codes, or levels of a codebook
@@ -87,3 +89,9 @@ def multiply_back(
         for i, j, w in _blocks(codes, scale, zero, fixed, k, dtype, step):
             out += wide[:, i:j] @ w
     return out.to(grad.dtype)
+
+
+def companions(weight: QuantizedTensor) -> tuple[Tensor, ...]:
+    """What rounding the activations takes: the columns to leave out, then their scale, where the scheme has these."""
+    index = weight.outliers.index if weight.outliers is not None and weight.scheme.outlier_columns else None
+    return tuple(part for part in (index, weight.input_scale) if part is not None)

@@ -10,12 +10,14 @@ from hf_quant.scheme import QuantScheme
 
 
 def outlier_index(
-    weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, importance: Tensor | None, steps: int, least: float
-) -> Tensor | None:
+    weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, importance: Tensor | None, steps: int, least: float,
+    inputs: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
     """int64 ``[C]`` or ``[N, R]``, ascending; None where the scheme has no outliers.
 
     The cost of a weight is its error on the grid that fits the others: a large one widens the grid of its whole group, so
-    its own error on the grid that fits all would tell nothing.
+    its own error on the grid that fits all would tell nothing. Where activations are rounded too, columns are chosen for
+    their sake, as in LLM.int8 (arXiv:2208.07339): a large input widens the grid of all others in its row.
 
     Args:
         weight: float32 ``[N, K]``.
@@ -24,10 +26,13 @@ def outlier_index(
         importance: ``[K]``, what an error in each column costs; None for the same everywhere.
         steps: Of the search for the grid the error is judged on.
         least: Likewise.
+        inputs: ``[K]``, the mean square of each input; None where none was seen.
     """
     count = scheme.outlier_count(weight.shape[1])
     if not count:
         return None
+    if scheme.activations and scheme.outlier_columns and inputs is not None:
+        return inputs.topk(count).indices.sort().values
     groups = scheme.groups(weight.shape[1])
     per_group = None if importance is None else importance.view(groups, -1)
     size = weight.square() if importance is None else weight.square() * importance

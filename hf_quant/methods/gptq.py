@@ -53,7 +53,7 @@ class GPTQ:
         U = self._factor(order, stats)
         importance = U.diagonal().square().reciprocal()  # of each column's error, given that later ones make up for it
         W = weight.float().T[order]  # [K, N], a copy
-        index = outlier_index(W.T, scheme, dtype, importance, self.steps, self.least)
+        index = outlier_index(W.T, scheme, dtype, importance, self.steps, self.least, stats.importance[order])
         free = None if index is None else outlier_mask(index, weight.shape).T
         codes, scale, zero = torch.empty_like(W), W.new_empty(G, n), W.new_empty(G, n)
         for start in range(0, k, step := min(size, BLOCK)):

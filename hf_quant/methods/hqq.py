@@ -45,7 +45,8 @@ class HQQ:
         rows = max(1, CHUNK // weight.shape[1])
         index = None
         if scheme.outliers and scheme.outlier_columns:
-            index = outlier_index(weight.float(), scheme, dtype, None, STEPS, LEAST)
+            inputs = None if stats is None else stats.importance.to(weight.device)
+            index = outlier_index(weight.float(), scheme, dtype, None, STEPS, LEAST, inputs)
         parts = (self._rows(part, scheme, dtype, index) for part in weight.split(rows))
         return QuantizedTensor.of_rows(parts, weight.shape[0])
 

@@ -39,7 +39,7 @@ class RTN:
         importance = None if stats is None else stats.importance.to(weight.device)
         index = None
         if scheme.outliers and scheme.outlier_columns:  # all rows share them
-            index = outlier_index(weight.float(), scheme, dtype, importance, self.steps, self.least)
+            index = outlier_index(weight.float(), scheme, dtype, importance, self.steps, self.least, importance)
         parts = (self._rows(weight[i : i + rows], scheme, dtype, importance, index) for i in range(0, n, rows))
         return QuantizedTensor.of_rows(parts, n)
 

@@ -55,4 +55,6 @@ def read(
     scale, zero = found["weight_scale"], found.get("weight_zero_point")
     if zero is not None and not scheme.real_zero:
         zero = unpack_short(zero, scheme.bits, scale.shape[-1])
-    return QuantizedTensor(qweight, scale, zero, scheme, found.get("weight_perm"), outliers)
+    return QuantizedTensor(
+        qweight, scale, zero, scheme, found.get("weight_perm"), outliers, found.get("weight_input_scale")
+    )

@@ -39,6 +39,7 @@ class QuantLinear(nn.Linear):
     weight_outlier_index: nn.Parameter
     weight_outlier_value: nn.Parameter
     weight_perm: nn.Parameter
+    weight_input_scale: nn.Parameter
 
     def __init__(
         self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool, dtype: torch.dtype,
@@ -127,6 +128,21 @@ class QuantLinear(nn.Linear):
         self._unpack()
         super()._load_from_state_dict(*args, **kwargs)
         if chosen:  # PEFT loads adapters through here too
+            self.choose_kernel()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy.deepcopy`` and pickles: in the portable layout, since that of a kernel is for this processor only."""
+        state = self.__dict__.copy()
+        if self._repacked:
+            state["_parameters"] = self._parameters.copy()
+            state["_parameters"]["weight"] = frozen(_NATIVE.write(self.quantized_weight())["weight"])
+            state["_backend"], state["_repacked"] = None, ()
+        return state | {"_chosen": self._backend is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        chosen = state.pop("_chosen")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if chosen:
             self.choose_kernel()
 
     def extra_repr(self) -> str:

@@ -116,6 +116,8 @@ def _rescale(stage: Stage, scales: Tensor) -> None:
     stats = stage.stats
     both = (scales[:, None] * scales).to(stats.gram.dtype)
     stats.gram.div_(both)
+    stats.peak = stats.peak / scales
+    stats.sample = [x / scales for x in stats.sample]
     if stats.drift is not None:
         stats.drift.div_(both)
     stats.held = [(x / scales, off / scales) for x, off in stats.held]

@@ -37,7 +37,7 @@ SEEN: dict[str, dict[str, Any]] = {
     "auto-round": {"format": "auto-round auto_round:auto_gptq", "bits": 4, "group_size": 128, "symmetric": True},
     "ct-4bit-act-order": {"format": "compressed-tensors pack-quantized", "bits": 4, "group_size": 32, "act_order": True},
     "ct-3bit-old": {"format": "compressed-tensors pack-quantized", "bits": 3, "group_size": 64},
-    "ct-w8a8": {"format": "compressed-tensors int-quantized", "bits": 8, "group_size": -1, "notes": ["its activations stay in floating point"]},
+    "ct-w8a8": {"format": "compressed-tensors int-quantized", "bits": 8, "group_size": -1, "schemes": {"W8A8": 7}, "notes": []},
     "ct-fp8-block": {"bits": None, "schemes": {"floating point: 8-bit floats": 7}, "layers_quantized": 7},
     "bnb-nf4-double": {"format": "bitsandbytes", "bits": 4, "group_size": 64, "codebook": "nf4"},
     "bnb-int8": {"format": "bitsandbytes", "bits": 8, "group_size": -1, "codebook": None},

@@ -37,7 +37,7 @@ class HfQuantQuantizer:
     def __init__(self, config, **kwargs): self.config = config
 hf = types.ModuleType("hf_quant.hf")
 hf.HfQuantConfig, hf.HfQuantQuantizer = HfQuantConfig, HfQuantQuantizer
-hf.taken_over = lambda stored: ("taken over", stored["quant_method"])
+hf.taken_over = lambda stored, activations: ("taken over", stored["quant_method"])
 """
 
 

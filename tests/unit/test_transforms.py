@@ -182,15 +182,18 @@ def test_descent_never_loses(bits: int, free: bool) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_presets_and_chains(bits: int) -> None:
+    scheme = QuantScheme(bits)
     for name in PRESETS:
-        made: Any = preset(name, bits)
+        made: Any = preset(name, scheme)
         assert made.calibrated and made.solver() and isinstance(made.rewriters(), tuple)
-    chain = preset("hadamard+awq+drift+hqq", bits)
+    chain = preset("hadamard+awq+drift+hqq", scheme)
     assert chain.calibrated and (chain.transforms, chain.method) == (("hadamard", "awq", "drift"), "hqq")
     assert (
-        not preset("rtn", bits).calibrated and not preset("hqq", bits).calibrated and preset("gptq", bits).calibrated
+        not preset("rtn", scheme).calibrated
+        and not preset("hqq", scheme).calibrated
+        and preset("gptq", scheme).calibrated
     )
     for wrong, named in (("awq", "x"), ("gptq+awq", "awq"), ("magic", "magic"), ("magic+rtn", "magic")):
         if wrong != "awq":
             with pytest.raises(PlanError, match=f"no '{named}'|no 'gptq'"):
-                preset(wrong, bits)
+                preset(wrong, scheme)

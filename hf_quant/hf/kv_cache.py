@@ -1,0 +1,233 @@
+"""Keys and values in INT8 or INT4: a transformers cache that any model takes in place of its own.
+
+INT8: symmetric, one scale for each token and head. INT4: as in KIVI (arXiv:2402.02750) keys by channel, since some channels
+are large everywhere, and values by token, both in groups with a zero point; the newest tokens stay in floating point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.utils import logging
+
+from hf_quant.errors import HfQuantError
+from hf_quant.numerics import floored
+from hf_quant.packing import pack, unpack
+
+KINDS = {"int8": 8, "int4": 4}
+GROUP, RECENT = 32, 128  # tokens or channels that share a scale; newest tokens left as they are, in INT4
+logger = logging.get_logger(__name__)
+
+
+class QuantCache(Cache):
+    """Pass a new one as ``past_key_values`` to ``model(...)`` or ``model.generate(...)`` (``cache`` since transformers 5.24).
+
+    Layers with a window or a state of their own keep them in floating point, which is said once.
+
+    Args:
+        config: Of the model.
+        bits: 8 or 4.
+        recent: With 4 bits, so many of the newest tokens stay in floating point.
+
+    Raises:
+        HfQuantError: ``bits`` is neither, or ``recent`` is negative.
+    """
+
+    def __init__(self, config: PreTrainedConfig, bits: int = 8, *, recent: int = RECENT) -> None:
+        if bits not in KINDS.values() or recent < 0:
+            raise HfQuantError(
+                f"a cache of keys and values has 8 or 4 bits and recent >= 0, got {bits!r} and {recent!r}"
+            )
+        layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]  # type: ignore[no-untyped-call]
+        plain = [type(layer) is DynamicLayer for layer in layers]
+        made = [
+            (Int8Layer() if bits == 8 else Int4Layer(recent)) if p else x for p, x in zip(plain, layers, strict=True)
+        ]
+        if not all(plain):
+            kinds = ", ".join(sorted({type(x).__name__ for p, x in zip(plain, layers, strict=True) if not p}))
+            logger.warning_once(f"the cache of {plain.count(False)} layers stays in floating point: {kinds}")
+        super().__init__(layers=made)
+
+    @property
+    def nbytes(self) -> int:
+        """Of everything that is kept."""
+        return cache_bytes(self)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes that a cache of transformers, or of this module, keeps."""
+    return sum(t.nbytes for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor))
+
+
+class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer. Every tensor kept is ``[B, heads, ..., ...]``, and is named in ``parts``."""
+
+    parts: tuple[str, ...] = ()
+    keys: Any
+    values: Any
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype = torch.float32
+        for name in self.parts:
+            setattr(self, name, None)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        self.device, self.dtype, self.is_initialized = key_states.device, key_states.dtype, True
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in self.parts:
+            if getattr(self, name) is not None:
+                setattr(self, name, change(getattr(self, name)))
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        held = getattr(self, name)
+        setattr(self, name, tensor if held is None else torch.cat([held, tensor], -2))
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        count = query_length if isinstance(query_length, int) else query_length.shape[0]  # positions, before 5.12
+        return self.get_seq_length() + count, 0
+
+    def reset(self) -> None:
+        for name in self.parts:
+            setattr(self, name, None)
+        self.is_initialized = False
+
+    def crop(self, count: int) -> None:
+        """Drop the last ``-count`` tokens; a positive ``count`` keeps so many, as transformers had it before 5.24."""
+        left = self.get_seq_length() + count if count <= 0 else count
+        if self.is_initialized and left < self.get_seq_length():
+            self._cut(max(left, 0))
+
+    def _cut(self, left: int) -> None:
+        raise NotImplementedError
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda t: t[indices])
+
+    def offload(self) -> None:
+        self._each(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._each(lambda t: t.to(self.device, non_blocking=True))
+
+
+class Int8Layer(_Layer):  # type: ignore[no-untyped-call]
+    """What attention sees is read back from the codes, new tokens too: no matter how a text is cut into calls."""
+
+    key_scale: Any
+    value_scale: Any
+    parts = ("keys", "values", "key_scale", "value_scale")  # codes int8 [B, H, T, D], scales [B, H, T, 1]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.lazy_initialization(key_states)
+        for name, states in (("key", key_states), ("value", value_states)):
+            peak = states.abs().amax(-1, keepdim=True).float()
+            scale = floored(peak / 127, states.dtype)
+            codes = (states.float() / scale).round_().clamp_(-127, 127)
+            self._append(f"{name}s", codes.to(torch.int8))
+            self._append(f"{name}_scale", (scale + 0 * peak).to(states.dtype))  # NaN and infinity stay visible
+        return self._read("key"), self._read("value")
+
+    def _read(self, name: str) -> Tensor:
+        codes, scale = getattr(self, f"{name}s"), getattr(self, f"{name}_scale")
+        return (codes.to(self.dtype) * scale).to(self.dtype)
+
+    def get_seq_length(self) -> int:
+        return 0 if self.keys is None else int(self.keys.shape[-2])
+
+    def _cut(self, left: int) -> None:
+        self._each(lambda t: t[..., :left, :])
+
+
+class Int4Layer(_Layer):  # type: ignore[no-untyped-call]
+    """Groups of `GROUP` tokens become codes as soon as ``recent`` newer ones are there."""
+
+    key_codes: Any
+    value_codes: Any
+    key_scale: Any
+    key_low: Any
+    value_scale: Any
+    value_low: Any
+    parts = (
+        "keys", "values",  # the newest, in floating point [B, H, R, D]
+        "key_codes", "value_codes",  # uint8 [B, H, T, D / 2]
+        "key_scale", "key_low",  # [B, H, T / GROUP, D]
+        "value_scale", "value_low",  # [B, H, T, D / group]
+    )  # fmt: skip
+
+    def __init__(self, recent: int = RECENT) -> None:
+        super().__init__()
+        self.recent = recent
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.lazy_initialization(key_states)
+        for states in (key_states, value_states):
+            if states.shape[-1] % 8:
+                raise HfQuantError(f"INT4 cache: heads of {states.shape[-1]} channels are no multiple of 8")
+        self._append("keys", key_states)
+        self._append("values", value_states)
+        seen = self._read()
+        ripe = (self.keys.shape[-2] - self.recent) // GROUP * GROUP
+        if ripe > 0:
+            self._quantize(self.keys[..., :ripe, :], self.values[..., :ripe, :])
+            self.keys, self.values = self.keys[..., ripe:, :].clone(), self.values[..., ripe:, :].clone()
+        return seen
+
+    def _quantize(self, keys: Tensor, values: Tensor) -> None:
+        codes, scale, low = _codes(keys.unflatten(-2, (-1, GROUP)), -2)
+        self._append("key_codes", pack(codes.flatten(-3, -2), 4))
+        self._append("key_scale", scale.squeeze(-2))
+        self._append("key_low", low.squeeze(-2))
+        codes, scale, low = _codes(values.unflatten(-1, (-1, math.gcd(GROUP, values.shape[-1]))), -1)
+        self._append("value_codes", pack(codes.flatten(-2), 4))
+        self._append("value_scale", scale.squeeze(-1))
+        self._append("value_low", low.squeeze(-1))
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        """All keys and values in floating point ``[B, H, T, D]``."""
+        if self.key_codes is None:
+            return self.keys, self.values
+        groups = unpack(self.key_codes, 4).unflatten(-2, (-1, GROUP)).to(self.dtype)
+        keys = (groups * self.key_scale.unsqueeze(-2) + self.key_low.unsqueeze(-2)).flatten(-3, -2)
+        groups = unpack(self.value_codes, 4).unflatten(-1, (self.value_scale.shape[-1], -1)).to(self.dtype)
+        values = (groups * self.value_scale.unsqueeze(-1) + self.value_low.unsqueeze(-1)).flatten(-2)
+        return torch.cat([keys, self.keys], -2), torch.cat([values, self.values], -2)
+
+    def get_seq_length(self) -> int:
+        coded = 0 if self.key_codes is None else int(self.key_codes.shape[-2])
+        return coded + (0 if self.keys is None else int(self.keys.shape[-2]))
+
+    def _cut(self, left: int) -> None:
+        coded = 0 if self.key_codes is None else int(self.key_codes.shape[-2])
+        if left < coded:  # the rest of a group that is cut goes back to floating point
+            keys, values = self._read()
+            whole = left // GROUP * GROUP
+            self.keys, self.values = keys[..., whole:left, :].clone(), values[..., whole:left, :].clone()
+            for name in self.parts[2:]:
+                rows = whole // GROUP if name in ("key_scale", "key_low") else whole
+                setattr(self, name, getattr(self, name)[..., :rows, :])
+        else:
+            self.keys, self.values = self.keys[..., : left - coded, :], self.values[..., : left - coded, :]
+
+
+def _codes(groups: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of 0..15 along ``axis``, their scale and their lowest value, as the dtype of ``groups`` stores them."""
+    wide = groups.float()
+    low = wide.amin(axis, keepdim=True)
+    scale = floored((wide.amax(axis, keepdim=True) - low) / 15, groups.dtype)
+    low = low.to(groups.dtype)
+    codes = ((wide - low.float()) / scale).round_().clamp_(0, 15)
+    return codes.to(torch.uint8), (scale + 0 * low.float()).to(groups.dtype), low

@@ -1,0 +1,152 @@
+"""W8A8 on CPUs through oneDNN's int8 products: rows are rounded block by block while they are in the caches.
+
+``onednn::qlinear_pointwise`` knows one scale for all activations. Called with a scale of one and unsigned codes around 128
+it gives ``sum(q * w) * scale_w``, exact but for the last rounding, and each row is multiplied by its own scale afterwards.
+(Signed codes would end in a plain loop.) The packed weight depends on the instruction set and never leaves this process;
+`restore` reads it back. Outlier columns are zeros here: their weights are multiplied in floating point beside it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._common import BLOCK, companions, compute_dtype
+from hf_quant.tensor import QuantizedTensor
+
+ROWS, PART = 128, 32  # multiplied together; rounded together, 512 kB of float32 at 4096 columns
+TINY = torch.finfo(torch.float32).tiny * 127
+
+
+@torch.library.custom_op("hf_quant::cpu_int8_linear", mutates_args=())
+def cpu_int8_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, columns: Tensor | None, input_scale: Tensor | None
+) -> Tensor:
+    """``x [M, K]`` rounded to int8, times int8 codes: ``[M, N]``.
+
+    Args:
+        x: ``[M, K]``.
+        packed: What ``qlinear_prepack`` makes of int8 ``[N, K]``; or those codes themselves, packed at every call.
+        scale: float32 ``[N]``.
+        columns: int32 ``[C]``, left out; None for none.
+        input_scale: ``[1]``, or None for one of each row.
+    """
+    packed = packed if packed.is_mkldnn else _pack(packed)
+    zero = torch.zeros(scale.shape[0], dtype=torch.int32)
+    y = x.new_empty(x.shape[0], scale.shape[0])
+    for rows, made in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        codes, found = _rounded(rows, columns, input_scale)
+        product = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        made.copy_(product.mul_(found))
+    return y
+
+
+def _rounded(rows: Tensor, columns: Tensor | None, input_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """uint8 codes around 128 and the float32 scale ``[M, 1]``; the latter is NaN where a row is not finite."""
+    codes = rows.new_empty(rows.shape, dtype=torch.uint8)
+    scale = rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
+    index = None if columns is None else columns.long()
+    for part, code, found in zip(rows.split(PART), codes.split(PART), scale.split(PART), strict=True):
+        wide = part.to(torch.float32, copy=True)
+        if index is not None:
+            wide.index_fill_(1, index, 0)
+        if input_scale is None:
+            found.copy_(wide.abs().amax(-1, keepdim=True).clamp_(min=TINY).div_(127))
+            wide.mul_(found.reciprocal()).add_(128.5)  # what follows cuts off: together that rounds
+        else:
+            found.copy_(wide.sum(-1, keepdim=True).mul_(0).add_(input_scale))
+            wide.mul_(found.reciprocal()).add_(128.5).clamp_(1, 255)
+        code.copy_(wide)
+    return codes, scale
+
+
+def _pack(codes: Tensor) -> Tensor:
+    return torch.ops.onednn.qlinear_prepack(codes, None)
+
+
+@torch.library.custom_op("hf_quant::cpu_int8_linear_backward", mutates_args=())
+def cpu_int8_linear_backward(grad: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """``grad [M, N]`` times W: ``[M, K]``, as if activations were not rounded."""
+    codes = packed.to_dense() if packed.is_mkldnn else packed.T  # [K, N]
+    dtype = compute_dtype(grad)
+    wide = (grad.to(dtype) * scale.to(dtype)) if dtype is torch.float64 else (grad.float() * scale).to(dtype)
+    step = max(1, BLOCK // scale.shape[0])
+    return torch.cat([F.linear(wide, part.to(dtype)) for part in codes.split(step)], 1).to(grad.dtype)
+
+
+@cpu_int8_linear.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, columns: Tensor | None, input_scale: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], scale.shape[0])
+
+
+@cpu_int8_linear_backward.register_fake
+def _(grad: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    k = packed.shape[0] if packed.is_mkldnn else packed.shape[1]
+    return grad.new_empty(grad.shape[0], k)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, scale, _, _ = inputs
+    ctx.packed = packed  # no storage to save
+    ctx.save_for_backward(scale)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return cpu_int8_linear_backward(grad, ctx.packed, ctx.saved_tensors[0]), None, None, None, None
+
+
+cpu_int8_linear.register_autograd(_backward, setup_context=_save)
+
+
+@lru_cache
+def _why_not_here() -> str | None:
+    """Why this processor or build cannot."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_prepack"):
+        return "this build of torch has no oneDNN"
+    probes = ("_is_avx512_vnni_supported", "_is_vnni_supported", "_is_amx_tile_supported")
+    if not any(getattr(torch.cpu, name, lambda: False)() for name in probes):
+        return "the processor has no int8 products (VNNI): sums of two would overflow 16 bits"
+    return None
+
+
+class CpuInt8:
+    """8 bits without zero points, one scale a row."""
+
+    priority: ClassVar[int] = 40
+    repacks: ClassVar[bool] = True
+    int8_activations: ClassVar[bool] = True
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        scheme = spec.scheme
+        if spec.device != "cpu":
+            return f"needs a CPU, got {spec.device}"
+        if scheme.bits != 8 or not scheme.symmetric or scheme.groups(spec.in_features) != 1:
+            return f"8 bits without zero points and one scale a row only, not {scheme}"
+        if scheme.activations == "threshold":
+            return "one scale a row or for all, no columns chosen on the way"
+        if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"rounds in float32, too coarse for {spec.dtype}"
+        return _why_not_here()
+
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+        codes = (weight.qweight ^ 0x80).view(torch.int8)  # 0..255 to -128..127
+        return (*companions(weight), _pack(codes), weight.scale[:, 0].float().contiguous())
+
+    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        return prepared[-2].to_dense().T.contiguous().view(torch.uint8) ^ 0x80
+
+    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        columns = prepared[0] if spec.scheme.outlier_columns else None
+        ranges = prepared[-3] if spec.scheme.activations == "tensor" else None
+        y = cpu_int8_linear(x.reshape(-1, spec.in_features), prepared[-2], prepared[-1], columns, ranges)
+        return y.reshape(*x.shape[:-1], spec.out_features)
+
+
+BACKEND = CpuInt8

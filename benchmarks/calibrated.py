@@ -42,6 +42,7 @@ SCHEMES = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
 OURS = {
     "ours rtn": ["--method", "rtn"],
     "ours gptq": ["--method", "gptq"],
+    "ours gptq, activations on disk": ["--method", "gptq", "--max-memory", "0"],
     "ours gptq asym": ["--method", "gptq", "--asym"],
     "ours awq": ["--method", "awq"],
     "ours calibrated": ["--method", "calibrated"],
@@ -141,7 +142,7 @@ def reference(model: Path, work: Path) -> Reference:
 
 def fill(row: str, model: Path, scheme: str, work: Path, base: Reference, pythons: dict[str, str]) -> Cell:
     cell: Cell = {"row": row, "model": model.name, "scheme": scheme, "date": str(date.today())}
-    out = work / f"{row} {scheme}".replace(" ", "-")
+    out = work / f"{row} {scheme}".replace(",", "").replace(" ", "-")
     try:
         cell["cost"] = quantize(row, model, work, scheme, pythons, out, threads=1)
         made, cell["bits_per_weight"] = plain(row, model, out, pythons)
@@ -250,7 +251,7 @@ def main(
         base = reference(folder, here)
         for each in scheme or SCHEMES:
             for one in rows:
-                file = here / "cells" / f"{one} {each}.json".replace(" ", "-")
+                file = here / "cells" / f"{one} {each}.json".replace(",", "").replace(" ", "-")
                 done = json.loads(file.read_text()) if file.is_file() else None
                 if timing and done and "error" not in done:
                     done["cost"] = quantize(one, folder, here, each, pythons, here / "timed", threads=2)

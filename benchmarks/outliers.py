@@ -27,11 +27,17 @@ BYTES = {
     "W3": ("W3A16-g128", "W3A16-g128-o0.1%", "W3A16-g128-o0.1%-columns", "W3A16-g64"),
     "W2": ("W2A16-g64-asym", "W2A16-g64-asym-o0.1%", "W2A16-g64-asym-o0.1%-columns", "W2A16-g32-asym"),
 }
-RECOVERY = [
-    ("clean", "rtn", "W4A16-g128"), ("rescaled", "rtn", "W4A16-g128"), ("rescaled", "gptq", "W4A16-g128"),
-    ("rescaled", "gptq", "W4A16-g128-o0.1%-columns"), ("rescaled", "calibrated", "W4A16-g128"),
-    ("rescaled", "calibrated", "W4A16-g128-o0.1%"),
-]  # fmt: skip
+RECOVERY = {
+    "W4A16-g128": [
+        ("clean", "rtn", ""), ("rescaled", "rtn", ""), ("rescaled", "gptq", ""), ("rescaled", "gptq", "-o0.1%-columns"),
+        ("rescaled", "calibrated", ""), ("rescaled", "calibrated", "-o0.1%"), ("rescaled", "calibrated", "-o1%-columns"),
+        ("rescaled", "calibrated", "-o1%"), ("rescaled", "calibrated", "-o2%"),
+    ],
+    "W3A16-g128": [
+        ("clean", "rtn", ""), ("rescaled", "rtn", ""), ("rescaled", "calibrated", "-o0.1%"),
+        ("rescaled", "calibrated", "-o1%"),
+    ],
+}  # fmt: skip
 
 
 def row(model: Path, method: str, scheme: str, work: Path, tokens: int) -> dict[str, Any]:
@@ -89,17 +95,20 @@ def main() -> None:
                 f"| {each['scheme']} | {each['more']:,} | {each['kl']:.5f} | {each['low']:.5f}..{each['high']:.5f} | {rate} |"
             )
         record["equal_bytes"] += rows
-    found = [row(SHIPPED if m == "clean" else rescaled, method, s, work, asked.tokens) for m, method, s in RECOVERY]
-    lost = found[1]["kl"]
-    lines += ["", "## Channels rescaled by 30", "", "| model | method | scheme | KL | 95 % interval | of RTN's KL recovered |",
-              "|---|---|---|---|---|---|"]  # fmt: skip
-    for (name, _, _), each in zip(RECOVERY, found, strict=True):
-        each["recovered"] = None if name == "clean" else 1 - each["kl"] / lost
-        share = "-" if name == "clean" or each is found[1] else f"{each['recovered']:.1%}"
-        lines.append(
-            f"| {name} | {each['method']} | {each['scheme']} | {each['kl']:.5f} | {each['low']:.5f}..{each['high']:.5f} | {share} |"
-        )
-    record["recovery"] = found
+    lines += ["", "## Channels rescaled by 30", "", "| model | method | scheme | bytes | KL | 95 % interval | of RTN's KL recovered |",
+              "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for scheme, rows in RECOVERY.items():
+        found = [
+            row(rescaled if m != "clean" else SHIPPED, method, scheme + o, work, asked.tokens) for m, method, o in rows
+        ]
+        for (name, method, _), each in zip(rows, found, strict=True):
+            each["recovered"] = None if method == "rtn" else 1 - each["kl"] / found[1]["kl"]
+            share = "-" if method == "rtn" else f"{each['recovered']:.1%}"
+            lines.append(
+                f"| {name} | {method} | {each['scheme']} | {each['bytes']:,} | {each['kl']:.5f} | "
+                f"{each['low']:.5f}..{each['high']:.5f} | {share} |"
+            )
+        record["recovery"] += found
     machine = {"cpu": platform.processor() or platform.machine(), "date": str(date.today())}
     machine |= {name: version(name) for name in ("hf-quant", "torch", "transformers")}
     text = "# Outliers\n\n" + ", ".join(f"{k} {v}" for k, v in machine.items()) + "\n" + "\n".join(lines) + "\n"

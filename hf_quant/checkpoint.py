@@ -449,7 +449,8 @@ def _check_small(
         if not bool(good.all()):
             raise CheckpointError(f"{where}: {int((~good).sum())} scales are zero or not finite numbers")
     elif local == "weight_zero_point":
-        _check_zero_point(checkpoint, full, where, scheme)
+        if scheme.real_zero and not bool(checkpoint.read(full).isfinite().all()):  # packed ones cannot be too large
+            raise CheckpointError(f"{where}: some zero points are not finite numbers")
     elif local == "weight_perm":
         order = checkpoint.read(full).sort(-1).values
         if not bool((order == torch.arange(shape[1])).all()):
@@ -470,16 +471,6 @@ def _check_outliers(index: Tensor, where: str, columns: int) -> None:
         )
     if bool((index.diff() <= 0).any()):
         raise CheckpointError(f"{where}: the columns of a row must ascend, each standing once")
-
-
-def _check_zero_point(checkpoint: Checkpoint, full: str, where: str, scheme: QuantScheme) -> None:
-    if scheme.real_zero:
-        if not bool(checkpoint.read(full).isfinite().all()):
-            raise CheckpointError(f"{where}: some zero points are not finite numbers")
-    elif checkpoint.tensors[full].dtype == "U8":  # packed ones cannot be too large
-        top = int(checkpoint.read(full).max())
-        if top > scheme.qmax:
-            raise CheckpointError(f"{where}: zero point {top} is over {scheme.qmax}")
 
 
 # -- writing ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import time
@@ -144,9 +145,11 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
             stage / "recipe.json", _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
         )
         logits, dtype = sample_logits(made), made.dtype
-        del made  # never two models in memory
-        made = load(str(stage), dtype=dtype, **{n: job.load[n] for n in ("device_map",) if n in job.load}).eval()
-        _check(logits, sample_logits(made), config.scheme)
+        if not calibrated:  # the other was read from there
+            del made
+            gc.collect()  # never two models in memory, and a model refers to itself
+            made = load(str(stage), dtype=dtype, **{n: job.load[n] for n in ("device_map",) if n in job.load}).eval()
+        _check(logits, logits if calibrated else sample_logits(made), config.scheme)
         row |= {
             "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
             "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
@@ -172,8 +175,22 @@ def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[P
         raise HfQuantError(f"{config.method} needs text to calibrate on: name one with --calibration")
     return quantize_streaming(
         Base(job.model, job.load.get("revision")).checkpoint().folder, config, job.calibration, work, stage,
-        Settings(job.say, job.progress, job.max_memory, job.ranks),
+        Settings(job.say, job.progress, job.max_memory, job.ranks, _device(job)),
     )  # fmt: skip
+
+
+def _device(job: Job) -> str:
+    """Where a calibrated method works: main memory unless another place is named; each process has a GPU of its own."""
+    asked = job.load.get("device_map") or "cpu"
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise HfQuantError(f"--device {asked}: {str(error).splitlines()[0]}") from None
+    alike = device.type == "cuda" and device.index is None
+    return f"cuda:{job.ranks.rank % torch.cuda.device_count()}" if alike else asked
 
 
 def _save(model: Any, folder: Path, **options: Any) -> None:

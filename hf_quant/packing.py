@@ -6,6 +6,7 @@ Read as little-endian int32, 32 codes fill b words: the layout of compressed-ten
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -40,3 +41,14 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         word |= lanes[..., i].to(wide) << (8 * i)
     shifts = torch.arange(8, device=packed.device, dtype=wide) * bits
     return ((word[..., None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)
+
+
+def pack_short(codes: Tensor, bits: int) -> Tensor:
+    """Like `pack`, for any K: uint8 ``[..., ceil(K * bits / 8)]``, the bits left over are zero."""
+    count = codes.shape[-1]
+    return pack(F.pad(codes, (0, -count % 8)), bits)[..., : -(-count * bits // 8)].contiguous()
+
+
+def unpack_short(packed: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of `pack_short`: uint8 ``[..., count]``."""
+    return packed if bits == 8 else unpack(F.pad(packed, (0, -packed.shape[-1] % bits)), bits)[..., :count]

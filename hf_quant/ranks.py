@@ -33,9 +33,8 @@ class Ranks:
         if not dist.is_initialized():
             if not dist.is_torchelastic_launched():
                 return cls()
-            dist.init_process_group(
-                "gloo", timeout=timedelta(days=1)
-            )  # statistics live in main memory; one rank may measure
+            backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+            dist.init_process_group(backends, timeout=timedelta(days=1))  # one rank may measure while others wait
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property

@@ -92,15 +92,20 @@ class QuantScheme:
         """Bytes of one row of packed codes."""
         return in_features * self.bits // 8
 
+    def zero_bytes(self, in_features: int) -> int:
+        """Bytes of one row of packed zero points."""
+        return -(-self.groups(in_features) * self.bits // 8)
+
     def outlier_count(self, in_features: int) -> int:
         """Outliers in a row of ``in_features`` columns."""
         return max(1, round(self.outliers * in_features)) if self.outliers else 0
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
         """Codes, scales, zero points and outliers, per weight; the index of outlier columns is not counted."""
-        per_group = scale_bits + (0 if self.symmetric else scale_bits if self.real_zero else 8)
+        groups = self.groups(in_features)
+        zeros = 0 if self.symmetric else groups * scale_bits if self.real_zero else self.zero_bytes(in_features) * 8
         per_outlier = scale_bits if self.outlier_columns else scale_bits + 16
-        extra = per_group * self.groups(in_features) + per_outlier * self.outlier_count(in_features)
+        extra = scale_bits * groups + zeros + per_outlier * self.outlier_count(in_features)
         return self.bits + extra / in_features
 
     def fitted(self, in_features: int) -> QuantScheme:

@@ -88,37 +88,33 @@ class InputStats:
     def inverse(self) -> Tensor | None:
         """float64 ``[K, K]``, of the damped Hessian; None if it cannot be inverted. Noted where it took more damping."""
         if self._inverse is None:
-            self._inverse = self._inverted(self.hessian)
+            self._inverse = self._inverted(None)
         return self._inverse
 
     def upper(self, order: Tensor) -> Tensor | None:
         """float32 ``[K, K]``: the upper Cholesky factor of that inverse with rows and columns in ``order``; None likewise.
 
-        It is kept for the other layers with this input; two matrices of its size are the most that is held besides.
+        It is kept for the other layers with this input; one matrix of the size of the Gram matrix is all that is held besides.
         """
         if self._upper is None or not torch.equal(self._upper[0], order):
-            H = self.gram[order[:, None], order].mul_(2 / max(1, self.rows))
-            inverse = self._inverted(H)
-            if inverse is None:
+            inverse = self._inverted(order)
+            if inverse is None or _factored(inverse, upper=True):
                 return None
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if failed:
-                return None
-            self._upper = order, upper.float()
+            self._upper = order, inverse.float()
         return self._upper[1]
 
-    def _inverted(self, H: Tensor) -> Tensor | None:
-        """The inverse of ``H``, damped, in its place."""
-        diagonal = H.diagonal().clone()
+    def _inverted(self, order: Tensor | None) -> Tensor | None:
+        """The inverse of the damped Hessian, with rows and columns in ``order``; column by column, as LAPACK works."""
+        diagonal = self.gram.diagonal() * (2 / max(1, self.rows))
         mean = diagonal.mean()
         for times in RISES if mean > 0 else ():
-            H.diagonal().copy_(diagonal + DAMP * times * mean)
-            lower, failed = torch.linalg.cholesky_ex(H)
-            if not failed:
+            H = self.gram.clone() if order is None else self.gram[order[:, None], order]
+            H = H.mul_(2 / max(1, self.rows)).T
+            H.diagonal().add_(DAMP * times * mean)
+            if not _factored(H, upper=False):
                 if times > 1:
                     self.notes.append(f"damped by {DAMP * times:g} of the mean: {DAMP:g} was too little")
-                torch.cholesky_inverse(lower, out=H.T)  # column by column, as it works: no third matrix
-                return H
+                return torch.cholesky_inverse(H, out=H)
         return None
 
     def target(self, weight: Tensor) -> tuple[Tensor, float]:
@@ -166,3 +162,10 @@ class InputStats:
             lost += float(((difference @ self.gram) * difference).sum())
             whole += float(((wide @ self.gram) * wide).sum())
         return lost / whole if whole > 0 else 0.0
+
+
+def _factored(matrix: Tensor, *, upper: bool) -> bool:
+    """Put the Cholesky factor of a symmetric matrix, stored column by column, in its place; whether that failed."""
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(matrix, upper=upper, out=(matrix, failed))
+    return bool(failed)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_quant.activations import Activations
 from hf_quant.errors import HfQuantError
+from hf_quant.memory import give_back_memory
 from hf_quant.methods import Method, method
 from hf_quant.nn.experts import expert_input, stacks
 from hf_quant.ranks import ALONE, Ranks
@@ -28,7 +29,7 @@ from hf_quant.transforms import Stage, Transform, weight_of
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 HELD = 8  # every so-manieth batch is kept out of the drift, to judge on
 STARVED = 32  # an expert that saw fewer tokens is rounded without them
-SAMPLE = 16  # batches that a block's error is measured on, where the float model is not followed
+SAMPLE = 4  # batches that a block's error is measured on, where the float model is not followed
 EXPERTS = 1 << 30  # bytes of statistics of experts collected together; more experts take more passes
 
 
@@ -352,10 +353,11 @@ def _solve_group(
     for number, local in enumerate(group.layers):
         owner, found = recipe.ranks.owner(number), None
         if owner == recipe.ranks.rank:
+            give_back_memory()  # of the layer before: a factorization takes the most
             weight = stage.weight(local)
             quantized = recipe.method(schemes[local]).quantize(weight, schemes[local], recipe.dtype, stats)
             error = stats.error(weight, quantized.dequantize(torch.float32))
-            found = quantized, error, list(stats.notes)
+            found = quantized.cpu(), error, list(stats.notes)
             stats.notes.clear()
         quantized, made.errors[full[local]], notes = recipe.ranks.shared(found, owner)
         made.codes[full[local]] = quantized
@@ -404,10 +406,10 @@ def _solve_expert(
     weight = (dense.T if module.is_transposed else dense).contiguous()
     if stats.rows < STARVED:
         quantized = method("rtn").quantize(weight, scheme, recipe.dtype)
-        return quantized, 0.0, [f"expert {expert} saw {stats.rows} tokens: rounded to nearest"]
+        return quantized.cpu(), 0.0, [f"expert {expert} saw {stats.rows} tokens: rounded to nearest"]
     quantized = recipe.method(scheme).quantize(weight, scheme, recipe.dtype, stats)
     notes = [f"expert {expert}: {note}" for note in stats.notes]
-    return quantized, stats.error(weight, quantized.dequantize(torch.float32)), notes
+    return quantized.cpu(), stats.error(weight, quantized.dequantize(torch.float32)), notes
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

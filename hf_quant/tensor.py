@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,17 @@ from hf_quant.packing import pack, unpack
 from hf_quant.scheme import QuantScheme
 
 
+def index_dtype(columns: int) -> torch.dtype:
+    """What numbers of that many columns are stored in: int16, or int32 where they do not fit."""
+    return torch.int16 if columns <= 1 << 15 else torch.int32
+
+
 @dataclass(frozen=True, slots=True)
 class Outliers:
     """Weights kept in floating point, added to what the codes mean; there the codes mean zero.
 
     Attributes:
-        index: Input columns, int32: ``[..., C]`` where whole columns are kept, ``[..., N, R]`` where each row has its own.
+        index: Input columns, as `index_dtype` says: ``[..., C]`` where whole columns are kept, ``[..., N, R]`` where each row has its own.
         value: ``[..., N, C]`` or ``[..., N, R]``.
     """
 
@@ -30,7 +36,7 @@ class Outliers:
     def gather(cls, weight: Tensor, index: Tensor, dtype: torch.dtype) -> Outliers:
         """Those of ``weight`` ``[N, K]`` at ``index``."""
         value = weight[:, index] if index.ndim == 1 else weight.gather(1, index.long())
-        return cls(index.to(torch.int32), value.to(dtype))
+        return cls(index.to(index_dtype(weight.shape[1])), value.to(dtype))
 
     def add_to(self, weight: Tensor) -> Tensor:
         """``weight`` ``[..., N, K]`` with the outliers added, in place."""
@@ -121,6 +127,15 @@ class QuantizedTensor:
             outliers = Outliers(index, room(outliers.value))
         zero = None if self.zero_point is None else room(self.zero_point)
         return QuantizedTensor(room(self.qweight), room(self.scale), zero, self.scheme, outliers=outliers)
+
+    def cpu(self) -> QuantizedTensor:
+        """In main memory."""
+
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        own |= {name: part.cpu() for name, part in own.items() if isinstance(part, Tensor)}
+        if self.outliers is not None:
+            own["outliers"] = Outliers(self.outliers.index.cpu(), self.outliers.value.cpu())
+        return QuantizedTensor(**own)
 
     @property
     def in_features(self) -> int:

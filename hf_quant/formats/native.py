@@ -18,16 +18,18 @@ from torch import Tensor
 from hf_quant.errors import FormatError, SchemeError
 from hf_quant.formats import Headers, Layer, Value
 from hf_quant.formats._common import FLOATS, check_scale, is_sequence, need, refused
+from hf_quant.packing import pack_short, unpack_short
 from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import Outliers, QuantizedTensor
+from hf_quant.tensor import Outliers, QuantizedTensor, index_dtype
 
 
 @dataclass(frozen=True)
 class Native:
-    """weight uint8 ``[N, K / 8 * bits]`` (8 bits: ``[N, K / 4, 4]``), weight_scale ``[N, G]``, weight_zero_point uint8 ``[N, G]``.
+    """weight uint8 ``[N, K / 8 * bits]`` (8 bits: ``[N, K / 4, 4]``), weight_scale ``[N, G]``.
 
-    Real zero points have the dtype of the scale; of permuted columns weight_perm int32 ``[1, K]`` says which is where.
-    Of outliers weight_outlier_value ``[N, C]`` and weight_outlier_index int32 ``[C]`` (whole columns) or ``[N, C]``.
+    weight_zero_point uint8 ``[N, ceil(G * bits / 8)]`` is packed like codes; real zero points are ``[N, G]`` in the dtype of
+    the scale. Of permuted columns weight_perm int32 ``[1, K]`` says which is where. Of outliers weight_outlier_value
+    ``[N, C]`` and weight_outlier_index ``[C]`` (whole columns) or ``[N, C]``, of `tensor.index_dtype`.
 
     Args:
         schemes: Name or glob of modules to scheme, the first match counts; the last one, ``*``, is the default.
@@ -69,11 +71,12 @@ class Native:
             "weight_scale": ((n, groups), dtype),
         }
         if not scheme.symmetric:
-            made["weight_zero_point"] = ((n, groups), dtype if scheme.real_zero else torch.uint8)
+            packed = ((n, scheme.zero_bytes(k)), torch.uint8)
+            made["weight_zero_point"] = ((n, groups), dtype) if scheme.real_zero else packed
         if scheme.permuted:
             made["weight_perm"] = ((1, k), torch.int32)
         if outliers:
-            made["weight_outlier_index"] = ((outliers,) if scheme.outlier_columns else (n, outliers), torch.int32)
+            made["weight_outlier_index"] = ((outliers,) if scheme.outlier_columns else (n, outliers), index_dtype(k))
             made["weight_outlier_value"] = ((n, outliers), dtype)
         return made
 
@@ -81,7 +84,10 @@ class Native:
         codes = tensor.qweight.unflatten(-1, (-1, 4)) if tensor.scheme.bits == 8 else tensor.qweight
         made = {"weight": codes, "weight_scale": tensor.scale}
         if tensor.zero_point is not None:
-            made["weight_zero_point"] = tensor.zero_point
+            real = tensor.scheme.real_zero
+            made["weight_zero_point"] = (
+                tensor.zero_point if real else pack_short(tensor.zero_point, tensor.scheme.bits)
+            )
         if tensor.perm is not None:
             made["weight_perm"] = tensor.perm
         if tensor.outliers is not None:
@@ -101,8 +107,8 @@ class Native:
         zero = None if scheme.symmetric else tensors["weight_zero_point"]
         if zero is not None and scheme.real_zero and not bool(zero.isfinite().all()):
             raise FormatError("native: weight_zero_point: some are not finite numbers")
-        if zero is not None and not scheme.real_zero and int(zero.max()) > scheme.qmax:
-            raise FormatError(f"native: weight_zero_point {int(zero.max())} is over {scheme.qmax}")
+        if zero is not None and not scheme.real_zero:
+            zero = unpack_short(zero, scheme.bits, tensors["weight_scale"].shape[-1])
         perm = tensors.get("weight_perm")
         if perm is not None and not bool(
             (perm.sort(-1).values == torch.arange(perm.shape[-1], device=perm.device)).all()

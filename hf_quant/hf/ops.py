@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +12,7 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import format_named
+from hf_quant.memory import give_back_memory
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
 from hf_quant.presets import preset
@@ -124,17 +123,3 @@ class QuantizeOnLoad(ConversionOps):
 def _check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
     if list(found) != list(expected):
         raise CheckpointError(f"tensor {name} has shape {list(found)}, config.json says {list(expected)}")
-
-
-@lru_cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):
-        return None
-
-
-def give_back_memory() -> None:
-    """glibc keeps freed working memory between the codes it hands out: a third more than the model itself."""
-    if (trim := _malloc_trim()) is not None:
-        trim(0)

@@ -26,8 +26,9 @@ from hf_quant.hf._compat import keep_for_saving, renamer, updated_conversions
 from hf_quant.hf.calibrated import calibrate, data_for
 from hf_quant.hf.community import Placed, conversions, place
 from hf_quant.hf.integrity import check_weights
-from hf_quant.hf.ops import KeepApart, QuantizeOnLoad, give_back_memory
+from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
 from hf_quant.hf.plan import Plan, candidates, freeze, make_plan
+from hf_quant.memory import give_back_memory
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
 from hf_quant.nn._weight import frozen
 from hf_quant.nn.experts import stacks
@@ -36,6 +37,7 @@ from hf_quant.presets import preset
 if TYPE_CHECKING:
     from hf_quant.hf.config import HfQuantConfig
 
+CHUNK = 1 << 24  # values looked at together
 COMPANIONS = tuple(name.removeprefix("weight") for name in format_named("native").suffixes if name != "weight")
 logger = logging.get_logger(__name__)
 
@@ -286,7 +288,8 @@ class HfQuantQuantizer(HfQuantizer):
             expected = self.pre_quantized and not dispatched and not optional and parameter.numel()  # 0: in a kernel
             if expected and not hasattr(parameter, "_is_hf_initialized"):
                 raise CheckpointError(f"tensor {name} is missing from the checkpoint")
-            if parameter.is_floating_point() and not math.isfinite(parameter.sum(dtype=torch.float32).item()):
+            parts = parameter.detach().flatten().split(CHUNK)  # a sum in float32 makes a copy in float32
+            if parameter.is_floating_point() and not math.isfinite(sum(p.sum(dtype=torch.float32) for p in parts)):
                 bad = int((~parameter.isfinite()).sum())
                 if bad:
                     raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig
 
 from hf_quant.activations import Activations
@@ -28,10 +28,10 @@ from hf_quant.errors import HfQuantError, PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.loading import class_of
-from hf_quant.hf.ops import give_back_memory
 from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.tensors import Tensors
 from hf_quant.journal import Journal, digest, journal
+from hf_quant.memory import free_memory, give_back_memory
 from hf_quant.presets import preset
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.scheme import QuantScheme
@@ -68,12 +68,14 @@ class Settings:
         progress: Wraps the list of blocks.
         max_memory: Bytes that activations may take in memory before they go to disk; None: half of what is free now.
         ranks: The processes that share the job.
+        device: Where blocks are worked on, one at a time; activations stay in main memory or on disk.
     """
 
     say: Callable[[str], None]
     progress: Progress = iter
     max_memory: int | None = None
     ranks: Ranks = ALONE
+    device: str = "cpu"
 
 
 def quantize_streaming(
@@ -127,8 +129,10 @@ def _walk(
     """Block by block: those that are finished run forward, the others are quantized and committed."""
     streams, calls = _embed(source, ids, recipe.needs_twin, scratch, settings)
     for i, name in enumerate(settings.progress(list(source.blocks))):
-        block = Block(name, source.blocks[name], layers_of(source.plan, name), calls[name])
+        call = tree_map_only(Tensor, lambda tensor: tensor.to(settings.device), calls[name])
+        block = Block(name, source.blocks[name], layers_of(source.plan, name), call)
         _fill(source, lambda tensor, name=name: tensor.startswith(f"{name}."))  # type: ignore[misc]
+        block.module.to(settings.device)
         if i < finished:
             _pass_by(source, block, work / _part(i), streams, recipe.ranks)
         else:
@@ -310,14 +314,6 @@ def _alike(one: Any, other: Any) -> bool:
     return one is other or type(one) is type(other)
 
 
-def free_memory() -> int:
-    """Bytes that could be taken now without swapping."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 4 << 30
-
-
 def _pass_by(source: _Source, block: Block, file: Path, streams: list[Activations], ranks: Ranks) -> None:
     """A finished block is only run forward, the float one too where it is followed."""
     if len(streams) > 1:
@@ -347,11 +343,8 @@ def _commit(done: Journal, source: _Source, block: Block, solved: Solved, index:
         if name not in quantized:
             tensors[name] = parameter.to(source.tensors.dtype(name))  # transforms may have changed it
     tensors |= {n: t for n, t in source.tensors.unused(f"{block.name}.") if n not in tensors}
-    done.add(
-        _part(index),
-        lambda path: write_tensors(path, tensors),
-        solved.record(block.name),
-    )
+    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    done.add(_part(index), lambda path: write_tensors(path, tensors), solved.record(block.name))
 
 
 def _assemble(source: _Source, done: Journal, stage: Path) -> None:

@@ -51,7 +51,7 @@ def outlier_rows(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
 
     Args:
         x: ``[M, K]``.
-        index: int32 ``[N, R]``, columns.
+        index: int16 or int32 ``[N, R]``, columns.
         value: ``[N, R]``.
     """
     (m, k), (n, r) = x.shape, index.shape
@@ -106,13 +106,13 @@ def outlier_linear(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
 
     Args:
         x: ``[..., K]``.
-        index: int32 ``[C]``, the columns of all rows; or ``[N, R]``, each row's own.
+        index: int16 or int32 ``[C]``, the columns of all rows; or ``[N, R]``, each row's own.
         value: ``[N, C]`` or ``[N, R]``.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
     """
     if index.ndim == 1:
-        return F.linear(x[..., index], value.to(x.dtype))
+        return F.linear(x[..., index.long()], value.to(x.dtype))
     y = outlier_rows(x.reshape(-1, x.shape[-1]), index, value)
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.formats import format_named
+from hf_quant.packing import unpack_short
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import Outliers, QuantizedTensor
 
@@ -51,6 +52,7 @@ def read(
         outliers = Outliers(found["weight_outlier_index"], found["weight_outlier_value"])
     if qweight is None:
         qweight = codes.flatten(-2) if scheme.bits == 8 else codes
-    return QuantizedTensor(
-        qweight, found["weight_scale"], found.get("weight_zero_point"), scheme, found.get("weight_perm"), outliers
-    )
+    scale, zero = found["weight_scale"], found.get("weight_zero_point")
+    if zero is not None and not scheme.real_zero:
+        zero = unpack_short(zero, scheme.bits, scale.shape[-1])
+    return QuantizedTensor(qweight, scale, zero, scheme, found.get("weight_perm"), outliers)

@@ -107,8 +107,8 @@ def _divided(codes: Any, own: Tensor) -> Any:
     """Rows of codes divided by powers of two: only their scales and outliers change."""
     outliers = codes.outliers
     if outliers is not None:
-        outliers = replace(outliers, value=outliers.value / own[:, None].to(outliers.value.dtype))
-    return replace(codes, scale=codes.scale / own[:, None].to(codes.scale.dtype), outliers=outliers)
+        outliers = replace(outliers, value=outliers.value / own[:, None].to(outliers.value))
+    return replace(codes, scale=codes.scale / own[:, None].to(codes.scale), outliers=outliers)
 
 
 def _rescale(stage: Stage, scales: Tensor) -> None:

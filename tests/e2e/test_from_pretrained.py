@@ -296,7 +296,10 @@ TAMPERED = {
     "scale_nan": (lambda t: t[f"{UP}.weight_scale"].view(-1)[3:4].fill_(float("nan")), "weight_scale"),
     "scale_inf": (lambda t: t[f"{UP}.weight_scale"].view(-1)[3:4].fill_(float("inf")), "weight_scale"),
     "scale_zero": (lambda t: t[f"{UP}.weight_scale"].view(-1)[3:4].fill_(0), "weight_scale"),
-    "zero_point": (lambda t: t[f"{UP}.weight_zero_point"].view(-1)[3:4].fill_(16), "weight_zero_point"),
+    "zero_point": (
+        lambda t: t.update({f"{UP}.weight_zero_point": t[f"{UP}.weight_zero_point"][1:].clone()}),
+        "weight_zero_point",
+    ),
     "no_scale": (lambda t: t.pop(f"{UP}.weight_scale"), "weight_scale"),
     "no_codes": (lambda t: t.pop(f"{UP}.weight"), f"{UP}.weight"),
     "no_layer": (lambda t: [t.pop(k) for k in list(t) if k.startswith(UP)], UP),

@@ -341,6 +341,8 @@ def test_the_command(tmp_path: Path) -> None:
     text = ["--calibration", model / "heldout.txt"]
     result = CliRunner().invoke(main, [str(a) for a in (*call, *few, *text)])
     assert result.exit_code == 1 and "were calibrated on" in result.stderr
+    result = CliRunner().invoke(main, [str(a) for a in (*call, *few, "--device", "gpu", "--no-eval")])
+    assert result.exit_code == 1 and "--device gpu: " in result.stderr
     result = CliRunner().invoke(main, [str(a) for a in (*call, *few, "--max-kl", "0.02")])
     assert result.exit_code == 0, result.output
     assert [p.name for p in tmp_path.iterdir()] == ["q"], "the work folder is gone"

@@ -37,3 +37,13 @@ def test_bytes(bits: int, symmetric: bool) -> None:
     assert tuple(written["weight"].shape) == SHAPES[bits]
     first = (3 - (2 ** (bits - 1) if symmetric else 1)) * 0.5
     assert float(format_named("native").read(written, scheme).dequantize()[0, 0]) == first
+
+
+@pytest.mark.parametrize(("bits", "packed"), [(2, "16"), (3, "4e01"), (4, "1e05"), (8, "0e0105")])
+def test_zero_points_are_packed_row_by_row(bits: int, packed: str) -> None:
+    zero = torch.tensor([[14, 1, 5]]) % 2**bits
+    scheme = QuantScheme(bits, 32, symmetric=False)
+    tensor = QuantizedTensor.from_codes(torch.zeros(1, 96, dtype=torch.int64), torch.ones(1, 3), zero, scheme)
+    written = format_named("native").write(tensor)
+    assert bytes_of(written["weight_zero_point"]) == packed
+    assert format_named("native").read(written, scheme).zeros().tolist() == zero.tolist()

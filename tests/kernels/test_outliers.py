@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from hf_quant.kernels import _outliers, outlier_linear
-from hf_quant.tensor import Outliers
+from hf_quant.tensor import Outliers, index_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def made(n: int, k: int, r: int, columns: bool, dtype: torch.dtype) -> Outliers:
     index = torch.rand(k).topk(r).indices.sort().values if columns else torch.rand(n, k).topk(r).indices.sort().values
-    return Outliers(index.int().to(DEVICE), torch.randn(n, r).to(DEVICE, dtype))
+    return Outliers(index.to(DEVICE, index_dtype(k)), torch.randn(n, r).to(DEVICE, dtype))
 
 
 def dense(outliers: Outliers, n: int, k: int) -> Tensor:

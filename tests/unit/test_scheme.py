@@ -69,5 +69,5 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_numbers_of_a_scheme() -> None:
     scheme = QuantScheme(3, 128, symmetric=False)
     assert (scheme.qmax, scheme.zero, scheme.packed_bytes(256), scheme.groups(256)) == (7, 4, 96, 2)
-    assert scheme.bits_per_weight(256) == 3 + 24 / 128
+    assert scheme.bits_per_weight(256) == 3 + (16 + 4) / 128
     assert QuantScheme(4, -1).groups(96) == 1

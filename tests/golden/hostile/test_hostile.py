@@ -240,7 +240,7 @@ MODULES: dict[str, tuple[str, str, Change]] = {
     "scale in double": (NATIVE, "weight_scale", replaced("weight_scale", torch.Tensor.double)),
     "scale of another group size": (NATIVE, "weight_scale", replaced("weight_scale", lambda t: t[:, ::2])),
     "scale missing": (NATIVE, "weight_scale", lambda t: t.pop("weight_scale")),
-    "zero point too large": (NATIVE, "weight_zero_point", with_value("weight_zero_point", 16)),
+    "zero point unpacked": (NATIVE, "weight_zero_point", replaced("weight_zero_point", lambda t: t.repeat(1, 2))),
     "zero point signed": (NATIVE, "weight_zero_point", replaced("weight_zero_point", lambda t: t.to(torch.int8))),
     "zero point missing": (PACKED, "weight_zero_point", lambda t: t.pop("weight_zero_point")),
     "zero point short": (PACKED, "weight_zero_point", replaced("weight_zero_point", lambda t: t[:-1])),

@@ -155,14 +155,14 @@ void dequantize_of(const Linear& a, long from, long to, const Output& out) {
   }
 }
 
-void rows(const Linear& a, long from, long to, const float* x, const float* sums, long m, const Output& out) {
+[[maybe_unused]] void rows(const Linear& a, long from, long to, const float* x, const float* sums, long m, const Output& out) {
   if (a.bits == 2) rows_of<2>(a, from, to, x, sums, m, out);
   if (a.bits == 3) rows_of<3>(a, from, to, x, sums, m, out);
   if (a.bits == 4) rows_of<4>(a, from, to, x, sums, m, out);
   if (a.bits == 8) rows_of<8>(a, from, to, x, sums, m, out);
 }
 
-void dequantize(const Linear& a, long from, long to, const Output& out) {
+[[maybe_unused]] void dequantize(const Linear& a, long from, long to, const Output& out) {
   if (a.bits == 2) dequantize_of<2>(a, from, to, out);
   if (a.bits == 3) dequantize_of<3>(a, from, to, out);
   if (a.bits == 4) dequantize_of<4>(a, from, to, out);

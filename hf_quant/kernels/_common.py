@@ -38,7 +38,7 @@ def looked_up(qweight: Tensor, table: Tensor) -> Codes:
     return lambda i, j: pairs.index_select(0, qweight[i:j].flatten().int()).view(j - i, -1)
 
 
-def _as_asked(device: str) -> AbstractContextManager[object]:
+def as_asked(device: str) -> AbstractContextManager[object]:
     """Keeps autocast, which reaches into custom ops, from rounding what `compute_dtype` chose to bf16."""
     available = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if available else nullcontext()
@@ -72,7 +72,7 @@ def multiply(x: Tensor, codes: Codes, scale: Tensor, zero: Tensor | None, fixed:
     """
     dtype = compute_dtype(x)
     wide, y = x.to(dtype), x.new_empty(x.shape[0], scale.shape[0])
-    with _as_asked(x.device.type):
+    with as_asked(x.device.type):
         for i, j, w in _blocks(codes, scale, zero, fixed, x.shape[1], dtype, step):
             y[:, i:j] = F.linear(wide, w)
     return y
@@ -85,7 +85,7 @@ def multiply_back(
     dtype = compute_dtype(grad)
     total = torch.promote_types(dtype, torch.float32)  # hundreds of blocks in a language-model head
     wide, out = grad.to(dtype), grad.new_zeros(grad.shape[0], k, dtype=total)
-    with _as_asked(grad.device.type):
+    with as_asked(grad.device.type):
         for i, j, w in _blocks(codes, scale, zero, fixed, k, dtype, step):
             out += wide[:, i:j] @ w
     return out.to(grad.dtype)

@@ -1,0 +1,204 @@
+// Many rows of x: AMX multiplies tiles of bf16. W is dequantized to bf16, a part of it at a time, into what stays in the
+// second-level cache; where x is finer than bf16, both factors are sums of two bf16 numbers.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16")
+#endif
+#define SET_AVX2
+#define SET_AVX512
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "vector.h"
+
+bool amx_allowed() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0;
+#else
+  return false;
+#endif
+}
+
+namespace {
+
+inline __m512i rounded(vf v) { return _mm512_add_epi32((__m512i)v, _mm512_set1_epi32(0x8000)); }
+
+// Two vectors of float32 to pairs of bf16.
+inline __m512i pairs(vf low, vf high) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded(low), 16), rounded(high));
+}
+
+inline vf upper(vf v) { return (vf)_mm512_and_si512(rounded(v), _mm512_set1_epi32((int)0xffff0000)); }
+
+// W of a tile to `parts` tiles of bf16, [16 pairs of k, 16 rows of W, 2].
+template <int BITS, int PARTS>
+inline void dequantized(const uint8_t* tile, vf scale, vf shift, uint8_t* out) {
+  each_pair<BITS>(tile, 0, [&](int r, vf low, vf high) __attribute__((always_inline)) {
+    const vf a = low * scale + shift, b = high * scale + shift;
+    _mm512_store_si512(out + 64 * r, pairs(a, b));
+    if (PARTS == 2) _mm512_store_si512(out + 1024 + 64 * r, pairs(a - upper(a), b - upper(b)));
+  });
+}
+
+template <int BITS, int PARTS>
+void panel(const Linear& a, long b, long blocks, long t0, long count, uint8_t* out) {
+  const long groups = a.groups(), steps = a.group / 32;
+  for (long i = 0; i < blocks; i++) {
+    const uint8_t* tile = a.q + ((b + i) * a.tiles() + t0) * 64 * BITS;
+    uint8_t* to = out + i * DEPTH * PARTS * 1024;
+    long g = -1;
+    vf scale = vf{}, shift = vf{};
+    for (long t = 0; t < count; t++, tile += 64 * BITS, to += PARTS * 1024) {
+      for (int v = 0; v < BITS; v++) _mm_prefetch((const char*)tile + 64 * v + 2048, _MM_HINT_T0);
+      if (g != (t0 + t) / steps) {
+        g = (t0 + t) / steps;
+        scale = grouped(a.scale, a.scale_type, (b + i) * groups + g, 0);
+        if (a.zero) shift = ((float)(1 << (BITS - 1)) - grouped(a.zero, a.scale_type, (b + i) * groups + g, 0)) * scale;
+      }
+      dequantized<BITS, PARTS>(tile, scale, shift, to);
+    }
+  }
+}
+
+template <int PARTS>
+void panel_of(const Linear& a, long b, long blocks, long t0, long count, uint8_t* out) {
+  if (a.bits == 2) panel<2, PARTS>(a, b, blocks, t0, count, out);
+  if (a.bits == 3) panel<3, PARTS>(a, b, blocks, t0, count, out);
+  if (a.bits == 4) panel<4, PARTS>(a, b, blocks, t0, count, out);
+  if (a.bits == 8) panel<8, PARTS>(a, b, blocks, t0, count, out);
+}
+
+// GCC does not tell its optimizer that tiles are loaded from memory.
+#define BARRIER __asm__ volatile("" ::: "memory")
+
+struct __attribute__((packed)) Config {
+  uint8_t palette, start, reserved[14];
+  uint16_t columns[16];
+  uint8_t rows[16];
+};
+
+// sums [2][2] (of 16 x 16, at c and c + right, below both by `down`) += x tiles at a (and a + below) times W tiles at b.
+template <int TALL, int PARTS>
+inline void multiplied(const uint8_t* a, size_t below, const uint8_t* b, size_t beside, long count, float* c, size_t right,
+                       size_t down, bool first) {
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + right, 64);
+    if (TALL == 2) {
+      _tile_loadd(2, c + down, 64);
+      _tile_loadd(3, c + down + right, 64);
+    }
+  }
+  for (long t = 0; t < count; t++, a += PARTS * 1024, b += PARTS * 1024) {
+    for (int p = 0; p < PARTS; p++) {  // low parts of x meet the high ones of W only
+      _tile_loadd(4, a + p * 1024, 64);
+      if (TALL == 2) {
+        _tile_loadd(5, a + below + p * 1024, 64);
+      }
+      for (int w = 0; w < PARTS - p; w++) {
+        _tile_loadd(6, b + w * 1024, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (TALL == 2) {
+          _tile_dpbf16ps(2, 5, 6);
+        }
+        _tile_loadd(7, b + beside + w * 1024, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (TALL == 2) {
+          _tile_dpbf16ps(3, 5, 7);
+        }
+      }
+    }
+  }
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + right, 64);
+  if (TALL == 2) {
+    _tile_stored(2, c + down, 64);
+    _tile_stored(3, c + down + right, 64);
+  }
+}
+
+template <int PARTS>
+void linear(const Linear& a, long from, long to, const uint8_t* x, long m, uint8_t* room, const Output& out) {
+  const long m_tiles = (m + 15) / 16, tiles = a.tiles();
+  uint8_t* w = room;
+  float* c = (float*)(room + WIDE * DEPTH * PARTS * 1024);  // [WIDE][m_tiles] tiles
+  Config config = {};
+  config.palette = 1;
+  for (int i = 0; i < 8; i++) config.columns[i] = 64, config.rows[i] = 16;
+  if (m < 16) config.rows[0] = config.rows[1] = config.rows[4] = (uint8_t)m;
+  _tile_loadconfig(&config);
+  for (long b = from; b < to; b += WIDE) {
+    const long blocks = to - b < WIDE ? to - b : WIDE;
+    for (long t0 = 0; t0 < tiles; t0 += DEPTH) {
+      const long count = tiles - t0 < DEPTH ? tiles - t0 : DEPTH;
+      panel_of<PARTS>(a, b, blocks, t0, count, w);
+      BARRIER;
+      const uint8_t* rows = x + t0 / DEPTH * m_tiles * DEPTH * PARTS * 1024;
+      const size_t below = DEPTH * PARTS * 1024, right = m_tiles * 256, down = 256;
+      for (long i = 0; i < blocks; i += 2) {  // with an odd number of blocks, the last is multiplied twice
+        const size_t beside = i + 1 < blocks ? below : 0, next = i + 1 < blocks ? right : 0;
+        for (long j = 0; j < m_tiles; j += 2) {
+          float* at = c + (i * m_tiles + j) * 256;
+          if (j + 1 < m_tiles)
+            multiplied<2, PARTS>(rows + j * below, below, w + i * below, beside, count, at, next, down, t0 == 0);
+          else
+            multiplied<1, PARTS>(rows + j * below, below, w + i * below, beside, count, at, next, down, t0 == 0);
+        }
+      }
+    }
+    BARRIER;
+    for (long j = 0; j < m; j++)
+      for (long i = 0; i < blocks; i++) {
+        const long n = 16 * (b + i), left = a.n - n;
+        store(out, j * a.n + n, c + ((i * m_tiles + j / 16) * 16 + j % 16) * 16, left < 16 ? left : 16);
+      }
+  }
+  _tile_release();
+}
+
+}  // namespace
+
+size_t amx_room(long m_tiles, int parts) { return WIDE * (DEPTH * parts + m_tiles) * 1024; }
+
+void amx_pack(const void* x, int type, long m, long k, int parts, long m_tile, long m_tiles, uint8_t* out) {
+  for (long t = 0; t < k / 32; t++) {
+    uint8_t* to = out + ((t / DEPTH * m_tiles + m_tile) * DEPTH + t % DEPTH) * parts * 1024;
+    for (long i = 0; i < 16; i++) {
+      const long row = m_tile * 16 + i;
+      if (row >= m) {
+        for (int p = 0; p < parts; p++) memset(to + 1024 * p + 64 * i, 0, 64);
+      } else if (type == BF16) {
+        memcpy(to + 64 * i, (const uint16_t*)x + row * k + 32 * t, 64);
+      } else {
+        float values[32];
+        uint16_t high[32], low[32];
+        load(x, type, row * k + 32 * t, values, 32);
+        for (int j = 0; j < 32; j++) {
+          high[j] = float_to_bf16(values[j]);
+          low[j] = float_to_bf16(values[j] - bf16_to_float(high[j]));
+        }
+        memcpy(to + 64 * i, high, 64);
+        memcpy(to + 1024 + 64 * i, low, 64);
+      }
+    }
+  }
+}
+
+void amx_linear(const Linear& a, long from, long to, const uint8_t* x, long m, int parts, uint8_t* room, const Output& out) {
+  if (parts == 1) linear<1>(a, from, to, x, m, room, out);
+  if (parts == 2) linear<2>(a, from, to, x, m, room, out);
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

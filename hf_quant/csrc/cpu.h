@@ -1,0 +1,120 @@
+// Products with packed codes on CPUs: what the translation units share. No dependency on PyTorch.
+//
+// Layout of a weight [N, K] of b-bit codes: tiles of 16 rows (n) by 32 columns (k), those of 16 rows one after another
+// along k. A tile is b vectors of 16 words of 32 bits, one word for each row. In both halves of a word, 16 / b codes lie
+// side by side from the low bits on; position i of vector v holds columns 2 (v 16 / b + i) (low half) and the next
+// one (high half): a pair of neighbours is what AMX wants in a word. With three bits, five pairs to a vector, bit 15 of
+// the halves of the three vectors are the bits of the sixteenth. Codes of eight bits are stored less 128, as int8.
+// Rows are padded with zero codes, K is a multiple of 32. Scales and zero points: [N / 16, G, 16].
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+enum Type { F32 = 0, BF16 = 1, F16 = 2 };
+
+struct Linear {
+  const uint8_t* q;
+  const void* scale;  // F32 or BF16
+  const void* zero;   // of the same type, or null where all are 2^(bits - 1)
+  int bits, scale_type;
+  long n, k, group;
+  long blocks() const { return (n + 15) / 16; }
+  long tiles() const { return k / 32; }
+  long groups() const { return k / group; }
+};
+
+struct Output {
+  void* y;  // [M, N]
+  int type;
+};
+
+static inline float bf16_to_float(uint16_t h) {
+  uint32_t u = (uint32_t)h << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+static inline uint16_t float_to_bf16(float f) {  // to nearest, ties to even
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+static inline float f16_to_float(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff, u;
+  float f;
+  if (rest >= 0x7c00) {
+    u = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+  } else {  // 2^112 moves the exponent, and makes subnormal numbers normal
+    u = rest << 13;
+    memcpy(&f, &u, 4);
+    f *= 5.192296858534828e33f;
+    memcpy(&u, &f, 4);
+    u |= sign;
+  }
+  memcpy(&f, &u, 4);
+  return f;
+}
+
+static inline uint16_t float_to_f16(float f) {  // to nearest, ties to even
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  uint16_t sign = (uint16_t)(u >> 16 & 0x8000);
+  u &= 0x7fffffff;
+  if (u > 0x7f800000) return sign | 0x7e00;
+  if (u >= 0x477ff000) return sign | 0x7c00;
+  if (u < 0x38800000) {  // subnormal there: adding 1/2 rounds at the right bit
+    float a;
+    memcpy(&a, &u, 4);
+    a += 0.5f;
+    memcpy(&u, &a, 4);
+    return sign | (uint16_t)(u - 0x3f000000);
+  }
+  return sign | (uint16_t)((u - 0x38000000 + 0xfff + (u >> 13 & 1)) >> 13);
+}
+
+static inline void store(const Output& out, long at, const float* from, long count) {
+  if (out.type == F32) {
+    memcpy((float*)out.y + at, from, count * sizeof(float));
+  } else if (out.type == BF16) {
+    for (long i = 0; i < count; i++) ((uint16_t*)out.y)[at + i] = float_to_bf16(from[i]);
+  } else {
+    for (long i = 0; i < count; i++) ((uint16_t*)out.y)[at + i] = float_to_f16(from[i]);
+  }
+}
+
+static inline void load(const void* x, int type, long at, float* to, long count) {
+  if (type == F32) {
+    memcpy(to, (const float*)x + at, count * sizeof(float));
+  } else if (type == BF16) {
+    for (long i = 0; i < count; i++) to[i] = bf16_to_float(((const uint16_t*)x)[at + i]);
+  } else {
+    for (long i = 0; i < count; i++) to[i] = f16_to_float(((const uint16_t*)x)[at + i]);
+  }
+}
+
+// One instruction set: some blocks of 16 rows of a weight, in float32.
+struct Kernels {
+  // y[m, 16 b ...] = x[m] @ W.T for blocks from, to (exclusive); x [m, k] and its sums over groups, [m, groups].
+  void (*rows)(const Linear&, long from, long to, const float* x, const float* sums, long m, const Output&);
+  // W of those blocks: out [16 (to - from), k], less rows beyond n.
+  void (*dequantize)(const Linear&, long from, long to, const Output&);
+};
+
+extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
+
+// AMX: x in tiles of 16 rows and 32 columns of bf16, `parts` of them (1: bf16; 2: float32 as a sum of two) side by side,
+// the tiles of up to DEPTH steps of k together: [k / DEPTH][m][DEPTH][parts][1 KB].
+const long DEPTH = 16, WIDE = 16;  // tiles of k at a time; blocks of 16 rows of W at a time
+
+static inline size_t amx_tiles(long m_tiles, long k_tiles, int parts) {
+  return (size_t)m_tiles * ((k_tiles + DEPTH - 1) / DEPTH * DEPTH) * parts * 1024;
+}
+
+void amx_pack(const void* x, int type, long m, long k, int parts, long m_tile, long m_tiles, uint8_t* out);
+void amx_linear(const Linear&, long from, long to, const uint8_t* x, long m, int parts, uint8_t* room, const Output&);
+size_t amx_room(long m_tiles, int parts);  // bytes a thread needs
+bool amx_allowed();

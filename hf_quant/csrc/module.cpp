@@ -1,0 +1,298 @@
+// The Python module: addresses in, numbers out. What is checked (shapes, dtypes, contiguity) is checked in Python.
+#define Py_LIMITED_API 0x030a0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <dlfcn.h>
+#include <stdlib.h>
+
+#include <atomic>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+#include "cpu.h"
+
+namespace {
+
+// ---- instruction sets
+
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
+const char* const NAMES[] = {"portable", "avx2", "avx512", "amx"};
+int best = PORTABLE, level = PORTABLE;
+
+int detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PORTABLE;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+      !__builtin_cpu_supports("avx512dq"))
+    return AVX2;
+  unsigned a, b, c, d = 0;
+  const unsigned need = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & need) != need || !amx_allowed()) return AVX512;
+  return AMX;
+#else
+  return PORTABLE;
+#endif
+}
+
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (level >= AVX512) return avx512_kernels;
+  if (level == AVX2) return avx2_kernels;
+#endif
+  return portable_kernels;
+}
+
+// ---- threads: those of the OpenMP runtime that PyTorch brought, since a second pool would spin beside the first
+
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+Parallel parallel = nullptr;
+
+template <class F>
+struct Job {
+  F& f;
+  std::atomic<long> next;
+  long count;
+  static void run(void* self) {
+    Job& job = *(Job*)self;
+    for (long i; (i = job.next.fetch_add(1)) < job.count;) job.f(i);
+  }
+};
+
+// f(0), ..., f(count - 1), by as many threads as come.
+template <class F>
+void each(long count, long threads, F f) {
+  Job<F> job{f, {0}, count};
+  if (threads > count) threads = count;
+  if (parallel && threads > 1)
+    parallel(Job<F>::run, &job, (unsigned)threads, 0);
+  else
+    Job<F>::run(&job);
+}
+
+// Memory of one thread that stays: fresh pages would cost more than the products of a few rows.
+struct Room {
+  uint8_t* at = nullptr;
+  size_t size = 0;
+  ~Room() { free(at); }
+  uint8_t* of(size_t bytes) {
+    if (bytes > size) {
+      free(at);
+      size = (bytes + 4095) / 4096 * 4096;
+      at = (uint8_t*)aligned_alloc(4096, size);
+      if (!at) abort();
+    }
+    return at;
+  }
+};
+thread_local Room shared_room, own_room;
+
+// ---- products
+
+const long FEW = 4;          // up to so many rows, vectors are as fast as AMX
+const long MOST = 16 << 20;  // bytes of x that are packed at a time
+
+void few_rows(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
+  const long groups = a.groups();
+  float* wide = (float*)shared_room.of(sizeof(float) * m * (a.k + groups));
+  float* sums = wide + m * a.k;
+  each(m, m * a.k > 1 << 16 ? threads : 1, [=](long i) {
+    load(x, type, i * a.k, wide + i * a.k, a.k);
+    if (a.zero)
+      for (long g = 0; g < groups; g++) {
+        float s[8] = {};
+        for (long j = 0; j < a.group; j++) s[j % 8] += wide[i * a.k + g * a.group + j];
+        sums[i * groups + g] = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
+      }
+  });
+  const Kernels& set = kernels();
+  const long parts = threads * 4 < a.blocks() ? threads * 4 : a.blocks();
+  each(parts, threads, [&](long i) {
+    set.rows(a, a.blocks() * i / parts, a.blocks() * (i + 1) / parts, wide, sums, m, y);
+  });
+}
+
+#if defined(__x86_64__)
+void many_rows(const Linear& a, const uint8_t* x, int type, long m, const Output& y, long threads) {
+  const int parts = type == BF16 ? 1 : 2;
+  long step = MOST / (a.k * 2 * parts) / 32 * 32;
+  step = step < 32 ? 32 : step > 512 ? 512 : step;
+  const long size = type == F32 ? 4 : 2, wide = y.type == F32 ? 4 : 2;
+  for (long i = 0; i < m; i += step) {
+    const long rows = m - i < step ? m - i : step, m_tiles = (rows + 15) / 16;
+    uint8_t* packed = shared_room.of(amx_tiles(m_tiles, a.tiles(), parts));
+    const void* from = x + i * a.k * size;
+    each(m_tiles, threads, [=](long j) { amx_pack(from, type, rows, a.k, parts, j, m_tiles, packed); });
+    const Output to = {(uint8_t*)y.y + i * a.n * wide, y.type};
+    long blocks = (a.blocks() + 2 * threads - 1) / (2 * threads);
+    blocks = blocks > WIDE ? WIDE : (blocks + 1) / 2 * 2;
+    each((a.blocks() + blocks - 1) / blocks, threads, [&](long j) {
+      const long end = (j + 1) * blocks < a.blocks() ? (j + 1) * blocks : a.blocks();
+      amx_linear(a, j * blocks, end, packed, rows, parts, own_room.of(amx_room(m_tiles, parts)), to);
+    });
+  }
+}
+#endif
+
+// ---- layout
+
+inline unsigned code_at(const uint8_t* row, int bits, long k) {
+  const long bit = k * bits;
+  unsigned word = row[bit >> 3];
+  if ((bit & 7) + bits > 8) word |= (unsigned)row[(bit >> 3) + 1] << 8;
+  return word >> (bit & 7) & ((1u << bits) - 1);
+}
+
+// Where column 2 r (and half a word on, 2 r + 1) of a tile lies: vector and bit.
+inline void place(int bits, int r, int* vector, int* shift) {
+  *vector = r / (16 / bits);
+  *shift = r % (16 / bits) * bits;
+}
+
+void pack_block(const uint8_t* rows, uint8_t* tiles, int bits, long n, long k) {
+  const long bytes = k * bits / 8;
+  for (long t = 0; t < k / 32; t++, tiles += 64 * bits) {
+    uint32_t words[8][16] = {};
+    for (long i = 0; i < n; i++)
+      for (int c = 0; c < 32; c++) {
+        unsigned code = code_at(rows + i * bytes, bits, 32 * t + c) ^ (bits == 8 ? 128 : 0);
+        int v, s;
+        place(bits, c / 2, &v, &s);
+        if (v < bits) words[v][i] |= code << (s + c % 2 * 16);
+        else
+          for (int j = 0; j < bits; j++) words[j][i] |= (code >> j & 1) << (15 + c % 2 * 16);
+      }
+    memcpy(tiles, words, 64 * bits);
+  }
+}
+
+void unpack_block(const uint8_t* tiles, uint8_t* rows, int bits, long n, long k) {
+  const long bytes = k * bits / 8;
+  memset(rows, 0, n * bytes);
+  for (long t = 0; t < k / 32; t++, tiles += 64 * bits) {
+    uint32_t words[8][16];
+    memcpy(words, tiles, 64 * bits);
+    for (long i = 0; i < n; i++)
+      for (int c = 0; c < 32; c++) {
+        unsigned code = 0;
+        int v, s;
+        place(bits, c / 2, &v, &s);
+        if (v < bits) code = words[v][i] >> (s + c % 2 * 16) & ((1u << bits) - 1);
+        else
+          for (int j = 0; j < bits; j++) code |= (words[j][i] >> (15 + c % 2 * 16) & 1) << j;
+        code ^= bits == 8 ? 128 : 0;
+        const long bit = (32 * t + c) * bits;
+        rows[i * bytes + (bit >> 3)] |= (uint8_t)(code << (bit & 7));
+        if ((bit & 7) + bits > 8) rows[i * bytes + (bit >> 3) + 1] |= (uint8_t)(code >> (8 - (bit & 7)));
+      }
+  }
+}
+
+// ---- Python
+
+// Integers out of a call's arguments; false with an exception set.
+bool integers(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, long long* out) {
+  if (given != wanted) {
+    PyErr_Format(PyExc_TypeError, "%s takes %zd integers, got %zd", name, wanted, given);
+    return false;
+  }
+  for (Py_ssize_t i = 0; i < wanted; i++) {
+    out[i] = PyLong_AsLongLong(args[i]);
+    if (out[i] == -1 && PyErr_Occurred()) return false;
+  }
+  return true;
+}
+
+Linear weight(const long long* a) {
+  Linear w;
+  w.q = (const uint8_t*)a[0], w.scale = (const void*)a[1], w.zero = (const void*)a[2];
+  w.scale_type = (int)a[3], w.bits = (int)a[4], w.n = (long)a[5], w.k = (long)a[6], w.group = (long)a[7];
+  return w;
+}
+
+PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long a[13];
+  if (!integers("linear", args, given, 13, a)) return nullptr;
+  const Linear w = weight(a);
+  const void* x = (const void*)a[8];
+  const Output y = {(void*)a[9], (int)a[10]};
+  const long m = (long)a[11], threads = (long)a[12];
+  Py_BEGIN_ALLOW_THREADS;
+#if defined(__x86_64__)
+  if (level == AMX && m > FEW)
+    many_rows(w, (const uint8_t*)x, y.type, m, y, threads);
+  else
+#endif
+    few_rows(w, x, y.type, m, y, threads);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject* py_dequantize(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long a[13];
+  if (!integers("dequantize", args, given, 13, a)) return nullptr;
+  const Linear w = weight(a);
+  const long from = (long)a[8], to = (long)a[9], threads = (long)a[12];
+  const int type = (int)a[11];
+  Py_BEGIN_ALLOW_THREADS;
+  each(to - from, threads, [&](long i) {
+    const Output out = {(uint8_t*)a[10] + 16 * i * w.k * (type == F32 ? 4 : 2), type};
+    kernels().dequantize(w, from + i, from + i + 1, out);
+  });
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+template <void (*ONE)(const uint8_t*, uint8_t*, int, long, long), bool FORTH>
+PyObject* py_layout(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long a[6];
+  if (!integers(FORTH ? "pack" : "unpack", args, given, 6, a)) return nullptr;
+  const int bits = (int)a[2];
+  const long n = (long)a[3], k = (long)a[4];
+  Py_BEGIN_ALLOW_THREADS;
+  each((n + 15) / 16, (long)a[5], [&](long b) {
+    const long there = 16 * b * (k * bits / 8), here = b * (k / 32) * 64 * bits;
+    const long count = n - 16 * b < 16 ? n - 16 * b : 16;
+    ONE((const uint8_t*)a[0] + (FORTH ? there : here), (uint8_t*)a[1] + (FORTH ? here : there), bits, count, k);
+  });
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject* py_limit(PyObject*, PyObject* name) {
+  const char* wanted = PyUnicode_AsUTF8AndSize(name, nullptr);
+  if (!wanted) return nullptr;
+  for (int i = 0; i < 4; i++)
+    if (!strcmp(wanted, NAMES[i])) {
+      level = i < best ? i : best;
+      Py_RETURN_NONE;
+    }
+  PyErr_Format(PyExc_ValueError, "must be portable, avx2, avx512 or amx, got %R", name);
+  return nullptr;
+}
+
+PyObject* py_level(PyObject*, PyObject*) { return PyUnicode_FromString(NAMES[level]); }
+PyObject* py_threaded(PyObject*, PyObject*) { return PyBool_FromLong(parallel != nullptr); }
+
+#define FAST(f) (PyCFunction)(void (*)(void)) f, METH_FASTCALL
+PyMethodDef methods[] = {
+    {"linear", FAST(py_linear), "linear(q, scale, zero, scale_type, bits, n, k, group, x, y, type, m, threads)"},
+    {"dequantize", FAST(py_dequantize), "dequantize(q, ..., group, first block, end, out, type, threads)"},
+    {"pack", FAST((py_layout<pack_block, true>)), "pack(codes, tiles, bits, n, k, threads)"},
+    {"unpack", FAST((py_layout<unpack_block, false>)), "unpack(tiles, codes, bits, n, k, threads)"},
+    {"limit", py_limit, METH_O, "Use no more than this instruction set."},
+    {"level", py_level, METH_NOARGS, "The instruction set in use."},
+    {"threaded", py_threaded, METH_NOARGS, "Whether PyTorch's threads are used."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cpu", "Products with packed codes on CPUs.", -1, methods,
+                          nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cpu(void) {
+  best = level = detect();
+  parallel = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,172 @@
+// The kernels of one instruction set, written with the compilers' own vectors; included by the unit that sets the set.
+// A unit includes no C++ library header: its inline functions would be compiled for this set and used everywhere.
+#include "cpu.h"
+#if defined(SET_AVX2)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(SET_AVX512)
+const int L = 16;
+#elif defined(SET_AVX2)
+const int L = 8;
+#else
+const int L = 4;
+#endif
+const int H = 16 / L;  // vectors that hold one number of each of 16 rows
+typedef float vf __attribute__((vector_size(4 * L)));
+typedef int32_t vi __attribute__((vector_size(4 * L)));
+typedef uint32_t vu __attribute__((vector_size(4 * L)));
+typedef uint16_t vh __attribute__((vector_size(2 * L)));
+
+template <class V>
+inline V read(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline vf splat(float f) { return f - vf{}; }
+
+// The code at bit `shift` of each word, less 2^(BITS - 1).
+template <int BITS>
+inline vf value(vu word, int shift) {
+  if (BITS == 8) {
+    const vi code = (vi)(word << (24 - shift)) >> 24;
+    return __builtin_convertvector(code, vf);
+  }
+#if defined(SET_AVX512)
+  const int m = (1 << BITS) - 1, h = 1 << (BITS - 1);
+#define E(i) (float)((i & m) - h)
+  const __m512 levels = _mm512_setr_ps(E(0), E(1), E(2), E(3), E(4), E(5), E(6), E(7), E(8), E(9), E(10), E(11), E(12),
+                                       E(13), E(14), E(15));
+#undef E
+  return (vf)_mm512_permutexvar_ps((__m512i)(word >> shift), levels);  // looks at four bits and no more
+#else
+  const vi code = (vi)(word >> shift & ((1u << BITS) - 1)) - (1 << (BITS - 1));
+  return __builtin_convertvector(code, vf);
+#endif
+}
+
+// Calls f(r, low, high) with columns 2 r and 2 r + 1 of a tile, for the h-th of the H parts of its 16 rows.
+template <int BITS, class F>
+inline __attribute__((always_inline)) void each_pair(const uint8_t* tile, int h, F f) {
+  const int per = 16 / BITS;
+  vu word[BITS];
+#pragma GCC unroll 8
+  for (int v = 0; v < BITS; v++) {
+    word[v] = read<vu>(tile + 64 * v + 4 * L * h);
+#pragma GCC unroll 8
+    for (int i = 0; i < per; i++) f(per * v + i, value<BITS>(word[v], BITS * i), value<BITS>(word[v], 16 + BITS * i));
+  }
+  if (BITS == 3) {
+    const vu last = (word[0] >> 15 & 0x10001u) | (word[1] >> 14 & 0x20002u) | (word[2 % BITS] >> 13 & 0x40004u);
+    f(15, value<BITS>(last, 0), value<BITS>(last, 16));
+  }
+}
+
+// Scales or zero points of 16 rows in one group, the h-th part.
+inline vf grouped(const void* from, int type, long at, int h) {
+  if (type == F32) return read<vf>((const float*)from + at * 16 + L * h);
+  const vh half = read<vh>((const uint16_t*)from + at * 16 + L * h);
+  return (vf)(__builtin_convertvector(half, vu) << 16);
+}
+
+template <int BITS, int M>
+inline void block(const Linear& a, long b, const float* x, const float* sums, long first, const Output& out) {
+  const long groups = a.groups(), steps = a.group / 32;
+  const int CHAINS = M == 1 ? 4 : 2;  // sums in flight, to hide the latency of additions
+  const uint8_t* tile = a.q + b * a.tiles() * 64 * BITS;
+  vf total[M][H] = {};
+  for (long g = 0; g < groups; g++) {
+    vf sum[M][H][CHAINS] = {};
+    for (long t = 0; t < steps; t++, tile += 64 * BITS) {
+      const float* at = x + (g * steps + t) * 32;
+#if defined(SET_AVX512)
+#pragma GCC unroll 8
+      for (int v = 0; v < BITS; v++) _mm_prefetch((const char*)tile + 64 * v + 4096, _MM_HINT_T0);
+#endif
+      for (int h = 0; h < H; h++)
+        each_pair<BITS>(tile, h, [&](int r, vf low, vf high) __attribute__((always_inline)) {
+          const int c = r * 2 % CHAINS;
+#pragma GCC unroll 4
+          for (int m = 0; m < M; m++) {
+            sum[m][h][c] += low * at[m * a.k + 2 * r];
+            sum[m][h][c + 1] += high * at[m * a.k + 2 * r + 1];
+          }
+        });
+    }
+    for (int h = 0; h < H; h++) {
+      const vf scale = grouped(a.scale, a.scale_type, b * groups + g, h);
+      vf zero = vf{};
+      if (a.zero) zero = grouped(a.zero, a.scale_type, b * groups + g, h) - (float)(1 << (BITS - 1));
+      for (int m = 0; m < M; m++) {
+        vf s = sum[m][h][0] + sum[m][h][1];
+        if (CHAINS == 4) s += sum[m][h][2 % CHAINS] + sum[m][h][3 % CHAINS];
+        if (a.zero) s -= zero * sums[m * groups + g];
+        total[m][h] += s * scale;
+      }
+    }
+  }
+  const long count = a.n - 16 * b < 16 ? a.n - 16 * b : 16;
+  for (int m = 0; m < M; m++) {
+    float made[16];
+    memcpy(made, total[m], sizeof made);
+    store(out, (first + m) * a.n + 16 * b, made, count);
+  }
+}
+
+template <int BITS>
+void rows_of(const Linear& a, long from, long to, const float* x, const float* sums, long m, const Output& out) {
+  const long k = a.k, groups = a.groups();
+  for (long b = from; b < to; b++) {
+    long i = 0;
+    for (; i + 4 <= m; i += 4) block<BITS, 4>(a, b, x + i * k, sums + i * groups, i, out);
+    if (m - i == 3) block<BITS, 3>(a, b, x + i * k, sums + i * groups, i, out);
+    if (m - i == 2) block<BITS, 2>(a, b, x + i * k, sums + i * groups, i, out);
+    if (m - i == 1) block<BITS, 1>(a, b, x + i * k, sums + i * groups, i, out);
+  }
+}
+
+template <int BITS>
+void dequantize_of(const Linear& a, long from, long to, const Output& out) {
+  const long groups = a.groups(), steps = a.group / 32;
+  for (long b = from; b < to; b++) {
+    const uint8_t* tile = a.q + b * a.tiles() * 64 * BITS;
+    const long count = a.n - 16 * b < 16 ? a.n - 16 * b : 16;
+    for (long t = 0; t < a.tiles(); t++, tile += 64 * BITS) {
+      float made[32][16], row[32];
+      for (int h = 0; h < H; h++) {
+        const vf scale = grouped(a.scale, a.scale_type, b * groups + t / steps, h);
+        vf zero = vf{};
+        if (a.zero) zero = grouped(a.zero, a.scale_type, b * groups + t / steps, h) - (float)(1 << (BITS - 1));
+        each_pair<BITS>(tile, h, [&](int r, vf low, vf high) {
+          const vf even = (low - zero) * scale, odd = (high - zero) * scale;
+          memcpy(made[2 * r] + L * h, &even, sizeof even);
+          memcpy(made[2 * r + 1] + L * h, &odd, sizeof odd);
+        });
+      }
+      for (long n = 0; n < count; n++) {
+        for (int k = 0; k < 32; k++) row[k] = made[k][n];
+        store(out, (16 * (b - from) + n) * a.k + 32 * t, row, 32);
+      }
+    }
+  }
+}
+
+[[maybe_unused]] void rows(const Linear& a, long from, long to, const float* x, const float* sums, long m, const Output& out) {
+  if (a.bits == 2) rows_of<2>(a, from, to, x, sums, m, out);
+  if (a.bits == 3) rows_of<3>(a, from, to, x, sums, m, out);
+  if (a.bits == 4) rows_of<4>(a, from, to, x, sums, m, out);
+  if (a.bits == 8) rows_of<8>(a, from, to, x, sums, m, out);
+}
+
+[[maybe_unused]] void dequantize(const Linear& a, long from, long to, const Output& out) {
+  if (a.bits == 2) dequantize_of<2>(a, from, to, out);
+  if (a.bits == 3) dequantize_of<3>(a, from, to, out);
+  if (a.bits == 4) dequantize_of<4>(a, from, to, out);
+  if (a.bits == 8) dequantize_of<8>(a, from, to, out);
+}
+
+}  // namespace

@@ -1,0 +1,15 @@
+"""The compiled kernels for CPUs: built where a C++ compiler is at hand, left out where there is none."""
+
+from setuptools import Extension, setup
+
+UNITS = ("module", "portable", "avx2", "avx512", "amx")
+kernels = Extension(
+    "hf_quant.kernels._cpu",
+    sources=[f"hf_quant/csrc/{unit}.cpp" for unit in UNITS],
+    depends=["hf_quant/csrc/cpu.h", "hf_quant/csrc/vector.h"],
+    extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-Wno-maybe-uninitialized"],
+    language="c++",
+    py_limited_api=True,
+    optional=True,
+)
+setup(ext_modules=[kernels], options={"bdist_wheel": {"py_limited_api": "cp310"}})

@@ -7,7 +7,7 @@ kernels = Extension(
     "hf_quant.kernels._cpu",
     sources=[f"hf_quant/csrc/{unit}.cpp" for unit in UNITS],
     depends=["hf_quant/csrc/cpu.h", "hf_quant/csrc/vector.h"],
-    extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-Wno-maybe-uninitialized"],
+    extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-g0", "-Wno-maybe-uninitialized"],
     language="c++",
     py_limited_api=True,
     optional=True,

@@ -29,12 +29,16 @@ def command(as_json: bool, quiet: bool) -> None:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_kernels": _compiled(),
         "threads": torch.get_num_threads(),
         "loads_without_import": _autoloads(),
         "kernels": [_kernel(slug, dtype, device) for slug in SCHEMES for dtype in (torch.bfloat16, torch.float32)],
     }
     lines = [f"{name:<19} {value or 'not installed'}" for name, value in record["versions"].items()]
-    lines += [f"{key:<19} {record[key]}" for key in ("device", "cpu_capability", "threads", "loads_without_import")]
+    lines += [
+        f"{key:<19} {record[key]}"
+        for key in ("device", "cpu_capability", "cpu_kernels", "threads", "loads_without_import")
+    ]
     for kernel in record["kernels"]:
         lines.append(f"{kernel['scheme']} {kernel['dtype']}: {kernel['chosen']}")
         lines += [f"    not {name}: {reason}" for name, reason in kernel["not"].items()]
@@ -47,6 +51,15 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def _compiled() -> str:
+    from hf_quant.kernels.cpu_native import LEVELS, built
+
+    if (level := built()) is None:
+        return "not built: with a C++ compiler (g++, clang++) and a reinstallation of hf-quant decoding gets faster"
+    better = LEVELS[LEVELS.index(level) + 1 :]
+    return f"{level}" + (f"; a processor with {better[-1]} would be faster at many rows" if better else "")
 
 
 def _autoloads() -> str:

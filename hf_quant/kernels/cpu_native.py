@@ -34,6 +34,11 @@ if _cpu is not None and (wanted := os.environ.get("HF_QUANT_CPU_LEVEL")):
     _cpu.limit(wanted)
 
 
+def built() -> str | None:
+    """The instruction set in use; None where nothing was compiled."""
+    return None if _cpu is None else _cpu.level()
+
+
 def _weight(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int, k: int) -> tuple[int, ...]:
     """What the module wants to know of a weight."""
     there = 0 if zero is None else zero.data_ptr()
@@ -133,7 +138,7 @@ def _nobody_looks(x: Tensor) -> bool:
         and not (x.requires_grad and torch.is_grad_enabled())
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[no-untyped-call]
     )
 
 

@@ -1,0 +1,150 @@
+"""One layer on a CPU: the compiled product beside PyTorch's packed int4 product, bf16 and float32, and the speed of memory.
+
+    python benchmarks/cpu_native.py [--threads 1] [--threads 2]
+
+Weights rotate through a gigabyte, so that none comes from a cache; the ways take turns; medians. The speed of reading is
+that of a sum over a gigabyte in the same run, its best of many. A share is the packed weight, scales and all, over that.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_quant.kernels import LinearBackend, LinearSpec
+from hf_quant.kernels.cpu_int4 import CpuInt4
+from hf_quant.kernels.cpu_native import CpuNative, built
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SHAPES = ((2048, 2048), (4096, 4096), (11008, 4096))  # N, K
+ROWS = (1, 16, 128, 512)
+BYTES, SECONDS = 1 << 30, 0.5
+Run = Callable[[tuple[Tensor, ...]], Tensor]
+Ways = dict[str, tuple[list[tuple[Tensor, ...]], Run]]
+CELLS = [("W4A16-g128", *shape) for shape in SHAPES] + [
+    (slug, 4096, 4096) for slug in ("W8A16-g128", "W3A16-g128", "W2A16-g128")
+]
+
+
+def weight(slug: str, n: int, k: int) -> QuantizedTensor:
+    scheme = QuantScheme.parse(slug)
+    codes = torch.randint(256, (n, scheme.packed_bytes(k)), dtype=torch.uint8)
+    return QuantizedTensor(codes, torch.full((n, scheme.groups(k)), 1e-3, dtype=torch.bfloat16), None, scheme)
+
+
+def read_speed() -> float:
+    """Bytes a second."""
+    buffer, best = torch.ones(BYTES // 4), 0.0
+    for _ in range(12):
+        start = time.perf_counter()
+        buffer.sum()
+        best = max(best, BYTES / (time.perf_counter() - start))
+    return best
+
+
+def rotating(tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    size = sum(t.nbytes for t in tensors)
+    return [tuple(t.clone() for t in tensors) for _ in range(max(2, BYTES // size))]
+
+
+def packed(backend: LinearBackend, x: Tensor, spec: LinearSpec) -> Run:
+    return lambda prepared: backend.linear(x, prepared, spec)
+
+
+def product(x: Tensor) -> Run:
+    return lambda prepared: F.linear(x, prepared[0])
+
+
+def in_turns(ways: Ways) -> dict[str, float]:
+    """Median seconds of each."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    end, turn = time.perf_counter() + SECONDS * len(ways), 0
+    while turn < 8 or time.perf_counter() < end:
+        for name, (copies, run) in ways.items():
+            prepared = copies[turn % len(copies)]
+            start = time.perf_counter()
+            run(prepared)
+            times[name].append(time.perf_counter() - start)
+        turn += 1
+    return {name: statistics.median(each[2:]) for name, each in times.items()}
+
+
+def measure(threads: int) -> list[dict[str, object]]:
+    torch.set_num_threads(threads)
+    rows, speed = [], read_speed()
+    for slug, n, k in CELLS:
+        made, spec = weight(slug, n, k), LinearSpec(QuantScheme.parse(slug), n, k, torch.bfloat16, "cpu")
+        backends = {"compiled": CpuNative(), "PyTorch int4": CpuInt4()}
+        held = {name: rotating(b.prepare(made, spec)) for name, b in backends.items() if b.why_not(spec) is None}
+        dense = rotating((torch.randn(n, k).bfloat16(),))
+        wide = rotating((torch.randn(n, k),)) if n == k == 4096 and slug.startswith("W4") else None
+        for m in ROWS:
+            x = torch.randn(m, k).bfloat16()
+            ways: Ways = {name: (copies, packed(backends[name], x, spec)) for name, copies in held.items()}
+            ways["bf16"] = (dense, product(x))
+            if wide is not None:
+                ways["float32"] = (wide, product(x.float()))
+            found = in_turns(ways)
+            size = sum(t.nbytes for t in held["compiled"][0])
+            rows.append({"threads": threads, "scheme": slug, "n": n, "k": k, "rows": m, "read_bytes_per_second": speed,
+                         "share": size / found["compiled"] / speed, "seconds": found})  # fmt: skip
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, action="append")
+    asked = parser.parse_args().threads or [1, 2]
+    file = RESULTS / "cpu_native.json"
+    kept = json.loads(file.read_text())["rows"] if file.is_file() else []
+    rows = [row for row in kept if row["threads"] not in asked]
+    for threads in asked:
+        rows += measure(threads)
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    about = {
+        "cpu": next(line.partition(": ")[2] for line in info if line.startswith("model name")),
+        "cores": os.cpu_count(),
+    }
+    about |= {
+        "instruction_set": built(),
+        "torch": version("torch"),
+        "hf-quant": version("hf-quant"),
+        "date": str(date.today()),
+    }
+    lines = ["# The compiled product on a CPU", "", str(about), ""]
+    for threads in sorted({row["threads"] for row in rows}):
+        here = [row for row in rows if row["threads"] == threads]
+        lines += [f"## {threads} thread(s), reading at {here[0]['read_bytes_per_second'] / 1e9:.1f} GB/s", "",
+                  "| scheme | N x K | rows | compiled us | of reading | PyTorch int4 us (ratio) | bf16 us (ratio) | float32 us (ratio) |",
+                  "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+        for row in here:
+            own = row["seconds"]["compiled"]
+            others = [
+                f"{row['seconds'][name] * 1e6:.0f} ({row['seconds'][name] / own:.2f}x)"
+                if name in row["seconds"]
+                else "-"
+                for name in ("PyTorch int4", "bf16", "float32")
+            ]
+            share = f"{row['share']:.0%}" if row["rows"] == 1 else "-"
+            lines.append(
+                f"| {row['scheme']} | {row['n']} x {row['k']} | {row['rows']} | {own * 1e6:.0f} | {share} | {' | '.join(others)} |"
+            )
+        lines.append("")
+    file.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (RESULTS / "cpu_native.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -82,7 +82,7 @@ def product(target: GPUTarget, slug: str, dtype: str, tile: Tile, grouped: bool)
         types |= {"part_ptr": "*fp32", "count_ptr": "*i32"}
     if grouped:
         types |= {"tile_ptr": "*i32", "row_ptr": "*i32"}
-    consts = constants(scheme, K, DTYPES[dtype], cuda) | {
+    consts = constants(scheme, K, DTYPES[dtype], cuda, tile.after) | {
         "AFTER": tile.after, "COLUMNS": scheme.outlier_columns, "TOP_K": 2 if grouped else 1,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SPLIT_K": split, "STAGES": tile.stages,
     }  # fmt: skip
@@ -95,7 +95,7 @@ def dequantizing(target: GPUTarget, slug: str, dtype: str) -> Any:
     types = {"word_ptr": "*i16", "scale_ptr": f"*{dtype}", "w_ptr": f"*{dtype}"} | dict.fromkeys(names, "i32")
     if not scheme.symmetric:
         types["zero_ptr"] = "*u8"
-    own = constants(scheme, K, DTYPES[dtype], False)
+    own = constants(scheme, K, DTYPES[dtype], False, True)
     consts = {name: own[name] for name in ("BITS", "GROUP", "P", "FIXED")} | {"BLOCK_N": 16}
     return compiled(dequantize_kernel, target, types, consts, num_warps=4)
 

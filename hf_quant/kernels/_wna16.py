@@ -9,11 +9,12 @@ import triton.language as tl
 @triton.jit
 def _weights(
     planes, word, table_ptr, J: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, AT: tl.constexpr,
-    FIXED: tl.constexpr, shift, zero, dtype: tl.constexpr,
+    FIXED: tl.constexpr, FOLD: tl.constexpr, shift, zero, dtype: tl.constexpr,
 ):  # fmt: skip
-    """Plane J of the words as ``code - zero`` in ``dtype``: what it multiplies with, but for the scale.
+    """Plane J of the words as ``code - zero point`` in ``dtype``: the weights but for their scale.
 
-    ``shift`` is what the plane's base and a zero point that is an integer come to, or None; ``zero`` is subtracted on its own.
+    ``shift`` is a zero point that is subtracted together with the plane's base, or None; ``zero`` one subtracted on its own.
+    With FOLD nothing is subtracted here: the base stays in.
     """
     if ASM is not None:
         w = planes[J]
@@ -28,6 +29,13 @@ def _weights(
         code = (word.to(tl.uint16, bitcast=True) >> (BITS * J)) & ((1 << BITS) - 1)
         if table_ptr is not None:
             w = tl.load(table_ptr + code.to(tl.int32)).to(dtype)
+        elif BITS <= 4 and dtype != tl.float32:
+            bf16: tl.constexpr = dtype == tl.bfloat16
+            plain: tl.constexpr = 128 if bf16 else 1024
+            w = (code | (0x4300 if bf16 else 0x6400)).to(tl.uint16).to(dtype, bitcast=True)
+            if not FOLD:
+                w = w - (plain + FIXED) if shift is None else w - (shift + plain).to(dtype)
+                w = w.to(dtype)
         else:
             w = code.to(tl.float32) - FIXED if shift is None else code.to(tl.float32) - shift
             w = w.to(dtype)
@@ -42,8 +50,8 @@ def wna16_kernel(
     tile_ptr, row_ptr,
     M, N, K, WORDS, GROUPS, OUTLIERS,
     BITS: tl.constexpr, GROUP: tl.constexpr, P: tl.constexpr, RUN: tl.constexpr, ZERO: tl.constexpr,
-    ASM: tl.constexpr, OPERANDS: tl.constexpr, AT: tl.constexpr, FIXED: tl.constexpr, AFTER: tl.constexpr,
-    EVEN: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
+    ASM: tl.constexpr, OPERANDS: tl.constexpr, AT: tl.constexpr, FIXED: tl.constexpr, FOLD: tl.constexpr,
+    AFTER: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """y[M, N] = x[M, K] @ W[N, K].T + bias + outliers, W in planes (`_planar`), computed as W @ x.T.
@@ -53,6 +61,8 @@ def wna16_kernel(
 
     GROUP is 0 for one scale a row. RUN planes share a scale; AFTER multiplies their sum by it in float32, else each weight.
     ZERO: 1 for integers, which are part of what is subtracted anyway, 2 for zero points that are subtracted on their own.
+    FOLD: zero points and the base of the planes times the sum of x are subtracted from the sum instead, where 16-bit
+    arithmetic is slow.
     EVEN: K fills whole blocks. COLUMNS: outliers are columns of all rows. tile_ptr: rows of x in tiles of one expert each.
 
     SPLIT_K programs share a tile; each leaves its part in part_ptr, and the last to arrive, which count_ptr tells, adds the
@@ -92,6 +102,8 @@ def wna16_kernel(
     ok = m_ok[None, :]
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    sums = tl.zeros((1, BLOCK_M), dtype=tl.float32)
+    base: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
     blocks = WORDS // P
     each = tl.cdiv(blocks, SPLIT_K)
     for block in tl.range(part * each, tl.minimum(blocks, (part + 1) * each), num_stages=STAGES):
@@ -107,7 +119,7 @@ def wna16_kernel(
                 scale = tl.load(scale_ptr + g * N + n, mask=n_ok, other=0.0)[:, None]
             shift = None
             zero = None
-            if ZERO > 0:
+            if ZERO > 0 and not FOLD:
                 z = tl.load(zero_ptr + g * N + n, mask=n_ok, other=0).to(tl.float32)[:, None]
                 if ZERO == 1:
                     shift = z
@@ -117,16 +129,29 @@ def wna16_kernel(
             for i in tl.static_range(RUN):
                 k = tl.multiple_of(k0 + i * P, 16) + r[:, None]
                 x = tl.load(x_at + k, mask=ok if EVEN else ok & (k < K), other=0.0)
-                w = _weights(planes, word, table_ptr, run * RUN + i, BITS, ASM, AT, FIXED, shift, zero, dtype)
+                w = _weights(planes, word, table_ptr, run * RUN + i, BITS, ASM, AT, FIXED, FOLD, shift, zero, dtype)
+                if FOLD:
+                    sums += tl.sum(x.to(tl.float32), 0)[None, :]
                 if GROUP == 0:
                     acc = tl.dot(w, x, acc, input_precision="ieee")
                 elif AFTER:
                     total = tl.dot(w, x, total, input_precision="ieee")
                 else:
                     acc = tl.dot(w * scale.to(dtype), x, acc, input_precision="ieee")
+            if GROUP > 0 and FOLD:
+                z = FIXED
+                if ZERO > 0:
+                    z = tl.load(zero_ptr + g * N + n, mask=n_ok, other=0).to(tl.float32)[:, None]
+                total -= (z + base) * sums
+                sums = tl.zeros((1, BLOCK_M), dtype=tl.float32)
             if GROUP > 0 and AFTER:
                 acc += total * scale.to(tl.float32)
     if GROUP == 0:
+        if FOLD:
+            z = FIXED
+            if ZERO > 0:
+                z = tl.load(zero_ptr + n, mask=n_ok, other=0).to(tl.float32)[:, None]
+            acc -= (z + base) * sums
         acc *= tl.load(scale_ptr + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
 
     if index_ptr is not None:

@@ -36,7 +36,7 @@ NARROW = (torch.float16, torch.bfloat16)
 
 
 @lru_cache
-def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool) -> dict[str, Any]:
+def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after: bool) -> dict[str, Any]:
     """What the kernel is compiled for, apart from its tile.
 
     Args:
@@ -44,6 +44,7 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool) -> di
         k: Columns.
         dtype: Of x.
         cuda: Whether the kernel may hold PTX.
+        after: Whether sums are scaled, and not weights.
     """
     bits, group = scheme.bits, 0 if scheme.group_size in (-1, k) else scheme.group_size
     count, size = fields(bits), plane(group)
@@ -56,6 +57,7 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool) -> di
         found["ASM"], found["OPERANDS"] = unpacking(bits, dtype, book)
         if book is None and not (bits == 8 and dtype is torch.bfloat16):
             found["AT"] = sum(position << (4 * j) for j, (_, position) in enumerate(positions(bits, dtype)))
+    found["FOLD"] = after and not cuda and dtype is torch.bfloat16 and bits < 8 and scheme.codebook is None
     exact = bits < 8 and not scheme.real_zero  # base + zero point is then exact in 16 bits
     return found | {
         "BITS": bits, "GROUP": group, "P": size, "RUN": run, "FIXED": 0 if scheme.codebook else scheme.zero,
@@ -118,7 +120,7 @@ def launch(
             x.contiguous(), packed, scale, zero, table, bias, _whole(index), _whole(value), y, part,
             counters if split > 1 else None, None, None,
             m, n, k, width, scale.shape[0], 0 if index is None else index.shape[-1],
-            **constants(scheme, k, x.dtype, _ptx(x)), AFTER=tile.after, COLUMNS=index is not None and index.ndim == 1,
+            **constants(scheme, k, x.dtype, _ptx(x), tile.after), AFTER=tile.after, COLUMNS=index is not None and index.ndim == 1,
             TOP_K=1, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT_K=split, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

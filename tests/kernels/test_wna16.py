@@ -177,3 +177,14 @@ def test_refusals() -> None:
     assert ("silently wrong" in (BACKEND().why_not(spec) or "")) is INTERPRETED
     spec = LinearSpec(QuantScheme(4, 32), 32, 64, torch.float64, DEVICE)
     assert "float64" in (BACKEND().why_not(spec) or "")
+
+
+@pytest.mark.parametrize("slug", ["W4A16-g128", "W4A16-g64-asym", "W2A16-g-1-asym-real", "W3A16-g128-asym", "W4A16-g-1"])
+def test_zero_points_times_the_sum_of_x(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How bfloat16 runs on AMD, here in float16 and without PTX."""
+    plain = module.constants
+    without = {"ASM": None, "OPERANDS": None, "AT": -1, "FOLD": True}
+    monkeypatch.setattr(module, "constants", lambda *args: plain(*args) | without)
+    weight, spec = layer(33, 640, slug, torch.float16)
+    x, prepared = torch.randn(3, 640, device=DEVICE).half(), BACKEND().prepare(weight, spec)
+    assert off(BACKEND().linear(x, prepared, spec), x.double() @ weight.dequantize(torch.float64).T) < 2e-3

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import astuple, dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def parts(tile: Tile, m: int, n: int, blocks: int, processors: int) -> int:
     return split
 
 
-@lru_cache(maxsize=None)
+@cache
 def tile_for(device: torch.device, bits: int, m: int, n: int, k: int, blocks: int) -> Tile | None:
     """The tile for ``x [m, k] @ W.T``, W ``[n, k]``; None where W should be dequantized and multiplied densely."""
     kind, processors, tuned = _on(device)

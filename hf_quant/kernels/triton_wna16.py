@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._planar import fields, from_planes, plane, positions, to_planes, unpacking, words
+from hf_quant.kernels._planar import fields, from_planes, plane, positions, to_planes, unpacking
 from hf_quant.kernels._tiles import Tile, tile_for
 from hf_quant.numerics import levels
 from hf_quant.scheme import QuantScheme

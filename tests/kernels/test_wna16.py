@@ -94,18 +94,26 @@ def test_equals_float64(bits: int, kind: str, group: int, m: int, dtype: torch.d
     got = backend.fused(x, prepared, spec, bias, weight.outliers)
     assert got.dtype is dtype and got.shape == (2, m, n)
     assert off(got, expected) < DTYPES[dtype]
-    if not DEVICE == "cpu" or m < 20:
+    if DEVICE != "cpu" or m < 20:
         assert torch.equal(got, backend.fused(x, prepared, spec, bias, weight.outliers))  # the same bits every time
     assert not prepared[1].any()  # counters are as they were
 
 
-TILES = [Tile(8, 32, 2, 3, 4), Tile(16, 64, 4, 2, 2), Tile(32, 32, 4, 2, 3), Tile(64, 64, 4, 2, 1), Tile(64, 64, 4, 2, 2)]
+TILES = [
+    Tile(8, 32, 2, 3, 4),
+    Tile(16, 64, 4, 2, 2),
+    Tile(32, 32, 4, 2, 3),
+    Tile(64, 64, 4, 2, 1),
+    Tile(64, 64, 4, 2, 2),
+]
 
 
 SLUGS = ["W4A16-g128", "W8A16-g64-asym-o1%", "W2A16-g-1-asym-real", "W3A16-g128-o1%-columns", "W4A16-g64-asym"]
 
 
-@pytest.mark.parametrize(("tile", "slug"), [*zip(TILES, SLUGS, strict=True), (TILES[0], SLUGS[3]), (TILES[4], SLUGS[0])])
+@pytest.mark.parametrize(
+    ("tile", "slug"), [*zip(TILES, SLUGS, strict=True), (TILES[0], SLUGS[3]), (TILES[4], SLUGS[0])]
+)
 def test_columns_shared_by_several_programs(tile: Tile, slug: str) -> None:
     weight, spec = layer(70, 2176, slug, torch.float16)  # 8.5 blocks of four bits
     packed, counters, scale, *zero = BACKEND().prepare(weight, spec)
@@ -117,7 +125,9 @@ def test_columns_shared_by_several_programs(tile: Tile, slug: str) -> None:
     assert torch.equal(got, module.launch(*args)) and not counters.any()
 
 
-@pytest.mark.parametrize("slug", ["W4A16-g32-asym-o4%", "W3A16-g64-o2%-columns", "W4A16-g64-nf4", "W8A16-g-1-asym-real"])
+@pytest.mark.parametrize(
+    "slug", ["W4A16-g32-asym-o4%", "W3A16-g64-o2%-columns", "W4A16-g64-nf4", "W8A16-g-1-asym-real"]
+)
 def test_many_rows_are_multiplied_by_the_dequantized_weight(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "tile_for", lambda *args: None)
     monkeypatch.setattr(module, "CHUNK", 20 * 192)  # some rows at a time
@@ -179,7 +189,9 @@ def test_refusals() -> None:
     assert "float64" in (BACKEND().why_not(spec) or "")
 
 
-@pytest.mark.parametrize("slug", ["W4A16-g128", "W4A16-g64-asym", "W2A16-g-1-asym-real", "W3A16-g128-asym", "W4A16-g-1"])
+@pytest.mark.parametrize(
+    "slug", ["W4A16-g128", "W4A16-g64-asym", "W2A16-g-1-asym-real", "W3A16-g128-asym", "W4A16-g-1"]
+)
 def test_zero_points_times_the_sum_of_x(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """How bfloat16 runs on AMD, here in float16 and without PTX."""
     plain = module.constants

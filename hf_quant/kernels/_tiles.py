@@ -1,4 +1,4 @@
-"""Which tiles the Triton product works in: a table for each kind of GPU, and what `bench.tune` found on this machine.
+"""Which tiles the Triton product works in: a table for each kind of GPU, and what `bench.gpu.tune` found on this machine.
 
 Nothing is tried out while a model runs. The tables are choices by the machine code (``benchmarks/gpu_static.py``), not timings.
 """
@@ -62,7 +62,7 @@ def kind_of(device: torch.device) -> str:
 
 
 def tuned_path(device: torch.device) -> Path:
-    """Where `bench.tune` keeps what it found."""
+    """Where `bench.gpu.tune` keeps what it found."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     safe = "".join(c if c.isalnum() else "-" for c in name)

@@ -97,10 +97,7 @@ def triton_wna16(
     if x.dtype in NARROW:
         tile = tile_for(x.device, how.bits, m, n, k, blocks)
     if tile is None:
-        y = x.new_empty(m, n)
-        for i, j, w in _dense(packed, scale, zero, table, index, value, how, k, x.dtype):
-            y[:, i:j] = F.linear(x, w, None if bias is None else bias[i:j].to(x.dtype))
-        return y
+        return densely(x, packed, scale, zero, table, bias, index, value, how)
     return launch(x, packed, counters, scale, zero, table, bias, index, value, how, tile)
 
 
@@ -124,6 +121,17 @@ def launch(
             TOP_K=1, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT_K=split, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+    return y
+
+
+def densely(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, bias: Tensor | None,
+    index: Tensor | None, value: Tensor | None, scheme: QuantScheme,
+) -> Tensor:  # fmt: skip
+    """The product of `triton_wna16` by the dequantized weight."""
+    y = x.new_empty(x.shape[0], packed.shape[0])
+    for i, j, w in _dense(packed, scale, zero, table, index, value, scheme, x.shape[1], x.dtype):
+        y[:, i:j] = F.linear(x, w, None if bias is None else bias[i:j].to(x.dtype))
     return y
 
 

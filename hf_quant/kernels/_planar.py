@@ -25,9 +25,13 @@ def fields(bits: int) -> int:
     return 16 // bits
 
 
-def plane(group: int) -> int:
-    """P, the columns of a plane: no more than a group, so that a plane has one scale; ``group`` 0 for one of all columns."""
-    return min(64, group) if group else 64
+def plane(group: int, bits: int) -> int:
+    """P, the columns of a plane: no more than a group, so that a plane has one scale; ``group`` 0 for one of all columns.
+
+    The eight planes of two bits are half as wide, or x would not fit into shared memory.
+    """
+    most = 32 if bits == 2 else 64
+    return min(most, group) if group else most
 
 
 def words(k: int, bits: int, size: int) -> int:

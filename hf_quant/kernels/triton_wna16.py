@@ -47,7 +47,7 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after
         after: Whether sums are scaled, and not weights.
     """
     bits, group = scheme.bits, 0 if scheme.group_size in (-1, k) else scheme.group_size
-    count, size = fields(bits), plane(group)
+    count, size = fields(bits), plane(group, bits)
     run = count  # planes that share a scale in every block
     if group % (count * size):
         run = group // size if count * size % group == 0 else 1
@@ -92,7 +92,7 @@ def triton_wna16(
     how = QuantScheme.parse(scheme)
     if m == 0:
         return x.new_empty(m, n)
-    blocks = packed.shape[1] // plane(_group(how, k))
+    blocks = packed.shape[1] // plane(_group(how, k), how.bits)
     tile = FLOAT32 if x.dtype is torch.float32 else None
     if x.dtype in NARROW:
         tile = tile_for(x.device, how.bits, m, n, k, blocks)
@@ -150,7 +150,7 @@ def _dense(
     """``(i, j, W[i:j])``, outliers and all, over the rows of W."""
     n, width = packed.shape
     group = _group(scheme, k)
-    size, rows = plane(group), max(1, CHUNK // k)
+    size, rows = plane(group, scheme.bits), max(1, CHUNK // k)
     for i in range(0, n, rows):
         j = min(i + rows, n)
         w = scale.new_empty(j - i, k, dtype=dtype)
@@ -224,13 +224,15 @@ class TritonWNA16:
             return f"needs a GPU, got {spec.device}"
         if spec.dtype not in (torch.float32, *NARROW):
             return f"accumulates in float32, too coarse for {spec.dtype}"
+        if spec.scheme.codebook and torch.version.hip:
+            return "levels are looked up by instructions of NVIDIA's"
         if spec.dtype is torch.bfloat16 and triton.knobs.runtime.interpret:
             return "the interpreter computes bf16 silently wrong"
         return None
 
     def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
         scheme = spec.scheme
-        packed = to_planes(weight.qweight, scheme.bits, plane(_group(scheme, spec.in_features)))
+        packed = to_planes(weight.qweight, scheme.bits, plane(_group(scheme, spec.in_features), scheme.bits))
         counters = torch.zeros(COUNTERS, dtype=torch.int32, device=packed.device)
         made = (packed, counters, weight.scale.mT.contiguous())
         if scheme.codebook:
@@ -238,7 +240,7 @@ class TritonWNA16:
         return made if weight.zero_point is None else (*made, weight.zero_point.mT.contiguous())
 
     def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        size = plane(_group(spec.scheme, spec.in_features))
+        size = plane(_group(spec.scheme, spec.in_features), spec.scheme.bits)
         return from_planes(prepared[0], spec.scheme.bits, size, spec.in_features)
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:

@@ -93,7 +93,8 @@ def test_the_instructions_unpack(kind: int | str, dtype: torch.dtype) -> None:
 
 
 def test_planes_keep_to_groups() -> None:
-    assert [plane(group) for group in (0, 16, 32, 64, 128)] == [64, 16, 32, 64, 64]
+    assert [plane(group, 4) for group in (0, 16, 32, 64, 128)] == [64, 16, 32, 64, 64]
+    assert [plane(group, 2) for group in (0, 16, 128)] == [32, 16, 32]
 
 
 def test_tiles_for_every_gpu(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:

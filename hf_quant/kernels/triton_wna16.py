@@ -124,6 +124,49 @@ def launch(
     return y
 
 
+def grouped(
+    x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, chosen: Tensor,
+    scheme: QuantScheme, tile: Tile,
+) -> Tensor:  # fmt: skip
+    """Rows of x times the experts chosen for them, without waiting for the GPU: ``[M, top_k, N]``.
+
+    Args:
+        x: ``[M, K]``.
+        packed: int16 ``[E, N, words]``, the experts' codes in planes.
+        counters: int32 zeros.
+        scale: ``[E, G, N]``.
+        zero: ``[E, G, N]``, or None.
+        chosen: int64 ``[M, top_k]``; rows of experts from E on stay zero.
+        scheme: Of the experts.
+        tile: Rows of one expert together, and so on.
+    """
+    (_m, k), (e, n, width), split = x.shape, packed.shape, max(1, tile.split_k)
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)  # rows of an expert one after the other
+    counts = (flat[:, None] == torch.arange(e, device=flat.device)).sum(0)
+    ends, tiles = counts.cumsum(0), -(-counts // tile.block_m)
+    until, most = tiles.cumsum(0), flat.numel() // tile.block_m + min(e, flat.numel())  # as many tiles as there can be
+    at = torch.arange(most, device=flat.device)
+    expert = torch.searchsorted(until, at, right=True)
+    own = expert.clamp(max=e - 1)
+    first = (ends - counts)[own] + (at - (until - tiles)[own]) * tile.block_m
+    cut = torch.stack([torch.where(expert < e, expert, -1), first, ends[own]], 1).int()
+    y = x.new_zeros(flat.numel(), n)
+    grid = (-(-n // tile.block_n), most, split)
+    if grid[0] * grid[1] > counters.numel():
+        grid, split = (*grid[:2], 1), 1
+    part = y.new_empty(split, *y.shape, dtype=torch.float32) if split > 1 else None
+    with torch.cuda.device_of(x):
+        wna16_kernel[grid](
+            x.contiguous(), packed, scale, zero, None, None, None, None, y, part, counters if split > 1 else None,
+            cut, order.int(), y.shape[0], n, k, width, scale.shape[1], 0,
+            **constants(scheme, k, x.dtype, _ptx(x), tile.after), AFTER=tile.after, COLUMNS=False,
+            TOP_K=chosen.shape[1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT_K=split, STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return torch.empty_like(y).index_copy_(0, order, y).view(*chosen.shape, n)
+
+
 def densely(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, bias: Tensor | None,
     index: Tensor | None, value: Tensor | None, scheme: QuantScheme,

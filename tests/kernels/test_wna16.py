@@ -200,3 +200,19 @@ def test_zero_points_times_the_sum_of_x(slug: str, monkeypatch: pytest.MonkeyPat
     weight, spec = layer(33, 640, slug, torch.float16)
     x, prepared = torch.randn(3, 640, device=DEVICE).half(), BACKEND().prepare(weight, spec)
     assert off(BACKEND().linear(x, prepared, spec), x.double() @ weight.dequantize(torch.float64).T) < 2e-3
+
+
+@pytest.mark.parametrize(("slug", "split"), [("W4A16-g128", 1), ("W4A16-g64-asym", 2), ("W8A16-g-1", 2)])
+@pytest.mark.parametrize("m", [1, 21])
+def test_experts(slug: str, split: int, m: int) -> None:
+    made = [layer(40, 640, slug, torch.float16) for _ in range(3)]
+    spec = made[0][1]
+    each = [BACKEND().prepare(weight, spec) for weight, _ in made]
+    packed, scale = (torch.stack([p[i] for p in each]) for i in (0, 2))
+    zero = torch.stack([p[3] for p in each]) if len(each[0]) == 4 else None
+    x, chosen = torch.randn(m, 640, device=DEVICE).half(), torch.randint(4, (m, 2), device=DEVICE)
+    got = module.grouped(x, packed, each[0][1], scale, zero, chosen, spec.scheme, Tile(8, 32, 2, 2, split))
+    dense = torch.stack([*(w.dequantize(torch.float64) for w, _ in made), torch.zeros(40, 640, device=DEVICE)])
+    expected = torch.einsum("mk,mtnk->mtn", x.double(), dense[chosen])  # expert 3 is another rank's
+    assert got.shape == (m, 2, 40) and float((got - expected).norm()) <= 2e-3 * float(expected.norm())
+    assert not each[0][1].any()

@@ -185,7 +185,7 @@ def configurations(name: str, quick: bool) -> list[tuple[str, str, Tile, bool]]:
         made += [(slug, "fp16", few, False) for slug in ("W4A16-g128", "W8A16-g128", "W2A16-g64")]
         return made + [("W4A16-g128", "bf16", tile, tile is many) for tile in tiles[1:]]
     if quick:
-        return [("W4A16-g128-asym", "bf16", few, False), ("W8A16-g128", "bf16", many, False),
+        return [("W4A16-g128-asym", "bf16", few, False), ("W8A16-g128", "fp16", many, False),
                 ("W3A16-g128", "fp16", few, True)]  # fmt: skip
     schemes = [slug for slug in SCHEMES if not (name == "gfx942" and "nf4" in slug)]  # looked up by PTX
     made = [(slug, "bf16", tile, False) for slug in schemes for tile in tiles]

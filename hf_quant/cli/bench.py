@@ -25,17 +25,26 @@ FEW = 3  # repeats, at least
 )
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--device", help="Where to run: cpu, cuda, auto, ...")
+@click.option(
+    "--tune", is_flag=True, help="Only find the fastest tiles of this GPU for MODEL's layers, and keep them."
+)
 @output_options
 def command(
     model: str, base: str | None, batch: tuple[int, ...], prompt_tokens: int, new_tokens: int, repeats: int, dtype: str,
-    device: str | None, kv_cache: str | None, as_json: bool, quiet: bool,
+    device: str | None, kv_cache: str | None, tune: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure memory, time to load, and prefill and decode speed of MODEL."""
     from tqdm import tqdm
 
     from hf_quant import load
-    from hf_quant.bench import memory, speed
+    from hf_quant.bench import gpu, memory, speed
 
+    if tune:
+        gpu.need_gpu()
+        tiles = gpu.tune(gpu.layers_of(load(model, dtype=dtype, device_map=device or "cuda")))
+        lines = [f"{name}: dense from {own['dense'] + 1} rows" for name, own in tiles.items()]
+        emit(as_json, quiet, record={"tiles": tiles}, essential=str(len(tiles)), human="\n".join(lines))
+        return
     shown = bars(quiet or as_json)
     how = {"dtype": dtype} | ({"device_map": device} if device else {})
     names = {"base": base, "model": model} if base else {"model": model}

@@ -44,6 +44,8 @@ class LinearSpec:
 class LinearBackend(Protocol):
     """One way to run a quantized linear layer.
 
+    A backend may also have ``fused(x, prepared, spec, bias, outliers)``: `linear` with both added before it rounds.
+
     Attributes:
         priority: Backends are tried from the highest to the lowest.
         repacks: Whether `prepare` lays the codes out anew, once at load, in place of the portable ones;

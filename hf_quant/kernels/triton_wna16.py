@@ -1,110 +1,254 @@
-"""Weight-only product on packed codes, unpacked in registers: 2, 3, 4 or 8 bits, any group size, any shape."""
+"""Weight-only product on GPUs, unpacked in registers: 2, 3, 4 or 8 bits and codebooks, any group size, any shape.
+
+The codes are laid out anew at load (`_planar`). Few rows of x are multiplied by one kernel that also adds bias and outliers
+(`_wna16`), in tiles from a table (`_tiles`); many rows by the dequantized weight, since reading it once more costs little then.
+The same rows give the same bits every time, and nothing waits for the GPU: both hold inside CUDA graphs.
+A layer must not run twice at the same time on two streams: the programs of a product count their parts in its ``counters``.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._common import multiply_back
-from hf_quant.packing import unpack
-from hf_quant.tensor import QuantizedTensor
-
-FEW, MANY = (16, 64, 32), (64, 64, 32)  # BLOCK_M, BLOCK_N, BLOCK_K
-WARPS, STAGES = 4, 3
+from hf_quant.kernels._planar import fields, from_planes, plane, positions, to_planes, unpacking
+from hf_quant.kernels._tiles import Tile, tile_for
+from hf_quant.numerics import levels
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import Outliers, QuantizedTensor
 
 if importlib.util.find_spec("triton"):
     import triton
-    import triton.language as tl
 
-    @triton.jit
-    def wna16_kernel(
-        x_ptr, q_ptr, scale_ptr, zero_ptr, y_ptr, M, N, K, WORDS, G, GROUP,
-        BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ):  # fmt: skip
-        """y[M, N] = x[M, K] @ ((q[N, K] - zero[N, G]) * scale[N, G]).T, q packed along K in int32 words."""
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        m_ok, n_ok = m < M, n < N
-        x_row = x_ptr + m[:, None].to(tl.int64) * K
-        q_row = q_ptr + n[None, :].to(tl.int64) * WORDS
-        g_row = n[None, :].to(tl.int64) * G
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k0 in range(0, K, BLOCK_K):  # BLOCK_K divides K
-            k = k0 + tl.arange(0, BLOCK_K)
-            x = tl.load(x_row + k[None, :], mask=m_ok[:, None], other=0.0)  # [BLOCK_M, BLOCK_K]
-            bit = k * BITS
-            word, shift = bit // 32, bit % 32
-            ok = n_ok[None, :]
-            low = tl.load(q_row + word[:, None], mask=ok, other=0).to(tl.uint32, bitcast=True)
-            code = low >> shift[:, None].to(tl.uint32)
-            if BITS == 3:  # a code that crosses a word ends in the next one
-                crosses = shift > 29
-                high = tl.load(q_row + word[:, None] + 1, mask=ok & crosses[:, None], other=0)
-                up = tl.where(crosses, 32 - shift, 0).to(tl.uint32)
-                code |= tl.where(crosses[:, None], high.to(tl.uint32, bitcast=True) << up[:, None], 0)
-            code = (code & ((1 << BITS) - 1)).to(tl.int32)  # [BLOCK_K, BLOCK_N]
-            at = g_row + (k // GROUP)[:, None]
-            scale = tl.load(scale_ptr + at, mask=ok, other=0.0)
-            w = code.to(tl.float32)
-            if HAS_ZERO:  # integers, or HQQ's real numbers
-                w -= tl.load(zero_ptr + at, mask=ok, other=0).to(tl.float32)
-            else:
-                w -= 1 << (BITS - 1)
-            w *= scale.to(tl.float32)
-            acc += tl.dot(x, w.to(x.dtype), out_dtype=tl.float32, input_precision="ieee")
-        at = m[:, None].to(tl.int64) * N + n[None, :]
-        tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
+    from hf_quant.kernels._wna16 import dequantize_kernel, wna16_kernel
+
+COUNTERS = 4096  # tiles whose columns may be shared
+CHUNK = 1 << 26  # weights dequantized together: 128 MB
+FLOAT32 = Tile(16, 64, 4, 2, 1)  # without tensor cores
+NARROW = (torch.float16, torch.bfloat16)
+
+
+@lru_cache
+def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after: bool) -> dict[str, Any]:
+    """What the kernel is compiled for, apart from its tile.
+
+    Args:
+        scheme: Of the weight.
+        k: Columns.
+        dtype: Of x.
+        cuda: Whether the kernel may hold PTX.
+        after: Whether sums are scaled, and not weights.
+    """
+    bits, group = scheme.bits, 0 if scheme.group_size in (-1, k) else scheme.group_size
+    count, size = fields(bits), plane(group, bits)
+    run = count  # planes that share a scale in every block
+    if group % (count * size):
+        run = group // size if count * size % group == 0 else 1
+    found: dict[str, Any] = {"ASM": None, "OPERANDS": None, "AT": -1}
+    if cuda and dtype in NARROW:
+        book = tuple(levels(scheme.codebook, torch.device("cpu")).tolist()) if scheme.codebook else None
+        found["ASM"], found["OPERANDS"] = unpacking(bits, dtype, book)
+        if book is None and not (bits == 8 and dtype is torch.bfloat16):
+            found["AT"] = sum(position << (4 * j) for j, (_, position) in enumerate(positions(bits, dtype)))
+    found["FOLD"] = after and not cuda and dtype is torch.bfloat16 and bits < 8 and scheme.codebook is None
+    exact = bits < 8 and not scheme.real_zero  # base + zero point is then exact in 16 bits
+    return found | {
+        "BITS": bits, "GROUP": group, "P": size, "RUN": run, "FIXED": 0 if scheme.codebook else scheme.zero,
+        "ZERO": 0 if scheme.symmetric else 1 if exact else 2, "EVEN": k % (count * size) == 0,
+    }  # fmt: skip
+
+
+def _group(scheme: QuantScheme, k: int) -> int:
+    return 0 if scheme.group_size in (-1, k) else scheme.group_size
 
 
 @torch.library.custom_op("hf_quant::triton_wna16", mutates_args=())
-def triton_wna16(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """``x [M, K]`` times the portable codes ``[N, K / 8 * bits]``: ``[M, N]``, accumulated in float32."""
-    x, words = x.contiguous(), qweight.contiguous().view(torch.int32)
-    (m, k), n, groups = x.shape, words.shape[0], scale.shape[1]
-    y = x.new_empty(m, n)
+def triton_wna16(
+    x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
+    bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str,
+) -> Tensor:  # fmt: skip
+    """``x [M, K]`` times the codes in planes: ``[M, N]``, accumulated in float32.
+
+    Args:
+        x: ``[M, K]``.
+        packed: int16 ``[N, words]``.
+        counters: int32 zeros, and zeros again afterwards.
+        scale: ``[G, N]``.
+        zero: ``[G, N]``, or None where the scheme is symmetric.
+        table: float32 ``[16]``, the levels of a codebook, or None.
+        bias: ``[N]``, or None.
+        index: int32 ``[C]`` or ``[N, R]``, the columns of outliers, or None.
+        value: ``[N, C]`` or ``[N, R]``, or None.
+        scheme: As a slug.
+    """
+    (m, k), n = x.shape, packed.shape[0]
+    how = QuantScheme.parse(scheme)
     if m == 0:
-        return y
-    block_m, block_n, block_k = FEW if m <= 32 else MANY
-    grid = (triton.cdiv(m, block_m), triton.cdiv(n, block_n))
+        return x.new_empty(m, n)
+    blocks = packed.shape[1] // plane(_group(how, k), how.bits)
+    tile = FLOAT32 if x.dtype is torch.float32 else None
+    if x.dtype in NARROW:
+        tile = tile_for(x.device, how.bits, m, n, k, blocks)
+    if tile is None:
+        return densely(x, packed, scale, zero, table, bias, index, value, how)
+    return launch(x, packed, counters, scale, zero, table, bias, index, value, how, tile)
+
+
+def launch(
+    x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
+    bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: QuantScheme, tile: Tile,
+) -> Tensor:  # fmt: skip
+    """The product of `triton_wna16` in tiles of one's own choice."""
+    (m, k), (n, width) = x.shape, packed.shape
+    y, split = x.new_empty(m, n), tile.split_k
+    grid = (-(-n // tile.block_n), -(-m // tile.block_m), split)
+    if grid[0] * grid[1] > counters.numel():
+        grid, split = (*grid[:2], 1), 1
+    part = y.new_empty(split, m, n, dtype=torch.float32) if split > 1 else None
     with torch.cuda.device_of(x):  # Triton launches on the current GPU, which need not be the one of x
         wna16_kernel[grid](
-            x, words, scale.contiguous(), zero if zero is None else zero.contiguous(), y,
-            m, n, k, words.shape[1], groups, k // groups,
-            BITS=bits, HAS_ZERO=zero is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-            num_warps=WARPS, num_stages=STAGES,
+            x.contiguous(), packed, scale, zero, table, bias, _whole(index), _whole(value), y, part,
+            counters if split > 1 else None, None, None,
+            m, n, k, width, scale.shape[0], 0 if index is None else index.shape[-1],
+            **constants(scheme, k, x.dtype, _ptx(x), tile.after), AFTER=tile.after, COLUMNS=index is not None and index.ndim == 1,
+            TOP_K=1, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT_K=split, STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
 
 
+def grouped(
+    x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, chosen: Tensor,
+    scheme: QuantScheme, tile: Tile,
+) -> Tensor:  # fmt: skip
+    """Rows of x times the experts chosen for them, without waiting for the GPU: ``[M, top_k, N]``.
+
+    Args:
+        x: ``[M, K]``.
+        packed: int16 ``[E, N, words]``, the experts' codes in planes.
+        counters: int32 zeros.
+        scale: ``[E, G, N]``.
+        zero: ``[E, G, N]``, or None.
+        chosen: int64 ``[M, top_k]``; rows of experts from E on stay zero.
+        scheme: Of the experts.
+        tile: Rows of one expert together, and so on.
+    """
+    (_m, k), (e, n, width), split = x.shape, packed.shape, max(1, tile.split_k)
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)  # rows of an expert one after the other
+    counts = (flat[:, None] == torch.arange(e, device=flat.device)).sum(0)
+    ends, tiles = counts.cumsum(0), -(-counts // tile.block_m)
+    until, most = tiles.cumsum(0), flat.numel() // tile.block_m + min(e, flat.numel())  # as many tiles as there can be
+    at = torch.arange(most, device=flat.device)
+    expert = torch.searchsorted(until, at, right=True)
+    own = expert.clamp(max=e - 1)
+    first = (ends - counts)[own] + (at - (until - tiles)[own]) * tile.block_m
+    cut = torch.stack([torch.where(expert < e, expert, -1), first, ends[own]], 1).int()
+    y = x.new_zeros(flat.numel(), n)
+    grid = (-(-n // tile.block_n), most, split)
+    if grid[0] * grid[1] > counters.numel():
+        grid, split = (*grid[:2], 1), 1
+    part = y.new_empty(split, *y.shape, dtype=torch.float32) if split > 1 else None
+    with torch.cuda.device_of(x):
+        wna16_kernel[grid](
+            x.contiguous(), packed, scale, zero, None, None, None, None, y, part, counters if split > 1 else None,
+            cut, order.int(), y.shape[0], n, k, width, scale.shape[1], 0,
+            **constants(scheme, k, x.dtype, _ptx(x), tile.after), AFTER=tile.after, COLUMNS=False,
+            TOP_K=chosen.shape[1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT_K=split, STAGES=tile.stages,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return torch.empty_like(y).index_copy_(0, order, y).view(*chosen.shape, n)
+
+
+def densely(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, bias: Tensor | None,
+    index: Tensor | None, value: Tensor | None, scheme: QuantScheme,
+) -> Tensor:  # fmt: skip
+    """The product of `triton_wna16` by the dequantized weight."""
+    y = x.new_empty(x.shape[0], packed.shape[0])
+    for i, j, w in _dense(packed, scale, zero, table, index, value, scheme, x.shape[1], x.dtype):
+        y[:, i:j] = F.linear(x, w, None if bias is None else bias[i:j].to(x.dtype))
+    return y
+
+
+def _whole(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _ptx(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.version.hip is None and not triton.knobs.runtime.interpret
+
+
+def _dense(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
+    value: Tensor | None, scheme: QuantScheme, k: int, dtype: torch.dtype,
+) -> Iterator[tuple[int, int, Tensor]]:  # fmt: skip
+    """``(i, j, W[i:j])``, outliers and all, over the rows of W."""
+    n, width = packed.shape
+    group = _group(scheme, k)
+    size, rows = plane(group, scheme.bits), max(1, CHUNK // k)
+    for i in range(0, n, rows):
+        j = min(i + rows, n)
+        w = scale.new_empty(j - i, k, dtype=dtype)
+        with torch.cuda.device_of(packed):
+            dequantize_kernel[(-(-(j - i) // 16), width // size)](
+                packed, scale, zero, table, w, i, j - i, n, k, width, scale.shape[0],
+                BITS=scheme.bits, GROUP=group, P=size, FIXED=scheme.zero, BLOCK_N=16,
+            )  # fmt: skip
+        if index is not None and value is not None:
+            w = Outliers(index if index.ndim == 1 else index[i:j], value[i:j]).add_to(w)
+        yield i, j, w
+
+
 @triton_wna16.register_fake
-def _(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    return x.new_empty(x.shape[0], qweight.shape[0])
+def _(
+    x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
+    bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], packed.shape[0])
 
 
 @torch.library.custom_op("hf_quant::triton_wna16_backward", mutates_args=())
-def triton_wna16_backward(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """``grad [M, N]`` times W: ``[M, K]``; dequantized block by block in PyTorch."""
-    k = qweight.shape[1] * 8 // bits
-    return multiply_back(grad, lambda i, j: unpack(qweight[i:j], bits), scale, zero, 1 << (bits - 1), k)
+def triton_wna16_backward(
+    grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
+    value: Tensor | None, scheme: str, k: int,
+) -> Tensor:  # fmt: skip
+    """``grad [M, N]`` times W: ``[M, K]``."""
+    out: Tensor | None = None
+    for i, j, w in _dense(packed, scale, zero, table, index, value, QuantScheme.parse(scheme), k, grad.dtype):
+        part = grad[:, i:j] @ w
+        if j - i == packed.shape[0]:
+            return part
+        out = part.float() if out is None else out + part
+    assert out is not None
+    return out.to(grad.dtype)
 
 
 @triton_wna16_backward.register_fake
-def _(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], qweight.shape[1] * 8 // bits)
+def _(
+    grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
+    value: Tensor | None, scheme: str, k: int,
+) -> Tensor:  # fmt: skip
+    return grad.new_empty(grad.shape[0], k)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, qweight, scale, zero, ctx.bits = inputs
-    ctx.save_for_backward(qweight, scale, zero)
+    x, packed, _, scale, zero, table, _, index, value, ctx.scheme = inputs
+    ctx.k = x.shape[1]
+    ctx.save_for_backward(packed, scale, zero, table, index, value)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-    return triton_wna16_backward(grad, *ctx.saved_tensors, ctx.bits), None, None, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    back = triton_wna16_backward(grad, *ctx.saved_tensors, ctx.scheme, ctx.k) if ctx.needs_input_grad[0] else None
+    bias = grad.sum(0) if ctx.needs_input_grad[6] else None
+    return back, None, None, None, None, None, bias, None, None, None
 
 
 triton_wna16.register_autograd(_backward, setup_context=_save)
@@ -114,31 +258,48 @@ class TritonWNA16:
     """Needs a GPU that Triton compiles for, or TRITON_INTERPRET=1."""
 
     priority: ClassVar[int] = 50
-    repacks: ClassVar[bool] = False
+    repacks: ClassVar[bool] = True
 
     def why_not(self, spec: LinearSpec) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"
-        if spec.scheme.codebook:
-            return "integers only, no codebooks"
         if spec.device != "cuda" and not triton.knobs.runtime.interpret:
             return f"needs a GPU, got {spec.device}"
-        if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if spec.dtype not in (torch.float32, *NARROW):
             return f"accumulates in float32, too coarse for {spec.dtype}"
+        if spec.scheme.codebook and torch.version.hip:
+            return "levels are looked up by instructions of NVIDIA's"
         if spec.dtype is torch.bfloat16 and triton.knobs.runtime.interpret:
             return "the interpreter computes bf16 silently wrong"
         return None
 
     def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
-        parts = (weight.qweight, weight.scale, weight.zero_point)
-        return tuple(part for part in parts if part is not None)
+        scheme = spec.scheme
+        packed = to_planes(weight.qweight, scheme.bits, plane(_group(scheme, spec.in_features), scheme.bits))
+        counters = torch.zeros(COUNTERS, dtype=torch.int32, device=packed.device)
+        made = (packed, counters, weight.scale.mT.contiguous())
+        if scheme.codebook:
+            return *made, levels(scheme.codebook, packed.device)
+        return made if weight.zero_point is None else (*made, weight.zero_point.mT.contiguous())
 
     def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        return prepared[0]
+        size = plane(_group(spec.scheme, spec.in_features), spec.scheme.bits)
+        return from_planes(prepared[0], spec.scheme.bits, size, spec.in_features)
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        zero = prepared[2] if len(prepared) == 3 else None
-        y = triton_wna16(x.reshape(-1, spec.in_features), prepared[0], prepared[1], zero, spec.scheme.bits)
+        return self.fused(x, prepared, spec)
+
+    def fused(
+        self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec, bias: Tensor | None = None,
+        outliers: Outliers | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`linear` with bias and outliers added before the result is rounded."""
+        last = prepared[3] if len(prepared) == 4 else None
+        zero, table = (None, last) if spec.scheme.codebook else (last, None)
+        index, value = (None, None) if outliers is None else (outliers.index, outliers.value)
+        y = triton_wna16(
+            x.reshape(-1, spec.in_features), *prepared[:3], zero, table, bias, index, value, str(spec.scheme)
+        )
         return y.reshape(*x.shape[:-1], spec.out_features)
 
 

@@ -12,7 +12,7 @@ from hf_quant.formats import format_named
 from hf_quant.kernels import LinearBackend, LinearSpec, outlier_linear, select
 from hf_quant.nn._weight import frozen, read, register
 from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.tensor import Outliers, QuantizedTensor
 
 _NATIVE = format_named("native")
 
@@ -94,6 +94,11 @@ class QuantLinear(nn.Linear):
         prepared = self._repacked or self._backend.prepare(read(self, "weight", self.scheme), self.spec)
         if self.scheme.permuted:
             x = x.index_select(-1, self.weight_perm[0])
+        fused = getattr(self._backend, "fused", None)
+        if fused is not None:
+            own = Outliers(self.weight_outlier_index, self.weight_outlier_value) if self.scheme.outliers else None
+            made: Tensor = fused(x, prepared, self.spec, self.bias, own)
+            return made
         y = self._backend.linear(x, prepared, self.spec)
         if self.scheme.outliers:
             y = y + outlier_linear(x, self.weight_outlier_index, self.weight_outlier_value)

@@ -1,0 +1,145 @@
+"""Times of linear layers on a GPU, and which tiles are fastest there."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.disk import make_folder, write_json
+from hf_quant.errors import HfQuantError
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._tiles import Tile, as_list, forget, key, tuned_path
+from hf_quant.nn import QuantLinear
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+ROWS = (8, 16, 32, 64, 128, 256, 512, 1024)
+CACHES = 4  # times the last cache that the weights of one timing take
+Layer = tuple[QuantScheme, int, int, torch.dtype]  # scheme, N, K, what it computes in
+
+
+def need_gpu() -> torch.device:
+    """The current GPU.
+
+    Raises:
+        HfQuantError: There is none.
+    """
+    if not torch.cuda.is_available():
+        raise HfQuantError("no GPU here: times of its kernels and their tiles can only be found on one")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def copies(nbytes: int) -> int:
+    """Weights of ``nbytes`` that together exceed the last cache several times."""
+    cache = torch.cuda.get_device_properties(need_gpu()).L2_cache_size
+    return max(2, -(-CACHES * cache // nbytes))
+
+
+def microseconds(calls: Sequence[Callable[[], Any]], repeats: int = 9) -> float:
+    """Of one call, the median over replays of a CUDA graph of all of them, so that Python does not count."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1000 * start.elapsed_time(end) / len(calls))
+    return statistics.median(times)
+
+
+def weight(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torch.device) -> QuantizedTensor:
+    """Random codes ``[n, k]``."""
+    packed = torch.randint(256, (n, scheme.packed_bytes(k)), dtype=torch.uint8, device=device)
+    groups = (n, scheme.groups(k))
+    scale = (torch.rand(groups, device=device) * 0.01 + 0.01).to(dtype)
+    if scheme.symmetric:
+        return QuantizedTensor(packed, scale, None, scheme)
+    zero = torch.randint(scheme.qmax + 1, groups, device=device)
+    return QuantizedTensor(packed, scale, zero.to(dtype if scheme.real_zero else torch.uint8), scheme)
+
+
+def candidates(rows: int) -> list[Tile]:
+    """Tiles to try for that many rows of x."""
+    high = [8, 16, 32] if rows <= 32 else [64, 128]
+    made = []
+    for m in (m for m in high if m >= min(rows, high[-1]) or m == high[-1]):
+        for n, warps in ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8)):
+            for stages in (2, 3, 4):
+                made += [Tile(m, n, warps, stages, split) for split in ((1, 2, 4, 8, 16) if rows <= 64 else (1,))]
+    return made
+
+
+def layers_of(model: nn.Module) -> list[Layer]:
+    """The different linear layers of a model; scheme, shape and dtype, but not zero points, decide on tiles."""
+    found: dict[str, Layer] = {}
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            scheme, n, k = module.scheme, module.out_features, module.in_features
+            found.setdefault(key(scheme.bits, n, k), (scheme, n, k, module.compute_dtype))
+    return list(found.values())
+
+
+def tune(layers: Iterable[Layer]) -> dict[str, Any]:
+    """Try the tiles for every layer, and keep the fastest ones in this machine's cache.
+
+    Raises:
+        HfQuantError: There is no GPU.
+    """
+    device = need_gpu()
+    path = tuned_path(device)
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    for scheme, n, k, dtype in layers:
+        kept[key(scheme.bits, n, k)] = _tuned(scheme, n, k, dtype, device)
+        make_folder(path.parent)
+        write_json(path, kept)
+    forget()
+    return kept
+
+
+def _tuned(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    from hf_quant.kernels.triton_wna16 import BACKEND, densely, launch
+
+    spec, backend = LinearSpec(scheme, n, k, dtype, "cuda"), BACKEND()
+    own = weight(scheme, n, k, dtype, device)
+    prepared = [backend.prepare(own, spec) for _ in range(copies(own.qweight.numel()))]
+    zero = [p[3] if len(p) == 4 and not scheme.codebook else None for p in prepared]
+    table = [p[3] if len(p) == 4 and scheme.codebook else None for p in prepared]
+
+    def sparsely(x: Tensor, tile: Tile, i: int) -> Tensor:
+        packed, counters, scale, *_ = prepared[i]
+        return launch(x, packed, counters, scale, zero[i], table[i], None, None, None, scheme, tile)
+
+    def many(x: Tensor, i: int) -> Tensor:
+        packed, _, scale, *_ = prepared[i]
+        return densely(x, packed, scale, zero[i], table[i], None, None, None, scheme)
+
+    tiles: dict[str, list[int]] = {}
+    for rows in ROWS:
+        x = torch.randn(rows, k, device=device, dtype=dtype)
+        best, found = microseconds([partial(many, x, i) for i in range(len(prepared))]), None
+        for tile in candidates(rows):
+            try:
+                took = microseconds([partial(sparsely, x, tile, i) for i in range(len(prepared))])
+            except Exception:  # too much shared memory, say: no candidate here
+                continue
+            if took < best:
+                best, found = took, tile
+        if found is None and tiles:
+            return {"tiles": tiles, "dense": int(next(reversed(tiles)))}
+        tiles[str(rows)] = as_list(found or Tile(16, 64, 2, 2))
+    return {"tiles": tiles, "dense": ROWS[-1]}

@@ -1,0 +1,120 @@
+"""Which tiles the Triton product works in: a table for each kind of GPU, and what `bench.gpu.tune` found on this machine.
+
+Nothing is tried out while a model runs. The tables are choices by the machine code (``benchmarks/gpu_static.py``), not timings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import astuple, dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+AFTER = 32  # up to this many rows of x, scales are multiplied into the sums of groups, above it into the weights
+MOST_PARTS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a product is cut up.
+
+    Attributes:
+        block_m: Rows of x together.
+        block_n: Rows of the weight together.
+        warps: Of a program.
+        stages: Blocks of columns on their way from memory at once.
+        split_k: Programs that share the columns; 0 to find a number by `parts`.
+    """
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    split_k: int = 0
+
+    @property
+    def after(self) -> bool:
+        """Whether sums are multiplied by scales, and not weights."""
+        return self.block_m <= AFTER
+
+
+@lru_cache
+def tables() -> dict[str, Any]:
+    """The file that comes with the package: kind of GPU to its tiles, and rows from which to dequantize."""
+    made: dict[str, Any] = json.loads(Path(__file__).with_name("tiles.json").read_text())
+    return made
+
+
+def kind_of(device: torch.device) -> str:
+    """The table for a GPU; for a CPU (interpreting) that of sm_90."""
+    if device.type != "cuda":
+        return "sm_90"
+    if torch.version.hip:
+        return "gfx942"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major in (8, 12):  # consumer GPUs have less shared memory
+        return "sm_80" if (major, minor) == (8, 0) else "sm_86"
+    return "sm_100" if major >= 10 else "sm_90"
+
+
+def tuned_path(device: torch.device) -> Path:
+    """Where `bench.gpu.tune` keeps what it found."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    safe = "".join(c if c.isalnum() else "-" for c in name)
+    return Path(os.environ.get("HF_HOME", cache), "hf_quant", "tiles", f"{safe}.json").expanduser()
+
+
+@lru_cache
+def _on(device: torch.device) -> tuple[str, int, dict[str, Any]]:
+    """Kind, number of processors and tuned tiles of a GPU."""
+    count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    path = tuned_path(device)
+    try:
+        tuned = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError):
+        tuned = {}  # a cache: what cannot be read is as good as not there
+    return kind_of(device), count, tuned if isinstance(tuned, dict) else {}
+
+
+def forget() -> None:
+    """Read the tuned tiles again."""
+    _on.cache_clear()
+    tile_for.cache_clear()
+
+
+def key(bits: int, n: int, k: int) -> str:
+    """Of the tuned tiles of a layer."""
+    return f"W{bits} {n}x{k}"
+
+
+def parts(tile: Tile, m: int, n: int, blocks: int, processors: int) -> int:
+    """Programs to share the columns, so that every processor has a few: a power of two, each with two blocks at least."""
+    tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
+    split = 1
+    while split < MOST_PARTS and tiles * split * 2 <= 4 * processors and blocks >= 4 * split:
+        split *= 2
+    return split
+
+
+@cache
+def tile_for(device: torch.device, bits: int, m: int, n: int, k: int, blocks: int) -> Tile | None:
+    """The tile for ``x [m, k] @ W.T``, W ``[n, k]``; None where W should be dequantized and multiplied densely."""
+    kind, processors, tuned = _on(device)
+    table = tables()[kind]
+    found = tuned.get(key(bits, n, k), table)
+    if m > found["dense"]:
+        return None
+    tiles: dict[str, list[int]] = found["tiles"]
+    rows = next((rows for rows in tiles if m <= int(rows)), list(tiles)[-1])
+    tile = Tile(*tiles[rows])
+    return tile if tile.split_k else replace(tile, split_k=parts(tile, m, n, blocks, processors))
+
+
+def as_list(tile: Tile) -> list[int]:
+    """For JSON."""
+    return list(astuple(tile))

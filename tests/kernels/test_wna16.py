@@ -1,0 +1,218 @@
+"""The Triton product against float64: on a GPU, or interpreted (test_triton.py starts this file with TRITON_INTERPRET=1).
+
+Interpreted in fp16 and fp32 only: the interpreter computes bf16 silently wrong.
+"""
+
+from itertools import cycle, product
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+if not (torch.cuda.is_available() or INTERPRETED):
+    pytest.skip("no GPU, and TRITON_INTERPRET is not set", allow_module_level=True)
+
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels import triton_wna16 as module
+from hf_quant.kernels._tiles import Tile
+from hf_quant.kernels.triton_wna16 import BACKEND, triton_wna16
+from hf_quant.methods import method
+from hf_quant.nn import QuantLinear
+from hf_quant.nn._weight import frozen
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import Outliers, QuantizedTensor
+
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = {torch.float16: 2e-3, torch.float32: 1e-5} | ({} if INTERPRETED else {torch.bfloat16: 1e-2})
+KINDS = [*product((2, 3, 4, 8), ("", "-asym", "-asym-real")), (4, "-nf4"), (4, "-fp4")]
+SIZES = {32: (33, 96), 64: (65, 192), 128: (130, 384), -1: (5, 160), 16: (16, 96)}
+ROWS = (1, 3, 16, 17, 130)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory a kernel forgets to write is NaN."""
+    plain = torch.Tensor.new_empty
+
+    def made(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        tensor = plain(self, *args, **kwargs)
+        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", made)
+
+
+def layer(n: int, k: int, slug: str, dtype: torch.dtype) -> tuple[QuantizedTensor, LinearSpec]:
+    scheme = QuantScheme.parse(slug)
+    if scheme.foreign:
+        scale = (torch.rand(n, scheme.groups(k)) + 0.1).to(torch.float32 if scheme.codebook else dtype)
+        zero = (torch.rand(n, scheme.groups(k)) * scheme.qmax).to(dtype) if scheme.real_zero else None
+        packed = torch.randint(256, (n, scheme.packed_bytes(k)), dtype=torch.uint8)
+        weight = QuantizedTensor(packed, scale, zero, scheme)
+    else:
+        weight = method("rtn", steps=0).quantize(torch.randn(n, k), scheme, dtype)
+    zero = None if weight.zero_point is None else weight.zero_point.to(DEVICE)
+    outliers = weight.outliers
+    if outliers is not None:
+        outliers = Outliers(outliers.index.to(DEVICE), outliers.value.to(DEVICE))
+    moved = QuantizedTensor(weight.qweight.to(DEVICE), weight.scale.to(DEVICE), zero, scheme, outliers=outliers)
+    return moved, LinearSpec(scheme, n, k, dtype, DEVICE)
+
+
+def off(got: Tensor, expected: Tensor) -> float:
+    return float((got.double() - expected).norm() / expected.norm())
+
+
+CASES = [
+    (bits, kind, group, m, dtype, extra)
+    for (bits, kind, group), m, dtype, extra in zip(
+        [(bits, kind, group) for group in SIZES for bits, kind in KINDS],
+        cycle(ROWS), cycle(DTYPES), cycle(("", "-o2%", "", "-o4%-columns", "bias")),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "kind", "group", "m", "dtype", "extra"), CASES)
+def test_equals_float64(bits: int, kind: str, group: int, m: int, dtype: torch.dtype, extra: str) -> None:
+    torch.manual_seed(bits)
+    n, k = SIZES[group]
+    slug = f"W{bits}A16-g{group}{kind}"
+    if extra.startswith("-o") and kind in ("", "-asym"):
+        slug += extra
+    weight, spec = layer(n, k, slug, dtype)
+    backend = BACKEND()
+    assert backend.why_not(spec) is None
+    bias = torch.randn(n, dtype=dtype, device=DEVICE) if extra == "bias" else None
+    x = torch.randn(2, m, k, device=DEVICE).to(dtype)
+    prepared = backend.prepare(weight, spec)
+    assert torch.equal(backend.restore(prepared, spec), weight.qweight)
+    expected = x.double() @ weight.dequantize(torch.float64).T + (0 if bias is None else bias.double())
+    got = backend.fused(x, prepared, spec, bias, weight.outliers)
+    assert got.dtype is dtype and got.shape == (2, m, n)
+    assert off(got, expected) < DTYPES[dtype]
+    if DEVICE != "cpu" or m < 20:
+        assert torch.equal(got, backend.fused(x, prepared, spec, bias, weight.outliers))  # the same bits every time
+    assert not prepared[1].any()  # counters are as they were
+
+
+TILES = [
+    Tile(8, 32, 2, 3, 4),
+    Tile(16, 64, 4, 2, 2),
+    Tile(32, 32, 4, 2, 3),
+    Tile(64, 64, 4, 2, 1),
+    Tile(64, 64, 4, 2, 2),
+]
+
+
+SLUGS = ["W4A16-g128", "W8A16-g64-asym-o1%", "W2A16-g-1-asym-real", "W3A16-g128-o1%-columns", "W4A16-g64-asym"]
+
+
+@pytest.mark.parametrize(
+    ("tile", "slug"), [*zip(TILES, SLUGS, strict=True), (TILES[0], SLUGS[3]), (TILES[4], SLUGS[0])]
+)
+def test_columns_shared_by_several_programs(tile: Tile, slug: str) -> None:
+    weight, spec = layer(70, 2176, slug, torch.float16)  # 8.5 blocks of four bits
+    packed, counters, scale, *zero = BACKEND().prepare(weight, spec)
+    x, bias = torch.randn(19, 2176, device=DEVICE).half(), torch.randn(70, device=DEVICE).half()
+    index, value = (weight.outliers.index, weight.outliers.value) if weight.outliers else (None, None)
+    args = (x, packed, counters, scale, zero[0] if zero else None, None, bias, index, value, spec.scheme, tile)
+    got = module.launch(*args)
+    assert off(got, x.double() @ weight.dequantize(torch.float64).T + bias.double()) < 2e-3
+    assert torch.equal(got, module.launch(*args)) and not counters.any()
+
+
+@pytest.mark.parametrize(
+    "slug", ["W4A16-g32-asym-o4%", "W3A16-g64-o2%-columns", "W4A16-g64-nf4", "W8A16-g-1-asym-real"]
+)
+def test_many_rows_are_multiplied_by_the_dequantized_weight(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "tile_for", lambda *args: None)
+    monkeypatch.setattr(module, "CHUNK", 20 * 192)  # some rows at a time
+    weight, spec = layer(65, 192, slug, torch.float16)
+    x, bias = torch.randn(40, 192, device=DEVICE).half(), torch.randn(65, device=DEVICE).half()
+    prepared = BACKEND().prepare(weight, spec)
+    got = BACKEND().fused(x, prepared, spec, bias, weight.outliers)
+    assert off(got, x.double() @ weight.dequantize(torch.float64).T + bias.double()) < 2e-3
+    if weight.outliers is None:  # rounded once, as `dequantize` does
+        rows = module._dense(prepared[0], *_companions(prepared, spec), None, None, spec.scheme, 192, torch.float16)
+        assert torch.equal(torch.cat([w for _, _, w in rows]), weight.dequantize(torch.float16))
+
+
+def _companions(prepared: tuple[Tensor, ...], spec: LinearSpec) -> tuple[Tensor | None, ...]:
+    scale, *last = prepared[2:]
+    own = last[0] if last else None
+    return (scale, None, own) if spec.scheme.codebook else (scale, own, None)
+
+
+@pytest.mark.parametrize("slug", ["W3A16-g32-asym", "W4A16-g32-nf4", "W4A16-g32-o4%", "W2A16-g32-o4%-columns"])
+def test_gradient_and_schema(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK", 20 * 64)
+    weight, spec = layer(33, 64, slug, torch.float32)
+    prepared = BACKEND().prepare(weight, spec)
+    x, bias = torch.randn(3, 64, device=DEVICE, requires_grad=True), torch.randn(33, device=DEVICE, requires_grad=True)
+    grad = torch.randn(3, 33, device=DEVICE)
+    BACKEND().fused(x, prepared, spec, bias, weight.outliers).backward(grad)
+    torch.testing.assert_close(x.grad, grad @ weight.dequantize(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(bias.grad, grad.sum(0))
+    _, zero, table = _companions(prepared, spec)
+    index, value = (weight.outliers.index, weight.outliers.value) if weight.outliers else (None, None)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    args = (x, *prepared[:3], zero, table, bias, index, value, slug)
+    torch.library.opcheck(triton_wna16, args, test_utils=checks)
+    assert triton_wna16(x[:0], *args[1:]).shape == (0, 33)
+
+
+def test_a_layer() -> None:
+    """`QuantLinear` chooses it, keeps one copy of the codes, and adds bias and outliers in the kernel."""
+    weight, spec = layer(80, 128, "W4A16-g64-asym-o2%", torch.float16)
+    made = QuantLinear(128, 80, spec.scheme, bias=True, dtype=torch.float16).to(DEVICE)
+    from hf_quant.formats import format_named
+
+    for name, tensor in format_named("native").write(weight).items():
+        setattr(made, name, frozen(tensor))
+    made.bias = frozen(torch.randn(80, device=DEVICE).half())
+    made.choose_kernel()
+    assert type(made._backend) is BACKEND and made.weight.numel() == 0
+    x = torch.randn(2, 5, 128, device=DEVICE).half()
+    expected = x.double() @ weight.dequantize(torch.float64).T + made.bias.double()
+    assert off(made(x), expected) < 2e-3
+    assert torch.equal(made.state_dict()["weight"], format_named("native").write(weight)["weight"])
+
+
+def test_refusals() -> None:
+    spec = LinearSpec(QuantScheme(4, 32), 32, 64, torch.bfloat16, DEVICE)
+    assert ("silently wrong" in (BACKEND().why_not(spec) or "")) is INTERPRETED
+    spec = LinearSpec(QuantScheme(4, 32), 32, 64, torch.float64, DEVICE)
+    assert "float64" in (BACKEND().why_not(spec) or "")
+
+
+@pytest.mark.parametrize(
+    "slug", ["W4A16-g128", "W4A16-g64-asym", "W2A16-g-1-asym-real", "W3A16-g128-asym", "W4A16-g-1"]
+)
+def test_zero_points_times_the_sum_of_x(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How bfloat16 runs on AMD, here in float16 and without PTX."""
+    plain = module.constants
+    without = {"ASM": None, "OPERANDS": None, "AT": -1, "FOLD": True}
+    monkeypatch.setattr(module, "constants", lambda *args: plain(*args) | without)
+    weight, spec = layer(33, 640, slug, torch.float16)
+    x, prepared = torch.randn(3, 640, device=DEVICE).half(), BACKEND().prepare(weight, spec)
+    assert off(BACKEND().linear(x, prepared, spec), x.double() @ weight.dequantize(torch.float64).T) < 2e-3
+
+
+@pytest.mark.parametrize(("slug", "split"), [("W4A16-g128", 1), ("W4A16-g64-asym", 2), ("W8A16-g-1", 2)])
+@pytest.mark.parametrize("m", [1, 21])
+def test_experts(slug: str, split: int, m: int) -> None:
+    made = [layer(40, 640, slug, torch.float16) for _ in range(3)]
+    spec = made[0][1]
+    each = [BACKEND().prepare(weight, spec) for weight, _ in made]
+    packed, scale = (torch.stack([p[i] for p in each]) for i in (0, 2))
+    zero = torch.stack([p[3] for p in each]) if len(each[0]) == 4 else None
+    x, chosen = torch.randn(m, 640, device=DEVICE).half(), torch.randint(4, (m, 2), device=DEVICE)
+    got = module.grouped(x, packed, each[0][1], scale, zero, chosen, spec.scheme, Tile(8, 32, 2, 2, split))
+    dense = torch.stack([*(w.dequantize(torch.float64) for w, _ in made), torch.zeros(40, 640, device=DEVICE)])
+    expected = torch.einsum("mk,mtnk->mtn", x.double(), dense[chosen])  # expert 3 is another rank's
+    assert got.shape == (m, 2, 40) and float((got - expected).norm()) <= 2e-3 * float(expected.norm())
+    assert not each[0][1].any()

@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 
 import hf_quant
+from hf_quant import HfQuantConfig
 from hf_quant.hf.convert import open_quantized
 from hf_quant.tensor import QuantizedTensor
 
@@ -42,14 +43,17 @@ def load(folder, backend, dtype):
     os.environ.pop("HF_QUANT_BACKEND", None)
     if backend:
         os.environ["HF_QUANT_BACKEND"] = backend
-    return hf_quant.load(str(folder), dtype=dtype, attn_implementation="eager")
+    exact = HfQuantConfig(activations="float") if backend == "reference" else HfQuantConfig()
+    return hf_quant.load(str(folder), dtype=dtype, attn_implementation="eager", quantization_config=exact)
 
 
 def memory(model):
     """Bytes of parameters, buffers, and what kernels laid out anew."""
     repacked = [tensor for module in model.modules() for tensor in getattr(module, "_repacked", ())]
     tensors = [*model.parameters(), *(b for n, b in model.named_buffers() if "rotary" not in n), *repacked]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    plain = [t for t in tensors if not t.is_mkldnn]  # what oneDNN laid out has no storage to ask
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
+    return sum(stored.values()) + sum(t.nbytes for t in tensors if t.is_mkldnn)
 
 
 def identical(contents, facts):

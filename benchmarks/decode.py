@@ -1,0 +1,98 @@
+"""A model of a billion random weights through transformers' ``generate``: INT4 and INT8 beside bf16, and llama.cpp on the same shapes.
+
+    python benchmarks/decode.py [--threads 2] [--llama-bench PROGRAM --gguf FILE]
+
+Tokens a second after the first one (greedy, a cache, one sequence), and seconds for a prompt of 128 tokens; the models one
+after the other, medians of several turns. llama.cpp's own ``llama-bench`` measures FILE, a Llama of the same shapes in Q4_0.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_quant import HfQuantConfig
+from hf_quant.kernels.cpu_native import built
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SHAPES = LlamaConfig(
+    hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False,
+)  # fmt: skip
+PROMPT, NEW, TURNS = 128, 48, 3
+
+
+def measure(model: Any) -> dict[str, float]:
+    ids, rates, prefills = torch.randint(0, 32000, (1, PROMPT)), [], []
+    how = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    for turn in range(TURNS + 1):
+        start = time.perf_counter()
+        model.generate(ids, max_new_tokens=1, min_new_tokens=1, **how)
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        model.generate(ids, max_new_tokens=NEW + 1, min_new_tokens=NEW + 1, **how)
+        if turn:
+            prefills.append(first)
+            rates.append(NEW / (time.perf_counter() - start - first))
+    return {"decode": statistics.median(rates), "prefill": PROMPT / statistics.median(prefills)}
+
+
+def llama(program: Path, file: Path, threads: int) -> dict[str, float]:
+    call = [program, "-m", file, "-p", str(PROMPT), "-n", str(NEW), "-t", str(threads), "-r", str(TURNS), "-o", "json"]
+    rows = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
+    return {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--llama-bench", type=Path)
+    parser.add_argument("--gguf", type=Path)
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    base = AutoModelForCausalLM.from_config(SHAPES, dtype=torch.bfloat16).eval()
+    found = {"bf16": measure(base)}
+    folder = RESULTS.parent / ".decode"
+    base.save_pretrained(folder)
+    del base
+    gc.collect()
+    for slug in ("W4A16-g128", "W4A16-g32", "W8A16-g128"):
+        config = HfQuantConfig(slug, quantize_lm_head=True)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config).eval()
+        found[slug] = measure(model)
+        del model
+        gc.collect()
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    if asked.llama_bench and asked.gguf:
+        found["llama.cpp Q4_0"] = llama(asked.llama_bench, asked.gguf, asked.threads)
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    about = {
+        "cpu": next(line.partition(": ")[2] for line in info if line.startswith("model name")),
+        "threads": asked.threads,
+    }
+    about |= {"instruction_set": built(), "torch": version("torch"), "transformers": version("transformers"),
+              "date": str(date.today())}  # fmt: skip
+    lines = ["# A billion weights through generate", "", str(about), "",
+             "| | decode, tokens/s | over bf16 | prompt of 128, tokens/s | over bf16 |", "|---|---|---|---|---|"]  # fmt: skip
+    for name, each in found.items():
+        over = [f"{each[what]:.1f} | {each[what] / found['bf16'][what]:.2f}x" for what in ("decode", "prefill")]
+        lines.append(f"| {name} | {' | '.join(over)} |")
+    (RESULTS / "decode.json").write_text(json.dumps({"about": about, "found": found}, indent=1) + "\n")
+    (RESULTS / "decode.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

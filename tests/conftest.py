@@ -7,6 +7,9 @@ from pathlib import Path
 
 _HOME = tempfile.TemporaryDirectory(prefix="hf-quant-tests-")
 os.environ |= {"HF_HOME": _HOME.name, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # read on import
+os.environ["PYTHONSAFEPATH"] = (
+    "1"  # other processes too test what is installed, and not what lies in the current folder
+)
 
 import pytest
 import torch

@@ -7,7 +7,7 @@
 #define SET_AVX2
 #include "vector.h"
 
-const Kernels avx2_kernels = {rows, dequantize};
+const Kernels avx2_kernels = {rows, dequantize, round_row, scale_row};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -102,6 +102,10 @@ struct Kernels {
   void (*rows)(const Linear&, long from, long to, const float* x, const float* sums, long m, const Output&);
   // W of those blocks: out [16 (to - from), k], less rows beyond n.
   void (*dequantize)(const Linear&, long from, long to, const Output&);
+  // A row of k numbers to codes around 128 and their scale, which is NaN where one of them is not finite.
+  void (*round)(const float* x, long k, const float* fixed, uint8_t* codes, float* scale);
+  // A row of n numbers times one.
+  void (*scale)(const float* from, long n, float by, long at, const Output&);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;

@@ -244,6 +244,39 @@ PyObject* py_dequantize(PyObject*, PyObject* const* args, Py_ssize_t given) {
   Py_RETURN_NONE;
 }
 
+PyObject* py_round_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long a[10];
+  if (!integers("round_rows", args, given, 10, a)) return nullptr;
+  const void* x = (const void*)a[0];
+  const int type = (int)a[1];
+  const long m = (long)a[2], k = (long)a[3], count = (long)a[5];
+  const int32_t* columns = (const int32_t*)a[4];
+  const float* fixed = (const float*)a[6];
+  uint8_t* codes = (uint8_t*)a[7];
+  float* scale = (float*)a[8];
+  Py_BEGIN_ALLOW_THREADS;
+  each(m, m * k > 1 << 14 ? (long)a[9] : 1, [=](long i) {
+    float* row = (float*)own_room.of(sizeof(float) * k);
+    load(x, type, i * k, row, k);
+    for (long j = 0; j < count; j++) row[columns[j]] = 0;
+    kernels().round(row, k, fixed, codes + i * k, scale + i);
+  });
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+PyObject* py_scale_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long a[7];
+  if (!integers("scale_rows", args, given, 7, a)) return nullptr;
+  const float *product = (const float*)a[0], *scale = (const float*)a[1];
+  const Output y = {(void*)a[2], (int)a[3]};
+  const long m = (long)a[4], n = (long)a[5];
+  Py_BEGIN_ALLOW_THREADS;
+  each(m, m * n > 1 << 14 ? (long)a[6] : 1, [=](long i) { kernels().scale(product + i * n, n, scale[i], i * n, y); });
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
 template <void (*ONE)(const uint8_t*, uint8_t*, int, long, long), bool FORTH>
 PyObject* py_layout(PyObject*, PyObject* const* args, Py_ssize_t given) {
   long long a[6];
@@ -279,6 +312,8 @@ PyObject* py_threaded(PyObject*, PyObject*) { return PyBool_FromLong(parallel !=
 PyMethodDef methods[] = {
     {"linear", FAST(py_linear), "linear(q, scale, zero, scale_type, bits, n, k, group, x, y, type, m, threads)"},
     {"dequantize", FAST(py_dequantize), "dequantize(q, ..., group, first block, end, out, type, threads)"},
+    {"round_rows", FAST(py_round_rows), "round_rows(x, type, m, k, columns, count, fixed, codes, scale, threads)"},
+    {"scale_rows", FAST(py_scale_rows), "scale_rows(product, scale, y, type, m, n, threads)"},
     {"pack", FAST((py_layout<pack_block, true>)), "pack(codes, tiles, bits, n, k, threads)"},
     {"unpack", FAST((py_layout<unpack_block, false>)), "unpack(tiles, codes, bits, n, k, threads)"},
     {"limit", py_limit, METH_O, "Use no more than this instruction set."},

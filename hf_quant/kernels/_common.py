@@ -95,3 +95,15 @@ def companions(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     """What rounding the activations takes: the columns to leave out, then their scale, where the scheme has these."""
     index = weight.outliers.index if weight.outliers is not None and weight.scheme.outlier_columns else None
     return tuple(part for part in (index, weight.input_scale) if part is not None)
+
+
+def nobody_looks(x: Tensor) -> bool:
+    """Whether the op may be called without PyTorch's dispatcher, which takes as long as a small product."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    )

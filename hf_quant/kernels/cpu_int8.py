@@ -16,11 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._common import BLOCK, companions, compute_dtype
+from hf_quant.kernels._common import BLOCK, companions, compute_dtype, nobody_looks
 from hf_quant.tensor import QuantizedTensor
 
-ROWS, PART = 128, 32  # multiplied together; rounded together, 512 kB of float32 at 4096 columns
+try:
+    from hf_quant.kernels import _cpu
+except ImportError:  # it was not built: PyTorch's ops do the same in more passes
+    _cpu = None  # type: ignore[assignment]
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+ROWS, PART = 512, 32  # multiplied together; rounded together, 512 kB of float32 at 4096 columns
 TINY = torch.finfo(torch.float32).tiny * 127
+
+
+@lru_cache
+def _nothing(n: int) -> Tensor:
+    return torch.zeros(n, dtype=torch.int32)
 
 
 @torch.library.custom_op("hf_quant::cpu_int8_linear", mutates_args=())
@@ -36,15 +47,23 @@ def cpu_int8_linear(
         columns: int32 ``[C]``, left out; None for none.
         input_scale: ``[1]``, or None for one of each row.
     """
+    return _product(x, packed, scale, columns, input_scale)
+
+
+def _product(x: Tensor, packed: Tensor, scale: Tensor, columns: Tensor | None, input_scale: Tensor | None) -> Tensor:
     packed = packed if packed.is_mkldnn else _pack(packed)
-    zero = torch.zeros(scale.shape[0], dtype=torch.int32)
+    zero = _nothing(scale.shape[0])
     y = x.new_empty(x.shape[0], scale.shape[0])
     for rows, made in zip(x.split(ROWS), y.split(ROWS), strict=True):
         codes, found = _rounded(rows, columns, input_scale)
         product = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        made.copy_(product.mul_(found))
+        if _cpu is None:
+            made.copy_(product.mul_(found))
+        else:
+            here, there = (product.data_ptr(), found.data_ptr()), (made.data_ptr(), TYPES[y.dtype])
+            _cpu.scale_rows(*here, *there, *made.shape, torch.get_num_threads())
     return y
 
 
@@ -52,6 +71,15 @@ def _rounded(rows: Tensor, columns: Tensor | None, input_scale: Tensor | None) -
     """uint8 codes around 128 and the float32 scale ``[M, 1]``; the latter is NaN where a row is not finite."""
     codes = rows.new_empty(rows.shape, dtype=torch.uint8)
     scale = rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
+    if _cpu is not None:
+        rows = rows.contiguous()
+        left = None if columns is None else columns.int()
+        fixed = None if input_scale is None else input_scale.float()
+        at = 0 if left is None else left.data_ptr(), 0 if left is None else left.numel()
+        own = 0 if fixed is None else fixed.data_ptr()
+        there = rows.data_ptr(), TYPES[rows.dtype], *rows.shape
+        _cpu.round_rows(*there, *at, own, codes.data_ptr(), scale.data_ptr(), torch.get_num_threads())
+        return codes, scale
     index = None if columns is None else columns.long()
     for part, code, found in zip(rows.split(PART), codes.split(PART), scale.split(PART), strict=True):
         wide = part.to(torch.float32, copy=True)
@@ -145,7 +173,8 @@ class CpuInt8:
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         columns = prepared[0] if spec.scheme.outlier_columns else None
         ranges = prepared[-3] if spec.scheme.activations == "tensor" else None
-        y = cpu_int8_linear(x.reshape(-1, spec.in_features), prepared[-2], prepared[-1], columns, ranges)
+        product = _product if nobody_looks(x) else cpu_int8_linear
+        y = product(x.reshape(-1, spec.in_features), prepared[-2], prepared[-1], columns, ranges)
         return y.reshape(*x.shape[:-1], spec.out_features)
 
 

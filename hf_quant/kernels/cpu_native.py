@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_quant.errors import BackendError
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._common import BLOCK, as_asked, compute_dtype, cpu_multiplies_bf16
+from hf_quant.kernels._common import BLOCK, as_asked, compute_dtype, cpu_multiplies_bf16, nobody_looks
 from hf_quant.tensor import QuantizedTensor
 
 try:
@@ -130,18 +130,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 cpu_native_linear.register_autograd(_backward, setup_context=_save)
 
 
-def _nobody_looks(x: Tensor) -> bool:
-    """Whether the op may be called without PyTorch's dispatcher, which takes as long as a small product."""
-    return (
-        not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    )
-
-
 def _in_blocks(values: Tensor) -> Tensor:
     """``[N, G]`` to ``[ceil(N / 16), G, 16]``, float32 or bf16."""
     n, g = values.shape
@@ -190,7 +178,7 @@ class CpuNative:
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         zero = prepared[2] if len(prepared) == 3 else None
-        product = _product if _nobody_looks(x) else cpu_native_linear
+        product = _product if nobody_looks(x) else cpu_native_linear
         y = product(
             x.reshape(-1, spec.in_features), prepared[0], prepared[1], zero, spec.scheme.bits, spec.out_features
         )

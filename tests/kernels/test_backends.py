@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_quant import _plugins
 from hf_quant.errors import HfQuantError
-from hf_quant.kernels import LinearBackend, LinearSpec, _common, select
+from hf_quant.kernels import LinearBackend, LinearSpec, _common, refusal, select
 from hf_quant.kernels.codebook import codebook_linear
 from hf_quant.kernels.cpu_int4 import cpu_int4_linear
 from hf_quant.kernels.dequant import dequant_linear
@@ -60,7 +60,7 @@ def layer(n: int, k: int, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Quan
 def backend_for(name: str, spec: LinearSpec) -> LinearBackend:
     backend: LinearBackend = _plugins.load("kernels", name).BACKEND()
     assert isinstance(backend, LinearBackend)
-    if reason := backend.why_not(spec):
+    if reason := refusal(backend, spec):
         pytest.skip(reason)
     return backend
 
@@ -160,7 +160,7 @@ def test_ops_are_well_formed() -> None:
         args = (x, weight.qweight, weight.scale, weight.zero_point, 4)
         torch.library.opcheck(dequant_linear, args, test_utils=tests)
         backend = _plugins.load("kernels", "cpu_int4").BACKEND()
-        if backend.why_not(spec) is None:
+        if refusal(backend, spec) is None:
             planes, params, scale, *zero = backend.prepare(weight, spec)
             args = (x, planes, params, scale, zero[0] if zero else None, 32, 8)
             torch.library.opcheck(cpu_int4_linear, args, test_utils=tests, atol=0.3, rtol=0.1)

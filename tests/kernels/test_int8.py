@@ -216,3 +216,25 @@ def test_triton_compiles_to_integer_tensor_cores_without_spills(target: str, tmp
     for row in rows:
         assert row["spills"] == 0 and 0 < row["registers"] <= 255 and not row["float_mma"], row
         assert row["integer_mma"] > 0 or "rounds" in row, row
+
+
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize("slug", ["W8A8", "W8A8-static", "W8A8-o5%-columns"])
+def test_compiled_and_not_it_rounds_alike(slug: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_quant.kernels import cpu_int8
+
+    if cpu_int8._cpu is None:
+        pytest.skip("not compiled")
+    weight, _ = layer(slug, 33, 96, dtype)
+    columns = weight.outliers.index if weight.outliers is not None else None
+    x = (torch.randn(40, 96) * 2).to(dtype)
+    x[3] = 0
+    compiled = cpu_int8._rounded(x, columns, weight.input_scale)
+    monkeypatch.setattr(cpu_int8, "_cpu", None)
+    plain = cpu_int8._rounded(x, columns, weight.input_scale)
+    assert torch.equal(compiled[1], plain[1])
+    difference = (compiled[0].int() - plain[0].int()).abs()
+    assert int(difference.max()) <= 1 and float(difference.float().mean()) < 1e-3  # halfway it may go either way
+    spec = LinearSpec(weight.scheme, 33, 96, dtype, "cpu")
+    got = whole(select(spec), x, weight, spec)
+    assert (got - expected(x, weight)).norm() < DTYPES[dtype] * got.norm()

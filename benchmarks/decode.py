@@ -76,7 +76,10 @@ def main() -> None:
         file.unlink()
     folder.rmdir()
     if asked.llama_bench and asked.gguf:
-        found["llama.cpp Q4_0"] = llama(asked.llama_bench, asked.gguf, asked.threads)
+        try:
+            found["llama.cpp Q4_0"] = llama(asked.llama_bench, asked.gguf, asked.threads)
+        except subprocess.CalledProcessError as error:
+            print(f"llama.cpp: {error}")
     info = Path("/proc/cpuinfo").read_text().splitlines()
     about = {
         "cpu": next(line.partition(": ")[2] for line in info if line.startswith("model name")),

@@ -2,7 +2,7 @@
 
 from setuptools import Extension, setup
 
-UNITS = ("module", "portable", "avx2", "avx512", "amx")
+UNITS = ("module", "portable", "avx2", "avx512", "vnni", "amx")
 kernels = Extension(
     "hf_quant.kernels._cpu",
     sources=[f"hf_quant/csrc/{unit}.cpp" for unit in UNITS],

@@ -110,6 +110,19 @@ struct Kernels {
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
 
+// VNNI: some rows of x as integers of 16 bits, a scale for each tile of 32 columns.
+struct Digits {
+  int8_t* digits;  // [m, k / 32, 2, 32]: high and low bytes, in the order in which codes come out of a tile
+  float* scale;    // [m, k / 32]
+  int32_t* less;   // [m, k / 32]: what a code's offset of 2^(bits - 1) adds, negative
+  float* sum;      // [m, k / 32]: of x
+};
+
+// One row of x, bf16 or float16; false where such integers cannot hold it: infinities, NaN,
+// numbers next to nothing, or a few that are so large that the others would be rounded to too few bits.
+bool vnni_digits(const void* x, int type, long row, const Linear&, const Digits&);
+void vnni_rows(const Linear&, long from, long to, const Digits&, long m, const Output&);
+
 // AMX: x in tiles of 16 rows and 32 columns of bf16, `parts` of them (1: bf16; 2: float32 as a sum of two) side by side,
 // the tiles of up to DEPTH steps of k together: [k / DEPTH][m][DEPTH][parts][1 KB].
 const long DEPTH = 16, WIDE = 16;  // tiles of k at a time; blocks of 16 rows of W at a time

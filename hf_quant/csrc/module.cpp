@@ -16,8 +16,8 @@ namespace {
 
 // ---- instruction sets
 
-enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3 };
-const char* const NAMES[] = {"portable", "avx2", "avx512", "amx"};
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3, AMX = 4 };
+const char* const NAMES[] = {"portable", "avx2", "avx512", "vnni", "amx"};
 int best = PORTABLE, level = PORTABLE;
 
 int detect() {
@@ -27,9 +27,10 @@ int detect() {
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
       !__builtin_cpu_supports("avx512dq"))
     return AVX2;
+  if (!__builtin_cpu_supports("avx512vnni")) return AVX512;
   unsigned a, b, c, d = 0;
   const unsigned need = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & need) != need || !amx_allowed()) return AVX512;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & need) != need || !amx_allowed()) return VNNI;
   return AMX;
 #else
   return PORTABLE;
@@ -90,7 +91,7 @@ thread_local Room shared_room, own_room;
 
 // ---- products
 
-const long FEW = 4;          // up to so many rows, vectors are as fast as AMX
+const long FEW = 4, FEW_HALVES = 8;  // up to so many rows, vectors are as fast as AMX: of float32, of 16 bits
 const long MOST = 16 << 20;  // bytes of x that are packed at a time
 
 void few_rows(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
@@ -114,6 +115,22 @@ void few_rows(const Linear& a, const void* x, int type, long m, const Output& y,
 }
 
 #if defined(__x86_64__)
+// The same for bf16 and float16; false, and nothing done, where x holds what integers cannot.
+bool few_halves(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
+  const long tiles = a.tiles();
+  uint8_t* at = shared_room.of(m * tiles * (64 + 3 * 4));
+  float* scale = (float*)(at + m * tiles * 64);
+  const Digits digits = {(int8_t*)at, scale, (int32_t*)(scale + m * tiles), scale + 2 * m * tiles};
+  std::atomic<bool> fit{true};
+  each(m, m * a.k > 1 << 16 ? threads : 1, [&](long i) {
+    if (!vnni_digits(x, type, i, a, digits)) fit = false;
+  });
+  if (!fit) return false;
+  const long parts = threads * 4 < a.blocks() ? threads * 4 : a.blocks();
+  each(parts, threads, [&](long i) { vnni_rows(a, a.blocks() * i / parts, a.blocks() * (i + 1) / parts, digits, m, y); });
+  return true;
+}
+
 void many_rows(const Linear& a, const uint8_t* x, int type, long m, const Output& y, long threads) {
   const int parts = type == BF16 ? 1 : 2;
   long step = MOST / (a.k * 2 * parts) / 32 * 32;
@@ -220,9 +237,10 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
   const long m = (long)a[11], threads = (long)a[12];
   Py_BEGIN_ALLOW_THREADS;
 #if defined(__x86_64__)
-  if (level == AMX && m > FEW)
+  const bool halves = level >= VNNI && y.type != F32;
+  if (level == AMX && m > (halves ? FEW_HALVES : FEW))
     many_rows(w, (const uint8_t*)x, y.type, m, y, threads);
-  else
+  else if (!halves || !few_halves(w, x, y.type, m, y, threads))
 #endif
     few_rows(w, x, y.type, m, y, threads);
   Py_END_ALLOW_THREADS;
@@ -296,12 +314,12 @@ PyObject* py_layout(PyObject*, PyObject* const* args, Py_ssize_t given) {
 PyObject* py_limit(PyObject*, PyObject* name) {
   const char* wanted = PyUnicode_AsUTF8AndSize(name, nullptr);
   if (!wanted) return nullptr;
-  for (int i = 0; i < 4; i++)
+  for (int i = 0; i < 5; i++)
     if (!strcmp(wanted, NAMES[i])) {
       level = i < best ? i : best;
       Py_RETURN_NONE;
     }
-  PyErr_Format(PyExc_ValueError, "must be portable, avx2, avx512 or amx, got %R", name);
+  PyErr_Format(PyExc_ValueError, "must be portable, avx2, avx512, vnni or amx, got %R", name);
   return nullptr;
 }
 

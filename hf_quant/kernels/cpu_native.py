@@ -3,7 +3,8 @@
 A few rows are multiplied in float32, as fast as memory gives the codes; many rows on AMX, where W is dequantized to bf16
 in the cache (and, for float16 and float32 models, as a sum of two bf16 numbers, whose products lose nothing that counts
 beside the codes). Without AMX, many rows are left to PyTorch's dense product, some dequantized rows of W at a time.
-The threads are PyTorch's. HF_QUANT_CPU_LEVEL caps the instruction set: portable, avx2, avx512 or amx.
+The threads are PyTorch's. HF_QUANT_CPU_LEVEL caps the instruction set: portable, avx2,
+avx512, vnni or amx.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ except ImportError:  # it was not built; `why_not` says so
     _cpu = None  # type: ignore[assignment]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LEVELS = ("portable", "avx2", "avx512", "amx")
+LEVELS = ("portable", "avx2", "avx512", "vnni", "amx")
 
 if _cpu is not None and (wanted := os.environ.get("HF_QUANT_CPU_LEVEL")):
     if wanted not in LEVELS:
@@ -47,7 +48,7 @@ def _weight(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int
 
 def _few_rows(dtype: torch.dtype) -> int:
     """Without AMX, below this many rows our own product is faster than PyTorch's dense one on dequantized rows."""
-    if _cpu.level() == "avx512":
+    if _cpu.level() in ("avx512", "vnni"):
         return 32 if dtype is torch.bfloat16 and cpu_multiplies_bf16() else 192
     return 16
 

@@ -27,7 +27,7 @@ for threads in (1, 2):
                 spec = LinearSpec(scheme, n, k, dtype, "cpu")
                 prepared = backend.prepare(weight, spec)
                 assert torch.equal(backend.restore(prepared, spec), weight.qweight), (slug, n, k)
-                for m in (0, 1, 2, 3, 4, 5, 16, 17, 130):
+                for m in (0, 1, 2, 3, 4, 7, 8, 13, 17, 130):
                     x = torch.randn(m, k).to(dtype)
                     got = backend.linear(x, prepared, spec)
                     assert got.dtype is dtype and got.shape == (m, n)

@@ -14,6 +14,7 @@ import torch
 from hf_quant.kernels import LinearSpec, cpu_native, select
 from hf_quant.methods import method
 from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
 
 SLUGS = (
     "W4A16-g32",
@@ -45,6 +46,41 @@ def test_every_instruction_set(level: str) -> None:
     assert found["level"] in cpu_native.LEVELS[: cpu_native.LEVELS.index(level) + 1]  # or less, on lesser machines
     for dtype, limit in LIMITS.items():
         assert found["worst"][dtype] < limit, found
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 6])
+def test_a_few_huge_activations_cost_the_others_nothing(dtype: torch.dtype, m: int) -> None:
+    """Where the codes mean zero, as under outliers kept apart, what is left must still be right."""
+    codes = torch.randint(16, (48, 512), dtype=torch.uint8)
+    codes[:, ::128] = 8
+    weight = QuantizedTensor.from_codes(codes, torch.ones(48, 4), torch.full((48, 4), 8.0), QuantScheme(4, 128))
+    spec = LinearSpec(weight.scheme, 48, 512, dtype, "cpu")
+    backend = cpu_native.BACKEND()
+    x = torch.randn(m, 512).to(dtype)
+    x[:, ::128] *= 500
+    got = backend.linear(x, backend.prepare(weight, spec), spec)
+    expected = x.double() @ weight.dequantize(torch.float64).T
+    assert (got - expected).norm() / expected.norm() < LIMITS[str(dtype)]
+
+
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_what_is_not_finite_and_what_is_tiny(dtype: torch.dtype) -> None:
+    scheme = QuantScheme(4, 32, symmetric=False)
+    weight = method("rtn", steps=0).quantize(torch.randn(20, 64), scheme, dtype)
+    backend, spec = cpu_native.BACKEND(), LinearSpec(scheme, 20, 64, dtype, "cpu")
+    prepared = backend.prepare(weight, spec)
+    x = torch.randn(3, 64).to(dtype)
+    x[0, 5], x[1, 40] = torch.inf, torch.nan
+    got = backend.linear(x, prepared, spec)
+    assert not got[:2].isfinite().any() and got[2].isfinite().all()
+    assert torch.equal(backend.linear(torch.zeros_like(x), prepared, spec), torch.zeros(3, 20, dtype=dtype))
+    if dtype is torch.bfloat16:  # whose exponents are those of float32
+        tiny = torch.randn(3, 64).to(dtype) * 2.0**-110
+        expected = tiny.double() @ weight.dequantize(torch.float64).T
+        assert (backend.linear(tiny, prepared, spec) - expected).norm() / expected.norm() < LIMITS[str(dtype)]
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

@@ -2,11 +2,11 @@
 
 from setuptools import Extension, setup
 
-UNITS = ("module", "portable", "avx2", "avx512", "vnni", "amx")
+UNITS = ("module", "portable", "avx2", "avx512", "vnni", "amx", "amx_int8")
 kernels = Extension(
     "hf_quant.kernels._cpu",
     sources=[f"hf_quant/csrc/{unit}.cpp" for unit in UNITS],
-    depends=["hf_quant/csrc/cpu.h", "hf_quant/csrc/vector.h"],
+    depends=[f"hf_quant/csrc/{name}.h" for name in ("cpu", "vector", "bytes", "amx")],
     extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-g0", "-Wno-maybe-uninitialized"],
     language="c++",
     py_limited_api=True,

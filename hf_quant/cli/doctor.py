@@ -54,7 +54,7 @@ def _version(name: str) -> str | None:
 
 
 def _compiled() -> str:
-    from hf_quant.kernels.cpu_native import LEVELS, built
+    from hf_quant.kernels._compiled import LEVELS, built
 
     if (level := built()) is None:
         return "not built: with a C++ compiler (g++, clang++) and a reinstallation of hf-quant decoding gets faster"

@@ -14,6 +14,7 @@
 #include <unistd.h>
 #endif
 
+#include "amx.h"
 #include "vector.h"
 
 bool amx_allowed() {
@@ -73,15 +74,6 @@ void panel_of(const Linear& a, long b, long blocks, long t0, long count, uint8_t
   if (a.bits == 8) panel<8, PARTS>(a, b, blocks, t0, count, out);
 }
 
-// GCC does not tell its optimizer that tiles are loaded from memory.
-#define BARRIER __asm__ volatile("" ::: "memory")
-
-struct __attribute__((packed)) Config {
-  uint8_t palette, start, reserved[14];
-  uint16_t columns[16];
-  uint8_t rows[16];
-};
-
 // sums [2][2] (of 16 x 16, at c and c + right, below both by `down`) += x tiles at a (and a + below) times W tiles at b.
 template <int TALL, int PARTS>
 inline void multiplied(const uint8_t* a, size_t below, const uint8_t* b, size_t beside, long count, float* c, size_t right,
@@ -132,11 +124,7 @@ void linear(const Linear& a, long from, long to, const uint8_t* x, long m, uint8
   const long m_tiles = (m + 15) / 16, tiles = a.tiles();
   uint8_t* w = room;
   float* c = (float*)(room + WIDE * DEPTH * PARTS * 1024);  // [WIDE][m_tiles] tiles
-  Config config = {};
-  config.palette = 1;
-  for (int i = 0; i < 8; i++) config.columns[i] = 64, config.rows[i] = 16;
-  if (m < 16) config.rows[0] = config.rows[1] = config.rows[4] = (uint8_t)m;
-  _tile_loadconfig(&config);
+  configure(m, 64);
   for (long b = from; b < to; b += WIDE) {
     const long blocks = to - b < WIDE ? to - b : WIDE;
     for (long t0 = 0; t0 < tiles; t0 += DEPTH) {
@@ -160,7 +148,8 @@ void linear(const Linear& a, long from, long to, const uint8_t* x, long m, uint8
     for (long j = 0; j < m; j++)
       for (long i = 0; i < blocks; i++) {
         const long n = 16 * (b + i), left = a.n - n;
-        store(out, j * a.n + n, c + ((i * m_tiles + j / 16) * 16 + j % 16) * 16, left < 16 ? left : 16);
+        const vf made = read<vf>(c + ((i * m_tiles + j / 16) * 16 + j % 16) * 16);
+        put(out, j * a.n + n, out.by ? made * out.by[j] : made, left < 16 ? left : 16);
       }
   }
   _tile_release();
@@ -172,7 +161,7 @@ size_t amx_room(long m_tiles, int parts) { return WIDE * (DEPTH * parts + m_tile
 
 void amx_pack(const void* x, int type, long m, long k, int parts, long m_tile, long m_tiles, uint8_t* out) {
   for (long t = 0; t < k / 32; t++) {
-    uint8_t* to = out + ((t / DEPTH * m_tiles + m_tile) * DEPTH + t % DEPTH) * parts * 1024;
+    uint8_t* to = out + amx_place(t, m_tile, m_tiles, parts);
     for (long i = 0; i < 16; i++) {
       const long row = m_tile * 16 + i;
       if (row >= m) {

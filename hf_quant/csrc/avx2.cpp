@@ -7,7 +7,7 @@
 #define SET_AVX2
 #include "vector.h"
 
-const Kernels avx2_kernels = {rows, dequantize, round_row, scale_row};
+const Kernels avx2_kernels = {rows, dequantize};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -8,7 +8,7 @@
 #define SET_AVX512
 #include "vector.h"
 
-const Kernels avx512_kernels = {rows, dequantize, round_row, scale_row};
+const Kernels avx512_kernels = {rows, dequantize};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -27,6 +27,7 @@ struct Linear {
 struct Output {
   void* y;  // [M, N]
   int type;
+  const float* by = nullptr;  // on AMX, what each row is multiplied by at last; null for nothing
 };
 
 static inline float bf16_to_float(uint16_t h) {
@@ -102,25 +103,33 @@ struct Kernels {
   void (*rows)(const Linear&, long from, long to, const float* x, const float* sums, long m, const Output&);
   // W of those blocks: out [16 (to - from), k], less rows beyond n.
   void (*dequantize)(const Linear&, long from, long to, const Output&);
-  // A row of k numbers to codes around 128 and their scale, which is NaN where one of them is not finite.
-  void (*round)(const float* x, long k, const float* fixed, uint8_t* codes, float* scale);
-  // A row of n numbers times one.
-  void (*scale)(const float* from, long n, float by, long at, const Output&);
 };
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
 
-// VNNI: some rows of x as integers of 16 bits, a scale for each tile of 32 columns.
+// Rows of x that are to be rounded to int8.
+struct Activations {
+  const void* x;  // [m, k]
+  int type;
+  const int32_t* columns;  // taken for zeros, `left` of them
+  long left;
+  const float* fixed;  // the scale, or null for one of each row
+};
+
+// VNNI: some rows of x as integers, of 16 bits (two digits) or int8 (one), with a scale for each tile of 32 columns.
 struct Digits {
-  int8_t* digits;  // [m, k / 32, 2, 32]: high and low bytes, in the order in which codes come out of a tile
+  int8_t* digits;  // [m, k / 32, digits, 32]: the high one first, in the order in which codes come out of a tile
   float* scale;    // [m, k / 32]
   int32_t* less;   // [m, k / 32]: what a code's offset of 2^(bits - 1) adds, negative
   float* sum;      // [m, k / 32]: of x
+  int each;        // digits
 };
 
-// One row of x, bf16 or float16; false where such integers cannot hold it: infinities, NaN,
+// One row of x, bf16 or float16, in two digits; false where they cannot hold it: infinities, NaN,
 // numbers next to nothing, or a few that are so large that the others would be rounded to too few bits.
 bool vnni_digits(const void* x, int type, long row, const Linear&, const Digits&);
+// One row as int8; room for k floats.
+void vnni_int8(const Activations&, long row, const Linear&, float* room, const Digits&);
 void vnni_rows(const Linear&, long from, long to, const Digits&, long m, const Output&);
 
 // AMX: x in tiles of 16 rows and 32 columns of bf16, `parts` of them (1: bf16; 2: float32 as a sum of two) side by side,
@@ -131,7 +140,28 @@ static inline size_t amx_tiles(long m_tiles, long k_tiles, int parts) {
   return (size_t)m_tiles * ((k_tiles + DEPTH - 1) / DEPTH * DEPTH) * parts * 1024;
 }
 
+// Where the columns of step t of k lie, of a tile of rows.
+static inline size_t amx_place(long t, long m_tile, long m_tiles, int parts) {
+  return (size_t)((t / DEPTH * m_tiles + m_tile) * DEPTH + t % DEPTH) * parts * 1024;
+}
+
 void amx_pack(const void* x, int type, long m, long k, int parts, long m_tile, long m_tiles, uint8_t* out);
 void amx_linear(const Linear&, long from, long to, const uint8_t* x, long m, int parts, uint8_t* room, const Output&);
 size_t amx_room(long m_tiles, int parts);  // bytes a thread needs
 bool amx_allowed();
+
+// AMX with int8: x in tiles of 16 rows and `unit` columns, their scales and, for zero points, the sums of their groups.
+struct Int8Tiles {
+  int8_t* codes;  // [k / depth][m / 16][depth / unit][16][unit], the depth that of `units`
+  float* scale;   // [16 m_tiles]
+  float* sum;     // [16 m_tiles, groups], of the integers
+  long unit, m_tiles;
+};
+
+static inline long int8_unit(const Linear& a) { return a.group % 64 ? 32 : 64; }
+void int8_pack(const Activations&, long m, const Linear&, long m_tile, float* room, const Int8Tiles&);
+void int8_linear(const Linear&, long from, long to, const Int8Tiles&, long m, uint8_t* room, const Output&);
+// One tile of rows as bf16, which holds int8 exactly, laid out for `amx_linear`: faster where groups are small.
+void int8_as_bf16(const Activations&, long m, const Linear&, long m_tile, long m_tiles, float* room, uint8_t* out, float* scale);
+size_t int8_tiles(const Linear&, long m_tiles);  // bytes of codes
+size_t int8_room(const Linear&, long m_tiles);   // bytes a thread needs

@@ -92,7 +92,7 @@ thread_local Room shared_room, own_room;
 
 // ---- products
 
-const long FEW = 4, FEW_HALVES = 8;  // up to so many rows, vectors are as fast as AMX: of float32, of 16 bits
+const long FEW = 4, FEW_HALVES = 8, FEW_INT8 = 8;  // up to so many rows, vectors are as fast as AMX: float32, 16 bits, 8
 const long MOST = 16 << 20;  // bytes of x that are packed at a time
 
 void few_rows(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
@@ -121,7 +121,7 @@ bool few_halves(const Linear& a, const void* x, int type, long m, const Output& 
   const long tiles = a.tiles();
   uint8_t* at = shared_room.of(m * tiles * (64 + 3 * 4));
   float* scale = (float*)(at + m * tiles * 64);
-  const Digits digits = {(int8_t*)at, scale, (int32_t*)(scale + m * tiles), scale + 2 * m * tiles};
+  const Digits digits = {(int8_t*)at, scale, (int32_t*)(scale + m * tiles), scale + 2 * m * tiles, 2};
   std::atomic<bool> fit{true};
   each(m, m * a.k > 1 << 16 ? threads : 1, [&](long i) {
     if (!vnni_digits(x, type, i, a, digits)) fit = false;
@@ -132,24 +132,72 @@ bool few_halves(const Linear& a, const void* x, int type, long m, const Output& 
   return true;
 }
 
-void many_rows(const Linear& a, const uint8_t* x, int type, long m, const Output& y, long threads) {
-  const int parts = type == BF16 ? 1 : 2;
-  long step = MOST / (a.k * 2 * parts) / 32 * 32;
+void few_int8(const Linear& a, const Activations& x, long m, const Output& y, long threads) {
+  const long tiles = a.tiles();
+  uint8_t* at = shared_room.of(m * tiles * (32 + 3 * 4));
+  float* scale = (float*)(at + m * tiles * 32);
+  const Digits digits = {(int8_t*)at, scale, (int32_t*)(scale + m * tiles), scale + 2 * m * tiles, 1};
+  each(m, m * a.k > 1 << 16 ? threads : 1, [&](long i) { vnni_int8(x, i, a, (float*)own_room.of(sizeof(float) * a.k), digits); });
+  const long parts = threads * 4 < a.blocks() ? threads * 4 : a.blocks();
+  each(parts, threads, [&](long i) { vnni_rows(a, a.blocks() * i / parts, a.blocks() * (i + 1) / parts, digits, m, y); });
+}
+
+// A few rows of x at a time, from the i-th on: what `many_rows` and `many_int8` do.
+template <class F>
+void in_parts(const Linear& a, long m, long bytes, F f) {
+  long step = MOST / (a.k * bytes) / 32 * 32;
   step = step < 32 ? 32 : step > 512 ? 512 : step;
-  const long size = type == F32 ? 4 : 2, wide = y.type == F32 ? 4 : 2;
-  for (long i = 0; i < m; i += step) {
-    const long rows = m - i < step ? m - i : step, m_tiles = (rows + 15) / 16;
+  for (long i = 0; i < m; i += step) f(i, m - i < step ? m - i : step);
+}
+
+// f(from, to) for blocks of W, shared out.
+template <class F>
+void in_blocks(const Linear& a, long threads, F f) {
+  long blocks = (a.blocks() + 2 * threads - 1) / (2 * threads);
+  blocks = blocks > WIDE ? WIDE : (blocks + 1) / 2 * 2;
+  each((a.blocks() + blocks - 1) / blocks, threads,
+       [&](long j) { f(j * blocks, (j + 1) * blocks < a.blocks() ? (j + 1) * blocks : a.blocks()); });
+}
+
+void many_rows(const Linear& a, const uint8_t* x, const Output& y, long m, long threads) {
+  const int parts = y.type == BF16 ? 1 : 2;
+  const long size = y.type == F32 ? 4 : 2;
+  in_parts(a, m, 2 * parts, [&](long i, long rows) {
+    const long m_tiles = (rows + 15) / 16;
     uint8_t* packed = shared_room.of(amx_tiles(m_tiles, a.tiles(), parts));
-    const void* from = x + i * a.k * size;
-    each(m_tiles, threads, [=](long j) { amx_pack(from, type, rows, a.k, parts, j, m_tiles, packed); });
-    const Output to = {(uint8_t*)y.y + i * a.n * wide, y.type};
-    long blocks = (a.blocks() + 2 * threads - 1) / (2 * threads);
-    blocks = blocks > WIDE ? WIDE : (blocks + 1) / 2 * 2;
-    each((a.blocks() + blocks - 1) / blocks, threads, [&](long j) {
-      const long end = (j + 1) * blocks < a.blocks() ? (j + 1) * blocks : a.blocks();
-      amx_linear(a, j * blocks, end, packed, rows, parts, own_room.of(amx_room(m_tiles, parts)), to);
+    each(m_tiles, threads, [=](long j) { amx_pack(x + i * a.k * size, y.type, rows, a.k, parts, j, m_tiles, packed); });
+    const Output to = {(uint8_t*)y.y + i * a.n * size, y.type};
+    in_blocks(a, threads, [&](long from, long end) {
+      amx_linear(a, from, end, packed, rows, parts, own_room.of(amx_room(m_tiles, parts)), to);
     });
-  }
+  });
+}
+
+void many_int8(const Linear& a, const Activations& x, const Output& y, long m, long threads) {
+  const long size = x.type == F32 ? 4 : 2;
+  const bool small = a.groups() > 1 && a.group < 64;
+  in_parts(a, m, small ? 2 : 1, [&](long i, long rows) {
+    const long m_tiles = (rows + 15) / 16;
+    const size_t bytes = small ? amx_tiles(m_tiles, a.tiles(), 1) : int8_tiles(a, m_tiles);
+    uint8_t* at = shared_room.of(bytes + sizeof(float) * 16 * m_tiles * (1 + a.groups()));
+    float* scale = (float*)(at + bytes);
+    const Int8Tiles packed = {(int8_t*)at, scale, scale + 16 * m_tiles, int8_unit(a), m_tiles};
+    const Activations part = {(const uint8_t*)x.x + i * a.k * size, x.type, x.columns, x.left, x.fixed};
+    const Output to = {(uint8_t*)y.y + i * a.n * size, y.type, small ? scale : nullptr};
+    each(m_tiles, threads, [&](long j) {
+      float* row = (float*)own_room.of(sizeof(float) * a.k);
+      if (small)
+        int8_as_bf16(part, rows, a, j, m_tiles, row, at, scale);
+      else
+        int8_pack(part, rows, a, j, row, packed);
+    });
+    in_blocks(a, threads, [&](long from, long end) {
+      if (small)
+        amx_linear(a, from, end, at, rows, 1, own_room.of(amx_room(m_tiles, 1)), to);
+      else
+        int8_linear(a, from, end, packed, rows, own_room.of(int8_room(a, m_tiles)), to);
+    });
+  });
 }
 #endif
 
@@ -240,7 +288,7 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
 #if defined(__x86_64__)
   const bool halves = level >= VNNI && y.type != F32;
   if (level == AMX && m > (halves ? FEW_HALVES : FEW))
-    many_rows(w, (const uint8_t*)x, y.type, m, y, threads);
+    many_rows(w, (const uint8_t*)x, y, m, threads);
   else if (!halves || !few_halves(w, x, y.type, m, y, threads))
 #endif
     few_rows(w, x, y.type, m, y, threads);
@@ -263,36 +311,25 @@ PyObject* py_dequantize(PyObject*, PyObject* const* args, Py_ssize_t given) {
   Py_RETURN_NONE;
 }
 
-PyObject* py_round_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  long long a[10];
-  if (!integers("round_rows", args, given, 10, a)) return nullptr;
-  const void* x = (const void*)a[0];
-  const int type = (int)a[1];
-  const long m = (long)a[2], k = (long)a[3], count = (long)a[5];
-  const int32_t* columns = (const int32_t*)a[4];
-  const float* fixed = (const float*)a[6];
-  uint8_t* codes = (uint8_t*)a[7];
-  float* scale = (float*)a[8];
+PyObject* py_int8_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long a[16];
+  if (!integers("int8_linear", args, given, 16, a)) return nullptr;
+#if defined(__x86_64__)
+  const Linear w = weight(a);
+  const Activations x = {(const void*)a[8], (int)a[10], (const int32_t*)a[13], (long)a[14], (const float*)a[15]};
+  const Output y = {(void*)a[9], (int)a[10]};
+  const long m = (long)a[11], threads = (long)a[12];
+  if (level < VNNI) {
+    PyErr_Format(PyExc_RuntimeError, "products of bytes need VNNI, this is %s", NAMES[level]);
+    return nullptr;
+  }
   Py_BEGIN_ALLOW_THREADS;
-  each(m, m * k > 1 << 14 ? (long)a[9] : 1, [=](long i) {
-    float* row = (float*)own_room.of(sizeof(float) * k);
-    load(x, type, i * k, row, k);
-    for (long j = 0; j < count; j++) row[columns[j]] = 0;
-    kernels().round(row, k, fixed, codes + i * k, scale + i);
-  });
+  if (level == AMX && m > FEW_INT8)
+    many_int8(w, x, y, m, threads);
+  else
+    few_int8(w, x, m, y, threads);
   Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
-}
-
-PyObject* py_scale_rows(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  long long a[7];
-  if (!integers("scale_rows", args, given, 7, a)) return nullptr;
-  const float *product = (const float*)a[0], *scale = (const float*)a[1];
-  const Output y = {(void*)a[2], (int)a[3]};
-  const long m = (long)a[4], n = (long)a[5];
-  Py_BEGIN_ALLOW_THREADS;
-  each(m, m * n > 1 << 14 ? (long)a[6] : 1, [=](long i) { kernels().scale(product + i * n, n, scale[i], i * n, y); });
-  Py_END_ALLOW_THREADS;
+#endif
   Py_RETURN_NONE;
 }
 
@@ -340,8 +377,7 @@ PyObject* py_threaded(PyObject*, PyObject*) { return PyBool_FromLong(parallel !=
 PyMethodDef methods[] = {
     {"linear", FAST(py_linear), "linear(q, scale, zero, scale_type, bits, n, k, group, x, y, type, m, threads)"},
     {"dequantize", FAST(py_dequantize), "dequantize(q, ..., group, first block, end, out, type, threads)"},
-    {"round_rows", FAST(py_round_rows), "round_rows(x, type, m, k, columns, count, fixed, codes, scale, threads)"},
-    {"scale_rows", FAST(py_scale_rows), "scale_rows(product, scale, y, type, m, n, threads)"},
+    {"int8_linear", FAST(py_int8_linear), "int8_linear(q, ..., group, x, y, type, m, threads, columns, count, fixed)"},
     {"pack", FAST((py_layout<pack_block, true>)), "pack(codes, tiles, bits, n, k, threads)"},
     {"unpack", FAST((py_layout<unpack_block, false>)), "unpack(tiles, codes, bits, n, k, threads)"},
     {"limit", py_limit, METH_O, "Use no more than this instruction set."},

@@ -66,6 +66,23 @@ inline __attribute__((always_inline)) void each_pair(const uint8_t* tile, int h,
   }
 }
 
+#if defined(SET_AVX512)
+// 16 numbers of a row of the output, or the first of them where it ends.
+inline void put(const Output& out, long at, vf v, long count) {
+  if (count < 16 || out.type == F16) {
+    float made[16];
+    memcpy(made, &v, sizeof made);
+    store(out, at, made, count);
+  } else if (out.type == F32) {
+    memcpy((float*)out.y + at, &v, sizeof v);
+  } else {
+    const vu u = (vu)v, even = u + 0x7fffu + (u >> 16 & 1);
+    const vh made = __builtin_convertvector((v == v ? even : u | 0x400000u) >> 16, vh);
+    memcpy((uint16_t*)out.y + at, &made, sizeof made);
+  }
+}
+#endif
+
 // Scales or zero points of 16 rows in one group, the h-th part.
 inline vf grouped(const void* from, int type, long at, int h) {
   if (type == F32) return read<vf>((const float*)from + at * 16 + L * h);
@@ -167,47 +184,6 @@ void dequantize_of(const Linear& a, long from, long to, const Output& out) {
   if (a.bits == 3) dequantize_of<3>(a, from, to, out);
   if (a.bits == 4) dequantize_of<4>(a, from, to, out);
   if (a.bits == 8) dequantize_of<8>(a, from, to, out);
-}
-
-typedef uint8_t vb __attribute__((vector_size(L)));
-
-[[maybe_unused]] void round_row(const float* x, long k, const float* fixed, uint8_t* codes, float* scale) {
-  vf peak = vf{}, nothing = vf{};
-  for (long i = 0; i < k; i += L) {
-    const vf v = read<vf>(x + i), size = (vf)((vi)v & 0x7fffffff);
-    peak = size > peak ? size : peak;
-    nothing += v * 0.0f;  // NaN where v is not finite
-  }
-  float most = 1.17549435e-38f * 127, wrong = 0;
-  for (int j = 0; j < L; j++) most = peak[j] > most ? peak[j] : most, wrong += nothing[j];
-  const float own = fixed ? *fixed : most / 127, factor = 1 / own;
-  for (long i = 0; i < k; i += L) {
-    vf v = read<vf>(x + i) * factor + 128.5f;  // what follows cuts off: together that rounds
-    if (fixed) {
-      v = v < 1.0f ? splat(1.0f) : v;
-      v = v > 255.0f ? splat(255.0f) : v;
-    }
-    const vb made = __builtin_convertvector(__builtin_convertvector(v, vi), vb);
-    memcpy(codes + i, &made, L);
-  }
-  *scale = own + wrong;
-}
-
-[[maybe_unused]] void scale_row(const float* from, long n, float by, long at, const Output& out) {
-  long i = 0;
-  if (out.type == BF16)
-    for (; i + L <= n; i += L) {
-      const vf v = read<vf>(from + i) * by;
-      const vu u = (vu)v, even = u + 0x7fffu + (u >> 16 & 1);
-      const vh made = __builtin_convertvector((v == v ? even : u | 0x400000u) >> 16, vh);
-      memcpy((uint16_t*)out.y + at + i, &made, sizeof made);
-    }
-  float made[64];
-  for (; i < n; i += 64) {
-    const long count = n - i < 64 ? n - i : 64;
-    for (long j = 0; j < count; j++) made[j] = from[i + j] * by;
-    store(out, at + i, made, count);
-  }
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// A few rows of x in bf16 or float16: products of bytes. In every tile of 32 columns x becomes integers of 16 bits, less
-// than 2^-16 of the largest from what it was, as two digits of eight bits; the products with codes are exact.
+// Products of bytes. Of x in bf16 or float16, a few rows: in every tile of 32 columns x becomes integers of 16 bits, less
+// than 2^-16 of the largest from what it was, as two digits of eight bits; the products with codes are exact. Where
+// activations are to be INT8, one digit and one scale for all tiles of a row.
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push( \
@@ -9,40 +10,11 @@
 #endif
 #define SET_AVX2
 #define SET_AVX512
-#include "vector.h"
+#include "bytes.h"
 
 namespace {
 
-// Four codes of each of 16 rows, the c-th of eight times four: unsigned bytes, in the order of `columns`.
-template <int BITS>
-inline __m512i codes(const uint8_t* tile, int c) {
-  if (BITS == 8) return _mm512_xor_si512(read<__m512i>(tile + 64 * c), _mm512_set1_epi8((char)0x80));
-  if (BITS == 3) {
-    vu pair[2];
-    for (int i = 0; i < 2; i++) {
-      const int r = 2 * c + i;
-      vu word = read<vu>(tile + 64 * (r / 5 % 3));
-      if (r == 15)
-        word = (read<vu>(tile) >> 15 & 0x10001u) | (read<vu>(tile + 64) >> 14 & 0x20002u) |
-               (read<vu>(tile + 128) >> 13 & 0x40004u);
-      const int at = r == 15 ? 0 : r % 5 * 3, to = 8 * i;
-      pair[i] = at > to ? word >> (at > to ? at - to : 0) : word << (at > to ? 0 : to - at);
-    }
-    return (__m512i)((pair[0] & 0x00070007u) | (pair[1] & 0x07000700u));
-  }
-  const int per = 8 / BITS;  // in a byte
-  return (__m512i)(read<vu>(tile + 64 * (c / per)) >> (c % per * BITS) & ((1u << BITS) - 1) * 0x01010101u);
-}
-
-// The column of a tile that the i-th byte of `codes` stands for.
-inline int column(int bits, int i) {
-  const int c = i / 4, b = i % 4;
-  if (bits == 8 || bits == 3) return 4 * c + (b == 1 ? 2 : b == 2 ? 1 : b);
-  const int per = 8 / bits, v = c / per, half = b / 2, place = b % 2 * per + c % per;
-  return 2 * (v * 16 / bits + place) + half;
-}
-
-template <int BITS, int M>
+template <int BITS, int M, int D>
 void block(const Linear& a, long b, const Digits& x, long first, const Output& out) {
   const long groups = a.groups(), steps = a.group / 32, tiles = a.tiles();
   const uint8_t* tile = a.q + b * tiles * 64 * BITS;
@@ -55,7 +27,7 @@ void block(const Linear& a, long b, const Digits& x, long first, const Output& o
       __m512i high[M], low[M];
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
-        high[m] = _mm512_setzero_si512();
+        if (D == 2) high[m] = _mm512_setzero_si512();
         low[m] = _mm512_set1_epi32(x.less[(first + m) * tiles + t]);
       }
 #pragma GCC unroll 8
@@ -63,14 +35,14 @@ void block(const Linear& a, long b, const Digits& x, long first, const Output& o
         const __m512i w = codes<BITS>(tile, c);
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-          const int8_t* at = x.digits + ((first + m) * tiles + t) * 64 + 4 * c;
-          high[m] = _mm512_dpbusd_epi32(high[m], w, _mm512_set1_epi32(read<int32_t>(at)));
-          low[m] = _mm512_dpbusd_epi32(low[m], w, _mm512_set1_epi32(read<int32_t>(at + 32)));
+          const int8_t* at = x.digits + ((first + m) * tiles + t) * 32 * D + 4 * c;
+          if (D == 2) high[m] = _mm512_dpbusd_epi32(high[m], w, _mm512_set1_epi32(read<int32_t>(at)));
+          low[m] = _mm512_dpbusd_epi32(low[m], w, _mm512_set1_epi32(read<int32_t>(at + 32 * D - 32)));
         }
       }
 #pragma GCC unroll 8
       for (int m = 0; m < M; m++) {
-        const __m512i both = _mm512_add_epi32(_mm512_slli_epi32(high[m], 8), low[m]);
+        const __m512i both = D == 2 ? _mm512_add_epi32(_mm512_slli_epi32(high[m], 8), low[m]) : low[m];
         sum[m] += (vf)_mm512_cvtepi32_ps(both) * x.scale[(first + m) * tiles + t];
       }
     }
@@ -86,37 +58,27 @@ void block(const Linear& a, long b, const Digits& x, long first, const Output& o
     }
   }
   const long count = a.n - 16 * b < 16 ? a.n - 16 * b : 16;
-  for (int m = 0; m < M; m++) {
-    float made[16];
-    memcpy(made, &total[m], sizeof made);
-    store(out, (first + m) * a.n + 16 * b, made, count);
-  }
+  for (int m = 0; m < M; m++) put(out, (first + m) * a.n + 16 * b, total[m], count);
 }
 
-template <int BITS>
+template <int BITS, int D>
 void rows_of(const Linear& a, long from, long to, const Digits& x, long m, const Output& out) {
   for (long b = from; b < to; b++) {
     long i = 0;
-    for (; i + 8 <= m; i += 8) block<BITS, 8>(a, b, x, i, out);
-    for (; i + 4 <= m; i += 4) block<BITS, 4>(a, b, x, i, out);
-    if (m - i == 3) block<BITS, 3>(a, b, x, i, out);
-    if (m - i == 2) block<BITS, 2>(a, b, x, i, out);
-    if (m - i == 1) block<BITS, 1>(a, b, x, i, out);
+    for (; i + 8 <= m; i += 8) block<BITS, 8, D>(a, b, x, i, out);
+    for (; i + 4 <= m; i += 4) block<BITS, 4, D>(a, b, x, i, out);
+    if (m - i == 3) block<BITS, 3, D>(a, b, x, i, out);
+    if (m - i == 2) block<BITS, 2, D>(a, b, x, i, out);
+    if (m - i == 1) block<BITS, 1, D>(a, b, x, i, out);
   }
-}
-
-inline vf half_floats(const void* x, int type, long at) {
-  const __m256i h = read<__m256i>((const uint16_t*)x + at);
-  return type == BF16 ? (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16) : (vf)_mm512_cvtph_ps(h);
 }
 
 }  // namespace
 
 bool vnni_digits(const void* x, int type, long row, const Linear& a, const Digits& out) {
   const long tiles = a.tiles();
-  int32_t order[32];
-  for (int i = 0; i < 32; i++) order[i] = column(a.bits, i);
-  const __m512i first = read<__m512i>(order), second = read<__m512i>(order + 16);
+  __m512i order[2];
+  in_order(a.bits, order);
   double peaks = 0, others = 0;  // squares
   for (long t = 0; t < tiles; t++) {
     const vf p = half_floats(x, type, row * a.k + 32 * t), q = half_floats(x, type, row * a.k + 32 * t + 16);
@@ -137,7 +99,7 @@ bool vnni_digits(const void* x, int type, long row, const Linear& a, const Digit
     const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1]));
     int8_t* at = out.digits + (row * tiles + t) * 64;
     for (int i = 0; i < 2; i++) {
-      const __m512i v = _mm512_permutex2var_epi32(whole[0], i ? second : first, whole[1]);
+      const __m512i v = _mm512_permutex2var_epi32(whole[0], order[i], whole[1]);
       const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(v, _mm512_set1_epi32(128)), 8);
       _mm_storeu_si128((__m128i*)(at + 16 * i), _mm512_cvtepi32_epi8(high));
       _mm_storeu_si128((__m128i*)(at + 32 + 16 * i), _mm512_cvtepi32_epi8(v));
@@ -151,11 +113,34 @@ bool vnni_digits(const void* x, int type, long row, const Linear& a, const Digit
   return others == 0 || peaks * (31 / (12.0 * 32639 * 32639)) < 4e-8 * others;
 }
 
+void vnni_int8(const Activations& x, long row, const Linear& a, float* room, const Digits& out) {
+  const long tiles = a.tiles();
+  __m512i order[2];
+  in_order(a.bits, order);
+  const float scale = int8_row(
+      x, row, a.k, order, room, [=](long t) { return out.digits + (row * tiles + t) * 32; },
+      [=](long t, int32_t sum) {
+        out.less[row * tiles + t] = -sum * (1 << (a.bits - 1));
+        out.sum[row * tiles + t] = (float)sum;
+      });
+  for (long t = 0; t < tiles; t++) out.scale[row * tiles + t] = scale, out.sum[row * tiles + t] *= scale;
+}
+
+namespace {
+
+template <int D>
+void rows_in(const Linear& a, long from, long to, const Digits& x, long m, const Output& out) {
+  if (a.bits == 2) rows_of<2, D>(a, from, to, x, m, out);
+  if (a.bits == 3) rows_of<3, D>(a, from, to, x, m, out);
+  if (a.bits == 4) rows_of<4, D>(a, from, to, x, m, out);
+  if (a.bits == 8) rows_of<8, D>(a, from, to, x, m, out);
+}
+
+}  // namespace
+
 void vnni_rows(const Linear& a, long from, long to, const Digits& x, long m, const Output& out) {
-  if (a.bits == 2) rows_of<2>(a, from, to, x, m, out);
-  if (a.bits == 3) rows_of<3>(a, from, to, x, m, out);
-  if (a.bits == 4) rows_of<4>(a, from, to, x, m, out);
-  if (a.bits == 8) rows_of<8>(a, from, to, x, m, out);
+  if (x.each == 1) rows_in<1>(a, from, to, x, m, out);
+  if (x.each == 2) rows_in<2>(a, from, to, x, m, out);
 }
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,4 @@
-"""W8A8 on CPUs through oneDNN's int8 products: rows are rounded block by block while they are in the caches.
+"""W8A8 on CPUs through oneDNN's int8 products, where ours were not compiled: rows are rounded block by block in the caches.
 
 ``onednn::qlinear_pointwise`` knows one scale for all activations. Called with a scale of one and unsigned codes around 128
 it gives ``sum(q * w) * scale_w``, exact but for the last rounding, and each row is multiplied by its own scale afterwards.
@@ -19,12 +19,6 @@ from hf_quant.kernels import LinearSpec
 from hf_quant.kernels._common import BLOCK, companions, compute_dtype, nobody_looks
 from hf_quant.tensor import QuantizedTensor
 
-try:
-    from hf_quant.kernels import _cpu
-except ImportError:  # it was not built: PyTorch's ops do the same in more passes
-    _cpu = None  # type: ignore[assignment]
-
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROWS, PART = 512, 32  # multiplied together; rounded together, 512 kB of float32 at 4096 columns
 TINY = torch.finfo(torch.float32).tiny * 127
 
@@ -44,7 +38,7 @@ def cpu_int8_linear(
         x: ``[M, K]``.
         packed: What ``qlinear_prepack`` makes of int8 ``[N, K]``; or those codes themselves, packed at every call.
         scale: float32 ``[N]``.
-        columns: int32 ``[C]``, left out; None for none.
+        columns: int16 or int32 ``[C]``, left out; None for none.
         input_scale: ``[1]``, or None for one of each row.
     """
     return _product(x, packed, scale, columns, input_scale)
@@ -59,11 +53,7 @@ def _product(x: Tensor, packed: Tensor, scale: Tensor, columns: Tensor | None, i
         product = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        if _cpu is None:
-            made.copy_(product.mul_(found))
-        else:
-            here, there = (product.data_ptr(), found.data_ptr()), (made.data_ptr(), TYPES[y.dtype])
-            _cpu.scale_rows(*here, *there, *made.shape, torch.get_num_threads())
+        made.copy_(product.mul_(found))
     return y
 
 
@@ -71,15 +61,6 @@ def _rounded(rows: Tensor, columns: Tensor | None, input_scale: Tensor | None) -
     """uint8 codes around 128 and the float32 scale ``[M, 1]``; the latter is NaN where a row is not finite."""
     codes = rows.new_empty(rows.shape, dtype=torch.uint8)
     scale = rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
-    if _cpu is not None:
-        rows = rows.contiguous()
-        left = None if columns is None else columns.int()
-        fixed = None if input_scale is None else input_scale.float()
-        at = 0 if left is None else left.data_ptr(), 0 if left is None else left.numel()
-        own = 0 if fixed is None else fixed.data_ptr()
-        there = rows.data_ptr(), TYPES[rows.dtype], *rows.shape
-        _cpu.round_rows(*there, *at, own, codes.data_ptr(), scale.data_ptr(), torch.get_num_threads())
-        return codes, scale
     index = None if columns is None else columns.long()
     for part, code, found in zip(rows.split(PART), codes.split(PART), scale.split(PART), strict=True):
         wide = part.to(torch.float32, copy=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_quant.kernels import LinearSpec, cpu_native, select
+from hf_quant.kernels import LinearSpec, _compiled, cpu_native, select
 from hf_quant.methods import method
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
@@ -19,6 +19,8 @@ from hf_quant.tensor import QuantizedTensor
 SLUGS = (
     "W4A16-g32",
     "W4A16-g64-asym",
+    "W4A16-g128",
+    "W4A16-g32-asym-real",
     "W4A16-g-1",
     "W8A16-g-1",
     "W8A16-g32-asym",
@@ -26,26 +28,36 @@ SLUGS = (
     "W3A16-g32-asym",
     "W2A16-g32",
     "W2A16-g64-asym",
+    "W8A8",
+    "W8A8-static-o5%-columns",
+    "W8A8-g32-asym",
+    "W4A8-g32",
+    "W4A8-g64-asym",
+    "W4A8-g128",
+    "W3A8-g32",
+    "W2A8-g64",
 )
 LIMITS = {
     "torch.float32": 1e-5,
     "torch.float16": 6e-4,
     "torch.bfloat16": 4e-3,
 }  # of rounding the output, and W to bf16
-built = pytest.mark.skipif(cpu_native._cpu is None, reason="not compiled")
+built = pytest.mark.skipif(_compiled._cpu is None, reason="not compiled")
 
 
 @built
-@pytest.mark.parametrize("level", cpu_native.LEVELS)
+@pytest.mark.parametrize("level", _compiled.LEVELS)
 def test_every_instruction_set(level: str) -> None:
     here = Path(__file__).with_name("_cpu_levels.py")
     call = [sys.executable, "-W", "ignore", str(here), *SLUGS]
     done = subprocess.run(call, env=os.environ | {"HF_QUANT_CPU_LEVEL": level}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["level"] in cpu_native.LEVELS[: cpu_native.LEVELS.index(level) + 1]  # or less, on lesser machines
+    assert found["level"] in _compiled.LEVELS[: _compiled.LEVELS.index(level) + 1]  # or less, on lesser machines
     for dtype, limit in LIMITS.items():
         assert found["worst"][dtype] < limit, found
+        assert found["worst_gradient"][dtype] < limit, found
+        assert found["worst_int8"][dtype] < 1e-2, found  # halfway between two codes it may go either way
 
 
 @built
@@ -84,16 +96,16 @@ def test_what_is_not_finite_and_what_is_tiny(dtype: torch.dtype) -> None:
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
-    code = "import hf_quant.kernels.cpu_native"
+    code = "import hf_quant.kernels._compiled"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"HF_QUANT_CPU_LEVEL": "sse9"}, capture_output=True, text=True
     )
-    assert done.returncode == (1 if cpu_native._cpu is not None else 0)
-    assert cpu_native._cpu is None or "HF_QUANT_CPU_LEVEL must be one of" in done.stderr
+    assert done.returncode == (1 if _compiled._cpu is not None else 0)
+    assert _compiled._cpu is None or "HF_QUANT_CPU_LEVEL must be one of" in done.stderr
 
 
 def test_without_a_compiler_pytorch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_native, "_cpu", None)
+    monkeypatch.setattr(_compiled, "_cpu", None)
     spec = LinearSpec(QuantScheme(4, 32), 64, 128, torch.bfloat16, "cpu")
     assert "no C++ compiler" in (cpu_native.BACKEND().why_not(spec) or "")
     select.__globals__["_select"].cache_clear()

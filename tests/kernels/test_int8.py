@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from hf_quant import _plugins, kernels
-from hf_quant.kernels import LinearBackend, LinearSpec, outlier_linear, refusal, select
+from hf_quant.kernels import LinearBackend, LinearSpec, _compiled, outlier_linear, refusal, select
 from hf_quant.kernels._rounded import RoundedPacked, RoundedViews, round_activations
 from hf_quant.kernels.cpu_int8 import cpu_int8_linear
+from hf_quant.kernels.cpu_native_int8 import cpu_native_int8_linear
 from hf_quant.methods import method
 from hf_quant.nn import QuantLinear
 from hf_quant.numerics import quantize_rows
@@ -76,6 +77,12 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", made)
 
 
+def every(spec: LinearSpec) -> list[LinearBackend]:
+    """All that run it here, and what does where no codes may move."""
+    there = [_plugins.load("kernels", name).BACKEND() for name in _plugins.names("kernels")]
+    return [*(b for b in there if refusal(b, spec) is None), select(spec), select(spec, repacking=False)]
+
+
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 @pytest.mark.parametrize("slug", SLUGS)
@@ -83,7 +90,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_kernel_chosen_here_equals_float64(slug: str, n: int, k: int, dtype: torch.dtype) -> None:
     weight, spec = layer(slug, n, k, dtype)
     tolerance = max(DTYPES[dtype], 1e-2 if weight.scheme.bits == 4 else 0)  # which meet bf16 activations on CPUs
-    for backend in (select(spec), select(spec, repacking=False)):
+    for backend in every(spec):
         for m in (0, 1, 3, 37, 200):
             x = (torch.randn(2, m, k) * 3).to(dtype)
             got = whole(backend, x, weight, spec)
@@ -93,14 +100,13 @@ def test_the_kernel_chosen_here_equals_float64(slug: str, n: int, k: int, dtype:
                 assert (got - wanted).norm() / wanted.norm() < tolerance, (type(backend).__name__, m)
 
 
-@pytest.mark.parametrize("slug", ["W8A8", "W8A8-static", "W8A8-o5%-columns"])
-def test_onednn_is_chosen_and_gives_the_codes_back(slug: str) -> None:
+@pytest.mark.parametrize("slug", ["W8A8", "W8A8-static", "W8A8-o5%-columns", "W8A8-asym", "W4A8-g32", "W3A8-g32-asym", "W2A8-g32"])  # fmt: skip
+def test_kernels_give_the_codes_back(slug: str) -> None:
     for n, k in ((1, 32), (33, 96), (64, 160), (130, 64)):
         weight, spec = layer(slug, n, k, torch.bfloat16)
-        backend = select(spec)
-        if type(backend).__name__ != "CpuInt8":
-            pytest.skip("; ".join(str(refusal(_plugins.load("kernels", "cpu_int8").BACKEND(), spec)).splitlines()))
-        assert torch.equal(backend.restore(backend.prepare(weight, spec), spec), weight.qweight)
+        for backend in every(spec):
+            if backend.repacks:
+                assert torch.equal(backend.restore(backend.prepare(weight, spec), spec), weight.qweight)
 
 
 @pytest.mark.parametrize("slug", ["W8A8", "W8A8-static", "W4A8-g32"])
@@ -141,6 +147,11 @@ def test_the_ops_are_well_formed() -> None:
     codes = (weight.qweight ^ 0x80).view(torch.int8)
     args = (x, codes, weight.scale[:, 0].contiguous(), weight.outliers.index, weight.input_scale)
     torch.library.opcheck(cpu_int8_linear, args, test_utils=checks)
+    columns, ranges = weight.outliers.index, weight.input_scale
+    if _compiled.built() in ("vnni", "amx"):
+        tiles, scale = _compiled.laid_out(weight, LinearSpec(weight.scheme, 33, 96, torch.float32, "cpu"))
+        args = (x, tiles, scale, None, columns, ranges, 8, 33)
+        torch.library.opcheck(cpu_native_int8_linear, args, test_utils=checks)
     torch.library.opcheck(round_activations, (x, weight.outliers.index, None, 6.0), test_utils=checks)
 
 
@@ -216,25 +227,3 @@ def test_triton_compiles_to_integer_tensor_cores_without_spills(target: str, tmp
     for row in rows:
         assert row["spills"] == 0 and 0 < row["registers"] <= 255 and not row["float_mma"], row
         assert row["integer_mma"] > 0 or "rounds" in row, row
-
-
-@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
-@pytest.mark.parametrize("slug", ["W8A8", "W8A8-static", "W8A8-o5%-columns"])
-def test_compiled_and_not_it_rounds_alike(slug: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_quant.kernels import cpu_int8
-
-    if cpu_int8._cpu is None:
-        pytest.skip("not compiled")
-    weight, _ = layer(slug, 33, 96, dtype)
-    columns = weight.outliers.index if weight.outliers is not None else None
-    x = (torch.randn(40, 96) * 2).to(dtype)
-    x[3] = 0
-    compiled = cpu_int8._rounded(x, columns, weight.input_scale)
-    monkeypatch.setattr(cpu_int8, "_cpu", None)
-    plain = cpu_int8._rounded(x, columns, weight.input_scale)
-    assert torch.equal(compiled[1], plain[1])
-    difference = (compiled[0].int() - plain[0].int()).abs()
-    assert int(difference.max()) <= 1 and float(difference.float().mean()) < 1e-3  # halfway it may go either way
-    spec = LinearSpec(weight.scheme, 33, 96, dtype, "cpu")
-    got = whole(select(spec), x, weight, spec)
-    assert (got - expected(x, weight)).norm() < DTYPES[dtype] * got.norm()

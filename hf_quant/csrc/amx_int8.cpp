@@ -1,0 +1,232 @@
+// Many rows of int8 activations: AMX multiplies tiles of bytes. Codes of eight bits lie as it wants them; narrower ones are
+// widened, a part of W at a time, into what stays in the first- and second-level caches. Sums within a group are exact.
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-int8"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-int8")
+#endif
+#define SET_AVX2
+#define SET_AVX512
+#include "amx.h"
+#include "bytes.h"
+
+namespace {
+
+const int32_t NUMBERS[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
+                             16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
+
+// A tile of 32 columns to signed bytes.
+template <int BITS>
+inline void widened(const uint8_t* tile, uint8_t* out) {
+  const __m512i half = _mm512_set1_epi8(1 << (BITS - 1));
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; c++) _mm512_store_si512(out + 64 * c, _mm512_sub_epi8(codes<BITS>(tile, c), half));
+}
+
+// sums [2][2] of 16 x 16, as in amx.cpp: x tiles at a (and a + below) times W tiles at b (and b + beside).
+template <int TALL>
+inline void multiplied(const int8_t* a, size_t below, const uint8_t* b, size_t beside, long unit, long count, int32_t* c,
+                       size_t right, size_t down, bool first) {
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  } else {
+    _tile_loadd(0, c, 64);
+    _tile_loadd(1, c + right, 64);
+    if (TALL == 2) {
+      _tile_loadd(2, c + down, 64);
+      _tile_loadd(3, c + down + right, 64);
+    }
+  }
+  for (long t = 0; t < count; t++, a += 16 * unit, b += 16 * unit) {
+    _tile_loadd(4, a, unit);
+    _tile_loadd(6, b, 64);
+    _tile_dpbssd(0, 4, 6);
+    _tile_loadd(7, b + beside, 64);
+    _tile_dpbssd(1, 4, 7);
+    if (TALL == 2) {
+      _tile_loadd(5, a + below, unit);
+      _tile_dpbssd(2, 5, 6);
+      _tile_dpbssd(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, 64);
+  _tile_stored(1, c + right, 64);
+  if (TALL == 2) {
+    _tile_stored(2, c + down, 64);
+    _tile_stored(3, c + down + right, 64);
+  }
+}
+
+// What a group's integers stand for, less the scale of x.
+struct Group {
+  vf scale, zero;
+  bool zeros;
+  Group(const Linear& a, long b, long g) : zeros(a.zero) {
+    scale = grouped(a.scale, a.scale_type, b * a.groups() + g, 0);
+    if (zeros) zero = grouped(a.zero, a.scale_type, b * a.groups() + g, 0) - (float)(1 << (a.bits - 1));
+  }
+  vf of(const int32_t* product, float sum) const {
+    const vf made = (vf)_mm512_cvtepi32_ps(_mm512_loadu_si512(product));
+    return (zeros ? made - zero * sum : made) * scale;
+  }
+};
+
+// c [16, 16] += a tile of integers of one group.
+inline void added(const int32_t* product, const Group& group, const float* sums, long groups, float* c, bool first) {
+  for (int i = 0; i < 16; i++) {
+    const vf made = group.of(product + 16 * i, group.zeros ? sums[i * groups] : 0);
+    _mm512_storeu_ps(c + 16 * i, (__m512)(first ? made : made + read<vf>(c + 16 * i)));
+  }
+}
+
+struct Panel {  // some blocks of W, some of its columns
+  const uint8_t* at;
+  size_t beside;  // to the next block
+};
+
+template <int BITS>
+Panel panel(const Linear& a, long b, long blocks, long t0, long count, uint8_t* room) {  // in tiles of 32 columns
+  if (BITS == 8) return {a.q + (b * a.tiles() + t0) * 512, (size_t)a.tiles() * 512};
+  for (long i = 0; i < blocks; i++) {
+    const uint8_t* tile = a.q + ((b + i) * a.tiles() + t0) * 64 * BITS;
+    for (long t = 0; t < count; t++, tile += 64 * BITS) {
+      for (int v = 0; v < BITS; v++) _mm_prefetch((const char*)tile + 64 * v + 2048, _MM_HINT_T0);
+      widened<BITS == 8 ? 4 : BITS>(tile, room + (i * count + t) * 512);
+    }
+  }
+  return {room, (size_t)count * 512};
+}
+
+// Units multiplied before the next: what stays in the first-level cache for two blocks, and whole groups.
+inline long units(const Linear& a) {
+  const long some = 512 / int8_unit(a), each = a.group / int8_unit(a);
+  return a.groups() == 1 ? some : each >= some ? each : some / each * each;
+}
+
+// Two by two tiles of sums (of integers, or of floats where there are groups) to the output.
+void finish(const Linear& a, long b, long blocks, long row, long m, const int32_t* c, size_t right, size_t down,
+            const Int8Tiles& x, const Output& out) {
+  const bool whole = a.groups() == 1;
+  for (long q = 0; q < blocks; q++) {
+    const Group group(a, b + q, 0);
+    const long n = 16 * (b + q), left = a.n - n < 16 ? a.n - n : 16;
+    for (long i = 0; i < 32 && row + i < m; i++) {
+      const int32_t* at = c + q * right + i / 16 * down + i % 16 * 16;
+      put(out, (row + i) * a.n + n, (whole ? group.of(at, x.sum[row + i]) : read<vf>(at)) * x.scale[row + i], left);
+    }
+  }
+}
+
+template <int BITS>
+void linear(const Linear& a, long from, long to, const Int8Tiles& x, long m, uint8_t* room, const Output& out) {
+  const long unit = x.unit, m_tiles = x.m_tiles, all = a.k / unit, depth = units(a), groups = a.groups();
+  const long each = groups == 1 ? depth : a.group / unit;
+  const size_t step = 16 * unit, right = 256, down = 512;  // bytes of a tile; numbers between tiles of sums
+  int32_t* c = (int32_t*)room;  // [WIDE / 2][m_tiles / 2][2][2] tiles: integers, or floats where there are groups
+  int32_t* one = c + WIDE * (m_tiles + 1) * 256;
+  uint8_t* w = (uint8_t*)(one + 4 * 256);
+  configure(m, (int)unit);
+  for (long b = from; b < to; b += WIDE) {
+    const long blocks = to - b < WIDE ? to - b : WIDE;
+    for (long u0 = 0; u0 < all; u0 += depth) {
+      const long count = all - u0 < depth ? all - u0 : depth;
+      const Panel p = panel<BITS>(a, b, blocks, u0 * unit / 32, count * unit / 32, w);
+      BARRIER;
+      for (long i = 0; i < blocks; i += 2) {  // with an odd number of blocks, the last is multiplied twice
+        const size_t beside = i + 1 < blocks ? p.beside : 0;
+        const long pair = i + 1 < blocks ? 2 : 1;
+        for (long j = 0; j < m_tiles; j += 2) {
+          int32_t* sums = c + (i / 2 * ((m_tiles + 1) / 2) + j / 2) * 1024;
+          for (long s = 0; s < count; s += each) {
+            const long some = count - s < each ? count - s : each, g = (u0 + s) / each;
+            const int8_t* rows = x.codes + (u0 * m_tiles + j * depth + s) * step;
+            const uint8_t* columns = p.at + i * p.beside + s * step;
+            int32_t* made = groups == 1 ? sums : one;
+            const bool first = groups > 1 || u0 == 0;
+            if (j + 1 < m_tiles)
+              multiplied<2>(rows, depth * step, columns, beside, unit, some, made, right, down, first);
+            else
+              multiplied<1>(rows, depth * step, columns, beside, unit, some, made, right, down, first);
+            BARRIER;
+            for (long q = 0; groups > 1 && q < pair; q++) {
+              const Group group(a, b + i + q, g);
+              for (long r = 0; r < 2 && j + r < m_tiles; r++)
+                added(one + r * down + q * right, group, x.sum + (j + r) * 16 * groups + g, groups,
+                      (float*)sums + r * down + q * right, g == 0);
+            }
+          }
+          if (u0 + count == all) finish(a, b + i, pair, 16 * j, m, sums, right, down, x, out);
+        }
+      }
+    }
+  }
+  _tile_release();
+}
+
+}  // namespace
+
+size_t int8_tiles(const Linear& a, long m_tiles) {
+  const long depth = units(a) * int8_unit(a);
+  return (size_t)((a.k + depth - 1) / depth * depth * 16 * m_tiles);
+}
+
+size_t int8_room(const Linear& a, long m_tiles) {
+  return (WIDE * (m_tiles + 1) + 4) * 1024 + WIDE * units(a) * int8_unit(a) * 16;
+}
+
+void int8_pack(const Activations& x, long m, const Linear& a, long m_tile, float* room, const Int8Tiles& out) {
+  const long unit = out.unit, depth = units(a), wide = unit / 32, groups = a.groups();
+  __m512i order[2];
+  in_order(a.bits, order);
+  for (long i = 0; i < 16; i++) {
+    const long row = m_tile * 16 + i;
+    float* sums = out.sum + row * groups;
+    for (long g = 0; g < groups; g++) sums[g] = 0;
+    const auto place = [=](long t) {
+      const long u = t / wide, u0 = u / depth * depth;
+      return out.codes + ((u0 * out.m_tiles + m_tile * depth + u - u0) * 16 + i) * unit + t % wide * 32;
+    };
+    if (row < m)
+      out.scale[row] = int8_row(x, row, a.k, order, room, place, [=](long t, int32_t sum) {
+        if (a.zero) sums[t * 32 / a.group] += (float)sum;
+      });
+    else
+      for (long t = 0; t < a.tiles(); t++) memset(place(t), 0, 32);
+  }
+}
+
+void int8_as_bf16(const Activations& x, long m, const Linear& a, long m_tile, long m_tiles, float* room, uint8_t* out,
+                  float* scale) {
+  const __m512i order[2] = {read<__m512i>(NUMBERS), read<__m512i>(NUMBERS + 16)};
+  int8_t tile[32];
+  for (long i = 0; i < 16; i++) {
+    const long row = m_tile * 16 + i;
+    const auto widen = [=, &tile](long t, int32_t) {
+      const __m512i v = _mm512_cvtepi8_epi16(read<__m256i>(tile));
+      const vf low = (vf)_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 16), 16));
+      const vf high = (vf)_mm512_cvtepi32_ps(_mm512_srai_epi32(v, 16));
+      const __m512i pairs = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)low, 16), (__m512i)high);
+      _mm512_storeu_si512(out + amx_place(t, m_tile, m_tiles, 1) + 64 * i, pairs);
+    };
+    if (row < m)
+      scale[row] = int8_row(x, row, a.k, order, room, [&](long) { return tile; }, widen);
+    else
+      for (long t = 0; t < a.tiles(); t++) memset(out + amx_place(t, m_tile, m_tiles, 1) + 64 * i, 0, 64);
+  }
+}
+
+void int8_linear(const Linear& a, long from, long to, const Int8Tiles& x, long m, uint8_t* room, const Output& out) {
+  if (a.bits == 2) linear<2>(a, from, to, x, m, room, out);
+  if (a.bits == 3) linear<3>(a, from, to, x, m, room, out);
+  if (a.bits == 4) linear<4>(a, from, to, x, m, room, out);
+  if (a.bits == 8) linear<8>(a, from, to, x, m, room, out);
+}
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,77 @@
+// Codes as bytes, four to a word, for products of bytes; included by the units that have such instructions.
+#include "vector.h"
+
+namespace {
+
+// Four codes of each of 16 rows, the c-th of eight times four: unsigned bytes, in the order of `columns`.
+template <int BITS>
+inline __m512i codes(const uint8_t* tile, int c) {
+  if (BITS == 8) return _mm512_xor_si512(read<__m512i>(tile + 64 * c), _mm512_set1_epi8((char)0x80));
+  if (BITS == 3) {
+    vu pair[2];
+    for (int i = 0; i < 2; i++) {
+      const int r = 2 * c + i;
+      vu word = read<vu>(tile + 64 * (r / 5 % 3));
+      if (r == 15)
+        word = (read<vu>(tile) >> 15 & 0x10001u) | (read<vu>(tile + 64) >> 14 & 0x20002u) |
+               (read<vu>(tile + 128) >> 13 & 0x40004u);
+      const int at = r == 15 ? 0 : r % 5 * 3, to = 8 * i;
+      pair[i] = at > to ? word >> (at > to ? at - to : 0) : word << (at > to ? 0 : to - at);
+    }
+    return (__m512i)((pair[0] & 0x00070007u) | (pair[1] & 0x07000700u));
+  }
+  const int per = 8 / BITS;  // in a byte
+  return (__m512i)(read<vu>(tile + 64 * (c / per)) >> (c % per * BITS) & ((1u << BITS) - 1) * 0x01010101u);
+}
+
+// The column of a tile that the i-th byte of `codes` stands for.
+inline int column(int bits, int i) {
+  const int c = i / 4, b = i % 4;
+  if (bits == 8 || bits == 3) return 4 * c + (b == 1 ? 2 : b == 2 ? 1 : b);
+  const int per = 8 / bits, v = c / per, half = b / 2, place = b % 2 * per + c % per;
+  return 2 * (v * 16 / bits + place) + half;
+}
+
+// Where the columns of a tile go.
+inline void in_order(int bits, __m512i order[2]) {
+  int32_t at[32];
+  for (int i = 0; i < 32; i++) at[i] = column(bits, i);
+  order[0] = read<__m512i>(at), order[1] = read<__m512i>(at + 16);
+}
+
+inline vf half_floats(const void* x, int type, long at) {
+  const __m256i h = read<__m256i>((const uint16_t*)x + at);
+  return type == BF16 ? (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16) : (vf)_mm512_cvtph_ps(h);
+}
+
+// x as int8: a row of k numbers, a tile of 32 after another in the order of `codes`, to where `place` says; `each(t, sum)`
+// gets the sum of the integers of tile t. Gives the scale, NaN where one of them is not finite. `row` is room for k floats.
+template <class P, class E>
+inline float int8_row(const Activations& x, long at, long k, const __m512i order[2], float* row, P place, E each) {
+  for (long i = 0; i < k; i += 16)
+    _mm512_storeu_ps(row + i, x.type == F32 ? read<__m512>((const float*)x.x + at * k + i) : (__m512)half_floats(x.x, x.type, at * k + i));
+  for (long j = 0; j < x.left; j++) row[x.columns[j]] = 0;
+  __m512 peak = _mm512_setzero_ps(), wrong = _mm512_setzero_ps();
+  for (long i = 0; i < k; i += 16) {
+    const __m512 v = _mm512_loadu_ps(row + i);
+    peak = _mm512_max_ps(peak, _mm512_abs_ps(v));
+    wrong = _mm512_add_ps(wrong, _mm512_sub_ps(v, v));  // NaN where v is not finite
+  }
+  const float most = _mm512_reduce_max_ps(peak), least = 1.17549435e-38f * 127;
+  const float scale = x.fixed ? *x.fixed : (most > least ? most : least) / 127, by = 1 / scale;
+  const __m512 factor = _mm512_set1_ps(by), top = _mm512_set1_ps(127), bottom = _mm512_set1_ps(-127);
+  for (long t = 0; t < k / 32; t++) {
+    __m512i whole[2];
+    for (int i = 0; i < 2; i++) {
+      const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(row + 32 * t + 16 * i), factor);
+      whole[i] = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(v, top), bottom));
+    }
+    int8_t* to = place(t);
+    for (int i = 0; i < 2; i++)
+      _mm_storeu_si128((__m128i*)(to + 16 * i), _mm512_cvtepi32_epi8(_mm512_permutex2var_epi32(whole[0], order[i], whole[1])));
+    each(t, _mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1])));
+  }
+  return scale + _mm512_reduce_add_ps(wrong);
+}
+
+}  // namespace

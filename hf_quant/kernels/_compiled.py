@@ -1,0 +1,116 @@
+"""The module compiled from ``hf_quant/csrc``, and weights in its layout: what the backends that call it share.
+
+HF_QUANT_CPU_LEVEL caps the instruction set: portable, avx2, avx512, vnni or amx.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from hf_quant.errors import BackendError
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._common import BLOCK, as_asked, compute_dtype
+from hf_quant.tensor import QuantizedTensor
+
+try:
+    from hf_quant.kernels import _cpu as _cpu
+except ImportError:  # it was not built; `why_not` says so
+    _cpu = None  # type: ignore[assignment]
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LEVELS = ("portable", "avx2", "avx512", "vnni", "amx")
+
+if _cpu is not None and (wanted := os.environ.get("HF_QUANT_CPU_LEVEL")):
+    if wanted not in LEVELS:
+        raise BackendError(f"HF_QUANT_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {wanted!r}")
+    _cpu.limit(wanted)
+
+
+def built() -> str | None:
+    """The instruction set in use; None where nothing was compiled."""
+    return None if _cpu is None else _cpu.level()
+
+
+def why_not(spec: LinearSpec) -> str | None:
+    """Why a weight cannot lie in this layout, or None if it can."""
+    if spec.device != "cpu":
+        return f"needs a CPU, got {spec.device}"
+    if _cpu is None:
+        return "not compiled: there was no C++ compiler when hf_quant was installed"
+    if spec.dtype not in TYPES:
+        return f"float32 at most, too coarse for {spec.dtype}"
+    if spec.scheme.codebook:
+        return "integers only, no codebooks"
+    if spec.in_features // spec.scheme.groups(spec.in_features) % 32:
+        return f"group size {spec.scheme.group_size} is not a multiple of 32"
+    return None
+
+
+def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+    """Tiles, scales, and zero points where they are not all ``2 ** (bits - 1)``; see ``csrc/cpu.h``."""
+    n, k, bits = spec.out_features, spec.in_features, spec.scheme.bits
+    codes = weight.qweight.contiguous()
+    tiles = codes.new_empty((n + 15) // 16, k // 32, 64 * bits)
+    _cpu.pack(codes.data_ptr(), tiles.data_ptr(), bits, n, k, torch.get_num_threads())
+    scale, zero = weight.scale, weight.zero_point
+    if zero is None:
+        return tiles, _in_blocks(scale)
+    if zero.is_floating_point():  # of another dtype, maybe; integers up to 255 are exact in all of them
+        scale, zero = (t.to(torch.promote_types(scale.dtype, zero.dtype)) for t in (scale, zero))
+    return tiles, _in_blocks(scale), _in_blocks(zero.to(scale.dtype))
+
+
+def portable(tiles: Tensor, spec: LinearSpec) -> Tensor:
+    """The codes back in the portable layout, bit for bit."""
+    n, k, bits = spec.out_features, spec.in_features, spec.scheme.bits
+    codes = tiles.new_empty(n, k // 8 * bits)
+    _cpu.unpack(tiles.data_ptr(), codes.data_ptr(), bits, n, k, torch.get_num_threads())
+    return codes
+
+
+def _in_blocks(values: Tensor) -> Tensor:
+    """``[N, G]`` to ``[ceil(N / 16), G, 16]``, float32 or bf16."""
+    n, g = values.shape
+    dtype = torch.bfloat16 if values.dtype is torch.bfloat16 else torch.float32
+    padded = values.new_zeros((n + 15) // 16 * 16, g, dtype=dtype)
+    padded[:n] = values
+    return padded.view(-1, 16, g).transpose(1, 2).contiguous()
+
+
+def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> tuple[int, ...]:
+    """What the module wants to know of a weight."""
+    k, there = tiles.shape[1] * 32, 0 if zero is None else zero.data_ptr()
+    return tiles.data_ptr(), scale.data_ptr(), there, TYPES[scale.dtype], bits, n, k, k // scale.shape[1]
+
+
+def dequantized(weight: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """``(i, j, W[i:j])`` for some rows after others; bf16 if ``dtype`` is that, else float32 cast to ``dtype``."""
+    n, k = weight[5:7]
+    own = dtype if dtype is torch.bfloat16 else torch.float32
+    rows = max(1, BLOCK // k // 16) * 16
+    for i in range(0, n, rows):
+        j = min(i + rows, n)
+        w = torch.empty(j - i, k, dtype=own)
+        _cpu.dequantize(*weight, i // 16, (j + 15) // 16, w.data_ptr(), TYPES[own], torch.get_num_threads())
+        yield i, j, w.to(dtype)
+
+
+@torch.library.custom_op("hf_quant::cpu_native_linear_backward", mutates_args=(), device_types="cpu")
+def backward(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """``grad [M, N]`` times W: ``[M, K]``; blocks of W are added up in float32 at least."""
+    dtype = compute_dtype(grad)
+    out = grad.new_zeros(grad.shape[0], tiles.shape[1] * 32, dtype=torch.promote_types(dtype, torch.float32))
+    wide = grad.to(dtype)
+    with as_asked("cpu"):
+        for i, j, w in dequantized(described(tiles, scale, zero, bits, grad.shape[1]), dtype):
+            out += wide[:, i:j] @ w
+    return out.to(grad.dtype)
+
+
+@backward.register_fake
+def _(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], tiles.shape[1] * 32)

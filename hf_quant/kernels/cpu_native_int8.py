@@ -1,0 +1,110 @@
+"""INT8 activations times codes of every width on CPUs: the compiled products of bytes, on AMX or VNNI.
+
+The rows of x are rounded as they are laid out for the product, groups are summed up in integers, and scales are applied
+before anything is written: one call, no tensor between. Outlier columns are zeros here: their weights are multiplied in
+floating point beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._common import companions, nobody_looks
+from hf_quant.kernels._compiled import TYPES, _cpu, backward, built, described, laid_out, portable, why_not
+from hf_quant.tensor import QuantizedTensor
+
+
+def _product(
+    x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
+    bits: int, n: int,
+) -> Tensor:  # fmt: skip
+    wide = x.contiguous() if x.dtype in TYPES else x.float().contiguous()
+    y = wide.new_empty(x.shape[0], n)
+    left = None if columns is None else columns.int()
+    fixed = None if ranges is None else ranges.float()
+    _cpu.int8_linear(
+        *described(tiles, scale, zero, bits, n), wide.data_ptr(), y.data_ptr(), TYPES[wide.dtype], x.shape[0],
+        torch.get_num_threads(), 0 if left is None else left.data_ptr(), 0 if left is None else left.numel(),
+        0 if fixed is None else fixed.data_ptr(),
+    )  # fmt: skip
+    return y.to(x.dtype)
+
+
+@torch.library.custom_op("hf_quant::cpu_native_int8_linear", mutates_args=(), device_types="cpu")
+def cpu_native_int8_linear(
+    x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
+    bits: int, n: int,
+) -> Tensor:  # fmt: skip
+    """``x [M, K]`` rounded to int8, times the packed codes: ``[M, N]``.
+
+    Args:
+        x: ``[M, K]``.
+        tiles: uint8 ``[ceil(N / 16), K / 32, 64 bits]``, the layout of ``csrc/cpu.h``.
+        scale: float32 or bf16 ``[ceil(N / 16), G, 16]``.
+        zero: Zero points like ``scale``, or None where all are ``2 ** (bits - 1)``.
+        columns: int16 or int32 ``[C]``, left out; None for none.
+        ranges: The scale of all activations, ``[1]``, or None for one of each row.
+        bits: Width of a code.
+        n: N.
+    """
+    return _product(x, tiles, scale, zero, columns, ranges, bits, n)
+
+
+@cpu_native_int8_linear.register_fake
+def _(
+    x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
+    bits: int, n: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], n)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.bits = inputs[6]
+    ctx.save_for_backward(*inputs[1:4])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """As if activations were not rounded."""
+    return backward(grad, *ctx.saved_tensors, ctx.bits), *[None] * 7
+
+
+cpu_native_int8_linear.register_autograd(_backward, setup_context=_save)
+
+
+class CpuNativeInt8:
+    """INT8 activations, integers of every width in groups of a multiple of 32."""
+
+    priority: ClassVar[int] = 50
+    repacks: ClassVar[bool] = True
+    int8_activations: ClassVar[bool] = True
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        if spec.scheme.activations == "threshold":
+            return "one scale a row or for all, no columns chosen on the way"
+        if built() not in (None, "vnni", "amx"):
+            return f"needs products of bytes (VNNI), got {built()}"
+        return why_not(spec)
+
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+        return *laid_out(weight, spec), *companions(weight)
+
+    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        return portable(prepared[0], spec)
+
+    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        tiles, scale, *rest = prepared
+        scheme = spec.scheme
+        zero = None if scheme.symmetric else rest.pop(0)
+        columns = rest.pop(0) if scheme.outlier_columns else None
+        ranges = rest.pop(0) if scheme.activations == "tensor" else None
+        product = _product if nobody_looks(x) else cpu_native_int8_linear
+        flat = x.reshape(-1, spec.in_features)
+        y = product(flat, tiles, scale, zero, columns, ranges, scheme.bits, spec.out_features)
+        return y.reshape(*x.shape[:-1], spec.out_features)
+
+
+BACKEND = CpuNativeInt8

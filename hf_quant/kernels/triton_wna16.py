@@ -84,7 +84,7 @@ def triton_wna16(
         zero: ``[G, N]``, or None where the scheme is symmetric.
         table: float32 ``[16]``, the levels of a codebook, or None.
         bias: ``[N]``, or None.
-        index: int32 ``[C]`` or ``[N, R]``, the columns of outliers, or None.
+        index: int16 or int32 ``[C]`` or ``[N, R]``, the columns of outliers, or None.
         value: ``[N, C]`` or ``[N, R]``, or None.
         scheme: As a slug.
     """

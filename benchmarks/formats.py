@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 import hf_quant
 from hf_quant import HfQuantConfig
+from hf_quant.bench.memory import weight_bytes
 from hf_quant.hf.convert import open_quantized
 from hf_quant.tensor import QuantizedTensor
 
@@ -48,12 +49,8 @@ def load(folder, backend, dtype):
 
 
 def memory(model):
-    """Bytes of parameters, buffers, and what kernels laid out anew."""
-    repacked = [tensor for module in model.modules() for tensor in getattr(module, "_repacked", ())]
-    tensors = [*model.parameters(), *(b for n, b in model.named_buffers() if "rotary" not in n), *repacked]
-    plain = [t for t in tensors if not t.is_mkldnn]  # what oneDNN laid out has no storage to ask
-    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
-    return sum(stored.values()) + sum(t.nbytes for t in tensors if t.is_mkldnn)
+    """Bytes of the model, without what no file holds."""
+    return weight_bytes(model) - sum(buffer.nbytes for name, buffer in model.named_buffers() if "rotary" in name)
 
 
 def identical(contents, facts):

@@ -29,6 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_quant import load
+from hf_quant.bench.machine import cpu_name
 from hf_quant.evaluation import token_values
 from hf_quant.evaluation.bootstrap import interval, sums
 from hf_quant.evaluation.reference import Reference
@@ -210,10 +211,8 @@ def report(work: Path) -> None:
     versions: dict[str, str] = {}
     for cell in cells:
         versions |= cell.get("cost", {}).get("versions", {})
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    about = {"cpu": next(each.partition(": ")[2] for each in info if each.startswith("model name"))}
-    about |= {"cores": os.cpu_count(), "python": platform.python_version(), "date": str(date.today()), **versions}
-    about |= {"calibration_tokens": CALIBRATION, "held_out_tokens": HELD_OUT}
+    about = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    about |= {"date": str(date.today()), **versions, "calibration_tokens": CALIBRATION, "held_out_tokens": HELD_OUT}
     lines = [str(about), "", *__doc__.split("\n\n")[2].splitlines()]
     head = "| row | bits/weight | KL | 95 % interval | top-1 | seconds (of CPU) | peak MB over imports (peak) | timed with |"
     for model in sorted({cell["model"] for cell in cells}):

@@ -7,7 +7,6 @@ last-level cache. Medians in milliseconds; torchao and optimum-quanto are measur
 """
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from hf_quant.bench.machine import cpu_name
 from hf_quant.formats import format_named
 from hf_quant.methods import method
 from hf_quant.nn import QuantLinear
@@ -99,14 +99,6 @@ def medians(contenders: dict[str, Contender], x: torch.Tensor) -> dict[str, floa
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
 def versions() -> dict[str, str]:
     found = {}
     for name in ("torch", "torchao", "optimum-quanto"):
@@ -148,8 +140,10 @@ def main() -> None:
 
 
 def report(rows: list[dict[str, Any]], notes: dict[str, str]) -> None:
-    about = {"cpu": cpu(), "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
-    about |= {"shape": [N, K], "date": str(date.today()), **versions()}
+    about = {
+        "cpu": cpu_name(), "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
+        "shape": [N, K], "date": str(date.today()), **versions(),
+    }  # fmt: skip
     others = ("bf16", "fp32", "dequantize bf16", "dequantize fp32", "torchao", "quanto")
     lines = ["| scheme | M | kernel | ours ms | " + " | ".join(f"{o} ms (ratio)" for o in others) + " |"]
     lines.append("|---" * (4 + len(others)) + "|")

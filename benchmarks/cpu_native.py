@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_quant.bench.machine import cpu_name
 from hf_quant.kernels import LinearBackend, LinearSpec
 from hf_quant.kernels.cpu_int4 import CpuInt4
 from hf_quant.kernels.cpu_native import CpuNative, built
@@ -117,17 +118,10 @@ def main() -> None:
     rows = [row for row in kept if row["threads"] not in asked]
     for threads in asked:
         rows += measure(threads)
-    info = Path("/proc/cpuinfo").read_text().splitlines()
     about = {
-        "cpu": next(line.partition(": ")[2] for line in info if line.startswith("model name")),
-        "cores": os.cpu_count(),
-    }
-    about |= {
-        "instruction_set": built(),
-        "torch": version("torch"),
-        "hf-quant": version("hf-quant"),
-        "date": str(date.today()),
-    }
+        "cpu": cpu_name(), "cores": os.cpu_count(), "instruction_set": built(), "torch": version("torch"),
+        "hf-quant": version("hf-quant"), "date": str(date.today()),
+    }  # fmt: skip
     lines = ["# The compiled product on a CPU", "", str(about), ""]
     for threads in sorted({row["threads"] for row in rows}):
         here = [row for row in rows if row["threads"] == threads]

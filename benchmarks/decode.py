@@ -22,6 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_quant import HfQuantConfig
+from hf_quant.bench.machine import cpu_name
 from hf_quant.kernels.cpu_native import built
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -80,13 +81,10 @@ def main() -> None:
             found["llama.cpp Q4_0"] = llama(asked.llama_bench, asked.gguf, asked.threads)
         except subprocess.CalledProcessError as error:
             print(f"llama.cpp: {error}")
-    info = Path("/proc/cpuinfo").read_text().splitlines()
     about = {
-        "cpu": next(line.partition(": ")[2] for line in info if line.startswith("model name")),
-        "threads": asked.threads,
-    }
-    about |= {"instruction_set": built(), "torch": version("torch"), "transformers": version("transformers"),
-              "date": str(date.today())}  # fmt: skip
+        "cpu": cpu_name(), "threads": asked.threads, "instruction_set": built(), "torch": version("torch"),
+        "transformers": version("transformers"), "date": str(date.today()),
+    }  # fmt: skip
     lines = ["# A billion weights through generate", "", str(about), "",
              "| | decode, tokens/s | over bf16 | prompt of 128, tokens/s | over bf16 |", "|---|---|---|---|---|"]  # fmt: skip
     for name, each in found.items():

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_quant import HfQuantConfig
+from hf_quant.bench.machine import cpu_name
 
 HERE = Path(__file__).resolve().parent
 SHIPPED, RESULTS = HERE.parent / "examples" / "ref-llama-16m", HERE / "results"
@@ -46,14 +47,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
     torch.set_num_threads(parser.parse_args().threads)
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    about = {"cpu": next(line.partition(": ")[2] for line in info if line.startswith("model name"))}
-    about |= {
-        "threads": torch.get_num_threads(),
-        "torch": version("torch"),
-        "date": str(date.today()),
+    about = {
+        "cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": version("torch"), "date": str(date.today()),
         "tokens": TOKENS,
-    }
+    }  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(LARGE, dtype=torch.bfloat16).save_pretrained(folder)

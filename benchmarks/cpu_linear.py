@@ -6,18 +6,17 @@ One run: every contender gets the same activations in turn, over several copies 
 last-level cache. Medians in milliseconds; torchao and optimum-quanto are measured where they are installed.
 """
 
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _results import write
 
 from hf_quant.bench.machine import cpu_name
 from hf_quant.formats import format_named
@@ -26,7 +25,6 @@ from hf_quant.nn import QuantLinear
 from hf_quant.nn._weight import frozen
 from hf_quant.scheme import QuantScheme
 
-RESULTS = Path(__file__).parent / "results"
 N = K = 4096
 ROWS = (1, 4, 16, 128, 512)
 SCHEMES = ("W4A16-g128", "W4A16-g128-asym", "W8A16-g128", "W8A16-g-1", "W3A16-g128", "W2A16-g128")
@@ -157,11 +155,7 @@ def report(rows: list[dict[str, Any]], notes: dict[str, str]) -> None:
             slower.append(f"{row['scheme']} M={row['M']}")
     verdict = f"Slower than dequantizing: {', '.join(slower) or 'nowhere'}. A ratio above 1 means ours is faster."
     text = "\n".join([str(about), "", *lines, "", verdict, "", *(f"- {k}: {v}" for k, v in notes.items())])
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu_linear.json").write_text(
-        json.dumps({"about": about, "notes": notes, "rows": rows}, indent=1) + "\n"
-    )
-    (RESULTS / "cpu_linear.md").write_text(text.rstrip() + "\n")
+    write("cpu_linear", {"about": about, "notes": notes, "rows": rows}, text)
     print(text)
     sys.exit(1 if slower else 0)
 

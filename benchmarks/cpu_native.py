@@ -15,10 +15,10 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _results import RESULTS, write
 from torch import Tensor
 
 from hf_quant.bench.machine import cpu_name
@@ -28,7 +28,6 @@ from hf_quant.kernels.cpu_native import CpuNative, built
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = ((2048, 2048), (4096, 4096), (11008, 4096))  # N, K
 ROWS = (1, 4, 16, 128, 512)
 BYTES, SECONDS = 1 << 30, 0.5
@@ -141,8 +140,7 @@ def main() -> None:
                 f"| {row['scheme']} | {row['n']} x {row['k']} | {row['rows']} | {own * 1e6:.0f} | {share} | {' | '.join(others)} |"
             )
         lines.append("")
-    file.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    (RESULTS / "cpu_native.md").write_text("\n".join(lines))
+    write("cpu_native", {"about": about, "rows": rows}, "\n".join(lines))
 
 
 if __name__ == "__main__":

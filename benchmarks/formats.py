@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from _results import write
 from safetensors.torch import load_file
 
 import hf_quant
@@ -28,7 +29,6 @@ from hf_quant.bench.memory import weight_bytes
 from hf_quant.hf.convert import open_quantized
 from hf_quant.tensor import QuantizedTensor
 
-RESULTS = Path(__file__).parent / "results"
 FIXTURES = Path(__file__).parents[1] / "tests" / "golden" / "fixtures"
 IDS = torch.arange(1, 17)[None]
 HEAD = ("checkpoint", "model", "format", "layers", "identical weights", "max logit diff", "chosen kernel", "stored logits",
@@ -123,8 +123,7 @@ def main():
         made = sum(r["layers"] == r["identical_weights"] for r in rows)
         lines += [f"{len(rows)} load; in {made} every weight is bit for bit the original's own dequantization.", ""]
         print("\n".join(lines[-len(rows) - 6 :]))
-    (RESULTS / "formats.json").write_text(json.dumps({"machine": machine, "results": sections}, indent=1) + "\n")
-    (RESULTS / "formats.md").write_text("\n".join(lines).rstrip() + "\n")
+    write("formats", {"machine": machine, "results": sections}, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _results import write
 from torch import Tensor
 
 from hf_quant.bench.machine import cpu_name
@@ -24,7 +24,6 @@ from hf_quant.kernels import LinearSpec, select
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = [(2048, 2048), (4096, 4096), (4096, 11008)]  # K, N
 ROWS = (1, 16, 128, 512)
 SECONDS = 1.0  # of turns for each cell
@@ -105,8 +104,7 @@ def main() -> None:
         "machine": f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}, AMX {torch.cpu._is_amx_tile_supported()})",
         "threads": torch.get_num_threads(), "torch": torch.__version__, "date": str(date.today()), "layers": layers(),
     }  # fmt: skip
-    (RESULTS / "int8_linear.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / "int8_linear.md").write_text(page(record))
+    write("int8_linear", record, page(record))
 
 
 if __name__ == "__main__":

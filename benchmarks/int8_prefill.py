@@ -6,7 +6,6 @@ One prompt of 512 tokens, no cache, the models taking turns; medians.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -16,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _results import write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_quant import HfQuantConfig
 from hf_quant.bench.machine import cpu_name
 
 HERE = Path(__file__).resolve().parent
-SHIPPED, RESULTS = HERE.parent / "examples" / "ref-llama-16m", HERE / "results"
+SHIPPED = HERE.parent / "examples" / "ref-llama-16m"
 TOKENS, TURNS = 512, 9
 LARGE = LlamaConfig(
     hidden_size=1024, intermediate_size=2816, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=8,
@@ -74,8 +74,7 @@ def main() -> None:
     for row in rows:
         cells = [f"{row[n] * 1e3:.1f} ({row['bf16'] / row[n]:.2f}x)" for n in ("bf16", "W8A8", "W4A8-g128")]
         lines.append(f"| {row['model']} | {' | '.join(cells)} |")
-    (RESULTS / "int8_prefill.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    (RESULTS / "int8_prefill.md").write_text("\n".join(lines) + "\n")
+    write("int8_prefill", {"about": about, "rows": rows}, "\n".join(lines))
     print("\n".join(lines))
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import click
 import torch
+from _results import write
 from calibrated_peers import PEERS, Watch, bits_per_weight, layers, stored
 from outlier_variant import make
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_quant import load
+from hf_quant.bench.machine import cpu_name
 from hf_quant.evaluation import token_values
 from hf_quant.evaluation.bootstrap import interval, sums
 from hf_quant.evaluation.reference import Reference
@@ -37,7 +39,7 @@ from hf_quant.nn import QuantLinear
 from hf_quant.text import read_text, windows
 
 HERE = Path(__file__).resolve().parent
-RESULTS, SHIPPED, PEER = HERE / "results", HERE.parent / "examples" / "ref-llama-16m", HERE / "calibrated_peers.py"
+SHIPPED, PEER = HERE.parent / "examples" / "ref-llama-16m", HERE / "calibrated_peers.py"
 SCHEMES = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
 OURS = {
     "ours rtn": ["--method", "rtn"],
@@ -210,10 +212,8 @@ def report(work: Path) -> None:
     versions: dict[str, str] = {}
     for cell in cells:
         versions |= cell.get("cost", {}).get("versions", {})
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    about = {"cpu": next(each.partition(": ")[2] for each in info if each.startswith("model name"))}
-    about |= {"cores": os.cpu_count(), "python": platform.python_version(), "date": str(date.today()), **versions}
-    about |= {"calibration_tokens": CALIBRATION, "held_out_tokens": HELD_OUT}
+    about = {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()}
+    about |= {"date": str(date.today()), **versions, "calibration_tokens": CALIBRATION, "held_out_tokens": HELD_OUT}
     lines = [str(about), "", *__doc__.split("\n\n")[2].splitlines()]
     head = "| row | bits/weight | KL | 95 % interval | top-1 | seconds (of CPU) | peak MB over imports (peak) | timed with |"
     for model in sorted({cell["model"] for cell in cells}):
@@ -222,10 +222,7 @@ def report(work: Path) -> None:
             lines += ["", f"## {model}, {scheme}", "", head, "|---" * 8 + "|", *map(line, here), "", *verdict(here)]
             missing = [title(row) for row in [*OURS, *PEERS] if row not in [cell["row"] for cell in here]]
             lines += ["", f"Not run: {', '.join(missing)}."] if missing else []
-    RESULTS.mkdir(exist_ok=True)
-    record = {"about": about, "cells": cells}
-    (RESULTS / "calibrated.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / "calibrated.md").write_text("\n".join(lines) + "\n")
+    write("calibrated", {"about": about, "cells": cells}, "\n".join(lines))
 
 
 @click.command(help=__doc__)

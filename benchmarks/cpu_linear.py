@@ -6,27 +6,25 @@ One run: every contender gets the same activations in turn, over several copies 
 last-level cache. Medians in milliseconds; torchao and optimum-quanto are measured where they are installed.
 """
 
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _results import write
 
+from hf_quant.bench.machine import cpu_name
 from hf_quant.formats import format_named
 from hf_quant.methods import method
 from hf_quant.nn import QuantLinear
 from hf_quant.nn._weight import frozen
 from hf_quant.scheme import QuantScheme
 
-RESULTS = Path(__file__).parent / "results"
 N = K = 4096
 ROWS = (1, 4, 16, 128, 512)
 SCHEMES = ("W4A16-g128", "W4A16-g128-asym", "W8A16-g128", "W8A16-g-1", "W3A16-g128", "W2A16-g128")
@@ -99,14 +97,6 @@ def medians(contenders: dict[str, Contender], x: torch.Tensor) -> dict[str, floa
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-
-
 def versions() -> dict[str, str]:
     found = {}
     for name in ("torch", "torchao", "optimum-quanto"):
@@ -148,8 +138,10 @@ def main() -> None:
 
 
 def report(rows: list[dict[str, Any]], notes: dict[str, str]) -> None:
-    about = {"cpu": cpu(), "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
-    about |= {"shape": [N, K], "date": str(date.today()), **versions()}
+    about = {
+        "cpu": cpu_name(), "threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability(),
+        "shape": [N, K], "date": str(date.today()), **versions(),
+    }  # fmt: skip
     others = ("bf16", "fp32", "dequantize bf16", "dequantize fp32", "torchao", "quanto")
     lines = ["| scheme | M | kernel | ours ms | " + " | ".join(f"{o} ms (ratio)" for o in others) + " |"]
     lines.append("|---" * (4 + len(others)) + "|")
@@ -163,11 +155,7 @@ def report(rows: list[dict[str, Any]], notes: dict[str, str]) -> None:
             slower.append(f"{row['scheme']} M={row['M']}")
     verdict = f"Slower than dequantizing: {', '.join(slower) or 'nowhere'}. A ratio above 1 means ours is faster."
     text = "\n".join([str(about), "", *lines, "", verdict, "", *(f"- {k}: {v}" for k, v in notes.items())])
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu_linear.json").write_text(
-        json.dumps({"about": about, "notes": notes, "rows": rows}, indent=1) + "\n"
-    )
-    (RESULTS / "cpu_linear.md").write_text(text.rstrip() + "\n")
+    write("cpu_linear", {"about": about, "notes": notes, "rows": rows}, text)
     print(text)
     sys.exit(1 if slower else 0)
 

@@ -15,19 +15,19 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from _results import RESULTS, write
 from torch import Tensor
 
+from hf_quant.bench.machine import cpu_name
 from hf_quant.kernels import LinearBackend, LinearSpec
 from hf_quant.kernels.cpu_int4 import CpuInt4
 from hf_quant.kernels.cpu_native import CpuNative, built
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = ((2048, 2048), (4096, 4096), (11008, 4096))  # N, K
 ROWS = (1, 4, 16, 128, 512)
 BYTES, SECONDS = 1 << 30, 0.5
@@ -117,17 +117,10 @@ def main() -> None:
     rows = [row for row in kept if row["threads"] not in asked]
     for threads in asked:
         rows += measure(threads)
-    info = Path("/proc/cpuinfo").read_text().splitlines()
     about = {
-        "cpu": next(line.partition(": ")[2] for line in info if line.startswith("model name")),
-        "cores": os.cpu_count(),
-    }
-    about |= {
-        "instruction_set": built(),
-        "torch": version("torch"),
-        "hf-quant": version("hf-quant"),
-        "date": str(date.today()),
-    }
+        "cpu": cpu_name(), "cores": os.cpu_count(), "instruction_set": built(), "torch": version("torch"),
+        "hf-quant": version("hf-quant"), "date": str(date.today()),
+    }  # fmt: skip
     lines = ["# The compiled product on a CPU", "", str(about), ""]
     for threads in sorted({row["threads"] for row in rows}):
         here = [row for row in rows if row["threads"] == threads]
@@ -147,8 +140,7 @@ def main() -> None:
                 f"| {row['scheme']} | {row['n']} x {row['k']} | {row['rows']} | {own * 1e6:.0f} | {share} | {' | '.join(others)} |"
             )
         lines.append("")
-    file.write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    (RESULTS / "cpu_native.md").write_text("\n".join(lines))
+    write("cpu_native", {"about": about, "rows": rows}, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from _results import RESULTS, write
+
 HERE = Path(__file__).resolve().parent
 _HOME = tempfile.TemporaryDirectory(prefix="hf-quant-crash-")
 os.environ |= {
@@ -50,7 +52,6 @@ from tests.e2e import crashes  # noqa: E402
 from tests.e2e.crashes import SCENARIOS, TINY, WRONG, Case, quantize  # noqa: E402
 from tests.e2e.faulty_disk import KINDS  # noqa: E402
 
-RESULTS = HERE / "results"
 LONG = ("--scheme", "W4A16-g32", "--calibration-tokens", "4096", "--no-eval")
 SHIPPED = ("--scheme", "W4A16-g128", "--calibration-tokens", "2048", "--max-tokens", "1024")
 
@@ -189,8 +190,7 @@ def main() -> None:
         }  # fmt: skip
         rows[name] = {"about": about, "seconds": round(time.perf_counter() - began)} | made
         print(name, json.dumps(rows[name], indent=1), flush=True)
-        file.write_text(json.dumps(rows, indent=1) + "\n")
-        (RESULTS / "crash.md").write_text(page(rows))
+        write("crash", rows, page(rows))
 
 
 def page(rows: dict[str, dict]) -> str:

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _results import RESULTS, write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_quant import HfQuantConfig
+from hf_quant.bench.machine import cpu_name
 from hf_quant.kernels.cpu_native import built
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = LlamaConfig(
     hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False,
@@ -80,20 +81,16 @@ def main() -> None:
             found["llama.cpp Q4_0"] = llama(asked.llama_bench, asked.gguf, asked.threads)
         except subprocess.CalledProcessError as error:
             print(f"llama.cpp: {error}")
-    info = Path("/proc/cpuinfo").read_text().splitlines()
     about = {
-        "cpu": next(line.partition(": ")[2] for line in info if line.startswith("model name")),
-        "threads": asked.threads,
-    }
-    about |= {"instruction_set": built(), "torch": version("torch"), "transformers": version("transformers"),
-              "date": str(date.today())}  # fmt: skip
+        "cpu": cpu_name(), "threads": asked.threads, "instruction_set": built(), "torch": version("torch"),
+        "transformers": version("transformers"), "date": str(date.today()),
+    }  # fmt: skip
     lines = ["# A billion weights through generate", "", str(about), "",
              "| | decode, tokens/s | over bf16 | prompt of 128, tokens/s | over bf16 |", "|---|---|---|---|---|"]  # fmt: skip
     for name, each in found.items():
         over = [f"{each[what]:.1f} | {each[what] / found['bf16'][what]:.2f}x" for what in ("decode", "prefill")]
         lines.append(f"| {name} | {' | '.join(over)} |")
-    (RESULTS / "decode.json").write_text(json.dumps({"about": about, "found": found}, indent=1) + "\n")
-    (RESULTS / "decode.md").write_text("\n".join(lines) + "\n")
+    write("decode", {"about": about, "found": found}, "\n".join(lines))
     print("\n".join(lines))
 
 

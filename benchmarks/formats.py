@@ -20,14 +20,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from _results import write
 from safetensors.torch import load_file
 
 import hf_quant
 from hf_quant import HfQuantConfig
+from hf_quant.bench.memory import weight_bytes
 from hf_quant.hf.convert import open_quantized
 from hf_quant.tensor import QuantizedTensor
 
-RESULTS = Path(__file__).parent / "results"
 FIXTURES = Path(__file__).parents[1] / "tests" / "golden" / "fixtures"
 IDS = torch.arange(1, 17)[None]
 HEAD = ("checkpoint", "model", "format", "layers", "identical weights", "max logit diff", "chosen kernel", "stored logits",
@@ -48,12 +49,8 @@ def load(folder, backend, dtype):
 
 
 def memory(model):
-    """Bytes of parameters, buffers, and what kernels laid out anew."""
-    repacked = [tensor for module in model.modules() for tensor in getattr(module, "_repacked", ())]
-    tensors = [*model.parameters(), *(b for n, b in model.named_buffers() if "rotary" not in n), *repacked]
-    plain = [t for t in tensors if not t.is_mkldnn]  # what oneDNN laid out has no storage to ask
-    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in plain}
-    return sum(stored.values()) + sum(t.nbytes for t in tensors if t.is_mkldnn)
+    """Bytes of the model, without what no file holds."""
+    return weight_bytes(model) - sum(buffer.nbytes for name, buffer in model.named_buffers() if "rotary" in name)
 
 
 def identical(contents, facts):
@@ -126,8 +123,7 @@ def main():
         made = sum(r["layers"] == r["identical_weights"] for r in rows)
         lines += [f"{len(rows)} load; in {made} every weight is bit for bit the original's own dequantization.", ""]
         print("\n".join(lines[-len(rows) - 6 :]))
-    (RESULTS / "formats.json").write_text(json.dumps({"machine": machine, "results": sections}, indent=1) + "\n")
-    (RESULTS / "formats.md").write_text("\n".join(lines).rstrip() + "\n")
+    write("formats", {"machine": machine, "results": sections}, "\n".join(lines))
 
 
 if __name__ == "__main__":

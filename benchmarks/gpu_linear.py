@@ -9,24 +9,22 @@ same run, and our error against float64. Contenders that are not installed, or r
 """
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Callable
 from datetime import date
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _results import write
 from torch import Tensor
 
 from hf_quant.bench.gpu import copies, microseconds, weight
 from hf_quant.kernels import LinearSpec, select
 from hf_quant.scheme import QuantScheme
 
-RESULTS = Path(__file__).parent / "results"
 SCHEMES = ("W4A16-g128", "W4A16-g128-asym", "W8A16-g128", "W3A16-g128", "W2A16-g64")
 SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192))  # N, K
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
@@ -182,10 +180,7 @@ def report(rows: list[dict[str, Any]], notes: dict[str, str], roof: dict[str, fl
         "",
         *(f"- {k}: {v}" for k, v in notes.items()),
     ]
-    (RESULTS / "gpu_linear.json").write_text(
-        json.dumps({"about": about, "notes": notes, "rows": rows}, indent=1) + "\n"
-    )
-    (RESULTS / "gpu_linear.md").write_text("\n".join(lines).rstrip() + "\n")
+    write("gpu_linear", {"about": about, "notes": notes, "rows": rows}, "\n".join(lines))
 
 
 def main() -> None:

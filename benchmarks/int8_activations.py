@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import torch
+from _results import write
 from outlier_variant import make
 from transformers import AutoTokenizer
 
@@ -25,7 +26,7 @@ from hf_quant.evaluation.yardstick import Base
 from hf_quant.text import read_text, windows
 
 HERE = Path(__file__).resolve().parent
-SHIPPED, RESULTS = HERE.parent / "examples" / "ref-llama-16m", HERE / "results"
+SHIPPED = HERE.parent / "examples" / "ref-llama-16m"
 CALIBRATION, HELD_OUT = 32768, 16384  # tokens
 MIXED = "W8A8, SmoothQuant + GPTQ, down_proj's activations in float"
 ROWS = {  # name: scheme, method
@@ -83,8 +84,7 @@ def main(work: Path, row: tuple[str, ...], tokens: int) -> None:
                 done.write_text(json.dumps(found))
     record = {"tokens": tokens, "torch": torch.__version__, "machine": platform.processor(), "date": str(date.today())}
     found = {model: {each: cells[each] for each in ROWS if each in cells} for model, cells in found.items()}
-    (RESULTS / "int8_activations.json").write_text(json.dumps(record | {"models": found}, indent=1) + "\n")
-    (RESULTS / "int8_activations.md").write_text(page(found, record))
+    write("int8_activations", record | {"models": found}, page(found, record))
 
 
 def page(found: dict[str, Any], record: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ One prompt of 512 tokens, no cache, the models taking turns; medians.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -16,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _results import write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_quant import HfQuantConfig
+from hf_quant.bench.machine import cpu_name
 
 HERE = Path(__file__).resolve().parent
-SHIPPED, RESULTS = HERE.parent / "examples" / "ref-llama-16m", HERE / "results"
+SHIPPED = HERE.parent / "examples" / "ref-llama-16m"
 TOKENS, TURNS = 512, 9
 LARGE = LlamaConfig(
     hidden_size=1024, intermediate_size=2816, num_hidden_layers=20, num_attention_heads=16, num_key_value_heads=8,
@@ -46,14 +47,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=2)
     torch.set_num_threads(parser.parse_args().threads)
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    about = {"cpu": next(line.partition(": ")[2] for line in info if line.startswith("model name"))}
-    about |= {
-        "threads": torch.get_num_threads(),
-        "torch": version("torch"),
-        "date": str(date.today()),
+    about = {
+        "cpu": cpu_name(), "threads": torch.get_num_threads(), "torch": version("torch"), "date": str(date.today()),
         "tokens": TOKENS,
-    }
+    }  # fmt: skip
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(LARGE, dtype=torch.bfloat16).save_pretrained(folder)
@@ -77,8 +74,7 @@ def main() -> None:
     for row in rows:
         cells = [f"{row[n] * 1e3:.1f} ({row['bf16'] / row[n]:.2f}x)" for n in ("bf16", "W8A8", "W4A8-g128")]
         lines.append(f"| {row['model']} | {' | '.join(cells)} |")
-    (RESULTS / "int8_prefill.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    (RESULTS / "int8_prefill.md").write_text("\n".join(lines) + "\n")
+    write("int8_prefill", {"about": about, "rows": rows}, "\n".join(lines))
     print("\n".join(lines))
 
 

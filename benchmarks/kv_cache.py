@@ -7,13 +7,13 @@ token, with 95 % intervals over documents, beside what bf16 alone costs (the noi
 at a time, in windows as long as the model's context.
 """
 
-import json
 import platform
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from _results import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_quant.evaluation import evaluate
@@ -22,7 +22,7 @@ from hf_quant.evaluation.yardstick import Base
 from hf_quant.text import read_text
 
 HERE = Path(__file__).resolve().parent
-SHIPPED, RESULTS = HERE.parent / "examples" / "ref-llama-16m", HERE / "results"
+SHIPPED = HERE.parent / "examples" / "ref-llama-16m"
 TOKENS = 32768
 
 
@@ -46,8 +46,7 @@ def main() -> None:
     for row in rows:
         share = f"{row['bytes']:,} | {row['bytes'] / half:.2f}"
         lines.append(f"| {row['cache']} | {row['kl']:.6f} | {row['low']:.6f}..{row['high']:.6f} | {share} |")
-    (RESULTS / "kv_cache.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    (RESULTS / "kv_cache.md").write_text("\n".join(lines) + "\n")
+    write("kv_cache", {"about": about, "rows": rows}, "\n".join(lines))
     print("\n".join(lines))
 
 

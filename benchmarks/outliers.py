@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from _results import write
 from outlier_variant import make
 
 HERE = Path(__file__).parent
@@ -112,8 +113,7 @@ def main() -> None:
     machine = {"cpu": platform.processor() or platform.machine(), "date": str(date.today())}
     machine |= {name: version(name) for name in ("hf-quant", "torch", "transformers")}
     text = "# Outliers\n\n" + ", ".join(f"{k} {v}" for k, v in machine.items()) + "\n" + "\n".join(lines) + "\n"
-    (HERE / "results" / "outliers.json").write_text(json.dumps({"machine": machine, **record}, indent=2) + "\n")
-    (HERE / "results" / "outliers.md").write_text(text)
+    write("outliers", {"machine": machine, **record}, text)
     print(text)
 
 

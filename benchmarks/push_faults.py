@@ -16,13 +16,13 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from _results import write
+
 os.environ |= {"HF_HOME": tempfile.mkdtemp(), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_VERBOSITY": "critical"}
 sys.path.insert(0, str(Path(__file__).parents[1]))
 warnings.simplefilter("ignore")
 
 from tests.hub.scenarios import FAULTS, STEPS, Outcome, play, scenarios  # noqa: E402
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def table(outcomes: list[Outcome]) -> str:
@@ -68,7 +68,6 @@ if __name__ == "__main__":
             }
             for o in outcomes
         ]  # fmt: skip
-        (RESULTS / "push_faults.json").write_text(json.dumps(made | {"each": each}, indent=1) + "\n")
         text = (
             f"# Faults while uploading\n\n{made['scenarios']} scenarios, huggingface_hub {made['huggingface_hub']}, "
             f"{made['date']}: {made['endings']}, broken promises {made['broken_promises']}. Complete: everything is there and "
@@ -76,5 +75,5 @@ if __name__ == "__main__":
             "of them there is exactly one commit, and one pull request where one was asked for. In a field: both ways of "
             "uploading (xet, LFS), onto a branch and into a pull request, as far as they have the step.\n\n"
         )
-        (RESULTS / "push_faults.md").write_text(f"{text}{table(outcomes)}\n")
+        write("push_faults", made | {"each": each}, f"{text}{table(outcomes)}")
     sys.exit(any(each.wrong for each in outcomes))

@@ -17,7 +17,8 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from _results import write
+
 SCHEMES = ("W8A16-g64", "W4A16-g64", "W3A16-g64-asym")
 LIMIT = 60
 
@@ -104,9 +105,7 @@ def main() -> None:
         f"| {r['over_mb']:+.0f} | {r['seconds']:.1f} |"
         for r in rows
     ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "rtn_memory.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-    (RESULTS / "rtn_memory.md").write_text("\n".join([f"{about}", "", *table]) + "\n")
+    write("rtn_memory", {"about": about, "rows": rows}, "\n".join([f"{about}", "", *table]))
     missed = [r for r in rows if r["over_mb"] > LIMIT]
     print(f"{len(rows) - len(missed)} of {len(rows)} within quantized size + {LIMIT} MB")
     sys.exit(1 if missed else 0)

@@ -145,12 +145,13 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         write_json(
             stage / "recipe.json", _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
         )
-        logits, dtype = sample_logits(made), made.dtype
+        logits, again, dtype = sample_logits(made), None, made.dtype
         if not calibrated:  # the other was read from there
             del made
             gc.collect()  # never two models in memory, and a model refers to itself
             made = load(str(stage), dtype=dtype, **{n: job.load[n] for n in ("device_map",) if n in job.load}).eval()
-        _check(logits, logits if calibrated else sample_logits(made), config.scheme)
+            again = sample_logits(made)
+        _check(logits, again, config.scheme)
         row |= {
             "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
             "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
@@ -223,7 +224,7 @@ def _recipe(
     """How the model was made."""
     return {
         "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
-        "steps": {_kind(s): preset(config.method, s).steps() for s in sorted(plan.schemes.values(), key=str)},
+        "steps": {_kind(s): preset(config.method, s).steps() for s in sorted(set(plan.schemes.values()), key=str)},
         "asked": asked, "dtype": str(model.dtype).removeprefix("torch."),
         "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
         "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
@@ -237,11 +238,11 @@ def _kind(scheme: QuantScheme) -> str:
     return f"{scheme.bits} bits" + (", INT8 activations" if scheme.activations else "")
 
 
-def _check(logits: Tensor, again: Tensor, scheme: str) -> None:
-    """What was written computes what was in memory, and that is something."""
+def _check(logits: Tensor, again: Tensor | None, scheme: str) -> None:
+    """What was written computes what was in memory, if it was read ``again``, and that is something."""
     if not logits.isfinite().all():
         raise HfQuantError(f"{scheme}: the quantized model computes NaN or infinite values")
-    if not torch.equal(again, logits):
+    if again is not None and not torch.equal(again, logits):
         raise HfQuantError(f"{scheme}: the saved model computes something else than the one in memory")
 
 

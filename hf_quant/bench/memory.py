@@ -105,9 +105,13 @@ def _main(model: str, load: dict[str, Any]) -> None:
     peak = watch.stop()
     if device.type != "cpu":
         peak = torch.get_device_module(device).max_memory_allocated(device)
-    weights = dict(map(_stored, _tensors(made)))
-    record = Memory(seconds, sum(weights.values()), peak, "process" if device.type == "cpu" else str(device))
+    record = Memory(seconds, weight_bytes(made), peak, "process" if device.type == "cpu" else str(device))
     sys.stdout.write(json.dumps(record.to_dict()) + "\n")
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of parameters, buffers, and what kernels laid out anew, each piece of memory counted once."""
+    return sum(dict(map(_stored, _tensors(model))).values())
 
 
 def _stored(tensor: Any) -> tuple[int, int]:

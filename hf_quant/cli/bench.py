@@ -84,19 +84,13 @@ def _machine() -> dict[str, Any]:
 
     import torch
 
+    from hf_quant.bench.machine import cpu_name
+
     return {
         "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "cpu": _cpu(),
+        "threads": torch.get_num_threads(), "cpu": cpu_name(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }  # fmt: skip
-
-
-def _cpu() -> str:
-    import platform
-
-    info = Path("/proc/cpuinfo")
-    found = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return found[0].partition(":")[2].strip() if found else platform.processor()
 
 
 def _human(record: dict[str, Any], roles: list[str]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
@@ -47,6 +47,7 @@ INPUTS = {  # what our words mean in this format
     "token": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     "tensor": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
+MIXED = "mixed-precision"
 
 
 @dataclass(frozen=True)
@@ -341,6 +342,12 @@ def _order(tensors: Mapping[str, Tensor], k: int, groups: int) -> Tensor | None:
     return order_of("weight_g_idx", g_idx, groups, k // groups)
 
 
+def stored_as(schemes: Iterable[QuantScheme]) -> str:
+    """What the format calls the way `write` stores weights in these schemes, all of them together."""
+    found = {"int-quantized" if scheme.activations else "pack-quantized" for scheme in schemes}
+    return found.pop() if len(found) == 1 else MIXED
+
+
 def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore: Sequence[str]) -> dict[str, Any]:
     """The ``quantization_config`` of a checkpoint in this format.
 
@@ -359,13 +366,13 @@ def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore
     # a name counts before a class wherever it stands; some of transformers looks at the first group only
     groups = [(default, ["Linear"]), *named.items()]
     made = {f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(groups)}
-    formats = {"int-quantized" if scheme.activations else "pack-quantized" for scheme, _ in groups}
-    if len(formats) > 1:
+    stored = stored_as(scheme for scheme, _ in groups)
+    if stored == MIXED:
         for (scheme, _), group in zip(groups, made.values(), strict=True):
-            group["format"] = "int-quantized" if scheme.activations else "pack-quantized"
+            group["format"] = stored_as([scheme])
     return {
         "quant_method": "compressed-tensors",
-        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "format": stored,
         "quantization_status": "compressed",
         "config_groups": made,
         "ignore": [_target(name) for name in ignore],
@@ -389,7 +396,7 @@ def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
 
 # field to the values that change nothing here
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "mixed-precision"),
+    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", MIXED),
     "quantization_status": ("compressed", "frozen", None),
     "kv_cache_scheme": (None, {}),
     "transform_config": (None, {}),

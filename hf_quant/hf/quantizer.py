@@ -289,8 +289,10 @@ class HfQuantQuantizer(HfQuantizer):
             expected = self.pre_quantized and not dispatched and not optional and parameter.numel()  # 0: in a kernel
             if expected and not hasattr(parameter, "_is_hf_initialized"):
                 raise CheckpointError(f"tensor {name} is missing from the checkpoint")
+            if not parameter.is_floating_point():
+                continue
             parts = parameter.detach().flatten().split(CHUNK)  # a sum in float32 makes a copy in float32
-            if parameter.is_floating_point() and not math.isfinite(sum(p.sum(dtype=torch.float32) for p in parts)):
+            if not math.isfinite(sum(p.sum(dtype=torch.float32) for p in parts)):
                 bad = int((~parameter.isfinite()).sum())
                 if bad:
                     raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")

@@ -14,9 +14,11 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hf_quant.errors import PushError
+from hf_quant.formats.compressed_tensors import stored_as
 from hf_quant.hub import licence
 from hf_quant.hub.source import metadata
 from hf_quant.report import charts
+from hf_quant.scheme import QuantScheme
 
 CARD, ASSETS = "README.md", "assets"
 MISSING = "not measured"
@@ -219,7 +221,8 @@ def _method(recipe: Mapping[str, Any]) -> str:
 
 def _format(recipe: Mapping[str, Any]) -> str:
     if recipe["format"] == "compressed_tensors":
-        return "compressed-tensors, `pack-quantized`"
+        slugs = {recipe["scheme"], *recipe["schemes"].values()}  # its config names the default, used or not
+        return f"compressed-tensors, {_code(stored_as(map(QuantScheme.parse, slugs)))}"
     return _code(recipe["format"]) + (" of hf-quant" if recipe["format"] == "native" else "")
 
 

@@ -26,7 +26,7 @@ def round_activations(x: Tensor, columns: Tensor | None, scale: Tensor | None, t
 
     Args:
         x: ``[M, K]``.
-        columns: int32 ``[C]``, left out: zeros, since they are added in floating point.
+        columns: int16 or int32 ``[C]``, left out: zeros, since they are added in floating point.
         scale: ``[1]``, or None for one of each row.
         threshold: Columns with a value that large stay as they are; 0 for none.
     """

@@ -163,7 +163,7 @@ def triton_int8(
         scale: ``[N, G]``.
         zero: uint8 ``[N, G]``, of 4 bits only; None for the middle.
         bits: 8 or 4.
-        columns: int32 ``[C]``, left out; None for none.
+        columns: int16 or int32 ``[C]``, left out; None for none.
         input_scale: ``[1]``, or None for one of each row.
     """
     x = x.contiguous()

@@ -34,6 +34,12 @@ CHUNK = 1 << 26  # weights dequantized together: 128 MB
 FLOAT32 = Tile(16, 64, 4, 2, 1)  # without tensor cores
 NARROW = (torch.float16, torch.bfloat16)
 
+_parsed = lru_cache(QuantScheme.parse)  # the ops get slugs, at every call
+
+
+def _group(scheme: QuantScheme, k: int) -> int:
+    return 0 if scheme.group_size in (-1, k) else scheme.group_size
+
 
 @lru_cache
 def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after: bool) -> dict[str, Any]:
@@ -46,7 +52,7 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after
         cuda: Whether the kernel may hold PTX.
         after: Whether sums are scaled, and not weights.
     """
-    bits, group = scheme.bits, 0 if scheme.group_size in (-1, k) else scheme.group_size
+    bits, group = scheme.bits, _group(scheme, k)
     count, size = fields(bits), plane(group, bits)
     run = count  # planes that share a scale in every block
     if group % (count * size):
@@ -65,10 +71,6 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after
     }  # fmt: skip
 
 
-def _group(scheme: QuantScheme, k: int) -> int:
-    return 0 if scheme.group_size in (-1, k) else scheme.group_size
-
-
 @torch.library.custom_op("hf_quant::triton_wna16", mutates_args=())
 def triton_wna16(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
@@ -84,12 +86,12 @@ def triton_wna16(
         zero: ``[G, N]``, or None where the scheme is symmetric.
         table: float32 ``[16]``, the levels of a codebook, or None.
         bias: ``[N]``, or None.
-        index: int32 ``[C]`` or ``[N, R]``, the columns of outliers, or None.
+        index: int16 or int32 ``[C]`` or ``[N, R]``, the columns of outliers, or None.
         value: ``[N, C]`` or ``[N, R]``, or None.
         scheme: As a slug.
     """
     (m, k), n = x.shape, packed.shape[0]
-    how = QuantScheme.parse(scheme)
+    how = _parsed(scheme)
     if m == 0:
         return x.new_empty(m, n)
     blocks = packed.shape[1] // plane(_group(how, k), how.bits)
@@ -222,7 +224,7 @@ def triton_wna16_backward(
 ) -> Tensor:  # fmt: skip
     """``grad [M, N]`` times W: ``[M, K]``."""
     out: Tensor | None = None
-    for i, j, w in _dense(packed, scale, zero, table, index, value, QuantScheme.parse(scheme), k, grad.dtype):
+    for i, j, w in _dense(packed, scale, zero, table, index, value, _parsed(scheme), k, grad.dtype):
         part = grad[:, i:j] @ w
         if j - i == packed.shape[0]:
             return part

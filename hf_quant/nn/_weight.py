@@ -39,14 +39,17 @@ def register(
 
 
 def read(
-    module: nn.Module, name: str, scheme: QuantScheme, index: int | None = None, qweight: Tensor | None = None
+    module: nn.Module, name: str, scheme: QuantScheme, index: int | Tensor | None = None, qweight: Tensor | None = None
 ) -> QuantizedTensor:
-    """The parameters as one value; ``index`` picks one of a stack, ``qweight`` stands in for repacked codes."""
+    """The parameters as one value; ``qweight`` stands in for repacked codes.
+
+    ``index`` picks one of a stack, or rows by their numbers; what has a single axis belongs to all rows.
+    """
     found = {}
     for local in _NATIVE.suffixes:
         tensor: Tensor | None = getattr(module, name + local.removeprefix("weight"), None)
         if tensor is not None:
-            found[local] = tensor if index is None else tensor[index]
+            found[local] = tensor if index is None or tensor.ndim == 1 else tensor[index]
     codes, outliers = found["weight"], None
     if "weight_outlier_index" in found:
         outliers = Outliers(found["weight_outlier_index"], found["weight_outlier_value"])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hf_quant.nn._weight import frozen, read, register
 from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import Outliers, QuantizedTensor
+from hf_quant.tensor import QuantizedTensor
 
 
 class QuantEmbedding(nn.Embedding):
@@ -44,12 +44,7 @@ class QuantEmbedding(nn.Embedding):
         return self.quantized_weight().dequantize(dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        table = self.quantized_weight()
-        zero, outliers = None if table.zero_point is None else table.zero_point[ids], table.outliers
-        if outliers is not None:
-            index = outliers.index[ids] if outliers.index.ndim == 2 else outliers.index
-            outliers = Outliers(index, outliers.value[ids])
-        return QuantizedTensor(table.qweight[ids], table.scale[ids], zero, self.scheme, outliers=outliers).dequantize()
+        return read(self, "weight", self.scheme, ids).dequantize()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"

@@ -19,8 +19,10 @@ from markdown_it import MarkdownIt
 import hf_quant.hub
 from hf_quant.digests import weight_files
 from hf_quant.errors import PushError
+from hf_quant.formats.compressed_tensors import config_of
 from hf_quant.hub import card, licence
 from hf_quant.hub.source import describe, metadata
+from hf_quant.scheme import QuantScheme
 
 from .conftest import REPO, VALIDATES, run
 from .fakehub import FakeHub
@@ -229,6 +231,25 @@ def test_what_was_done_step_by_step(known: tuple[dict[str, Any], dict[str, Any]]
     assert "then `mine/<b>` |" in text and "7 sequences of 64 tokens" in text
     assert "--calibration-tokens 448" in text and "--calibration " not in text, "that name is found by itself"
     assert untraceable(text, recipe, results) == []
+
+
+@pytest.mark.parametrize(
+    ("slugs", "said"),
+    [
+        (["W4A16-g128", "W8A16-g128"], "pack-quantized"),
+        (["W8A8"], "int-quantized"),
+        (["W8A8", "W4A16-g128"], "mixed-precision"),
+    ],
+)
+def test_the_format_is_that_of_the_config(
+    known: tuple[dict[str, Any], dict[str, Any]], slugs: list[str], said: str
+) -> None:
+    recipe, results = known
+    named = {f"model.layers.{i}.mlp.up_proj": slug for i, slug in enumerate(slugs)}
+    text = card.render(recipe | {"format": "compressed_tensors", "scheme": slugs[0], "schemes": named}, results)
+    assert f"| format | compressed-tensors, `{said}` |" in text
+    default, *others = map(QuantScheme.parse, slugs)
+    assert config_of(default, {str(i): scheme for i, scheme in enumerate(others)}, [])["format"] == said
 
 
 def test_build_show_validate(folder: Path) -> None:

@@ -1,0 +1,43 @@
+"""Tables of embeddings whose rows are codes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_quant.formats import format_named
+from hf_quant.methods import method
+from hf_quant.nn import QuantEmbedding, _weight
+from hf_quant.nn._weight import frozen
+from hf_quant.scheme import QuantScheme
+
+ROWS, WIDTH = 50, 96
+KINDS = [f"W{bits}A16-g32{kind}" for bits in (3, 4, 8) for kind in ("", "-asym", "-asym-o3%", "-asym-o3%-columns")]
+
+
+def table(slug: str) -> QuantEmbedding:
+    scheme = QuantScheme.parse(slug)
+    made = QuantEmbedding(ROWS, WIDTH, scheme, padding_idx=None, dtype=torch.bfloat16)
+    weight = method("rtn", steps=0).quantize(torch.randn(ROWS, WIDTH), scheme, torch.bfloat16)
+    for name, tensor in format_named("native").write(weight).items():
+        setattr(made, name, frozen(tensor))
+    return made
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 5), (0,)])
+@pytest.mark.parametrize("slug", KINDS)
+def test_a_lookup_gives_the_rows_of_the_float_table(slug: str, shape: tuple[int, ...]) -> None:
+    made, ids = table(slug), torch.randint(ROWS, shape)
+    assert torch.equal(made(ids), made.dequantize()[ids])
+    assert torch.equal(made(ids.int()), made(ids))
+
+
+def test_a_lookup_unpacks_no_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpack, seen = _weight.unpack_short, []
+
+    def watched(packed: Tensor, bits: int, count: int) -> Tensor:
+        seen.append(packed.shape[:-1])
+        return unpack(packed, bits, count)
+
+    monkeypatch.setattr(_weight, "unpack_short", watched)
+    table("W4A16-g32-asym")(torch.tensor([[3, 1, 3]]))
+    assert seen == [(1, 3)]

@@ -7,7 +7,7 @@ kernels = Extension(
     "hf_quant.kernels._cpu",
     sources=[f"hf_quant/csrc/{unit}.cpp" for unit in UNITS],
     depends=[f"hf_quant/csrc/{name}.h" for name in ("cpu", "vector", "bytes", "amx")],
-    extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-g0", "-Wno-maybe-uninitialized"],
+    extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=fast", "-g0", "-Wno-maybe-uninitialized", "-Wno-uninitialized"],
     language="c++",
     py_limited_api=True,
     optional=True,

@@ -1,8 +1,8 @@
 """One W8A8 layer on this CPU beside bf16 and PyTorch's own dynamic INT8; whole models are in `int8_prefill.py`.
 
-    OMP_NUM_THREADS=1 python benchmarks/int8_linear.py
+    python benchmarks/int8_linear.py
 
-Layers take turns, so that whatever slows the machine slows all; medians, rounding of the activations included. The dynamic
+With one thread and with two. Layers take turns, so that whatever slows the machine slows all; medians, rounding of the activations included. The dynamic
 linear of PyTorch (`quantized::linear_dynamic`) takes float32 and one scale for all rows; it is timed on float32 activations.
 """
 
@@ -27,7 +27,7 @@ from hf_quant.tensor import QuantizedTensor
 SHAPES = [(2048, 2048), (4096, 4096), (4096, 11008)]  # K, N
 ROWS = (1, 16, 128, 512)
 SECONDS = 1.0  # of turns for each cell
-ROUND = ("bf16", "W8A8", "linear_dynamic", "W8A16")
+ROUND = ("bf16", "W8A8", "linear_dynamic", "W8A16", "W4A8-g128", "W4A8-g32")
 
 
 def ways(k: int, n: int) -> dict[str, Callable[[int], Callable[[], Tensor]]]:
@@ -51,7 +51,9 @@ def ways(k: int, n: int) -> dict[str, Callable[[int], Callable[[], Tensor]]]:
         scheme = QuantScheme.parse(slug)
         spec = LinearSpec(scheme, n, k, torch.bfloat16, "cpu")
         backend = select(spec)
-        prepared = backend.prepare(QuantizedTensor(codes, scale, None, scheme), spec)
+        each = scale.expand(n, scheme.groups(k)).contiguous()
+        weight = QuantizedTensor.from_codes(codes >> (8 - scheme.bits), each, None, scheme)
+        prepared = backend.prepare(weight, spec)
         return of(torch.bfloat16, lambda x: backend.linear(x, prepared, spec))
 
     return {
@@ -59,6 +61,8 @@ def ways(k: int, n: int) -> dict[str, Callable[[int], Callable[[], Tensor]]]:
         "W8A8": ours("W8A8"),
         "linear_dynamic": of(torch.float32, lambda x: torch.ops.quantized.linear_dynamic(x, packed)),
         "W8A16": ours("W8A16-g-1"),
+        "W4A8-g128": ours("W4A8-g128"),
+        "W4A8-g32": ours("W4A8-g32"),
     }
 
 
@@ -78,31 +82,33 @@ def in_turns(made: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def layers() -> list[dict[str, Any]]:
+def layers(threads: int) -> list[dict[str, Any]]:
     """Every shape at every number of rows."""
+    torch.set_num_threads(threads)
     found = []
     for k, n in SHAPES:
         made = ways(k, n)
         for m in ROWS:
-            found.append({"k": k, "n": n, "m": m} | in_turns({name: make(m) for name, make in made.items()}))
+            cell: dict[str, Any] = {"threads": threads, "k": k, "n": n, "m": m}
+            found.append(cell | in_turns({name: make(m) for name, make in made.items()}))
             print(json.dumps(found[-1]), file=sys.stderr)
     return found
 
 
 def page(record: dict[str, Any]) -> str:
-    lines = [f"{record['machine']}, {record['threads']} thread(s), torch {record['torch']}, {record['date']}."]
+    lines = [f"{record['machine']}, torch {record['torch']}, {record['date']}."]
     lines += ["", "Microseconds, and how much faster than bf16:", ""]
-    lines += ["| K x N | rows | " + " | ".join(ROUND) + " |", "|---" * (len(ROUND) + 2) + "|"]
+    lines += ["| threads | K x N | rows | " + " | ".join(ROUND) + " |", "|---" * (len(ROUND) + 3) + "|"]
     for cell in record["layers"]:
         shown = [f"{cell[name]:.0f} ({cell['bf16'] / cell[name]:.2f}x)" for name in ROUND]
-        lines.append(f"| {cell['k']} x {cell['n']} | {cell['m']} | " + " | ".join(shown) + " |")
+        lines.append(f"| {cell['threads']} | {cell['k']} x {cell['n']} | {cell['m']} | " + " | ".join(shown) + " |")
     return "# W8A8 on a CPU\n\n" + "\n".join(lines) + "\n"
 
 
 def main() -> None:
     record = {
         "machine": f"{cpu_name()} ({torch.backends.cpu.get_cpu_capability()}, AMX {torch.cpu._is_amx_tile_supported()})",
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "date": str(date.today()), "layers": layers(),
+        "torch": torch.__version__, "date": str(date.today()), "layers": [*layers(1), *layers(2)],
     }  # fmt: skip
     write("int8_linear", record, page(record))
 

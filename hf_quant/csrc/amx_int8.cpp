@@ -17,6 +17,11 @@ namespace {
 const int32_t NUMBERS[32] = {0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15,
                              16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31};
 
+template <class P>
+inline void blank(long tiles, P next) {
+  for (long t = 0; t < tiles; t++) memset(next(), 0, 32);
+}
+
 // A tile of 32 columns to signed bytes.
 template <int BITS>
 inline void widened(const uint8_t* tile, uint8_t* out) {
@@ -27,7 +32,7 @@ inline void widened(const uint8_t* tile, uint8_t* out) {
 
 // sums [2][2] of 16 x 16, as in amx.cpp: x tiles at a (and a + below) times W tiles at b (and b + beside).
 template <int TALL>
-inline void multiplied(const int8_t* a, size_t below, const uint8_t* b, size_t beside, long unit, long count, int32_t* c,
+__attribute__((noinline)) void multiplied(const int8_t* a, size_t below, const uint8_t* b, size_t beside, long unit, long count, int32_t* c,
                        size_t right, size_t down, bool first) {
   if (first) {
     _tile_zero(0);
@@ -112,14 +117,13 @@ inline long units(const Linear& a) {
 void finish(const Linear& a, long b, long blocks, long row, long m, const int32_t* c, size_t right, size_t down,
             const Int8Tiles& x, const Output& out) {
   const bool whole = a.groups() == 1;
-  for (long q = 0; q < blocks; q++) {
-    const Group group(a, b + q, 0);
-    const long n = 16 * (b + q), left = a.n - n < 16 ? a.n - n : 16;
-    for (long i = 0; i < 32 && row + i < m; i++) {
+  const Group group[2] = {Group(a, b, 0), Group(a, b + blocks - 1, 0)};
+  for (long i = 0; i < 32 && row + i < m; i++)
+    for (long q = 0; q < blocks; q++) {
       const int32_t* at = c + q * right + i / 16 * down + i % 16 * 16;
-      put(out, (row + i) * a.n + n, (whole ? group.of(at, x.sum[row + i]) : read<vf>(at)) * x.scale[row + i], left);
+      const long n = 16 * (b + q), left = a.n - n < 16 ? a.n - n : 16;
+      put(out, (row + i) * a.n + n, (whole ? group[q].of(at, x.sum[row + i]) : read<vf>(at)) * x.scale[row + i], left);
     }
-  }
 }
 
 template <int BITS>
@@ -180,23 +184,26 @@ size_t int8_room(const Linear& a, long m_tiles) {
 }
 
 void int8_pack(const Activations& x, long m, const Linear& a, long m_tile, float* room, const Int8Tiles& out) {
-  const long unit = out.unit, depth = units(a), wide = unit / 32, groups = a.groups();
+  const long unit = out.unit, depth = units(a) * unit / 32, groups = a.groups(), others = (out.m_tiles - 1) * depth * 512;
   __m512i order[2];
   in_order(a.bits, order);
   for (long i = 0; i < 16; i++) {
     const long row = m_tile * 16 + i;
     float* sums = out.sum + row * groups;
     for (long g = 0; g < groups; g++) sums[g] = 0;
-    const auto place = [=](long t) {
-      const long u = t / wide, u0 = u / depth * depth;
-      return out.codes + ((u0 * out.m_tiles + m_tile * depth + u - u0) * 16 + i) * unit + t % wide * 32;
+    int8_t* at = out.codes + m_tile * depth * 512 + i * unit;
+    const auto next = [=, t = 0l]() mutable {  // tiles of 32 columns: the second of a unit is beside the first
+      int8_t* here = at + (unit == 64 && t % 2 ? 32 : 0);
+      at += unit == 32 ? 512 : t % 2 ? 1024 : 0;
+      if (++t == depth) at += others, t = 0;
+      return here;
     };
     if (row < m)
-      out.scale[row] = int8_row(x, row, a.k, order, room, place, [=](long t, int32_t sum) {
+      out.scale[row] = int8_row(x, row, a.k, order, room, next, [=](long t, int32_t sum) {
         if (a.zero) sums[t * 32 / a.group] += (float)sum;
       });
     else
-      for (long t = 0; t < a.tiles(); t++) memset(place(t), 0, 32);
+      blank(a.tiles(), next);
   }
 }
 
@@ -214,7 +221,7 @@ void int8_as_bf16(const Activations& x, long m, const Linear& a, long m_tile, lo
       _mm512_storeu_si512(out + amx_place(t, m_tile, m_tiles, 1) + 64 * i, pairs);
     };
     if (row < m)
-      scale[row] = int8_row(x, row, a.k, order, room, [&](long) { return tile; }, widen);
+      scale[row] = int8_row(x, row, a.k, order, room, [&] { return tile; }, widen);
     else
       for (long t = 0; t < a.tiles(); t++) memset(out + amx_place(t, m_tile, m_tiles, 1) + 64 * i, 0, 64);
   }

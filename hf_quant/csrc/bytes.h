@@ -44,20 +44,23 @@ inline vf half_floats(const void* x, int type, long at) {
   return type == BF16 ? (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16) : (vf)_mm512_cvtph_ps(h);
 }
 
-// x as int8: a row of k numbers, a tile of 32 after another in the order of `codes`, to where `place` says; `each(t, sum)`
+// x as int8: a row of k numbers, a tile of 32 after another in the order of `codes`, to where `next()` says; `each(t, sum)`
 // gets the sum of the integers of tile t. Gives the scale, NaN where one of them is not finite. `row` is room for k floats.
 template <class P, class E>
-inline float int8_row(const Activations& x, long at, long k, const __m512i order[2], float* row, P place, E each) {
-  for (long i = 0; i < k; i += 16)
-    _mm512_storeu_ps(row + i, x.type == F32 ? read<__m512>((const float*)x.x + at * k + i) : (__m512)half_floats(x.x, x.type, at * k + i));
-  for (long j = 0; j < x.left; j++) row[x.columns[j]] = 0;
-  __m512 peak = _mm512_setzero_ps(), wrong = _mm512_setzero_ps();
+inline float int8_row(const Activations& x, long at, long k, const __m512i order[2], float* row, P next, E each) {
   for (long i = 0; i < k; i += 16) {
-    const __m512 v = _mm512_loadu_ps(row + i);
-    peak = _mm512_max_ps(peak, _mm512_abs_ps(v));
-    wrong = _mm512_add_ps(wrong, _mm512_sub_ps(v, v));  // NaN where v is not finite
+    const vf v = x.type == F32 ? read<vf>((const float*)x.x + at * k + i) : half_floats(x.x, x.type, at * k + i);
+    _mm512_storeu_ps(row + i, (__m512)v);
   }
-  const float most = _mm512_reduce_max_ps(peak), least = 1.17549435e-38f * 127;
+  for (long j = 0; j < x.left; j++) row[x.columns[j]] = 0;
+  __m512 peak[2] = {}, wrong[2] = {};
+  for (long t = 0; t < k / 32; t++)
+    for (int i = 0; i < 2; i++) {
+      const __m512 v = _mm512_loadu_ps(row + 32 * t + 16 * i);
+      peak[i] = _mm512_max_ps(peak[i], _mm512_abs_ps(v));
+      wrong[i] = _mm512_add_ps(wrong[i], _mm512_sub_ps(v, v));  // NaN where v is not finite
+    }
+  const float most = _mm512_reduce_max_ps(_mm512_max_ps(peak[0], peak[1])), least = 1.17549435e-38f * 127;
   const float scale = x.fixed ? *x.fixed : (most > least ? most : least) / 127, by = 1 / scale;
   const __m512 factor = _mm512_set1_ps(by), top = _mm512_set1_ps(127), bottom = _mm512_set1_ps(-127);
   for (long t = 0; t < k / 32; t++) {
@@ -66,12 +69,12 @@ inline float int8_row(const Activations& x, long at, long k, const __m512i order
       const __m512 v = _mm512_mul_ps(_mm512_loadu_ps(row + 32 * t + 16 * i), factor);
       whole[i] = _mm512_cvtps_epi32(_mm512_max_ps(_mm512_min_ps(v, top), bottom));
     }
-    int8_t* to = place(t);
+    int8_t* to = next();
     for (int i = 0; i < 2; i++)
       _mm_storeu_si128((__m128i*)(to + 16 * i), _mm512_cvtepi32_epi8(_mm512_permutex2var_epi32(whole[0], order[i], whole[1])));
     each(t, _mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1])));
   }
-  return scale + _mm512_reduce_add_ps(wrong);
+  return scale + _mm512_reduce_add_ps(_mm512_add_ps(wrong[0], wrong[1]));
 }
 
 }  // namespace

@@ -153,7 +153,7 @@ void in_parts(const Linear& a, long m, long bytes, F f) {
 // f(from, to) for blocks of W, shared out.
 template <class F>
 void in_blocks(const Linear& a, long threads, F f) {
-  long blocks = (a.blocks() + 2 * threads - 1) / (2 * threads);
+  long blocks = (a.blocks() + 8 * threads - 1) / (8 * threads);
   blocks = blocks > WIDE ? WIDE : (blocks + 1) / 2 * 2;
   each((a.blocks() + blocks - 1) / blocks, threads,
        [&](long j) { f(j * blocks, (j + 1) * blocks < a.blocks() ? (j + 1) * blocks : a.blocks()); });

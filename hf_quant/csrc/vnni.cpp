@@ -117,8 +117,9 @@ void vnni_int8(const Activations& x, long row, const Linear& a, float* room, con
   const long tiles = a.tiles();
   __m512i order[2];
   in_order(a.bits, order);
+  int8_t* at = out.digits + row * tiles * 32;
   const float scale = int8_row(
-      x, row, a.k, order, room, [=](long t) { return out.digits + (row * tiles + t) * 32; },
+      x, row, a.k, order, room, [at]() mutable { return (at += 32) - 32; },
       [=](long t, int32_t sum) {
         out.less[row * tiles + t] = -sum * (1 << (a.bits - 1));
         out.sum[row * tiles + t] = (float)sum;

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from hf_quant.bench.machine import cpu_name
 from hf_quant.kernels import LinearBackend, LinearSpec
+from hf_quant.kernels._compiled import built
 from hf_quant.kernels.cpu_int4 import CpuInt4
-from hf_quant.kernels.cpu_native import CpuNative, built
+from hf_quant.kernels.cpu_native import CpuNative
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 

@@ -2,8 +2,9 @@
 
     python benchmarks/decode.py [--threads 2] [--llama-bench PROGRAM --gguf FILE]
 
-Tokens a second after the first one (greedy, a cache, one sequence), and seconds for a prompt of 128 tokens; the models one
-after the other, medians of several turns. llama.cpp's own ``llama-bench`` measures FILE, a Llama of the same shapes in Q4_0.
+Tokens a second after the first one (greedy, a cache, one sequence), and seconds for a prompt of 128 tokens; each model in a
+process of its own, as it is and, with a static cache, after ``torch.compile``; medians of several turns. llama.cpp's own
+``llama-bench`` measures FILE, a Llama of the same shapes in Q4_0.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import json
 import os
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from datetime import date
 from importlib.metadata import version
@@ -19,23 +22,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _results import RESULTS, write
+from _results import write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_quant import HfQuantConfig
 from hf_quant.bench.machine import cpu_name
-from hf_quant.kernels.cpu_native import built
+from hf_quant.kernels._compiled import built
 
 SHAPES = LlamaConfig(
     hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False,
 )  # fmt: skip
 PROMPT, NEW, TURNS = 128, 48, 3
+MODELS = ("bf16", "W4A16-g128", "W4A16-g32", "W4A8-g128", "W8A16-g128", "W8A8")
 
 
-def measure(model: Any) -> dict[str, float]:
+def measure(model: Any, **how: Any) -> dict[str, float]:
     ids, rates, prefills = torch.randint(0, 32000, (1, PROMPT)), [], []
-    how = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    how |= {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     for turn in range(TURNS + 1):
         start = time.perf_counter()
         model.generate(ids, max_new_tokens=1, min_new_tokens=1, **how)
@@ -46,6 +50,20 @@ def measure(model: Any) -> dict[str, float]:
             prefills.append(first)
             rates.append(NEW / (time.perf_counter() - start - first))
     return {"decode": statistics.median(rates), "prefill": PROMPT / statistics.median(prefills)}
+
+
+def both(folder: Path, name: str) -> dict[str, dict[str, float]]:
+    """One model, as it is and compiled."""
+    config = {} if name == "bf16" else {"quantization_config": HfQuantConfig(name, quantize_lm_head=True)}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **config).eval()
+    found = {name: measure(model)}
+    model.forward = torch.compile(model.forward)
+    return found | {f"{name}, torch.compile": measure(model, cache_implementation="static")}
+
+
+def apart(folder: Path, name: str, threads: int) -> dict[str, dict[str, float]]:
+    call = [sys.executable, __file__, "--threads", str(threads), "--model", name, "--folder", str(folder)]
+    return json.loads(subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def llama(program: Path, file: Path, threads: int) -> dict[str, float]:
@@ -59,23 +77,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--llama-bench", type=Path)
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--model", choices=MODELS, help="this one alone, out of --folder, to standard output")
+    parser.add_argument("--folder", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    base = AutoModelForCausalLM.from_config(SHAPES, dtype=torch.bfloat16).eval()
-    found = {"bf16": measure(base)}
-    folder = RESULTS.parent / ".decode"
-    base.save_pretrained(folder)
-    del base
-    gc.collect()
-    for slug in ("W4A16-g128", "W4A16-g32", "W8A16-g128"):
-        config = HfQuantConfig(slug, quantize_lm_head=True)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config).eval()
-        found[slug] = measure(model)
-        del model
+    if asked.model:
+        print(json.dumps(both(asked.folder, asked.model)))
+        return
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(SHAPES, dtype=torch.bfloat16).save_pretrained(folder)
         gc.collect()
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
+        for name in MODELS:
+            found |= apart(Path(folder), name, asked.threads)
     if asked.llama_bench and asked.gguf:
         try:
             found["llama.cpp Q4_0"] = llama(asked.llama_bench, asked.gguf, asked.threads)

@@ -4,7 +4,6 @@
 #include <Python.h>
 #include <dlfcn.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 
 #include <atomic>
 #if defined(__x86_64__)
@@ -150,10 +149,10 @@ void in_parts(const Linear& a, long m, long bytes, F f) {
   for (long i = 0; i < m; i += step) f(i, m - i < step ? m - i : step);
 }
 
-// f(from, to) for blocks of W, shared out.
+// f(from, to) for blocks of W, shared out in `parts` for each thread, or more.
 template <class F>
-void in_blocks(const Linear& a, long threads, F f) {
-  long blocks = (a.blocks() + 8 * threads - 1) / (8 * threads);
+void in_blocks(const Linear& a, long parts, long threads, F f) {
+  long blocks = (a.blocks() + parts * threads - 1) / (parts * threads);
   blocks = blocks > WIDE ? WIDE : (blocks + 1) / 2 * 2;
   each((a.blocks() + blocks - 1) / blocks, threads,
        [&](long j) { f(j * blocks, (j + 1) * blocks < a.blocks() ? (j + 1) * blocks : a.blocks()); });
@@ -167,7 +166,7 @@ void many_rows(const Linear& a, const uint8_t* x, const Output& y, long m, long 
     uint8_t* packed = shared_room.of(amx_tiles(m_tiles, a.tiles(), parts));
     each(m_tiles, threads, [=](long j) { amx_pack(x + i * a.k * size, y.type, rows, a.k, parts, j, m_tiles, packed); });
     const Output to = {(uint8_t*)y.y + i * a.n * size, y.type};
-    in_blocks(a, threads, [&](long from, long end) {
+    in_blocks(a, 2, threads, [&](long from, long end) {
       amx_linear(a, from, end, packed, rows, parts, own_room.of(amx_room(m_tiles, parts)), to);
     });
   });
@@ -191,7 +190,7 @@ void many_int8(const Linear& a, const Activations& x, const Output& y, long m, l
       else
         int8_pack(part, rows, a, j, row, packed);
     });
-    in_blocks(a, threads, [&](long from, long end) {
+    in_blocks(a, small ? 2 : 16, threads, [&](long from, long end) {
       if (small)
         amx_linear(a, from, end, at, rows, 1, own_room.of(amx_room(m_tiles, 1)), to);
       else
@@ -333,14 +332,6 @@ PyObject* py_int8_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
   Py_RETURN_NONE;
 }
 
-// Asks for large pages before memory is first touched: a core that waits for addresses does not read.
-void in_large_pages(void* at, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  const uintptr_t page = 4096, from = ((uintptr_t)at + page - 1) / page * page, to = ((uintptr_t)at + bytes) / page * page;
-  if (to > from) madvise((void*)from, to - from, MADV_HUGEPAGE);  // a hint: whatever comes of it
-#endif
-}
-
 template <void (*ONE)(const uint8_t*, uint8_t*, int, long, long), bool FORTH>
 PyObject* py_layout(PyObject*, PyObject* const* args, Py_ssize_t given) {
   long long a[6];
@@ -348,7 +339,6 @@ PyObject* py_layout(PyObject*, PyObject* const* args, Py_ssize_t given) {
   const int bits = (int)a[2];
   const long n = (long)a[3], k = (long)a[4];
   Py_BEGIN_ALLOW_THREADS;
-  if (FORTH) in_large_pages((void*)a[1], (n + 15) / 16 * 16 * (k * bits / 8));
   each((n + 15) / 16, (long)a[5], [&](long b) {
     const long there = 16 * b * (k * bits / 8), here = b * (k / 32) * 64 * bits;
     const long count = n - 16 * b < 16 ? n - 16 * b : 16;

@@ -5,8 +5,10 @@ HF_QUANT_CPU_LEVEL caps the instruction set: portable, avx2, avx512, vnni or amx
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ except ImportError:  # it was not built; `why_not` says so
     _cpu = None  # type: ignore[assignment]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LARGE = 2 << 20  # bytes of a large page
 LEVELS = ("portable", "avx2", "avx512", "vnni", "amx")
 
 if _cpu is not None and (wanted := os.environ.get("HF_QUANT_CPU_LEVEL")):
@@ -54,7 +57,7 @@ def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
     """Tiles, scales, and zero points where they are not all ``2 ** (bits - 1)``; see ``csrc/cpu.h``."""
     n, k, bits = spec.out_features, spec.in_features, spec.scheme.bits
     codes = weight.qweight.contiguous()
-    tiles = codes.new_empty((n + 15) // 16, k // 32, 64 * bits)
+    tiles = _memory((n + 15) // 16 * 2 * k * bits).view(-1, k // 32, 64 * bits)
     _cpu.pack(codes.data_ptr(), tiles.data_ptr(), bits, n, k, torch.get_num_threads())
     scale, zero = weight.scale, weight.zero_point
     if zero is None:
@@ -62,6 +65,16 @@ def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
     if zero.is_floating_point():  # of another dtype, maybe; integers up to 255 are exact in all of them
         scale, zero = (t.to(torch.promote_types(scale.dtype, zero.dtype)) for t in (scale, zero))
     return tiles, _in_blocks(scale), _in_blocks(zero.to(scale.dtype))
+
+
+def _memory(size: int) -> Tensor:
+    """Bytes in large pages, as far as they fill them: a core that waits for addresses does not read."""
+    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size, dtype=torch.uint8)
+    room = mmap.mmap(-1, -(-size // LARGE) * LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a hint: this kernel may have no such pages
+        room.madvise(mmap.MADV_HUGEPAGE, 0, size // LARGE * LARGE)
+    return torch.frombuffer(room, dtype=torch.uint8, count=size)
 
 
 def portable(tiles: Tensor, spec: LinearSpec) -> Tensor:

@@ -95,6 +95,19 @@ def test_what_is_not_finite_and_what_is_tiny(dtype: torch.dtype) -> None:
         assert (backend.linear(tiny, prepared, spec) - expected).norm() / expected.norm() < LIMITS[str(dtype)]
 
 
+@built
+def test_codes_in_large_pages_are_those_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheme = QuantScheme(4, 128)
+    codes = torch.randint(16, (4100, 1152), dtype=torch.uint8)  # 2.3 MB: one large page and some small ones
+    weight = QuantizedTensor.from_codes(codes, torch.rand(4100, 9), None, scheme)
+    spec = LinearSpec(scheme, 4100, 1152, torch.float32, "cpu")
+    large = _compiled.laid_out(weight, spec)
+    assert large[0].untyped_storage().nbytes() == large[0].nbytes
+    monkeypatch.setattr(_compiled, "LARGE", 1 << 40)
+    assert torch.equal(large[0], _compiled.laid_out(weight, spec)[0])
+    assert torch.equal(_compiled.portable(large[0], spec), weight.qweight)
+
+
 def test_an_unknown_instruction_set_is_refused() -> None:
     code = "import hf_quant.kernels._compiled"
     done = subprocess.run(

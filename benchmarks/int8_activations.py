@@ -38,6 +38,7 @@ ROWS = {  # name: scheme, method
     "W8A8, outlier columns 1.2 %": ("W8A8-o1.2%-columns", "gptq"),
     "W8A8, outlier columns 5 %, SmoothQuant + GPTQ": ("W8A8-o5%-columns", "smoothquant+gptq"),
     "W8A8, LLM.int8 threshold": ("W8A8-threshold", "rtn"),
+    "W8A8, LLM.int8 threshold, SmoothQuant + GPTQ": ("W8A8-threshold", "smoothquant+gptq"),
     "W8A8 static": ("W8A8-static", "gptq"),
     "W8A8 static, SmoothQuant + GPTQ": ("W8A8-static", "smoothquant+gptq"),
     "W4A16-g128": ("W4A16-g128", "rtn"),

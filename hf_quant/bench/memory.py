@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,8 @@ def _stored(tensor: Any) -> tuple[int, int]:
 
 def _tensors(model: Any) -> list[Any]:
     """Parameters, buffers, and what kernels laid out anew."""
-    repacked = [tensor for module in model.modules() for tensor in getattr(module, "_repacked", ())]
-    return [*model.parameters(), *model.buffers(), *repacked]
+    laid_out = [parts for module in model.modules() for parts in getattr(module, "_repacked", {}).values()]
+    return [*model.parameters(), *model.buffers(), *chain.from_iterable(laid_out)]
 
 
 if __name__ == "__main__":

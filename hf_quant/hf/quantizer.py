@@ -275,7 +275,7 @@ class HfQuantQuantizer(HfQuantizer):
             if parameter.device.type != "meta" and not dispatched and not hasattr(parameter, "_is_hf_initialized"):
                 raise CheckpointError(f"tensor {name}.{local} is missing from the checkpoint")
             parameter.requires_grad_(False)  # the loader switches it on for every float tensor
-        if isinstance(module, QuantLinear):
+        if isinstance(module, (QuantLinear, QuantExperts)):
             module.keeps_layout = dispatched and hasattr(module, "_hf_hook")
             module.choose_kernel()
             give_back_memory()
@@ -327,6 +327,7 @@ class HfQuantQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # what a config says after saving
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantExperts):
+                module._unpack()
                 for stack in list(module.schemes):
                     dense = module.expert_weight(stack, dtype)
                     for part in ("", *COMPANIONS):

@@ -15,6 +15,8 @@ from hf_quant import _plugins
 from hf_quant.errors import BackendError
 from hf_quant.kernels._outliers import outlier_linear as outlier_linear
 from hf_quant.kernels._rounded import RoundedPacked, RoundedViews
+from hf_quant.kernels._routing import back_in_order as back_in_order
+from hf_quant.kernels._routing import by_expert as by_expert
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
@@ -44,7 +46,8 @@ class LinearSpec:
 class LinearBackend(Protocol):
     """One way to run a quantized linear layer.
 
-    A backend may also have ``fused(x, prepared, spec, bias, outliers)``: `linear` with both added before it rounds.
+    A backend may also have ``fused(x, prepared, spec, bias, outliers)``: `linear` with both added before it rounds; and
+    ``experts(x, prepared, spec, ends, order, bias, outliers)``: the same for a stack of weights, rows sorted by `by_expert`.
 
     Attributes:
         priority: Backends are tried from the highest to the lowest.

@@ -102,17 +102,25 @@ def parts(tile: Tile, m: int, n: int, blocks: int, processors: int) -> int:
 
 
 @cache
-def tile_for(device: torch.device, bits: int, m: int, n: int, k: int, blocks: int) -> Tile | None:
-    """The tile for ``x [m, k] @ W.T``, W ``[n, k]``; None where W should be dequantized and multiplied densely."""
+def tile_for(device: torch.device, bits: int, m: int, n: int, k: int, blocks: int, experts: int = 1) -> Tile | None:
+    """The tile for ``x [m, k] @ W.T``, W ``[n, k]``; None where W should be dequantized and multiplied densely.
+
+    Of several ``experts`` as many have a row as can, and all the same number: where rows really go only the GPU knows.
+    """
     kind, processors, tuned = _on(device)
     table = tables()[kind]
     found = tuned.get(key(bits, n, k), table)
-    if m > found["dense"]:
+    hit = min(experts, m)
+    own = -(-m // hit)
+    if own > found["dense"]:
         return None
     tiles: dict[str, list[int]] = found["tiles"]
-    rows = next((rows for rows in tiles if m <= int(rows)), list(tiles)[-1])
+    rows = next((rows for rows in tiles if own <= int(rows)), list(tiles)[-1])
     tile = Tile(*tiles[rows])
-    return tile if tile.split_k else replace(tile, split_k=parts(tile, m, n, blocks, processors))
+    if tile.split_k and experts == 1:
+        return tile
+    full = hit * -(-own // tile.block_m) * tile.block_m
+    return replace(tile, split_k=parts(tile, full, n, blocks, processors))
 
 
 def as_list(tile: Tile) -> list[int]:

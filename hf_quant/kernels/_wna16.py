@@ -44,7 +44,7 @@ def _weights(
     return w
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # Triton makes a constant of 1, which has no `to`; and one kernel does for all M
 def wna16_kernel(
     x_ptr, word_ptr, scale_ptr, zero_ptr, table_ptr, bias_ptr, index_ptr, value_ptr, y_ptr, part_ptr, count_ptr,
     tile_ptr, row_ptr,

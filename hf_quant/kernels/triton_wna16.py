@@ -2,7 +2,8 @@
 
 The codes are laid out anew at load (`_planar`). Few rows of x are multiplied by one kernel that also adds bias and outliers
 (`_wna16`), in tiles from a table (`_tiles`); many rows by the dequantized weight, since reading it once more costs little then.
-The same rows give the same bits every time, and nothing waits for the GPU: both hold inside CUDA graphs.
+The same rows give the same bits every time, and nothing waits for the GPU: both hold inside CUDA graphs. Stacked experts are
+multiplied by the same kernel, all at once, each by the rows that the router sorted to it on the GPU (`_routing`).
 A layer must not run twice at the same time on two streams: the programs of a product count their parts in its ``counters``.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from hf_quant.kernels import LinearSpec
 from hf_quant.kernels._planar import fields, from_planes, plane, positions, to_planes, unpacking
+from hf_quant.kernels._routing import back_in_order, cut, each
 from hf_quant.kernels._tiles import Tile, tile_for
 from hf_quant.numerics import levels
 from hf_quant.scheme import QuantScheme
@@ -106,67 +108,28 @@ def triton_wna16(
 def launch(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: QuantScheme, tile: Tile,
+    ends: Tensor | None = None, order: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The product of `triton_wna16` in tiles of one's own choice."""
-    (m, k), (n, width) = x.shape, packed.shape
-    y, split = x.new_empty(m, n), tile.split_k
-    grid = (-(-n // tile.block_n), -(-m // tile.block_m), split)
+    """The product of `triton_wna16`, or with ``ends`` that of `triton_experts`, in tiles of one's own choice."""
+    k, (n, width), split = x.shape[1], packed.shape[-2:], tile.split_k
+    m = x.shape[0] if order is None else order.numel()
+    cuts = None if ends is None else cut(ends, m, tile.block_m)
+    y = x.new_empty(m, n) if ends is None else x.new_zeros(m, n)  # nothing is written for experts that are not here
+    grid = (-(-n // tile.block_n), -(-m // tile.block_m) if cuts is None else cuts.shape[0], split)
     if grid[0] * grid[1] > counters.numel():
         grid, split = (*grid[:2], 1), 1
     part = y.new_empty(split, m, n, dtype=torch.float32) if split > 1 else None
+    columns = index is not None and index.ndim < packed.ndim
     with torch.cuda.device_of(x):  # Triton launches on the current GPU, which need not be the one of x
         wna16_kernel[grid](
-            x.contiguous(), packed, scale, zero, table, bias, _whole(index), _whole(value), y, part,
-            counters if split > 1 else None, None, None,
-            m, n, k, width, scale.shape[0], 0 if index is None else index.shape[-1],
-            **constants(scheme, k, x.dtype, _ptx(x), tile.after), AFTER=tile.after, COLUMNS=index is not None and index.ndim == 1,
-            TOP_K=1, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT_K=split, STAGES=tile.stages,
+            x.contiguous(), packed, scale, zero, table, _whole(bias), _whole(index), _whole(value), y, part,
+            counters if split > 1 else None, cuts, None if order is None else order.int(),
+            m, n, k, width, scale.shape[-2], 0 if index is None else index.shape[-1],
+            **constants(scheme, k, x.dtype, _ptx(x), tile.after), AFTER=tile.after, COLUMNS=columns,
+            TOP_K=_choices(x, order), BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT_K=split, STAGES=tile.stages,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return y
-
-
-def grouped(
-    x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, chosen: Tensor,
-    scheme: QuantScheme, tile: Tile,
-) -> Tensor:  # fmt: skip
-    """Rows of x times the experts chosen for them, without waiting for the GPU: ``[M, top_k, N]``.
-
-    Args:
-        x: ``[M, K]``.
-        packed: int16 ``[E, N, words]``, the experts' codes in planes.
-        counters: int32 zeros.
-        scale: ``[E, G, N]``.
-        zero: ``[E, G, N]``, or None.
-        chosen: int64 ``[M, top_k]``; rows of experts from E on stay zero.
-        scheme: Of the experts.
-        tile: Rows of one expert together, and so on.
-    """
-    (_m, k), (e, n, width), split = x.shape, packed.shape, max(1, tile.split_k)
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)  # rows of an expert one after the other
-    counts = (flat[:, None] == torch.arange(e, device=flat.device)).sum(0)
-    ends, tiles = counts.cumsum(0), -(-counts // tile.block_m)
-    until, most = tiles.cumsum(0), flat.numel() // tile.block_m + min(e, flat.numel())  # as many tiles as there can be
-    at = torch.arange(most, device=flat.device)
-    expert = torch.searchsorted(until, at, right=True)
-    own = expert.clamp(max=e - 1)
-    first = (ends - counts)[own] + (at - (until - tiles)[own]) * tile.block_m
-    cut = torch.stack([torch.where(expert < e, expert, -1), first, ends[own]], 1).int()
-    y = x.new_zeros(flat.numel(), n)
-    grid = (-(-n // tile.block_n), most, split)
-    if grid[0] * grid[1] > counters.numel():
-        grid, split = (*grid[:2], 1), 1
-    part = y.new_empty(split, *y.shape, dtype=torch.float32) if split > 1 else None
-    with torch.cuda.device_of(x):
-        wna16_kernel[grid](
-            x.contiguous(), packed, scale, zero, None, None, None, None, y, part, counters if split > 1 else None,
-            cut, order.int(), y.shape[0], n, k, width, scale.shape[1], 0,
-            **constants(scheme, k, x.dtype, _ptx(x), tile.after), AFTER=tile.after, COLUMNS=False,
-            TOP_K=chosen.shape[1], BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, SPLIT_K=split, STAGES=tile.stages,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-    return torch.empty_like(y).index_copy_(0, order, y).view(*chosen.shape, n)
 
 
 def densely(
@@ -178,6 +141,11 @@ def densely(
     for i, j, w in _dense(packed, scale, zero, table, index, value, scheme, x.shape[1], x.dtype):
         y[:, i:j] = F.linear(x, w, None if bias is None else bias[i:j].to(x.dtype))
     return y
+
+
+def _choices(x: Tensor, order: Tensor | None) -> int:
+    """top_k: how often each row of x is chosen."""
+    return 1 if order is None else order.shape[0] // max(1, x.shape[0])
 
 
 def _whole(tensor: Tensor | None) -> Tensor | None:
@@ -256,6 +224,95 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 triton_wna16.register_autograd(_backward, setup_context=_save)
 
 
+@torch.library.custom_op("hf_quant::triton_experts", mutates_args=())
+def triton_experts(
+    x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
+    bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str, ends: Tensor, order: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`triton_wna16` with a weight for every expert: ``[rows, N]``, those of one expert after those of another.
+
+    Waits for the GPU only where so many rows fall to each expert that its weight is dequantized.
+
+    Args:
+        x: ``[M, K]``.
+        packed: int16 ``[E, N, words]``; scale, zero, bias, index and value have the same first axis.
+        counters: int32 zeros, and zeros again afterwards.
+        scale: ``[E, G, N]``.
+        zero: ``[E, G, N]``, or None.
+        table: float32 ``[16]``, or None.
+        bias: ``[E, N]``, or None.
+        index: int16 or int32 ``[E, C]`` or ``[E, N, R]``, or None.
+        value: ``[E, N, C]`` or ``[E, N, R]``, or None.
+        scheme: Of all experts, as a slug.
+        ends: int64 ``[E]``, where the rows of each expert end (`_routing.by_expert`); those after the last are zero.
+        order: int64 ``[M * top_k]``, which choice every row is of; None where the rows of x are in this order already.
+    """
+    (m, k), (e, n, width), how = x.shape, packed.shape, _parsed(scheme)
+    rows = m if order is None else order.shape[0]
+    if rows == 0:
+        return x.new_empty(0, n)
+    tile = FLOAT32 if x.dtype is torch.float32 else None
+    if x.dtype in NARROW:
+        tile = tile_for(x.device, how.bits, rows, n, k, width // plane(_group(how, k), how.bits), e)
+    if tile is not None:
+        return launch(x, packed, counters, scale, zero, table, bias, index, value, how, tile, ends, order)
+    own, y = x if order is None else x[order // _choices(x, order)], x.new_zeros(rows, n)
+    for i, j, (w, s, z, b, c, v) in each(ends, packed, scale, zero, bias, index, value):
+        y[i:j] = densely(own[i:j], w, s, z, table, b, c, v, how)
+    return y
+
+
+@triton_experts.register_fake
+def _(
+    x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
+    bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str, ends: Tensor, order: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0] if order is None else order.shape[0], packed.shape[1])
+
+
+@torch.library.custom_op("hf_quant::triton_experts_backward", mutates_args=())
+def triton_experts_backward(
+    grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
+    value: Tensor | None, ends: Tensor, scheme: str, k: int,
+) -> Tensor:  # fmt: skip
+    """``grad [rows, N]`` times the weight of each row's expert: ``[rows, K]``."""
+    out = grad.new_zeros(grad.shape[0], k)
+    for i, j, (w, s, z, c, v) in each(ends, packed, scale, zero, index, value):
+        out[i:j] = triton_wna16_backward(grad[i:j], w, s, z, table, c, v, scheme, k)
+    return out
+
+
+@triton_experts_backward.register_fake
+def _(
+    grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
+    value: Tensor | None, ends: Tensor, scheme: str, k: int,
+) -> Tensor:  # fmt: skip
+    return grad.new_empty(grad.shape[0], k)
+
+
+def _save_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, _, scale, zero, table, _, index, value, ctx.scheme, ends, order = inputs
+    ctx.m, ctx.k = x.shape
+    ctx.top_k = _choices(x, order)
+    ctx.save_for_backward(packed, scale, zero, table, index, value, ends, order)
+
+
+def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *weight, ends, order = ctx.saved_tensors
+    back = bias = None
+    if ctx.needs_input_grad[0]:
+        back = triton_experts_backward(grad, *weight, ends, ctx.scheme, ctx.k)
+        if order is not None:  # summed over the choices of a row in their order, the same every time
+            back = back_in_order(back, order).view(ctx.m, ctx.top_k, ctx.k).sum(1)
+    if ctx.needs_input_grad[6]:
+        expert = torch.searchsorted(ends, torch.arange(grad.shape[0], device=grad.device), right=True)
+        bias = (expert == torch.arange(ends.shape[0], device=grad.device)[:, None]).to(grad.dtype) @ grad
+    return back, None, None, None, None, None, bias, None, None, None, None, None
+
+
+triton_experts.register_autograd(_experts_backward, setup_context=_save_experts)
+
+
 class TritonWNA16:
     """Needs a GPU that Triton compiles for, or TRITON_INTERPRET=1."""
 
@@ -296,13 +353,25 @@ class TritonWNA16:
         outliers: Outliers | None = None,
     ) -> Tensor:  # fmt: skip
         """`linear` with bias and outliers added before the result is rounded."""
-        last = prepared[3] if len(prepared) == 4 else None
-        zero, table = (None, last) if spec.scheme.codebook else (last, None)
-        index, value = (None, None) if outliers is None else (outliers.index, outliers.value)
-        y = triton_wna16(
-            x.reshape(-1, spec.in_features), *prepared[:3], zero, table, bias, index, value, str(spec.scheme)
-        )
+        y = triton_wna16(x.reshape(-1, spec.in_features), *_operands(prepared, spec, bias, outliers), str(spec.scheme))
         return y.reshape(*x.shape[:-1], spec.out_features)
+
+    def experts(
+        self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec, ends: Tensor, order: Tensor | None = None,
+        bias: Tensor | None = None, outliers: Outliers | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`fused` for a stack of weights; see `triton_experts`."""
+        return triton_experts(x, *_operands(prepared, spec, bias, outliers), str(spec.scheme), ends, order)
+
+
+def _operands(
+    prepared: tuple[Tensor, ...], spec: LinearSpec, bias: Tensor | None, outliers: Outliers | None
+) -> tuple[Any, ...]:
+    """What the ops are given between x and the scheme."""
+    last = prepared[3] if len(prepared) == 4 else None
+    zero, table = (None, last) if spec.scheme.codebook else (last, None)
+    index, value = (None, None) if outliers is None else (outliers.index, outliers.value)
+    return *prepared[:3], zero, table, bias, index, value
 
 
 BACKEND = TritonWNA16

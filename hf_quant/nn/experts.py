@@ -10,20 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_quant.kernels import LinearSpec, outlier_linear, select
+from hf_quant.kernels import LinearSpec, back_in_order, by_expert, outlier_linear, select
+from hf_quant.nn._repacking import Repacking
 from hf_quant.nn._weight import frozen, read, register
 from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.tensor import Outliers, QuantizedTensor
 
 STACKED = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the stacks, where a layer has them
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-class QuantExperts(nn.Module):
+class QuantExperts(Repacking):
     """Mixed into a model's own experts class, whose gate, activation and flags stay as they are.
 
     Every stack ``[E, N, K]`` becomes codes ``[E, N, K / 8 * bits]`` with ``_scale`` and other companions beside it;
     transposed stacks ``[E, K, N]`` (gpt-oss) are turned while they are quantized.
+
+    Where a kernel multiplies whole stacks (`kernels.LinearBackend`), `choose_kernel` lays them out for it, and tokens are sorted
+    by expert on the device; elsewhere one expert is multiplied after the other.
     """
 
     schemes: dict[str, QuantScheme]
@@ -31,7 +35,32 @@ class QuantExperts(nn.Module):
     has_gate: bool
     has_bias: bool
     is_transposed: bool
-    compute_dtype: torch.dtype
+    _specs: dict[str, LinearSpec]  # as they were when the kernel was chosen
+
+    def choose_kernel(self) -> None:
+        self._unpack()
+        if any(getattr(self, f"{name}_scale").device.type == "meta" for name in self.schemes):
+            return
+        self._specs = {name: self._stored(name) for name in self.schemes}
+        backends = [select(spec, repacking=not self.keeps_layout) for spec in self._specs.values()]
+        self._backend = backends[0]
+        coded = {_first(self), "down_proj"} <= self.schemes.keys()
+        ordered = not any(scheme.permuted for scheme in self.schemes.values())  # else x differs from expert to expert
+        if coded and ordered and len(set(map(type, backends))) == 1 and hasattr(self._backend, "experts"):
+            for name in self.schemes:
+                self._repack(name)
+
+    def _schemes(self) -> Mapping[str, QuantScheme]:
+        return self.schemes
+
+    def _spec(self, name: str) -> LinearSpec:
+        return self._specs[name]
+
+    def _stored(self, name: str) -> LinearSpec:
+        """Of one expert, as the portable codes tell: parallel loading may have left a part of the stack."""
+        scheme, scale = self.schemes[name], getattr(self, f"{name}_scale")
+        columns = getattr(self, name)[0, 0].numel() * 8 // scheme.bits
+        return LinearSpec(scheme, scale.shape[1], columns, self.compute_dtype, scale.device.type)
 
     def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
         if name in self.schemes:
@@ -53,36 +82,65 @@ class QuantExperts(nn.Module):
         return y
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        out = torch.zeros_like(hidden_states)
-        hit = torch.unique(top_k_index).tolist()
+        how = self._at_once if self._repacked else self._one_by_one
+        return how(hidden_states, top_k_index, top_k_weights)
+
+    def _one_by_one(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(states)
+        hit = torch.unique(chosen).tolist()
         for expert in hit:
             if expert >= self.num_experts:  # where expert parallelism sends tokens of other ranks
                 continue
-            token, choice = torch.where(top_k_index == expert)
-            x = hidden_states[token]
-            if self.has_gate:
-                hidden = self._apply_gate(self._project("gate_up_proj", expert, x))  # type: ignore[operator]
-            else:
-                hidden = self.act_fn(self._project("up_proj", expert, x))  # type: ignore[operator]
-            y = self._project("down_proj", expert, hidden) * top_k_weights[token, choice, None]
+            token, choice = torch.where(chosen == expert)
+            hidden = _activated(self, self._project(_first(self), expert, states[token]))
+            y = self._project("down_proj", expert, hidden) * weights[token, choice, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out
 
+    def _at_once(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        ends, order = by_expert(chosen, self.num_experts)
+        hidden = _activated(self, self._stack(_first(self), states, ends, order))
+        y = back_in_order(self._stack("down_proj", hidden, ends, None), order).unflatten(0, chosen.shape)
+        return (
+            (y * weights[..., None]).sum(1).to(states.dtype)
+        )  # in the order of the choices: the same bits every time
+
+    def _stack(self, name: str, x: Tensor, ends: Tensor, order: Tensor | None) -> Tensor:
+        """The rows that `by_expert` sorted times the stack of that name."""
+        backend: Any = self._backend
+        bias = getattr(self, f"{name}_bias") if self.has_bias else None
+        spec, outliers = self._specs[name], None
+        if spec.scheme.outliers:
+            outliers = Outliers(getattr(self, f"{name}_outlier_index"), getattr(self, f"{name}_outlier_value"))
+        y: Tensor = backend.experts(x, self._repacked[name], spec, ends, order, bias, outliers)
+        return y
+
     def expert_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The float stack of that name, in the shape the model's own class holds it."""
-        dense = read(self, name, self.schemes[name]).dequantize(dtype)
+        dense = self._quantized(name).dequantize(dtype)
         return dense.transpose(-1, -2).contiguous() if self.is_transposed else dense
 
     @property
     def float_class(self) -> type[nn.Module]:
         """The model's own experts class."""
-        return next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, QuantExperts))
+        return next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, Repacking))
 
 
 def _rows(weight: QuantizedTensor, part: int, parts: int) -> QuantizedTensor:
     """The rows of one of equal parts, their columns in the order they are stored in."""
     zero = None if weight.zero_point is None else weight.zero_point.chunk(parts)[part]
     return QuantizedTensor(weight.qweight.chunk(parts)[part], weight.scale.chunk(parts)[part], zero, weight.scheme)
+
+
+def _first(module: Any) -> str:
+    """The stack that is given what the layer is given."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _activated(module: Any, y: Tensor) -> Tensor:
+    """What the second stack is given."""
+    made: Tensor = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    return made
 
 
 def why_not_experts(module: nn.Module) -> str | None:
@@ -118,13 +176,12 @@ def expert_input(module: Any, name: str, expert: int, states: Tensor, chosen: Te
     x = states[torch.where(chosen == expert)[0]]
     if name != "down_proj":
         return x
-    first = "gate_up_proj" if module.has_gate else "up_proj"
+    first = _first(module)
     dense: Tensor = getattr(module, first)[expert]
     y = F.linear(x, dense.T if module.is_transposed else dense)
     if module.has_bias:
         y = y + getattr(module, f"{first}_bias")[expert]
-    gated: Tensor = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-    return gated
+    return _activated(module, y)
 
 
 def as_quant_experts(

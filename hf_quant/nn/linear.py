@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from hf_quant.formats import format_named
-from hf_quant.kernels import LinearBackend, LinearSpec, outlier_linear, select
+from hf_quant.kernels import LinearSpec, outlier_linear, select
+from hf_quant.nn._repacking import Repacking
 from hf_quant.nn._weight import frozen, read, register
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import Outliers, QuantizedTensor
 
-_NATIVE = format_named("native")
 
-
-class QuantLinear(nn.Linear):
+class QuantLinear(Repacking, nn.Linear):
     """Drop-in for ``nn.Linear(in_features, out_features)``; a subclass, so that PEFT trains adapters on top of it.
 
-    The parameters are those of `formats.native`. `choose_kernel`, called once after loading and after every move,
-    may lay the codes out anew for its kernel; ``state_dict`` always gives the portable layout back.
+    The parameters are those of `formats.native`; `choose_kernel` is called once after loading and after every move.
 
     Args:
         in_features: K, a multiple of 32.
@@ -53,10 +49,7 @@ class QuantLinear(nn.Linear):
             self.weight = frozen(torch.empty(shape, dtype=dtype))
         register(self, "weight", (out_features, in_features), scheme, scale_dtype or dtype, codes=quantized)
         self.register_parameter("bias", frozen(torch.empty(out_features, dtype=dtype)) if bias else None)
-        self.keeps_layout = False  # True where hooks move the codes about (offloading)
         self.shares_codes = False  # True where the embeddings read the same codes
-        self._backend: LinearBackend | None = None
-        self._repacked: tuple[Tensor, ...] = ()
         self._is_hf_initialized = True  # or transformers would call normal_() on integer weights it finds missing
 
     @property
@@ -67,31 +60,26 @@ class QuantLinear(nn.Linear):
 
     def quantized_weight(self) -> QuantizedTensor:
         """Codes, scales and zero points in the portable layout; a copy of the codes where a kernel repacked them."""
-        if self._backend is None or not self._repacked or self.shares_codes:
-            return read(self, "weight", self.scheme)
-        qweight = self._backend.restore(self._repacked, self.spec)
-        return read(self, "weight", self.scheme, qweight=qweight)
+        return self._quantized("weight")
 
     def choose_kernel(self) -> None:
-        """Choose the backend for where the parameters are now, and lay the codes out as it reads them."""
         self._unpack()
         if self.weight_scale.device.type == "meta":
             return
         self._backend = select(self.spec, repacking=not self.keeps_layout)
         if self._backend.repacks:
-            self._repacked = self._backend.prepare(self.quantized_weight(), self.spec)
-            if not self.shares_codes:
-                self.weight = frozen(self.weight.new_empty(0))  # one copy of the codes in memory, not two
+            self._repack("weight", shared=self.shares_codes)
 
-    def _unpack(self) -> None:
-        if self._repacked and not self.shares_codes:
-            self.weight = frozen(_NATIVE.write(self.quantized_weight())["weight"])
-        self._backend, self._repacked = None, ()
+    def _schemes(self) -> Mapping[str, QuantScheme]:
+        return {"weight": self.scheme}
+
+    def _spec(self, name: str) -> LinearSpec:
+        return self.spec
 
     def forward(self, x: Tensor) -> Tensor:
         if self._backend is None:
             self._backend = select(self.spec, repacking=False)
-        prepared = self._repacked or self._backend.prepare(read(self, "weight", self.scheme), self.spec)
+        prepared = self._repacked.get("weight") or self._backend.prepare(read(self, "weight", self.scheme), self.spec)
         if self.scheme.permuted:
             x = x.index_select(-1, self.weight_perm[0])
         fused = getattr(self._backend, "fused", None)
@@ -107,48 +95,6 @@ class QuantLinear(nn.Linear):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight ``[N, K]``."""
         return self.quantized_weight().dequantize(dtype)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        chosen = self._backend is not None
-        self._unpack()
-        cast = fn(self.weight_scale.new_empty(0, dtype=self.compute_dtype)).dtype
-        finer = self.weight_scale.dtype != self.compute_dtype
-        own = [(p, p.data) for name, p in self.named_parameters(recurse=False) if name.startswith("weight_") and finer]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.compute_dtype = cast
-        for parameter, tensor in own:  # scales finer than what the layer computes in stay so
-            if parameter.dtype != tensor.dtype:
-                parameter.data = tensor.to(parameter.device)
-        if chosen:
-            self.choose_kernel()
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._repacked and not self.shares_codes:
-            destination[prefix + "weight"] = _NATIVE.write(self.quantized_weight())["weight"]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        chosen = self._backend is not None
-        self._unpack()
-        super()._load_from_state_dict(*args, **kwargs)
-        if chosen:  # PEFT loads adapters through here too
-            self.choose_kernel()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For ``copy.deepcopy`` and pickles: in the portable layout, since that of a kernel is for this processor only."""
-        state = self.__dict__.copy()
-        if self._repacked:
-            state["_parameters"] = self._parameters.copy()
-            state["_parameters"]["weight"] = frozen(_NATIVE.write(self.quantized_weight())["weight"])
-            state["_backend"], state["_repacked"] = None, ()
-        return state | {"_chosen": self._backend is not None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        chosen = state.pop("_chosen")
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if chosen:
-            self.choose_kernel()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"

@@ -23,7 +23,7 @@ def run(*command: str, **more: str) -> str:
 
 def test_interpreted_it_equals_float64() -> None:
     """In a process of its own, since TRITON_INTERPRET must be set before triton is imported."""
-    files = [str(HERE / name) for name in ("test_wna16.py", "test_outliers.py")]
+    files = [str(HERE / name) for name in ("test_wna16.py", "test_outliers.py", "test_experts.py")]
     said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
     assert re.search(r"\d{2,} passed", said) and "skipped" not in said, said
 
@@ -35,6 +35,13 @@ def test_machine_code_keeps_its_limits(target: str, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in run(str(STATIC), "--quick", "--target", target, **cache).splitlines()]
     assert len(rows) == (24 if target == "sm_90" else 4) and not any(row["wrong"] for row in rows)
     assert all(row["registers"] > 0 for row in rows)
+
+
+def test_one_row_is_multiplied_by_the_kernel_of_many() -> None:
+    """A constant for M, as Triton makes of 1, would not compile: it has no dtype to widen."""
+    from hf_quant.kernels._wna16 import wna16_kernel
+
+    assert [p.name for p in wna16_kernel.params if p.do_not_specialize] == ["M"]
 
 
 def test_results_in_the_repository_are_of_these_tables() -> None:

@@ -17,10 +17,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("no GPU, and TRITON_INTERPRET is not set", allow_module_level=True)
 
-from hf_quant.kernels import LinearSpec
+from hf_quant.kernels import LinearSpec, by_expert
 from hf_quant.kernels import triton_wna16 as module
 from hf_quant.kernels._tiles import Tile
-from hf_quant.kernels.triton_wna16 import BACKEND, triton_wna16
+from hf_quant.kernels.triton_wna16 import BACKEND, triton_experts, triton_wna16
 from hf_quant.methods import method
 from hf_quant.nn import QuantLinear
 from hf_quant.nn._weight import frozen
@@ -202,17 +202,87 @@ def test_zero_points_times_the_sum_of_x(slug: str, monkeypatch: pytest.MonkeyPat
     assert off(BACKEND().linear(x, prepared, spec), x.double() @ weight.dequantize(torch.float64).T) < 2e-3
 
 
-@pytest.mark.parametrize(("slug", "split"), [("W4A16-g128", 1), ("W4A16-g64-asym", 2), ("W8A16-g-1", 2)])
+def stacked(slug: str, experts: int, n: int, k: int, dtype: torch.dtype) -> tuple[QuantizedTensor, LinearSpec]:
+    made = [layer(n, k, slug, dtype) for _ in range(experts)]
+    return QuantizedTensor.stack([weight for weight, _ in made]), made[0][1]
+
+
+def routed(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, chosen: Tensor) -> Tensor:
+    """Rows in the order of the experts, in float64; those of experts that are not here are zero."""
+    dense = torch.cat(
+        [weight.dequantize(torch.float64), torch.zeros(1, *weight.scale.shape[1:2], x.shape[1], device=DEVICE)]
+    )
+    y = torch.einsum("mk,mtnk->mtn", x.double(), dense[chosen])
+    if bias is not None:
+        y = y + torch.cat([bias.double(), torch.zeros_like(bias[:1])])[chosen]
+    return y.flatten(0, 1)[chosen.flatten().sort(stable=True).indices]
+
+
+@pytest.mark.parametrize(
+    ("slug", "split"),
+    [("W4A16-g128", 1), ("W4A16-g64-asym", 2), ("W8A16-g-1", 2), ("W3A16-g128-o2%", 2), ("W4A16-g64-nf4", 1),
+     ("W2A16-g128-o4%-columns", 2), ("W4A16-g64-asym-real", 2)],
+)  # fmt: skip
 @pytest.mark.parametrize("m", [1, 21])
 def test_experts(slug: str, split: int, m: int) -> None:
-    made = [layer(40, 640, slug, torch.float16) for _ in range(3)]
-    spec = made[0][1]
-    each = [BACKEND().prepare(weight, spec) for weight, _ in made]
-    packed, scale = (torch.stack([p[i] for p in each]) for i in (0, 2))
-    zero = torch.stack([p[3] for p in each]) if len(each[0]) == 4 else None
-    x, chosen = torch.randn(m, 640, device=DEVICE).half(), torch.randint(4, (m, 2), device=DEVICE)
-    got = module.grouped(x, packed, each[0][1], scale, zero, chosen, spec.scheme, Tile(8, 32, 2, 2, split))
-    dense = torch.stack([*(w.dequantize(torch.float64) for w, _ in made), torch.zeros(40, 640, device=DEVICE)])
-    expected = torch.einsum("mk,mtnk->mtn", x.double(), dense[chosen])  # expert 3 is another rank's
-    assert got.shape == (m, 2, 40) and float((got - expected).norm()) <= 2e-3 * float(expected.norm())
-    assert not each[0][1].any()
+    weight, spec = stacked(slug, 3, 40, 640, torch.float16)
+    prepared = BACKEND().prepare(weight, spec)
+    assert torch.equal(BACKEND().restore(prepared, spec), weight.qweight)
+    x, bias = torch.randn(m, 640, device=DEVICE).half(), torch.randn(3, 40, device=DEVICE).half()
+    chosen = torch.randint(4, (m, 2), device=DEVICE)  # expert 3 is another rank's
+    ends, order = by_expert(chosen, 3)
+    operands = module._operands(prepared, spec, bias, weight.outliers)
+    expected = routed(x, weight, bias, chosen)
+    got = module.launch(x, *operands, spec.scheme, Tile(8, 32, 2, 2, split), ends, order)
+    assert got.shape == (2 * m, 40) and float((got - expected).norm()) <= 2e-3 * float(expected.norm())
+    assert not prepared[1].any()
+    each = x[order // 2]  # the second product of experts is given rows that are sorted
+    again = module.launch(each, *operands, spec.scheme, Tile(8, 32, 2, 2, split), ends)
+    assert torch.equal(got, again) and torch.equal(BACKEND().experts(x[:0], prepared, spec, ends, order[:0]), got[:0])
+
+
+ROUTES = {
+    "one expert only": [[1]] * 37,
+    "none of them here": [[3], [4]],
+    "the first and the last": [[0, 2]] * 9,
+    "all to all": [[0, 1, 2], [2, 0, 1]],
+    "just over a tile": [[0]] * 17 + [[2]] * 16,
+}
+
+
+@pytest.mark.parametrize("densely", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_uneven_routes(route: str, densely: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if densely:
+        monkeypatch.setattr(module, "tile_for", lambda *args: None)
+    weight, spec = stacked("W4A16-g64-asym-o2%", 3, 33, 128, torch.float16)
+    chosen = torch.tensor(ROUTES[route], device=DEVICE)
+    x, bias = torch.randn(len(chosen), 128, device=DEVICE).half(), torch.randn(3, 33, device=DEVICE).half()
+    expected = routed(x, weight, bias, chosen.clamp(max=3))
+    ends, order = by_expert(chosen, 3)
+    got = BACKEND().experts(x, BACKEND().prepare(weight, spec), spec, ends, order, bias, weight.outliers)
+    assert float((got - expected).norm()) <= 2e-3 * float(expected.norm())
+
+
+@pytest.mark.parametrize("sort", [False, True])
+@pytest.mark.parametrize("slug", ["W3A16-g32-asym", "W4A16-g32-nf4", "W4A16-g32-o4%", "W2A16-g32-o4%-columns"])
+def test_gradient_and_schema_of_experts(slug: str, sort: bool) -> None:
+    weight, spec = stacked(slug, 3, 33, 64, torch.float32)
+    operands = module._operands(BACKEND().prepare(weight, spec), spec, None, weight.outliers)
+    chosen = torch.tensor([[0, 2], [2, 3], [0, 3], [2, 0]], device=DEVICE)
+    ends, order = by_expert(chosen, 3)
+    x = torch.randn(8 if sort else 4, 64, device=DEVICE, requires_grad=True)
+    bias = torch.randn(3, 33, device=DEVICE, requires_grad=True)
+    args = (x, *operands[:5], bias, *operands[6:], slug, ends, None if sort else order)
+    dense, owner = weight.dequantize(), chosen.flatten()[order].tolist()
+    picked = x if sort else x[order // 2]
+    rows = [
+        row @ dense[e].T + bias[e] if e < 3 else torch.zeros_like(bias[0])
+        for row, e in zip(picked, owner, strict=True)
+    ]
+    grad = torch.randn(8, 33, device=DEVICE)
+    expected = torch.autograd.grad(torch.stack(rows), (x, bias), grad)
+    got = torch.autograd.grad(triton_experts(*args), (x, bias), grad)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(triton_experts, args, test_utils=checks)

@@ -1,0 +1,114 @@
+"""Codes in the layout of a kernel, of which nobody else notices anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.formats import format_named
+from hf_quant.kernels import LinearBackend, LinearSpec
+from hf_quant.nn._weight import frozen, read
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_NATIVE = format_named("native")
+
+
+class Repacking(nn.Module):
+    """A module whose codes `choose_kernel` may lay out anew, in place of the portable ones.
+
+    ``state_dict``, copies and pickles have the portable layout, and every move chooses again.
+    """
+
+    compute_dtype: torch.dtype
+    keeps_layout: bool = False  # True where hooks move the codes about (offloading)
+    _backend: LinearBackend | None = None
+    _repacked: dict[str, tuple[Tensor, ...]] = {}  # noqa: RUF012  by the name of the parameter; replaced, never changed
+
+    def choose_kernel(self) -> None:
+        """Choose the backend for where the parameters are now, and lay the codes out as it reads them."""
+        raise NotImplementedError
+
+    def _schemes(self) -> Mapping[str, QuantScheme]:
+        """Of every parameter that holds codes."""
+        raise NotImplementedError
+
+    def _spec(self, name: str) -> LinearSpec:
+        """What a kernel needs to know of one of them."""
+        raise NotImplementedError
+
+    def _quantized(self, name: str) -> QuantizedTensor:
+        """In the portable layout; a copy of the codes where only a kernel's layout is left."""
+        scheme, qweight = self._schemes()[name], None
+        if self._backend is not None and name in self._repacked and not getattr(self, name).numel():
+            qweight = self._backend.restore(self._repacked[name], self._spec(name))
+        return read(self, name, scheme, qweight=qweight)
+
+    def _repack(self, name: str, *, shared: bool = False) -> None:
+        assert self._backend is not None
+        prepared = self._backend.prepare(self._quantized(name), self._spec(name))
+        self._repacked = {**self._repacked, name: prepared}
+        if not shared:
+            setattr(self, name, frozen(getattr(self, name).new_empty(0)))  # one copy of the codes in memory, not two
+
+    def _portable(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters that `_repack` emptied, as they were."""
+        for name in self._repacked:
+            if not getattr(self, name).numel():
+                yield name, _NATIVE.write(self._quantized(name))["weight"]
+
+    def _unpack(self) -> None:
+        for name, codes in self._portable():
+            setattr(self, name, frozen(codes))
+        self._backend, self._repacked = None, {}
+
+    def _finer(self) -> list[nn.Parameter]:
+        """Scales finer than what the module computes in, and what goes with them."""
+        own = [name for name in self._schemes() if getattr(self, f"{name}_scale").dtype != self.compute_dtype]
+        names = [name + local.removeprefix("weight") for name in own for local in _NATIVE.suffixes]
+        return [parameter for name in names if (parameter := self._parameters.get(name)) is not None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        chosen = self._backend is not None
+        self._unpack()
+        scale = getattr(self, f"{next(iter(self._schemes()))}_scale")
+        cast = fn(scale.new_empty(0, dtype=self.compute_dtype)).dtype
+        kept = [(parameter, parameter.data) for parameter in self._finer()]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.compute_dtype = cast
+        for parameter, tensor in kept:
+            if parameter.dtype != tensor.dtype:
+                parameter.data = tensor.to(parameter.device)
+        if chosen:
+            self.choose_kernel()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, codes in self._portable():
+            destination[prefix + name] = codes
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        chosen = self._backend is not None
+        self._unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+        if chosen:  # PEFT loads adapters through here too
+            self.choose_kernel()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``copy.deepcopy`` and pickles: in the portable layout, since that of a kernel is for this processor only."""
+        state, codes = self.__dict__.copy(), dict(self._portable())
+        state["_parameters"] = self._parameters | {name: frozen(tensor) for name, tensor in codes.items()}
+        return state | {"_backend": None, "_repacked": {}, "_chosen": self._backend is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        chosen = state.pop("_chosen")
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if chosen:
+            self.choose_kernel()

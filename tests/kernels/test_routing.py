@@ -1,0 +1,55 @@
+"""Rows sorted by expert, and cut into tiles."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hf_quant.kernels import back_in_order, by_expert
+from hf_quant.kernels._routing import cut, each
+
+CHOSEN = {
+    "some": torch.tensor([[2, 0], [0, 3], [2, 5], [0, 2]]),
+    "one": torch.tensor([[3]]),
+    "all the same": torch.full((33, 1), 1),
+    "elsewhere": torch.full((3, 2), 4),
+    "none": torch.empty((0, 2), dtype=torch.int64),
+    "many": torch.randint(6, (70, 3), generator=torch.Generator().manual_seed(0)),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_rows_of_an_expert_lie_together(name: str) -> None:
+    chosen = CHOSEN[name]
+    ends, order = by_expert(chosen, 4)
+    flat = chosen.flatten()
+    assert order.sort().values.tolist() == list(range(flat.numel()))
+    assert torch.equal(back_in_order(flat[order], order), flat)
+    wanted = [torch.where(flat == expert)[0].tolist() for expert in range(4)]  # in their own order
+    starts = [0, *ends.tolist()]
+    assert [order[i:j].tolist() for i, j in pairwise(starts)] == wanted
+    for i, j, (expert, nothing) in each(ends, torch.arange(4), None):
+        assert nothing is None and i < j and (flat[order[i:j]] == expert).all()
+
+
+@pytest.mark.parametrize("size", [1, 8, 32])
+@pytest.mark.parametrize("name", [name for name in CHOSEN if name != "none"])
+def test_every_row_is_in_one_tile(name: str, size: int) -> None:
+    flat = CHOSEN[name].flatten()
+    ends, order = by_expert(CHOSEN[name], 4)
+    seen = []
+    for expert, first, end in cut(ends, flat.numel(), size).tolist():
+        if expert >= 0:
+            rows = range(first, min(end, first + size))
+            assert len(rows) > 0 and all(flat[order[row]] == expert for row in rows)
+            seen += rows
+    assert seen == list(range(int((flat < 4).sum())))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """Tensors without values: asking for one raises."""
+    with FakeTensorMode():
+        chosen = torch.empty((21, 2), dtype=torch.int64)
+        ends, order = by_expert(chosen, 4)
+        assert cut(ends, 42, 8).shape == (9, 3) and back_in_order(torch.empty(42, 3), order).shape == (42, 3)

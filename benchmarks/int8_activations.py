@@ -35,6 +35,7 @@ ROWS = {  # name: scheme, method
     "W8A8, SmoothQuant": ("W8A8", "smoothquant+rtn"),
     "W8A8, SmoothQuant + GPTQ": ("W8A8", "smoothquant+gptq"),
     MIXED: ("W8A8", "smoothquant+gptq"),
+    "W8A8, calibrated": ("W8A8", "calibrated"),
     "W8A8, outlier columns 1.2 %": ("W8A8-o1.2%-columns", "gptq"),
     "W8A8, outlier columns 5 %, SmoothQuant + GPTQ": ("W8A8-o5%-columns", "smoothquant+gptq"),
     "W8A8, LLM.int8 threshold": ("W8A8-threshold", "rtn"),

@@ -20,6 +20,7 @@ from hf_quant.scheme import QuantScheme
 
 Kind = Literal["linear", "conv1d", "experts", "embedding"]
 ROUTERS = {"gate", "router", "shared_expert_gate"}
+GATED = "down_proj"  # reads products of two activations, whose peaks no one scale holds: most of what INT8 activations cost
 READ_DIRECTLY = {"dt_proj"}  # Mamba multiplies by this weight itself, without calling the module
 
 
@@ -44,7 +45,7 @@ class Plan:
     Attributes:
         schemes: Module name, or full name of a stack (``...experts.down_proj``), to its scheme.
         left: The candidates that stay in floating point, each with its reason.
-        regrouped: Those that got a smaller group size than asked for, each with a sentence.
+        regrouped: Those that got another scheme than asked for, each with a sentence.
         tied: Whether the quantized output head and embeddings are one table.
         params: Parameters of the model, tied ones counted once.
         params_quantized: Those that become codes.
@@ -178,7 +179,16 @@ def _decide(
         draft.left[name] = candidate.refusal
     else:
         scheme = QuantScheme.parse(slug)
-        _fit(name, candidate, scheme.weights if candidate.kind == "embedding" else scheme, draft, frozen)
+        spared = named is None and not frozen and _spared(name, scheme, config)
+        if spared:
+            draft.regrouped[name] = "activations in floating point, where INT8 costs most; an override asks for INT8"
+        _fit(name, candidate, scheme.weights if spared or candidate.kind == "embedding" else scheme, draft, frozen)
+
+
+def _spared(name: str, scheme: QuantScheme, config: HfQuantConfig) -> bool:
+    """Whether what loses least leaves the inputs of this layer in floating point; the threshold does so by itself."""
+    rounds = scheme.activations not in (None, "threshold")
+    return rounds and config.method == "calibrated" and name.rpartition(".")[2] == GATED
 
 
 def _fit(name: str, candidate: Candidate, asked: QuantScheme, draft: _Draft, frozen: bool) -> None:

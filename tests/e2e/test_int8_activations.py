@@ -30,9 +30,9 @@ def quantized(folder: Path, slug: str, **how: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32).eval()
 
 
-def calibrated(folder: Path, slug: str, method: str = "calibrated") -> Any:
+def calibrated(folder: Path, slug: str, method: str = "calibrated", **options: Any) -> Any:
     ids = torch.randint(0, 256, (8, 32), generator=torch.Generator().manual_seed(0))
-    return quantized(folder, slug, method=method, calibration=ids)
+    return quantized(folder, slug, method=method, calibration=ids, **options)
 
 
 @pytest.mark.parametrize("slug", ["W8A8", "W8A8-threshold", "W4A8-g32"])
@@ -61,7 +61,7 @@ def test_the_package_reads_ours_with_identical_weights(zoo: Any, tmp_path: Path,
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
-    model = calibrated(zoo("llama")[1], "W8A8-static" if static else "W8A8")
+    model = calibrated(zoo("llama")[1], "W8A8-static" if static else "W8A8", "smoothquant+gptq")
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     group = QuantizationConfig.model_validate(stored).config_groups["group_0"]
@@ -78,6 +78,23 @@ def test_the_package_reads_ours_with_identical_weights(zoo: Any, tmp_path: Path,
             assert torch.equal(made["weight"].float(), module.dequantize(made["weight"].dtype).float())
             found += 1
     assert found == 14
+
+
+def test_calibrated_leaves_the_inputs_of_down_proj_alone_unless_asked(zoo: Any, tmp_path: Path) -> None:
+    model = calibrated(zoo("llama")[1], "W8A8")
+    schemes = {name: str(scheme) for name, scheme in model.hf_quantizer.plan.schemes.items()}
+    assert {name for name, slug in schemes.items() if slug != "W8A8"} == {
+        f"model.layers.{i}.mlp.down_proj" for i in (0, 1)
+    }
+    assert schemes["model.layers.0.mlp.down_proj"] == "W8A16-g-1"
+    said = (
+        "activations in floating point, where INT8 costs most; an override asks for INT8: model.layers.0.mlp.down_proj"
+    )
+    assert said in model.hf_quantizer.plan.summary()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(load(str(tmp_path), dtype=torch.float32)), logits(model))
+    asked = calibrated(zoo("llama")[1], "W8A8", overrides={"*.down_proj": "W8A8"})
+    assert set(map(str, asked.hf_quantizer.plan.schemes.values())) == {"W8A8"}
 
 
 def test_static_ranges_without_calibration_are_refused(zoo: Any) -> None:

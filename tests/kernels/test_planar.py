@@ -124,6 +124,16 @@ def test_tiles_for_every_gpu(tmp_path: object, monkeypatch: pytest.MonkeyPatch) 
     _tiles.forget()
 
 
+def test_tiles_of_experts() -> None:
+    cpu = torch.device("cpu")
+    one, eight = (_tiles.tile_for(cpu, 4, 4096, 4096, 4096, 16, experts) for experts in (1, 8))
+    assert one is None and eight is not None and eight.block_m == 128  # 512 rows each
+    assert _tiles.tile_for(cpu, 4, 4097, 4096, 4096, 16, 8) is None
+    for rows in (1, 8, 64):  # as for the rows of one
+        found, alone = _tiles.tile_for(cpu, 4, rows, 4096, 4096, 16, 64), _tiles.tile_for(cpu, 4, 1, 4096, 4096, 16)
+        assert found is not None and alone is not None and found.block_m == alone.block_m
+
+
 def test_columns_are_shared_by_as_many_as_are_idle() -> None:
     tile = _tiles.Tile(8, 64, 2, 4)
     assert _tiles.parts(tile, 1, 4096, 16, 132) == 8  # 64 tiles: 512 programs for 132 processors

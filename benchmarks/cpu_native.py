@@ -91,8 +91,12 @@ def measure(threads: int) -> list[dict[str, object]]:
     for slug, n, k in CELLS:
         made, spec = weight(slug, n, k), LinearSpec(QuantScheme.parse(slug), n, k, torch.bfloat16, "cpu")
         backends = {"compiled": CpuNative(), "PyTorch int4": CpuInt4()}
-        held = {name: rotating(b.prepare(made, spec)) for name, b in backends.items() if b.why_not(spec) is None}
-        held["compiled"] = rotating(held["compiled"][0], partial(backends["compiled"].prepare, made, spec))
+        again = {"compiled": partial(backends["compiled"].prepare, made, spec)}
+        held = {
+            name: rotating(b.prepare(made, spec), again.get(name))
+            for name, b in backends.items()
+            if b.why_not(spec) is None
+        }
         dense = rotating((torch.randn(n, k).bfloat16(),))
         wide = rotating((torch.randn(n, k),)) if n == k == 4096 and slug.startswith("W4") else None
         for m in ROWS:

@@ -15,7 +15,6 @@
 #endif
 
 #include "amx.h"
-#include "vector.h"
 
 bool amx_allowed() {
 #if defined(__linux__) && defined(SYS_arch_prctl)
@@ -26,13 +25,6 @@ bool amx_allowed() {
 }
 
 namespace {
-
-inline __m512i rounded(vf v) { return _mm512_add_epi32((__m512i)v, _mm512_set1_epi32(0x8000)); }
-
-// Two vectors of float32 to pairs of bf16.
-inline __m512i pairs(vf low, vf high) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(rounded(low), 16), rounded(high));
-}
 
 inline vf upper(vf v) { return (vf)_mm512_and_si512(rounded(v), _mm512_set1_epi32((int)0xffff0000)); }
 
@@ -78,19 +70,7 @@ void panel_of(const Linear& a, long b, long blocks, long t0, long count, uint8_t
 template <int TALL, int PARTS>
 inline void multiplied(const uint8_t* a, size_t below, const uint8_t* b, size_t beside, long count, float* c, size_t right,
                        size_t down, bool first) {
-  if (first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, c, 64);
-    _tile_loadd(1, c + right, 64);
-    if (TALL == 2) {
-      _tile_loadd(2, c + down, 64);
-      _tile_loadd(3, c + down + right, 64);
-    }
-  }
+  sums_in<TALL>(c, right, down, first);
   for (long t = 0; t < count; t++, a += PARTS * 1024, b += PARTS * 1024) {
     for (int p = 0; p < PARTS; p++) {  // low parts of x meet the high ones of W only
       _tile_loadd(4, a + p * 1024, 64);
@@ -111,12 +91,7 @@ inline void multiplied(const uint8_t* a, size_t below, const uint8_t* b, size_t 
       }
     }
   }
-  _tile_stored(0, c, 64);
-  _tile_stored(1, c + right, 64);
-  if (TALL == 2) {
-    _tile_stored(2, c + down, 64);
-    _tile_stored(3, c + down + right, 64);
-  }
+  sums_out<TALL>(c, right, down);
 }
 
 template <int PARTS>

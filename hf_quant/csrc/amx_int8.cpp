@@ -32,21 +32,9 @@ inline void widened(const uint8_t* tile, uint8_t* out) {
 
 // sums [2][2] of 16 x 16, as in amx.cpp: x tiles at a (and a + below) times W tiles at b (and b + beside).
 template <int TALL>
-__attribute__((noinline)) void multiplied(const int8_t* a, size_t below, const uint8_t* b, size_t beside, long unit, long count, int32_t* c,
-                       size_t right, size_t down, bool first) {
-  if (first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, c, 64);
-    _tile_loadd(1, c + right, 64);
-    if (TALL == 2) {
-      _tile_loadd(2, c + down, 64);
-      _tile_loadd(3, c + down + right, 64);
-    }
-  }
+void multiplied(const int8_t* a, size_t below, const uint8_t* b, size_t beside, long unit, long count, int32_t* c, size_t right,
+                size_t down, bool first) {
+  sums_in<TALL>(c, right, down, first);
   for (long t = 0; t < count; t++, a += 16 * unit, b += 16 * unit) {
     _tile_loadd(4, a, unit);
     _tile_loadd(6, b, 64);
@@ -59,12 +47,7 @@ __attribute__((noinline)) void multiplied(const int8_t* a, size_t below, const u
       _tile_dpbssd(3, 5, 7);
     }
   }
-  _tile_stored(0, c, 64);
-  _tile_stored(1, c + right, 64);
-  if (TALL == 2) {
-    _tile_stored(2, c + down, 64);
-    _tile_stored(3, c + down + right, 64);
-  }
+  sums_out<TALL>(c, right, down);
 }
 
 // What a group's integers stand for, less the scale of x.
@@ -217,8 +200,7 @@ void int8_as_bf16(const Activations& x, long m, const Linear& a, long m_tile, lo
       const __m512i v = _mm512_cvtepi8_epi16(read<__m256i>(tile));
       const vf low = (vf)_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(v, 16), 16));
       const vf high = (vf)_mm512_cvtepi32_ps(_mm512_srai_epi32(v, 16));
-      const __m512i pairs = _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32((__m512i)low, 16), (__m512i)high);
-      _mm512_storeu_si512(out + amx_place(t, m_tile, m_tiles, 1) + 64 * i, pairs);
+      _mm512_storeu_si512(out + amx_place(t, m_tile, m_tiles, 1) + 64 * i, pairs(low, high));
     };
     if (row < m)
       scale[row] = int8_row(x, row, a.k, order, room, [&] { return tile; }, widen);

@@ -3,7 +3,7 @@
 
 namespace {
 
-// Four codes of each of 16 rows, the c-th of eight times four: unsigned bytes, in the order of `columns`.
+// Four codes of each of 16 rows, the c-th of eight times four: unsigned bytes, in the order of `column`.
 template <int BITS>
 inline __m512i codes(const uint8_t* tile, int c) {
   if (BITS == 8) return _mm512_xor_si512(read<__m512i>(tile + 64 * c), _mm512_set1_epi8((char)0x80));

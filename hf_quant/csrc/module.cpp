@@ -94,6 +94,13 @@ thread_local Room shared_room, own_room;
 const long FEW = 4, FEW_HALVES = 8, FEW_INT8 = 8;  // up to so many rows, vectors are as fast as AMX: float32, 16 bits, 8
 const long MOST = 16 << 20;  // bytes of x that are packed at a time
 
+// f(from, to) for blocks of W, in a few shares for each thread.
+template <class F>
+void in_shares(const Linear& a, long threads, F f) {
+  const long parts = threads * 4 < a.blocks() ? threads * 4 : a.blocks();
+  each(parts, threads, [&](long i) { f(a.blocks() * i / parts, a.blocks() * (i + 1) / parts); });
+}
+
 void few_rows(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
   const long groups = a.groups();
   float* wide = (float*)shared_room.of(sizeof(float) * m * (a.k + groups));
@@ -108,37 +115,35 @@ void few_rows(const Linear& a, const void* x, int type, long m, const Output& y,
       }
   });
   const Kernels& set = kernels();
-  const long parts = threads * 4 < a.blocks() ? threads * 4 : a.blocks();
-  each(parts, threads, [&](long i) {
-    set.rows(a, a.blocks() * i / parts, a.blocks() * (i + 1) / parts, wide, sums, m, y);
-  });
+  in_shares(a, threads, [&](long from, long to) { set.rows(a, from, to, wide, sums, m, y); });
 }
 
 #if defined(__x86_64__)
-// The same for bf16 and float16; false, and nothing done, where x holds what integers cannot.
-bool few_halves(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
-  const long tiles = a.tiles();
-  uint8_t* at = shared_room.of(m * tiles * (64 + 3 * 4));
-  float* scale = (float*)(at + m * tiles * 64);
-  const Digits digits = {(int8_t*)at, scale, (int32_t*)(scale + m * tiles), scale + 2 * m * tiles, 2};
+// The same as products of bytes, x in one digit or two; false, and nothing done, where fill(row, digits) is for some row.
+template <class F>
+bool few_digits(const Linear& a, int digits, long m, const Output& y, long threads, F fill) {
+  const long count = m * a.tiles();
+  uint8_t* at = shared_room.of(count * (32 * digits + 3 * 4));
+  float* scale = (float*)(at + count * 32 * digits);
+  const Digits made = {(int8_t*)at, scale, (int32_t*)(scale + count), scale + 2 * count, digits};
   std::atomic<bool> fit{true};
   each(m, m * a.k > 1 << 16 ? threads : 1, [&](long i) {
-    if (!vnni_digits(x, type, i, a, digits)) fit = false;
+    if (!fill(i, made)) fit = false;
   });
   if (!fit) return false;
-  const long parts = threads * 4 < a.blocks() ? threads * 4 : a.blocks();
-  each(parts, threads, [&](long i) { vnni_rows(a, a.blocks() * i / parts, a.blocks() * (i + 1) / parts, digits, m, y); });
+  in_shares(a, threads, [&](long from, long to) { vnni_rows(a, from, to, made, m, y); });
   return true;
 }
 
+bool few_halves(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
+  return few_digits(a, 2, m, y, threads, [&](long i, const Digits& out) { return vnni_digits(x, type, i, a, out); });
+}
+
 void few_int8(const Linear& a, const Activations& x, long m, const Output& y, long threads) {
-  const long tiles = a.tiles();
-  uint8_t* at = shared_room.of(m * tiles * (32 + 3 * 4));
-  float* scale = (float*)(at + m * tiles * 32);
-  const Digits digits = {(int8_t*)at, scale, (int32_t*)(scale + m * tiles), scale + 2 * m * tiles, 1};
-  each(m, m * a.k > 1 << 16 ? threads : 1, [&](long i) { vnni_int8(x, i, a, (float*)own_room.of(sizeof(float) * a.k), digits); });
-  const long parts = threads * 4 < a.blocks() ? threads * 4 : a.blocks();
-  each(parts, threads, [&](long i) { vnni_rows(a, a.blocks() * i / parts, a.blocks() * (i + 1) / parts, digits, m, y); });
+  few_digits(a, 1, m, y, threads, [&](long i, const Digits& out) {
+    vnni_int8(x, i, a, (float*)own_room.of(sizeof(float) * a.k), out);
+    return true;
+  });
 }
 
 // A few rows of x at a time, from the i-th on: what `many_rows` and `many_int8` do.
@@ -313,15 +318,15 @@ PyObject* py_dequantize(PyObject*, PyObject* const* args, Py_ssize_t given) {
 PyObject* py_int8_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
   long long a[16];
   if (!integers("int8_linear", args, given, 16, a)) return nullptr;
+  if (level < VNNI) {
+    PyErr_Format(PyExc_RuntimeError, "products of bytes need VNNI, this is %s", NAMES[level]);
+    return nullptr;
+  }
 #if defined(__x86_64__)
   const Linear w = weight(a);
   const Activations x = {(const void*)a[8], (int)a[10], (const int32_t*)a[13], (long)a[14], (const float*)a[15]};
   const Output y = {(void*)a[9], (int)a[10]};
   const long m = (long)a[11], threads = (long)a[12];
-  if (level < VNNI) {
-    PyErr_Format(PyExc_RuntimeError, "products of bytes need VNNI, this is %s", NAMES[level]);
-    return nullptr;
-  }
   Py_BEGIN_ALLOW_THREADS;
   if (level == AMX && m > FEW_INT8)
     many_int8(w, x, y, m, threads);

@@ -1,5 +1,6 @@
 // The kernels of one instruction set, written with the compilers' own vectors; included by the unit that sets the set.
 // A unit includes no C++ library header: its inline functions would be compiled for this set and used everywhere.
+#pragma once
 #include "cpu.h"
 #if defined(SET_AVX2)
 #include <immintrin.h>

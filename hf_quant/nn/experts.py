@@ -101,9 +101,8 @@ class QuantExperts(Repacking):
         ends, order = by_expert(chosen, self.num_experts)
         hidden = _activated(self, self._stack(_first(self), states, ends, order))
         y = back_in_order(self._stack("down_proj", hidden, ends, None), order).unflatten(0, chosen.shape)
-        return (
-            (y * weights[..., None]).sum(1).to(states.dtype)
-        )  # in the order of the choices: the same bits every time
+        # in the order of the choices: the same bits every time
+        return (y * weights[..., None]).sum(1).to(states.dtype)
 
     def _stack(self, name: str, x: Tensor, ends: Tensor, order: Tensor | None) -> Tensor:
         """The rows that `by_expert` sorted times the stack of that name."""

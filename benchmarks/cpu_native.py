@@ -2,8 +2,9 @@
 
     python benchmarks/cpu_native.py [--threads 1] [--threads 2]
 
-Weights rotate through a gigabyte, so that none comes from a cache; the ways take turns; medians. The speed of reading is
-that of a dot product of a gigabyte with itself in the same run, its best of many. A share is the packed weight, scales and all, over that.
+Weights rotate through a gigabyte, so that none comes from a cache; the ways take turns of a tenth of a second, long
+enough for clocks to settle after another's instructions; medians. The speed of reading is that of a dot product of a gigabyte with
+itself, its best of many, just before each weight is timed. A share is the packed weight, scales and all, over that.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from hf_quant.tensor import QuantizedTensor
 
 SHAPES = ((2048, 2048), (4096, 4096), (11008, 4096))  # N, K
 ROWS = (1, 4, 16, 128, 512)
-BYTES, SECONDS = 1 << 30, 0.5
+BYTES, SECONDS, TURNS = 1 << 30, 0.1, 8
 Run = Callable[[tuple[Tensor, ...]], Tensor]
 Ways = dict[str, tuple[list[tuple[Tensor, ...]], Run]]
 CELLS = [("W4A16-g128", *shape) for shape in SHAPES] + [
@@ -74,21 +75,20 @@ def product(x: Tensor) -> Run:
 def in_turns(ways: Ways) -> dict[str, float]:
     """Median seconds of each."""
     times: dict[str, list[float]] = {name: [] for name in ways}
-    end, turn = time.perf_counter() + SECONDS * len(ways), 0
-    while turn < 8 or time.perf_counter() < end:
+    for _ in range(TURNS):
         for name, (copies, run) in ways.items():
-            prepared = copies[turn % len(copies)]
-            start = time.perf_counter()
-            run(prepared)
-            times[name].append(time.perf_counter() - start)
-        turn += 1
+            end, here = time.perf_counter() + SECONDS, times[name]
+            while (start := time.perf_counter()) < end:
+                run(copies[len(here) % len(copies)])
+                here.append(time.perf_counter() - start)
     return {name: statistics.median(each[2:]) for name, each in times.items()}
 
 
 def measure(threads: int) -> list[dict[str, object]]:
     torch.set_num_threads(threads)
-    rows, speed = [], read_speed()
+    rows = []
     for slug, n, k in CELLS:
+        speed = read_speed()
         made, spec = weight(slug, n, k), LinearSpec(QuantScheme.parse(slug), n, k, torch.bfloat16, "cpu")
         backends = {"compiled": CpuNative(), "PyTorch int4": CpuInt4()}
         again = {"compiled": partial(backends["compiled"].prepare, made, spec)}
@@ -129,7 +129,8 @@ def main() -> None:
     lines = ["# The compiled product on a CPU", "", str(about), ""]
     for threads in sorted({row["threads"] for row in rows}):
         here = [row for row in rows if row["threads"] == threads]
-        lines += [f"## {threads} thread(s), reading at {here[0]['read_bytes_per_second'] / 1e9:.1f} GB/s", "",
+        speeds = [row["read_bytes_per_second"] / 1e9 for row in here]
+        lines += [f"## {threads} thread(s), reading at {min(speeds):.1f} to {max(speeds):.1f} GB/s", "",
                   "| scheme | N x K | rows | compiled us | of reading | PyTorch int4 us (ratio) | bf16 us (ratio) | float32 us (ratio) |",
                   "|---|---|---|---|---|---|---|---|"]  # fmt: skip
         for row in here:

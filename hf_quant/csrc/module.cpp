@@ -4,6 +4,7 @@
 #include <Python.h>
 #include <dlfcn.h>
 #include <stdlib.h>
+#include <sys/mman.h>
 
 #include <atomic>
 #if defined(__x86_64__)
@@ -50,29 +51,48 @@ const Kernels& kernels() {
 typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
 Parallel parallel = nullptr;
 
+const int SHARES = 64;
+
 template <class F>
 struct Job {
   F& f;
-  std::atomic<long> next;
   long count;
+  int shares;
+  std::atomic<int> comers{0};
+  struct alignas(64) {
+    std::atomic<long> next;
+  } share[SHARES];
+  Job(F& f, long count, int shares) : f(f), count(count), shares(shares) {
+    for (int i = 0; i < shares; i++) share[i].next = count * i / shares;
+  }
+  // A thread's own share in order, as memory is read fastest, then what is left of the others'.
   static void run(void* self) {
     Job& job = *(Job*)self;
-    for (long i; (i = job.next.fetch_add(1)) < job.count;) job.f(i);
+    const int own = job.comers.fetch_add(1);
+    for (int i = 0; i < job.shares; i++) {
+      const int s = (own + i) % job.shares;
+      const long end = job.count * (s + 1) / job.shares;
+      for (long at; (at = job.share[s].next.fetch_add(1)) < end;) job.f(at);
+    }
   }
 };
 
 // f(0), ..., f(count - 1), by as many threads as come.
 template <class F>
 void each(long count, long threads, F f) {
-  Job<F> job{f, {0}, count};
   if (threads > count) threads = count;
-  if (parallel && threads > 1)
-    parallel(Job<F>::run, &job, (unsigned)threads, 0);
-  else
-    Job<F>::run(&job);
+  if (!parallel || threads <= 1) {
+    for (long i = 0; i < count; i++) f(i);
+    return;
+  }
+  Job<F> job(f, count, (int)(threads < SHARES ? threads : SHARES));
+  parallel(Job<F>::run, &job, (unsigned)threads, 0);
 }
 
-// Memory of one thread that stays: fresh pages would cost more than the products of a few rows.
+// Memory of one thread that stays: fresh pages would cost more than the products of a few rows. Much of it lies in large
+// pages: small ones, wherever they happen to be, may all want the same places of a cache.
+const size_t LARGE = 2 << 20;  // bytes of a large page
+
 struct Room {
   uint8_t* at = nullptr;
   size_t size = 0;
@@ -80,9 +100,13 @@ struct Room {
   uint8_t* of(size_t bytes) {
     if (bytes > size) {
       free(at);
-      size = (bytes + 4095) / 4096 * 4096;
-      at = (uint8_t*)aligned_alloc(4096, size);
+      const size_t page = bytes < LARGE / 8 ? 4096 : LARGE;
+      size = (bytes + page - 1) / page * page;
+      at = (uint8_t*)aligned_alloc(page, size);
       if (!at) abort();
+#if defined(MADV_HUGEPAGE)
+      if (page == LARGE) madvise(at, size, MADV_HUGEPAGE);
+#endif
     }
     return at;
   }

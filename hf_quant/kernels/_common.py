@@ -105,5 +105,5 @@ def nobody_looks(x: Tensor) -> bool:
         and not (x.requires_grad and torch.is_grad_enabled())
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        and not torch._C._is_tracing()
     )

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ except ImportError:  # it was not built; `why_not` says so
     _cpu = None  # type: ignore[assignment]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LARGE = 2 << 20  # bytes of a large page
+LARGE, MAPPED = 2 << 20, 64 << 20  # bytes of a large page, and of what is mapped at a time
 LEVELS = ("portable", "avx2", "avx512", "vnni", "amx")
 
 if _cpu is not None and (wanted := os.environ.get("HF_QUANT_CPU_LEVEL")):
@@ -57,7 +59,7 @@ def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
     """Tiles, scales, and zero points where they are not all ``2 ** (bits - 1)``; see ``csrc/cpu.h``."""
     n, k, bits = spec.out_features, spec.in_features, spec.scheme.bits
     codes = weight.qweight.contiguous()
-    tiles = _memory((n + 15) // 16 * 2 * k * bits).view(-1, k // 32, 64 * bits)
+    tiles = _room.take((n + 15) // 16 * 2 * k * bits).view(-1, k // 32, 64 * bits)
     _cpu.pack(codes.data_ptr(), tiles.data_ptr(), bits, n, k, torch.get_num_threads())
     scale, zero = weight.scale, weight.zero_point
     if zero is None:
@@ -67,14 +69,36 @@ def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
     return tiles, _in_blocks(scale), _in_blocks(zero.to(scale.dtype))
 
 
-def _memory(size: int) -> Tensor:
-    """Bytes in large pages, as far as they fill them: a core that waits for addresses does not read."""
-    if size < LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
+class _Room:
+    """Memory in large pages, some megabytes at a time, given out piece by piece: a core that waits for addresses does not
+    read, and scales in small pages would make it wait as often as codes do. A piece keeps its mapping alive, nothing else does."""
+
+    def __init__(self) -> None:
+        self.lock, self.used = Lock(), 0
+        self.last: Callable[[], mmap.mmap | None] = lambda: None
+
+    def take(self, size: int) -> Tensor:
+        """``size`` bytes, uint8, not set to anything."""
+        if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return torch.empty(size, dtype=torch.uint8)
+        with self.lock:
+            room = self.last()
+            if room is None or self.used + size > len(room):
+                room, self.used = _mapped(max(size, MAPPED)), 0
+                self.last = weakref.ref(room)
+            piece = torch.frombuffer(room, dtype=torch.uint8, count=size, offset=self.used)
+            self.used += -(-size // 64) * 64
+        return piece
+
+
+def _mapped(size: int) -> mmap.mmap:
     room = mmap.mmap(-1, -(-size // LARGE) * LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a hint: this kernel may have no such pages
-        room.madvise(mmap.MADV_HUGEPAGE, 0, size // LARGE * LARGE)
-    return torch.frombuffer(room, dtype=torch.uint8, count=size)
+        room.madvise(mmap.MADV_HUGEPAGE)
+    return room
+
+
+_room = _Room()
 
 
 def portable(tiles: Tensor, spec: LinearSpec) -> Tensor:
@@ -89,9 +113,13 @@ def _in_blocks(values: Tensor) -> Tensor:
     """``[N, G]`` to ``[ceil(N / 16), G, 16]``, float32 or bf16."""
     n, g = values.shape
     dtype = torch.bfloat16 if values.dtype is torch.bfloat16 else torch.float32
-    padded = values.new_zeros((n + 15) // 16 * 16, g, dtype=dtype)
-    padded[:n] = values
-    return padded.view(-1, 16, g).transpose(1, 2).contiguous()
+    made = _room.take((n + 15) // 16 * 16 * g * dtype.itemsize).view(dtype).view(-1, g, 16)
+    full = n // 16
+    made[:full] = values[: 16 * full].view(-1, 16, g).transpose(1, 2)
+    if full < made.shape[0]:
+        made[full] = 0
+        made[full, :, : n % 16] = values[16 * full :].t()
+    return made
 
 
 def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> tuple[int, ...]:

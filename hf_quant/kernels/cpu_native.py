@@ -8,6 +8,8 @@ PyTorch's dense product, some dequantized rows of W at a time. The threads are P
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import Any, ClassVar
 
 import torch
@@ -21,17 +23,20 @@ from hf_quant.tensor import QuantizedTensor
 
 
 def _few_rows(dtype: torch.dtype) -> int:
-    """Without AMX, below this many rows our own product is faster than PyTorch's dense one on dequantized rows."""
+    """Below this many rows our own product is faster than PyTorch's dense one on dequantized rows; with AMX, always."""
+    if _cpu.level() == "amx":
+        return sys.maxsize
     if _cpu.level() in ("avx512", "vnni"):
         return 32 if dtype is torch.bfloat16 and cpu_multiplies_bf16() else 192
     return 16
 
 
 def _product(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
-    m = x.shape[0]
-    y = x.new_empty(m, n)
+    """``x [..., K]``; with one row, what Python does beside the product itself costs several percent."""
+    some = x.shape[:-1]
+    m, y = math.prod(some), x.new_empty(*some, n)
     weight = described(tiles, scale, zero, bits, n)
-    if x.dtype in TYPES and (_cpu.level() == "amx" or m < _few_rows(x.dtype)):
+    if x.dtype in TYPES and (m == 1 or m < _few_rows(x.dtype)):
         x = x.contiguous()
         _cpu.linear(*weight, x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, torch.get_num_threads())
         return y
@@ -39,7 +44,7 @@ def _product(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits:
     wide = x.to(dtype)
     with as_asked("cpu"):
         for i, j, w in dequantized(weight, dtype):
-            y[:, i:j] = F.linear(wide, w)
+            y[..., i:j] = F.linear(wide, w)
     return y
 
 
@@ -91,11 +96,12 @@ class CpuNative:
         return portable(prepared[0], spec)
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        tiles, scale, *rest = prepared
-        product = _product if nobody_looks(x) else cpu_native_linear
-        flat = x.reshape(-1, spec.in_features)
-        y = product(flat, tiles, scale, rest[0] if rest else None, spec.scheme.bits, spec.out_features)
-        return y.reshape(*x.shape[:-1], spec.out_features)
+        tiles, scale, zero = prepared[0], prepared[1], prepared[2] if len(prepared) == 3 else None
+        bits, n = spec.scheme.bits, spec.out_features
+        if nobody_looks(x):
+            return _product(x, tiles, scale, zero, bits, n)
+        y = cpu_native_linear(x.reshape(-1, spec.in_features), tiles, scale, zero, bits, n)
+        return y.reshape(*x.shape[:-1], n)
 
 
 BACKEND = CpuNative

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -98,14 +99,46 @@ def test_what_is_not_finite_and_what_is_tiny(dtype: torch.dtype) -> None:
 @built
 def test_codes_in_large_pages_are_those_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = QuantScheme(4, 128)
-    codes = torch.randint(16, (4100, 1152), dtype=torch.uint8)  # 2.3 MB: one large page and some small ones
+    codes = torch.randint(16, (4100, 1152), dtype=torch.uint8)  # 2.3 MB, and scales that end within a block of rows
     weight = QuantizedTensor.from_codes(codes, torch.rand(4100, 9), None, scheme)
     spec = LinearSpec(scheme, 4100, 1152, torch.float32, "cpu")
     large = _compiled.laid_out(weight, spec)
-    assert large[0].untyped_storage().nbytes() == large[0].nbytes
-    monkeypatch.setattr(_compiled, "LARGE", 1 << 40)
-    assert torch.equal(large[0], _compiled.laid_out(weight, spec)[0])
+    assert [part.untyped_storage().nbytes() for part in large] == [part.nbytes for part in large]
+    monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)  # as on other systems
+    small = _compiled.laid_out(weight, spec)
+    assert all(torch.equal(one, other) for one, other in zip(large, small, strict=True))
     assert torch.equal(_compiled.portable(large[0], spec), weight.qweight)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages on this system")
+def test_pieces_of_large_pages_lie_apart_and_go_with_the_last() -> None:
+    room = _compiled._Room()
+    pieces = [room.take(size) for size in (100, 3, _compiled.MAPPED - 1000, 5000, _compiled.MAPPED + 1)]
+    for i, piece in enumerate(pieces):
+        piece.fill_(i)
+    assert all(bool((piece == i).all()) for i, piece in enumerate(pieces))
+    assert all(piece.data_ptr() % 64 == 0 for piece in pieces)
+    assert room.last() is not None
+    del piece, pieces[-1]
+    assert room.last() is None  # nothing but its pieces keeps a mapping
+    assert bool((pieces[0] == 0).all())
+
+
+@built
+@pytest.mark.parametrize("slug", ["W4A16-g32", "W8A8"])
+def test_any_number_of_threads_gives_the_same(slug: str) -> None:
+    scheme = QuantScheme.parse(slug).fitted(256)
+    weight = method("rtn", steps=0).quantize(torch.randn(3000, 256), scheme, torch.bfloat16, None)
+    spec, before, found = LinearSpec(scheme, 3000, 256, torch.bfloat16, "cpu"), torch.get_num_threads(), []
+    backend = select(spec)
+    prepared, x = backend.prepare(weight, spec), torch.randn(40, 256).bfloat16()
+    try:
+        for threads in (1, 2, 3, 70):  # 70: more than the shares that work is divided into
+            torch.set_num_threads(threads)
+            found.append([backend.linear(x[:m], prepared, spec) for m in (1, 2, 9, 40)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

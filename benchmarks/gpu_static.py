@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_quant.kernels._tiles import Tile, tables
+from hf_quant.kernels._tiles import Tile, holds_outliers, tables
 from hf_quant.kernels._wna16 import dequantize_kernel, wna16_kernel
 from hf_quant.kernels.triton_wna16 import constants
 from hf_quant.scheme import QuantScheme
@@ -45,6 +45,10 @@ SCHEMES = (
     "W8A16-g128", "W8A16-g128-asym", "W8A16-g-1", "W3A16-g128", "W3A16-g128-asym", "W2A16-g64", "W2A16-g64-asym",
 )  # fmt: skip
 OUTLIERS = ("W4A16-g128-o1%", "W4A16-g128-o1%-columns")
+CHOSEN, IN_ORDER = (
+    "experts, chosen rows",
+    "experts, rows in order",
+)  # as in the first product of experts, as in the last
 MOST_PER_WEIGHT = {  # instructions of the inner loop for up to eight rows of x, on sm_90
     "W4A16-g128": 2.7, "W4A16-g128-asym": 2.7, "W4A16-g128-asym-real": 2.7, "W4A16-g64": 2.7, "W4A16-g-1": 2.7,
     "W8A16-g128": 4.6, "W3A16-g128": 2.7, "W2A16-g64": 2.4,
@@ -64,7 +68,7 @@ def compiled(function: Any, target: GPUTarget, types: dict[str, str], consts: di
     return triton.compile(source, target=target, options={"enable_fp_fusion": True, **options})
 
 
-def product(target: GPUTarget, slug: str, dtype: str, tile: Tile, grouped: bool) -> Any:
+def product(target: GPUTarget, slug: str, dtype: str, tile: Tile, experts: str | None) -> Any:
     """`wna16_kernel` as `launch` would start it."""
     scheme = QuantScheme.parse(slug)
     cuda, split = target.backend == "cuda", 4 if tile.after else 1
@@ -80,10 +84,12 @@ def product(target: GPUTarget, slug: str, dtype: str, tile: Tile, grouped: bool)
         types |= {"index_ptr": "*i32", "value_ptr": f"*{dtype}"}
     if split > 1:
         types |= {"part_ptr": "*fp32", "count_ptr": "*i32"}
-    if grouped:
-        types |= {"tile_ptr": "*i32", "row_ptr": "*i32"}
+    if experts is not None:
+        types["tile_ptr"] = "*i32"
+    if experts == CHOSEN:
+        types["row_ptr"] = "*i32"
     consts = constants(scheme, K, DTYPES[dtype], cuda, tile.after) | {
-        "AFTER": tile.after, "COLUMNS": scheme.outlier_columns, "TOP_K": 2 if grouped else 1,
+        "AFTER": tile.after, "COLUMNS": scheme.outlier_columns, "TOP_K": 2 if experts == CHOSEN else 1,
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SPLIT_K": split, "STAGES": tile.stages,
     }  # fmt: skip
     return compiled(wna16_kernel, target, types, consts, num_warps=tile.warps, num_stages=tile.stages), consts
@@ -176,29 +182,35 @@ def wrong(name: str, row: dict[str, Any], tile: Tile | None) -> list[str]:
     return found
 
 
-def configurations(name: str, quick: bool) -> list[tuple[str, str, Tile, bool]]:
-    """``(scheme, dtype, tile, grouped)``."""
+def configurations(name: str, quick: bool) -> list[tuple[str, str, Tile, str | None]]:
+    """``(scheme, dtype, tile, experts)``."""
     tiles = [Tile(*numbers) for numbers in tables()[TARGETS[name][0]]["tiles"].values()]
     few, many = tiles[0], tiles[-1]
     if quick and name == "sm_90":
-        made = [(slug, "bf16", few, False) for slug in (*SCHEMES, *OUTLIERS)]
-        made += [(slug, "fp16", few, False) for slug in ("W4A16-g128", "W8A16-g128", "W2A16-g64")]
-        return made + [("W4A16-g128", "bf16", tile, tile is many) for tile in tiles[1:]]
+        made = [(slug, "bf16", few, None) for slug in (*SCHEMES, *OUTLIERS)]
+        made += [(slug, "fp16", few, None) for slug in ("W4A16-g128", "W8A16-g128", "W2A16-g64")]
+        made += [("W4A16-g128", "bf16", tile, CHOSEN if tile is many else None) for tile in tiles[1:]]
+        return [*made, (OUTLIERS[1], "bf16", few, IN_ORDER)]
     if quick:
-        return [("W4A16-g128-asym", "bf16", few, False), ("W8A16-g128", "fp16", many, False),
-                ("W3A16-g128", "fp16", few, True)]  # fmt: skip
+        return [("W4A16-g128-asym", "bf16", few, None), ("W8A16-g128", "fp16", many, None),
+                ("W3A16-g128", "fp16", few, CHOSEN)]  # fmt: skip
     schemes = [slug for slug in SCHEMES if not (name == "gfx942" and "nf4" in slug)]  # looked up by PTX
-    made = [(slug, "bf16", tile, False) for slug in schemes for tile in tiles]
-    made += [(slug, "fp16", few, False) for slug in ("W4A16-g128", "W4A16-g128-asym", "W8A16-g128", "W2A16-g64")]
-    made += [(slug, "bf16", few, False) for slug in OUTLIERS]
-    return made + [("W4A16-g128", "bf16", tile, True) for tile in tiles]
+    made = [(slug, "bf16", tile, None) for slug in schemes for tile in tiles]
+    made += [(slug, "fp16", few, None) for slug in ("W4A16-g128", "W4A16-g128-asym", "W8A16-g128", "W2A16-g64")]
+    return made + [
+        (slug, "bf16", tile, experts)
+        for experts in (None, CHOSEN, IN_ORDER)
+        for slug in ("W4A16-g128", *OUTLIERS)[experts is None :]
+        for tile in tiles
+        if slug != OUTLIERS[0] or holds_outliers(tile)
+    ]
 
 
 def rows(name: str, quick: bool) -> list[dict[str, Any]]:
     target = TARGETS[name][1]
     cuda, made = target.backend == "cuda", []
-    for slug, dtype, tile, grouped in configurations(name, quick):
-        kernel, consts = product(target, slug, dtype, tile, grouped)
+    for slug, dtype, tile, experts in configurations(name, quick):
+        kernel, consts = product(target, slug, dtype, tile, experts)
         found = facts(kernel, cuda)
         weights = tile.block_n * consts["P"] * (16 // consts["BITS"])
         lanes = tile.warps * target.warp_size
@@ -208,7 +220,7 @@ def rows(name: str, quick: bool) -> list[dict[str, Any]]:
             "dtype": dtype,
             "tile": [tile.block_m, tile.block_n, tile.warps, tile.stages],
         }
-        row |= {"grouped": grouped, **found, "per_weight": round(found["loop"] * lanes / weights, 2)}
+        row |= {"experts": experts, **found, "per_weight": round(found["loop"] * lanes / weights, 2)}
         made.append(row | {"wrong": wrong(name, row, tile)})
         print(json.dumps(made[-1]), flush=True)
     for slug in ("W4A16-g128-asym",) if quick else ("W4A16-g128-asym", "W8A16-g-1", "W3A16-g32", "W2A16-g64-asym"):
@@ -240,7 +252,7 @@ def report(found: list[dict[str, Any]]) -> None:
     for name, (kind, *_) in TARGETS.items():
         first = next(iter(tables()[kind]["tiles"].values()))
         for r in every:
-            if r["target"] == name and r.get("tile") == first and r["dtype"] == "bf16" and not r["grouped"]:
+            if r["target"] == name and r.get("tile") == first and r["dtype"] == "bf16" and not r["experts"]:
                 lines.append(_line(r))
     lines += ["", "Other tiles, W4A16-g128, bfloat16:", "", *lines[6:8]]
     for r in every:
@@ -249,7 +261,7 @@ def report(found: list[dict[str, Any]]) -> None:
         if (r["scheme"], r["dtype"]) == ("W4A16-g128", "bf16") and r.get("tile") not in (None, first):
             lines.append(_line(r))
     broken = [
-        f"- {r['target']} {r['scheme']} {r['dtype']} {r.get('tile', '')}: {'; '.join(r['wrong'])}"
+        f"- {r['target']} {r['scheme']} {r['dtype']} {r.get('tile', '')} {r.get('experts') or ''}: {'; '.join(r['wrong'])}"
         for r in every
         if r["wrong"]
     ]
@@ -259,7 +271,7 @@ def report(found: list[dict[str, Any]]) -> None:
 
 def _line(r: dict[str, Any]) -> str:
     m, n, warps, stages = r["tile"]
-    kind = f"{r['scheme']}{' (experts)' if r['grouped'] else ''}"
+    kind = f"{r['scheme']}{f' ({experts})' if (experts := r['experts']) else ''}"
     return (f"| {r['target']} | {kind} | {m} x {n}, {warps}, {stages} | {r['per_weight']} | {r['registers']} | "
             f"{r['shared'] / 1024:.0f} | {', '.join(r['mma'])} |")  # fmt: skip
 

@@ -55,18 +55,28 @@ def why_not(spec: LinearSpec) -> str | None:
     return None
 
 
-def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
-    """Tiles, scales, and zero points where they are not all ``2 ** (bits - 1)``; see ``csrc/cpu.h``."""
+class LaidOut(tuple[Tensor, ...]):
+    """Tiles, scales, and zero points where they are not all ``2 ** (bits - 1)``; see ``csrc/cpu.h``.
+
+    ``weight`` is what `described` says of them, asked once: every tensor that is looked at costs one row a percent.
+    """
+
+    weight: tuple[int, ...]
+
+
+def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> LaidOut:
+    """In memory that nothing moves."""
     n, k, bits = spec.out_features, spec.in_features, spec.scheme.bits
     codes = weight.qweight.contiguous()
     tiles = _room.take((n + 15) // 16 * 2 * k * bits).view(-1, k // 32, 64 * bits)
     _cpu.pack(codes.data_ptr(), tiles.data_ptr(), bits, n, k, torch.get_num_threads())
     scale, zero = weight.scale, weight.zero_point
-    if zero is None:
-        return tiles, _in_blocks(scale)
-    if zero.is_floating_point():  # of another dtype, maybe; integers up to 255 are exact in all of them
+    if zero is not None and zero.is_floating_point():  # of another dtype, maybe; integers up to 255 are exact in all
         scale, zero = (t.to(torch.promote_types(scale.dtype, zero.dtype)) for t in (scale, zero))
-    return tiles, _in_blocks(scale), _in_blocks(zero.to(scale.dtype))
+    blocks = [_in_blocks(scale), *([] if zero is None else [_in_blocks(zero.to(scale.dtype))])]
+    made = LaidOut((tiles, *blocks))
+    made.weight = described(tiles, blocks[0], blocks[1] if len(blocks) == 2 else None, bits, n)
+    return made
 
 
 class _Room:

@@ -69,6 +69,11 @@ def tuned_path(device: torch.device) -> Path:
     return Path(os.environ.get("HF_HOME", cache), "hf_quant", "tiles", f"{safe}.json").expanduser()
 
 
+def holds_outliers(tile: Tile) -> bool:
+    """Whether threads have registers for outliers that every row has elsewhere: what each number of a tile is multiplied by."""
+    return tile.block_m * tile.block_n <= 64 * 128
+
+
 @lru_cache
 def _on(device: torch.device) -> tuple[str, int, dict[str, Any]]:
     """Kind, number of processors and tuned tiles of a GPU."""
@@ -102,10 +107,13 @@ def parts(tile: Tile, m: int, n: int, blocks: int, processors: int) -> int:
 
 
 @cache
-def tile_for(device: torch.device, bits: int, m: int, n: int, k: int, blocks: int, experts: int = 1) -> Tile | None:
+def tile_for(
+    device: torch.device, bits: int, m: int, n: int, k: int, blocks: int, experts: int = 1, *, scattered: bool = False
+) -> Tile | None:
     """The tile for ``x [m, k] @ W.T``, W ``[n, k]``; None where W should be dequantized and multiplied densely.
 
     Of several ``experts`` as many have a row as can, and all the same number: where rows really go only the GPU knows.
+    ``scattered``: every row of W has outliers of its own.
     """
     kind, processors, tuned = _on(device)
     table = tables()[kind]
@@ -114,9 +122,10 @@ def tile_for(device: torch.device, bits: int, m: int, n: int, k: int, blocks: in
     own = -(-m // hit)
     if own > found["dense"]:
         return None
-    tiles: dict[str, list[int]] = found["tiles"]
-    rows = next((rows for rows in tiles if own <= int(rows)), list(tiles)[-1])
-    tile = Tile(*tiles[rows])
+    tiles = {int(rows): Tile(*numbers) for rows, numbers in found["tiles"].items()}
+    if scattered:
+        tiles = {rows: tile for rows, tile in tiles.items() if holds_outliers(tile)} or tiles
+    tile = next((tile for rows, tile in tiles.items() if own <= rows), list(tiles.values())[-1])
     if tile.split_k and experts == 1:
         return tile
     full = hit * -(-own // tile.block_m) * tile.block_m

@@ -171,6 +171,9 @@ def wna16_kernel(
                 x = tl.load(x_at + column[:, None], mask=ok & n_ok[:, None], other=0.0)
                 acc += x.to(tl.float32) * value[:, None]
 
+    if tile_ptr is not None:  # asked again, or the registers would be held until here
+        m = tl.load(tile + 1, volatile=True) + tl.arange(0, BLOCK_M)
+        ok = (m < tl.load(tile + 2, volatile=True))[None, :]
     at = m[None, :].to(tl.int64) * N + n[:, None]
     ok = ok & n_ok[:, None]
     if SPLIT_K > 1:

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from hf_quant.kernels import LinearSpec
 from hf_quant.kernels._common import as_asked, compute_dtype, cpu_multiplies_bf16, nobody_looks
-from hf_quant.kernels._compiled import TYPES, _cpu, backward, dequantized, described, laid_out, portable, why_not
+from hf_quant.kernels._compiled import (
+    TYPES,
+    LaidOut,
+    _cpu,
+    backward,
+    dequantized,
+    described,
+    laid_out,
+    portable,
+    why_not,
+)
 from hf_quant.tensor import QuantizedTensor
 
 
@@ -31,11 +41,10 @@ def _few_rows(dtype: torch.dtype) -> int:
     return 16
 
 
-def _product(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
-    """``x [..., K]``; with one row, what Python does beside the product itself costs several percent."""
+def _product(x: Tensor, weight: tuple[int, ...], n: int) -> Tensor:
+    """``x [..., K]`` times what `described` says of a weight; with one row, Python takes several percent of the time."""
     some = x.shape[:-1]
     m, y = math.prod(some), x.new_empty(*some, n)
-    weight = described(tiles, scale, zero, bits, n)
     if x.dtype in TYPES and (m == 1 or m < _few_rows(x.dtype)):
         x = x.contiguous()
         _cpu.linear(*weight, x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, torch.get_num_threads())
@@ -60,7 +69,7 @@ def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | No
         bits: Width of a code.
         n: N.
     """
-    return _product(x, tiles, scale, zero, bits, n)
+    return _product(x, described(tiles, scale, zero, bits, n), n)
 
 
 @cpu_native_linear.register_fake
@@ -96,11 +105,11 @@ class CpuNative:
         return portable(prepared[0], spec)
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        tiles, scale, zero = prepared[0], prepared[1], prepared[2] if len(prepared) == 3 else None
         bits, n = spec.scheme.bits, spec.out_features
-        if nobody_looks(x):
-            return _product(x, tiles, scale, zero, bits, n)
-        y = cpu_native_linear(x.reshape(-1, spec.in_features), tiles, scale, zero, bits, n)
+        if isinstance(prepared, LaidOut) and nobody_looks(x):
+            return _product(x, prepared.weight, n)
+        tiles, scale, *rest = prepared
+        y = cpu_native_linear(x.reshape(-1, spec.in_features), tiles, scale, rest[0] if rest else None, bits, n)
         return y.reshape(*x.shape[:-1], n)
 
 

@@ -43,6 +43,11 @@ def _group(scheme: QuantScheme, k: int) -> int:
     return 0 if scheme.group_size in (-1, k) else scheme.group_size
 
 
+def _scattered(index: Tensor | None, packed: Tensor) -> bool:
+    """Whether every row of the weight has outliers of its own, not the same columns."""
+    return index is not None and index.ndim == packed.ndim
+
+
 @lru_cache
 def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after: bool) -> dict[str, Any]:
     """What the kernel is compiled for, apart from its tile.
@@ -99,7 +104,7 @@ def triton_wna16(
     blocks = packed.shape[1] // plane(_group(how, k), how.bits)
     tile = FLOAT32 if x.dtype is torch.float32 else None
     if x.dtype in NARROW:
-        tile = tile_for(x.device, how.bits, m, n, k, blocks)
+        tile = tile_for(x.device, how.bits, m, n, k, blocks, scattered=_scattered(index, packed))
     if tile is None:
         return densely(x, packed, scale, zero, table, bias, index, value, how)
     return launch(x, packed, counters, scale, zero, table, bias, index, value, how, tile)
@@ -119,7 +124,7 @@ def launch(
     if grid[0] * grid[1] > counters.numel():
         grid, split = (*grid[:2], 1), 1
     part = y.new_empty(split, m, n, dtype=torch.float32) if split > 1 else None
-    columns = index is not None and index.ndim < packed.ndim
+    columns = index is not None and not _scattered(index, packed)
     with torch.cuda.device_of(x):  # Triton launches on the current GPU, which need not be the one of x
         wna16_kernel[grid](
             x.contiguous(), packed, scale, zero, table, _whole(bias), _whole(index), _whole(value), y, part,
@@ -253,7 +258,8 @@ def triton_experts(
         return x.new_empty(0, n)
     tile = FLOAT32 if x.dtype is torch.float32 else None
     if x.dtype in NARROW:
-        tile = tile_for(x.device, how.bits, rows, n, k, width // plane(_group(how, k), how.bits), e)
+        blocks = width // plane(_group(how, k), how.bits)
+        tile = tile_for(x.device, how.bits, rows, n, k, blocks, e, scattered=_scattered(index, packed))
     if tile is not None:
         return launch(x, packed, counters, scale, zero, table, bias, index, value, how, tile, ends, order)
     own, y = x if order is None else x[order // _choices(x, order)], x.new_zeros(rows, n)

@@ -129,6 +129,8 @@ def test_tiles_of_experts() -> None:
     one, eight = (_tiles.tile_for(cpu, 4, 4096, 4096, 4096, 16, experts) for experts in (1, 8))
     assert one is None and eight is not None and eight.block_m == 128  # 512 rows each
     assert _tiles.tile_for(cpu, 4, 4097, 4096, 4096, 16, 8) is None
+    scattered = _tiles.tile_for(cpu, 4, 4096, 4096, 4096, 16, 8, scattered=True)  # or their epilogue spills registers
+    assert scattered is not None and scattered.block_m == 64
     for rows in (1, 8, 64):  # as for the rows of one
         found, alone = _tiles.tile_for(cpu, 4, rows, 4096, 4096, 16, 64), _tiles.tile_for(cpu, 4, 1, 4096, 4096, 16)
         assert found is not None and alone is not None and found.block_m == alone.block_m

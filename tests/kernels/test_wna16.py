@@ -129,7 +129,7 @@ def test_columns_shared_by_several_programs(tile: Tile, slug: str) -> None:
     "slug", ["W4A16-g32-asym-o4%", "W3A16-g64-o2%-columns", "W4A16-g64-nf4", "W8A16-g-1-asym-real"]
 )
 def test_many_rows_are_multiplied_by_the_dequantized_weight(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "tile_for", lambda *args: None)
+    monkeypatch.setattr(module, "tile_for", lambda *_, **__: None)
     monkeypatch.setattr(module, "CHUNK", 20 * 192)  # some rows at a time
     weight, spec = layer(65, 192, slug, torch.float16)
     x, bias = torch.randn(40, 192, device=DEVICE).half(), torch.randn(65, device=DEVICE).half()
@@ -254,7 +254,7 @@ ROUTES = {
 @pytest.mark.parametrize("route", ROUTES)
 def test_uneven_routes(route: str, densely: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if densely:
-        monkeypatch.setattr(module, "tile_for", lambda *args: None)
+        monkeypatch.setattr(module, "tile_for", lambda *_, **__: None)
     weight, spec = stacked("W4A16-g64-asym-o2%", 3, 33, 128, torch.float16)
     chosen = torch.tensor(ROUTES[route], device=DEVICE)
     x, bias = torch.randn(len(chosen), 128, device=DEVICE).half(), torch.randn(3, 33, device=DEVICE).half()

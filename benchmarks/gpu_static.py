@@ -45,10 +45,8 @@ SCHEMES = (
     "W8A16-g128", "W8A16-g128-asym", "W8A16-g-1", "W3A16-g128", "W3A16-g128-asym", "W2A16-g64", "W2A16-g64-asym",
 )  # fmt: skip
 OUTLIERS = ("W4A16-g128-o1%", "W4A16-g128-o1%-columns")
-CHOSEN, IN_ORDER = (
-    "experts, chosen rows",
-    "experts, rows in order",
-)  # as in the first product of experts, as in the last
+CHOSEN = "experts, chosen rows"  # as in the first product of experts
+IN_ORDER = "experts, rows in order"  # as in the last
 MOST_PER_WEIGHT = {  # instructions of the inner loop for up to eight rows of x, on sm_90
     "W4A16-g128": 2.7, "W4A16-g128-asym": 2.7, "W4A16-g128-asym-real": 2.7, "W4A16-g64": 2.7, "W4A16-g-1": 2.7,
     "W8A16-g128": 4.6, "W3A16-g128": 2.7, "W2A16-g64": 2.4,

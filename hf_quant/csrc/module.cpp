@@ -89,10 +89,10 @@ void each(long count, long threads, F f) {
   parallel(Job<F>::run, &job, (unsigned)threads, 0);
 }
 
-// Memory of one thread that stays: fresh pages would cost more than the products of a few rows. Much of it lies in large
-// pages: small ones, wherever they happen to be, may all want the same places of a cache.
 const size_t LARGE = 2 << 20;  // bytes of a large page
 
+// Memory of one thread that stays: fresh pages would cost more than the products of a few rows. Much of it lies in large
+// pages: small ones, wherever they happen to be, may all want the same places of a cache.
 struct Room {
   uint8_t* at = nullptr;
   size_t size = 0;

@@ -106,10 +106,12 @@ class CpuNative:
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         bits, n = spec.scheme.bits, spec.out_features
-        if isinstance(prepared, LaidOut) and nobody_looks(x):
-            return _product(x, prepared.weight, n)
         tiles, scale, *rest = prepared
-        y = cpu_native_linear(x.reshape(-1, spec.in_features), tiles, scale, rest[0] if rest else None, bits, n)
+        zero = rest[0] if rest else None
+        if nobody_looks(x):
+            known = prepared.weight if isinstance(prepared, LaidOut) else described(tiles, scale, zero, bits, n)
+            return _product(x, known, n)
+        y = cpu_native_linear(x.reshape(-1, spec.in_features), tiles, scale, zero, bits, n)
         return y.reshape(*x.shape[:-1], n)
 
 

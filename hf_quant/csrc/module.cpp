@@ -298,20 +298,27 @@ bool integers(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssiz
   return true;
 }
 
-Linear weight(const long long* a) {
-  Linear w;
-  w.q = (const uint8_t*)a[0], w.scale = (const void*)a[1], w.zero = (const void*)a[2];
-  w.scale_type = (int)a[3], w.bits = (int)a[4], w.n = (long)a[5], w.k = (long)a[6], w.group = (long)a[7];
-  return w;
+// The weight and the integers of a call; a weight is bytes, 8 integers of 64 bits, as objects of Python that nobody looked
+// at since the last token would be read one after the other.
+bool with_weight(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, Linear* w, long long* out) {
+  long long a[8];
+  if (given < 1 || !PyBytes_Check(args[0]) || PyBytes_Size(args[0]) != sizeof a) {
+    PyErr_Format(PyExc_TypeError, "%s takes a weight of %zu bytes first", name, sizeof a);
+    return false;
+  }
+  memcpy(a, PyBytes_AsString(args[0]), sizeof a);
+  w->q = (const uint8_t*)a[0], w->scale = (const void*)a[1], w->zero = (const void*)a[2];
+  w->scale_type = (int)a[3], w->bits = (int)a[4], w->n = (long)a[5], w->k = (long)a[6], w->group = (long)a[7];
+  return integers(name, args + 1, given - 1, wanted, out);
 }
 
 PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  long long a[13];
-  if (!integers("linear", args, given, 13, a)) return nullptr;
-  const Linear w = weight(a);
-  const void* x = (const void*)a[8];
-  const Output y = {(void*)a[9], (int)a[10]};
-  const long m = (long)a[11], threads = (long)a[12];
+  long long a[5];
+  Linear w;
+  if (!with_weight("linear", args, given, 5, &w, a)) return nullptr;
+  const void* x = (const void*)a[0];
+  const Output y = {(void*)a[1], (int)a[2]};
+  const long m = (long)a[3], threads = (long)a[4];
   Py_BEGIN_ALLOW_THREADS;
 #if defined(__x86_64__)
   const bool halves = level >= VNNI && y.type != F32;
@@ -325,14 +332,14 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 PyObject* py_dequantize(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  long long a[13];
-  if (!integers("dequantize", args, given, 13, a)) return nullptr;
-  const Linear w = weight(a);
-  const long from = (long)a[8], to = (long)a[9], threads = (long)a[12];
-  const int type = (int)a[11];
+  long long a[5];
+  Linear w;
+  if (!with_weight("dequantize", args, given, 5, &w, a)) return nullptr;
+  const long from = (long)a[0], to = (long)a[1], threads = (long)a[4];
+  const int type = (int)a[3];
   Py_BEGIN_ALLOW_THREADS;
   each(to - from, threads, [&](long i) {
-    const Output out = {(uint8_t*)a[10] + 16 * i * w.k * (type == F32 ? 4 : 2), type};
+    const Output out = {(uint8_t*)a[2] + 16 * i * w.k * (type == F32 ? 4 : 2), type};
     kernels().dequantize(w, from + i, from + i + 1, out);
   });
   Py_END_ALLOW_THREADS;
@@ -340,17 +347,17 @@ PyObject* py_dequantize(PyObject*, PyObject* const* args, Py_ssize_t given) {
 }
 
 PyObject* py_int8_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  long long a[16];
-  if (!integers("int8_linear", args, given, 16, a)) return nullptr;
+  long long a[8];
+  Linear w;
+  if (!with_weight("int8_linear", args, given, 8, &w, a)) return nullptr;
   if (level < VNNI) {
     PyErr_Format(PyExc_RuntimeError, "products of bytes need VNNI, this is %s", NAMES[level]);
     return nullptr;
   }
 #if defined(__x86_64__)
-  const Linear w = weight(a);
-  const Activations x = {(const void*)a[8], (int)a[10], (const int32_t*)a[13], (long)a[14], (const float*)a[15]};
-  const Output y = {(void*)a[9], (int)a[10]};
-  const long m = (long)a[11], threads = (long)a[12];
+  const Activations x = {(const void*)a[0], (int)a[2], (const int32_t*)a[5], (long)a[6], (const float*)a[7]};
+  const Output y = {(void*)a[1], (int)a[2]};
+  const long m = (long)a[3], threads = (long)a[4];
   Py_BEGIN_ALLOW_THREADS;
   if (level == AMX && m > FEW_INT8)
     many_int8(w, x, y, m, threads);
@@ -394,9 +401,9 @@ PyObject* py_threaded(PyObject*, PyObject*) { return PyBool_FromLong(parallel !=
 
 #define FAST(f) (PyCFunction)(void (*)(void)) f, METH_FASTCALL
 PyMethodDef methods[] = {
-    {"linear", FAST(py_linear), "linear(q, scale, zero, scale_type, bits, n, k, group, x, y, type, m, threads)"},
-    {"dequantize", FAST(py_dequantize), "dequantize(q, ..., group, first block, end, out, type, threads)"},
-    {"int8_linear", FAST(py_int8_linear), "int8_linear(q, ..., group, x, y, type, m, threads, columns, count, fixed)"},
+    {"linear", FAST(py_linear), "linear(weight, x, y, type, m, threads); a weight is q, scale, zero, scale_type, bits, n, k, group"},
+    {"dequantize", FAST(py_dequantize), "dequantize(weight, first block, end, out, type, threads)"},
+    {"int8_linear", FAST(py_int8_linear), "int8_linear(weight, x, y, type, m, threads, columns, count, fixed)"},
     {"pack", FAST((py_layout<pack_block, true>)), "pack(codes, tiles, bits, n, k, threads)"},
     {"unpack", FAST((py_layout<unpack_block, false>)), "unpack(tiles, codes, bits, n, k, threads)"},
     {"limit", py_limit, METH_O, "Use no more than this instruction set."},

@@ -104,23 +104,30 @@ bool vnni_digits(const void* x, int type, long row, const Linear& a, const Digit
   const long tiles = a.tiles();
   __m512i order[2];
   in_order(a.bits, order);
-  double peaks = 0, others = 0;  // squares
+  double peaks = 0;  // squares
+  __m512d others[2] = {};
+  vf wrong = vf{};  // NaN where one of them is not finite
+  bool small = false;
   for (long t = 0; t < tiles; t++) {
     const vf p = half_floats(x, type, row * a.k + 32 * t), q = half_floats(x, type, row * a.k + 32 * t + 16);
     const __m512 size[2] = {_mm512_abs_ps((__m512)p), _mm512_abs_ps((__m512)q)};
-    const float peak = _mm512_reduce_max_ps(_mm512_max_ps(size[0], size[1]));
-    const float odd = _mm512_reduce_add_ps((p - p) + (q - q));  // NaN where one of them is not finite
-    if (odd != 0 || (peak != 0 && peak < 1e-30f)) return false;
-    const float by = peak == 0 ? 0 : 32639 / peak;  // 127 * 256 + 127
-    const __m512i whole[2] = {_mm512_cvtps_epi32(p * by), _mm512_cvtps_epi32(q * by)};
+    const float peak = _mm512_reduce_max_ps(_mm512_max_ps(size[0], size[1])), step = peak / 32639;  // 127 * 256 + 127
+    wrong += (p - p) + (q - q);
+    small |= peak != 0 && peak < 1e-30f;
+    const float by = peak == 0 ? 0 : 32639 / peak;
+    const vf scaled[2] = {p * by, q * by};
+    __m512i whole[2];
     __m512 square = _mm512_setzero_ps();
     for (int i = 0; i < 2; i++) {
-      const __m512 v = _mm512_mul_ps(size[i], _mm512_set1_ps(by));
+      whole[i] = _mm512_cvtps_epi32((__m512)scaled[i]);
       const __mmask16 below = _mm512_cmp_ps_mask(size[i], _mm512_set1_ps(peak), _CMP_LT_OQ);
-      square = _mm512_mask3_fmadd_ps(v, v, square, below);
+      square = _mm512_mask3_fmadd_ps((__m512)scaled[i], (__m512)scaled[i], square, below);
     }
     peaks += (double)peak * peak;
-    others += (double)_mm512_reduce_add_ps(square) * (peak / 32639) * (peak / 32639);
+    for (int i = 0; i < 2; i++) {
+      const __m512d half = _mm512_cvtps_pd(i ? _mm512_extractf32x8_ps(square, 1) : _mm512_castps512_ps256(square));
+      others[i] = _mm512_fmadd_pd(half, _mm512_set1_pd((double)step * step), others[i]);
+    }
     const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1]));
     int8_t* at = out.digits + (row * tiles + t) * 64;
     for (int i = 0; i < 2; i++) {
@@ -129,13 +136,15 @@ bool vnni_digits(const void* x, int type, long row, const Linear& a, const Digit
       _mm_storeu_si128((__m128i*)(at + 16 * i), _mm512_cvtepi32_epi8(high));
       _mm_storeu_si128((__m128i*)(at + 32 + 16 * i), _mm512_cvtepi32_epi8(v));
     }
-    out.scale[row * tiles + t] = peak / 32639;
+    out.scale[row * tiles + t] = step;
     out.less[row * tiles + t] = -sum * (1 << (a.bits - 1));
-    out.sum[row * tiles + t] = (float)sum * (peak / 32639);
+    out.sum[row * tiles + t] = (float)sum * step;
   }
+  const double rest = _mm512_reduce_add_pd(_mm512_add_pd(others[0], others[1]));
+  if (small || _mm512_reduce_add_ps((__m512)wrong) != 0) return false;
   // Rounding moves the 31 others of a tile by (peak / 32639)^2 / 12 each, as a square. Where the weights at the peaks are
   // zero, that must still be less than 2e-4 of what is left, as a norm: no more than what rounding to float16 does.
-  return others == 0 || peaks * (31 / (12.0 * 32639 * 32639)) < 4e-8 * others;
+  return rest == 0 || peaks * (31 / (12.0 * 32639 * 32639)) < 4e-8 * rest;
 }
 
 void vnni_int8(const Activations& x, long row, const Linear& a, float* room, const Digits& out) {

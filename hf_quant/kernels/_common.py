@@ -97,13 +97,19 @@ def companions(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     return tuple(part for part in (index, weight.input_scale) if part is not None)
 
 
+# Found once: a walk through modules is memory that a product has driven out of the caches.
+_compiling, _grad = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
+_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
 def nobody_looks(x: Tensor) -> bool:
     """Whether the op may be called without PyTorch's dispatcher, which takes as long as a small product."""
     return (
-        not torch.compiler.is_compiling()
+        not _compiling()
         and type(x) is Tensor
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch._C._is_tracing()
+        and not (_grad() and x.requires_grad)
+        and not _modes()
+        and _transforms() is None
+        and not _tracing()
     )

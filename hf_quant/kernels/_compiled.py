@@ -5,8 +5,10 @@ HF_QUANT_CPU_LEVEL caps the instruction set: portable, avx2, avx512, vnni or amx
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import struct
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -56,16 +58,16 @@ def why_not(spec: LinearSpec) -> str | None:
 
 
 class LaidOut(tuple[Tensor, ...]):
-    """Tiles, scales, and zero points where they are not all ``2 ** (bits - 1)``; see ``csrc/cpu.h``.
+    """Tiles, scales, and zero points where they are not all ``2 ** (bits - 1)``; see ``csrc/cpu.h``. Others may follow.
 
     ``weight`` is what `described` says of them, asked once: every tensor that is looked at costs one row a percent.
     """
 
-    weight: tuple[int, ...]
+    weight: bytes
 
 
-def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> LaidOut:
-    """In memory that nothing moves."""
+def laid_out(weight: QuantizedTensor, spec: LinearSpec, *more: Tensor) -> LaidOut:
+    """In memory that nothing moves; ``more`` goes along."""
     n, k, bits = spec.out_features, spec.in_features, spec.scheme.bits
     codes = weight.qweight.contiguous()
     tiles = _room.take((n + 15) // 16 * 2 * k * bits).view(-1, k // 32, 64 * bits)
@@ -74,7 +76,7 @@ def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> LaidOut:
     if zero is not None and zero.is_floating_point():  # of another dtype, maybe; integers up to 255 are exact in all
         scale, zero = (t.to(torch.promote_types(scale.dtype, zero.dtype)) for t in (scale, zero))
     blocks = [_in_blocks(scale), *([] if zero is None else [_in_blocks(zero.to(scale.dtype))])]
-    made = LaidOut((tiles, *blocks))
+    made = LaidOut((tiles, *blocks, *more))
     made.weight = described(tiles, blocks[0], blocks[1] if len(blocks) == 2 else None, bits, n)
     return made
 
@@ -111,6 +113,23 @@ def _mapped(size: int) -> mmap.mmap:
 _room = _Room()
 
 
+_empty = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]  # what compiled graphs call
+
+
+def output(x: Tensor, n: int, k: int) -> tuple[int, Tensor]:
+    """How many rows ``x [..., K]`` has, and room for ``[..., N]``.
+
+    That of ``torch.empty`` would take 3 to 6 us more after a product has driven PyTorch out of the caches.
+    """
+    *some, last = x.shape
+    if last != k:
+        raise RuntimeError(f"x has {last} columns, the weight has {k}")
+    shape, strides = (*some, n), [1]
+    for size in shape[:0:-1]:
+        strides.append(strides[-1] * size)
+    return math.prod(some), _empty(shape, tuple(strides[::-1]), x.dtype)
+
+
 def portable(tiles: Tensor, spec: LinearSpec) -> Tensor:
     """The codes back in the portable layout, bit for bit."""
     n, k, bits = spec.out_features, spec.in_features, spec.scheme.bits
@@ -132,21 +151,23 @@ def _in_blocks(values: Tensor) -> Tensor:
     return made
 
 
-def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> tuple[int, ...]:
+def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> bytes:
     """What the module wants to know of a weight."""
     k, there = tiles.shape[1] * 32, 0 if zero is None else zero.data_ptr()
-    return tiles.data_ptr(), scale.data_ptr(), there, TYPES[scale.dtype], bits, n, k, k // scale.shape[1]
+    return struct.pack(
+        "8q", tiles.data_ptr(), scale.data_ptr(), there, TYPES[scale.dtype], bits, n, k, k // scale.shape[1]
+    )
 
 
-def dequantized(weight: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """``(i, j, W[i:j])`` for some rows after others; bf16 if ``dtype`` is that, else float32 cast to ``dtype``."""
-    n, k = weight[5:7]
+    n, k = struct.unpack_from("2q", weight, 40)
     own = dtype if dtype is torch.bfloat16 else torch.float32
     rows = max(1, BLOCK // k // 16) * 16
     for i in range(0, n, rows):
         j = min(i + rows, n)
         w = torch.empty(j - i, k, dtype=own)
-        _cpu.dequantize(*weight, i // 16, (j + 15) // 16, w.data_ptr(), TYPES[own], torch.get_num_threads())
+        _cpu.dequantize(weight, i // 16, (j + 15) // 16, w.data_ptr(), TYPES[own], torch.get_num_threads())
         yield i, j, w.to(dtype)
 
 

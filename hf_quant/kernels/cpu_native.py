@@ -8,7 +8,6 @@ PyTorch's dense product, some dequantized rows of W at a time. The threads are P
 
 from __future__ import annotations
 
-import math
 import sys
 from typing import Any, ClassVar
 
@@ -26,6 +25,7 @@ from hf_quant.kernels._compiled import (
     dequantized,
     described,
     laid_out,
+    output,
     portable,
     why_not,
 )
@@ -41,18 +41,16 @@ def _few_rows(dtype: torch.dtype) -> int:
     return 16
 
 
-def _product(x: Tensor, weight: tuple[int, ...], n: int) -> Tensor:
+def _product(x: Tensor, weight: bytes, n: int, k: int) -> Tensor:
     """``x [..., K]`` times what `described` says of a weight; with one row, Python takes several percent of the time."""
-    some = x.shape[:-1]
-    m, y = math.prod(some), x.new_empty(*some, n)
+    m, y = output(x, n, k)
     if x.dtype in TYPES and (m == 1 or m < _few_rows(x.dtype)):
         x = x.contiguous()
-        _cpu.linear(*weight, x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, torch.get_num_threads())
+        _cpu.linear(weight, x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, torch.get_num_threads())
         return y
-    dtype = compute_dtype(x)
-    wide = x.to(dtype)
+    wide = x.to(compute_dtype(x))
     with as_asked("cpu"):
-        for i, j, w in dequantized(weight, dtype):
+        for i, j, w in dequantized(weight, wide.dtype):
             y[..., i:j] = F.linear(wide, w)
     return y
 
@@ -69,7 +67,7 @@ def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | No
         bits: Width of a code.
         n: N.
     """
-    return _product(x, described(tiles, scale, zero, bits, n), n)
+    return _product(x, described(tiles, scale, zero, bits, n), n, x.shape[1])
 
 
 @cpu_native_linear.register_fake
@@ -105,13 +103,14 @@ class CpuNative:
         return portable(prepared[0], spec)
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        bits, n = spec.scheme.bits, spec.out_features
+        n, k, looks = spec.out_features, spec.in_features, not nobody_looks(x)
+        if isinstance(prepared, LaidOut) and not looks:
+            return _product(x, prepared.weight, n, k)
         tiles, scale, *rest = prepared
-        zero = rest[0] if rest else None
-        if nobody_looks(x):
-            known = prepared.weight if isinstance(prepared, LaidOut) else described(tiles, scale, zero, bits, n)
-            return _product(x, known, n)
-        y = cpu_native_linear(x.reshape(-1, spec.in_features), tiles, scale, zero, bits, n)
+        bits, zero = spec.scheme.bits, rest[0] if rest else None
+        if not looks:
+            return _product(x, described(tiles, scale, zero, bits, n), n, k)
+        y = cpu_native_linear(x.reshape(-1, k), tiles, scale, zero, bits, n)
         return y.reshape(*x.shape[:-1], n)
 
 

@@ -14,21 +14,29 @@ from torch import Tensor
 
 from hf_quant.kernels import LinearSpec
 from hf_quant.kernels._common import companions, nobody_looks
-from hf_quant.kernels._compiled import TYPES, _cpu, backward, built, described, laid_out, portable, why_not
+from hf_quant.kernels._compiled import (
+    TYPES,
+    LaidOut,
+    _cpu,
+    backward,
+    built,
+    described,
+    laid_out,
+    output,
+    portable,
+    why_not,
+)
 from hf_quant.tensor import QuantizedTensor
 
 
-def _product(
-    x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
-    bits: int, n: int,
-) -> Tensor:  # fmt: skip
+def _product(x: Tensor, weight: bytes, n: int, k: int, columns: Tensor | None, ranges: Tensor | None) -> Tensor:
     wide = x.contiguous() if x.dtype in TYPES else x.float().contiguous()
-    y = wide.new_empty(x.shape[0], n)
+    m, y = output(wide, n, k)
     left = None if columns is None else columns.int()
     fixed = None if ranges is None else ranges.float()
     _cpu.int8_linear(
-        *described(tiles, scale, zero, bits, n), wide.data_ptr(), y.data_ptr(), TYPES[wide.dtype], x.shape[0],
-        torch.get_num_threads(), 0 if left is None else left.data_ptr(), 0 if left is None else left.numel(),
+        weight, wide.data_ptr(), y.data_ptr(), TYPES[wide.dtype], m, torch.get_num_threads(),
+        0 if left is None else left.data_ptr(), 0 if left is None else left.numel(),
         0 if fixed is None else fixed.data_ptr(),
     )  # fmt: skip
     return y.to(x.dtype)
@@ -51,7 +59,7 @@ def cpu_native_int8_linear(
         bits: Width of a code.
         n: N.
     """
-    return _product(x, tiles, scale, zero, columns, ranges, bits, n)
+    return _product(x, described(tiles, scale, zero, bits, n), n, x.shape[1], columns, ranges)
 
 
 @cpu_native_int8_linear.register_fake
@@ -90,21 +98,22 @@ class CpuNativeInt8:
         return why_not(spec)
 
     def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
-        return *laid_out(weight, spec), *companions(weight)
+        return laid_out(weight, spec, *companions(weight))
 
     def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         return portable(prepared[0], spec)
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         tiles, scale, *rest = prepared
-        scheme = spec.scheme
+        scheme, n, k = spec.scheme, spec.out_features, spec.in_features
         zero = None if scheme.symmetric else rest.pop(0)
         columns = rest.pop(0) if scheme.outlier_columns else None
         ranges = rest.pop(0) if scheme.activations == "tensor" else None
-        product = _product if nobody_looks(x) else cpu_native_int8_linear
-        flat = x.reshape(-1, spec.in_features)
-        y = product(flat, tiles, scale, zero, columns, ranges, scheme.bits, spec.out_features)
-        return y.reshape(*x.shape[:-1], spec.out_features)
+        if nobody_looks(x):
+            known = prepared.weight if isinstance(prepared, LaidOut) else described(tiles, scale, zero, scheme.bits, n)
+            return _product(x, known, n, k, columns, ranges)
+        y = cpu_native_int8_linear(x.reshape(-1, k), tiles, scale, zero, columns, ranges, scheme.bits, n)
+        return y.reshape(*x.shape[:-1], n)
 
 
 BACKEND = CpuNativeInt8

@@ -36,6 +36,7 @@ class QuantLinear(Repacking, nn.Linear):
     weight_outlier_value: nn.Parameter
     weight_perm: nn.Parameter
     weight_input_scale: nn.Parameter
+    _laid_out_for: LinearSpec  # as it was when a kernel laid out the codes
 
     def __init__(
         self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool, dtype: torch.dtype,
@@ -66,7 +67,8 @@ class QuantLinear(Repacking, nn.Linear):
         self._unpack()
         if self.weight_scale.device.type == "meta":
             return
-        self._backend = select(self.spec, repacking=not self.keeps_layout)
+        spec = self._laid_out_for = self.spec
+        self._backend = select(spec, repacking=not self.keeps_layout)
         if self._backend.repacks:
             self._repack("weight", shared=self.shares_codes)
 
@@ -77,20 +79,24 @@ class QuantLinear(Repacking, nn.Linear):
         return self.spec
 
     def forward(self, x: Tensor) -> Tensor:
+        prepared = self._repacked.get("weight")
+        spec = self._laid_out_for if prepared else self.spec
         if self._backend is None:
-            self._backend = select(self.spec, repacking=False)
-        prepared = self._repacked.get("weight") or self._backend.prepare(read(self, "weight", self.scheme), self.spec)
+            self._backend = select(spec, repacking=False)
+        if not prepared:
+            prepared = self._backend.prepare(read(self, "weight", self.scheme), spec)
         if self.scheme.permuted:
             x = x.index_select(-1, self.weight_perm[0])
         fused = getattr(self._backend, "fused", None)
         if fused is not None:
             own = Outliers(self.weight_outlier_index, self.weight_outlier_value) if self.scheme.outliers else None
-            made: Tensor = fused(x, prepared, self.spec, self.bias, own)
+            made: Tensor = fused(x, prepared, spec, self.bias, own)
             return made
-        y = self._backend.linear(x, prepared, self.spec)
+        y = self._backend.linear(x, prepared, spec)
         if self.scheme.outliers:
             y = y + outlier_linear(x, self.weight_outlier_index, self.weight_outlier_value)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        bias = self.bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The float weight ``[N, K]``."""

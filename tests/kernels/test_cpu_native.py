@@ -141,6 +141,33 @@ def test_any_number_of_threads_gives_the_same(slug: str) -> None:
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+@built
+@pytest.mark.parametrize("slug", ["W4A16-g32", "W8A8"])
+def test_rows_of_any_shape_and_none_of_another_width(slug: str) -> None:
+    scheme = QuantScheme.parse(slug).fitted(64)
+    weight = method("rtn", steps=0).quantize(torch.randn(20, 64), scheme, torch.bfloat16, None)
+    spec = LinearSpec(scheme, 20, 64, torch.bfloat16, "cpu")
+    backend = select(spec)
+    prepared, x = backend.prepare(weight, spec), torch.randn(6, 64).bfloat16()
+    flat = backend.linear(x, prepared, spec)
+    for shape in ((6, 64), (1, 6, 64), (2, 3, 64), (3, 1, 2, 64)):
+        y = backend.linear(x.view(shape), prepared, spec)
+        assert y.is_contiguous() and torch.equal(y, flat.view(*shape[:-1], 20))
+    assert backend.linear(x[0], prepared, spec).shape == (20,)
+    assert backend.linear(x[:0], prepared, spec).shape == (0, 20)
+    assert torch.equal(backend.linear(x.t().contiguous().t(), prepared, spec), flat)
+    for other in (x[:, :32], torch.randn(6, 65).bfloat16()):
+        with pytest.raises(RuntimeError, match=f"x has {other.shape[1]} columns, the weight has 64"):
+            backend.linear(other, prepared, spec)
+
+
+@built
+def test_the_module_takes_no_other_bytes_for_a_weight() -> None:
+    for wrong in (b"", bytes(63), 5):
+        with pytest.raises(TypeError, match="linear takes a weight of 64 bytes first"):
+            _compiled._cpu.linear(wrong, 0, 0, 0, 0, 0)  # type: ignore[arg-type]
+
+
 def test_an_unknown_instruction_set_is_refused() -> None:
     code = "import hf_quant.kernels._compiled"
     done = subprocess.run(

@@ -298,8 +298,8 @@ bool integers(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssiz
   return true;
 }
 
-// The weight and the integers of a call; a weight is bytes, 8 integers of 64 bits, as objects of Python that nobody looked
-// at since the last token would be read one after the other.
+// The weight and the integers of a call. A weight is bytes, 8 integers of 64 bits: as many objects of Python would have to
+// come from memory one after the other at every token.
 bool with_weight(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, Linear* w, long long* out) {
   long long a[8];
   if (given < 1 || !PyBytes_Check(args[0]) || PyBytes_Size(args[0]) != sizeof a) {

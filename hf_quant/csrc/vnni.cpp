@@ -128,7 +128,7 @@ bool vnni_digits(const void* x, int type, long row, const Linear& a, const Digit
       const __m512d half = _mm512_cvtps_pd(i ? _mm512_extractf32x8_ps(square, 1) : _mm512_castps512_ps256(square));
       others[i] = _mm512_fmadd_pd(half, _mm512_set1_pd((double)step * step), others[i]);
     }
-    const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1]));
+    const int32_t sum = _mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1]));  // anything where x is not finite
     int8_t* at = out.digits + (row * tiles + t) * 64;
     for (int i = 0; i < 2; i++) {
       const __m512i v = _mm512_permutex2var_epi32(whole[0], order[i], whole[1]);
@@ -137,7 +137,7 @@ bool vnni_digits(const void* x, int type, long row, const Linear& a, const Digit
       _mm_storeu_si128((__m128i*)(at + 32 + 16 * i), _mm512_cvtepi32_epi8(v));
     }
     out.scale[row * tiles + t] = step;
-    out.less[row * tiles + t] = -sum * (1 << (a.bits - 1));
+    out.less[row * tiles + t] = (int32_t)(0u - ((uint32_t)sum << (a.bits - 1)));
     out.sum[row * tiles + t] = (float)sum * step;
   }
   const double rest = _mm512_reduce_add_pd(_mm512_add_pd(others[0], others[1]));

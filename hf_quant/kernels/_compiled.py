@@ -75,9 +75,9 @@ def laid_out(weight: QuantizedTensor, spec: LinearSpec, *more: Tensor) -> LaidOu
     scale, zero = weight.scale, weight.zero_point
     if zero is not None and zero.is_floating_point():  # of another dtype, maybe; integers up to 255 are exact in all
         scale, zero = (t.to(torch.promote_types(scale.dtype, zero.dtype)) for t in (scale, zero))
-    blocks = [_in_blocks(scale), *([] if zero is None else [_in_blocks(zero.to(scale.dtype))])]
-    made = LaidOut((tiles, *blocks, *more))
-    made.weight = described(tiles, blocks[0], blocks[1] if len(blocks) == 2 else None, bits, n)
+    scales, zeros = _in_blocks(scale), None if zero is None else _in_blocks(zero.to(scale.dtype))
+    made = LaidOut(part for part in (tiles, scales, zeros, *more) if part is not None)
+    made.weight = described(tiles, scales, zeros, bits, n)
     return made
 
 
@@ -116,12 +116,12 @@ _room = _Room()
 _empty = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]  # what compiled graphs call
 
 
-def output(x: Tensor, n: int, k: int) -> tuple[int, Tensor]:
-    """How many rows ``x [..., K]`` has, and room for ``[..., N]``.
+def output(x: Tensor, weight: bytes) -> tuple[int, Tensor]:
+    """How many rows ``x [..., K]`` has, and room for its product with a weight that was `described`, ``[..., N]``.
 
     That of ``torch.empty`` would take 3 to 6 us more after a product has driven PyTorch out of the caches.
     """
-    *some, last = x.shape
+    (*some, last), (n, k) = x.shape, _sizes(weight)
     if last != k:
         raise RuntimeError(f"x has {last} columns, the weight has {k}")
     shape, strides = (*some, n), [1]
@@ -159,9 +159,20 @@ def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: i
     )
 
 
+def known(prepared: tuple[Tensor, ...], zero: Tensor | None, bits: int, n: int) -> bytes:
+    """What `described` says of a weight, or has said; a part of what a backend holds, without its companions, is asked again."""
+    return prepared.weight if isinstance(prepared, LaidOut) else described(prepared[0], prepared[1], zero, bits, n)
+
+
+def _sizes(weight: bytes) -> tuple[int, int]:
+    """N and K."""
+    n, k = struct.unpack_from("2q", weight, 40)
+    return n, k
+
+
 def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """``(i, j, W[i:j])`` for some rows after others; bf16 if ``dtype`` is that, else float32 cast to ``dtype``."""
-    n, k = struct.unpack_from("2q", weight, 40)
+    n, k = _sizes(weight)
     own = dtype if dtype is torch.bfloat16 else torch.float32
     rows = max(1, BLOCK // k // 16) * 16
     for i in range(0, n, rows):

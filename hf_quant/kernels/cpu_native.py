@@ -19,11 +19,11 @@ from hf_quant.kernels import LinearSpec
 from hf_quant.kernels._common import as_asked, compute_dtype, cpu_multiplies_bf16, nobody_looks
 from hf_quant.kernels._compiled import (
     TYPES,
-    LaidOut,
     _cpu,
     backward,
     dequantized,
     described,
+    known,
     laid_out,
     output,
     portable,
@@ -41,9 +41,9 @@ def _few_rows(dtype: torch.dtype) -> int:
     return 16
 
 
-def _product(x: Tensor, weight: bytes, n: int, k: int) -> Tensor:
+def _product(x: Tensor, weight: bytes) -> Tensor:
     """``x [..., K]`` times what `described` says of a weight; with one row, Python takes several percent of the time."""
-    m, y = output(x, n, k)
+    m, y = output(x, weight)
     if x.dtype in TYPES and (m == 1 or m < _few_rows(x.dtype)):
         x = x.contiguous()
         _cpu.linear(weight, x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, torch.get_num_threads())
@@ -67,7 +67,7 @@ def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | No
         bits: Width of a code.
         n: N.
     """
-    return _product(x, described(tiles, scale, zero, bits, n), n, x.shape[1])
+    return _product(x, described(tiles, scale, zero, bits, n))
 
 
 @cpu_native_linear.register_fake
@@ -103,14 +103,11 @@ class CpuNative:
         return portable(prepared[0], spec)
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        n, k, looks = spec.out_features, spec.in_features, not nobody_looks(x)
-        if isinstance(prepared, LaidOut) and not looks:
-            return _product(x, prepared.weight, n, k)
         tiles, scale, *rest = prepared
-        bits, zero = spec.scheme.bits, rest[0] if rest else None
-        if not looks:
-            return _product(x, described(tiles, scale, zero, bits, n), n, k)
-        y = cpu_native_linear(x.reshape(-1, k), tiles, scale, zero, bits, n)
+        bits, n, zero = spec.scheme.bits, spec.out_features, rest[0] if rest else None
+        if nobody_looks(x):
+            return _product(x, known(prepared, zero, bits, n))
+        y = cpu_native_linear(x.reshape(-1, spec.in_features), tiles, scale, zero, bits, n)
         return y.reshape(*x.shape[:-1], n)
 
 

@@ -16,11 +16,11 @@ from hf_quant.kernels import LinearSpec
 from hf_quant.kernels._common import companions, nobody_looks
 from hf_quant.kernels._compiled import (
     TYPES,
-    LaidOut,
     _cpu,
     backward,
     built,
     described,
+    known,
     laid_out,
     output,
     portable,
@@ -29,9 +29,9 @@ from hf_quant.kernels._compiled import (
 from hf_quant.tensor import QuantizedTensor
 
 
-def _product(x: Tensor, weight: bytes, n: int, k: int, columns: Tensor | None, ranges: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: bytes, columns: Tensor | None, ranges: Tensor | None) -> Tensor:
     wide = x.contiguous() if x.dtype in TYPES else x.float().contiguous()
-    m, y = output(wide, n, k)
+    m, y = output(wide, weight)
     left = None if columns is None else columns.int()
     fixed = None if ranges is None else ranges.float()
     _cpu.int8_linear(
@@ -59,7 +59,7 @@ def cpu_native_int8_linear(
         bits: Width of a code.
         n: N.
     """
-    return _product(x, described(tiles, scale, zero, bits, n), n, x.shape[1], columns, ranges)
+    return _product(x, described(tiles, scale, zero, bits, n), columns, ranges)
 
 
 @cpu_native_int8_linear.register_fake
@@ -105,14 +105,14 @@ class CpuNativeInt8:
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         tiles, scale, *rest = prepared
-        scheme, n, k = spec.scheme, spec.out_features, spec.in_features
+        scheme, n = spec.scheme, spec.out_features
         zero = None if scheme.symmetric else rest.pop(0)
         columns = rest.pop(0) if scheme.outlier_columns else None
         ranges = rest.pop(0) if scheme.activations == "tensor" else None
         if nobody_looks(x):
-            known = prepared.weight if isinstance(prepared, LaidOut) else described(tiles, scale, zero, scheme.bits, n)
-            return _product(x, known, n, k, columns, ranges)
-        y = cpu_native_int8_linear(x.reshape(-1, k), tiles, scale, zero, columns, ranges, scheme.bits, n)
+            return _product(x, known(prepared, zero, scheme.bits, n), columns, ranges)
+        flat = x.reshape(-1, spec.in_features)
+        y = cpu_native_int8_linear(flat, tiles, scale, zero, columns, ranges, scheme.bits, n)
         return y.reshape(*x.shape[:-1], n)
 
 

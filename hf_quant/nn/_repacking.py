@@ -30,6 +30,7 @@ class Repacking(nn.Module):
     keeps_layout: bool = False  # True where hooks move the codes about (offloading)
     _backend: LinearBackend | None = None
     _repacked: dict[str, tuple[Tensor, ...]] = {}  # noqa: RUF012  by the name of the parameter; replaced, never changed
+    _specs: dict[str, LinearSpec]  # by the name of the parameter, as they were when the kernel was chosen
 
     def choose_kernel(self) -> None:
         """Choose the backend for where the parameters are now, and lay the codes out as it reads them."""
@@ -39,20 +40,16 @@ class Repacking(nn.Module):
         """Of every parameter that holds codes."""
         raise NotImplementedError
 
-    def _spec(self, name: str) -> LinearSpec:
-        """What a kernel needs to know of one of them."""
-        raise NotImplementedError
-
     def _quantized(self, name: str) -> QuantizedTensor:
         """In the portable layout; a copy of the codes where only a kernel's layout is left."""
         scheme, qweight = self._schemes()[name], None
         if self._backend is not None and name in self._repacked and not getattr(self, name).numel():
-            qweight = self._backend.restore(self._repacked[name], self._spec(name))
+            qweight = self._backend.restore(self._repacked[name], self._specs[name])
         return read(self, name, scheme, qweight=qweight)
 
     def _repack(self, name: str, *, shared: bool = False) -> None:
         assert self._backend is not None
-        prepared = self._backend.prepare(self._quantized(name), self._spec(name))
+        prepared = self._backend.prepare(self._quantized(name), self._specs[name])
         self._repacked = {**self._repacked, name: prepared}
         if not shared:
             setattr(self, name, frozen(getattr(self, name).new_empty(0)))  # one copy of the codes in memory, not two

@@ -35,7 +35,6 @@ class QuantExperts(Repacking):
     has_gate: bool
     has_bias: bool
     is_transposed: bool
-    _specs: dict[str, LinearSpec]  # as they were when the kernel was chosen
 
     def choose_kernel(self) -> None:
         self._unpack()
@@ -52,9 +51,6 @@ class QuantExperts(Repacking):
 
     def _schemes(self) -> Mapping[str, QuantScheme]:
         return self.schemes
-
-    def _spec(self, name: str) -> LinearSpec:
-        return self._specs[name]
 
     def _stored(self, name: str) -> LinearSpec:
         """Of one expert, as the portable codes tell: parallel loading may have left a part of the stack."""

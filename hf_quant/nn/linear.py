@@ -36,7 +36,6 @@ class QuantLinear(Repacking, nn.Linear):
     weight_outlier_value: nn.Parameter
     weight_perm: nn.Parameter
     weight_input_scale: nn.Parameter
-    _laid_out_for: LinearSpec  # as it was when a kernel laid out the codes
 
     def __init__(
         self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool, dtype: torch.dtype,
@@ -67,20 +66,17 @@ class QuantLinear(Repacking, nn.Linear):
         self._unpack()
         if self.weight_scale.device.type == "meta":
             return
-        spec = self._laid_out_for = self.spec
-        self._backend = select(spec, repacking=not self.keeps_layout)
+        self._specs = {"weight": self.spec}
+        self._backend = select(self._specs["weight"], repacking=not self.keeps_layout)
         if self._backend.repacks:
             self._repack("weight", shared=self.shares_codes)
 
     def _schemes(self) -> Mapping[str, QuantScheme]:
         return {"weight": self.scheme}
 
-    def _spec(self, name: str) -> LinearSpec:
-        return self.spec
-
     def forward(self, x: Tensor) -> Tensor:
         prepared = self._repacked.get("weight")
-        spec = self._laid_out_for if prepared else self.spec
+        spec = self._specs["weight"] if prepared else self.spec
         if self._backend is None:
             self._backend = select(spec, repacking=False)
         if not prepared:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_quant.kernels import LinearSpec, _compiled, cpu_native, select
+from hf_quant.kernels import LinearSpec, _compiled, cpu_native, cpu_native_int8, select
 from hf_quant.methods import method
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
@@ -159,6 +159,11 @@ def test_rows_of_any_shape_and_none_of_another_width(slug: str) -> None:
     for other in (x[:, :32], torch.randn(6, 65).bfloat16()):
         with pytest.raises(RuntimeError, match=f"x has {other.shape[1]} columns, the weight has 64"):
             backend.linear(other, prepared, spec)
+        with pytest.raises(RuntimeError, match=f"x has {other.shape[1]} columns, the weight has 64"):  # the op itself
+            if slug == "W8A8":
+                cpu_native_int8.cpu_native_int8_linear(other, *prepared, None, None, None, 8, 20)
+            else:
+                cpu_native.cpu_native_linear(other, *prepared, None, 4, 20)
 
 
 @built

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_quant import _plugins
 from hf_quant.errors import PlanError
-from hf_quant.methods import Method, method
 from hf_quant.scheme import BITS, QuantScheme
-from hf_quant.transforms import Transform, transform
+
+if TYPE_CHECKING:  # a name can be checked before torch is imported
+    from hf_quant.methods import Method
+    from hf_quant.transforms import Transform
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,14 @@ class Preset:
 
     def solver(self) -> Method:
         """The method with its hyperparameters."""
+        from hf_quant.methods import method
+
         return method(self.method, **self.options)
 
     def rewriters(self) -> tuple[Transform, ...]:
         """The transforms."""
+        from hf_quant.transforms import transform
+
         return tuple(map(transform, self.transforms))
 
 

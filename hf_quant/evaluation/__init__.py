@@ -14,8 +14,7 @@ from torch import Tensor
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.bootstrap import FEWEST, interval, sums
 from hf_quant.evaluation.metrics import all_metrics
-from hf_quant.evaluation.metrics.kl import tail
-from hf_quant.evaluation.reference import Progress, Reference, log_probabilities, require_causal
+from hf_quant.evaluation.reference import Part, Progress, Reference, log_probabilities, require_causal
 from hf_quant.results import Estimate, Quality
 
 
@@ -31,7 +30,7 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
     Raises:
         HfQuantError: The vocabularies differ, a model is no causal language model, or logits are not finite.
     """
-    values, variance = token_values(model, reference, progress)
+    values, variances = token_values(model, reference, progress)
     made, few = reference.windows, len(reference.windows.document.unique()) < FEWEST
     window = torch.arange(len(made.ids))[:, None].expand_as(made.scored)
     unit = (window if few else made.document[:, 1:])[made.scored]
@@ -43,7 +42,7 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
         value = metric.finish((total.sum() / count.sum()).item())
         metrics[name] = with_noise(value, low, high, noise.get(name), metric.ideal)
     quantiles = {
-        f"{name}_p{100 * q:g}": values[name].double().quantile(q).item()
+        f"{name}_p{100 * q:g}": values[name].quantile(q).item()
         for name, metric in all_metrics().items()
         for q in metric.quantiles
     }
@@ -53,14 +52,14 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
         resampled="windows" if few else "documents", context=made.ids.shape[1], stride=made.stride,
         text_sha256=made.sha256, dtype=str(model.dtype).removeprefix("torch."),
         base_dtype=reference.meta["base_dtype"], metrics=metrics, quantiles=quantiles,
-        kl_error=3 * math.sqrt(variance.sum().item()) / tokens,
+        kl_error=3 * math.sqrt(variances["kl"].sum().item()) / tokens,
     )  # fmt: skip
 
 
 def means(model: Any, reference: Reference, progress: Progress = iter) -> dict[str, float]:
     """Every metric's value, without intervals."""
     values, _ = token_values(model, reference, progress)
-    return {name: metric.finish(values[name].double().mean().item()) for name, metric in all_metrics().items()}
+    return {name: metric.finish(values[name].mean().item()) for name, metric in all_metrics().items()}
 
 
 def with_noise(value: float, low: float, high: float, noise: float | None, ideal: float | None) -> Estimate:
@@ -72,20 +71,38 @@ def with_noise(value: float, low: float, high: float, noise: float | None, ideal
 
 
 @torch.inference_mode()
-def token_values(model: Any, reference: Reference, progress: Progress = iter) -> tuple[dict[str, Tensor], Tensor]:
-    """Each metric at each position, ``[P]``, and the variance of KL from sampling the tail."""
+def token_values(
+    model: Any, reference: Reference, progress: Progress = iter
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Each metric at each position, float64 ``[P]``, and the variance of those that are estimates, likewise.
+
+    Raises:
+        HfQuantError: As for `evaluate`.
+    """
     require_causal(model)
-    metrics = all_metrics()
-    values: dict[str, list[Tensor]] = {name: [] for name in metrics}
-    variances, batch = [], reference.meta["batch"]
+    values: dict[str, list[Tensor]] = {}
+    variances: dict[str, list[Tensor]] = {}
+    batch = reference.meta["batch"]
     for i, part in enumerate(progress(reference)):
         log_q = log_probabilities(model, part.ids, part.scored, i * batch)
         if log_q.shape[-1] != reference.meta["vocabulary"]:
             raise HfQuantError(
                 f"vocabularies differ: {log_q.shape[-1]} tokens, the base has {reference.meta['vocabulary']}"
             )
-        for name, metric in metrics.items():
-            values[name].append(metric.measure(part.base, log_q, part.target))
-        m = part.base.tail.shape[-1]
-        variances.append(tail(part.base, log_q).double().var(-1) / m if m else torch.zeros(len(log_q)).double())
-    return {name: torch.cat(each) for name, each in values.items()}, torch.cat(variances)
+        for name, metric in all_metrics().items():
+            measured = metric.measure(part.base, log_q, part.target)
+            value, *variance = measured if isinstance(measured, tuple) else (measured,)
+            _require_finite(value, metric.title, part, i * batch)
+            values.setdefault(name, []).append(value.double())
+            if variance:
+                variances.setdefault(name, []).append(variance[0].double())
+    return {n: torch.cat(each) for n, each in values.items()}, {n: torch.cat(each) for n, each in variances.items()}
+
+
+def _require_finite(value: Tensor, title: str, part: Part, first: int) -> None:
+    bad = (~value.isfinite()).nonzero()
+    if len(bad):
+        window = first + int(part.scored.nonzero()[int(bad[0])][0])
+        raise HfQuantError(
+            f"{title} is not finite in window {window}: the model rules out a token that its base holds possible"
+        )

@@ -23,11 +23,12 @@ from torch import Tensor
 from hf_quant.disk import staged, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.metrics import BaseTokens
+from hf_quant.evaluation.metrics.kl import log_mass_without
 from hf_quant.text import Windows
 
-VERSION = 1  # of the files
+VERSION = 2  # of the files: raised whenever they hold other numbers
 TOP, SAMPLES = 128, 64
-LOGITS = 1 << 26  # bytes of logits in one forward pass
+LOGITS = 1 << 26  # bytes of logits in one forward pass, in float32
 META = "meta.json"
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -132,9 +133,9 @@ def _compute(model: Any, folder: Path, windows: Windows, dtype: torch.dtype, pro
     pairs = list(zip(windows.ids.split(batch), windows.scored.split(batch), strict=True))
     for i, (ids, scored) in enumerate(progress(pairs)):
         log_p = log_probabilities(model, ids, scored, i * batch)
-        made = save(vars(_compact(log_p, ids[:, 1:][scored], draw)))
-        (folder / _name(i)).write_bytes(made)
-        checksums.append(zlib.crc32(made))
+        data = save(_stored(compact(log_p, ids[:, 1:][scored], draw)))
+        (folder / _name(i)).write_bytes(data)
+        checksums.append(zlib.crc32(data))
     meta = {
         "version": VERSION, "vocabulary": log_p.shape[-1], "base_dtype": str(dtype).removeprefix("torch."),
         "batch": batch, "noise": {}, "parts": checksums,
@@ -143,7 +144,7 @@ def _compute(model: Any, folder: Path, windows: Windows, dtype: torch.dtype, pro
 
 
 def log_probabilities(model: Any, ids: Tensor, scored: Tensor, first: int) -> Tensor:
-    """Of the next token, at the positions scored: float32 ``[P, V]`` on the CPU.
+    """Of the next token, at the positions scored: float64 ``[P, V]`` on the CPU; -inf for tokens that are ruled out.
 
     Args:
         model: A causal language model.
@@ -152,16 +153,17 @@ def log_probabilities(model: Any, ids: Tensor, scored: Tensor, first: int) -> Te
         first: Number of the first window, for the message.
 
     Raises:
-        HfQuantError: Logits are not finite; names the window and the module that made the first such value.
+        HfQuantError: Logits are not finite (-inf is allowed: it masks a token, as padding of the vocabulary is masked);
+            names the window and the module that made the first such value.
     """
     logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]
-    bad = (~logits.isfinite()).flatten(1).any(1).nonzero()
+    bad = (logits.isnan() | (logits == torch.inf) | (logits == -torch.inf).all(-1, True)).flatten(1).any(1).nonzero()
     if len(bad):
         at = int(bad[0])
         origin = first_not_finite(model, ids[at : at + 1])
         raise HfQuantError(f"logits of {type(model).__name__} are not finite in window {first + at}: {origin}")
-    made: Tensor = logits[scored.to(logits.device)].float().log_softmax(-1).cpu()
-    return made
+    picked: Tensor = logits[scored.to(logits.device)]
+    return picked.cpu().double().log_softmax(-1)  # there, since not every device knows float64
 
 
 def first_not_finite(model: Any, ids: Tensor) -> str:
@@ -185,20 +187,29 @@ def first_not_finite(model: Any, ids: Tensor) -> str:
     return f"{found[0]} is the first module whose output is not" if found else "every module's output is"
 
 
-def _compact(log_p: Tensor, target: Tensor, draw: torch.Generator) -> BaseTokens:
-    k = log_p.shape[-1] if log_p.shape[-1] <= TOP + SAMPLES else TOP
-    top, top_ids = log_p.topk(k, -1)
-    at = log_p.gather(-1, target[:, None]).squeeze(-1)
-    if k == log_p.shape[-1]:
-        nothing = top.new_empty(len(top), 0)
-        return BaseTokens(top_ids.int(), top, nothing.int(), nothing, top.new_zeros(len(top)), at)
-    reached = log_p.exp().scatter_(-1, top_ids, 0).cumsum_(-1)
-    mass = reached[:, -1:].clone()
-    # one random offset, then even steps through the tail's mass (systematic sampling)
-    steps = (torch.arange(SAMPLES) + torch.rand(len(top), 1, generator=draw)) / SAMPLES
-    wanted = (steps * mass).clamp(min=torch.finfo(torch.float32).tiny)
-    tail_ids = torch.searchsorted(reached, torch.minimum(wanted, mass))
-    return BaseTokens(top_ids.int(), top, tail_ids.int(), log_p.gather(-1, tail_ids), mass.squeeze(-1), at)
+def compact(log_p: Tensor, target: Tensor, draw: torch.Generator) -> BaseTokens:
+    """What is kept of the base's log-probabilities ``[P, V]`` (float64), given the tokens that came ``[P]``."""
+    vocabulary = log_p.shape[-1]
+    top, top_ids = log_p.topk(vocabulary if vocabulary <= TOP + SAMPLES else TOP, -1)
+    came = log_p.gather(-1, target[:, None]).squeeze(-1)
+    if top.shape[-1] == vocabulary:
+        nothing, no_mass = top.new_empty(len(top), 0), top.new_full((len(top),), -torch.inf)
+        return BaseTokens(top_ids, top, nothing.long(), nothing, no_mass, came)
+    mass = log_mass_without(log_p, top_ids)
+    # the logarithm is taken off first, so that a tail of 1e-300 is drawn from like any other
+    inside = (log_p - mass.clamp(min=torch.finfo(mass.dtype).min)[:, None]).exp_().scatter_(-1, top_ids, 0)
+    reached = inside.cumsum_(-1)
+    steps = (torch.arange(SAMPLES) + torch.rand(len(top), 1, generator=draw, dtype=torch.float64)) / SAMPLES
+    wanted = (steps * reached[:, -1:]).clamp(min=torch.finfo(torch.float64).tiny)
+    tail_ids = torch.searchsorted(reached, wanted).clamp(max=vocabulary - 1)  # beyond the end where there is no tail
+    return BaseTokens(top_ids, top, tail_ids, log_p.gather(-1, tail_ids), mass, came)
+
+
+def _stored(base: BaseTokens) -> dict[str, Tensor]:
+    """In half the space: a logarithm in float32 is good to seven digits, however small the probability."""
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor.int() for name, tensor in vars(base).items()
+    }
 
 
 def _name(i: int) -> str:
@@ -213,4 +224,4 @@ def _read(path: Path, checksum: int) -> BaseTokens:
         tensors = load(data)
     except SafetensorError as error:
         raise HfQuantError(f"{path.name}: {error}") from None
-    return BaseTokens(**{name: t.long() if t.dtype is torch.int32 else t for name, t in tensors.items()})
+    return BaseTokens(**{name: t.double() if t.is_floating_point() else t.long() for name, t in tensors.items()})

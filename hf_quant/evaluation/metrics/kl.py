@@ -1,4 +1,8 @@
-"""KL divergence of the model's next-token distribution from the base's: ``sum_i p_i log(p_i / q_i)``."""
+"""KL divergence of the model's next-token distribution from the base's: ``sum_i p_i log(p_i / q_i)``.
+
+Everything is in log space and float64: a trained model is often so certain of a token that what the others weigh together
+is far below the spacing of the numbers around 1, and a difference such as ``1 - sum`` would hold nothing but rounding.
+"""
 
 from __future__ import annotations
 
@@ -8,48 +12,60 @@ from torch import Tensor
 from hf_quant.evaluation.metrics import BaseTokens, Metric
 
 
-def kl(base: BaseTokens, log_q: Tensor, target: Tensor) -> Tensor:
-    """Of each position, nats; not negative.
+def kl(base: BaseTokens, log_q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each position, nats, and the variance of that from sampling the tail.
+
+    The value is not negative, and infinite where the model rules out a token that the base does not.
 
     By the chain rule: the divergence between the likeliest tokens and one bucket for the tail, which is exact, plus the
-    tail's mass times the divergence inside the tail, which is estimated (`tail`).
+    tail's mass times the divergence inside the tail, which is estimated (`inside_the_tail`).
     """
-    log_top = log_q.gather(-1, base.top_ids)
-    made = _terms(base.top, log_top).sum(-1)
-    if base.tail.shape[-1]:
-        made += _terms(_log(base.tail_mass), _log(_rest(log_top))) + tail(base, log_q).mean(-1)
-    return made
+    value = _terms(base.top, log_q.gather(-1, base.top_ids)).sum(-1)
+    if not base.tail.shape[-1]:
+        return value, torch.zeros_like(value)
+    rest = log_mass_without(log_q, base.top_ids)
+    samples = inside_the_tail(base, log_q, rest)
+    return value + _terms(base.tail_mass, rest) + samples.mean(-1), _variance_of_mean(samples)
 
 
-def tail(base: BaseTokens, log_q: Tensor) -> Tensor:
+def inside_the_tail(base: BaseTokens, log_q: Tensor, rest: Tensor) -> Tensor:
     """What each token drawn from the tail says that the divergence inside the tail adds: ``[P, m]``.
 
     Its mean is without bias, since the tokens were drawn by p; ``r - 1 - log r`` (r = q/p, both normalized over the tail)
     is never negative and varies by the square of ``log r``, where ``-log r`` alone varies by ``log r`` (the estimator k3
     of Schulman, http://joschu.net/blog/kl-approx.html).
+
+    Args:
+        base: The base's tokens.
+        log_q: The model's log-probabilities ``[P, V]``.
+        rest: Logarithm of what the model gives the tail in all, ``[P]``.
     """
-    mass = base.tail_mass[:, None]
-    rest = _log(_rest(log_q.gather(-1, base.top_ids)))[:, None]
-    log_r = log_q.gather(-1, base.tail_ids) - rest - base.tail + _log(mass)
-    made = mass * (torch.expm1(log_r) - log_r).clamp(min=0)
-    return made.where(mass > 0, 0)  # no tail within float32: what was drawn means nothing
+    log_r = (log_q.gather(-1, base.tail_ids) - rest[:, None]) - (base.tail - base.tail_mass[:, None])
+    value = base.tail_mass.exp()[:, None] * (torch.expm1(log_r) - log_r).clamp(min=0)
+    return value.where(base.tail_mass[:, None] > -torch.inf, 0)  # there is no tail, and what was drawn means nothing
+
+
+def _variance_of_mean(samples: Tensor) -> Tensor:
+    """Of a systematic sample ``[P, m]``: ``[P]``.
+
+    From successive differences, since neighbours in a systematic sample are not independent (Wolter, "An Investigation of
+    Some Estimators of Variance for Systematic Sampling", 1984, its second estimator).
+    """
+    return samples.diff(dim=-1).square().mean(-1) / (2 * samples.shape[-1])
+
+
+def log_mass_without(log_p: Tensor, ids: Tensor) -> Tensor:
+    """Logarithm of what all tokens but ``ids`` ``[P, k]`` weigh together, from log-probabilities ``[P, V]``: ``[P]``."""
+    return log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
 
 
 def _terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     """``p log(p/q) - p + q``: adds up to the same as ``p log(p/q)``, and no term is negative."""
-    p, log_ratio = log_p.exp(), log_p - log_q
-    close = p * (torch.expm1(-log_ratio) + log_ratio).clamp(min=0)
-    # which overflows where p is all but zero; this cancels where p and q are close
-    return torch.where(log_ratio < -5, p * log_ratio - p + log_q.exp(), close)
-
-
-def _rest(log_top: Tensor) -> Tensor:
-    """The mass that the likeliest tokens leave."""
-    return 1 - log_top.exp().sum(-1)
-
-
-def _log(x: Tensor) -> Tensor:
-    return x.clamp(min=torch.finfo(x.dtype).tiny).log()
+    p, q, log_ratio = log_p.exp(), log_q.exp(), log_p - log_q
+    close = p * (torch.expm1(-log_ratio) + log_ratio)  # does not cancel where p and q are close
+    far = p * log_ratio - p + q  # does not overflow where they are not
+    value = torch.where(log_ratio.abs() < 1, close, far).clamp(min=0)
+    return torch.where(log_p == -torch.inf, q, value)  # where 0 log 0 is 0
 
 
 METRIC = Metric("KL (nats)", kl, ideal=0, quantiles=(0.5, 0.99))

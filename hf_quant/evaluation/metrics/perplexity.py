@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from hf_quant.evaluation.metrics import BaseTokens, Metric
+from hf_quant.evaluation.metrics import BaseTokens, Metric, exponential
 
 
 def negative_log_likelihood(base: BaseTokens, log_q: Tensor, target: Tensor) -> Tensor:
@@ -14,4 +12,4 @@ def negative_log_likelihood(base: BaseTokens, log_q: Tensor, target: Tensor) -> 
     return -log_q.gather(-1, target[:, None]).squeeze(-1)
 
 
-METRIC = Metric("perplexity", negative_log_likelihood, finish=math.exp)
+METRIC = Metric("perplexity", negative_log_likelihood, finish=exponential)

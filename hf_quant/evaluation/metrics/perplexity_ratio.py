@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from hf_quant.evaluation.metrics import BaseTokens, Metric
+from hf_quant.evaluation.metrics import BaseTokens, Metric, exponential
 
 
 def log_ratio(base: BaseTokens, log_q: Tensor, target: Tensor) -> Tensor:
@@ -14,4 +12,4 @@ def log_ratio(base: BaseTokens, log_q: Tensor, target: Tensor) -> Tensor:
     return base.target - log_q.gather(-1, target[:, None]).squeeze(-1)
 
 
-METRIC = Metric("perplexity ratio", log_ratio, ideal=1, finish=math.exp)
+METRIC = Metric("perplexity ratio", log_ratio, ideal=1, finish=exponential)

@@ -18,8 +18,6 @@ from hf_quant.evaluation import reference as reference_module
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.layers import layer_errors
-from hf_quant.evaluation.metrics import BaseTokens
-from hf_quant.evaluation.metrics.kl import kl
 from hf_quant.evaluation.reference import Reference, reference
 from hf_quant.hf import HfQuantConfig, load
 from hf_quant.results import Estimate, Quality
@@ -106,35 +104,6 @@ def test_values_are_those_of_a_plain_loop_in_float64(tmp_path: Path, stride: int
     assert Quality.from_dict(json.loads(json.dumps(got.to_dict()))) == got
 
 
-def test_sampling_the_tail_is_unbiased() -> None:
-    """Over many draws the mean is the exact KL, and its error what the sample's variance says."""
-    torch.manual_seed(0)
-    log_p = torch.randn(1, 4096).log_softmax(-1).expand(500, -1).contiguous()
-    log_q = (log_p[:1] + 0.1 * torch.randn(1, 4096)).log_softmax(-1).expand(500, -1)
-    base = reference_module._compact(log_p, torch.zeros(500, dtype=torch.int64), torch.Generator().manual_seed(0))
-    base = BaseTokens(**{k: v.long() if v.dtype is torch.int32 else v for k, v in vars(base).items()})
-    assert base.tail.shape == (500, 64) and 0.5 < base.tail_mass[0] < 1
-    exact = (log_p[0].double().exp() * (log_p[0].double() - log_q[0].double())).sum().item()
-    got = kl(base, log_q, torch.zeros(500)).double()
-    assert got.mean().item() == pytest.approx(exact, abs=4 * got.std().item() / 500**0.5)
-    assert got.std().item() < 0.25 * exact
-
-
-def test_kl_by_hand() -> None:
-    p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.25, 0.5]])
-    nothing = torch.empty(1, 0)
-    base = BaseTokens(torch.tensor([[0, 1, 2]]), p.log(), nothing.long(), nothing, torch.zeros(1), torch.zeros(1))
-    assert kl(base, q.log(), torch.zeros(1)).item() == pytest.approx(0.25 * math.log(2))
-
-
-def test_a_certain_base_has_no_tail() -> None:
-    log_p = torch.full((1, 300), -500.0)
-    log_p[0, 5] = 0
-    base = reference_module._compact(log_p, torch.tensor([5]), torch.Generator())
-    base = BaseTokens(**{k: v.long() if v.dtype is torch.int32 else v for k, v in vars(base).items()})
-    assert kl(base, torch.zeros(1, 300).log_softmax(-1), torch.zeros(1)).item() == pytest.approx(math.log(300))
-
-
 def test_the_base_is_computed_once(tmp_path: Path) -> None:
     said: list[str] = []
     base, model = tiny(0), near(tiny(0), 0.1)
@@ -165,7 +134,9 @@ def test_a_metric_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "from hf_quant.evaluation.metrics import Metric\n"
         "METRIC = Metric('confidence', lambda base, log_q, target: log_q.max(-1).values.exp(), quantiles=(0.1,))\n"
     )
-    monkeypatch.setattr(metrics_folder, "__path__", [*metrics_folder.__path__, str(tmp_path / "more")])
+    folders = [*metrics_folder.__path__, str(tmp_path / "more")]
+    monkeypatch.setattr(metrics_folder, "__path__", folders)
+    monkeypatch.setattr(metrics_folder.__spec__, "submodule_search_locations", folders)
     got = evaluate(tiny(1), refer(tiny(0), tmp_path / "cache"))
     assert 0 < got.quantiles["confidence_p10"] < got.metrics["confidence"].value < 1
     assert got.metrics["confidence"].noise is not None

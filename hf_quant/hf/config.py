@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
@@ -26,6 +28,11 @@ UNSTORED = (
     "dequantize",
 )  # the text may be private; the recipe has its hash
 VERSION = 1  # of this configuration's meaning
+OTHER_NAMES = {  # of the same things in other packages
+    "load_in_4bit": "bits=4", "load_in_8bit": "bits=8", "wbits": "bits", "w_bit": "bits", "nbits": "bits",
+    "q_group_size": "group_size", "sym": "symmetric", "zero_point": "symmetric=False", "dataset": "calibration",
+    "ignore": "modules_to_not_convert", "llm_int8_skip_modules": "modules_to_not_convert",
+}  # fmt: skip
 logger = logging.get_logger(__name__)
 
 
@@ -35,10 +42,10 @@ class HfQuantConfig(QuantizationConfigMixin):
 
     Args:
         scheme: Slug of the scheme of every layer not named below, for example ``"W4A16-g128-asym"``; in place of the
-            three that follow.
-        bits: Width of one code: 8, 4, 3 or 2.
-        group_size: Input columns that share a scale: a power of two from 16, or -1 for a whole row.
-        symmetric: Whether the zero point is fixed.
+            three that follow, which may not contradict it.
+        bits: Width of one code: 8, 4, 3 or 2; 4 by default.
+        group_size: Input columns that share a scale: a power of two from 16, or -1 for a whole row; 128 by default.
+        symmetric: Whether the zero point is fixed, as it is by default.
         method: ``"rtn"`` (rounding, needs no data), ``"calibrated"`` (what loses least at each width), ``"gptq"``, ``"awq"``,
             ``"hqq"``, or transforms and a method joined by ``+``: see `hf_quant.presets`.
         overrides: Glob over module names to slug, or to None to leave those modules in floating point; the first match
@@ -60,8 +67,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         share_quantized: Filled in after quantizing: share of the parameters that became codes.
 
     Raises:
-        SchemeError: The scheme is impossible.
-        PlanError: A field has the wrong type, or names no method or format.
+        SchemeError: The scheme is impossible, or another field contradicts it.
+        PlanError: A field is unknown, has the wrong type, or names no method or format.
         FormatError: The checkpoint was written by a newer version.
     """
 
@@ -69,9 +76,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         self,
         scheme: str | None = None,
         *,
-        bits: int = 4,
-        group_size: int = 128,
-        symmetric: bool = True,
+        bits: int | None = None,
+        group_size: int | None = None,
+        symmetric: bool | None = None,
         method: str = "rtn",
         overrides: Mapping[str, str | None] | None = None,
         modules_to_not_convert: list[str] | None = None,
@@ -89,11 +96,12 @@ class HfQuantConfig(QuantizationConfigMixin):
         if type(version) is not int or not 1 <= version <= VERSION:
             raise FormatError(f"quantization_config.version {version!r}: this hf-quant reads versions up to {VERSION}")
         if unknown:
-            logger.warning(f"quantization_config: ignored unknown fields {sorted(unknown)}")
-        default = QuantScheme(bits, group_size, symmetric) if scheme is None else QuantScheme.parse(scheme)
+            raise PlanError(_unknown(unknown))
+        default = _default_scheme(scheme, bits=bits, group_size=group_size, symmetric=symmetric)
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers types it as its own enum
         self.version = version
-        self.format, self.method = format, method
+        self.format = format.replace("-", "_") if isinstance(format, str) else format
+        self.method = method
         self.scheme = str(default)
         self.bits, self.group_size, self.symmetric = default.bits, default.group_size, default.symmetric
         self.overrides = dict(_typed("overrides", overrides or {}, Mapping))
@@ -113,8 +121,17 @@ class HfQuantConfig(QuantizationConfigMixin):
                 _parsed(f"overrides[{glob!r}]", slug)
         self.calibration, self.calibration_tokens = calibration, calibration_tokens
         self._check_ranges(preset(method, default))
-        if format != "auto":
-            _known("format", "formats", format)
+        if self.format != "auto":
+            _known("format", "formats", self.format)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """What config.json holds; fields that other software added are left out, with a warning."""
+        extra = sorted(map(str, config_dict.keys() - inspect.signature(cls).parameters.keys()))
+        if extra:
+            logger.warning(f"quantization_config: ignored unknown fields {extra}")
+        known = {name: value for name, value in config_dict.items() if name not in extra}
+        return super().from_dict(known, return_unused_kwargs, **kwargs)
 
     def _check_ranges(self, chosen: Preset) -> None:
         """Refuse schemes that take a look at activations, where nothing looks."""
@@ -173,6 +190,30 @@ def taken_over(stored: Mapping[str, Any], activations: str | None = None) -> HfQ
     )  # fmt: skip
     config.stored = dict(stored)
     return config
+
+
+def _default_scheme(scheme: str | None, **fields: Any) -> QuantScheme:
+    """The scheme that is named, or the one of the fields that are not None."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    if scheme is None:
+        return QuantScheme(**({"bits": 4} | given))
+    parsed = QuantScheme.parse(scheme)
+    for name, value in given.items():
+        if getattr(parsed, name) != value:
+            raise SchemeError(
+                f"quantization_config: scheme {scheme!r} and {name}={value!r} contradict each other: give one of them"
+            )
+    return parsed
+
+
+def _unknown(names: Collection[str]) -> str:
+    """What is wrong with fields that do not exist, and which ones were probably meant."""
+    fields = [name for name in inspect.signature(HfQuantConfig).parameters if name != "unknown"]
+    hints = []
+    for name in sorted(names):
+        meant = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, fields, 1)), None)
+        hints.append(f"{name!r}" + (f" (did you mean {meant}?)" if meant else ""))
+    return f"quantization_config has no field {', '.join(hints)}; there is {', '.join(fields)}"
 
 
 def _typed(field: str, value: Any, kind: type) -> Any:

@@ -1,0 +1,47 @@
+"""Fields of `HfQuantConfig`: what is unknown or contradicts another field is refused, not ignored."""
+
+import logging
+from typing import Any
+
+import pytest
+
+from hf_quant import HfQuantConfig
+from hf_quant.errors import PlanError, SchemeError
+
+
+@pytest.mark.parametrize(
+    ("fields", "meant"),
+    [
+        ({"groupsize": 64}, "group_size"), ({"load_in_4bit": True}, "bits=4"), ({"dataset": "c4"}, "calibration"),
+        ({"schema": "W4A16-g32"}, "scheme"), ({"desc_act": True}, "there is scheme, bits"),
+    ],
+)  # fmt: skip
+def test_an_unknown_field_is_refused_with_the_one_that_was_meant(fields: dict[str, Any], meant: str) -> None:
+    with pytest.raises(PlanError, match=meant) as caught:
+        HfQuantConfig(**fields)
+    assert repr(next(iter(fields))) in str(caught.value)
+
+
+@pytest.mark.parametrize("fields", [{"bits": 2}, {"group_size": 64}, {"symmetric": False}])
+def test_a_field_that_contradicts_the_scheme_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(SchemeError, match=next(iter(fields))):
+        HfQuantConfig("W4A16-g32", **fields)
+    assert HfQuantConfig("W4A16-g32", bits=4, group_size=32, symmetric=True).scheme == "W4A16-g32"
+
+
+def test_a_stored_configuration_may_hold_fields_of_other_software(caplog: pytest.LogCaptureFixture) -> None:
+    stored = HfQuantConfig("W3A16-g64-asym", overrides={"*.o_proj": None}).to_dict()
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    try:
+        read = HfQuantConfig.from_dict(stored | {"made_by": "somebody"})
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
+    assert read.to_dict() == stored and "made_by" in caplog.text
+
+
+def test_the_defaults() -> None:
+    assert HfQuantConfig().scheme == "W4A16-g128" and HfQuantConfig(bits=8, symmetric=False).scheme == "W8A16-g128-asym"
+
+
+def test_the_format_may_be_spelled_as_its_project_does() -> None:
+    assert HfQuantConfig(format="compressed-tensors").format == "compressed_tensors"

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from hf_quant.calibration import Calibration
 from hf_quant.digests import weight_files
@@ -29,6 +28,7 @@ from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
+from hf_quant.hf.auto import hub_options
 from hf_quant.hf.loading import sample_logits
 from hf_quant.hf.plan import Plan
 from hf_quant.hf.streaming import Settings, quantize_streaming
@@ -48,8 +48,8 @@ class Job:
 
     Attributes:
         model: Folder or Hub id.
-        load: For ``from_pretrained``: dtype, device_map, revision.
-        shard: Largest file, such as ``"5GB"``.
+        load: For ``from_pretrained``: dtype, device_map, revision, trust_remote_code.
+        shard: Bytes of the largest file of weights.
         overwrite: Whether an existing folder may be replaced.
         say: Told what is worth knowing.
         tokenizer: Saved beside the model; None if it has none.
@@ -63,7 +63,7 @@ class Job:
 
     model: str
     load: dict[str, Any]
-    shard: str
+    shard: int
     overwrite: bool
     say: Callable[[str], None]
     tokenizer: Any = None
@@ -73,6 +73,14 @@ class Job:
     progress: Progress = iter
     max_memory: int | None = None
     ranks: Ranks = ALONE
+
+    def options(self, *names: str) -> dict[str, Any]:
+        """Those of `load` that are given."""
+        return {name: self.load[name] for name in names if name in self.load}
+
+    def base(self) -> Base:
+        """The model, as what others are measured against."""
+        return Base(self.model, **hub_options(self.load))
 
     def quantized(self, config: HfQuantConfig) -> Any:
         """The model with ``config`` applied, in memory."""
@@ -129,7 +137,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         calibrated = preset(config.method, config.default_scheme).calibrated
         if calibrated:
             plan, blocks = _stream(job, config, work, stage)
-            made = load(str(stage), **{n: job.load[n] for n in ("device_map", "dtype") if n in job.load}).eval()
+            made = load(str(stage), **job.options("device_map", "dtype", "trust_remote_code")).eval()
         else:
             made, blocks = job.quantized(config), []
             plan = made.hf_quantizer.plan
@@ -149,7 +157,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         if not calibrated:  # the other was read from there
             del made
             gc.collect()  # never two models in memory, and a model refers to itself
-            made = load(str(stage), dtype=dtype, **{n: job.load[n] for n in ("device_map",) if n in job.load}).eval()
+            made = load(str(stage), dtype=dtype, **job.options("device_map", "trust_remote_code")).eval()
             again = sample_logits(made)
         _check(logits, again, config.scheme)
         row |= {
@@ -176,8 +184,10 @@ def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[P
     if job.calibration is None:
         raise HfQuantError(f"{config.method} needs text to calibrate on: name one with --calibration")
     return quantize_streaming(
-        Base(job.model, job.load.get("revision")).checkpoint().folder, config, job.calibration, work, stage,
-        Settings(job.say, job.progress, job.max_memory, job.ranks, _device(job)),
+        job.base().checkpoint().folder, config, job.calibration, work, stage,
+        Settings(
+            job.say, job.progress, job.max_memory, job.ranks, _device(job), bool(job.load.get("trust_remote_code"))
+        ),
     )  # fmt: skip
 
 
@@ -208,7 +218,7 @@ def _save(model: Any, folder: Path, **options: Any) -> None:
 
 def _measured(job: Job, model: Any) -> dict[str, Any]:
     """Quality and gate where there is a text to measure on, and how far each layer is from the base's."""
-    errors = layer_errors(model, Base(job.model, job.load.get("revision")).checkpoint())
+    errors = layer_errors(model, job.base().checkpoint())
     made: dict[str, Any] = {"layers": [each.to_dict() for each in errors]}
     if job.measure is not None:
         quality = job.measure(model)
@@ -248,19 +258,10 @@ def _check(logits: Tensor, again: Tensor | None, scheme: str) -> None:
 
 def _source(job: Job, stage: Path) -> dict[str, Any]:
     """What the base is, by its name and never its path, and under which licence; its notices are copied to ``stage``."""
-    commit = Base(job.model, job.load.get("revision")).commit()
+    commit = job.base().commit()
     try:
         copy_notices(job.model, commit, stage)
         return describe(job.model, commit)
     except HfQuantError as error:  # the model itself may come from the cache, with no Hub in reach
         job.say(f"{job.model}: its card cannot be read now, so push will ask again: {error}")
         return {"model": job.model, "revision": commit}
-
-
-def tokenizer_of(model: str, revision: str | None, say: Callable[[str], None]) -> Any:
-    """The model's tokenizer, or None."""
-    try:
-        return AutoTokenizer.from_pretrained(model, revision=revision)
-    except (OSError, ValueError, KeyError):
-        say(f"{model}: no tokenizer found, none is saved")
-        return None

@@ -23,6 +23,7 @@ from hf_quant.evaluation.reference import Load, Progress, Reference
 from hf_quant.evaluation.sensitivity import groups, sensitivities
 from hf_quant.formats import format_named
 from hf_quant.hf import HfQuantConfig
+from hf_quant.hf.auto import hub_options
 from hf_quant.hf.loading import plan_of
 from hf_quant.hf.plan import candidates
 from hf_quant.presets import preset
@@ -232,7 +233,7 @@ class Ladder:
     def _table(self, found: Walk, tried: Sequence[QuantScheme]) -> _Table:
         """Measure what each group costs alone, and put it beside what it weighs."""
         config = HfQuantConfig(str(self.schemes[0]), **self.options)
-        skeleton, plan = plan_of(self.job.model, config, self.job.load.get("revision"))
+        skeleton, plan = plan_of(self.job.model, config, **hub_options(self.job.load))
         tied = {name.removesuffix(".weight") for pair in skeleton.all_tied_weights_keys.items() for name in pair}
         layers = groups(name for name in plan.schemes if name not in tied)
         trial, model = self.trial(), self.load_base(torch.float32)

@@ -88,13 +88,14 @@ def _used() -> int:
 
 def _main(model: str, load: dict[str, Any]) -> None:
     import torch
-    from transformers import AutoConfig, logging
+    from transformers import logging
 
     from hf_quant.hf import load as load_model
-    from hf_quant.hf.loading import class_of
+    from hf_quant.hf.auto import class_of, config_of, hub_options
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    class_of(AutoConfig.from_pretrained(model))  # imports its code before the count starts
+    hub = hub_options(load)
+    class_of(config_of(model, **hub), **hub)  # imports its code before the count starts
     watch = _Watch()
     watch.start()
     start = time.perf_counter()

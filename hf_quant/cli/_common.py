@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hf_quant.cli._types import FORMAT, Limit, Method, Override, Scheme, Share
 from hf_quant.errors import HfQuantError
 
 if TYPE_CHECKING:
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from hf_quant.results import Quality
 
 Function = Callable[..., Any]
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 TEXT, CALIBRATION = "heldout.txt", "calibration.txt"  # what a model's folder may bring along
 
 
@@ -35,36 +35,43 @@ def scheme_options(function: Function) -> Function:
     for option in (
         click.option("--embeddings", is_flag=True, help="Quantize the input embeddings too."),
         click.option("--lm-head", is_flag=True, help="Quantize the output head too."),
-        click.option("--override", multiple=True, metavar="GLOB=SCHEME", help="Another scheme for some layers."),
+        click.option("--override", multiple=True, metavar="GLOB=SCHEME", type=Override(),
+                     help="Another scheme for some layers; float leaves them in floating point."),
         click.option("--ignore", multiple=True, metavar="GLOB", help="Layers to leave in floating point."),
-        click.option("--format", "fmt", default="auto", help="auto, native or compressed_tensors."),
-        click.option("--method", default="rtn", help="How codes are chosen."),
+        click.option("--format", "fmt", type=FORMAT, metavar="NAME", default="auto",
+                     help="auto, native or compressed-tensors."),
+        click.option("--method", type=Method(), default="rtn", show_default=True, help="How codes are chosen."),
         click.option("--asym", is_flag=True, help="With zero points."),
-        click.option("--group-size", type=int, default=128, help="Columns that share a scale; -1: a whole row."),
-        click.option("--bits", type=int, default=4, help="8, 4, 3 or 2."),
-        click.option("--scheme", multiple=True, metavar="SLUG", help="For example W4A16-g128; in place of the above."),
+        click.option("--group-size", type=int, help="Columns that share a scale; -1: a whole row. Default: 128."),
+        click.option("--bits", type=int, help="8, 4, 3 or 2. Default: 4."),
+        click.option("--scheme", multiple=True, metavar="SLUG", type=Scheme(),
+                     help="For example W4A16-g128; in place of --bits, --group-size and --asym."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def model_options(function: Function) -> Function:
+    """Where a model comes from, and whether its code may run."""
+    for option in (
+        click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings along."),
+        click.option("--revision", help="Of a Hub model."),
     ):
         function = option(function)
     return function
 
 
-def size(value: str) -> int:
-    """``4GB`` as bytes."""
-    number = value.rstrip("BKMGbkmg")
-    return int(float(number) * UNITS[value[len(number) :].upper()])
-
-
-def share(value: str) -> float:
-    """A share of one: ``0.01`` or ``1%``."""
-    return float(value[:-1]) / 100 if value.endswith("%") else float(value)
+def hub(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """The `model_options` as arguments of ``from_pretrained``."""
+    return ({"revision": revision} if revision else {}) | ({"trust_remote_code": True} if trust_remote_code else {})
 
 
 def gate_options(function: Function) -> Function:
     """What quantization may cost; a miss exits with 3."""
     for option in (
-        click.option("--min-top1", type=share, help="Gate: top-1 agreement with the base, such as 95%."),
-        click.option("--max-ppl-increase", type=share, help="Gate: perplexity over the base's, such as 1%."),
-        click.option("--max-kl", type=float, help="Gate: KL divergence to the base, nats per token, such as 0.02."),
+        click.option("--min-top1", type=Share(most=1), help="Gate: top-1 agreement with the base, such as 95%."),
+        click.option("--max-ppl-increase", type=Share(), help="Gate: perplexity over the base's, such as 1%."),
+        click.option("--max-kl", type=Limit(), help="Gate: KL divergence to the base, nats per token, such as 0.02."),
     ):
         function = option(function)
     return function
@@ -76,9 +83,9 @@ def measure_options(function: Function) -> Function:
         click.option("--allow-overlap", is_flag=True, help="Measure even on text that was calibrated on."),
         click.option("--base-dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
                      show_default=True, help="What the base computes in while it is the yardstick."),
-        click.option("--max-tokens", type=int, help="Measure about that many at most."),
-        click.option("--stride", type=int, help="Tokens from one window to the next; default: the context."),
-        click.option("--context", type=int, help="Tokens in a window; default: 512, or what the model allows."),
+        click.option("--max-tokens", type=click.IntRange(1), help="Measure about that many at most."),
+        click.option("--stride", type=click.IntRange(1), help="Tokens from one window to the next; default: the context."),
+        click.option("--context", type=click.IntRange(2), help="Tokens in a window; default: 512, or what the model allows."),
         click.option("--dataset", help="ID[:CONFIG][@SPLIT][#COLUMN] of a datasets set, in place of --text."),
         click.option("--text", help="UTF-8 file to measure on; default: heldout.txt beside the model or its base, else a bundled one."),
     ):  # fmt: skip
@@ -97,6 +104,13 @@ class Measuring:
     max_tokens: int | None
     base_dtype: str
     allow_overlap: bool
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.dataset is not None:
+            raise click.UsageError("--text and --dataset name two texts to measure on: give one of them")
+        if self.stride is not None and self.context is not None and self.stride > self.context:
+            raise click.UsageError(f"--stride {self.stride} is more than --context {self.context}")
+        find_text(self.text)
 
     def beside(self, *folders: str) -> tuple[str, str] | None:
         """Name and content of the text to measure on: the one named, or the one in ``folders``; None if there is none."""
@@ -119,10 +133,11 @@ class Measuring:
         text: str,
         tokenizer: Any,
         *,
-        revision: str | None,
         device: str | None,
         shown: bool,
         quiet: bool,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Callable[[Any], Quality]:
         """Measures models against ``base``; its outputs are computed here, unless they are cached."""
         import torch
@@ -133,7 +148,7 @@ class Measuring:
         if tokenizer is None:
             raise HfQuantError(f"{base} has no tokenizer, so nothing can be measured: --no-eval leaves it out")
         return yardstick(
-            Base(base, revision, getattr(torch, self.base_dtype), device), tokenizer, text,
+            Base(base, revision, getattr(torch, self.base_dtype), device, trust_remote_code), tokenizer, text,
             context=self.context, stride=self.stride, max_tokens=self.max_tokens, say=lambda line: say(line, quiet),
             progress=lambda parts: tqdm(parts, desc="measuring", disable=not shown),
         )  # fmt: skip
@@ -177,31 +192,38 @@ def budget(max_kl: float | None, max_ppl_increase: float | None, min_top1: float
     return Budget(max_kl, max_ppl_increase, min_top1)
 
 
+def schemes(scheme: Sequence[str], bits: int | None, group_size: int | None, asym: bool) -> Sequence[str]:
+    """Slugs of the schemes asked for; no torch is needed to refuse them."""
+    from hf_quant.scheme import QuantScheme
+
+    if not scheme:
+        return (str(QuantScheme(4 if bits is None else bits, 128 if group_size is None else group_size, not asym)),)
+    given = {"--bits": bits is not None, "--group-size": group_size is not None, "--asym": asym}
+    if also := [option for option, there in given.items() if there]:
+        raise click.UsageError(f"--scheme {scheme[0]} says all that {also[0]} would: give one of them")
+    if len(set(scheme)) < len(scheme):
+        raise click.UsageError("--scheme: one of them is given twice")
+    return scheme
+
+
 def configs(
-    scheme: Sequence[str], bits: int, group_size: int, asym: bool, method: str, fmt: str,
-    ignore: Sequence[str], override: Sequence[str], lm_head: bool, embeddings: bool,
+    slugs: Sequence[str], method: str, fmt: str, ignore: Sequence[str], override: Sequence[tuple[str, str | None]],
+    lm_head: bool, embeddings: bool,
 ) -> list[HfQuantConfig]:  # fmt: skip
     """One configuration for every scheme asked for."""
     from hf_quant.hf import HfQuantConfig
-    from hf_quant.scheme import QuantScheme
 
-    overrides: dict[str, str | None] = {}
-    for item in override:
-        glob, equals, slug = item.partition("=")
-        if not equals:
-            raise click.BadParameter(f"{item!r} is not GLOB=SCHEME", param_hint="--override")
-        overrides[glob] = None if slug == "float" else slug
     return [
         HfQuantConfig(
             slug,
             method=method,
             format=fmt,
-            overrides=overrides,
+            overrides=dict(override),
             modules_to_not_convert=list(ignore),
             quantize_lm_head=lm_head,
             quantize_embeddings=embeddings,
         )
-        for slug in scheme or (str(QuantScheme(bits, group_size, not asym)),)
+        for slug in slugs
     ]
 
 
@@ -258,3 +280,17 @@ def find_text(text: str | None, *folders: str) -> Path | None:
             raise HfQuantError(f"{text}: no such file")
         return Path(text)
     return next((path for folder in folders if (path := Path(folder) / TEXT).is_file()), None)
+
+
+def find_calibration(text: str | None, model: str) -> str | None:
+    """The calibration text asked for, else the one beside the model, else None for the bundled one.
+
+    Raises:
+        HfQuantError: What is asked for looks like a file, and there is none.
+    """
+    if text is None:
+        beside = Path(model) / CALIBRATION
+        return str(beside) if beside.is_file() else None
+    if Path(text).is_dir() or (Path(text).suffix in (".txt", ".jsonl", ".json", ".md") and not Path(text).is_file()):
+        raise HfQuantError(f"--calibration {text}: no such file")
+    return text

@@ -7,15 +7,16 @@ from typing import Any
 
 import click
 
-from hf_quant.cli._common import bars, emit, output_options, say, store_results, table
+from hf_quant.cli._common import bars, emit, hub, output_options, say, store_results, table
+from hf_quant.cli._types import DTYPE, Model
 from hf_quant.errors import HfQuantError
 
 FEW = 3  # repeats, at least
 
 
 @click.command()
-@click.argument("model")
-@click.option("--base", help="Measure this model too, in turns with the first.")
+@click.argument("model", type=Model())
+@click.option("--base", type=Model(), help="Measure this model too, in turns with the first.")
 @click.option("--batch", multiple=True, type=click.IntRange(1), default=(1, 4, 16), show_default=True)
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(2), default=32, show_default=True)
@@ -23,14 +24,15 @@ FEW = 3  # repeats, at least
 @click.option(
     "--kv-cache", type=click.Choice(["int8", "int4"]), help="Keys and values of MODEL like that; the base's stay."
 )
-@click.option("--dtype", default="auto", show_default=True)
+@click.option("--dtype", type=DTYPE, default="auto", show_default=True)
 @click.option("--device", help="Where to run: cpu, cuda, auto, ...")
 @click.option(
     "--tune", is_flag=True, help="Only find the fastest tiles of this GPU for MODEL's layers, and keep them."
 )
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings along.")
 @output_options
 def command(
-    model: str, base: str | None, batch: tuple[int, ...], prompt_tokens: int, new_tokens: int, repeats: int, dtype: str,
+    model: str, base: str | None, trust_remote_code: bool, batch: tuple[int, ...], prompt_tokens: int, new_tokens: int, repeats: int, dtype: str,
     device: str | None, kv_cache: str | None, tune: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure memory, time to load, and prefill and decode speed of MODEL."""
@@ -46,7 +48,7 @@ def command(
         emit(as_json, quiet, record={"tiles": tiles}, essential=str(len(tiles)), human="\n".join(lines))
         return
     shown = bars(quiet or as_json)
-    how = {"dtype": dtype} | ({"device_map": device} if device else {})
+    how = {"dtype": dtype} | hub(None, trust_remote_code) | ({"device_map": device} if device else {})
     names = {"base": base, "model": model} if base else {"model": model}
     say("memory and time to load", quiet)
     record: dict[str, Any] = {role: memory.measure(name, **how).to_dict() for role, name in names.items()}

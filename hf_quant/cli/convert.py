@@ -8,12 +8,13 @@ from typing import Any
 import click
 
 from hf_quant.cli._common import emit, output_options, say, table
+from hf_quant.cli._types import Model
 
 KINDS = ("native", "compressed-tensors", "gptq", "awq", "dense")
 
 
 @click.command()
-@click.argument("folder")
+@click.argument("folder", type=Model())
 @click.option("--to", required=True, type=click.Choice(KINDS), help="What to write; dense: floating point.")
 @click.option("-o", "--output", required=True, help="Folder of the result.")
 @click.option(

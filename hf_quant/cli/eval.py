@@ -18,6 +18,7 @@ from hf_quant.cli._common import (
     emit,
     gate_lines,
     gate_options,
+    hub,
     measure_options,
     output_options,
     quality_lines,
@@ -25,12 +26,13 @@ from hf_quant.cli._common import (
     store_results,
     table,
 )
+from hf_quant.cli._types import Model
 from hf_quant.errors import HfQuantError
 
 
 @click.command()
-@click.argument("model")
-@click.option("--base", help="The model it was made from; default: the one its recipe.json names.")
+@click.argument("model", type=Model())
+@click.option("--base", type=Model(), help="The model it was made from; default: the one its recipe.json names.")
 @click.option("--device", help="Where to run both: cpu, cuda, auto, ...")
 @click.option(
     "--kv-cache", type=click.Choice(["int8", "int4"]), help="Measure it with keys and values kept like that."
@@ -38,20 +40,22 @@ from hf_quant.errors import HfQuantError
 @click.option("--tasks", help="Tasks of lm-evaluation-harness too, separated by commas.")
 @measure_options
 @gate_options
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoints bring along.")
 @output_options
 def command(
-    model: str, base: str | None, device: str | None, kv_cache: str | None, tasks: str | None, as_json: bool, quiet: bool,
+    model: str, base: str | None, trust_remote_code: bool, device: str | None, kv_cache: str | None, tasks: str | None, as_json: bool, quiet: bool,
     max_kl: float | None, max_ppl_increase: float | None, min_top1: float | None, **how: Any,
 ) -> None:  # fmt: skip
     """Measure MODEL against the model it was made from: KL divergence, perplexity, top-1 agreement."""
-    from transformers import AutoTokenizer
+    measuring = Measuring(**how)
 
     from hf_quant import load
     from hf_quant.checkpoint import Checkpoint
     from hf_quant.evaluation.layers import layer_errors
     from hf_quant.evaluation.yardstick import Base
+    from hf_quant.hf.auto import tokenizer_of
 
-    base, measuring = base or _source(model), Measuring(**how)
+    base, from_hub = base or _source(model), hub(None, trust_remote_code)
     name, text = measuring.find(model, base)
     if not measuring.allow_overlap:
         check_overlap(model, text)
@@ -59,11 +63,11 @@ def command(
         if Path(each).is_dir():
             Checkpoint.open(Path(each))
     shown = bars(quiet or as_json)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    _same_tokenizer(model, tokenizer)
+    tokenizer = tokenizer_of(base, **from_hub)
+    _same_tokenizer(model, tokenizer, from_hub)
     say(f"measuring {model} against {base} on {name}", quiet)
-    measure = measuring.yardstick(base, text, tokenizer, revision=None, device=device, shown=shown, quiet=quiet)
-    loaded = load(model, **({"device_map": device} if device else {})).eval()
+    measure = measuring.yardstick(base, text, tokenizer, device=device, shown=shown, quiet=quiet, **from_hub)
+    loaded = load(model, **from_hub, **({"device_map": device} if device else {})).eval()
     measured = _cached(loaded, kv_cache) if kv_cache else loaded
     quality = measure(measured)
     record: dict[str, Any] = {"quality": quality.to_dict()}
@@ -112,12 +116,12 @@ def _source(model: str) -> str:
     raise HfQuantError(f"{model} was made from a folder called {source!r}: say where it is with --base")
 
 
-def _same_tokenizer(model: str, base: Any) -> None:
-    from transformers import AutoTokenizer
+def _same_tokenizer(model: str, base: Any, from_hub: dict[str, Any]) -> None:
+    from hf_quant.hf.auto import tokenizer_of
 
     if any((Path(model) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        own = AutoTokenizer.from_pretrained(model)
-        if own.get_vocab() != base.get_vocab():
+        own = tokenizer_of(model, **from_hub)
+        if own is not None and base is not None and own.get_vocab() != base.get_vocab():
             raise HfQuantError(f"the tokenizer of {model} differs from the base's: their numbers cannot be compared")
 
 

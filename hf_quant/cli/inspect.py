@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_quant.cli._common import emit, output_options, table
+from hf_quant.cli._types import Model
 from hf_quant.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=Model())
 @output_options
 def command(model: str, as_json: bool, quiet: bool) -> None:
     """Say how the checkpoint in the folder MODEL is quantized: format, schemes, which layers and which not."""

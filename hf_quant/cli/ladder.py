@@ -16,13 +16,15 @@ from hf_quant.cli._common import (
     budget,
     emit,
     gate_options,
+    hub,
     measure_options,
+    model_options,
     output_options,
     say,
-    size,
     store_results,
     table,
 )
+from hf_quant.cli._types import DTYPE, Method, Model, Size
 from hf_quant.errors import HfQuantError
 
 if TYPE_CHECKING:
@@ -33,26 +35,28 @@ TOKENS, TRIAL_TOKENS = 32768, 4096
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=Model())
 @click.option("-o", "--output", required=True, help="Folder of the chosen model.")
-@click.option("--max-size", type=size, help="Bytes of all weights, such as 4GB; alone: the best model inside it.")
+@click.option("--max-size", type=Size(), help="Bytes of all weights, such as 4GB; alone: the best model inside it.")
 @gate_options
 @click.option("--group-size", type=int, default=128, show_default=True, help="Columns that share a scale.")
 @click.option("--asym", is_flag=True, help="With zero points.")
 @click.option(
     "--int8-activations", is_flag=True, help="W8A8 and W4A8 on the way down, for speed in prefill and batches."
 )
-@click.option("--method", default="rtn", show_default=True, help="How codes are chosen.")
+@click.option("--method", type=Method(), default="rtn", show_default=True, help="How codes are chosen.")
 @click.option("--ignore", multiple=True, metavar="GLOB", help="Layers to leave in floating point.")
 @click.option("--lm-head", is_flag=True, help="Quantize the output head too.")
 @click.option("--embeddings", is_flag=True, help="Quantize the input embeddings too.")
 @measure_options
 @click.option("--trial-text", help="UTF-8 file for sensitivities; default: calibration.txt beside the model.")
-@click.option("--trial-tokens", default=TRIAL_TOKENS, show_default=True, help="How much of it.")
-@click.option("--dtype", default="auto", show_default=True, help="What the models compute in.")
+@click.option(
+    "--trial-tokens", type=click.IntRange(1), default=TRIAL_TOKENS, show_default=True, help="How much of it."
+)
+@click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="What the models compute in.")
 @click.option("--device", help="Where to run: cpu, cuda, auto, ...")
-@click.option("--revision", help="Of a Hub model.")
-@click.option("--max-shard-size", default="5GB", show_default=True)
+@model_options
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
 @output_options
 def command(
@@ -60,14 +64,15 @@ def command(
     min_top1: float | None, group_size: int, asym: bool, int8_activations: bool, method: str, ignore: tuple[str, ...], lm_head: bool,
     embeddings: bool, text: str | None, dataset: str | None, context: int | None, stride: int | None,
     max_tokens: int | None, base_dtype: str, allow_overlap: bool, trial_text: str | None, trial_tokens: int, dtype: str,
-    device: str | None, revision: str | None, max_shard_size: str, overwrite: bool, as_json: bool, quiet: bool,
+    device: str | None, revision: str | None, trust_remote_code: bool, max_shard_size: int, overwrite: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Walk MODEL down the precision ladder and keep the smallest one inside the budget."""
     import torch
     from tqdm import tqdm
 
-    from hf_quant.compress import Job, compress, tokenizer_of
+    from hf_quant.compress import Job, compress
     from hf_quant.evaluation.yardstick import Base
+    from hf_quant.hf.auto import tokenizer_of
     from hf_quant.ladder import Ladder, Limits, rungs
 
     limits = Limits(budget(max_kl, max_ppl_increase, min_top1), max_size)
@@ -80,13 +85,14 @@ def command(
         )  # not after minutes of measuring
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
     found = how.find(model)
-    tokenizer = tokenizer_of(model, revision, say)
-    measure = how.yardstick(model, found[1], tokenizer, revision=revision, device=device, shown=shown, quiet=quiet)
-    given = {k: v for k, v in {"dtype": dtype, "device_map": device, "revision": revision}.items() if v is not None}
+    from_hub = hub(revision, trust_remote_code)
+    tokenizer = tokenizer_of(model, **from_hub)
+    measure = how.yardstick(model, found[1], tokenizer, device=device, shown=shown, quiet=quiet, **from_hub)
+    given = {"dtype": dtype} | ({"device_map": device} if device else {}) | from_hub
     job = Job(
         model, given, max_shard_size, overwrite, lambda line: say(line, quiet), tokenizer, limits.budget, measure
     )
-    base = Base(model, revision, getattr(torch, base_dtype), device)
+    base = Base(model, revision, getattr(torch, base_dtype), device, trust_remote_code)
     options = {
         "method": method, "modules_to_not_convert": list(ignore), "quantize_lm_head": lm_head,
         "quantize_embeddings": embeddings,

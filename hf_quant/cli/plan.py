@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_quant.cli._common import configs, emit, output_options, scheme_options, table
+from hf_quant.cli._common import (
+    configs,
+    emit,
+    hub,
+    model_options,
+    output_options,
+    scheme_options,
+    schemes,
+    table,
+)
+from hf_quant.cli._types import Model
 
 if TYPE_CHECKING:
     from hf_quant.hf.plan import Plan
@@ -24,12 +34,17 @@ LITTLE = 0.05  # of the memory there is
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=Model())
 @scheme_options
-@click.option("--revision", help="Of a Hub model.")
+@model_options
 @output_options
-def command(model: str, revision: str | None, as_json: bool, quiet: bool, **scheme: Any) -> None:
+def command(
+    model: str, revision: str | None, trust_remote_code: bool, as_json: bool, quiet: bool,
+    scheme: tuple[str, ...], bits: int | None, group_size: int | None, asym: bool, **options: Any,
+) -> None:  # fmt: skip
     """Say what quantizing MODEL would give, without reading its weights."""
+    slugs = schemes(scheme, bits, group_size, asym)
+
     from hf_quant.hf import plan_of
 
     if Path(model).is_dir():
@@ -38,8 +53,8 @@ def command(model: str, revision: str | None, as_json: bool, quiet: bool, **sche
         Checkpoint.open(Path(model))
     records: list[dict[str, Any]] = []
     summaries = []
-    for config in configs(**scheme):
-        skeleton, plan = plan_of(model, config, revision)
+    for config in configs(slugs, **options):
+        skeleton, plan = plan_of(model, config, **hub(revision, trust_remote_code))
         cache = _cache_bytes(skeleton.config.get_text_config())
         summaries.append(f"{config.scheme}: {plan.summary()}")
         records.append(

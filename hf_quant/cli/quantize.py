@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,40 +11,41 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_quant.cli._common import (
-    CALIBRATION,
     Measuring,
     bars,
     budget,
     configs,
     emit,
+    find_calibration,
     gate_lines,
     gate_options,
+    hub,
     measure_options,
+    model_options,
     output_options,
     say,
     scheme_options,
-    size,
+    schemes,
     table,
 )
+from hf_quant.cli._types import DTYPE, Model, Size
 from hf_quant.errors import HfQuantError
 
 if TYPE_CHECKING:
     from hf_quant.calibration import Calibration
-    from hf_quant.evaluation.gate import Budget
-    from hf_quant.hf import HfQuantConfig
 
 HEAD = ("scheme", "MB", "bits/weight", "quantized", "perplexity", "KL (nats)", "95 % interval", "top-1", "seconds")
 TOKENS = 32768  # measured by default: enough for intervals, and soon done
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=Model())
 @click.option("-o", "--output", required=True, help="Folder of the result; of several schemes, their parent.")
 @scheme_options
-@click.option("--dtype", default="auto", show_default=True, help="What the model computes in.")
+@click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="What the model computes in.")
 @click.option("--device", help="Where to quantize: cpu, cuda, auto, ...")
-@click.option("--revision", help="Of a Hub model.")
-@click.option("--max-shard-size", default="5GB", show_default=True)
+@model_options
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
 @click.option(
     "--eval/--no-eval",
@@ -58,25 +59,35 @@ TOKENS = 32768  # measured by default: enough for intervals, and soon done
     help="For calibrated methods: a UTF-8 or JSONL file, or ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
     "default: calibration.txt beside the model, else a bundled text.",
 )
-@click.option("--calibration-tokens", default=65536, show_default=True, help="How much of it.")
-@click.option("--max-memory", type=size, help="What activations may take before they go to disk, such as 2GB.")
+@click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it.")
+@click.option("--max-memory", type=Size(), help="What activations may take before they go to disk, such as 2GB.")
 @measure_options
 @gate_options
 @click.option("--prompt", help="Let the saved model continue this.")
 @output_options
 def command(
-    model: str, output: str, dtype: str, device: str | None, revision: str | None, max_shard_size: str, overwrite: bool,
+    model: str, output: str, dtype: str, device: str | None, revision: str | None, trust_remote_code: bool,
+    max_shard_size: int, overwrite: bool,
     wanted: bool | None, calibration: str | None, calibration_tokens: int, max_memory: int | None, text: str | None, dataset: str | None, context: int | None, stride: int | None,
     max_tokens: int | None, base_dtype: str, allow_overlap: bool, max_kl: float | None, max_ppl_increase: float | None,
-    min_top1: float | None, prompt: str | None, as_json: bool, quiet: bool, **scheme: Any,
+    min_top1: float | None, prompt: str | None, as_json: bool, quiet: bool,
+    scheme: tuple[str, ...], bits: int | None, group_size: int | None, asym: bool, **options: Any,
 ) -> None:  # fmt: skip
     """Quantize MODEL, a folder or a Hub id."""
-    from hf_quant.compress import Job, compress, tokenizer_of
+    slugs, gated = schemes(scheme, bits, group_size, asym), (max_kl, max_ppl_increase, min_top1) != (None,) * 3
+    how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
+    _refuse_measuring(wanted, gated, how)
+    _refuse_two_bits([*slugs, *(slug for _, slug in options["override"] if slug)], gated)
+    calibrated = _looks_at_text(options["method"], slugs, calibration)
+    source = find_calibration(calibration, model)
+
+    from hf_quant.compress import Job, compress
+    from hf_quant.hf.auto import tokenizer_of
     from hf_quant.ranks import Ranks
     from hf_quant.text import refuse_overlap
 
-    plans, gate = configs(**scheme), budget(max_kl, max_ppl_increase, min_top1)
-    _refuse_two_bits(plans, gate)
+    plans, gate = configs(slugs, **options), budget(max_kl, max_ppl_increase, min_top1)
+    from_hub = hub(revision, trust_remote_code)
     ranks = Ranks.found()
     quiet = quiet or not ranks.first
     shown = bars(quiet or as_json)
@@ -85,21 +96,19 @@ def command(
 
         Checkpoint.open(Path(model))
         _warn_if_training(Path(model))
-    how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
-    if wanted is False and gate:
-        raise click.UsageError("a gate has to measure: it cannot go with --no-eval")
-    tokenizer = tokenizer_of(model, revision, say)
-    calibrated_on = _calibration(plans, model, calibration, calibration_tokens, tokenizer)
+    tokenizer = tokenizer_of(model, **from_hub)
+    if tokenizer is None:
+        say(f"{model}: no tokenizer found, none is saved")
+    calibrated_on = _calibration(model, source, calibration_tokens, tokenizer, from_hub) if calibrated else None
     always = wanted or gate or calibrated_on is not None
     found = None if wanted is False or not ranks.first else how.find(model) if always else how.beside(model)
-    from_hub = {"dtype": dtype, "device_map": device, "revision": revision}
-    given = {k: v for k, v in from_hub.items() if v is not None}
+    given = {"dtype": dtype} | ({"device_map": device} if device else {}) | from_hub
     outs = [Path(output) / p.scheme for p in plans] if len(plans) > 1 else [Path(output)]
     measure = None
     if found is not None and calibrated_on is not None and not allow_overlap:
         refuse_overlap(found[1], calibrated_on.paragraphs)
     if found is not None:
-        measure = how.yardstick(model, found[1], tokenizer, revision=revision, device=device, shown=shown, quiet=quiet)
+        measure = how.yardstick(model, found[1], tokenizer, device=device, shown=shown, quiet=quiet, **from_hub)
     job = Job(
         model, given, max_shard_size, overwrite, lambda line: say(line, quiet), tokenizer, gate, measure, calibrated_on,
         lambda blocks: blocks_shown(blocks, shown), max_memory, ranks,
@@ -110,7 +119,7 @@ def command(
         return
     missed = [line for row in rows for line in gate_lines(row.get("gate", {"misses": []}), row["layers"])]
     folders = [out.with_name(row["folder"]) for row, out in zip(rows, outs, strict=True)]
-    said = _continue(folders[-1], prompt, tokenizer) if prompt else None
+    said = _continue(folders[-1], prompt, tokenizer, trust_remote_code) if prompt else None
     record = {"model": model, "results": rows} | ({"generated": said} if said else {})
     human = table(HEAD, _lines(rows))
     if found is not None:
@@ -140,20 +149,24 @@ def _resumable(schemes: dict[Path, str]) -> Iterator[None]:
         raise
 
 
-def _calibration(
-    plans: list[HfQuantConfig], model: str, source: str | None, tokens: int, tokenizer: Any
-) -> Calibration | None:
-    """What calibrated methods look at; None if no method is one."""
+def _looks_at_text(method: str, slugs: Sequence[str], calibration: str | None) -> bool:
+    """Whether the method needs calibration data for one of the schemes; data that nothing looks at are refused."""
+    from hf_quant.presets import preset
+    from hf_quant.scheme import QuantScheme
+
+    calibrated = any(preset(method, QuantScheme.parse(slug)).calibrated for slug in slugs)
+    if calibration is not None and not calibrated:
+        raise click.UsageError(f"--calibration: --method {method} looks at no text")
+    return calibrated
+
+
+def _calibration(model: str, source: str | None, tokens: int, tokenizer: Any, from_hub: dict[str, Any]) -> Calibration:
+    """What calibrated methods look at."""
     from hf_quant.calibration import calibration
     from hf_quant.evaluation.yardstick import Base
-    from hf_quant.presets import preset
 
-    if not any(preset(plan.method, plan.default_scheme).calibrated for plan in plans):
-        return None
-    beside = Path(model) / CALIBRATION
-    found = str(beside) if source is None and beside.is_file() else source
-    base = Base(model)
-    return calibration(found, tokenizer, base.context(), tokens, base.vocabulary())
+    base = Base(model, **from_hub)
+    return calibration(source, tokenizer, base.context(), tokens, base.vocabulary())
 
 
 def blocks_shown(blocks: Iterable[Any], shown: bool) -> Iterator[Any]:
@@ -176,16 +189,21 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _refuse_two_bits(plans: list[HfQuantConfig], gate: Budget) -> None:
+def _refuse_measuring(wanted: bool | None, gated: bool, how: Measuring) -> None:
+    if wanted is False and gated:
+        raise click.UsageError("a gate has to measure: it cannot go with --no-eval")
+    if wanted is False and (how.text or how.dataset):
+        raise click.UsageError("--text and --dataset say what to measure on: they cannot go with --no-eval")
+
+
+def _refuse_two_bits(slugs: Sequence[str], gated: bool) -> None:
     from hf_quant.scheme import QuantScheme
 
-    for plan in plans:
-        slugs = [plan.scheme, *(slug for slug in plan.overrides.values() if slug)]
-        if not gate and any(QuantScheme.parse(slug).bits == 2 for slug in slugs):
-            raise click.UsageError(
-                f"{plan.scheme}: 2 bits break most models, so they need a gate: say what it may cost, for example "
-                "--max-kl 0.1"
-            )
+    two = next((slug for slug in slugs if QuantScheme.parse(slug).bits == 2), None)
+    if two is not None and not gated:
+        raise click.UsageError(
+            f"{two}: 2 bits break most models, so they need a gate: say what it may cost, for example --max-kl 0.1"
+        )
 
 
 def _warn_if_training(folder: Path) -> None:
@@ -196,7 +214,7 @@ def _warn_if_training(folder: Path) -> None:
         )
 
 
-def _continue(folder: Path, prompt: str, tokenizer: Any) -> str:
+def _continue(folder: Path, prompt: str, tokenizer: Any, trust_remote_code: bool) -> str:
     """Greedy, from the folder that was written."""
     import torch
 
@@ -204,7 +222,8 @@ def _continue(folder: Path, prompt: str, tokenizer: Any) -> str:
 
     if tokenizer is None:
         raise HfQuantError("--prompt needs a tokenizer")
-    model, ids = load(str(folder)), torch.tensor([tokenizer(prompt).input_ids])
+    model = load(str(folder), trust_remote_code=trust_remote_code)
+    ids = torch.tensor([tokenizer(prompt).input_ids])
     out = model.generate(ids.to(model.device), max_new_tokens=40, do_sample=False)
     made: str = tokenizer.decode(out[0], skip_special_tokens=True)
     return made

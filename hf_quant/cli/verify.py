@@ -8,10 +8,11 @@ from typing import Any
 import click
 
 from hf_quant.cli._common import bars, emit, output_options, table
+from hf_quant.cli._types import Model
 
 
 @click.command()
-@click.argument("model")
+@click.argument("model", type=Model())
 @click.option("--revision", help="Of a Hub model.")
 @output_options
 def command(model: str, revision: str | None, as_json: bool, quiet: bool) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoConfig
 from transformers.utils import logging
 
 from hf_quant.checkpoint import Checkpoint
@@ -19,7 +18,7 @@ from hf_quant.evaluation import evaluate, means
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
 from hf_quant.evaluation.reference import Progress, Reference, reference
 from hf_quant.hf import load
-from hf_quant.hf.loading import class_of
+from hf_quant.hf.auto import class_of, config_of, hub_options
 from hf_quant.results import Quality
 from hf_quant.text import windows
 
@@ -36,12 +35,14 @@ class Base:
         revision: Of a Hub model.
         dtype: What it computes in while it is the yardstick.
         device: As ``device_map``.
+        trust_remote_code: Whether code in the checkpoint may run.
     """
 
     model: str
     revision: str | None = None
     dtype: torch.dtype = torch.float32
     device: str | None = None
+    trust_remote_code: bool = False
 
     def load(self, dtype: torch.dtype) -> Any:
         """The model in ``dtype``, ready to be measured."""
@@ -77,18 +78,20 @@ class Base:
 
     def context(self) -> int:
         """Tokens in a window, where nobody says."""
-        config = AutoConfig.from_pretrained(self.model, **self._hub()).get_text_config()
+        config = config_of(self.model, **self._hub()).get_text_config()
         return min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
 
     def vocabulary(self) -> int:
         """How many token ids there are."""
-        size: int = AutoConfig.from_pretrained(self.model, **self._hub()).get_text_config().vocab_size
+        size: int = config_of(self.model, **self._hub()).get_text_config().vocab_size
         return size
 
     def causal(self) -> bool:
         """Whether it predicts next tokens; otherwise it is measured as an encoder."""
-        config = AutoConfig.from_pretrained(self.model, **self._hub())
-        return bool(class_of(config).can_generate()) and not getattr(config, "is_encoder_decoder", False)
+        config = config_of(self.model, **self._hub())
+        return bool(class_of(config, **self._hub()).can_generate()) and not getattr(
+            config, "is_encoder_decoder", False
+        )
 
     def reference(
         self, tokenizer: Any, text: str, *, context: int | None = None, stride: int | None = None,
@@ -114,8 +117,8 @@ class Base:
             say=say, progress=progress,
         )  # fmt: skip
 
-    def _hub(self) -> dict[str, str]:
-        return {} if self.revision is None else {"revision": self.revision}
+    def _hub(self) -> dict[str, Any]:
+        return hub_options({"revision": self.revision, "trust_remote_code": self.trust_remote_code or None})
 
 
 def yardstick(

@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from hf_quant.activations import Activations
 from hf_quant.calibration import Calibration, calibration
 from hf_quant.errors import HfQuantError
 from hf_quant.formats import format_named
+from hf_quant.hf.auto import tokenizer_of
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
 from hf_quant.hf.streaming import blocks_of, embed, layers_of, recipe_of, refuse_other_kinds, refuse_outside_blocks
@@ -34,12 +34,11 @@ def data_for(config: HfQuantConfig, model: Any) -> Calibration:
     """What the configuration names, in the tokens of ``model``."""
     tokenizer = None
     if not isinstance(config.calibration, torch.Tensor):
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        except (OSError, ValueError, KeyError) as error:
-            raise HfQuantError(
-                f"calibration: no tokenizer beside the model, pass token ids instead ({error})"
-            ) from None
+        # the class of a model in memory was loaded by its user, who trusted its code if there is any
+        own_code = not type(model).__module__.startswith("transformers.")
+        tokenizer = tokenizer_of(model.config._name_or_path, trust_remote_code=own_code)
+        if tokenizer is None:
+            raise HfQuantError("calibration: no tokenizer beside the model, pass token ids instead")
     text = model.config.get_text_config()
     return calibration(
         config.calibration, tokenizer, context_of(model.config), config.calibration_tokens, text.vocab_size
@@ -66,7 +65,7 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     Returns:
         A record of each block.
     """
-    refuse_other_kinds(model.config, config.method)
+    refuse_other_kinds(type(model), model.config, config.method)
     blocks, base = blocks_of(model), model.base_model
     refuse_outside_blocks(plan, blocks, config.method)
     recipe, native, records = recipe_of(config, model.dtype), format_named("native"), []

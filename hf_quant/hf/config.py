@@ -131,7 +131,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         if extra:
             logger.warning(f"quantization_config: ignored unknown fields {extra}")
         known = {name: value for name, value in config_dict.items() if name not in extra}
-        return super().from_dict(known, return_unused_kwargs, **kwargs)
+        return super().from_dict(known, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
     def _check_ranges(self, chosen: Preset) -> None:
         """Refuse schemes that take a look at activations, where nothing looks."""

@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from hf_quant import _autoload
 from hf_quant.contents import quantization_of
-from hf_quant.errors import CheckpointError, PlanError
+from hf_quant.errors import PlanError
 from hf_quant.formats import format_of
 from hf_quant.hf._compat import recompute_activations
+from hf_quant.hf.auto import class_of, config_of, hub_options
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan, make_plan
 
@@ -24,20 +23,22 @@ def load(model: str, **kwargs: Any) -> Any:
 
     Args:
         model: Folder or Hub id.
-        kwargs: As for ``from_pretrained``: ``quantization_config``, ``dtype``, ``device_map``, ``revision``, ...
+        kwargs: As for ``from_pretrained``: ``quantization_config``, ``dtype``, ``device_map``, ``revision``, ``subfolder``,
+            ``trust_remote_code``, ...
 
     Raises:
         CheckpointError: The config names no class of transformers; or something in the checkpoint is not as it must be.
         FormatError: It was quantized in a way that this package does not read.
     """
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(model, **_hub(kwargs))
+    hub = hub_options(kwargs)
+    config = kwargs.pop("config", None) or config_of(model, **hub)
     stored = getattr(config, "quantization_config", None)
     if stored is None and Path(model).is_dir() and (found := quantization_of(Path(model), {})):
         config.quantization_config = stored = dict(found)  # some do not say it in config.json
     if isinstance(stored, dict) and stored.get("quant_method") != "hf_quant" and "quantization_config" not in kwargs:
         format_of(stored)  # transformers would skip a kind that it does not know
         kwargs["quantization_config"] = HfQuantConfig()
-    return class_of(config).from_pretrained(model, config=config, **kwargs)
+    return class_of(config, **hub).from_pretrained(model, config=config, **kwargs)
 
 
 def take_over(*methods: str) -> None:
@@ -57,18 +58,18 @@ def take_over(*methods: str) -> None:
     _autoload.taken_over.update(methods)
 
 
-def plan_of(model: str, config: HfQuantConfig, revision: str | None = None) -> tuple[Any, Plan]:
+def plan_of(model: str, config: HfQuantConfig, **hub: Any) -> tuple[Any, Plan]:
     """The model on the meta device, built from config.json alone, and what ``config`` would do to it."""
-    made = skeleton(model, revision)
-    return made, make_plan(made, config)
+    on_meta = skeleton(model, **hub)
+    return on_meta, make_plan(on_meta, config)
 
 
-def skeleton(model: str, revision: str | None = None) -> Any:
-    """The model on the meta device, built from config.json alone."""
-    stored = AutoConfig.from_pretrained(model, revision=revision)
+def skeleton(model: str, **hub: Any) -> Any:
+    """The model on the meta device, built from config.json alone; ``hub`` as for `hf_quant.hf.auto.hub_options`."""
+    stored = config_of(model, **hub)
     with torch.device("meta"):
         dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
-        return class_of(stored)._from_config(stored, dtype=dtype)
+        return class_of(stored, **hub)._from_config(stored, dtype=dtype)
 
 
 def sample_logits(model: Any) -> Tensor:
@@ -78,17 +79,6 @@ def sample_logits(model: Any) -> Tensor:
     with torch.no_grad():
         made: Tensor = model(input_ids=ids, **extra)[0]
     return made
-
-
-def class_of(config: PretrainedConfig) -> Any:
-    """The transformers class named by ``config.architectures``, else ``AutoModel``."""
-    names = getattr(config, "architectures", None) or []
-    if not names:
-        return AutoModel
-    found = getattr(transformers, names[0], None)
-    if found is None:
-        raise CheckpointError(f"config.json: architectures: transformers {transformers.__version__} has no {names[0]}")
-    return found
 
 
 def prepare_for_training(model: Any, *, gradient_checkpointing: bool = True) -> Any:
@@ -102,7 +92,3 @@ def prepare_for_training(model: Any, *, gradient_checkpointing: bool = True) -> 
         recompute_activations(model)
     model.enable_input_require_grads()
     return model
-
-
-def _hub(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}

@@ -18,7 +18,6 @@ from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig
 
 from hf_quant.activations import Activations
 from hf_quant.calibration import Calibration
@@ -26,8 +25,8 @@ from hf_quant.checkpoint import INDEX, Checkpoint, read_header, write_tensors
 from hf_quant.disk import blaming, copy_file, link_file, need_space, write_json
 from hf_quant.errors import HfQuantError, PlanError
 from hf_quant.formats import format_named
+from hf_quant.hf.auto import class_of, config_of
 from hf_quant.hf.config import HfQuantConfig
-from hf_quant.hf.loading import class_of
 from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.tensors import Tensors
 from hf_quant.journal import Journal, digest, journal
@@ -69,6 +68,7 @@ class Settings:
         max_memory: Bytes that activations may take in memory before they go to disk; None: half of what is free now.
         ranks: The processes that share the job.
         device: Where blocks are worked on, one at a time; activations stay in main memory or on disk.
+        trust_remote_code: Whether code in the checkpoint may run.
     """
 
     say: Callable[[str], None]
@@ -76,6 +76,7 @@ class Settings:
     max_memory: int | None = None
     ranks: Ranks = ALONE
     device: str = "cpu"
+    trust_remote_code: bool = False
 
 
 def quantize_streaming(
@@ -97,7 +98,7 @@ def quantize_streaming(
     Raises:
         HfQuantError: Something in the model, the checkpoint or the work folder is not as it must be.
     """
-    source, ranks = _open(folder, config), settings.ranks
+    source, ranks = _open(folder, config, settings.trust_remote_code), settings.ranks
     recipe = recipe_of(source.config, source.dtype, ranks)
     job = {
         "source": {file.name: digest(file) for file in sorted({t.file for t in source.checkpoint.tensors.values()})},
@@ -185,13 +186,15 @@ def _beside(work: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _open(folder: Path, config: HfQuantConfig) -> _Source:
+def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool) -> _Source:
     checkpoint = Checkpoint.open(folder)
-    stored = AutoConfig.from_pretrained(folder)
-    refuse_other_kinds(stored, config.method)
+    hub = {"trust_remote_code": trust_remote_code}
+    stored = config_of(str(folder), **hub)
+    kind = class_of(stored, **hub)
+    refuse_other_kinds(kind, stored, config.method)
     dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
     with init_empty_weights(include_buffers=False):
-        model = class_of(stored)._from_config(stored, dtype=dtype).eval()
+        model = kind._from_config(stored, dtype=dtype).eval()
     config = copy.deepcopy(config)
     plan = make_plan(model, config)
     blocks = blocks_of(model)
@@ -200,10 +203,10 @@ def _open(folder: Path, config: HfQuantConfig) -> _Source:
     return _Source(checkpoint, Tensors(checkpoint, model), model, plan, config, blocks, dtype)
 
 
-def refuse_other_kinds(config: Any, method: str) -> None:
-    """Only decoders are calibrated so far."""
-    if getattr(config, "is_encoder_decoder", False) or not class_of(config).can_generate():
-        raise HfQuantError(f"{method} calibrates decoder-only models so far, not {class_of(config).__name__}")
+def refuse_other_kinds(kind: Any, config: Any, method: str) -> None:
+    """Only decoders are calibrated so far; ``kind`` is the class of the model."""
+    if getattr(config, "is_encoder_decoder", False) or not kind.can_generate():
+        raise HfQuantError(f"{method} calibrates decoder-only models so far, not {kind.__name__}")
 
 
 def refuse_outside_blocks(plan: Plan, blocks: Mapping[str, nn.Module], method: str) -> None:

@@ -1,0 +1,180 @@
+"""Types of options: a value that makes no sense is refused while the command line is read, before torch is imported."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hf_quant.errors import HfQuantError
+
+if TYPE_CHECKING:  # it became generic in click 8.2
+    ParamType = click.ParamType[Any]
+else:
+    ParamType = click.ParamType
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+DTYPES = {
+    "auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "fp16": "float16", "half": "float16",
+}  # fmt: skip
+WANTED = "name the folder of a Hugging Face model (config.json and safetensors), or a Hub id such as owner/name"
+FORMATS = ("auto", "native", "compressed_tensors")
+
+
+class Size(ParamType):
+    """Bytes: ``4GB``, ``512MiB``, ``4G`` or a plain number."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
+        if match is None or match[2] not in UNITS:
+            self.fail(f"{value!r} is not a size; write for example 4GB, 512MiB or 2000000", param, ctx)
+        return int(float(match[1]) * UNITS[match[2]])
+
+
+class Share(ParamType):
+    """A share of one: ``1%`` or ``0.01``. A plain number of one and more is refused, since it was probably meant in percent."""
+
+    name = "share"
+
+    def __init__(self, most: float = math.inf) -> None:
+        self.most = most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        text, percent = str(value).strip().removesuffix("%"), str(value).strip().endswith("%")
+        try:
+            number = float(text) / (100 if percent else 1)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number < math.inf:
+            self.fail(f"{value!r} is not a share; write for example 1% or 0.01", param, ctx)
+        if not percent and number >= 1:
+            self.fail(f"{value!r} could mean {text}% or {number:.0%}: write it with a percent sign", param, ctx)
+        if number > self.most:
+            self.fail(f"{value!r} is more than {self.most:.0%}", param, ctx)
+        return number
+
+
+class Limit(ParamType):
+    """A finite number that is not negative."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not 0 <= number < math.inf:
+            self.fail(f"{value!r} is not a number from 0", param, ctx)
+        return number
+
+
+class Scheme(ParamType):
+    """A slug such as ``W4A16-g128``."""
+
+    name = "scheme"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from hf_quant.scheme import QuantScheme
+
+        return _checked(self, lambda: str(QuantScheme.parse(value)), param, ctx)
+
+
+class Method(ParamType):
+    """A preset, a method, or transforms and a method joined by ``+``."""
+
+    name = "method"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from hf_quant.presets import preset
+        from hf_quant.scheme import QuantScheme
+
+        _checked(self, lambda: preset(value, QuantScheme(4)), param, ctx)
+        return str(value)
+
+
+class Named(ParamType):
+    """One of a few names; some of them may be spelled in more than one way."""
+
+    name = "name"
+
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        found = self.names.get(str(value).lower())
+        if found is None:
+            self.fail(f"{value!r} is not one of {', '.join(dict.fromkeys(self.names.values()))}", param, ctx)
+        return found
+
+
+def _checked(kind: ParamType, read: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    try:
+        return read()
+    except HfQuantError as error:
+        kind.fail(str(error), param, ctx)
+
+
+DTYPE = Named(DTYPES)
+FORMAT = Named({name: name for name in FORMATS} | {name.replace("_", "-"): name for name in FORMATS})
+
+
+class Override(ParamType):
+    """``GLOB=SCHEME``, or ``GLOB=float`` for layers that stay in floating point."""
+
+    name = "override"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str | None]:
+        glob, equals, slug = str(value).partition("=")
+        if not equals or not glob:
+            self.fail(f"{value!r} is not GLOB=SCHEME", param, ctx)
+        return glob, None if slug == "float" else Scheme().convert(slug, param, ctx)
+
+
+class Model(ParamType):
+    """A folder or a Hub id. What is neither is told apart from a model, with what to do about it."""
+
+    name = "model"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        path = Path(str(value))
+        if path.is_file():
+            raise HfQuantError(f"{value}: {_of_file(path)}")
+        if path.is_dir():
+            if not (path / "config.json").is_file():
+                raise HfQuantError(f"{value}: {_of_folder(path)}")
+        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(value)) or str(value).startswith("."):
+            raise HfQuantError(f"{value}: no such folder")
+        return str(value)
+
+
+def _of_file(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return f"a GGUF file, which hf-quant does not read; {WANTED}"
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
+        return f"a single file; name the folder that holds it, {path.parent}"
+    return f"a file, not a model; {WANTED}"
+
+
+def _of_folder(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "an adapter (PEFT), not a whole model; merge it into its base first: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        )
+    if (folder / "model_index.json").is_file():
+        parts = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        return f"a diffusers pipeline; name one of its transformers models, a folder in it ({', '.join(parts)})"
+    if any(folder.glob("*.gguf")):
+        return f"GGUF files, which hf-quant does not read; {WANTED}"
+    return f"no config.json in this folder; {WANTED}"

@@ -1,0 +1,104 @@
+"""Configuration, class and tokenizer of a model, found by transformers; code in a checkpoint is run only where it is trusted.
+
+Without ``trust_remote_code=True`` transformers asks on the terminal whether it may run such code. Here nobody is asked: it is
+an error that says what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from hf_quant.errors import CheckpointError
+
+HUB = (
+    "revision", "code_revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download",
+    "trust_remote_code",
+)  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+CODE = (
+    "is defined by code in the checkpoint, which is run only where you trust it: "
+    "trust_remote_code=True, or --trust-remote-code"
+)
+
+
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``from_pretrained``'s arguments that say where files come from and whether their code may run."""
+    return {name: options[name] for name in HUB if options.get(name) is not None}
+
+
+def config_of(model: str, **hub: Any) -> PretrainedConfig:
+    """The configuration of a model.
+
+    Args:
+        model: Folder or Hub id.
+        hub: As `hub_options`.
+
+    Raises:
+        CheckpointError: There is none, it is malformed, or it needs code that is not trusted; says which.
+    """
+    try:
+        return AutoConfig.from_pretrained(model, **({"trust_remote_code": False} | hub))
+    except CheckpointError:
+        raise
+    except Exception as error:  # of transformers, the client and json; they have no common type
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(f"{model}: config.json: its configuration {CODE}") from None
+        raise CheckpointError(f"{model}: {_why(model, error)}") from error
+
+
+def class_of(config: PretrainedConfig, **hub: Any) -> Any:
+    """The class named by ``config.architectures``, else ``AutoModel``.
+
+    Raises:
+        CheckpointError: transformers has no such class, and no trusted code of the checkpoint defines it.
+    """
+    names = getattr(config, "architectures", None)
+    if not names:
+        return AutoModel
+    if not isinstance(names, list) or not isinstance(names[0], str):
+        raise CheckpointError(f"config.json: architectures: must be a list of names, got {names!r}")
+    if isinstance(found := getattr(transformers, names[0], None), type):
+        return found
+    references = getattr(config, "auto_map", None) or {}
+    reference = next((r for r in references.values() if isinstance(r, str) and r.endswith(f".{names[0]}")), None)
+    if reference is None:
+        raise CheckpointError(f"config.json: architectures: transformers {transformers.__version__} has no {names[0]}")
+    if not hub.get("trust_remote_code"):
+        raise CheckpointError(f"{config._name_or_path}: config.json: {names[0]} {CODE}")
+    options = {name: value for name, value in hub.items() if name != "trust_remote_code"}
+    return get_class_from_dynamic_module(reference, config._name_or_path, **options)
+
+
+def tokenizer_of(model: str, **hub: Any) -> Any:
+    """The tokenizer of a model, or None where it has none.
+
+    Raises:
+        CheckpointError: It needs code that is not trusted, or one of its files is damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(model, **({"trust_remote_code": False} | hub))
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(f"{model}: its tokenizer {CODE}") from None
+        files = [name for name in TOKENIZER_FILES if (Path(model) / hub.get("subfolder", "") / name).is_file()]
+        if isinstance(error, OSError | ValueError | KeyError) and not files:
+            return None
+        raise CheckpointError(f"{model}: {files[0] if files else 'tokenizer'}: {_first_line(error)}") from error
+
+
+def _why(model: str, error: Exception) -> str:
+    """The first sentence of what transformers says of a configuration; a name that means nothing is said to be one."""
+    first = _first_line(error)
+    if isinstance(error, OSError) and not Path(model).exists():
+        return f"there is no such folder here, and the Hub gives no model of that name ({first})"
+    return f"config.json: {first}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -78,8 +78,8 @@ def command(
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
     _refuse_measuring(wanted, gated, how)
     _refuse_two_bits([*slugs, *(slug for _, slug in options["override"] if slug)], gated)
-    calibrated = _looks_at_text(options["method"], slugs, calibration)
     source = find_calibration(calibration, model)
+    calibrated = _looks_at_text(options["method"], slugs, calibration)
 
     from hf_quant.compress import Job, compress
     from hf_quant.hf.auto import tokenizer_of

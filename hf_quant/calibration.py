@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.errors import HfQuantError
-from hf_quant.text import SEPARATOR, dataset_rows, paragraphs, read_text, windows
+from hf_quant.text import SEPARATOR, dataset_rows, document, documents, paragraphs, read_text, windows
 
 BUNDLED = Path(__file__).with_name("calibration.txt")  # Python's documentation; its licence lies beside it
 FEWEST = 2  # sequences: some are kept to judge on
@@ -53,9 +53,10 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
     Args:
         source: Token ids ``[S, T]``, taken as they are; texts; a UTF-8 file, or a JSONL file with ``text`` or ``messages`` in
             each line; a ``datasets`` set as in `text.read_dataset`; None for the text that comes with this package.
-        tokenizer: Of the model; its chat template is applied to ``messages``. None where ids are given.
+        tokenizer: Of the model; its chat template is applied to ``messages``. May be None where ids are given; otherwise it
+            turns them back into text, so that nobody measures on it.
         context: Tokens in a window.
-        tokens: How many to take at most.
+        tokens: How many to take at most, from 1.
         vocabulary: Of the model: ids must be smaller.
 
     Raises:
@@ -64,6 +65,8 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
     if isinstance(source, Tensor):
         made = Calibration(_ids(source), "token ids", [])
     else:
+        if type(tokens) is not int or tokens < 1:
+            raise HfQuantError(f"calibration_tokens must be a whole number from 1, got {tokens!r}")
         if tokenizer is None:
             raise HfQuantError("calibration: the model has no tokenizer; pass token ids instead")
         name, text = _read(source, tokenizer)
@@ -75,8 +78,11 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
                            f"outside of the vocabulary of {vocabulary}")  # fmt: skip
     if made.ids.shape[0] < FEWEST:
         raise HfQuantError(
-            f"calibration: {made.ids.shape[0]} sequence of {context} tokens is too little; at least {FEWEST}"
+            f"calibration: {made.ids.shape[0]} sequence of {made.ids.shape[1]} tokens is too little; at least {FEWEST}"
         )
+    if isinstance(source, Tensor) and tokenizer is not None:
+        texts = tokenizer.batch_decode(made.ids.tolist(), skip_special_tokens=True)
+        made = replace(made, paragraphs=sorted(paragraphs(SEPARATOR.join(texts))))
     return made
 
 
@@ -98,36 +104,17 @@ def _read(source: Sequence[str] | str | Path | None, tokenizer: Any) -> tuple[st
             return path.name, SEPARATOR.join(_lines(path, tokenizer)) if path.suffix == ".jsonl" else read_text(path)
         if isinstance(source, Path) or path.suffix in (".txt", ".jsonl", ".md"):
             raise HfQuantError(f"calibration: {source}: no such file")
-        rows = dataset_rows(str(source), "train")
-        return str(source), SEPARATOR.join(
-            document({"text" if isinstance(r, str) else "messages": r}, tokenizer) for r in rows
-        )
+        return str(source), documents(str(source), dataset_rows(str(source), "train"), tokenizer)
     if not source or not all(isinstance(text, str) for text in source):
         raise HfQuantError("calibration: texts must be a list of strings that is not empty")
     return "texts", SEPARATOR.join(source)
 
 
 def _lines(path: Path, tokenizer: Any) -> Iterator[str]:
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
             yield document(json.loads(line), tokenizer)
         except (ValueError, TypeError, KeyError) as error:
             raise HfQuantError(f"{path.name}: line {number}: {error}") from None
-
-
-def document(record: Any, tokenizer: Any) -> str:
-    """One text of a JSON record: its ``text``, or its ``messages`` in the model's chat template.
-
-    Raises:
-        ValueError: It has neither.
-    """
-    if isinstance(record, Mapping) and isinstance(record.get("text"), str):
-        return str(record["text"])
-    messages = record.get("messages") if isinstance(record, Mapping) else None
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("neither text nor messages")
-    if getattr(tokenizer, "chat_template", None):
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    return "\n".join(str(message["content"]) for message in messages)

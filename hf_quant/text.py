@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def read_text(path: Path) -> str:
         HfQuantError: It is not; the message names the byte.
     """
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise HfQuantError(f"{path.name}: not UTF-8 at byte {error.start}") from None
 
@@ -62,7 +62,7 @@ def dataset_rows(name: str, default_split: str = "test") -> list[Any]:
         default_split: Where none is named.
 
     Raises:
-        HfQuantError: ``datasets`` is not installed, or there is no such column.
+        HfQuantError: ``datasets`` is not installed, or there is no such set or column.
     """
     try:
         import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -72,16 +72,67 @@ def dataset_rows(name: str, default_split: str = "test") -> list[Any]:
     rest, _, column = rest.partition("#")
     rest, _, split = rest.partition("@")
     path, _, config = rest.partition(":")
-    rows = datasets.load_dataset(path, config or None, split=split or default_split, revision=revision or None)
+    try:
+        rows = datasets.load_dataset(path, config or None, split=split or default_split, revision=revision or None)
+    except Exception as error:  # of datasets, of the client and of file formats; they have no common type
+        raise HfQuantError(
+            f"dataset {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
     column = column or next((known for known in ("text", "messages") if known in rows.column_names), "text")
     if column not in rows.column_names:
         raise HfQuantError(f"dataset {name}: no column {column!r}, there is {', '.join(rows.column_names)}")
     return list(rows[column])
 
 
+def document(record: Any, tokenizer: Any = None) -> str:
+    """One text: a string, the ``text`` of a record, or its ``messages`` (or a list of messages) as a chat.
+
+    Args:
+        record: Of a JSON file or a ``datasets`` set.
+        tokenizer: Its chat template is applied to messages; where there is none, their contents are joined by newlines.
+
+    Raises:
+        ValueError: It has neither text nor messages.
+    """
+    if isinstance(record, Mapping):
+        record = record["text"] if isinstance(record.get("text"), str) else record.get("messages")
+    if isinstance(record, str):
+        return record
+    if not isinstance(record, list) or not record:
+        raise ValueError("neither text nor messages")
+    if not all(isinstance(message, Mapping) and isinstance(message.get("content"), str) for message in record):
+        raise ValueError("a message must have a content that is a string")
+    if getattr(tokenizer, "chat_template", None):
+        return _without_bos(str(tokenizer.apply_chat_template(record, tokenize=False)), tokenizer)
+    return "\n".join(message["content"] for message in record)
+
+
+def _without_bos(text: str, tokenizer: Any) -> str:
+    """Most chat templates write the first token out, and the tokenizer would add it once more."""
+    first: str | None = getattr(tokenizer, "bos_token", None)
+    if first is None or tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
+        return text
+    return text.removeprefix(first)
+
+
+def documents(name: str, rows: Sequence[Any], tokenizer: Any = None) -> str:
+    """The texts of some rows of a ``datasets`` set, as one text; rows that are empty are left out.
+
+    Raises:
+        HfQuantError: A row is neither text nor messages; says which.
+    """
+    texts = []
+    for number, row in enumerate(rows):
+        try:
+            texts.append(document(row, tokenizer) if row else "")
+        except ValueError as error:
+            raise HfQuantError(f"dataset {name}: row {number}: {error}") from None
+    return SEPARATOR.join(text for text in texts if text.strip())
+
+
 def read_dataset(name: str) -> str:
     """The documents of a ``datasets`` set, named as for `dataset_rows`, as one text."""
-    return SEPARATOR.join(row for row in dataset_rows(name) if row.strip())
+    return documents(name, dataset_rows(name))
 
 
 def split(text: str) -> list[str]:
@@ -126,6 +177,7 @@ def windows(
 
 def paragraphs(text: str) -> set[str]:
     """What tells whether two texts share content: hashes of their longer paragraphs, white space aside."""
+    text = text.replace("\r\n", "\n")
     cleaned = (" ".join(part.split()) for document in split(text) for part in document.split("\n\n"))
     return {hashlib.sha256(part.encode()).hexdigest()[:16] for part in cleaned if len(part) >= PARAGRAPH}
 

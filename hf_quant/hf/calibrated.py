@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_quant.activations import Activations
 from hf_quant.calibration import Calibration, calibration
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import format_named
 from hf_quant.hf.auto import tokenizer_of
 from hf_quant.hf.config import HfQuantConfig
@@ -32,13 +32,13 @@ def context_of(config: Any) -> int:
 
 def data_for(config: HfQuantConfig, model: Any) -> Calibration:
     """What the configuration names, in the tokens of ``model``."""
-    tokenizer = None
-    if not isinstance(config.calibration, torch.Tensor):
-        # the class of a model in memory was loaded by its user, who trusted its code if there is any
-        own_code = not type(model).__module__.startswith("transformers.")
+    # the class of a model in memory was loaded by its user, who trusted its code if there is any
+    own_code = not type(model).__module__.startswith("transformers.")
+    tokenizer, ids = None, isinstance(config.calibration, torch.Tensor)
+    with suppress(CheckpointError) if ids else nullcontext():
         tokenizer = tokenizer_of(model.config._name_or_path, trust_remote_code=own_code)
-        if tokenizer is None:
-            raise HfQuantError("calibration: no tokenizer beside the model, pass token ids instead")
+    if tokenizer is None and not ids:
+        raise HfQuantError("calibration: no tokenizer beside the model, pass token ids instead")
     text = model.config.get_text_config()
     return calibration(
         config.calibration, tokenizer, context_of(model.config), config.calibration_tokens, text.vocab_size

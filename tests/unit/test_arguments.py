@@ -60,8 +60,16 @@ CASES = [  # command and options, exit code, what is said
 @pytest.fixture
 def folders(tmp_path: Path) -> Path:
     """Things that are no models, and one that might be."""
-    for name in ("M/config.json", "adapter/adapter_config.json", "diffusers/model_index.json",
-                 "diffusers/text_encoder/config.json", "ggufs/model.gguf", "model.gguf", "model.safetensors", "empty/x"):
+    for name in (
+        "M/config.json",
+        "adapter/adapter_config.json",
+        "diffusers/model_index.json",
+        "diffusers/text_encoder/config.json",
+        "ggufs/model.gguf",
+        "model.gguf",
+        "model.safetensors",
+        "empty/x",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")  # fmt: skip
     return tmp_path

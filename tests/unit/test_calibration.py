@@ -10,20 +10,26 @@ import torch
 from hf_quant.calibration import BUNDLED, calibration
 from hf_quant.errors import HfQuantError
 from hf_quant.text import BUNDLED as HELD
-from hf_quant.text import paragraphs, read_text
+from hf_quant.text import document, documents, paragraphs, read_text, refuse_overlap
 
 
 class Bytes:
     """A tokenizer: one token a byte."""
 
     chat_template: str | None = None
+    bos_token: str | None = None
+    bos_token_id: int | None = None
 
     def __call__(self, text: str, **_: Any) -> Any:
-        return type("Encoding", (), {"input_ids": list(text.encode())})
+        first = [] if self.bos_token_id is None else [self.bos_token_id]
+        return type("Encoding", (), {"input_ids": first + list(text.encode())})
+
+    def batch_decode(self, ids: list[list[int]], **_: Any) -> list[str]:
+        return [bytes(row).decode(errors="replace") for row in ids]
 
     def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
         assert not tokenize
-        return "".join(f"<{m['role']}>{m['content']}" for m in messages)
+        return (self.bos_token or "") + "".join(f"<{m['role']}>{m['content']}" for m in messages)
 
 
 def test_the_bundled_text_is_not_the_one_measured_on() -> None:
@@ -83,3 +89,46 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     with pytest.raises(HfQuantError, match="not UTF-8 at byte 3"):
         calibration(tmp_path / "bad.txt", Bytes(), 2, 64, 256)
+
+
+def test_a_line_of_json_may_hold_what_unicode_calls_a_line_break(tmp_path: Path) -> None:
+    texts = [f"one{mark}two and some more words" for mark in ("\u2028", "\u0085", "\x0b", "\x1e")]
+    lines = "\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    (tmp_path / "a.jsonl").write_bytes(lines.encode())
+    ids = calibration(tmp_path / "a.jsonl", Bytes(), 16, 1000, 256).ids
+    assert "\u2028" in bytes(ids.flatten().tolist()).decode(errors="replace")
+
+
+def test_a_chat_begins_with_one_first_token() -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    tokenizer = Bytes()
+    tokenizer.chat_template, tokenizer.bos_token, tokenizer.bos_token_id = "yes", "<s>", 1
+    assert document({"messages": messages}, tokenizer) == "<user>hello", "the tokenizer adds it"
+    tokenizer.bos_token_id = None
+    assert document({"messages": messages}, tokenizer) == "<s><user>hello", "the template alone adds it"
+
+
+def test_rows_of_a_dataset_are_texts_or_chats() -> None:
+    chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you too"}]
+    assert (
+        documents("set", ["one", chat, "", None, {"text": "two"}]) == "one<|endoftext|>hello\nyou too<|endoftext|>two"
+    )
+    with pytest.raises(HfQuantError, match="dataset set: row 1: neither text nor messages"):
+        documents("set", ["one", 2])
+    with pytest.raises(HfQuantError, match="row 0: a message must have a content"):
+        documents("set", [[{"role": "user", "content": None}]])
+
+
+def test_an_overlap_is_seen_through_token_ids_and_line_endings() -> None:
+    text = "\n\n".join(f"Paragraph {i} has so many words of its own that it is long enough, " * 4 for i in range(9))
+    rows = torch.tensor(list(text.encode()))
+    ids = rows[: len(rows) // 2 * 2].view(2, -1)
+    with pytest.raises(HfQuantError, match="were calibrated on"):
+        refuse_overlap(text, calibration(ids, Bytes(), 0, 0, 256).paragraphs)
+    with pytest.raises(HfQuantError, match="9 of 9 paragraphs"):
+        refuse_overlap(text.replace("\n", "\r\n"), paragraphs(text))
+
+
+def test_no_tokens_at_all_is_refused() -> None:
+    with pytest.raises(HfQuantError, match="calibration_tokens must be a whole number from 1, got 0"):
+        calibration(None, Bytes(), 512, 0, 256)

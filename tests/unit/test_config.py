@@ -40,7 +40,9 @@ def test_a_stored_configuration_may_hold_fields_of_other_software(caplog: pytest
 
 
 def test_the_defaults() -> None:
-    assert HfQuantConfig().scheme == "W4A16-g128" and HfQuantConfig(bits=8, symmetric=False).scheme == "W8A16-g128-asym"
+    assert (
+        HfQuantConfig().scheme == "W4A16-g128" and HfQuantConfig(bits=8, symmetric=False).scheme == "W8A16-g128-asym"
+    )
 
 
 def test_the_format_may_be_spelled_as_its_project_does() -> None:

@@ -28,8 +28,10 @@ from hf_quant.hf.community import Placed, as_asked, conversions, place
 from hf_quant.hf.integrity import check_weights
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
 from hf_quant.hf.plan import Plan, candidates, freeze, make_plan
+from hf_quant.hf.sizes import report_own_sizes, report_true_sizes
 from hf_quant.memory import give_back_memory
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
+from hf_quant.nn._outside import Outside
 from hf_quant.nn._weight import frozen
 from hf_quant.nn.experts import stacks
 from hf_quant.presets import preset
@@ -229,6 +231,7 @@ class HfQuantQuantizer(HfQuantizer):
             if isinstance(module, (QuantLinear, QuantEmbedding, QuantExperts)):
                 self._finish(name, module, dispatched)
         self._check_values(model, dispatched)
+        report_true_sizes(model)
         model.push_to_hub = partial(push_to_hub, model)  # transformers' own would publish it unmeasured
         give_back_memory()
         logger.info(self.plan.summary())
@@ -272,13 +275,19 @@ class HfQuantQuantizer(HfQuantizer):
 
     def _finish(self, name: str, module: nn.Module, dispatched: bool) -> None:
         for local, parameter in module.named_parameters(recurse=False):
-            if parameter.device.type != "meta" and not dispatched and not hasattr(parameter, "_is_hf_initialized"):
+            if (
+                parameter.device.type != "meta"
+                and not dispatched
+                and getattr(parameter, "_is_hf_initialized", None) is not True
+            ):
                 raise CheckpointError(f"tensor {name}.{local} is missing from the checkpoint")
             parameter.requires_grad_(False)  # the loader switches it on for every float tensor
         if isinstance(module, (QuantLinear, QuantExperts)):
             module.keeps_layout = dispatched and hasattr(module, "_hf_hook")
             module.choose_kernel()
             give_back_memory()
+        if isinstance(module, Outside):
+            module.finished()
 
     def _check_values(self, model: Any, dispatched: bool) -> None:
         """Every floating-point parameter is finite, and (in a quantized checkpoint) came from the checkpoint."""
@@ -286,8 +295,9 @@ class HfQuantQuantizer(HfQuantizer):
         for name, parameter in model.named_parameters():
             if parameter.device.type == "meta":
                 continue
-            expected = self.pre_quantized and not dispatched and not optional and parameter.numel()  # 0: in a kernel
-            if expected and not hasattr(parameter, "_is_hf_initialized"):
+            in_kernel = 0 in parameter.shape
+            expected = self.pre_quantized and not dispatched and not optional and not in_kernel
+            if expected and getattr(parameter, "_is_hf_initialized", None) is not True:
                 raise CheckpointError(f"tensor {name} is missing from the checkpoint")
             if not parameter.is_floating_point():
                 continue
@@ -332,12 +342,13 @@ class HfQuantQuantizer(HfQuantizer):
                     dense = module.expert_weight(stack, dtype)
                     for part in ("", *COMPANIONS):
                         module._parameters.pop(stack + part, None)
-                    module.register_parameter(stack, frozen(dense))
+                    module._parameters[stack] = frozen(dense)
                 module.__class__ = module.float_class  # type: ignore[assignment]
             elif isinstance(module, (QuantLinear, QuantEmbedding)):
                 model.set_submodule(name, _as_float(module, dtype))
         if self.plan.tied:
             model.tie_weights()
+        report_own_sizes(model)
         model.__dict__.pop("push_to_hub", None)
         return model
 

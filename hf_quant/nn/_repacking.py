@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_quant.formats import format_named
 from hf_quant.kernels import LinearBackend, LinearSpec
+from hf_quant.nn._outside import Outside
 from hf_quant.nn._weight import frozen, read
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
 _NATIVE = format_named("native")
 
 
-class Repacking(nn.Module):
+class Repacking(Outside):
     """A module whose codes `choose_kernel` may lay out anew, in place of the portable ones.
 
     ``state_dict``, copies and pickles have the portable layout, and every move chooses again.
     """
 
-    compute_dtype: torch.dtype
     keeps_layout: bool = False  # True where hooks move the codes about (offloading)
     _backend: LinearBackend | None = None
     _repacked: dict[str, tuple[Tensor, ...]] = {}  # noqa: RUF012  by the name of the parameter; replaced, never changed
@@ -43,26 +42,34 @@ class Repacking(nn.Module):
     def _quantized(self, name: str) -> QuantizedTensor:
         """In the portable layout; a copy of the codes where only a kernel's layout is left."""
         scheme, qweight = self._schemes()[name], None
-        if self._backend is not None and name in self._repacked and not getattr(self, name).numel():
+        if self._backend is not None and self._emptied(name):
             qweight = self._backend.restore(self._repacked[name], self._specs[name])
         return read(self, name, scheme, qweight=qweight)
+
+    def _emptied(self, name: str) -> bool:
+        """Whether only the layout of a kernel is left of these codes."""
+        return name in self._repacked and 0 in self._codes(name).shape
 
     def _repack(self, name: str, *, shared: bool = False) -> None:
         assert self._backend is not None
         prepared = self._backend.prepare(self._quantized(name), self._specs[name])
         self._repacked = {**self._repacked, name: prepared}
         if not shared:
-            setattr(self, name, frozen(getattr(self, name).new_empty(0)))  # one copy of the codes in memory, not two
+            self._set_codes(name, self._codes(name).new_empty(0))  # one copy of the codes in memory, not two
+
+    def _set_codes(self, name: str, codes: Tensor) -> None:
+        self._parameters[name] = frozen(codes)
+        self._count(name)
 
     def _portable(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters that `_repack` emptied, as they were."""
         for name in self._repacked:
-            if not getattr(self, name).numel():
+            if self._emptied(name):
                 yield name, _NATIVE.write(self._quantized(name))["weight"]
 
     def _unpack(self) -> None:
         for name, codes in self._portable():
-            setattr(self, name, frozen(codes))
+            self._set_codes(name, codes)
         self._backend, self._repacked = None, {}
 
     def _finer(self) -> list[nn.Parameter]:

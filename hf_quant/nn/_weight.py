@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.formats import format_named
+from hf_quant.nn._outside import Outside
 from hf_quant.packing import unpack_short
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import Outliers, QuantizedTensor
 
 _NATIVE = format_named("native")
+AWAITED = "awaited"  # true, so that no model fills such a parameter with random numbers; of loaded ones it is True
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -35,19 +37,25 @@ def register(
     for local, (size, kind) in _NATIVE.layout((n, k), scheme, dtype).items():
         if codes or local != "weight":
             full = name + local.removeprefix("weight")
-            module.register_parameter(full, frozen(torch.empty((*lead, *size), dtype=kind)))
+            empty = frozen(torch.empty((*lead, *size), dtype=kind))
+            empty._is_hf_initialized = AWAITED  # type: ignore[attr-defined]
+            module.register_parameter(full, empty)
+    # last: some models take the type of a module's first parameter for that of all, and the scales' is the right one
+    module._parameters[name] = module._parameters.pop(name)
 
 
 def read(
-    module: nn.Module, name: str, scheme: QuantScheme, index: int | Tensor | None = None, qweight: Tensor | None = None
+    module: Outside, name: str, scheme: QuantScheme, index: int | Tensor | None = None, qweight: Tensor | None = None
 ) -> QuantizedTensor:
     """The parameters as one value; ``qweight`` stands in for repacked codes.
 
     ``index`` picks one of a stack, or rows by their numbers; what has a single axis belongs to all rows.
     """
-    found = {}
+    found: dict[str, Tensor] = {}
     for local in _NATIVE.suffixes:
-        tensor: Tensor | None = getattr(module, name + local.removeprefix("weight"), None)
+        tensor = (
+            module._codes(name) if local == "weight" else module._parameters.get(name + local.removeprefix("weight"))
+        )
         if tensor is not None:
             found[local] = tensor if index is None or tensor.ndim == 1 else tensor[index]
     codes, outliers = found["weight"], None

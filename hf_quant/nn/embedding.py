@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hf_quant.nn._outside import Outside, seen
 from hf_quant.nn._weight import frozen, read, register
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
 
-class QuantEmbedding(nn.Embedding):
+class QuantEmbedding(Outside, nn.Embedding):
     """Drop-in for ``nn.Embedding(V, K)``: only the rows looked up are dequantized.
 
     Args:
@@ -21,6 +22,9 @@ class QuantEmbedding(nn.Embedding):
         dtype: Of the rows returned and of the scales.
         quantized: Whether the table starts as codes, or as the float placeholder that loading quantizes.
     """
+
+    weight = seen("weight")
+    weight_scale: nn.Parameter
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, scheme: QuantScheme, *, padding_idx: int | None,
@@ -34,6 +38,17 @@ class QuantEmbedding(nn.Embedding):
             self.weight = frozen(torch.empty(num_embeddings, embedding_dim, dtype=dtype))
         register(self, "weight", (num_embeddings, embedding_dim), scheme, dtype, codes=quantized)
         self._is_hf_initialized = True
+
+    @property
+    def compute_dtype(self) -> torch.dtype:  # type: ignore[override]
+        """Of the rows returned."""
+        return self.weight_scale.dtype
+
+    def float_shape(self, name: str) -> tuple[int, ...] | None:
+        return (self.num_embeddings, self.embedding_dim) if name == "weight" else None
+
+    def float_weight(self, name: str) -> Tensor:
+        return self.dequantize(self.compute_dtype)
 
     def quantized_weight(self) -> QuantizedTensor:
         """Codes, scales and zero points in the portable layout."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_quant.kernels import LinearSpec, back_in_order, by_expert, outlier_linear, select
+from hf_quant.nn._outside import Outside, seen
 from hf_quant.nn._repacking import Repacking
 from hf_quant.nn._weight import frozen, read, register
 from hf_quant.scheme import QuantScheme
@@ -52,14 +53,25 @@ class QuantExperts(Repacking):
     def _schemes(self) -> Mapping[str, QuantScheme]:
         return self.schemes
 
+    def float_shape(self, name: str) -> tuple[int, ...] | None:
+        scheme = self.schemes.get(name)
+        if scheme is None:
+            return None
+        experts, n = getattr(self, f"{name}_scale").shape[:2]
+        k = (self._specs[name] if self._emptied(name) else self._stored(name)).in_features
+        return (experts, k, n) if self.is_transposed else (experts, n, k)
+
+    def float_weight(self, name: str) -> Tensor:
+        return self.expert_weight(name, self.compute_dtype)
+
     def _stored(self, name: str) -> LinearSpec:
         """Of one expert, as the portable codes tell: parallel loading may have left a part of the stack."""
         scheme, scale = self.schemes[name], getattr(self, f"{name}_scale")
-        columns = getattr(self, name)[0, 0].numel() * 8 // scheme.bits
+        columns = self._codes(name)[0, 0].numel() * 8 // scheme.bits
         return LinearSpec(scheme, scale.shape[1], columns, self.compute_dtype, scale.device.type)
 
     def _project(self, name: str, expert: int, x: Tensor) -> Tensor:
-        if name in self.schemes:
+        if name in self.schemes and not self.adapted(name):
             y = self._product(x, read(self, name, self.schemes[name], expert))
         else:
             dense: Tensor = getattr(self, name)[expert]
@@ -78,7 +90,7 @@ class QuantExperts(Repacking):
         return y
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        how = self._at_once if self._repacked else self._one_by_one
+        how = self._at_once if self._repacked and not self._held else self._one_by_one
         return how(hidden_states, top_k_index, top_k_weights)
 
     def _one_by_one(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -118,7 +130,7 @@ class QuantExperts(Repacking):
     @property
     def float_class(self) -> type[nn.Module]:
         """The model's own experts class."""
-        return next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, Repacking))
+        return next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, Outside))
 
 
 def _rows(weight: QuantizedTensor, part: int, parts: int) -> QuantizedTensor:
@@ -194,7 +206,9 @@ def as_quant_experts(
     cls = type(module)
     dtype = module.down_proj.dtype
     assert isinstance(dtype, torch.dtype)
-    module.__class__ = _CLASSES.setdefault(cls, type("Quant" + cls.__name__, (QuantExperts, cls), {}))
+    module.__class__ = _CLASSES.setdefault(
+        cls, type("Quant" + cls.__name__, (QuantExperts, cls), {name: seen(name) for name in STACKED})
+    )
     module.schemes, module.compute_dtype, module._is_hf_initialized = schemes, dtype, True  # type: ignore[assignment]
     for name, scheme in schemes.items():
         register(module, name, shapes[name], scheme, scale_dtypes.get(name, dtype), codes=quantized)

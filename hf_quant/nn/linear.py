@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.kernels import LinearSpec, outlier_linear, select
+from hf_quant.nn._outside import seen
 from hf_quant.nn._repacking import Repacking
 from hf_quant.nn._weight import frozen, read, register
 from hf_quant.scheme import QuantScheme
@@ -17,7 +18,8 @@ from hf_quant.tensor import Outliers, QuantizedTensor
 class QuantLinear(Repacking, nn.Linear):
     """Drop-in for ``nn.Linear(in_features, out_features)``; a subclass, so that PEFT trains adapters on top of it.
 
-    The parameters are those of `formats.native`; `choose_kernel` is called once after loading and after every move.
+    The parameters are those of `formats.native`; `choose_kernel` is called once after loading and after every move. After
+    `finished`, code outside of this package sees ``weight`` as a float tensor.
 
     Args:
         in_features: K, a multiple of 32.
@@ -30,6 +32,7 @@ class QuantLinear(Repacking, nn.Linear):
         conv1d: Whether this stands in for GPT-2's ``Conv1D``, whose float weight is ``[K, N]``.
     """
 
+    weight = seen("weight")
     weight_scale: nn.Parameter
     weight_zero_point: nn.Parameter | None
     weight_outlier_index: nn.Parameter
@@ -70,6 +73,16 @@ class QuantLinear(Repacking, nn.Linear):
         self._backend = select(self._specs["weight"], repacking=not self.keeps_layout)
         if self._backend.repacks:
             self._repack("weight", shared=self.shares_codes)
+
+    def float_shape(self, name: str) -> tuple[int, ...] | None:
+        if name != "weight":
+            return None
+        n, k = self.out_features, self.in_features
+        return (k, n) if self.conv1d else (n, k)
+
+    def float_weight(self, name: str) -> Tensor:
+        weight = self.dequantize(self.compute_dtype)
+        return weight.T if self.conv1d else weight
 
     def _schemes(self) -> Mapping[str, QuantScheme]:
         return {"weight": self.scheme}

@@ -1,0 +1,159 @@
+"""What code outside of this package sees of a weight that is codes: a float tensor that cannot be written to.
+
+Models look at ``module.weight.dtype`` to cast what they give to the module, and some compute with ``module.weight`` themselves.
+The parameter of that name holds codes, which would make both wrong without an error.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hf_quant.errors import PlanError
+
+# who moves parameters about, or ties them, and so needs the parameter itself
+MOVERS = ("torch.nn.modules.module", "accelerate.")
+READ_ONLY = (
+    "the weights of this layer are codes, which cannot be written to: model.dequantize() gives a model of ordinary layers, "
+    "to merge adapters into or to edit, and to save and quantize again"
+)
+
+
+class FloatWeight(Tensor):
+    """Looks like the float weight; it is dequantized only when something is computed with it.
+
+    Raises:
+        PlanError: Something is written to it.
+    """
+
+    _read: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(
+        cls, read: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Any:
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        made._read = read
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is torch.ops.aten.detach.default:
+            return args[0]._again()
+        if func is torch.ops.aten.set_.source_Tensor and args[0] is args[1]:
+            return args[0]  # parametrizations do that, where nothing has to be changed
+        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
+        for argument in func._schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            if written and isinstance(named.get(argument.name), FloatWeight):
+                raise PlanError(READ_ONLY)
+        return func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
+
+    def _again(self) -> FloatWeight:
+        return FloatWeight(self._read, tuple(self.shape), self.dtype, self.device)
+
+    @property
+    def data(self) -> Tensor:
+        """The same; PEFT merges adapters by setting it."""
+        return self._again()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise PlanError(READ_ONLY)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self._read()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._read().__reduce_ex__(protocol)
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"FloatWeight({list(self.shape)}, dtype={self.dtype}, device={self.device}), stored as codes"
+
+
+def _dense(value: Any) -> Any:
+    return value._read() if isinstance(value, FloatWeight) else value
+
+
+class Outside(nn.Module):
+    """A module whose codes look like float weights from outside, once `finished` was called."""
+
+    compute_dtype: torch.dtype
+    _finished: bool = False
+    _held: dict[str, nn.Parameter] = {}  # noqa: RUF012  codes in whose place a parametrization stands; replaced, never changed
+
+    def float_shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of the float weight that the parameter of that name stands for; None if it holds no codes."""
+        raise NotImplementedError
+
+    def float_weight(self, name: str) -> Tensor:
+        """That weight, in that shape, in the type the module computes in."""
+        raise NotImplementedError
+
+    def finished(self) -> None:
+        """From now on the codes are hidden; until then transformers' loader has to see them."""
+        self._finished = True
+        for name in list(self._parameters):
+            self._count(name)
+
+    def _codes(self, name: str) -> nn.Parameter:
+        """The parameter itself."""
+        parameter = self._parameters.get(name)
+        return self._held[name] if parameter is None else parameter
+
+    def _count(self, name: str) -> None:
+        """Let the parameters of this layer add up to those of the float one, for all who count them (transformers, PEFT)."""
+        shape = self.float_shape(name) if self._finished else None
+        if shape is not None:
+            others = [p for n, p in self._parameters.items() if n.startswith(f"{name}_") and n != f"{name}_bias"]
+            total = math.prod(shape) - sum(math.prod(p.shape) for p in others if p is not None)
+            self._codes(name).numel = partial(int, total)  # type: ignore[method-assign]
+
+    def adapted(self, name: str) -> bool:
+        """Whether the weight is replaced by a function of it, as PEFT's adapters of stacked experts are."""
+        return name in self._held
+
+    def __delattr__(self, name: str) -> None:
+        """``torch.nn.utils.parametrize`` takes the weight away, and gives it back to `register_buffer`."""
+        if self._finished and name in self._parameters and self.float_shape(name) is not None:
+            self._held = {**self._held, name: self._codes(name)}
+            del self._parameters[name]
+        else:
+            super().__delattr__(name)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if isinstance(tensor, FloatWeight) and name in self._held:
+            self._parameters[name] = self._held[name]
+            self._held = {other: codes for other, codes in self._held.items() if other != name}
+        else:
+            super().register_buffer(name, tensor, persistent)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if self._finished and param is not None and param.is_floating_point() and self.float_shape(name) is not None:
+            raise PlanError(READ_ONLY)
+        super().register_parameter(name, param)
+
+    def _seen(self, name: str) -> Any:
+        """What ``module.name`` gives."""
+        if name not in self._parameters:
+            raise AttributeError(name)
+        shape = self.float_shape(name) if self._finished else None
+        if shape is None:
+            return self._parameters[name]
+        if torch.compiler.is_compiling():
+            return self.float_weight(name)  # what is only looked at disappears from the graph
+        if sys._getframe(2).f_globals.get("__name__", "").startswith(MOVERS):
+            return self._parameters[name]
+        return FloatWeight(partial(self.float_weight, name), shape, self.compute_dtype, self._codes(name).device)
+
+
+def seen(name: str) -> Any:
+    """A property for the class of an `Outside` module, in place of the parameter ``name``."""
+    return property(lambda module: module._seen(name), doc="The weight as code outside of this package sees it.")

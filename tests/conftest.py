@@ -16,7 +16,9 @@ import torch
 
 import hf_quant
 
-torch.set_num_threads(2)
+torch.set_num_threads(
+    int(os.environ.get("OMP_NUM_THREADS", "2"))
+)  # threads that wait for each other on a busy machine wait long
 
 
 def pytest_configure() -> None:

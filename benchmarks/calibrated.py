@@ -10,6 +10,7 @@ again when the machine is quiet (--timing). A cell that a peer cannot do says wh
 """
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -127,7 +128,7 @@ def measure(model: Any, base: Reference) -> Cell:
     values, _ = token_values(model, base)
     document = base.windows.document[:, 1:][base.windows.scored]
     total, count = sums(values["kl"], document)
-    low, high = interval(total, count)
+    low, high = interval(total, count) or (math.nan, math.nan)
     return {
         "kl": (total.sum() / count.sum()).item(), "low": low, "high": high, "top1": values["top1"].mean().item(),
         "kl_sums": total.tolist(), "counts": count.tolist(),
@@ -166,7 +167,7 @@ def difference(ours: Cell, peer: Cell) -> tuple[float, float, float]:
     """KL of ours less that of a peer, on the same tokens, with its interval."""
     total = torch.tensor(ours["kl_sums"]) - torch.tensor(peer["kl_sums"])
     count: Tensor = torch.tensor(ours["counts"])
-    return (total.sum() / count.sum()).item(), *interval(total.double(), count.double())
+    return (total.sum() / count.sum()).item(), *(interval(total.double(), count.double()) or (math.nan, math.nan))
 
 
 def title(row: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+FEWEST_DOCUMENTS = 10  # for an interval: it covers less often than it says where there are fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,20 +15,20 @@ class Estimate:
 
     Attributes:
         value: Over all tokens measured.
-        low: Lower end of the 95 % bootstrap interval.
-        high: Upper end.
+        low: Lower end of the 95 % confidence interval; None where there are too few documents for one.
+        high: Upper end, likewise.
         noise: The same number for the base itself, run in bf16 instead of float32; None if it was not measured.
-        within_noise: Whether the interval reaches what the base's own rounding costs; None without ``noise``.
+        within_noise: Whether the interval reaches what the base's own rounding costs; None without ``noise`` or interval.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     noise: float | None = None
     within_noise: bool | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        return f"{self.value:.4g}" + ("" if self.low is None else f" [{self.low:.4g}, {self.high:.4g}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,8 @@ class Quality:
         kind: ``"causal"`` (next-token distributions) or ``"encoder"`` (embeddings).
         tokens: Predictions measured; for encoders, tokens read.
         documents: Documents of the text they come from.
-        resampled: What the bootstrap draws: ``"documents"``, or ``"windows"`` where there are too few documents.
+        resampled: ``"documents"``, the units of the intervals; None where they are too few for intervals. Records of older
+            versions also have ``"windows"``, whose intervals were too narrow.
         context: Tokens in a window.
         stride: Tokens from one window to the next; the overlap is read and not scored.
         text_sha256: Of the token ids.
@@ -50,7 +54,7 @@ class Quality:
     kind: str
     tokens: int
     documents: int
-    resampled: str
+    resampled: str | None
     context: int
     stride: int
     text_sha256: str
@@ -68,3 +72,25 @@ class Quality:
     def from_dict(cls, record: dict[str, Any]) -> Quality:
         """Inverse of `to_dict`."""
         return cls(**(record | {"metrics": {name: Estimate(**e) for name, e in record["metrics"].items()}}))
+
+
+def interval_shown(estimate: Mapping[str, Any], show: Callable[[float], str], between: str = " to ") -> str:
+    """Both ends of an estimate's interval, each as ``show`` writes it; ``-`` where it has none.
+
+    Args:
+        estimate: As `Quality.to_dict` stores it.
+        show: Writes a number.
+        between: What stands between the ends.
+    """
+    return "-" if estimate["low"] is None else f"{show(estimate['low'])}{between}{show(estimate['high'])}"
+
+
+def why_no_interval(quality: Mapping[str, Any]) -> str | None:
+    """A sentence on why ``quality`` (as `Quality.to_dict` stores it) has no intervals, or None if it has."""
+    documents = quality["documents"]
+    if quality["resampled"] is not None:
+        return None
+    return (
+        f"no interval: the text has {documents} document{'s' if documents != 1 else ''} (separated by <|endoftext|>), and "
+        f"at least {FEWEST_DOCUMENTS} are needed"
+    )

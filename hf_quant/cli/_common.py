@@ -163,17 +163,25 @@ def check_overlap(folder: str, text: str) -> None:
         refuse_overlap(text, (json.loads(recipe.read_text()).get("calibration") or {}).get("paragraphs", []))
 
 
-def quality_lines(quality: dict[str, Any]) -> list[tuple[str, ...]]:
+def quality_table(quality: dict[str, Any]) -> str:
     """A line for each measure: value, interval, noise."""
+    from hf_quant.results import interval_shown, why_no_interval
+
     rows: list[tuple[str, ...]] = []
     for name, e in quality["metrics"].items():
         noise = "-" if e["noise"] is None else f"{e['noise']:.5g}" + (" (within)" if e["within_noise"] else "")
-        rows.append((name, f"{e['value']:.5g}", f"{e['low']:.5g} .. {e['high']:.5g}", noise))
+        rows.append((name, f"{e['value']:.5g}", interval_shown(e, "{:.5g}".format, " .. "), noise))
     rows += [(name, f"{value:.5g}", "-", "-") for name, value in quality["quantiles"].items()]
-    return rows
+    reason = why_no_interval(quality)
+    return table(("measure", "value", "95 % interval", "base in bf16"), rows) + (f"\n{reason}" if reason else "")
 
 
-QUALITY_HEAD = ("measure", "value", "95 % interval", "base in bf16")
+def measured_on(quality: dict[str, Any], name: str) -> str:
+    """The line below a table of models: on how much of the text called ``name`` they were measured."""
+    from hf_quant.results import why_no_interval
+
+    reason = why_no_interval(quality)
+    return f"measured on {quality['tokens']:,} held-out tokens of {name}" + (f"; {reason}" if reason else "")
 
 
 def gate_lines(gate: dict[str, Any], layers: Sequence[dict[str, Any]]) -> list[str]:

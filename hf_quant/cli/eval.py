@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from hf_quant.cli._common import (
-    QUALITY_HEAD,
     Measuring,
     bars,
     budget,
@@ -21,10 +20,9 @@ from hf_quant.cli._common import (
     hub,
     measure_options,
     output_options,
-    quality_lines,
+    quality_table,
     say,
     store_results,
-    table,
 )
 from hf_quant.cli._types import Model
 from hf_quant.errors import HfQuantError
@@ -82,7 +80,7 @@ def command(
         record["tasks"] = run_tasks(loaded, tokenizer, tasks.split(","))
     if not kv_cache:  # results.json is about the model alone
         store_results(Path(model), record)
-    human = table(QUALITY_HEAD, quality_lines(record["quality"]))
+    human = quality_table(record["quality"])
     missed = gate_lines(record.get("gate", {"misses": []}), record["layers"])
     first = next(iter(quality.metrics.values())) if quality.kind == "encoder" else quality.metrics["kl"]
     emit(as_json, quiet, record=record, essential=f"{first.value:.6g}", human="\n".join([human, *_tasks(record)]))

@@ -18,6 +18,7 @@ from hf_quant.cli._common import (
     gate_options,
     hub,
     measure_options,
+    measured_on,
     model_options,
     output_options,
     say,
@@ -109,7 +110,7 @@ def command(
         record |= {"folder": row["folder"], "chosen_bytes": walk.chosen.bytes}
         _store(out.with_name(row["folder"]), record, quiet)
     human = table(HEAD, _lines(record))
-    human += f"\n\nmeasured on {record['rungs'][1]['quality']['tokens']:,} held-out tokens of {found[0]}"
+    human += f"\n\n{measured_on(record['rungs'][1]['quality'], found[0])}"
     human += (
         f"\nchosen: {walk.chosen.name}, in {record['folder']}" if walk.chosen else "\nno rung is inside the limits"
     )
@@ -150,12 +151,14 @@ def _store(folder: Path, record: dict[str, Any], quiet: bool) -> None:
 
 def _lines(record: dict[str, Any]) -> list[tuple[str, ...]]:
     """Largest first; the base in bf16 has the noise floor for its quality."""
+    from hf_quant.results import interval_shown
+
     made: list[tuple[str, ...]] = []
     for rung in sorted(record["rungs"], key=lambda rung: -rung["bytes"]):
         of = (rung["quality"] or record["rungs"][1]["quality"])["metrics"]
         value = "value" if rung["quality"] else "noise"
         kl, perplexity, top1 = (of[name][value] for name in ("kl", "perplexity", "top1"))
-        interval = f"{of['kl']['low']:.5f}..{of['kl']['high']:.5f}" if rung["quality"] else "noise floor"
+        interval = interval_shown(of["kl"], "{:.5f}".format, "..") if rung["quality"] else "noise floor"
         quality = ("-", "-", "-", "-")
         if kl is not None:
             quality = (f"{kl:.5f}", interval, f"{perplexity:.3f}", f"{top1:.1%}")

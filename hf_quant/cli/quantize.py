@@ -21,6 +21,7 @@ from hf_quant.cli._common import (
     gate_options,
     hub,
     measure_options,
+    measured_on,
     model_options,
     output_options,
     say,
@@ -123,7 +124,7 @@ def command(
     record = {"model": model, "results": rows} | ({"generated": said} if said else {})
     human = table(HEAD, _lines(rows))
     if found is not None:
-        human += f"\n\nmeasured on {rows[0]['quality']['tokens']:,} held-out tokens of {found[0]}"
+        human += f"\n\n{measured_on(rows[0]['quality'], found[0])}"
     if said:
         human += f"\n\n{folders[-1]} continues:\n{said}"
     emit(as_json, quiet, record=record, essential="\n".join(map(str, folders)), human=human)
@@ -239,12 +240,13 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def _quality(quality: dict[str, Any] | None) -> tuple[str, str, str, str]:
+    from hf_quant.results import interval_shown
+
     if quality is None or quality["kind"] != "causal":
         return "-", "-", "-", "-"
     of = quality["metrics"]
-    low, high = of["kl"]["low"], of["kl"]["high"]
     return (
-        f"{of['perplexity']['value']:.3f}", f"{of['kl']['value']:.5f}", f"{low:.5f}..{high:.5f}",
+        f"{of['perplexity']['value']:.3f}", f"{of['kl']['value']:.5f}", interval_shown(of["kl"], "{:.5f}".format, ".."),
         f"{of['top1']['value']:.1%}",
     )  # fmt: skip
 

@@ -6,16 +6,17 @@ The base's outputs are computed once and kept on disk (`reference`), so the two 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_quant.errors import HfQuantError
-from hf_quant.evaluation.bootstrap import FEWEST, interval, sums
+from hf_quant.evaluation.bootstrap import interval, sums
 from hf_quant.evaluation.metrics import all_metrics
 from hf_quant.evaluation.reference import Part, Progress, Reference, log_probabilities, require_causal
-from hf_quant.results import Estimate, Quality
+from hf_quant.results import FEWEST_DOCUMENTS, Estimate, Quality
 
 
 @torch.inference_mode()
@@ -31,16 +32,14 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
         HfQuantError: The vocabularies differ, a model is no causal language model, or logits are not finite.
     """
     values, variances = token_values(model, reference, progress)
-    made, few = reference.windows, len(reference.windows.document.unique()) < FEWEST
-    window = torch.arange(len(made.ids))[:, None].expand_as(made.scored)
-    unit = (window if few else made.document[:, 1:])[made.scored]
-    noise = reference.meta["noise"]
-    metrics = {}
-    for name, metric in all_metrics().items():
-        total, count = sums(values[name], unit)
-        low, high = map(metric.finish, interval(total, count))
-        value = metric.finish((total.sum() / count.sum()).item())
-        metrics[name] = with_noise(value, low, high, noise.get(name), metric.ideal)
+    made, noise = reference.windows, reference.meta["noise"]
+    document = made.document[:, 1:][made.scored]
+    metrics = {
+        name: estimate(
+            values[name], document, noise=noise.get(name), ideal=metric.ideal, most=metric.most, finish=metric.finish
+        )
+        for name, metric in all_metrics().items()
+    }
     quantiles = {
         f"{name}_p{100 * q:g}": values[name].quantile(q).item()
         for name, metric in all_metrics().items()
@@ -48,9 +47,8 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
     }
     tokens = int(made.scored.sum())
     return Quality(
-        kind="causal", tokens=tokens, documents=len(made.document.unique()),
-        resampled="windows" if few else "documents", context=made.ids.shape[1], stride=made.stride,
-        text_sha256=made.sha256, dtype=str(model.dtype).removeprefix("torch."),
+        kind="causal", tokens=tokens, documents=len(document.unique()), resampled=resampled(document),
+        context=made.ids.shape[1], stride=made.stride, text_sha256=made.sha256, dtype=str(model.dtype).removeprefix("torch."),
         base_dtype=reference.meta["base_dtype"], metrics=metrics, quantiles=quantiles,
         kl_error=3 * math.sqrt(variances["kl"].sum().item()) / tokens,
     )  # fmt: skip
@@ -62,12 +60,38 @@ def means(model: Any, reference: Reference, progress: Progress = iter) -> dict[s
     return {name: metric.finish(values[name].mean().item()) for name, metric in all_metrics().items()}
 
 
-def with_noise(value: float, low: float, high: float, noise: float | None, ideal: float | None) -> Estimate:
-    """An estimate that knows whether its interval reaches as near to ``ideal`` as the base's own rounding comes."""
+def estimate(
+    values: Tensor, document: Tensor, *,
+    noise: float | None, ideal: float | None, most: float | None = None, finish: Callable[[float], float] = float,
+) -> Estimate:  # fmt: skip
+    """The mean of ``values``, with an interval if they come from enough documents.
+
+    Args:
+        values: ``[P]``.
+        document: ``[P]``, number of the document that each comes from.
+        noise: What the base's own rounding makes of ``ideal``; None where nobody knows.
+        ideal: As in `metrics.Metric`.
+        most: Likewise.
+        finish: Likewise.
+    """
+    total, count = sums(values, document)
+    value = finish((total.sum() / count.sum()).item())
+    if most is None:
+        found = interval(total, count)
+    elif (found := interval(most * count - total, count)) is not None:
+        found = most - found[1], most - found[0]
+    if found is None:
+        return Estimate(value, None, None, noise)
+    low, high = map(finish, found)
     if noise is None or ideal is None:
         return Estimate(value, low, high, noise)
     distance = 0.0 if low <= ideal <= high else min(abs(low - ideal), abs(high - ideal))
     return Estimate(value, low, high, noise, distance <= abs(noise - ideal))
+
+
+def resampled(document: Tensor) -> str | None:
+    """For `Quality`: what intervals are over."""
+    return "documents" if len(document.unique()) >= FEWEST_DOCUMENTS else None
 
 
 @torch.inference_mode()

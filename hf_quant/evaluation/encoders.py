@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.errors import HfQuantError
-from hf_quant.evaluation import with_noise
-from hf_quant.evaluation.bootstrap import FEWEST, interval, sums
+from hf_quant.evaluation import estimate, resampled
 from hf_quant.evaluation.reference import Load, Progress
-from hf_quant.results import Estimate, Quality
+from hf_quant.results import Quality
 from hf_quant.text import split
 
-SHORTEST = 40  # characters of a passage
+SHORTEST = 40  # characters of a paragraph
 POSITIONS = 8  # of a passage, whose logits are compared
 
 
@@ -36,19 +35,32 @@ class Passages:
 
 
 def passages(tokenizer: Any, text: str, context: int, max_tokens: int | None = None) -> Passages:
-    """Paragraphs of ``text``, cut off at ``context`` tokens, spread evenly over it if ``max_tokens`` limits them.
+    """Passages of ``text``, cut off at ``context`` tokens, spread evenly over it if ``max_tokens`` limits them.
+
+    A document's passages are its paragraphs, or its lines where it has no empty line. Lines of a text that is one document
+    are documents of their own: such a text is a list of sentences.
 
     Raises:
         HfQuantError: There are none.
     """
-    found = [(i, p) for i, d in enumerate(split(text)) for p in d.split("\n\n") if len(p.strip()) >= SHORTEST]
+    documents = [_passages_of(document) for document in split(text)]
+    if len(documents) == 1 and "\n\n" not in split(text)[0].strip():
+        documents = [[line] for line in documents[0]]
+    found = [(i, passage) for i, document in enumerate(documents) for passage in document]
     if not found:
         raise HfQuantError(f"the text has no paragraph of {SHORTEST} characters")
-    made = [torch.tensor(tokenizer(p.strip(), truncation=True, max_length=context).input_ids)[None] for _, p in found]
+    made = [torch.tensor(tokenizer(p, truncation=True, max_length=context).input_ids)[None] for _, p in found]
     mean = sum(i.shape[1] for i in made) / len(made)
     wanted = min(len(made), max(1, int((max_tokens or mean * len(made)) / mean)))
     chosen = [i * len(made) // wanted for i in range(wanted)]
     return Passages([made[i] for i in chosen], torch.tensor([found[i][0] for i in chosen]))
+
+
+def _passages_of(document: str) -> list[str]:
+    """Paragraphs without the very short ones (headings), or lines."""
+    if "\n\n" in document.strip():
+        return [part.strip() for part in document.split("\n\n") if len(part.strip()) >= SHORTEST]
+    return [line.strip() for line in document.splitlines() if line.strip()]
 
 
 @torch.inference_mode()
@@ -63,10 +75,10 @@ def outputs(model: Any, texts: Passages, progress: Progress = iter) -> dict[str,
     for i, ids in enumerate(progress(texts.ids)):
         out = encoder(input_ids=ids.to(model.device), output_hidden_states=True)
         hidden = out.hidden_states[-1] if getattr(out, "last_hidden_state", None) is None else out.last_hidden_state
-        found = {"embedding_cosine": hidden[0].float().mean(0).cpu()}
+        found = {"embedding_cosine": hidden[0].cpu().double().mean(0)}  # float64: what is missing to 1 is looked at
         if getattr(out, "logits", None) is not None:
-            logits = out.logits.float().flatten(0, -2)
-            found["logits_cosine"] = logits[:: -(-len(logits) // POSITIONS)].cpu()
+            logits = out.logits.flatten(0, -2)
+            found["logits_cosine"] = logits[:: -(-len(logits) // POSITIONS)].cpu().double()
         for name, value in found.items():
             if not value.isfinite().all():
                 raise HfQuantError(f"outputs of {type(model).__name__} are not finite in passage {i}")
@@ -78,9 +90,13 @@ def _cosines(base: dict[str, list[Tensor]], model: dict[str, list[Tensor]]) -> d
     if {n: v[0].shape for n, v in base.items()} != {n: v[0].shape for n, v in model.items()}:
         raise HfQuantError("the outputs differ in shape from the base's")
     return {
-        name: torch.stack([F.cosine_similarity(p, q, dim=-1).mean() for p, q in zip(values, model[name], strict=True)])
+        name: torch.stack([_cosine(p, q) for p, q in zip(values, model[name], strict=True)])
         for name, values in base.items()
     }
+
+
+def _cosine(p: Tensor, q: Tensor) -> Tensor:
+    return F.cosine_similarity(p, q, dim=-1).clamp(max=1).mean()  # rounding may go beyond
 
 
 def base_outputs(load_base: Load, texts: Passages, dtype: torch.dtype, progress: Progress = iter) -> dict[str, Any]:
@@ -108,15 +124,12 @@ def evaluate_encoder(
     Raises:
         HfQuantError: Outputs are not finite, or differ in shape.
     """
-    few = len(texts.document.unique()) < FEWEST
-    unit = torch.arange(len(texts.ids)) if few else texts.document
-    metrics: dict[str, Estimate] = {}
-    for name, values in _cosines(base["outputs"], outputs(model, texts, progress)).items():
-        total, count = sums(values, unit)
-        low, high = interval(total, count)
-        metrics[name] = with_noise(values.double().mean().item(), low, high, base["noise"].get(name), 1.0)
+    metrics = {
+        name: estimate(values, texts.document, noise=base["noise"].get(name), ideal=1, most=1)
+        for name, values in _cosines(base["outputs"], outputs(model, texts, progress)).items()
+    }
     return Quality(
         kind="encoder", tokens=sum(i.shape[1] for i in texts.ids), documents=len(texts.document.unique()),
-        resampled="windows" if few else "documents", context=context, stride=context, text_sha256=texts.sha256,
+        resampled=resampled(texts.document), context=context, stride=context, text_sha256=texts.sha256,
         dtype=str(model.dtype).removeprefix("torch."), base_dtype=base["dtype"], metrics=metrics,
     )  # fmt: skip

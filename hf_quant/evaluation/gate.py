@@ -27,7 +27,10 @@ class Budget:
         return self != Budget()
 
     def misses(self, quality: Quality) -> list[str]:
-        """A sentence for every number that is out of budget; NaN is.
+        """A sentence for every number that is out of budget; NaN is, and so is everything where nothing was measured.
+
+        What is judged is the unfavourable end of the 95 % interval, so that a model passes if it is better than the budget
+        and not if it was lucky with the text; the value itself where the text has too few documents for an interval.
 
         Raises:
             HfQuantError: A number was not measured, as for an encoder.
@@ -37,16 +40,23 @@ class Budget:
             ("perplexity_ratio", "the increase of perplexity", self.max_ppl_increase, 1.0, 1),
             ("top1", "top-1 agreement", self.min_top1, 0.0, -1),
         )
+        if self and quality.tokens < 1:
+            return ["nothing was measured: 0 tokens"]
         made = []
         for name, title, limit, offset, sign in checks:
             if limit is None:
                 continue
             if name not in quality.metrics:
                 raise HfQuantError(f"the gate asks for {title}, which is not measured for {quality.kind} models")
-            value = quality.metrics[name].value - offset
-            if not sign * value <= sign * limit:
+            measured = quality.metrics[name]
+            end = measured.high if sign > 0 else measured.low
+            judged = (measured.value if end is None else end) - offset
+            if not sign * judged <= sign * limit:
                 side = "over" if sign > 0 else "under"
-                made.append(f"{title} {value:.5g} is {side} the {limit:g} allowed, by {abs(value - limit):.3g}")
+                said = f"{title} {measured.value - offset:.5g}"
+                if end is not None and judged != measured.value - offset:
+                    said += f" (95 % interval {'up' if sign > 0 else 'down'} to {judged:.5g})"
+                made.append(f"{said} is {side} the {limit:g} allowed, by {abs(judged - limit):.3g}")
         return made
 
     def verdict(self, quality: Quality) -> dict[str, Any]:

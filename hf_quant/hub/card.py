@@ -18,6 +18,7 @@ from hf_quant.formats.compressed_tensors import stored_as
 from hf_quant.hub import licence
 from hf_quant.hub.source import metadata
 from hf_quant.report import charts
+from hf_quant.results import interval_shown
 from hf_quant.scheme import QuantScheme
 
 CARD, ASSETS = "README.md", "assets"
@@ -149,7 +150,8 @@ def _model_index(recipe: Mapping[str, Any], quality: Mapping[str, Any]) -> list[
     metrics = [
         {
             "type": "kl_divergence" if name == "kl" else name, "value": each["value"],
-            "name": f"{TITLES.get(name, (name,))[0]} (95 % interval {each['low']:.5g} to {each['high']:.5g})",
+            "name": TITLES.get(name, (name,))[0]
+            + ("" if each["low"] is None else f" (95 % interval {interval_shown(each, '{:.5g}'.format)})"),
         }
         for name, each in quality["metrics"].items() if name != "base_perplexity"
     ]  # fmt: skip
@@ -189,8 +191,8 @@ def _verdict(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     kl, top1 = (((results.get("quality") or {}).get("metrics") or {}).get(name) for name in ("kl", "top1"))
     if kl is None or top1 is None:
         return f"{made}. What that cost: {'see below' if results.get('quality') else MISSING}."
-    interval = f"[{_number(kl['low'])}, {_number(kl['high'])}]"
-    made += f". It diverges from the base by **{_number(kl['value'])} nats per token** {interval}"
+    made += f". It diverges from the base by **{_number(kl['value'])} nats per token**"
+    made += "" if kl["low"] is None else f" [{interval_shown(kl, _number, ', ')}]"
     made += f" and has the same most likely token **{_percent(top1['value'])}** of the time"
     within = "which cannot be told from the base's own rounding" if kl["within_noise"] else ""
     kept = "inside the budget it was given" if (results.get("gate") or {}).get("passed") else ""
@@ -263,9 +265,7 @@ def _quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:
         shown = {"percent": _percent, "perplexity": "{:.3f}".format, "ratio": "{:.4f}".format}.get(kind, _number)
         noise = "-" if each["noise"] is None or name == "base_perplexity" else shown(each["noise"])
         within = " (within noise)" if each["within_noise"] else ""
-        rows.append(
-            (_md(title), shown(each["value"]) + within, f"{shown(each['low'])} to {shown(each['high'])}", noise)
-        )
+        rows.append((_md(title), shown(each["value"]) + within, interval_shown(each, shown), noise))
     rows += [(_md(TITLES.get(n, (n,))[0]), _number(value), "-", "-") for n, value in quality["quantiles"].items()]
     return rows
 

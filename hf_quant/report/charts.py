@@ -40,7 +40,8 @@ def size_and_kl(walk: dict[str, Any], dark: bool) -> bytes:
             of = rung["quality"]["metrics"]["kl"]
             color = RED if rung["misses"] else BLUE
             x = rung["bytes"] / 1e6
-            axes.vlines(x, max(of["low"], 1e-7), max(of["high"], 1e-7), color=color, linewidth=1.5)
+            if of["low"] is not None:
+                axes.vlines(x, max(of["low"], 1e-7), max(of["high"], 1e-7), color=color, linewidth=1.5)
             chosen = rung is next((r for r in rungs if _is_chosen(r, walk)), None)
             axes.plot(x, max(of["value"], 1e-7), "D" if chosen else "o", color=color, markersize=9 if chosen else 6)
         middle = (min(r["bytes"] for r in rungs) + max(r["bytes"] for r in rungs)) / 2

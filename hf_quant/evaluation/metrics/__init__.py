@@ -47,6 +47,7 @@ class Metric:
         ideal: What a model that equals its base has; None where that depends on the text.
         finish: What the mean over positions becomes (the exponential, for perplexity).
         quantiles: Those of the single values worth reporting, 0 to 1.
+        most: The largest value there can be: its interval is that of what is missing to it. None where there is none.
     """
 
     title: str
@@ -54,6 +55,7 @@ class Metric:
     ideal: float | None = None
     finish: Callable[[float], float] = float
     quantiles: tuple[float, ...] = ()
+    most: float | None = None
 
 
 def exponential(mean: float) -> float:

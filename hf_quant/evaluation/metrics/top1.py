@@ -12,4 +12,4 @@ def same_choice(base: BaseTokens, log_q: Tensor, target: Tensor) -> Tensor:
     return log_q.argmax(-1).eq(base.top_ids[:, 0]).double()
 
 
-METRIC = Metric("top-1 agreement", same_choice, ideal=1)
+METRIC = Metric("top-1 agreement", same_choice, ideal=1, most=1)

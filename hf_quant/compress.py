@@ -34,10 +34,8 @@ from hf_quant.hf.plan import Plan
 from hf_quant.hf.streaming import Settings, quantize_streaming
 from hf_quant.hub.source import copy_notices, describe
 from hf_quant.journal import is_journal, recorded
-from hf_quant.presets import preset
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.results import Quality
-from hf_quant.scheme import QuantScheme
 
 SMALL = 1_000_000_000  # parameters
 
@@ -100,7 +98,7 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
     real = Path(os.path.realpath(out))
     work = work_folder(out)
     if not job.ranks.first:  # the others only lend a hand
-        if preset(config.method, config.default_scheme).calibrated:
+        if config.calibrated:
             _stream(job, config, work, out)
         return {}
     with locked(real.with_name(f".{real.name}.lock"), out):
@@ -134,8 +132,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
     row: dict[str, Any] = {}
     with suppress(_GateMissedError), staged(out, overwrite=overwrite) as stage:
         start = time.perf_counter()
-        calibrated = preset(config.method, config.default_scheme).calibrated
-        if calibrated:
+        if config.calibrated:
             plan, blocks = _stream(job, config, work, stage)
             made = load(str(stage), **job.options("device_map", "dtype", "trust_remote_code")).eval()
         else:
@@ -145,7 +142,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         job.say(f"{config.scheme}: {plan.summary()}")
         if plan.params < SMALL:
             job.say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers")
-        if not calibrated:
+        if not config.calibrated:
             need_space(stage, plan.bytes_quantized)
             _save(made, stage, max_shard_size=job.shard)
         if job.tokenizer is not None:
@@ -154,7 +151,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
             stage / "recipe.json", _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
         )
         logits, again, dtype = sample_logits(made), None, made.dtype
-        if not calibrated:  # the other was read from there
+        if not config.calibrated:  # the other was read from there
             del made
             gc.collect()  # never two models in memory, and a model refers to itself
             made = load(str(stage), dtype=dtype, **job.options("device_map", "trust_remote_code")).eval()
@@ -232,9 +229,10 @@ def _recipe(
     job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any, plan: Plan, blocks: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """How the model was made."""
+    done = {name: steps for block in blocks for name, steps in block["steps"].items()}
     return {
         "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
-        "steps": {_kind(s): preset(config.method, s).steps() for s in sorted(set(plan.schemes.values()), key=str)},
+        "steps": plan.decision.steps(plan.schemes, done),
         "asked": asked, "dtype": str(model.dtype).removeprefix("torch."),
         "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
         "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
@@ -242,10 +240,6 @@ def _recipe(
         "calibration": job.calibration.to_dict() if blocks and job.calibration else None, "blocks": blocks,
         "versions": {name: version(name) for name in ("hf-quant", "torch", "transformers", "safetensors")},
     }  # fmt: skip
-
-
-def _kind(scheme: QuantScheme) -> str:
-    return f"{scheme.bits} bits" + (", INT8 activations" if scheme.activations else "")
 
 
 def _check(logits: Tensor, again: Tensor | None, scheme: str) -> None:

@@ -1,9 +1,14 @@
-"""What the names a user gives as ``method`` stand for: transforms, then a method, for each width."""
+"""What the names a user gives as ``method`` stand for: transforms, then a method, for each width.
+
+`Decision` answers this once for a whole model. Everybody else is handed the answer, and the recipe records what came of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from hf_quant import _plugins
@@ -36,26 +41,11 @@ class Preset:
         """Whether calibration data is needed."""
         return self.looks or bool(self.transforms) or self.solver().calibrated
 
-    def steps(self) -> list[dict[str, object]]:
-        """Everything done to a weight, in order, with all hyperparameters: for the recipe."""
-        names = [*self.transforms, self.method]
-        return [{"name": n} | _fields(each) for n, each in zip(names, [*self.rewriters(), self.solver()], strict=True)]
-
     def solver(self) -> Method:
         """The method with its hyperparameters."""
         from hf_quant.methods import method
 
         return method(self.method, **self.options)
-
-    def rewriters(self) -> tuple[Transform, ...]:
-        """The transforms."""
-        from hf_quant.transforms import transform
-
-        return tuple(map(transform, self.transforms))
-
-
-def _fields(each: Any) -> dict[str, object]:
-    return asdict(each)
 
 
 BEST = Preset("gptq", ("awq", "drift"), {"sweeps": 2})
@@ -83,3 +73,110 @@ def preset(name: str, scheme: QuantScheme) -> Preset:
             + ", ".join(known)
         )
     return Preset(last, tuple(transforms))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a method means for the layers of one model: made once, after the plan.
+
+    Attributes:
+        method: As the user named it.
+        presets: What it means for each scheme of the plan.
+    """
+
+    method: str
+    presets: Mapping[QuantScheme, Preset]
+
+    @classmethod
+    def of(cls, method: str, schemes: Iterable[QuantScheme]) -> Decision:
+        """Decide for every one of ``schemes``.
+
+        Raises:
+            PlanError: There is no method of that name.
+        """
+        return cls(method, {scheme: preset(method, scheme) for scheme in schemes})
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration data is needed for any layer."""
+        return any(each.calibrated for each in self.presets.values())
+
+    def needs_twin(self, schemes: Iterable[QuantScheme]) -> bool:
+        """Whether the activations of the float model are needed for layers of these schemes."""
+        return any(_transform(name).needs_twin for scheme in schemes for name in self.presets[scheme].transforms)
+
+    def staged(self, schemes: Iterable[QuantScheme]) -> bool:
+        """Whether layers of these schemes see what quantizing those before them did; plain methods need one pass for all."""
+        return any(self.presets[scheme].transforms for scheme in schemes)
+
+    def solver(self, scheme: QuantScheme) -> Method:
+        """The method that chooses the codes of a layer."""
+        return self.presets[scheme].solver()
+
+    def transforms(self, layers: Mapping[str, QuantScheme]) -> list[tuple[str, Transform, dict[str, QuantScheme]]]:
+        """What is done to layers that are given the same tensor.
+
+        A transform that scales the columns they share needs all of them, and weighs each by its own scheme. Where presets
+        differ, only those of one preset scale: of the layers with INT8 activations if there are any, since what they ask
+        for weighs both sides of the product.
+
+        Args:
+            layers: Name to scheme.
+
+        Returns:
+            Name of each transform, the transform, and the layers that it may change.
+        """
+        chosen: dict[str, dict[str, QuantScheme]] = {}
+        scaling: Preset | None = None
+        for name, scheme in sorted(layers.items(), key=lambda item: item[1].activations is None):
+            asked = self.presets[scheme]
+            shared = [step for step in asked.transforms if _transform(step).shared]
+            scaling = scaling or (asked if shared else None)
+            for step in asked.transforms:
+                if step not in shared:
+                    chosen.setdefault(step, {})[name] = scheme
+                elif asked == scaling:
+                    chosen.setdefault(step, dict(layers))
+        return [
+            (step, _transform(step), {n: s for n, s in layers.items() if n in own}) for step, own in chosen.items()
+        ]
+
+    def steps(
+        self, layers: Mapping[str, QuantScheme], done: Mapping[str, Sequence[str]]
+    ) -> dict[str, list[dict[str, Any]]]:
+        """What was done, for the recipe.
+
+        Args:
+            layers: Every quantized layer to its scheme.
+            done: Layers to the names of the steps that changed them, in order; all others were only rounded.
+
+        Returns:
+            For each kind of scheme: the steps in order, each with its name, all hyperparameters and the number of layers.
+        """
+        counts: dict[str, Counter[str]] = {}
+        for layer, scheme in sorted(layers.items(), key=lambda item: str(item[1])):
+            counts.setdefault(kind(scheme), Counter()).update([*done.get(layer, []), self.presets[scheme].method])
+        made = {}
+        for scheme, own in self.presets.items():
+            count = counts.get(kind(scheme), Counter())
+            names = dict.fromkeys(name for each in self.presets.values() for name in each.transforms if count[name])
+            transforms = [{"name": name, **_fields(_transform(name)), "layers": count[name]} for name in names]
+            last = {"name": own.method, **_fields(own.solver()), "layers": count[own.method]}
+            made[kind(scheme)] = [*transforms, last]
+        return {name: made[name] for name in counts}
+
+
+def kind(scheme: QuantScheme) -> str:
+    """What layers of a scheme are called in a recipe: ``"4 bits"``."""
+    return f"{scheme.bits} bits" + (", INT8 activations" if scheme.activations else "")
+
+
+@lru_cache
+def _transform(name: str) -> Transform:
+    from hf_quant.transforms import transform
+
+    return transform(name)
+
+
+def _fields(each: Any) -> dict[str, Any]:
+    return asdict(each)

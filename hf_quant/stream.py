@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from hf_quant.activations import Activations
 from hf_quant.errors import HfQuantError
 from hf_quant.memory import give_back_memory
-from hf_quant.methods import Method, method
+from hf_quant.methods import method
 from hf_quant.nn.experts import expert_input, stacks
 from hf_quant.numerics import floored
+from hf_quant.presets import Decision
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.scheme import QuantScheme
 from hf_quant.stats import HELD_ROWS, SAMPLE_ROWS, InputStats
 from hf_quant.tensor import QuantizedTensor
-from hf_quant.transforms import Stage, Transform, weight_of
+from hf_quant.transforms import Stage, weight_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 HELD = 8  # every so-manieth batch is kept out of the drift, to judge on
@@ -39,26 +40,14 @@ class Recipe:
     """How the weights of a block become codes.
 
     Attributes:
-        method: For each width, how codes are chosen.
-        transforms: What is done to the weights before, stage by stage.
+        decision: For each scheme, what is done to the weights, stage by stage, and how codes are chosen.
         dtype: What scales are stored in.
         ranks: Who works on it.
     """
 
-    method: Callable[[QuantScheme], Method]
-    transforms: tuple[Transform, ...]
+    decision: Decision
     dtype: torch.dtype
     ranks: Ranks = ALONE
-
-    @property
-    def staged(self) -> bool:
-        """Whether each stage sees the effect of those before it; without transforms one pass serves all, as in GPTQ."""
-        return bool(self.transforms)
-
-    @property
-    def needs_twin(self) -> bool:
-        """Whether the float model's activations are looked at."""
-        return any(each.needs_twin for each in self.transforms)
 
 
 @dataclass
@@ -117,6 +106,7 @@ class Solved:
     Attributes:
         codes: Full name of each layer to its codes.
         errors: To the squared error of the layer's output over its squared output, on what it was asked to give.
+        steps: Full name of each layer to the transforms that changed it, in order.
         notes: Of layers, stages and experts: what is worth reporting.
         error: Of the block's output likewise, all its layers quantized: beside the float block on the same inputs or,
             where the float model's activations are followed, beside those.
@@ -125,6 +115,7 @@ class Solved:
 
     codes: dict[str, QuantizedTensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    steps: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)
     error: float = 0.0
     experts: dict[str, list[int]] = field(default_factory=dict)
@@ -137,8 +128,8 @@ class Solved:
     def record(self, block: str) -> dict[str, Any]:
         """For journal and recipe."""
         return {
-            "block": block, "error": self.error, "sqnr_db": self.sqnr_db, "layers": self.errors, "notes": self.notes,
-            "experts": self.experts,
+            "block": block, "error": self.error, "sqnr_db": self.sqnr_db, "layers": self.errors, "steps": self.steps,
+            "notes": self.notes, "experts": self.experts,
         }  # fmt: skip
 
     def note(self, name: str, lines: Iterable[str]) -> None:
@@ -174,12 +165,14 @@ def solve(block: Block, hidden: Activations, recipe: Recipe, original: Activatio
     made, mine = Solved(), [i for i in range(len(hidden)) if recipe.ranks.owner(i) == recipe.ranks.rank]
     groups = _groups(block, hidden[0])
     sample = {i: block.run(hidden[i]) for i in mine[:: -(-len(mine) // SAMPLE) or 1]} if twin is None else {}
-    together = [] if recipe.staged else [group for group in groups if not group.experts]
+    staged = recipe.decision.staged(block.layers.values())
+    together = [] if staged else [group for group in groups if not group.experts]
     for part in [together] * bool(together) + [[group] for group in groups if group not in together]:
         if part[0].experts:
             _solve_experts(block, part[0], hidden, mine, recipe, made)
             continue
-        found = _collect(block, part, hidden, mine, recipe.ranks, twin, original)
+        drifts = recipe.decision.needs_twin(block.layers[f"{block.name}.{n}"] for group in part for n in group.layers)
+        found = _collect(block, part, hidden, mine, recipe.ranks, twin if drifts else None, original)
         for group in part:
             _solve_group(block, group, found.pop(group.layers[0]), hidden, recipe, made, twin)
     lost = whole = 0.0
@@ -353,8 +346,11 @@ def _solve_group(
     codes = {block.local(name): each for name, each in made.codes.items()}
     first = hidden[0]
     stage = Stage(block.module, twin, schemes, stats, group.source, codes, lambda module: block.sample(first, module))
-    for each in recipe.transforms:
-        each.apply(stage)
+    for name, transform, own in recipe.decision.transforms(schemes):
+        stage.layers = own
+        for changed in transform.apply(stage):
+            made.steps.setdefault(f"{block.name}.{changed}", []).append(name)
+    stage.layers = schemes
     made.codes = {f"{block.name}.{local}": each for local, each in codes.items()}
     made.note(full[group.layers[0]], stage.notes)
     for number, local in enumerate(group.layers):
@@ -362,7 +358,7 @@ def _solve_group(
         if owner == recipe.ranks.rank:
             give_back_memory()  # of the layer before: a factorization takes the most
             weight = stage.weight(local)
-            quantized = recipe.method(schemes[local]).quantize(weight, schemes[local], recipe.dtype, stats)
+            quantized = recipe.decision.solver(schemes[local]).quantize(weight, schemes[local], recipe.dtype, stats)
             error = stats.error(weight, quantized.dequantize(torch.float32))
             found = with_range(quantized, stats.peak).cpu(), error, list(stats.notes)
             stats.notes.clear()
@@ -421,7 +417,7 @@ def _solve_expert(
             0.0,
             [f"expert {expert} saw {stats.rows} tokens: rounded to nearest"],
         )
-    quantized = with_range(recipe.method(scheme).quantize(weight, scheme, recipe.dtype, stats), stats.peak)
+    quantized = with_range(recipe.decision.solver(scheme).quantize(weight, scheme, recipe.dtype, stats), stats.peak)
     notes = [f"expert {expert}: {note}" for note in stats.notes]
     return quantized.cpu(), stats.error(weight, quantized.dequantize(torch.float32)), notes
 

@@ -16,10 +16,10 @@ from hf_quant.formats import format_named
 from hf_quant.hf.auto import tokenizer_of
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
-from hf_quant.hf.streaming import blocks_of, embed, layers_of, recipe_of, refuse_other_kinds, refuse_outside_blocks
+from hf_quant.hf.streaming import blocks_of, embed, layers_of, refuse_other_kinds, refuse_outside_blocks
 from hf_quant.nn._weight import frozen
 from hf_quant.ranks import ALONE
-from hf_quant.stream import Block, solve
+from hf_quant.stream import Block, Recipe, solve
 
 CONTEXT = 512
 
@@ -68,7 +68,7 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     refuse_other_kinds(type(model), model.config, config.method)
     blocks, base = blocks_of(model), model.base_model
     refuse_outside_blocks(plan, blocks, config.method)
-    recipe, native, records = recipe_of(config, model.dtype), format_named("native"), []
+    recipe, native, records = Recipe(plan.decision, model.dtype), format_named("native"), []
     inside = tuple(f"{name}." for name in blocks)
     outside = [
         m for n, m in model.named_modules() if not f"{n}.".startswith(inside) and not isinstance(m, nn.Embedding)
@@ -76,7 +76,7 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     with _in_float32([p for m in outside for p in m.parameters(recurse=False)]):
         hidden, calls = embed(base, blocks, data.ids.to(model.device), None, ALONE)
     streams = [hidden]
-    if recipe.needs_twin:
+    if recipe.decision.needs_twin(plan.schemes.values()):
         streams.append(Activations(hidden.states.clone(), hidden.size))
     for name, module in blocks.items():
         block = Block(name, module, layers_of(plan, name), calls[name])

@@ -16,7 +16,7 @@ from hf_quant import _plugins
 from hf_quant.calibration import Source
 from hf_quant.errors import FormatError, PlanError, SchemeError
 from hf_quant.formats import compressed_tensors, format_of
-from hf_quant.presets import Preset, preset
+from hf_quant.presets import Decision
 from hf_quant.scheme import QuantScheme
 
 TOKENS = 65536  # calibrated on by default
@@ -120,7 +120,7 @@ class HfQuantConfig(QuantizationConfigMixin):
             if slug is not None:
                 _parsed(f"overrides[{glob!r}]", slug)
         self.calibration, self.calibration_tokens = calibration, calibration_tokens
-        self._check_ranges(preset(method, default))
+        self._check_ranges()
         if self.format != "auto":
             _known("format", "formats", self.format)
 
@@ -133,15 +133,24 @@ class HfQuantConfig(QuantizationConfigMixin):
         known = {name: value for name, value in config_dict.items() if name not in extra}
         return super().from_dict(known, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 
-    def _check_ranges(self, chosen: Preset) -> None:
+    def _check_ranges(self) -> None:
         """Refuse schemes that take a look at activations, where nothing looks."""
-        named = [self.scheme, *(slug for slug in self.overrides.values() if slug)]
-        wanting = [slug for slug in named if QuantScheme.parse(slug).needs_ranges]
-        if wanting and not chosen.calibrated and self.share_quantized is None:
+        wanting = [scheme for scheme in self._decision().presets if scheme.needs_ranges]
+        if wanting and not self.calibrated and self.share_quantized is None:
             raise PlanError(
                 f"{wanting[0]}: ranges of the activations have to be measured first, and {self.method} looks at none: "
                 "method='calibrated', or another that does"
             )
+
+    def _decision(self) -> Decision:
+        """Of the schemes named here; the plan's own decision is about those that layers really have."""
+        overrides = [QuantScheme.parse(slug) for slug in self.overrides.values() if slug is not None]
+        return Decision.of(self.method, [self.default_scheme, *overrides])
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method needs calibration data, as far as that is known before there is a plan."""
+        return self._decision().calibrated
 
     @property
     def default_scheme(self) -> QuantScheme:

@@ -12,10 +12,10 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import format_named
+from hf_quant.hf.plan import Plan
 from hf_quant.memory import give_back_memory
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
-from hf_quant.presets import preset
 from hf_quant.scheme import QuantScheme
 
 _NATIVE = format_named("native")
@@ -25,7 +25,7 @@ class Quantizer(Protocol):
     """What the operations need of the quantizer."""
 
     failure: HfQuantError | None
-    quantization_config: Any
+    plan: Plan
 
 
 class Apart(list[list[Tensor]]):
@@ -112,7 +112,7 @@ class QuantizeOnLoad(ConversionOps):
             bad = weight.numel() - int(weight.isfinite().sum())
             if bad:
                 raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")
-        solver = preset(self.quantizer.quantization_config.method, scheme).solver()
+        solver = self.quantizer.plan.decision.solver(scheme)
         return _NATIVE.write(solver.quantize(weight, scheme, dtype))
 
     @property

@@ -16,6 +16,7 @@ from hf_quant.errors import CheckpointError, PlanError, SchemeError
 from hf_quant.formats import format_named
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.nn.experts import stacks, why_not_experts
+from hf_quant.presets import Decision
 from hf_quant.scheme import QuantScheme
 
 Kind = Literal["linear", "conv1d", "experts", "embedding"]
@@ -53,6 +54,7 @@ class Plan:
         bytes_quantized: Size of all weights after, scales and zero points included.
         format: Name of the format it will be saved in.
         format_reason: Why that one.
+        decision: What the method means for every scheme in ``schemes``.
     """
 
     schemes: dict[str, QuantScheme]
@@ -65,6 +67,7 @@ class Plan:
     bytes_quantized: int
     format: str
     format_reason: str
+    decision: Decision
 
     @property
     def share(self) -> float:
@@ -161,6 +164,7 @@ def make_plan(model: Any, config: HfQuantConfig, *, frozen: bool = False) -> Pla
     return Plan(
         draft.schemes, draft.left, draft.regrouped, tied,
         params, params_quantized, bytes_float, bytes_quantized, chosen, reason,
+        Decision.of(config.method, draft.schemes.values()),
     )  # fmt: skip
 
 

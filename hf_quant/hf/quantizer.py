@@ -34,7 +34,6 @@ from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_expe
 from hf_quant.nn._outside import Outside
 from hf_quant.nn._weight import frozen
 from hf_quant.nn.experts import stacks
-from hf_quant.presets import preset
 
 if TYPE_CHECKING:
     from hf_quant.hf.config import HfQuantConfig
@@ -65,8 +64,7 @@ class HfQuantQuantizer(HfQuantizer):
     @property
     def calibrates(self) -> bool:
         """Whether the model is quantized after it was loaded, on what goes through it."""
-        config = self.quantization_config
-        return not self.pre_quantized and preset(config.method, config.default_scheme).calibrated
+        return not self.pre_quantized and self.plan.decision.calibrated
 
     # -- before loading -------------------------------------------------------------------------------------------
 

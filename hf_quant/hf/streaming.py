@@ -31,7 +31,6 @@ from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.tensors import Tensors
 from hf_quant.journal import Journal, digest, journal
 from hf_quant.memory import free_memory, give_back_memory
-from hf_quant.presets import preset
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.scheme import QuantScheme
 from hf_quant.stream import Block, Call, Recipe, Solved, advance, solve, use
@@ -99,7 +98,7 @@ def quantize_streaming(
         HfQuantError: Something in the model, the checkpoint or the work folder is not as it must be.
     """
     source, ranks = _open(folder, config, settings.trust_remote_code), settings.ranks
-    recipe = recipe_of(source.config, source.dtype, ranks)
+    recipe = Recipe(source.plan.decision, source.dtype, ranks)
     job = {
         "source": {file.name: digest(file) for file in sorted({t.file for t in source.checkpoint.tensors.values()})},
         "config": config.to_dict(), "calibration": data.sha256, "ranks": ranks.world, "torch": torch.__version__,
@@ -128,7 +127,7 @@ def _walk(
     settings: Settings,
 ) -> None:  # fmt: skip
     """Block by block: those that are finished run forward, the others are quantized and committed."""
-    streams, calls = _embed(source, ids, recipe.needs_twin, scratch, settings)
+    streams, calls = _embed(source, ids, recipe.decision.needs_twin(source.plan.schemes.values()), scratch, settings)
     for i, name in enumerate(settings.progress(list(source.blocks))):
         call = tree_map_only(Tensor, lambda tensor: tensor.to(settings.device), calls[name])
         block = Block(name, source.blocks[name], layers_of(source.plan, name), call)
@@ -147,12 +146,6 @@ def _walk(
 
 def _part(index: int) -> str:
     return f"block-{index:05d}.safetensors"
-
-
-def recipe_of(config: HfQuantConfig, dtype: torch.dtype, ranks: Ranks = ALONE) -> Recipe:
-    """What the configuration's method means."""
-    chosen = preset(config.method, config.default_scheme)
-    return Recipe(lambda scheme: preset(config.method, scheme).solver(), chosen.rewriters(), dtype, ranks)
 
 
 def layers_of(plan: Plan, block: str) -> dict[str, QuantScheme]:

@@ -54,12 +54,18 @@ class Transform(Protocol):
 
     Attributes:
         needs_twin: Whether it looks at the float model's own activations.
+        shared: Whether it scales columns that all layers of a stage share, and so changes them all.
     """
 
     needs_twin: ClassVar[bool]
+    shared: ClassVar[bool]
 
-    def apply(self, stage: Stage) -> None:
-        """Change the weights of ``stage.block`` and, so that both stay comparable, of ``stage.twin``."""
+    def apply(self, stage: Stage) -> list[str]:
+        """Change the weights of ``stage.block`` and, so that both stay comparable, of ``stage.twin``.
+
+        Returns:
+            Local names of the layers whose own function it changed; none where it was better to do nothing, or not possible.
+        """
         ...
 
 

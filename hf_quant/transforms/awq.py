@@ -25,6 +25,7 @@ class AWQ:
     """
 
     needs_twin: ClassVar[bool] = False
+    shared: ClassVar[bool] = True
     grid: tuple[tuple[float, float], ...] = (
         (0.25, 0),
         (0.5, 0),
@@ -37,7 +38,7 @@ class AWQ:
     steps: int = 8
     gain: float = 0.02
 
-    def apply(self, stage: Stage) -> None:
+    def apply(self, stage: Stage) -> list[str]:
         weights = [(stage.weight(name).float(), scheme) for name, scheme in stage.layers.items()]
         inputs = stage.stats.importance.sqrt().clamp(min=1e-4)
         columns = torch.stack([w.square().mean(0) for w, _ in weights]).mean(0).sqrt()
@@ -50,8 +51,13 @@ class AWQ:
             lost = self._lost(weights, gram, scales)
             if lost < limit:
                 limit, best = lost, scales
-        if best is not None and (reason := fold(stage, best)) is not None:
+        if best is None:
+            stage.notes.append("awq: no scales save enough")
+            return []
+        if (reason := fold(stage, best)) is not None:
             stage.notes.append(f"awq: {reason}")
+            return []
+        return list(stage.layers)
 
     def _lost(self, weights: list[tuple[Tensor, QuantScheme]], gram: Tensor, scales: Tensor) -> float:
         """Squared output error of all layers, rounded with their columns scaled."""

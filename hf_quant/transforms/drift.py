@@ -14,12 +14,16 @@ class Drift:
     """Moves each weight to `InputStats.target`, as far as that helps on the rows held out. Changes the function, on purpose."""
 
     needs_twin: ClassVar[bool] = True
+    shared: ClassVar[bool] = False
 
-    def apply(self, stage: Stage) -> None:
+    def apply(self, stage: Stage) -> list[str]:
+        changed = []
         for name in stage.layers:
             moved, blend = stage.stats.target(stage.weight(name))
             stage.weight(name).copy_(moved)
             stage.notes.append(f"drift: {name} {blend:.2f}")
+            changed += [name] if blend else []
+        return changed
 
 
 TRANSFORM = Drift

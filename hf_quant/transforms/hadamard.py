@@ -20,18 +20,19 @@ class Hadamard:
     """Applied when the values' layer is about to be quantized: its rows are rotated, the output layer's columns back."""
 
     needs_twin: ClassVar[bool] = False
+    shared: ClassVar[bool] = False
 
-    def apply(self, stage: Stage) -> None:
+    def apply(self, stage: Stage) -> list[str]:
         values = next((name for name in stage.layers if name.rpartition(".")[2] == VALUES), None)
         if values is None:
-            return
+            return []
         path = values.rpartition(".")[0]
         attention: Any = stage.block.get_submodule(path)
         output = next((name for name in OUTPUT if hasattr(attention, name)), None)
         head = getattr(attention, "head_dim", None)
         if output is None or not isinstance(head, int) or head & (head - 1):
             stage.notes.append("hadamard: no output layer, or heads whose width is not a power of two")
-            return
+            return []
         judge = stage.twin or stage.block
         before, H = stage.probe(judge), hadamard(head)
         for block in stage.blocks:
@@ -40,6 +41,8 @@ class Hadamard:
             for block in stage.blocks:
                 _turn(block.get_submodule(values), block.get_submodule(f"{path}.{output}"), H.T)
             stage.notes.append("hadamard: more than a product lies between values and output")
+            return []
+        return [values, f"{path}.{output}"]
 
 
 def hadamard(size: int) -> Tensor:

@@ -30,19 +30,25 @@ class SmoothQuant:
     """
 
     needs_twin: ClassVar[bool] = False
+    shared: ClassVar[bool] = True
     alpha: float = 0.5
     grid: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     steps: int = 8
     gain: float = 0.02
 
-    def apply(self, stage: Stage) -> None:
+    def apply(self, stage: Stage) -> list[str]:
         inputs = stage.stats.importance.sqrt().clamp(min=1e-4)
         columns = torch.stack([stage.weight(n).float().abs().amax(0) for n in stage.layers]).amax(0).clamp(min=1e-5)
         best: Tensor | None = _scales(inputs, columns, self.alpha)
         if any(scheme.activations for scheme in stage.layers.values()):
             best = self._search(stage, [inputs, stage.stats.peak.clamp(min=1e-4)], columns)
-        if best is not None and (reason := fold(stage, best)) is not None:
+        if best is None:
+            stage.notes.append("smoothquant: no scales save enough")
+            return []
+        if (reason := fold(stage, best)) is not None:
             stage.notes.append(f"smoothquant: {reason}")
+            return []
+        return list(stage.layers)
 
     def _search(self, stage: Stage, sizes: list[Tensor], columns: Tensor) -> Tensor | None:
         """The scales that lose least; None if none saves enough."""

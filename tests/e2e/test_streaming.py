@@ -187,6 +187,31 @@ def test_from_pretrained_does_the_same(name: str, method: str, tmp_path: Path, z
     assert "calibration" not in stored and "calibration_tokens" not in stored
 
 
+MIXED = {"*.mlp.*": "W3A16-g32", "*.k_proj": "W3A16-g32"}  # k_proj is given what q_proj and v_proj are given
+
+
+def test_each_layer_is_calibrated_as_its_own_scheme_asks(tmp_path: Path) -> None:
+    """Three bits among eight: as well as where all have three bits, from shards and in memory alike, and so recorded."""
+    source = make(tmp_path / "base", "llama")
+    blocks = stream(source, tmp_path / "out", "W8A16-g32", method="calibrated", overrides=MIXED)
+    done = {layer: steps for block in blocks for layer, steps in block["steps"].items()}
+    drifted = {layer for layer, steps in done.items() if "drift" in steps}
+    assert drifted and all("mlp" in layer or "k_proj" in layer for layer in drifted)
+    scaled = [layer for layer, steps in done.items() if "awq" in steps and "self_attn.q_proj" in layer]
+    assert all("awq" in done[layer.replace("q_proj", "k_proj")] for layer in scaled)
+    model = load(
+        str(source),
+        quantization_config=HfQuantConfig("W8A16-g32", method="calibrated", overrides=MIXED, calibration=IDS),
+    )
+    assert torch.equal(logits(model), logits(load(str(tmp_path / "out"))))
+    assert [block["steps"] for block in model.hf_quantizer.blocks] == [block["steps"] for block in blocks]
+    rounded, base = (
+        load(str(source), quantization_config=HfQuantConfig("W8A16-g32", overrides=MIXED)),
+        logits(load(str(source))),
+    )
+    assert (logits(model) - base).norm() < 0.9 * (logits(rounded) - base).norm()
+
+
 def test_activations_on_disk_and_little_memory_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_quant import stream as streamed
 

@@ -66,13 +66,15 @@ def class_of(config: PretrainedConfig, **hub: Any) -> Any:
     if isinstance(found := getattr(transformers, names[0], None), type):
         return found
     references = getattr(config, "auto_map", None) or {}
-    reference = next((r for r in references.values() if isinstance(r, str) and r.endswith(f".{names[0]}")), None)
-    if reference is None:
+    auto = next((a for a, r in references.items() if isinstance(r, str) and r.endswith(f".{names[0]}")), None)
+    if auto is None:
         raise CheckpointError(f"config.json: architectures: transformers {transformers.__version__} has no {names[0]}")
     if not hub.get("trust_remote_code"):
         raise CheckpointError(f"{config._name_or_path}: config.json: {names[0]} {CODE}")
     options = {name: value for name, value in hub.items() if name != "trust_remote_code"}
-    return get_class_from_dynamic_module(reference, config._name_or_path, **options)
+    kind = get_class_from_dynamic_module(references[auto], config._name_or_path, **options)
+    kind.register_for_auto_class(auto)  # so that `save_pretrained` takes its code along, as transformers' own loading does
+    return kind
 
 
 def tokenizer_of(model: str, **hub: Any) -> Any:

@@ -64,7 +64,7 @@ def test_python_is_told_too(toy: Path) -> None:
     assert not (toy.parent / "ran").exists()
 
 
-@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("method", ["rtn"])
 def test_where_it_is_trusted_it_works(toy: Path, tmp_path: Path, method: str) -> None:
     source, out = tmp_path / "toy", tmp_path / "q"
     shutil.copytree(toy, source)

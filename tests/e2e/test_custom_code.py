@@ -40,7 +40,10 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config |= {
         "model_type": "toy_llm",
         "architectures": ["ToyForCausalLM"],
-        "auto_map": {"AutoConfig": "configuration_toy.ToyConfig", "AutoModelForCausalLM": "modeling_toy.ToyForCausalLM"},
+        "auto_map": {
+            "AutoConfig": "configuration_toy.ToyConfig",
+            "AutoModelForCausalLM": "modeling_toy.ToyForCausalLM",
+        },
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "configuration_toy.py").write_text(CONFIGURATION.format(flag=str(root / "ran")))
@@ -48,7 +51,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("args", ["plan", "quantize -o OUT --no-eval", "quantize -o OUT --method gptq", "eval --base TOY", "bench"])
+@pytest.mark.parametrize(
+    "args", ["plan", "quantize -o OUT --no-eval", "quantize -o OUT --method gptq", "eval --base TOY", "bench"]
+)
 def test_nothing_runs_and_nobody_is_asked(toy: Path, tmp_path: Path, args: str) -> None:
     command, *rest = args.replace("OUT", str(tmp_path / "q")).replace("TOY", str(toy)).split()
     result = CliRunner().invoke(main, [command, str(toy), *rest], input="y\n" * 9)
@@ -68,7 +73,17 @@ def test_python_is_told_too(toy: Path) -> None:
 def test_where_it_is_trusted_it_works(toy: Path, tmp_path: Path, method: str) -> None:
     source, out = tmp_path / "toy", tmp_path / "q"
     shutil.copytree(toy, source)
-    args = ["quantize", str(source), "-o", str(out), "--scheme", "W4A16-g32", "--method", method, "--trust-remote-code"]
+    args = [
+        "quantize",
+        str(source),
+        "-o",
+        str(out),
+        "--scheme",
+        "W4A16-g32",
+        "--method",
+        method,
+        "--trust-remote-code",
+    ]
     result = CliRunner().invoke(main, [*args, "--max-tokens", "1000", "-q"])
     assert result.exit_code == 0, result.output + repr(result.exception)
     assert json.loads((out / "results.json").read_text())["quality"]["metrics"]["kl"]["value"] > 0

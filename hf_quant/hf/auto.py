@@ -72,7 +72,7 @@ def class_of(config: PretrainedConfig, **hub: Any) -> Any:
     if not hub.get("trust_remote_code"):
         raise CheckpointError(f"{config._name_or_path}: config.json: {names[0]} {CODE}")
     options = {name: value for name, value in hub.items() if name != "trust_remote_code"}
-    kind = get_class_from_dynamic_module(references[auto], config._name_or_path, **options)
+    kind: Any = get_class_from_dynamic_module(references[auto], config._name_or_path, **options)
     kind.register_for_auto_class(auto)  # `save_pretrained` then takes its code along
     return kind
 

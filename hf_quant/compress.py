@@ -254,8 +254,8 @@ def _source(job: Job, stage: Path) -> dict[str, Any]:
     """What the base is, by its name and never its path, and under which licence; its notices are copied to ``stage``."""
     commit = job.base().commit()
     try:
-        copy_notices(job.model, commit, stage)
+        copy_notices(job.model, commit, stage, job.say)
         return describe(job.model, commit)
     except HfQuantError as error:  # the model itself may come from the cache, with no Hub in reach
         job.say(f"{job.model}: its card cannot be read now, so push will ask again: {error}")
-        return {"model": job.model, "revision": commit}
+        return {"model": Path(job.model).resolve().name if Path(job.model).is_dir() else job.model, "revision": commit}

@@ -45,6 +45,12 @@ def digest(path: Path) -> Digest:
     return Digest(size, sha256.hexdigest(), git.hexdigest())
 
 
+def digest_of(data: bytes) -> Digest:
+    """Of a content in memory."""
+    git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
+    return Digest(len(data), hashlib.sha256(data).hexdigest(), git.hexdigest())
+
+
 def digests(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
     """Of several files, on several cores."""
     names = sorted(names)

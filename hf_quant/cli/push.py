@@ -39,6 +39,7 @@ def command(
     from huggingface_hub import HfApi
 
     from hf_quant.hub.push import prepare, publish
+    from hf_quant.hub.secrets import library
     from hf_quant.hub.upload import Target
 
     if create_pr and (revision or tag or private is not None or gated != "inherit"):
@@ -48,12 +49,15 @@ def command(
     ready = prepare(
         folder, target, api, gated=gated, budget=budget(max_kl, max_ppl_increase, min_top1),
         allow_failed_gate=allow_failed_gate, base_model=base_model, license=license,
+        say=lambda line: say(line, quiet or as_json),
     )  # fmt: skip
     record = _record(ready)
     plan = _plan(record)
     if dry_run:
         return emit(as_json, quiet, record=record, essential=repo_id, human=plan)
     say(plan, quiet or as_json)
+    if (more := library()) is not None:
+        say(more, quiet or as_json)
     if not yes:
         _ask()
     made = publish(ready, api, say=lambda line: say(line, quiet))

@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 
-from hf_quant.digests import MANIFEST, Digest, digests, mismatches, read_manifest
-from hf_quant.disk import write_json
+from hf_quant.digests import MANIFEST, Digest, mismatches, read_manifest
 from hf_quant.errors import CheckpointError
 from hf_quant.hub.card import CARD
 
 VERSION = 1
 
 
-def write_manifest(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
-    """Write it into ``folder`` for the files ``names``; the card is left out, since people edit it on the Hub.
-
-    Returns:
-        What every file holds, the card and the manifest too.
-    """
-    found = digests(folder, set(names) - {MANIFEST})
-    listed = {name: {"bytes": each.bytes, "sha256": each.sha256} for name, each in found.items() if name != CARD}
-    write_json(folder / MANIFEST, {"version": VERSION, "files": listed})
-    return found | digests(folder, [MANIFEST])
+def manifest_of(files: Mapping[str, Digest]) -> bytes:
+    """The text of a manifest for ``files``; the card is left out, since people edit it on the Hub."""
+    listed = {
+        name: {"bytes": each.bytes, "sha256": each.sha256}
+        for name, each in sorted(files.items()) if name not in (CARD, MANIFEST)
+    }  # fmt: skip
+    return (json.dumps({"version": VERSION, "files": listed}, indent=2) + "\n").encode()
 
 
 def verify_folder(folder: Path) -> int:

@@ -13,22 +13,23 @@ import torch
 from huggingface_hub import HfApi, get_token
 
 from hf_quant.checkpoint import Checkpoint
-from hf_quant.digests import MANIFEST, weight_files
+from hf_quant.digests import MANIFEST
 from hf_quant.disk import write_bytes
 from hf_quant.errors import GateError, PushError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.hf import load
 from hf_quant.hf.loading import sample_logits
 from hf_quant.hub import card, licence
-from hf_quant.hub.manifest import write_manifest
-from hf_quant.hub.scan import check_private, files_of
-from hf_quant.hub.source import copy_notices, describe, metadata, model_type
+from hf_quant.hub.manifest import manifest_of
+from hf_quant.hub.scan import Snapshot, look_through, snapshot
+from hf_quant.hub.source import describe, metadata, model_type, notices
 from hf_quant.hub.upload import Target, Uploaded, upload
 from hf_quant.results import Quality
 from hf_quant.scheme import QuantScheme
 
 Gated = Literal["inherit", "auto", "manual", "off"]
 CLOSE = 0.05  # relative difference of logits between a kernel and plain products, in bfloat16
+NOTICE = "NOTICE"
 LOCAL = (
     "is_local",
     "local_files_only",
@@ -43,29 +44,32 @@ class Publication:
     Attributes:
         folder: Where it is.
         target: Where it goes.
-        written: What is to be written into the folder before: the card, pictures, recipe.json and results.json.
-        names: Of all files that go, those included, the manifest not.
+        content: Of all files that go, the manifest not.
+        written: Names of those that are written into the folder: card, pictures, recipe.json, results.json, notices.
         source: What the base says about itself.
     """
 
     folder: Path
     target: Target
-    written: Mapping[str, bytes]
-    names: list[str]
+    content: Snapshot
+    written: frozenset[str]
     source: Mapping[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all files."""
+        return self.content.names
 
     @property
     def bytes(self) -> int:
         """Of all files."""
-        return sum(
-            len(self.written[name]) if name in self.written else (self.folder / name).stat().st_size
-            for name in self.names
-        )
+        return sum(each.bytes for each in self.content.files.values())
 
 
 def prepare(
     folder: Path, target: Target, api: HfApi, *, gated: Gated = "inherit", budget: Budget | None = None,
     allow_failed_gate: bool = False, base_model: str | None = None, license: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> Publication:  # fmt: skip
     """Check everything that can be checked without running the model or writing anything.
 
@@ -78,6 +82,7 @@ def prepare(
         allow_failed_gate: Publish although the gate was missed; the card begins with it.
         base_model: Hub id of the base, where the model was made from a folder.
         license: Of the base, where its card names none.
+        say: Told of notices of the base that cannot be carried on.
 
     Raises:
         PushError: Something forbids publishing it.
@@ -88,8 +93,8 @@ def prepare(
     if not _REPO_ID.fullmatch(target.repo_id):
         raise PushError(f"{target.repo_id!r} is not owner/name")
     recipe, results = card.facts(folder)
-    names = set(files_of(folder)) - {MANIFEST}
-    _check_weights(folder, results)
+    found = snapshot(folder)
+    _check_weights(found, results)
     results = _gated(folder, recipe, results, budget or Budget(), allow_failed_gate)
     source = _source(folder, recipe["source"], api, base_model, license)
     if (refusal := licence.why_not(source, target.repo_id)) is not None:
@@ -97,12 +102,12 @@ def prepare(
     gate: Any = source.get("gated", False) if gated == "inherit" else False if gated == "off" else gated
     target = replace(target, gated=gate or (None if gated == "inherit" else False))
     recipe = recipe | {"source": source, "repo_id": target.repo_id, "gated": gate}
-    written = _written(folder, recipe, results, names)
+    written = _written(found, recipe, results) | _notices(found, source, api, say)
     if problems := card.metadata_problems(metadata(written[card.CARD].decode())):
         raise PushError(f"{card.CARD}: {'; '.join(problems)}")
-    made = Publication(folder, target, written, sorted(names | written.keys()), source)
-    check_private(folder, made.names, written, [(api.token if isinstance(api.token, str) else get_token()) or ""])
-    return made
+    content = found.plus(written)
+    look_through(content, _tokens(api))
+    return Publication(folder, target, content, frozenset(written), source)
 
 
 def publish(
@@ -122,14 +127,20 @@ def publish(
     """
     say(f"loading {ready.folder} once more and comparing logits")
     check_runs(ready.folder, card.facts(ready.folder)[0], model)
-    for name, data in ready.written.items():
+    ready.content.check_unchanged(ready.written)
+    content = ready.content.plus({MANIFEST: manifest_of(ready.content.files)})
+    for name in (*sorted(ready.written), MANIFEST):
         (ready.folder / name).parent.mkdir(exist_ok=True)
-        write_bytes(ready.folder / name, data)
-    names = list(ready.names)
-    if _is_id(ready.source):
-        names += copy_notices(ready.source["model"], ready.source.get("revision"), ready.folder, api)
-    files = write_manifest(ready.folder, names)
-    return upload(api, ready.folder, files, ready.target, say=say, **patience)
+        write_bytes(ready.folder / name, content.held[name])
+    look_through(
+        content, _tokens(api), {**ready.content.held, **ready.content.headers}
+    )  # the last step before the upload
+    return upload(api, ready.folder, content.files, ready.target, held=content.held, say=say, **patience)
+
+
+def _tokens(api: HfApi) -> list[str]:
+    """The token in use, which must not be published."""
+    return [(api.token if isinstance(api.token, str) else get_token()) or ""]
 
 
 def push_model(
@@ -165,7 +176,7 @@ def push_model(
         )
     target = Target(repo_id, private, create_pr=create_pr, revision=revision)
     target = replace(target, message=commit_message) if commit_message else target
-    ready = prepare(folder, target, api, budget=budget, allow_failed_gate=allow_failed_gate)
+    ready = prepare(folder, target, api, budget=budget, allow_failed_gate=allow_failed_gate, say=say)
     return publish(ready, api, model=model, say=say).url
 
 
@@ -200,13 +211,17 @@ def _differs(model: Any, again: Any) -> str | None:
 # -- what has to be true ----------------------------------------------------------------------------------------------
 
 
-def _check_weights(folder: Path, results: Mapping[str, Any]) -> None:
+def _check_weights(found: Snapshot, results: Mapping[str, Any]) -> None:
     """The checkpoint is whole, and is the one that was measured."""
-    Checkpoint.open(folder)
-    if results and results.get("files") != weight_files(folder):
+    Checkpoint.open(found.folder)
+    files = [
+        {"name": name, "bytes": each.bytes, "sha256": each.sha256}
+        for name, each in sorted(found.weights.items()) if "/" not in name
+    ]  # fmt: skip
+    if results and results.get("files") != files:
         raise PushError(
-            f"{folder}: results.json was not measured on these weights; measure them with hf-quant eval {folder.name} "
-            "--base MODEL --max-kl 0.02"
+            f"{found.folder}: results.json was not measured on these weights; measure them with hf-quant eval "
+            f"{found.folder.name} --base MODEL --max-kl 0.02"
         )
 
 
@@ -264,19 +279,31 @@ def _check_base(folder: Path, base: str, api: HfApi) -> None:
         raise PushError(f"{base} is a {stated} model and {folder} a {own} model: it was not made from that")
 
 
-def _written(folder: Path, recipe: dict[str, Any], results: dict[str, Any], names: set[str]) -> dict[str, bytes]:
+def _written(found: Snapshot, recipe: dict[str, Any], results: dict[str, Any]) -> dict[str, bytes]:
+    """What is written anew: the card and what it is made from, and settings without the traces of this machine."""
     drawn = card.pictures(results)
-    made = {f"{card.ASSETS}/{name}": data for name, data in drawn.items()}
-    made |= {"recipe.json": _json(recipe), card.CARD: card.render(recipe, results, drawn).encode()}
+    written = {f"{card.ASSETS}/{name}": data for name, data in drawn.items()}
+    written |= {"recipe.json": _json(recipe), card.CARD: card.render(recipe, results, drawn).encode()}
     if results:
-        made["results.json"] = _json(results)
-    if (line := licence.notice(recipe["source"])) is not None and "NOTICE" not in names:
-        made["NOTICE"] = f"{line}\n".encode()
-    if "tokenizer_config.json" in names:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        if settings.keys() & set(LOCAL):
-            made["tokenizer_config.json"] = _json({k: v for k, v in settings.items() if k not in LOCAL})
-    return made
+        written["results.json"] = _json(results)
+    if "tokenizer_config.json" in found.held:
+        settings = json.loads(found.held["tokenizer_config.json"])
+        if isinstance(settings, dict) and settings.keys() & set(LOCAL):
+            written["tokenizer_config.json"] = _json({k: v for k, v in settings.items() if k not in LOCAL})
+    return written
+
+
+def _notices(found: Snapshot, source: Mapping[str, Any], api: HfApi, say: Callable[[str], None]) -> dict[str, bytes]:
+    """Licence texts and notices of a base on the Hub that the folder lacks, and the line that its licence asks for."""
+    line = licence.notice(source)
+    generated = f"{line}\n".encode() if line is not None else None
+    theirs = notices(source["model"], source.get("revision"), api, say) if _is_id(source) else {}
+    known = {name for name, data in found.held.items() if name != NOTICE or data != generated}
+    new = {name: data for name, data in theirs.items() if name not in known}
+    if generated is not None and NOTICE not in known:
+        before = new.get(NOTICE, b"")
+        new[NOTICE] = before if generated.strip() in before else before + (b"\n" if before else b"") + generated
+    return new
 
 
 def _json(record: Mapping[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""What must not leave the machine: tokens, the names of its folders, and anything that runs when it is loaded."""
+"""What is published, byte for byte, and what must not be in it: secrets, names of this machine, anything that runs."""
 
 from __future__ import annotations
 
@@ -6,103 +6,161 @@ import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
+from hf_quant.checkpoint import read_header
+from hf_quant.digests import Digest, digest, digest_of
 from hf_quant.errors import PushError
+from hf_quant.hub import kinds
+from hf_quant.hub.decoding import strings_of, views
+from hf_quant.hub.secrets import secret_in
 
-SECRETS = {
-    "a Hugging Face token": re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}"),
-    "an API key": re.compile(r"\bsk-[A-Za-z0-9_-]{20,}"),
-    "an AWS key": re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
-    "a GitHub token": re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9_]{22})"),
-    "a private key": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
-    "somebody's home directory": re.compile(r"(?:/home/|/Users/|[A-Za-z]:(?:\\){1,2}Users(?:\\){1,2})[\w.-]+"),
-}
-RUNS = {
-    suffix: kind
-    for kind, suffixes in {
-        "a pickle, which runs code when it is loaded": ".bin .pt .pth .ckpt .pkl .pickle .joblib .npy .npz .dill",
-        "a program": ".py .pyc .pyd .so .dll .dylib .exe .sh .bat .ps1 .ipynb",
-        "not safetensors": ".h5 .hdf5 .msgpack .onnx .pb .tflite .gguf",
-    }.items()
-    for suffix in suffixes.split()
-}
-BEGINS = {
-    b"\x80\x02": "a pickle", b"\x80\x03": "a pickle", b"\x80\x04": "a pickle", b"\x80\x05": "a pickle",
-    b"PK\x03\x04": "a zip archive, as torch.save writes", b"\x7fELF": "a program", b"MZ\x90": "a program",
-    b"#!": "a program",
-}  # fmt: skip
+STAYS = {"report.html"}  # what our own commands put beside a model for people, and nobody has to pull
 _NAME = re.compile(r"[\w+ ().-]+(/[\w+ ().-]+)*", re.ASCII)
+_PATH = re.compile(r"(?:/[\w.+ -]+){2,}/?|[A-Za-z]:[\\/].+|\\\\[\w.-]+\\.+|~[\w.-]*/.+", re.ASCII)
+_VOCABULARY = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens_map|tekken)[\w.-]*\.json")
 
 
-def files_of(folder: Path) -> list[str]:
-    """Names of everything to be published, hidden files left out.
+@dataclass(frozen=True)
+class Snapshot:
+    """The content of everything that is uploaded: what was looked through is what goes, whatever happens to the folder.
+
+    Attributes:
+        folder: Where the files are.
+        held: Path in the folder to the whole content of each file that is not weights.
+        weights: Path to digest of each safetensors file, which is too large to hold.
+        stamps: Path to what the file system says of each of them: another stamp means another content.
+        headers: Path to what is before the tensors in each of them.
+    """
+
+    folder: Path
+    held: Mapping[str, bytes]
+    weights: Mapping[str, Digest]
+    stamps: Mapping[str, tuple[int, int, int] | None]
+    headers: Mapping[str, bytes]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all files."""
+        return sorted([*self.held, *self.weights])
+
+    @property
+    def files(self) -> dict[str, Digest]:
+        """Path to what it holds, of all files."""
+        return dict(self.weights) | {name: digest_of(data) for name, data in self.held.items()}
+
+    def plus(self, written: Mapping[str, bytes]) -> Snapshot:
+        """The same with other files, or other contents of them."""
+        return replace(self, held={**self.held, **written})
+
+    def check_unchanged(self, written: Iterable[str] = ()) -> None:
+        """Refuse where a file of the folder, those ``written`` aside, is no longer what was looked through.
+
+        Raises:
+            PushError: Names the file.
+        """
+        changed = [name for name, stamp in self.stamps.items() if _stamp(self.folder / name) != stamp]
+        for name in self.held.keys() - set(written):
+            path = self.folder / name
+            if path.is_symlink() or not path.is_file() or path.read_bytes() != self.held[name]:
+                changed.append(name)
+        if changed:
+            raise PushError(f"{min(changed)} was changed while it was being published; start again")
+
+
+def snapshot(folder: Path) -> Snapshot:
+    """Read everything that ``folder`` would publish; hidden files and what is in `STAYS` stay here.
 
     Raises:
-        PushError: There is a pickle, a program, a link, or a name that the Hub would not take.
+        PushError: There is a link, a file of a kind that is not published, or a name that the Hub would not take.
+        CheckpointError: A safetensors file is not exactly what the format asks for.
     """
-    made = []
+    held: dict[str, bytes] = {}
+    weights, stamps, headers = {}, {}, {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if any(part.startswith(".") for part in name.split("/")) or (path.is_dir() and not path.is_symlink()):
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if hidden or name in STAYS or (path.is_dir() and not path.is_symlink()):
             continue
         if (refusal := _refusal(path, name)) is not None:
             raise PushError(f"{name}: {refusal}; it is not published")
-        made.append(name)
-    return made
+        if path.suffix.lower() != kinds.WEIGHTS:
+            held[name] = path.read_bytes()
+            continue
+        read_header(path)
+        stamps[name], weights[name], headers[name] = _stamp(path), digest(path), _header(path)
+    return Snapshot(folder, held, weights, stamps, headers)
 
 
 def _refusal(path: Path, name: str) -> str | None:
+    """Why nothing of this name is read."""
     if path.is_symlink() or not path.is_file():
         return "not a regular file"
     if not _NAME.fullmatch(name):
         return "its name holds odd characters"
-    if (kind := RUNS.get(path.suffix.lower())) is not None:
-        return kind
-    with path.open("rb") as file:
-        head = file.read(8)
-    if path.suffix != ".safetensors":  # there the first bytes are a length
-        return next((kind for begin, kind in BEGINS.items() if head.startswith(begin)), None)
+    if (refusal := kinds.why_not_named(name)) is not None:
+        return refusal
+    if path.suffix.lower() != kinds.WEIGHTS and (size := path.stat().st_size) > kinds.LARGEST:
+        return f"{size} bytes, more than the {kinds.LARGEST} of a file that is not weights"
     return None
 
 
-def check_private(
-    folder: Path,
-    names: Iterable[str],
-    written: Mapping[str, bytes] = MappingProxyType({}),
-    secrets: Iterable[str] = (),
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _header(path: Path) -> bytes:
+    with path.open("rb") as file:
+        start = file.read(8)
+        return start + file.read(struct.unpack("<Q", start)[0])
+
+
+# -- looking through --------------------------------------------------------------------------------------------------
+
+
+def look_through(
+    found: Snapshot, secrets: Iterable[str] = (), known: Mapping[str, bytes] = MappingProxyType({})
 ) -> None:
-    """Refuse where a text file, or the header of a safetensors file, tells what it should not.
+    """Refuse what is of no published kind, holds a secret, or names a folder of this machine.
 
     Args:
-        folder: Where the files are.
-        names: Of the files.
-        written: Those of them that are still to be written.
+        found: Everything that is to be uploaded; of weights, the names and metadata are looked at.
         secrets: Words that must not be found, such as the token in use.
+        known: Contents that this function has looked through before; the same object is not looked through again.
 
     Raises:
         PushError: Names the file and what kind of thing is in it, never the thing.
     """
     words = {secret: "the token in use" for secret in secrets if secret}
-    words |= dict.fromkeys(_places(folder), "the name of a folder of this machine")
-    for name in names:
-        text = written[name].decode("utf-8", "replace") if name in written else _text(folder / name)
-        for kind, pattern in SECRETS.items():
-            if pattern.search(text):
-                raise PushError(f"{name}: holds {kind}")
-        for word, kind in words.items():
+    words |= dict.fromkeys(_places(found.folder), "the name of a folder of this machine")
+    for name, data in {**found.held, **found.headers}.items():
+        if known.get(name) is data:
+            continue
+        if name in found.held and (refusal := kinds.why_not(name, data)) is not None:
+            raise PushError(f"{name}: {refusal}; it is not published")
+        if (kind := _private(name, data, words)) is not None:
+            raise PushError(f"{name}: holds {kind}")
+
+
+def _private(name: str, data: bytes, words: Mapping[str, str]) -> str | None:
+    """What is in a file that nobody else should read, or None."""
+    if not _VOCABULARY.fullmatch(Path(name).name) and Path(name).suffix.lower() == ".json":
+        for string in strings_of(name, data) or []:
+            if _PATH.fullmatch(string):
+                return "a path of some machine"
+    for text in views(name, data):
+        if (kind := secret_in(text)) is not None:
+            return kind
+        for word, what in words.items():
             if word in text:
-                raise PushError(f"{name}: holds {kind}")
-
-
-def _text(path: Path) -> str:
-    """Of a file; of weights only the header, of pictures what happens to be readable."""
-    with path.open("rb") as file:
-        if path.suffix == ".safetensors":
-            (length,) = struct.unpack("<Q", file.read(8))
-            return file.read(length).decode("utf-8", "replace")
-        return file.read().decode("utf-8", "replace")
+                return what
+    return None
 
 
 def _places(folder: Path) -> set[str]:

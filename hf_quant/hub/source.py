@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,11 +13,13 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from hf_quant.errors import PushError
+from hf_quant.checkpoint import _inside as inside
+from hf_quant.disk import write_bytes
+from hf_quant.errors import CheckpointError, PushError
+from hf_quant.hub import kinds
 
 T = TypeVar("T")
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-NOTICE = re.compile(r"(licen[cs]e|notice|copying|use_policy)[\w.-]*", re.IGNORECASE)
 _HEAD = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 
 
@@ -45,7 +46,8 @@ def describe(model: str, revision: str | None = None, api: HfApi | None = None) 
     """
     if Path(model).is_dir():
         card = Path(model) / "README.md"
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        readable = card.is_file() and _outside(Path(model), card.name) is None
+        text = card.read_text(encoding="utf-8", errors="replace") if readable else ""
         return {"model": Path(model).resolve().name, "revision": None} | _inherited(metadata(text))
     at = f" at {revision}" if revision else ""
     found = _asked(f"the base {model}{at}", lambda: (api or HfApi()).model_info(model, revision=revision))
@@ -78,18 +80,62 @@ def model_type(model: str, api: HfApi) -> str | None:
     return found.get("model_type")
 
 
-def copy_notices(model: str, revision: str | None, folder: Path, api: HfApi | None = None) -> list[str]:
-    """Copy licence texts and notices of the base into ``folder``, which must carry them on; returns their names."""
+def copy_notices(
+    model: str, revision: str | None, folder: Path, say: Callable[[str], None] = lambda line: None
+) -> list[str]:
+    """Copy licence texts and notices of the base into ``folder``, which must carry them on; returns their names.
+
+    Args:
+        model: Folder or Hub id.
+        revision: Of a Hub model.
+        folder: Where they go; what is there already stays.
+        say: Told of those that are left out.
+
+    Raises:
+        PushError: The Hub has no such model, or does not answer.
+    """
+    found = notices(model, revision, say=say)
+    for name, data in found.items():
+        if not (folder / name).exists():
+            write_bytes(folder / name, data)
+    return list(found)
+
+
+def notices(
+    model: str, revision: str | None, api: HfApi | None = None, say: Callable[[str], None] = lambda line: None
+) -> dict[str, bytes]:
+    """Name and content of the licence texts and notices at the top of the base's folder; arguments as above."""
     if Path(model).is_dir():
-        names = [path.name for path in sorted(Path(model).iterdir()) if path.is_file() and NOTICE.fullmatch(path.name)]
-        found = {name: Path(model) / name for name in names}
+        paths = {each.name: each for each in sorted(Path(model).iterdir()) if _wanted(each.name) and each.is_file()}
     else:
         client = api or HfApi()
         listed = _asked(f"the base {model}", lambda: client.model_info(model, revision=revision)).siblings or []
-        names = sorted(each.rfilename for each in listed if NOTICE.fullmatch(each.rfilename))
         get = partial(client.hf_hub_download, model, revision=revision)
-        found = {name: Path(_asked(f"{name} of {model}", partial(get, name))) for name in names}
-    for name, path in found.items():
-        if not (folder / name).exists():
-            shutil.copyfile(path, folder / name)
-    return list(found)
+        paths = {
+            name: Path(_asked(f"{name} of {model}", partial(get, name)))
+            for name in sorted(each.rfilename for each in listed) if _wanted(name)
+        }  # fmt: skip
+    found = {}
+    for name, path in paths.items():
+        if Path(model).is_dir() and (refusal := _outside(Path(model), name)):
+            say(f"{name}: {refusal}, so it is not copied")
+            continue
+        data = path.read_bytes()
+        if (refusal := kinds.why_not(name, data)) is not None:
+            say(f"{name} of {model}: {refusal}, so it is not copied")
+            continue
+        found[name] = data
+    return found
+
+
+def _wanted(name: str) -> bool:
+    return "/" not in name and kinds.is_notice(name)
+
+
+def _outside(folder: Path, name: str) -> str | None:
+    """Why a file of a local base is not read: it is a link to what the folder does not hold."""
+    try:
+        inside(folder, name)
+    except CheckpointError:
+        return "a link that leaves the folder of the model"
+    return None

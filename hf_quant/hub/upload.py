@@ -11,13 +11,14 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
-from huggingface_hub import HfApi, RepoFile, set_client_factory
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, set_client_factory
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -33,8 +34,8 @@ from hf_quant.errors import PushError
 T = TypeVar("T")
 ATTEMPTS = 6
 TIMEOUT = 120.0  # seconds without a byte; the Hub may think that long about a large commit
-LONGEST_WAIT = 60.0
-WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
+LONGEST_WAIT = 310.0  # seconds; the Hub counts requests in windows of 300
+WEIGHTS = (".safetensors", ".safetensors.index.json")
 PASSING = {404, 408, 409, 412, 425, 429}  # 404: a repository that was created a moment ago may be unknown elsewhere
 TOKEN = "there is no token, or the Hub does not accept it; log in with: hf auth login"
 
@@ -61,6 +62,11 @@ class Target:
     tag: str | None = None
     message: str = "Upload with hf-quant"
 
+    @property
+    def is_pull_request(self) -> bool:
+        """Whether it goes beside a repository that may be somebody else's, whose settings are left alone."""
+        return self.create_pr or (self.revision or "").startswith("refs/pr/")
+
 
 @dataclass(frozen=True)
 class Uploaded:
@@ -72,7 +78,7 @@ class Uploaded:
 
 
 def upload(
-    api: HfApi, folder: Path, files: Mapping[str, Digest], target: Target, *,
+    api: HfApi, folder: Path, files: Mapping[str, Digest], target: Target, *, held: Mapping[str, bytes] = MappingProxyType({}),
     say: Callable[[str], None], attempts: int = ATTEMPTS, timeout: float = TIMEOUT,
 ) -> Uploaded:  # fmt: skip
     """Send ``files`` of ``folder`` and check that they arrived; may be called again at any time, and goes on then.
@@ -84,6 +90,7 @@ def upload(
         folder: Where the files are.
         files: Path in the folder and in the repository, to what it holds.
         target: Where to.
+        held: Path to content of those files that are sent from memory, whatever ``folder`` holds by then.
         say: Told of every failure that is tried again.
         attempts: Of every step.
         timeout: Seconds in which the Hub has to answer.
@@ -92,7 +99,7 @@ def upload(
         PushError: It did not work; the message says why, what is there, and how to go on.
     """
     with _timeouts(timeout):
-        return _Upload(api, Path(folder), files, target, say, attempts).run()
+        return _Upload(api, Path(folder), files, held, target, say, attempts).run()
 
 
 class _IncompleteError(Exception):
@@ -104,6 +111,7 @@ class _Upload:
     api: HfApi
     folder: Path
     files: Mapping[str, Digest]
+    held: Mapping[str, bytes]
     target: Target
     say: Callable[[str], None]
     attempts: int
@@ -120,7 +128,7 @@ class _Upload:
                 f"making branch {revision}", lambda: self.api.create_branch(to.repo_id, branch=revision, exist_ok=True)
             )
         commit = self._patiently("uploading", lambda: self._send(revision))
-        if not to.create_pr:
+        if not to.is_pull_request:
             self._patiently("changing settings", self._settings)
         if to.tag is not None:
             self._patiently(f"putting tag {to.tag}", lambda: self._tag(commit))
@@ -136,16 +144,23 @@ class _Upload:
         return str(me["name"])
 
     def _repository(self) -> None:
+        """It is there, and as closed as it will be, before the first byte is sent."""
         to = self.target
         try:
             found = self.api.model_info(to.repo_id)
         except RepositoryNotFoundError:
-            if to.create_pr or (to.revision or "").startswith("refs/pr/"):
+            if to.is_pull_request:
                 raise PushError(f"{to.repo_id}: no such repository, or the token may not see it") from None
             self.api.create_repo(to.repo_id, private=True, exist_ok=True)
-            return
-        if to.private and not found.private and not to.create_pr:
-            self.api.update_repo_settings(to.repo_id, private=True)  # before anything can be seen
+            found = self.api.model_info(to.repo_id)
+        if to.is_pull_request:
+            if to.gated and not found.private and not found.gated:
+                raise PushError(
+                    f"readers of the base have to ask for it ({to.gated}), and anybody could read a pull request of "
+                    f"{to.repo_id}: push to a repository that is gated or private"
+                )
+        elif not found.private and (closing := {key: value for key, value in self._changes(found).items() if value}):
+            self.api.update_repo_settings(to.repo_id, **closing)
 
     def _pull_request(self, user: str) -> str:
         """Of this very content, if an earlier try opened one; otherwise a new one."""
@@ -159,9 +174,10 @@ class _Upload:
         head = self._head(revision)
         if not self._differing(head):
             return head  # nothing to do, or an earlier try landed and its answer was lost
-        self.api.upload_folder(
-            repo_id=self.target.repo_id, folder_path=self.folder, allow_patterns=list(self.files),
-            delete_patterns=WEIGHTS, revision=revision, parent_commit=head, commit_message=self.target.message,
+        added = [CommitOperationAdd(path, self.held.get(path, self.folder / path)) for path in sorted(self.files)]
+        gone = [CommitOperationDelete(path, is_folder=False) for path in self._stale(self._tree(head))]
+        self.api.create_commit(
+            self.target.repo_id, [*gone, *added], commit_message=self.target.message, revision=revision, parent_commit=head
         )  # fmt: skip
         head = self._head(revision)
         if wrong := self._differing(head):
@@ -169,12 +185,14 @@ class _Upload:
         return head
 
     def _settings(self) -> None:
-        """Gate and visibility in one call, so that nothing gated is open for a moment."""
-        to, found = self.target, self.api.model_info(self.target.repo_id)
-        wanted = {"private": to.private, "gated": to.gated}
-        changed: Any = {k: v for k, v in wanted.items() if v is not None and v != getattr(found, k)}
-        if changed:
-            self.api.update_repo_settings(to.repo_id, **changed)
+        """What is opened is opened now, in one call."""
+        if changed := self._changes(self.api.model_info(self.target.repo_id)):
+            self.api.update_repo_settings(self.target.repo_id, **changed)
+
+    def _changes(self, found: Any) -> dict[str, Any]:
+        """Settings that are not yet as asked."""
+        wanted = {"private": self.target.private, "gated": self.target.gated}
+        return {name: value for name, value in wanted.items() if value is not None and value != getattr(found, name)}
 
     def _tag(self, commit: str) -> None:
         tag, tags = self.target.tag, self.api.list_repo_refs(self.target.repo_id).tags
@@ -194,13 +212,18 @@ class _Upload:
                 raise PushError(f"{self.target.repo_id} has no revision {revision}") from None
             raise
 
+    def _tree(self, commit: str) -> dict[str, RepoFile]:
+        tree = self.api.list_repo_tree(self.target.repo_id, recursive=True, revision=commit)
+        return {each.path: each for each in tree if isinstance(each, RepoFile)}
+
+    def _stale(self, there: Iterable[str]) -> list[str]:
+        """Weights of an earlier upload that are no longer wanted."""
+        return sorted(path for path in there if path not in self.files and path.endswith(WEIGHTS))
+
     def _differing(self, commit: str) -> list[str]:
         """Paths that are not yet as they should be, weights too many among them."""
-        tree = self.api.list_repo_tree(self.target.repo_id, recursive=True, revision=commit)
-        there = {each.path: each for each in tree if isinstance(each, RepoFile)}
-        wrong = [path for path, want in self.files.items() if not _same(there.get(path), want)]
-        stale = (p for p in there if p not in self.files and p.endswith(tuple(name[1:] for name in WEIGHTS)))
-        return wrong + sorted(stale)
+        there = self._tree(commit)
+        return [path for path, want in self.files.items() if not _same(there.get(path), want)] + self._stale(there)
 
     # -- patience -------------------------------------------------------------------------------------------------
 
@@ -214,12 +237,12 @@ class _Upload:
                 raise
             except Exception as error:  # raised below, without that
                 reason = self._reason(error)
-                passing, pause = self._passes(error), max(_retry_after(error), wait)
+                passing, pause = self._passes(error), min(max(_retry_after(error), wait), LONGEST_WAIT)
             if not passing:
                 break
             if attempt < self.attempts:
                 self.say(f"{what}: {reason}; again in {pause:.0f} s")
-                time.sleep(min(pause, LONGEST_WAIT))
+                time.sleep(pause)
                 wait *= 2
         raise PushError(f"{what}: {reason.rstrip('.')}. {self._state()}")
 

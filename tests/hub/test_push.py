@@ -26,7 +26,8 @@ from hf_quant.errors import CheckpointError, GateError, PushError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.hf import integrity
 from hf_quant.hf.loading import sample_logits
-from hf_quant.hub.source import metadata
+from hf_quant.hub import push as publishing
+from hf_quant.hub.source import copy_notices, describe, metadata
 
 from .conftest import BOB, REPO, run
 from .fakehub import FakeHub
@@ -83,7 +84,8 @@ def test_push(hub: FakeHub, push: Push, folder: Path) -> None:
         (lambda f: change(f / "recipe.json", source={"model": "tiny"}), "the licence of tiny is not known", 1),
         (lambda f: change(f / "recipe.json", source={"model": "tiny", "license": "cc-by-nc-nd-4.0"}), "forbids derivatives", 1),
         (lambda f: (f / "pytorch_model.bin").write_bytes(b"\x80\x02"), "pytorch_model.bin: a pickle", 1),
-        (lambda f: (f / "data").write_bytes(b"PK\x03\x04"), "data: a zip archive", 1),
+        (lambda f: (f / "data.txt").write_bytes(b"PK\x03\x04"), "data.txt: a zip archive", 1),
+        (lambda f: (f / "data").write_text("x"), "data: not of a kind that can be published", 1),
         (lambda f: (f / "modeling.py").write_text("1"), "modeling.py: a program", 1),
         (lambda f: (f / "notes.txt").symlink_to("/etc/hostname"), "notes.txt: not a regular file", 1),
         (lambda f: (f / "a[b].txt").write_text("x"), "odd characters", 1),
@@ -190,6 +192,73 @@ def test_a_base_on_the_hub(hub: FakeHub, push: Push, folder: Path, base: Path) -
     source = json.loads((folder / "recipe.json").read_text())["source"]
     assert (source["model"], source["revision"], source["gated"]) == ("Org/Tiny", None, "manual")
     assert "is not on the Hub" in push("--base-model", "Org/Nothing", code=1).stderr
+
+
+def test_what_a_base_plants_as_notices(hub: FakeHub, push: Push, folder: Path) -> None:
+    """Only texts that are sound are carried on; a notice of the base stands beside the line that its licence asks for."""
+    hub.create_repo("eve/base")
+    hub.put("eve/base", {
+        "README.md": b"---\nlicense: gemma\n---\n", "config.json": b'{"model_type": "llama"}', "LICENSE.py": b"import os",
+        "license.bin": b"\x80\x04x", "NOTICE.safetensors": b"junk", "notice.html": b"<script>", "LICENSE.env": b"x",
+        "license_a.txt": b"cos\nsystem\n(S'id'\ntR.", "COPYING": b"Copy this.", "NOTICE": b"Keep this.",
+    })  # fmt: skip
+    said = push("--base-model", "eve/base").stderr
+    tree = hub.files(TO)
+    assert {n for n in tree if n.lower().startswith(("lic", "not", "cop"))} == {"LICENSE", "COPYING", "NOTICE"}
+    assert tree["NOTICE"].data == (
+        b"Keep this.\nGemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+    )
+    assert "license_a.txt of eve/base: a pickle, which runs code when it is loaded, so it is not copied" in said
+    push("--base-model", "eve/base")
+    assert len(hub.history(TO)) == 2, "the same once more is no new commit"
+    hub.put("eve/base", {"COPYING.txt": f"by {TOKEN}".encode()})
+    assert "COPYING.txt: holds a Hugging Face token" in push("--base-model", "eve/base", code=1).stderr
+    assert "COPYING.txt" not in hub.files(TO)
+
+
+def test_what_was_looked_through_is_what_goes(
+    hub: FakeHub, push: Push, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that changes before the upload ends it; one that changes during it goes as it was looked through."""
+    right = publishing.check_runs
+
+    def slow(*args: Any) -> None:
+        right(*args)
+        change(folder / "generation_config.json", note=TOKEN)
+
+    monkeypatch.setattr(publishing, "check_runs", slow)
+    assert "generation_config.json was changed while it was being published" in push(code=1).stderr and not hub.repos
+    change(folder / "generation_config.json", note="")
+    monkeypatch.setattr(publishing, "check_runs", lambda *_: None)
+    hub.fault("preupload", action="stall", seconds=0.1, method="POST", meanwhile=lambda: (
+        (folder / "README.md").write_text(f"SECRET {TOKEN}"), (folder / "evil.py").write_text("x"),
+        change(folder / "tokenizer_config.json", note=TOKEN),
+    ))  # fmt: skip
+    push("--public")
+    tree = hub.files(TO)
+    assert TOKEN.encode() not in b"".join(entry.data or b"" for entry in tree.values()) and "evil.py" not in tree
+
+
+def test_links_of_a_local_base(tmp_path: Path, measured: Path) -> None:
+    """What a link outside of the folder points to is not read; links as the client's cache makes them are."""
+    (tmp_path / "secret").write_text("machine corp login alice password hunter2")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "LICENSE").symlink_to(tmp_path / "secret")
+    (tmp_path / "base" / "README.md").symlink_to(tmp_path / "secret")
+    (tmp_path / "base" / "NOTICE").symlink_to("texts.dat")
+    (tmp_path / "base" / "texts.dat").write_text("Keep this.")
+    said: list[str] = []
+    (tmp_path / "out").mkdir()
+    assert copy_notices(str(tmp_path / "base"), None, tmp_path / "out", said.append) == ["NOTICE"]
+    assert held(tmp_path / "out") == {"NOTICE": b"Keep this."} and not (tmp_path / "out" / "NOTICE").is_symlink()
+    assert said == ["LICENSE: a link that leaves the folder of the model, so it is not copied"]
+    assert describe(str(tmp_path / "base")) == {"model": "base", "revision": None}
+    store = tmp_path / "models--a--b"
+    (store / "blobs").mkdir(parents=True)
+    (store / "blobs" / "abc").write_text("Cached.")
+    (store / "snapshots" / "1").mkdir(parents=True)
+    (store / "snapshots" / "1" / "LICENSE").symlink_to("../../blobs/abc")
+    assert copy_notices(str(store / "snapshots" / "1"), None, tmp_path / "out", said.append) == ["LICENSE"]
 
 
 def test_a_model_made_from_the_hub(hub: FakeHub, api: HfApi, base: Path, tmp_path: Path) -> None:

@@ -117,6 +117,58 @@ def test_settings(hub: FakeHub, tmp_path: Path) -> None:
     assert repo.private, "before anything of it could be seen"
 
 
+def order(hub: FakeHub) -> list[str]:
+    """The requests that change settings or send something, one word each."""
+    words = {"/settings": "settings", "/preupload/": "send", "/commit/": "commit"}
+    return [word for each in hub.log for part, word in words.items() if part in each["path"]]
+
+
+def test_closed_before_the_first_byte(hub: FakeHub, tmp_path: Path) -> None:
+    """In a repository that is open already, weights that readers have to ask for are never free to read."""
+    make_folder(tmp_path / "m")
+    for target, state in (
+        (Target(REPO, gated="manual"), (False, "manual")), (Target(REPO, private=True), (True, False)),
+        (Target(REPO, private=True, gated="auto"), (True, "auto")),
+    ):  # fmt: skip
+        hub.create_repo(REPO, private=False)
+        hub.log.clear()
+        send(hub, tmp_path / "m", target)
+        assert order(hub)[0] == "settings" and order(hub).count("settings") == 1, order(hub)
+        assert (hub.repo(REPO).private, hub.repo(REPO).gated) == state
+        hub.repos.clear()
+    hub.create_repo(REPO, private=False)
+    hub.repo(REPO).gated = "manual"
+    hub.log.clear()
+    send(hub, tmp_path / "m", Target(REPO, gated=False))
+    assert order(hub)[-1] == "settings", "what is opened is opened last"
+    hub.repo(REPO).gated = False
+    with pytest.raises(PushError, match="anybody could read a pull request of alice/tiny-W4A16"):
+        send(hub, tmp_path / "m", Target(REPO, create_pr=True, gated="manual"))
+    assert not hub.repo(REPO).prs
+
+
+def test_somebody_elses_pull_request(hub: FakeHub, tmp_path: Path) -> None:
+    """Its settings are not ours to change."""
+    make_folder(tmp_path / "m")
+    hub.create_repo("bob/x", private=False)
+    HfApi(endpoint=hub.url, token=next(iter(hub.tokens))).create_pull_request("bob/x", title="mine")
+    hub.log.clear()
+    assert send(hub, tmp_path / "m", Target("bob/x", revision="refs/pr/1", private=True))
+    assert "settings" not in order(hub)
+
+
+def test_the_wait_that_is_announced_is_waited(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "m")
+    slept: list[float] = []
+    monkeypatch.setattr("time.sleep", slept.append)
+    hub.fault("whoami", status=429, headers={"RateLimit": '"api";r=0;t=250'})
+    hub.fault("whoami", status=503, headers={"Retry-After": "4000"})
+    said: list[str] = []
+    send(hub, tmp_path / "m", Target(REPO), said=said)
+    announced = [float(line.rpartition("again in ")[2].removesuffix(" s")) for line in said]
+    assert announced == [251.0, 310.0] and set(announced) <= set(slept)
+
+
 def test_clear_refusals(hub: FakeHub, tmp_path: Path) -> None:
     make_folder(tmp_path / "m")
     for token, target, words in (

@@ -414,12 +414,8 @@ def test_what_was_pulled_is_checked(hub: FakeHub, push: Push, folder: Path, tmp_
     shutil.copyfile(blob, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256"):
         load(str(folder))
-    (folder / "config.json").unlink()
-    assert "config.json is missing" in run("verify", folder, code=1).stderr
-    (folder / "manifest.json").unlink()
-    assert load and "config.json: cannot be read" in run("verify", folder, code=1).stderr, (
-        "then the checkpoint itself is checked"
-    )
+    (folder / "tokenizer.json").unlink()
+    assert "tokenizer.json is missing" in run("verify", folder, code=1).stderr
 
 
 def test_repositories_without_a_manifest(

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from hf_quant.calibration import Calibration
+from hf_quant.companions import PATTERNS, copy_companions
 from hf_quant.digests import weight_files
-from hf_quant.disk import blaming, discard, locked, need_space, staged, write_json
+from hf_quant.disk import blaming, discard, need_space, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.layers import layer_errors
@@ -34,6 +36,7 @@ from hf_quant.hf.plan import Plan
 from hf_quant.hf.streaming import Settings, quantize_streaming
 from hf_quant.hub.source import copy_notices, describe
 from hf_quant.journal import is_journal, recorded
+from hf_quant.outputs import RECIPE, check_name, check_places, claimed, failed_folder, output, record, work_folder
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.results import Quality
 
@@ -48,7 +51,7 @@ class Job:
         model: Folder or Hub id.
         load: For ``from_pretrained``: dtype, device_map, revision, trust_remote_code.
         shard: Bytes of the largest file of weights.
-        overwrite: Whether an existing folder may be replaced.
+        overwrite: Whether a folder that hf-quant wrote may be replaced.
         say: Told what is worth knowing.
         tokenizer: Saved beside the model; None if it has none.
         budget: What the result may cost.
@@ -57,6 +60,7 @@ class Job:
         progress: Wraps the list of blocks, for a progress bar.
         max_memory: Bytes that activations may take in memory; None: as much as seems right.
         ranks: The processes that share the work; the first one writes.
+        inputs: Files and folders that are read besides the model; no output may harm them.
     """
 
     model: str
@@ -71,6 +75,7 @@ class Job:
     progress: Progress = iter
     max_memory: int | None = None
     ranks: Ranks = ALONE
+    inputs: Sequence[str] = ()
 
     def options(self, *names: str) -> dict[str, Any]:
         """Those of `load` that are given."""
@@ -93,26 +98,23 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
     """Quantize with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate.
 
     Raises:
-        HfQuantError: Another process is writing ``out``, the disk is full, or something in the model is not as it must be.
+        HfQuantError: ``out`` may not be written (see `check_places`), another process is writing it, the disk is full, or
+            something in the model is not as it must be.
     """
+    check_name(out)
     real = Path(os.path.realpath(out))
     work = work_folder(out)
     if not job.ranks.first:  # the others only lend a hand
         if config.calibrated:
             _stream(job, config, work, out)
         return {}
-    with locked(real.with_name(f".{real.name}.lock"), out):
+    check_places([out], (job.model, *job.inputs), overwrite=job.overwrite, gate=bool(job.budget))
+    with claimed(out):
         overwrite = job.overwrite or _published(out, work)
         row = _compress(job, config, out, work, overwrite)
-        if is_journal(work):
+        if config.calibrated and is_journal(work):  # another one belongs to a calibration that is not at its end
             discard(work, real)
     return row
-
-
-def work_folder(out: Path) -> Path:
-    """Where finished blocks stay until ``out`` is there."""
-    real = Path(os.path.realpath(out))
-    return real.with_name(f"{real.name}.work")
 
 
 def _published(out: Path, work: Path) -> bool:
@@ -130,7 +132,8 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         "quantize_lm_head": config.quantize_lm_head, "quantize_embeddings": config.quantize_embeddings,
     }  # fmt: skip
     row: dict[str, Any] = {}
-    with suppress(_GateMissedError), staged(out, overwrite=overwrite) as stage:
+    inputs = (job.model, *job.inputs)
+    with suppress(_GateMissedError), output(out, inputs, overwrite=overwrite) as stage:
         start = time.perf_counter()
         if config.calibrated:
             plan, blocks = _stream(job, config, work, stage)
@@ -147,9 +150,9 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
             _save(made, stage, max_shard_size=job.shard)
         if job.tokenizer is not None:
             _save(job.tokenizer, stage)
-        write_json(
-            stage / "recipe.json", _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
-        )
+        copy_companions(_folder(job), stage, job.say)
+        recipe = _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
+        write_json(stage / RECIPE, recipe | {"files": record(stage)["files"]})
         logits, again, dtype = sample_logits(made), None, made.dtype
         if not config.calibrated:  # the other was read from there
             del made
@@ -166,10 +169,10 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         }  # fmt: skip
         row |= _measured(job, made)
         if row.get("gate", {}).get("misses"):
-            row["folder"] = f"{out.name}-failed"
+            row["folder"] = failed_folder(out).name
         write_json(stage / "results.json", row)
         if row["folder"] != out.name:
-            with staged(out.with_name(row["folder"]), overwrite=True) as aside:
+            with output(failed_folder(out), inputs, overwrite=job.overwrite) as aside:
                 for file in stage.iterdir():
                     file.rename(aside / file.name)
             raise _GateMissedError
@@ -186,6 +189,13 @@ def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[P
             job.say, job.progress, job.max_memory, job.ranks, _device(job), bool(job.load.get("trust_remote_code"))
         ),
     )  # fmt: skip
+
+
+def _folder(job: Job) -> Path:
+    """Where the model's small files are; they are downloaded if it comes from the Hub."""
+    if Path(job.model).is_dir():
+        return Path(job.model)
+    return Path(snapshot_download(job.model, revision=job.load.get("revision"), allow_patterns=PATTERNS))
 
 
 def _device(job: Job) -> str:

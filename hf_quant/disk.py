@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import glob
 import json
 import os
 import platform
+import re
 import secrets
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,11 +48,11 @@ def put(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         DiskError: Names ``path``, which is what it was.
     """
-    for old in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+    for old in _beside(path, r"[0-9]+(-[0-9a-f]{8})?\.tmp"):
         with suppress(OSError):
             if time.time() - old.stat().st_mtime > STALE:
                 old.unlink()
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # threads share the first number
     try:
         with blaming(path):
             write(draft)
@@ -61,6 +62,14 @@ def put(path: Path, write: Callable[[Path], Any]) -> None:
         with suppress(OSError):
             draft.unlink(missing_ok=True)
     fsync(path.parent)
+
+
+def _beside(path: Path, ending: str) -> list[Path]:
+    """Hidden files and folders beside ``path`` that are called ``.NAME.`` and then as the pattern ``ending`` says."""
+    pattern = re.compile(re.escape(f".{path.name}.") + ending)
+    with suppress(OSError):
+        return [each for each in path.parent.iterdir() if pattern.fullmatch(each.name)]
+    return []
 
 
 def link_file(source: Path, target: Path) -> None:
@@ -166,7 +175,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         DiskError: Names what could not be written.
     """
     out = Path(os.path.realpath(out))
-    _clear(out)
+    clear(out)
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: is not a folder")
     if out.exists() and any(out.iterdir()) and not overwrite:
@@ -175,8 +184,13 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     stage, handle = _stage(out)
     try:
         yield stage
+        mode = (
+            stat.S_IMODE(stage.stat().st_mode) & 0o666
+        )  # what the umask leaves; some libraries write for the owner only
         for folder, _, files in os.walk(stage, topdown=False):
             for file in files:
+                with blaming(Path(folder, file)):
+                    Path(folder, file).chmod(mode)
                 fsync(Path(folder, file))
             fsync(Path(folder))
         _swap(stage, out)
@@ -195,8 +209,8 @@ def discard(folder: Path, out: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _hidden(out: Path) -> Path:
-    return out.with_name(f".{out.name}.stage-{secrets.token_hex(4)}")
+def _hidden(out: Path, kind: str = "stage") -> Path:
+    return out.with_name(f".{out.name}.{kind}-{secrets.token_hex(4)}")
 
 
 def _stage(out: Path) -> tuple[Path, int | None]:
@@ -213,21 +227,17 @@ def _stage(out: Path) -> tuple[Path, int | None]:
             return stage, handle
 
 
-def _clear(out: Path) -> None:
-    """Remove the stages beside ``out`` that nobody works in, and finish or undo a swap without `_exchange`."""
-    old = _old(out)
-    if old.is_dir() and not out.exists():
-        old.rename(out)
-    for left in (*out.parent.glob(f".{glob.escape(out.name)}.stage-*"), old):
+def clear(out: Path) -> None:
+    """Remove the stages beside ``out`` that nobody works in, and undo or finish a swap without `_exchange`."""
+    for old in _beside(out, "before-[0-9a-f]{8}"):
+        if not out.exists():
+            old.rename(out)
+    for left in _beside(out, "(stage|before)-[0-9a-f]{8}"):
         with suppress(OSError):
             handle = _flock(left)
             if handle is not None:
                 shutil.rmtree(left, ignore_errors=True)
                 os.close(handle)
-
-
-def _old(out: Path) -> Path:
-    return out.with_name(f".{out.name}.old")
 
 
 def _swap(stage: Path, out: Path) -> None:
@@ -236,8 +246,7 @@ def _swap(stage: Path, out: Path) -> None:
         if not out.exists():
             stage.rename(out)
         elif not _exchange(stage, out):
-            old = _old(out)
-            shutil.rmtree(old, ignore_errors=True)
+            old = _hidden(out, "before")
             out.rename(old)
             try:
                 stage.rename(out)
@@ -274,7 +283,8 @@ def locked(file: Path, what: Path) -> Iterator[None]:
         what: What it is for, for the message.
 
     Raises:
-        HfQuantError: Another process, which is named, has the lock; or it cannot be had on this file system.
+        HfQuantError: Another process, which is named, has the lock; it cannot be had on this file system; or there is
+            something else of that name, which is left alone.
     """
     make_folder(file.parent)
     handle = _own(file, what)
@@ -292,20 +302,39 @@ def locked(file: Path, what: Path) -> Iterator[None]:
 def _own(file: Path, what: Path) -> int:
     """Handle of the lock, once it is ours."""
     while True:
-        with blaming(file):
-            handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = _open_lock(file)
         try:
             _lock(handle)
             if file.exists() and os.path.samestat(os.fstat(handle), file.stat()):
+                _refuse_strange_lock(file, handle)
                 return handle
         except BlockingIOError:
             who = os.read(handle, 200).decode(errors="replace") or "which did not say its name yet"
             os.close(handle)
             raise HfQuantError(f"{what}: another process ({who}) works there") from None
+        except HfQuantError:
+            os.close(handle)
+            raise
         except OSError as error:
             os.close(handle)
             raise HfQuantError(f"{file}: cannot be locked: {error.strerror}") from None
         os.close(handle)  # whoever had it removed the file in between
+
+
+def _open_lock(file: Path) -> int:
+    """Open the file of a lock, or make it; through no link, since whatever is there will be replaced."""
+    if file.is_symlink():
+        raise HfQuantError(f"{file}: is a link, and a lock must be a file of its own: remove it")
+    with blaming(file):
+        return os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+
+
+def _refuse_strange_lock(file: Path, handle: int) -> None:
+    """A file that holds anything but the name of a process, or what a loss of power leaves of it, is not a lock."""
+    text = os.read(handle, 200).strip(b"\0") if stat.S_ISREG(os.fstat(handle).st_mode) else b"?"
+    if text[:4] != b"pid "[: len(text)]:
+        raise HfQuantError(f"{file}: is in the way: a lock has to be there, and this is something else; move it away")
+    os.lseek(handle, 0, os.SEEK_SET)
 
 
 def _flock(folder: Path) -> int | None:

@@ -9,6 +9,7 @@ import click
 
 from hf_quant.cli._common import emit, output_options, say, table
 from hf_quant.cli._types import Model
+from hf_quant.outputs import check_output
 
 KINDS = ("native", "compressed-tensors", "gptq", "awq", "dense")
 
@@ -30,6 +31,8 @@ def command(
 
     Every layer is read back from disk and compared before the result appears.
     """
+    check_output(Path(output), [folder], overwrite=overwrite)
+
     from tqdm import tqdm
 
     from hf_quant.cli._common import bars
@@ -40,7 +43,7 @@ def command(
     shown = bars(quiet or as_json)
     done = convert(
         Path(folder), to, Path(output), target=target, tp=tp, overwrite=overwrite,
-        progress=lambda files: tqdm(files, desc="files", disable=not shown),
+        progress=lambda files: tqdm(files, desc="files", disable=not shown), say=say,
     )  # fmt: skip
     record: dict[str, Any] = {
         "from": done.source, "to": to, "folder": output, "layers": done.layers,

@@ -26,7 +26,7 @@ from hf_quant.cli._common import (
     table,
 )
 from hf_quant.cli._types import DTYPE, Method, Model, Size
-from hf_quant.errors import HfQuantError
+from hf_quant.outputs import check_places
 
 if TYPE_CHECKING:
     from hf_quant.evaluation.yardstick import Base
@@ -68,6 +68,12 @@ def command(
     device: str | None, revision: str | None, trust_remote_code: bool, max_shard_size: int, overwrite: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Walk MODEL down the precision ladder and keep the smallest one inside the budget."""
+    out, gated = Path(output), (max_kl, max_ppl_increase, min_top1) != (None,) * 3
+    if not gated and max_size is None:
+        raise click.UsageError("say what to keep: --max-kl, --max-ppl-increase, --min-top1 or --max-size")
+    inputs = list(filter(None, (text, dataset, trial_text)))
+    check_places([out], [model, *inputs], overwrite=overwrite, gate=gated)
+
     import torch
     from tqdm import tqdm
 
@@ -77,13 +83,7 @@ def command(
     from hf_quant.ladder import Ladder, Limits, rungs
 
     limits = Limits(budget(max_kl, max_ppl_increase, min_top1), max_size)
-    if not limits.budget and max_size is None:
-        raise click.UsageError("say what to keep: --max-kl, --max-ppl-increase, --min-top1 or --max-size")
-    out, shown = Path(output), bars(quiet or as_json)
-    if out.exists() and any(out.iterdir()) and not overwrite:
-        raise HfQuantError(
-            f"{out}: exists and is not empty; --overwrite replaces it"
-        )  # not after minutes of measuring
+    shown = bars(quiet or as_json)
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
     found = how.find(model)
     from_hub = hub(revision, trust_remote_code)
@@ -91,7 +91,15 @@ def command(
     measure = how.yardstick(model, found[1], tokenizer, device=device, shown=shown, quiet=quiet, **from_hub)
     given = {"dtype": dtype} | ({"device_map": device} if device else {}) | from_hub
     job = Job(
-        model, given, max_shard_size, overwrite, lambda line: say(line, quiet), tokenizer, limits.budget, measure
+        model,
+        given,
+        max_shard_size,
+        overwrite,
+        lambda line: say(line, quiet),
+        tokenizer,
+        limits.budget,
+        measure,
+        inputs=inputs,
     )
     base = Base(model, revision, getattr(torch, base_dtype), device, trust_remote_code)
     options = {

@@ -31,6 +31,7 @@ from hf_quant.cli._common import (
 )
 from hf_quant.cli._types import DTYPE, Model, Size
 from hf_quant.errors import HfQuantError
+from hf_quant.outputs import check_places, work_folder
 
 if TYPE_CHECKING:
     from hf_quant.calibration import Calibration
@@ -81,6 +82,9 @@ def command(
     _refuse_two_bits([*slugs, *(slug for _, slug in options["override"] if slug)], gated)
     source = find_calibration(calibration, model)
     calibrated = _looks_at_text(options["method"], slugs, calibration)
+    outs = [Path(output) / slug for slug in slugs] if len(slugs) > 1 else [Path(output)]
+    inputs = list(filter(None, (text, dataset, source)))
+    check_places(outs, [model, *inputs], overwrite=overwrite, gate=gated)
 
     from hf_quant.compress import Job, compress
     from hf_quant.hf.auto import tokenizer_of
@@ -104,7 +108,6 @@ def command(
     always = wanted or gate or calibrated_on is not None
     found = None if wanted is False or not ranks.first else how.find(model) if always else how.beside(model)
     given = {"dtype": dtype} | ({"device_map": device} if device else {}) | from_hub
-    outs = [Path(output) / p.scheme for p in plans] if len(plans) > 1 else [Path(output)]
     measure = None
     if found is not None and calibrated_on is not None and not allow_overlap:
         refuse_overlap(found[1], calibrated_on.paragraphs)
@@ -112,7 +115,7 @@ def command(
         measure = how.yardstick(model, found[1], tokenizer, device=device, shown=shown, quiet=quiet, **from_hub)
     job = Job(
         model, given, max_shard_size, overwrite, lambda line: say(line, quiet), tokenizer, gate, measure, calibrated_on,
-        lambda blocks: blocks_shown(blocks, shown), max_memory, ranks,
+        lambda blocks: blocks_shown(blocks, shown), max_memory, ranks, inputs,
     )  # fmt: skip
     with _resumable({out: plan.scheme for plan, out in zip(plans, outs, strict=True)}):
         rows = [compress(job, plan, out) for plan, out in zip(plans, outs, strict=True)]
@@ -137,7 +140,6 @@ def command(
 @contextmanager
 def _resumable(schemes: dict[Path, str]) -> Iterator[None]:
     """Whoever stops this, or has no disk left, is told how to go on; what is whole already would be refused then."""
-    from hf_quant.compress import work_folder
     from hf_quant.journal import is_journal
 
     try:

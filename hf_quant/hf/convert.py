@@ -6,33 +6,32 @@ Nothing is rounded again. What the other format cannot hold exactly is refused b
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.utils import logging
 
-from hf_quant.checkpoint import INDEX, Checkpoint, read_header
-from hf_quant.contents import QUANTO, Contents, quantization_of
-from hf_quant.digests import MANIFEST
-from hf_quant.disk import staged, write_json
+from hf_quant.checkpoint import INDEX, Checkpoint, read_header, write_tensors
+from hf_quant.companions import copy_companions, inside
+from hf_quant.contents import Contents, quantization_of
+from hf_quant.disk import copy_file, write_json
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, SchemeError
 from hf_quant.formats import Format, Layer, format_named
 from hf_quant.formats.gptq import GPTQ
 from hf_quant.hf.community import homes, place
 from hf_quant.hf.loading import skeleton
 from hf_quant.hf.plan import candidates
+from hf_quant.outputs import CONVERSION, RECIPE, check_output, claimed, output, record
 from hf_quant.targets import ENGINES, Verdict
 from hf_quant.tensor import QuantizedTensor, in_order
 
 KINDS = {"native": "native", "compressed-tensors": "compressed_tensors", "gptq": "gptq", "awq": "awq", "dense": None}
+logger = logging.get_logger(__name__)
 NARROW = ("gptq", "awq")  # whose readers hold scales in 16 bits
-COPIED = (".json", ".txt", ".model", ".jinja")
-REPLACED = ("config.json", INDEX, "quantize_config.json", "quant_config.json", QUANTO, MANIFEST, "results.json")
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ def open_quantized(folder: Path, *, thorough: bool = True) -> Contents:
 
 def convert(
     folder: Path, to: str, out: Path, *, target: str | None = None, tp: int = 1, overwrite: bool = False,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter, say: Callable[[str], None] = logger.warning,
 ) -> Conversion:  # fmt: skip
     """Write the checkpoint in ``folder`` to ``out`` in another format, with the same codes.
 
@@ -89,26 +88,29 @@ def convert(
         out: Becomes a complete checkpoint, or is not there.
         target: An engine (`targets.ENGINES`) that must be able to run the result.
         tp: GPUs that it splits each layer over.
-        overwrite: Whether ``out`` may exist.
+        overwrite: Whether ``out`` may exist, if hf-quant wrote it.
         progress: Wraps the list of files.
+        say: Told what is worth knowing.
 
     Raises:
+        HfQuantError: ``out`` may not be written (`hf_quant.outputs.check_output`), or another process is writing it.
         FormatError: The other format cannot hold a layer exactly, or the engine cannot run it.
         CheckpointError: The source is damaged; or what was written does not read back as it was.
     """
     if to not in KINDS:
         raise HfQuantError(f"--to {to}: there is {', '.join(KINDS)}")
+    check_output(out, [folder], overwrite=overwrite)
     contents = open_quantized(folder)
     verdict = ENGINES[target](KINDS[to] or to, contents.layers, tp) if target else None
     if verdict is not None and verdict.refused:
         raise FormatError(f"{target}: " + "; ".join(verdict.lines()[len(verdict.kernels) :]))
     job = _job(contents, to)
-    with staged(out, overwrite=overwrite) as stage:
+    with claimed(out), output(out, [folder], overwrite=overwrite) as stage:
         files = sorted({info.file for info in contents.checkpoint.tensors.values()})
         where: dict[str, str] = {}
         for file in progress(files):
             where |= dict.fromkeys(_write(job, file, stage), file.name)
-        _rest(job, stage, where)
+        _rest(job, stage, where, say)
         _compare(job, stage)
         size = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
     return Conversion(contents.format, len(contents.layers), sum(f.stat().st_size for f in files), size, verdict)
@@ -200,7 +202,7 @@ def _write(job: _Job, file: Path, stage: Path) -> list[str]:
             made[name] = source.read(name)
         elif first[owner[name]] == name:
             made |= _layer(job, owner[name])
-    save_file({n: t.contiguous() for n, t in made.items()}, stage / file.name, metadata={"format": "pt"})
+    write_tensors(stage / file.name, made)
     return list(made)
 
 
@@ -232,7 +234,7 @@ def _narrowed(module: str, read: QuantizedTensor, to: str) -> QuantizedTensor:
     raise FormatError(f"--to {to}: {module}: its scales need float32, and readers of this format keep 16 bits")
 
 
-def _rest(job: _Job, stage: Path, where: dict[str, str]) -> None:
+def _rest(job: _Job, stage: Path, where: dict[str, str], say: Callable[[str], None]) -> None:
     """The index, the configuration, and small files like those of the tokenizer."""
     source = job.contents.checkpoint
     if (source.folder / INDEX).is_file():
@@ -243,9 +245,11 @@ def _rest(job: _Job, stage: Path, where: dict[str, str]) -> None:
         config["text_config"].pop("quantization_config", None)
     config.pop("quantization_config", None)
     write_json(stage / "config.json", config | ({"quantization_config": job.config} if job.config else {}))
-    for path in sorted(source.folder.iterdir()):
-        if path.suffix in COPIED and path.is_file() and path.name not in REPLACED and ".index." not in path.name:
-            shutil.copyfile(path, stage / path.name)
+    recipe = source.folder / RECIPE
+    if recipe.is_file() and inside(recipe, source.folder):
+        copy_file(recipe, stage / RECIPE)
+    copy_companions(source.folder, stage, say, notices=True)
+    write_json(stage / CONVERSION, {"from": job.contents.format, "to": job.to} | record(stage))
 
 
 def _compare(job: _Job, stage: Path) -> None:

@@ -28,12 +28,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from hf_quant import compress, disk, journal
 from hf_quant.cli import main
 from hf_quant.errors import HfQuantError
+from hf_quant.outputs import work_folder
 
 from .faulty_disk import Disk, Killed, Op, restore, states
 
 Contents = dict[str, Any]
 TINY = ("--scheme", "W4A16-g32", "--calibration-tokens", "256", "--no-eval")
-OLD: Contents = {"config.json": b"{}", "model.safetensors": b"old"}
+OLD: Contents = {
+    "config.json": b"{}", "model.safetensors": b"old", "recipe.json": b'{"versions": {"hf-quant": "0"}}',
+}  # fmt: skip
 ADD, PUT = journal.Journal.add, disk.put
 
 
@@ -153,8 +156,8 @@ class Case:
         """
         seen, sound, wrong = contents(out), set(), []
         with suppress(HfQuantError):  # a damaged journal shows when the command goes on
-            for part in journal.recorded(compress.work_folder(out)):
-                file = compress.work_folder(out) / part["file"]
+            for part in journal.recorded(work_folder(out)):
+                file = work_folder(out) / part["file"]
                 if file.is_file() and journal.digest(file) == part["sha256"]:
                     sound.add(part["file"])
                 else:
@@ -252,7 +255,7 @@ def killed(case: Case, root: Path, kills: int, seconds: float, draw: random.Rand
                 break
             made.wrong += case.wrong_now(out, finished)
             with suppress(HfQuantError):
-                finished |= {part["file"] for part in journal.recorded(compress.work_folder(out))}
+                finished |= {part["file"] for part in journal.recorded(work_folder(out))}
             made.blocks.append(len(finished))
         made.wrong += case.wrong_then(out, finished) if code else []
         made.wrong += [] if contents(out) == case.whole else ["the files differ from those of an undisturbed run"]
@@ -392,7 +395,7 @@ def _kept(path: Path, write: Any) -> None:
 
 
 @contextmanager
-def _straight(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def _straight(out: Path, inputs: object = (), *, overwrite: bool = False) -> Iterator[Path]:
     out.mkdir(parents=True, exist_ok=True)
     yield out
     for path in out.iterdir():
@@ -423,7 +426,7 @@ class Wrong:
     Attributes:
         scenario: Name.
         deaf: The sync that is left out.
-        patch: Or what is done otherwise: name and replacement of something in `disk` and `journal`, or of `Journal`.
+        patch: Or what is done otherwise: name and replacement of something in `disk`, `journal` and `compress`, or of `Journal`.
     """
 
     scenario: str = "begun and finished"
@@ -458,6 +461,6 @@ WRONG = {
     "the line comes before the part": Wrong(patch=("add", _line_first)),
     "files are written in place": Wrong("killed while a line was written, and gone on", patch=("put", _in_place)),
     "the journal is not copied": Wrong("a line could not be synced, and gone on", patch=("put", _kept)),
-    "OUT is written without a stage": Wrong(patch=("staged", _straight)),
+    "OUT is written without a stage": Wrong(patch=("output", _straight)),
     "OUT is moved away before the new one comes": Wrong("an old model overwritten", patch=("_exchange", _two_renames)),
 }

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -180,7 +183,8 @@ def test_stages_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> N
 def test_a_swap_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system cannot exchange names there is a moment without OUT; whoever comes next puts it back."""
     monkeypatch.setattr(disk, "_exchange", lambda *_: False)
-    out, old = tmp_path / "out", tmp_path / ".out.old"
+    out, old, mine = tmp_path / "out", tmp_path / ".out.before-0123abcd", tmp_path / ".out.old"
+    mine.mkdir()
     old.mkdir()
     (old / "a").write_text("old")
     with pytest.raises(CheckpointError, match="exists and is not empty"), staged(out):
@@ -189,7 +193,7 @@ def test_a_swap_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     old.mkdir()
     with staged(out, overwrite=True) as stage:
         (stage / "a").write_text("new")
-    assert (out / "a").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "a").read_text() == "new" and sorted(path.name for path in tmp_path.iterdir()) == [".out.old", "out"]
 
 
 def test_discard_takes_a_folder_away_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +216,75 @@ def test_old_drafts_go_and_young_ones_may_be_in_use(tmp_path: Path) -> None:
     os.utime(old, (time.time() - 4000,) * 2)
     write_json(tmp_path / "a[1].json", {})
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([young.name, other.name, "a[1].json"])
+
+
+def test_hidden_files_of_other_names_stay(tmp_path: Path) -> None:
+    """What a user calls nearly like a draft, a stage or an old folder is not ours to remove, however old it is."""
+    for name in (".out.stage-mine", ".out.old", ".out.stage-0123abcd.bak"):
+        (tmp_path / name).mkdir()
+    for name in (".a.json.mine.tmp", ".a.json.7.backup.tmp"):
+        (tmp_path / name).write_text("precious")
+        os.utime(tmp_path / name, (0, 0))
+    before = {path.name for path in tmp_path.iterdir()}
+    write_json(tmp_path / "a.json", {})
+    for _ in range(2):
+        with staged(tmp_path / "out", overwrite=True):
+            pass
+    assert {path.name for path in tmp_path.iterdir()} == before | {"a.json", "out"}
+
+
+def test_two_threads_write_one_file(tmp_path: Path) -> None:
+    """Each has a draft of its own, so that what stands there in the end is whole."""
+    path, barrier = tmp_path / "a.json", threading.Barrier(2, timeout=30)
+
+    def write(text: str) -> None:
+        def slowly(draft: Path) -> None:
+            barrier.wait()
+            draft.write_text(text)
+            barrier.wait()
+
+        put(path, slowly)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, ("one" * 1000, "other")))
+    assert path.read_text() in ("one" * 1000, "other") and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    """Some libraries write files that only their owner can read."""
+    for umask, mode in ((0o022, 0o644), (0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(umask)
+        try:
+            with staged(tmp_path / f"{umask:o}") as stage:
+                (stage / "sub").mkdir()
+                (stage / "sub" / "a").touch(0o600)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / f"{umask:o}" / "sub" / "a").stat().st_mode) == mode
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "file", "hard link", "pipe", "folder"])
+def test_a_lock_harms_nothing_that_is_in_its_place(kind: str, tmp_path: Path) -> None:
+    lock, victim = tmp_path / "lock", tmp_path / "victim"
+    if kind != "dangling":
+        victim.write_text("precious")
+    {
+        "link": lambda: lock.symlink_to(victim), "dangling": lambda: lock.symlink_to(victim),
+        "file": lambda: lock.write_text("precious"), "hard link": lambda: lock.hardlink_to(victim),
+        "pipe": lambda: os.mkfifo(lock), "folder": lambda: lock.mkdir(),
+    }[kind]()  # fmt: skip
+    with pytest.raises(HfQuantError, match="/lock: "), locked(lock, tmp_path / "out"):
+        pytest.fail("the body must not run")
+    assert victim.exists() == (kind != "dangling") and lock.lstat()
+    assert kind == "dangling" or victim.read_text() == "precious"
+    assert kind != "file" or lock.read_text() == "precious"
+
+
+def test_a_lock_that_was_left_behind_is_taken(tmp_path: Path) -> None:
+    for left in ("", "pid 7 on other", "pi", "\0" * 15):
+        (tmp_path / "lock").write_text(left)
+        with locked(tmp_path / "lock", tmp_path / "out"):
+            assert (tmp_path / "lock").read_text().startswith(f"pid {os.getpid()} on ")
 
 
 # -- errors -------------------------------------------------------------------------------------------------------

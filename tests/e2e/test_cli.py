@@ -183,7 +183,8 @@ def test_a_missed_gate(folder: Path, tmp_path: Path, checked: Any) -> None:
     assert record["gate"]["budget"] == {"max_kl": 0.001, "min_top1": pytest.approx(0.999), "max_ppl_increase": 1e9}
     assert not record["gate"]["passed"] and len(record["gate"]["misses"]) == 2 and record["folder"] == "q-failed"
     assert hf_quant.load(str(tmp_path / "q-failed")).can_generate()
-    run(*call, "--max-kl", "99")
+    assert "q-failed: exists and is not empty; --overwrite" in run(*call, "--max-kl", "99", code=1).stderr
+    run(*call, "--max-kl", "99", "--overwrite")
     assert checked(out)["gate"] == {"budget": {"max_kl": 99.0}, "passed": True, "misses": []}
     assert "gate missed" in run("eval", out, "--base", folder, "--max-kl", "0.001", code=3).stderr
     assert not checked(out)["gate"]["passed"]

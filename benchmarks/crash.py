@@ -1,12 +1,13 @@
 """Calibrated quantization under SIGKILL, failing disks and loss of power.
 
-    python benchmarks/crash.py [kills] [shipped] [faults] [power] [wrong] [ext4] [full]
+    python benchmarks/crash.py [kills] [schemes] [shipped] [faults] [power] [wrong] [ext4] [full]
 
-Everything runs the real command, ``hf-quant quantize MODEL --method gptq``, in forked children or in this process. What has
+Everything runs the real command, ``hf-quant quantize MODEL`` with a calibrated method, in forked children or in this process. What has
 to be true afterwards is said in ``tests/e2e/crashes.py``, and how a disk fails in ``tests/e2e/faulty_disk.py``. No section
 named means all of them; the results of the others stay. The last two mount file systems, which takes root on Linux.
 
 kills    at least 100 SIGKILLs at random moments on a tiny Llama of twelve blocks, again and again until it gets through
+schemes  at least 20 SIGKILLs for each kind of tensor that blocks are stored in: W8A8, static, mixed, native, ... (200 in all)
 shipped  at least 15 on the model in examples/, which is measured on held-out text too
 faults   every durable operation, killed before it, torn in the midst of it, on a full disk, and with EIO
 power    every moment of five runs, in several ways that unsynced data and entries may be lost
@@ -49,7 +50,7 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # children have no others
 
 from tests.e2e import crashes  # noqa: E402
-from tests.e2e.crashes import SCENARIOS, TINY, WRONG, Case, quantize  # noqa: E402
+from tests.e2e.crashes import FEW, SCENARIOS, SCHEMES, TINY, WRONG, Case, quantize  # noqa: E402
 from tests.e2e.faulty_disk import KINDS  # noqa: E402
 
 LONG = ("--scheme", "W4A16-g32", "--calibration-tokens", "4096", "--no-eval")
@@ -58,6 +59,14 @@ SHIPPED = ("--scheme", "W4A16-g128", "--calibration-tokens", "2048", "--max-toke
 
 def kills(root: Path) -> dict[str, object]:
     return _kills(crashes.make_model(root / "model", 12, 64), root, LONG, 100)
+
+
+def schemes(root: Path) -> dict[str, object]:
+    model = crashes.make_model(root / "model", 4)
+    rows = {
+        name: _kills(model, root / name, (*options, *FEW), 200 // len(SCHEMES)) for name, options in SCHEMES.items()
+    }
+    return {"schemes": rows}
 
 
 def shipped(root: Path) -> dict[str, object]:
@@ -173,7 +182,7 @@ def full(root: Path) -> dict[str, object]:
 
 
 SECTIONS: dict[str, Callable[[Path], dict[str, object]]] = {
-    "kills": kills, "shipped": shipped, "faults": faults, "power": powerless, "wrong": wrong, "ext4": ext4, "full": full,
+    "kills": kills, "schemes": schemes, "shipped": shipped, "faults": faults, "power": powerless, "wrong": wrong, "ext4": ext4, "full": full,
 }  # fmt: skip
 
 
@@ -233,6 +242,16 @@ def of_kills(row: dict) -> list[str]:
     return [*table(head, line), "", f"Kills by finished blocks: {blocks}."]
 
 
+def of_schemes(row: dict) -> list[str]:
+    lines: list[tuple[object, ...]] = []
+    for name, each in row["schemes"].items():
+        blocks = ", ".join(f"{count} x {at}" for at, count in each["finished_blocks_at_a_kill"].items())
+        lines.append((name, each["kills"], each["models"], blocks, amount(each["wrong"])))
+    total = ("all", *(sum(line[i] for line in lines) for i in (1, 2)), "", sum(line[4] != "0" for line in lines))  # type: ignore[misc]
+    head = ("scheme", "kills", "models finished in spite of them", "kills by finished blocks", "wrong")
+    return table(head, *lines, total)
+
+
 def of_faults(row: dict) -> list[str]:
     lines: list[tuple[object, ...]] = []
     for name in ("new", "overwriting"):
@@ -278,7 +297,7 @@ def of_full(row: dict) -> list[str]:
 
 
 LINES: dict[str, Callable[[dict], list[str]]] = {
-    "kills": of_kills, "shipped": of_kills, "faults": of_faults, "power": of_power, "wrong": of_wrong, "ext4": of_ext4,
+    "kills": of_kills, "schemes": of_schemes, "shipped": of_kills, "faults": of_faults, "power": of_power, "wrong": of_wrong, "ext4": of_ext4,
     "full": of_full,
 }  # fmt: skip
 

@@ -110,7 +110,7 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
         return {}
     check_places([out], (job.model, *job.inputs), overwrite=job.overwrite, gate=bool(job.budget))
     with claimed(out):
-        overwrite = job.overwrite or _published(out, work)
+        overwrite = job.overwrite or (config.calibrated and _published(out, work))
         row = _compress(job, config, out, work, overwrite)
         if config.calibrated and is_journal(work):  # another one belongs to a calibration that is not at its end
             discard(work, real)

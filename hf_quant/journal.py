@@ -23,7 +23,7 @@ from hf_quant.disk import blaming, locked, make_folder, put
 from hf_quant.errors import DiskError, HfQuantError
 
 NAME, LOCK = "journal.jsonl", "LOCK"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Journal:
 
     Attributes:
         folder: Where everything is.
-        parts: Records of the finished parts, in order; each with ``file`` and ``sha256``, and whatever `add` was given.
+        parts: Records of the finished parts, in order; each with ``number`` (its place in that order), ``file`` and
+            ``sha256``, and whatever `add` was given.
         broken: Whether a line could not be written; nothing is appended to that.
     """
 
@@ -53,7 +54,7 @@ class Journal:
         """
         path = self.folder / name
         put(path, write)
-        entry = _plain(dict(record) | {"file": name, "sha256": digest(path)})
+        entry = _plain(dict(record) | {"number": len(self.parts), "file": name, "sha256": digest(path)})
         self._append(entry)
         self.parts.append(entry)
 
@@ -92,7 +93,7 @@ def journal(folder: Path, plan: Mapping[str, Any], say: Callable[[str], None]) -
         entries = _read(path)
         if entries:
             _same(entries[0].get("plan"), plan, folder)
-        parts = _sound(folder, entries[1:], say)
+        parts = _sound(folder, _in_order(entries[1:], path), say)
         _clear(folder, {NAME, LOCK, *(part["file"] for part in parts)})
         lines = b"".join(map(_line, [{"plan": plan}, *parts]))
         put(path, lambda draft: draft.write_bytes(lines))
@@ -110,7 +111,7 @@ def recorded(folder: Path) -> list[dict[str, Any]]:
     Raises:
         HfQuantError: The journal is damaged.
     """
-    return _read(folder / NAME)[1:]
+    return _in_order(_read(folder / NAME)[1:], folder / NAME)
 
 
 def digest(path: Path) -> str:
@@ -157,6 +158,15 @@ def _entry(line: bytes) -> dict[str, Any] | None:
         return None
     made: dict[str, Any] = json.loads(text)
     return made
+
+
+def _in_order(parts: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The parts, each of which names its place and a file beside the journal."""
+    for i, part in enumerate(parts):
+        name = part.get("file")
+        if part.get("number") != i or not isinstance(name, str) or Path(name).name != name:
+            raise HfQuantError(f"{path}: line {i + 2} is not that of part {i}; delete {path.parent} to begin anew")
+    return parts
 
 
 def _sound(folder: Path, parts: list[dict[str, Any]], say: Callable[[str], None]) -> list[dict[str, Any]]:

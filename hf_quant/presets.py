@@ -141,6 +141,16 @@ class Decision:
             (step, _transform(step), {n: s for n, s in layers.items() if n in own}) for step, own in chosen.items()
         ]
 
+    def asked(self) -> dict[str, list[dict[str, Any]]]:
+        """What shall be done to layers of each kind of scheme, in order, with all hyperparameters."""
+        return {
+            kind(scheme): [
+                *({"name": name, **_fields(_transform(name))} for name in each.transforms),
+                {"name": each.method, **_fields(each.solver())},
+            ]
+            for scheme, each in self.presets.items()
+        }
+
     def steps(
         self, layers: Mapping[str, QuantScheme], done: Mapping[str, Sequence[str]]
     ) -> dict[str, list[dict[str, Any]]]:

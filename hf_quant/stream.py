@@ -50,6 +50,19 @@ class Recipe:
     ranks: Ranks = ALONE
 
 
+@dataclass(frozen=True)
+class Stored:
+    """A block's parameters as the checkpoint of the float model has them, by full name.
+
+    Attributes:
+        dtype: Tells what one is stored in, quantized or not.
+        read: Reads one.
+    """
+
+    dtype: Callable[[str], torch.dtype]
+    read: Callable[[str], Tensor]
+
+
 @dataclass
 class Block:
     """One decoder layer.
@@ -60,6 +73,7 @@ class Block:
         layers: Full name of each linear layer (or stack of experts) to quantize, to its scheme.
         call: What the block takes besides hidden states; the same for all batches.
         rows: Sequences that are run together; halved when memory runs out.
+        stored: What its parameters are in the checkpoint; None where they are what the module holds.
     """
 
     name: str
@@ -67,6 +81,7 @@ class Block:
     layers: Mapping[str, QuantScheme]
     call: Call
     rows: int = 1 << 30
+    stored: Stored | None = None
 
     def local(self, layer: str) -> str:
         """A layer's name inside the block."""
@@ -111,6 +126,7 @@ class Solved:
         error: Of the block's output likewise, all its layers quantized: beside the float block on the same inputs or,
             where the float model's activations are followed, beside those.
         experts: Full name of each stack to the tokens that each of its experts saw.
+        starved: Full name of each stack to those experts that saw too few, and were rounded without them.
     """
 
     codes: dict[str, QuantizedTensor] = field(default_factory=dict)
@@ -119,6 +135,7 @@ class Solved:
     notes: dict[str, list[str]] = field(default_factory=dict)
     error: float = 0.0
     experts: dict[str, list[int]] = field(default_factory=dict)
+    starved: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def sqnr_db(self) -> float | None:
@@ -129,7 +146,7 @@ class Solved:
         """For journal and recipe."""
         return {
             "block": block, "error": self.error, "sqnr_db": self.sqnr_db, "layers": self.errors, "steps": self.steps,
-            "notes": self.notes, "experts": self.experts,
+            "notes": self.notes, "experts": self.experts, "starved": self.starved,
         }  # fmt: skip
 
     def note(self, name: str, lines: Iterable[str]) -> None:
@@ -163,7 +180,10 @@ def solve(block: Block, hidden: Activations, recipe: Recipe, original: Activatio
     """
     twin = copy.deepcopy(block.module) if original is not None else None
     made, mine = Solved(), [i for i in range(len(hidden)) if recipe.ranks.owner(i) == recipe.ranks.rank]
-    groups = _groups(block, hidden[0])
+    first = recipe.ranks.shared(
+        hidden[0] if recipe.ranks.first else None
+    )  # the only rank whose first batch is up to date
+    groups = _groups(block, first)
     sample = {i: block.run(hidden[i]) for i in mine[:: -(-len(mine) // SAMPLE) or 1]} if twin is None else {}
     staged = recipe.decision.staged(block.layers.values())
     together = [] if staged else [group for group in groups if not group.experts]
@@ -174,7 +194,8 @@ def solve(block: Block, hidden: Activations, recipe: Recipe, original: Activatio
         drifts = recipe.decision.needs_twin(block.layers[f"{block.name}.{n}"] for group in part for n in group.layers)
         found = _collect(block, part, hidden, mine, recipe.ranks, twin if drifts else None, original)
         for group in part:
-            _solve_group(block, group, found.pop(group.layers[0]), hidden, recipe, made, twin)
+            _solve_group(block, group, found.pop(group.layers[0]), first, recipe, made, twin)
+    _settle(block, twin, made.codes)
     lost = whole = 0.0
     for i in mine:
         after = block.run(hidden[i])
@@ -199,6 +220,18 @@ def advance(block: Block, hidden: Activations, ranks: Ranks = ALONE) -> None:
     for i in mine:
         hidden.put(i, block.run(hidden[i]))
     _check(block, hidden, mine)
+
+
+def _settle(block: Block, twin: nn.Module | None, codes: Mapping[str, QuantizedTensor]) -> None:
+    """Go on with what is stored: a run that was interrupted reads the block and the float model from there."""
+    if block.stored is None:
+        return
+    coded = {*codes, *(f"{name}.weight" for name in codes)}
+    for name, parameter in block.module.named_parameters(prefix=block.name):
+        if name not in coded:
+            parameter.data.copy_(parameter.data.to(block.stored.dtype(name)))
+    for name, parameter in twin.named_parameters(prefix=block.name) if twin is not None else ():
+        parameter.data.copy_(block.stored.read(name))
 
 
 def use(block: Block, codes: Mapping[str, QuantizedTensor]) -> None:
@@ -327,31 +360,42 @@ def reduce(stats: InputStats, ranks: Ranks) -> None:
     ranks.sum_(stats.gram)
     if stats.drift is not None:
         ranks.sum_(stats.drift)
-    stats.peak = torch.stack(ranks.every(stats.peak)).amax(0)
-    stats.sample = [x for part in ranks.every(stats.sample) for x in part]
+    device = stats.gram.device
+    stats.peak = torch.stack(ranks.every(stats.peak, device)).amax(0)
+    stats.sample = [x for part in ranks.every(stats.sample, device) for x in part]
     rows, drift_rows = ranks.total(stats.rows, stats.drift_rows)
     stats.rows, stats.drift_rows = int(rows), int(drift_rows)
-    stats.held = [pair for held in ranks.every(stats.held) for pair in held]
+    stats.held = [pair for held in ranks.every(stats.held, device) for pair in held]
 
 
 # -- solving ------------------------------------------------------------------------------------------------------
 
 
 def _solve_group(
-    block: Block, group: _Group, stats: InputStats, hidden: Activations, recipe: Recipe, made: Solved,
+    block: Block, group: _Group, stats: InputStats, first: Tensor, recipe: Recipe, made: Solved,
     twin: nn.Module | None,
 ) -> None:  # fmt: skip
     full = {local: f"{block.name}.{local}" for local in group.layers}
     schemes = {local: block.layers[name] for local, name in full.items()}
     codes = {block.local(name): each for name, each in made.codes.items()}
-    first = hidden[0]
-    stage = Stage(block.module, twin, schemes, stats, group.source, codes, lambda module: block.sample(first, module))
+    ranks = recipe.ranks
+
+    def probe(
+        module: nn.Module,
+    ) -> Tensor:  # what it tells decides what is done to the weights: the same on every rank
+        return ranks.shared(block.sample(first, module) if ranks.first else None)
+
+    before = dict(codes)
+    stage = Stage(block.module, twin, schemes, stats, group.source, codes, probe)
     for name, transform, own in recipe.decision.transforms(schemes):
         stage.layers = own
         for changed in transform.apply(stage):
             made.steps.setdefault(f"{block.name}.{changed}", []).append(name)
     stage.layers = schemes
-    made.codes = {f"{block.name}.{local}": each for local, each in codes.items()}
+    for local, each in codes.items():
+        if each is not before[local]:  # scales went into it
+            made.codes[f"{block.name}.{local}"] = each
+            _put(block, f"{block.name}.{local}", each.dequantize(torch.float32))
     made.note(full[group.layers[0]], stage.notes)
     for number, local in enumerate(group.layers):
         owner, found = recipe.ranks.owner(number), None
@@ -401,6 +445,8 @@ def _solve_experts(
         if block.layers[name].activations == "tensor":  # an expert that saw little knows little of its range
             widest = torch.stack([part.input_scale for part in parts if part.input_scale is not None]).amax()
             made.codes[name] = replace(made.codes[name], input_scale=widest.expand(count, 1).contiguous())
+        if few := [e for e, seen in enumerate(made.experts[name]) if seen < STARVED]:
+            made.starved[name] = few
         made.errors[name] = sum(lost) / len(lost)
         _put(block, name, made.codes[name].dequantize(torch.float32))
 

@@ -19,7 +19,7 @@ from hf_quant.hf.plan import Plan
 from hf_quant.hf.streaming import blocks_of, embed, layers_of, refuse_other_kinds, refuse_outside_blocks
 from hf_quant.nn._weight import frozen
 from hf_quant.ranks import ALONE
-from hf_quant.stream import Block, Recipe, solve
+from hf_quant.stream import Block, Recipe, Stored, solve
 
 CONTEXT = 512
 
@@ -79,13 +79,19 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     if recipe.decision.needs_twin(plan.schemes.values()):
         streams.append(Activations(hidden.states.clone(), hidden.size))
     for name, module in blocks.items():
-        block = Block(name, module, layers_of(plan, name), calls[name])
+        block = Block(name, module, layers_of(plan, name), calls[name], stored=_stored(name, module))
         with _in_float32(list(module.parameters())):
             solved = solve(block, streams[0], recipe, *streams[1:])
         for layer, codes in solved.codes.items():
             place(layer, {local: frozen(tensor) for local, tensor in native.write(codes).items()})
         records.append(solved.record(name))
     return records
+
+
+def _stored(name: str, module: nn.Module) -> Stored:
+    """The parameters of a block as they were loaded: kept while it computes in float32."""
+    kept = {full: parameter.data for full, parameter in module.named_parameters(prefix=name)}
+    return Stored(lambda full: kept[full].dtype, lambda full: kept[full])
 
 
 @contextmanager

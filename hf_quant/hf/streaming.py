@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -27,13 +26,14 @@ from hf_quant.errors import HfQuantError, PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf.auto import class_of, config_of
 from hf_quant.hf.config import HfQuantConfig
+from hf_quant.hf.parts import part_of, take_part
 from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.tensors import Tensors
 from hf_quant.journal import Journal, digest, journal
 from hf_quant.memory import free_memory, give_back_memory
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.scheme import QuantScheme
-from hf_quant.stream import Block, Call, Recipe, Solved, advance, solve, use
+from hf_quant.stream import Block, Call, Recipe, Solved, Stored, advance, solve
 
 BATCH = 2  # sequences that walk up the model together: larger ones leave the caches, and take memory for nothing
 FAR = 10  # times the median of all blocks' errors: worth a word
@@ -101,15 +101,20 @@ def quantize_streaming(
     recipe = Recipe(source.plan.decision, source.dtype, ranks)
     job = {
         "source": {file.name: digest(file) for file in sorted({t.file for t in source.checkpoint.tensors.values()})},
-        "config": config.to_dict(), "calibration": data.sha256, "ranks": ranks.world, "torch": torch.__version__,
+        "config.json": digest(folder / "config.json"),
+        "code": {file.name: digest(file) for file in sorted(folder.glob("*.py"))},
+        "config": config.to_dict() | {"steps": source.plan.decision.asked()}, "calibration": data.sha256, "ranks": ranks.world, "torch": torch.__version__,
         "transformers": version("transformers"), "hf-quant": version("hf-quant"),
     }  # fmt: skip
+    ranks.barrier(patient=True)  # the first one may still be measuring the model before this
     opened = journal(work, job, settings.say) if ranks.first else nullcontext(None)
     with opened as done, torch.inference_mode():
         parts = ranks.shared(done.parts if done else None)
         if done is not None:
             finished = sum((work / part["file"]).stat().st_size for part in parts)
             need_space(work, source.plan.bytes_quantized - finished)
+        if [part.get("block") for part in parts] != list(source.blocks)[: len(parts)]:
+            raise HfQuantError(f"{work}: its journal names other blocks than the model has; delete it to begin anew")
         if parts:
             settings.say(f"{len(parts)} of {len(source.blocks)} blocks are done already")
         if len(parts) < len(source.blocks):
@@ -127,10 +132,11 @@ def _walk(
     settings: Settings,
 ) -> None:  # fmt: skip
     """Block by block: those that are finished run forward, the others are quantized and committed."""
+    stored = Stored(source.tensors.dtype, source.tensors.read)
     streams, calls = _embed(source, ids, recipe.decision.needs_twin(source.plan.schemes.values()), scratch, settings)
     for i, name in enumerate(settings.progress(list(source.blocks))):
         call = tree_map_only(Tensor, lambda tensor: tensor.to(settings.device), calls[name])
-        block = Block(name, source.blocks[name], layers_of(source.plan, name), call)
+        block = Block(name, source.blocks[name], layers_of(source.plan, name), call, stored=stored)
         _fill(source, lambda tensor, name=name: tensor.startswith(f"{name}."))  # type: ignore[misc]
         block.module.to(settings.device)
         if i < finished:
@@ -139,7 +145,7 @@ def _walk(
             solved = solve(block, streams[0], recipe, *streams[1:])
             if done is not None:
                 _commit(done, source, block, solved, i)
-            recipe.ranks.total(0)  # nobody goes on before the block is safe
+            recipe.ranks.barrier()  # nobody goes on before the block is safe
         block.module.to("meta")
         give_back_memory()
 
@@ -161,7 +167,9 @@ def report(parts: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> No
         if part["error"] > FAR * usual > 0:
             say(f"{part['block']}: its output error {part['error']:.2%} is far from the usual {usual:.2%}")
         starved = [
-            f"{n} {note}" for n, notes in part["notes"].items() for note in notes if "rounded to nearest" in note
+            f"{name} expert {e} saw {part['experts'][name][e]} tokens: rounded to nearest"
+            for name, experts in part["starved"].items()
+            for e in experts
         ]
         for line in starved[:3]:
             say(line)
@@ -281,7 +289,7 @@ def embed(
 
         return forward
 
-    size = next(n for n in range(min(BATCH, max(1, len(ids) // ranks.world)), 0, -1) if len(ids) % n == 0)
+    size = next(n for n in range(min(BATCH, max(1, len(ids) // max(2, ranks.world))), 0, -1) if len(ids) % n == 0)
     made: Activations | None = None
     for i, (name, block) in enumerate(blocks.items()):
         block.forward = stand_in(name, i == 0)
@@ -314,32 +322,12 @@ def _pass_by(source: _Source, block: Block, file: Path, streams: list[Activation
     """A finished block is only run forward, the float one too where it is followed."""
     if len(streams) > 1:
         advance(block, streams[1], ranks)
-    tensors = load_file(file)
-    fmt = format_named(source.plan.format)
-    codes = {}
-    for name, scheme in block.layers.items():
-        stem = f"{name}." if f"{name}.{fmt.suffixes[0]}" in tensors else name
-        own = {key.removeprefix(stem): t for key, t in tensors.items() if key.startswith(stem)}
-        codes[name] = fmt.read({k if k in fmt.suffixes else f"weight{k}": t for k, t in own.items()}, scheme)
-    for name, parameter in block.module.named_parameters(prefix=block.name):
-        if name in tensors and tensors[name].is_floating_point():
-            parameter.data.copy_(tensors[name])
-    use(block, codes)
+    take_part(block, file, format_named(source.plan.format))
     advance(block, streams[0], ranks)
 
 
 def _commit(done: Journal, source: _Source, block: Block, solved: Solved, index: int) -> None:
-    fmt, tensors = format_named(source.plan.format), {}
-    for name, codes in solved.codes.items():
-        stacked = codes.qweight.ndim == 3
-        for local, tensor in fmt.write(codes).items():
-            tensors[name + local.removeprefix("weight") if stacked else f"{name}.{local}"] = tensor
-    quantized = {name if codes.qweight.ndim == 3 else f"{name}.weight" for name, codes in solved.codes.items()}
-    for name, parameter in block.module.named_parameters(prefix=block.name):
-        if name not in quantized:
-            tensors[name] = parameter.to(source.tensors.dtype(name))  # transforms may have changed it
-    tensors |= {n: t for n, t in source.tensors.unused(f"{block.name}.") if n not in tensors}
-    tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    tensors = part_of(block, solved.codes, format_named(source.plan.format), source.tensors)
     done.add(_part(index), lambda path: write_tensors(path, tensors), solved.record(block.name))
 
 

@@ -1,4 +1,4 @@
-"""What must be true of ``hf-quant quantize --method gptq`` on a disk that fails: the real command, on a tiny model.
+"""What must be true of a calibrated ``hf-quant quantize`` on a disk that fails: the real command, on a tiny model.
 
 Whatever happens, OUT is what it was or the finished model; the same command then finishes byte for byte what an undisturbed
 run makes, repeats no block that was finished, and leaves nothing else behind.
@@ -34,6 +34,19 @@ from .faulty_disk import Disk, Killed, Op, restore, states
 
 Contents = dict[str, Any]
 TINY = ("--scheme", "W4A16-g32", "--calibration-tokens", "256", "--no-eval")
+SCHEMES = {
+    "W8A8": ("--scheme", "W8A8", "--method", "calibrated"),
+    "W8A8-static": ("--scheme", "W8A8-static", "--method", "calibrated"),
+    "W8A8, gptq": ("--scheme", "W8A8"),
+    "W8A8, native": ("--scheme", "W8A8", "--format", "native"),
+    "W8A8 with outlier columns": ("--scheme", "W8A8-o5%-columns"),
+    "W4A16 with W8A8": ("--scheme", "W4A16-g32", "--override", "*.o_proj=W8A8", "--method", "calibrated"),
+    "W8A16 with W4A16": ("--scheme", "W8A16-g32", "--override", "*.mlp.*=W4A16-g32", "--method", "calibrated"),
+    "W3A16 with outliers, native": ("--scheme", "W3A16-g32-o2%"),
+    "W4A16-asym": ("--scheme", "W4A16-g32-asym", "--method", "awq"),
+    "W4A16, rotated": ("--scheme", "W4A16-g32", "--method", "hadamard+drift+gptq"),
+}  # every kind of tensor that a block can be stored in
+FEW = ("--calibration-tokens", "256", "--no-eval")
 OLD: Contents = {
     "config.json": b"{}", "model.safetensors": b"old", "recipe.json": b'{"versions": {"hf-quant": "0"}}',
 }  # fmt: skip

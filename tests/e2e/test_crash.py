@@ -16,7 +16,21 @@ import torch
 
 from hf_quant import compress, disk, journal
 
-from .crashes import SCENARIOS, TINY, WRONG, Case, contents, fault, killed, make_model, power, quantize, record
+from .crashes import (
+    FEW,
+    SCENARIOS,
+    SCHEMES,
+    TINY,
+    WRONG,
+    Case,
+    contents,
+    fault,
+    killed,
+    make_model,
+    power,
+    quantize,
+    record,
+)
 from .faulty_disk import KINDS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX file systems")
@@ -66,11 +80,12 @@ def test_a_wrong_protocol_is_found_out(name: str, case: Case, tmp_path: Path) ->
     assert tally.wrong, name
 
 
-def test_killed_at_random_moments(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["W8A8", "W8A8-static", "W4A16 with W8A8", "W3A16 with outliers, native"])
+def test_killed_at_random_moments(name: str, case: Case, tmp_path: Path) -> None:
     start = time.perf_counter()
-    quantize(case.model, tmp_path / "q", *case.options)
-    made = killed(case, tmp_path, 8, time.perf_counter() - start, random.Random(0))
-    assert made.kills >= 8 and made.outputs >= 1 and not made.wrong
+    case = Case.of(case.model, tmp_path / "whole", *SCHEMES[name], *FEW)
+    made = killed(case, tmp_path, 3, time.perf_counter() - start, random.Random(0))
+    assert made.kills >= 3 and made.outputs >= 1 and not made.wrong
 
 
 @pytest.fixture
@@ -198,6 +213,8 @@ def test_killed_between_publishing_and_clearing_up(
     assert work.is_dir()
     other = quantize(case.model, out, "--scheme", "W8A16-g32", "--calibration-tokens", "256", "--no-eval")
     assert other.code == 1 and "begun with other settings (config)" in other.said and contents(out) == case.whole
+    plain = quantize(case.model, out, "--scheme", "W8A16-g32", "--method", "rtn", "--no-eval")
+    assert plain.code == 1 and "exists and is not empty" in plain.said and contents(out) == case.whole
     run = quantize(case.model, out, *case.options)
     assert run.code == 0 and not run.began and not work.exists() and contents(out) == case.whole
     assert "exists and is not empty" in quantize(case.model, out, *case.options).said

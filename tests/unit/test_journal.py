@@ -9,6 +9,7 @@ import pytest
 
 from hf_quant.errors import DiskError, HfQuantError
 from hf_quant.journal import NAME, journal
+from hf_quant.journal import _line as journal_line
 
 PLAN = {"method": "gptq", "bits": 4}
 
@@ -109,6 +110,28 @@ def test_a_damaged_line_is_refused(tmp_path: Path) -> None:
     lines[2] = lines[2].replace(b"part-1", b"part-7")
     (tmp_path / NAME).write_bytes(b"".join(lines))
     with pytest.raises(HfQuantError, match=r"journal\.jsonl: line 3 is damaged"):
+        work(tmp_path, 3)
+
+
+def _swapped(lines: list[bytes]) -> list[bytes]:
+    return [lines[0], lines[2], lines[1], lines[3]]
+
+
+def _twice(lines: list[bytes]) -> list[bytes]:
+    return [*lines, lines[-1]]
+
+
+def _elsewhere(lines: list[bytes]) -> list[bytes]:
+    entry = json.loads(lines[1].partition(b" ")[2])
+    return [lines[0], journal_line(entry | {"file": "../part-0"}), *lines[2:]]
+
+
+@pytest.mark.parametrize(("change", "line"), [(_swapped, 2), (_twice, 5), (_elsewhere, 2)])
+def test_a_line_stands_for_its_own_part(change: Any, line: int, tmp_path: Path) -> None:
+    work(tmp_path, 3)
+    path = tmp_path / NAME
+    path.write_bytes(b"".join(change(path.read_bytes().splitlines(keepends=True))))
+    with pytest.raises(HfQuantError, match=rf"journal\.jsonl: line {line} is not that of part {line - 2}; delete"):
         work(tmp_path, 3)
 
 

@@ -83,7 +83,7 @@ def test_a_wrong_protocol_is_found_out(name: str, case: Case, tmp_path: Path) ->
 @pytest.mark.parametrize("name", ["W8A8", "W8A8-static", "W4A16 with W8A8", "W3A16 with outliers, native"])
 def test_killed_at_random_moments(name: str, case: Case, tmp_path: Path) -> None:
     start = time.perf_counter()
-    case = Case.of(case.model, tmp_path / "whole", *SCHEMES[name], *FEW)
+    case = Case.of(case.model, tmp_path / "whole" / "q", *SCHEMES[name], *FEW)
     made = killed(case, tmp_path, 3, time.perf_counter() - start, random.Random(0))
     assert made.kills >= 3 and made.outputs >= 1 and not made.wrong
 

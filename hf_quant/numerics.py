@@ -59,12 +59,17 @@ def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tenso
 @lru_cache
 def levels(codebook: str, device: torch.device) -> Tensor:
     """The 16 levels of a codebook, float32, by code."""
-    return torch.tensor(LEVELS[codebook], device=device)
+    with torch.inference_mode(False):  # it is kept, and autograd takes no tensor made in inference mode
+        return torch.tensor(LEVELS[codebook], device=device)
 
 
 def floored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scale`` as ``dtype`` will store it, as float32, and never zero: an all-zero group must stay finite."""
-    tiny = torch.finfo(dtype).tiny
+    """``scale`` as ``dtype`` will store it, as float32, and never zero: an all-zero group must stay finite.
+
+    In float16 the least scale is the smallest subnormal number, 2^-24: its normal numbers end at 2^-14, within the scales of
+    8-bit codes of ordinary weights. The other types keep to normal numbers, since float32 arithmetic may flush the rest to zero.
+    """
+    tiny = 2**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
     return scale.clamp(min=tiny, max=torch.finfo(dtype).max).to(dtype).float()
 
 

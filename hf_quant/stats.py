@@ -24,11 +24,12 @@ class InputStats:
     (154 of 262,144 in one ill-conditioned case), in float64 it does not.
 
     Attributes:
-        gram: float64 ``[K, K]``, the sum of ``x x^T`` over all rows.
-        rows: How many there were.
+        gram: float64 ``[K, K]``, the sum of ``x x^T`` over all rows that were not held out.
+        rows: How many those were.
         drift: float64 ``[K, K]``, the sum of ``(x_float - x) x^T``; None where the float model was not looked at.
         drift_rows: Over how many rows.
-        held: Rows kept out of ``drift`` to judge on: pairs of ``x`` and ``x_float - x``, ``[n, K]`` each.
+        held: Rows that are in neither sum, to judge on: pairs of ``x`` and ``x_float - x``, ``[n, K]`` each; the latter is
+            empty, ``[0, K]``, where the float model was not looked at.
         notes: What a method wants reported about this layer.
         peak: float32 ``[K]``, the largest magnitude of each input.
         sample: Some of the rows, ``[n, K]`` each, where activations shall be rounded.
@@ -58,31 +59,41 @@ class InputStats:
         Args:
             x: What the layer is given.
             original: What the layer of the float model is given for the same tokens.
-            held: Keep every so-manieth row to judge on, in place of summing up the drift; 0 for none.
-            sampled: Keep every so-manieth row in ``sample``; 0 for none.
+            held: Of every ``held`` rows seen so far, the last is kept to judge on and enters no sum; the drift of the others,
+                which are its neighbours, is not summed up either. 0 for none.
+            sampled: Of every ``sampled`` rows, the first is kept in ``sample``; 0 for none.
         """
         rows = x.reshape(-1, x.shape[-1])
-        wide = rows.to(torch.float64)
         if len(rows):
             self.peak = torch.maximum(self.peak, rows.abs().amax(0).float())
         if sampled:
             self.sample.append(rows[::sampled].float())
+        off = rows[:0] if original is None or self.drift is None else original.reshape(rows.shape) - rows
+        kept = self._kept_out(len(rows), held)
+        if len(kept):
+            self.held.append((rows[kept], off[kept] if len(off) else off))
+        if self.drift is not None and not held:
+            for before, part in zip(off.float().split(PART), rows.float().split(PART), strict=True):
+                self.drift += before.T @ part
+            self.drift_rows += off.shape[0]
+        wide = _without(rows, kept).to(torch.float64)
         for i in range(0, wide.shape[1], TILE):  # one half is the other, turned
             j = min(i + TILE, wide.shape[1])
             part = wide[:, i:].T @ wide[:, i:j]
             self.gram[i:, i:j] += part
             self.gram[i:j, j:] += part[j - i :].T
-        self.rows += rows.shape[0]
+        self.rows += wide.shape[0]
         self.forget()
-        if original is None or self.drift is None:
-            return
-        off = original.reshape(rows.shape) - rows
-        if held:
-            self.held.append((rows[::held].clone(), off[::held].clone()))
-            return
-        for before, part in zip(off.float().split(PART), rows.float().split(PART), strict=True):
-            self.drift += before.T @ part
-        self.drift_rows += rows.shape[0]
+
+    def _kept_out(self, count: int, held: int) -> Tensor:
+        """int64, the numbers of the next ``count`` rows that are held out."""
+        first = -(self.seen + 1) % held if held else count
+        return torch.arange(first, max(first, count), held or 1)
+
+    @property
+    def seen(self) -> int:
+        """How many rows there were, those held out included."""
+        return self.rows + sum(len(x) for x, _ in self.held)
 
     @property
     def hessian(self) -> Tensor:
@@ -139,16 +150,17 @@ class InputStats:
             weight: ``[N, K]``.
 
         Returns:
-            float32 ``[N, K]``, and the blend.
+            float32 ``[N, K]``, and the blend, which is 0 where there is no drift or nothing to judge it on.
         """
-        inverse = self.inverse() if self.drift is not None and self.held else None
+        held = [pair for pair in self.held if len(pair[1])]
+        inverse = self.inverse() if self.drift is not None and self.drift_rows and held else None
         if self.drift is None or inverse is None:
             return weight.float(), 0.0
         W = weight.double()
         step = W @ self.drift
         step = (step @ inverse).mul_(2 / self.drift_rows).float()
         fits, size = 0.0, 0.0
-        for x, off in self.held:
+        for x, off in held:
             made = x @ step.T
             fits += (made * (off @ weight.T.to(off.dtype))).sum(dtype=torch.float64).item()
             size += made.square().sum(dtype=torch.float64).item()
@@ -160,7 +172,9 @@ class InputStats:
         self._inverse = self._upper = None
 
     def error(self, original: Tensor, quantized: Tensor) -> float:
-        """Squared error of the layer's output over the squared output, on the rows seen.
+        """Squared error of the layer's output over the squared output.
+
+        On the rows seen; where none was, as if inputs were independent and of one size: the error of the weights themselves.
 
         Args:
             original: ``[N, K]``.
@@ -170,9 +184,40 @@ class InputStats:
         for w, q in zip(original.split(ROWS), quantized.split(ROWS), strict=True):
             wide = w.double()
             difference = wide - q.double()
-            lost += float(((difference @ self.gram) * difference).sum())
-            whole += float(((wide @ self.gram) * wide).sum())
+            lost += float((self._weighed(difference) * difference).sum())
+            whole += float((self._weighed(wide) * wide).sum())
         return lost / whole if whole > 0 else 0.0
+
+    def _weighed(self, rows: Tensor) -> Tensor:
+        return rows @ self.gram if self.rows else rows
+
+    def row_errors(self, original: Tensor, quantized: Tensor) -> Tensor:
+        """float32 ``[N]``: squared error of each row's output on the rows seen, in a unit of its own.
+
+        Args:
+            original: ``[N, K]``.
+            quantized: ``[N, K]``.
+        """
+        gram = (self.gram / self.gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)).float()
+        off = quantized.float() - original.float()
+        return ((off @ gram) * off).sum(1)
+
+    def held_error(self, original: Tensor, quantized: Tensor) -> float:
+        """Squared error of the layer's output on the rows held out; 0 where there are none.
+
+        Args:
+            original: ``[N, K]``.
+            quantized: ``[N, K]``.
+        """
+        off = (quantized.float() - original.float()).T
+        return sum(float((x.float() @ off).square().sum(dtype=torch.float64)) for x, _ in self.held)
+
+
+def _without(rows: Tensor, kept: Tensor) -> Tensor:
+    """``rows`` but for those whose numbers are in ``kept``."""
+    stays = torch.ones(len(rows), dtype=torch.bool)
+    stays[kept] = False
+    return rows[stays.to(rows.device)] if len(kept) else rows
 
 
 def _factored(matrix: Tensor, *, upper: bool) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from hf_quant.errors import HfQuantError
 from hf_quant.methods._descent import descend
+from hf_quant.methods._nearest import best, better
 from hf_quant.methods._outliers import outlier_index, outlier_mask
 from hf_quant.numerics import dequantize, quantize, search
 from hf_quant.scheme import QuantScheme
@@ -26,7 +28,8 @@ class GPTQ:
     Groups are taken whole, the one with the strongest inputs first, and so are the columns within each: the order of
     activations, with groups that stay contiguous, so that nothing has to be permuted at run time. A group's scale and zero
     point are searched when its turn comes, so they see every earlier update, with each column's squared error weighed by
-    what is left of the Hessian.
+    what is left of the Hessian. Rows that lose more than rounding to nearest (constant ones, for example, which leave no code
+    to make up with), and layers that do on the rows held out, are rounded to nearest.
 
     Args:
         sweeps: Of coordinate descent over scales and codes afterwards.
@@ -48,48 +51,69 @@ class GPTQ:
             raise HfQuantError("NaN or infinite values among the inputs")
         n, k = weight.shape
         G = scheme.groups(k)
-        size = k // G
         order = self._order(stats.gram.diagonal(), G)
         U = self._factor(order, stats)
         importance = U.diagonal().square().reciprocal()  # of each column's error, given that later ones make up for it
         W = weight.float().T[order]  # [K, N], a copy
         index = outlier_index(W.T, scheme, dtype, importance, self.steps, self.least, stats.importance[order])
         free = None if index is None else outlier_mask(index, weight.shape).T
-        codes, scale, zero = torch.empty_like(W), W.new_empty(G, n), W.new_empty(G, n)
-        for start in range(0, k, step := min(size, BLOCK)):
-            g, now = start // size, slice(start, start + step)
-            if start % size == 0:
-                group = W[start : start + size]
-                group = group if free is None else group.masked_fill(free[start : start + size], 0)
-                s, z = search(group.T, scheme, dtype, self.steps, self.least, importance[start : start + size])
-                scale[g], zero[g] = s.squeeze(1), z.squeeze(1)
-            errors = W.new_empty(step, n)
-            for j in range(step):
-                at = start + j
-                codes[at] = quantize(W[at], scale[g], zero[g], scheme.qmax)
-                real = dequantize(codes[at], scale[g], zero[g])
-                if free is not None:
-                    codes[at] = torch.where(free[at], zero[g], codes[at])
-                    real = torch.where(free[at], W[at], real)
-                errors[j] = (W[at] - real) / U[at, at]
-                W[at + 1 : now.stop].addr_(U[at, at + 1 : now.stop], errors[j], alpha=-1)
-            W[now.stop :].addmm_(U[now, now.stop :].T, errors, alpha=-1)
+        codes, scale, zero = self._greedy(W, U, importance, scheme, dtype, free)
         back = torch.empty_like(order)
         back[order] = torch.arange(k, device=order.device)
-        groups = order[::size].argsort()
+        groups = order[:: k // G].argsort()
         codes, scale, zero = codes[back], scale[groups], zero[groups]
         values = None if free is None else (free[back], W[back])
         if self.sweeps:
             H = (stats.gram / stats.gram.diagonal().mean()).float()
             descend(weight.float().T, codes, scale, zero, H, scheme, dtype, self.sweeps, values)
-        outliers = None
+        outliers = columns = None
         if values is not None:
-            whole = values[0].sum(1).nonzero().flatten() if scheme.outlier_columns else None
-            where = values[0].T.nonzero()[:, 1].view(n, -1) if whole is None else whole
+            columns = values[0].sum(1).nonzero().flatten() if scheme.outlier_columns else None
+            where = values[0].T.nonzero()[:, 1].view(n, -1) if columns is None else columns
             outliers = Outliers.gather(values[1].T, where, dtype)
-        return QuantizedTensor.from_codes(
+        made = QuantizedTensor.from_codes(
             codes.T.to(torch.uint8), scale.T.to(dtype).contiguous(), zero.T.contiguous(), scheme, outliers
         )
+        return better(weight, made, best(weight, scheme, dtype, self.steps, self.least, stats, columns), stats)
+
+    def _greedy(
+        self, W: Tensor, U: Tensor, importance: Tensor, scheme: QuantScheme, dtype: torch.dtype, free: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Algorithm 1 of the paper, with columns in the order they are taken.
+
+        Args:
+            W: float32 ``[K, N]``, changed: what is left of it are the values of the outliers.
+            U: float32 ``[K, K]``, the upper Cholesky factor of the inverse of the damped Hessian.
+            importance: float32 ``[K]``, weight of each column's squared error in the search for a grid.
+            scheme: Of the codes.
+            dtype: What scales are stored in.
+            free: bool ``[K, N]``, where outliers are; None for none.
+
+        Returns:
+            Codes ``[K, N]``, scales and zero points ``[G, N]``, all float32.
+        """
+        k, n = W.shape
+        G = scheme.groups(k)
+        size = k // G
+        codes, scale, zero = torch.empty_like(W), W.new_empty(G, n), W.new_empty(G, n)
+        for start, stop in _blocks(k, size):
+            g = start // size
+            if start % size == 0:
+                group = W[start : start + size]
+                group = group if free is None else group.masked_fill(free[start : start + size], 0)
+                s, z = search(group.T, scheme, dtype, self.steps, self.least, importance[start : start + size])
+                scale[g], zero[g] = s.squeeze(1), z.squeeze(1)
+            errors = W.new_empty(stop - start, n)
+            for at in range(start, stop):
+                codes[at] = quantize(W[at], scale[g], zero[g], scheme.qmax)
+                real = dequantize(codes[at], scale[g], zero[g])
+                if free is not None:
+                    codes[at] = torch.where(free[at], zero[g], codes[at])
+                    real = torch.where(free[at], W[at], real)
+                errors[at - start] = (W[at] - real) / U[at, at]
+                W[at + 1 : stop].addr_(U[at, at + 1 : stop], errors[at - start], alpha=-1)
+            W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
+        return codes, scale, zero
 
     def _order(self, diagonal: Tensor, groups: int) -> Tensor:
         """Columns in the order they are quantized: int64 ``[K]``."""
@@ -105,6 +129,13 @@ class GPTQ:
             return upper
         stats.notes.append("no usable Hessian: rounded to nearest")
         return torch.eye(len(order), device=order.device)
+
+
+def _blocks(k: int, size: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most `BLOCK` columns, none of which reaches over the end of a group of ``size``."""
+    for group in range(0, k, size):
+        for start in range(group, group + size, BLOCK):
+            yield start, min(start + BLOCK, group + size)
 
 
 METHOD = GPTQ

@@ -8,14 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.methods._nearest import best, better
 from hf_quant.methods._outliers import outlier_index, outlier_mask
-from hf_quant.numerics import dequantize, floored, minmax, quantize
+from hf_quant.numerics import dequantize, floored, minmax, quantize, search
 from hf_quant.scheme import QuantScheme
 from hf_quant.stats import InputStats
 from hf_quant.tensor import Outliers, QuantizedTensor
 
 CHUNK = 1 << 20  # weights worked on together
-STEPS, LEAST = 20, 0.6  # of the search that finds the outliers
+STEPS, LEAST = 20, 0.6  # of the search for the grid that rounding to nearest takes
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,17 @@ class HQQ:
     def quantize(
         self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, stats: InputStats | None = None
     ) -> QuantizedTensor:
-        rows = max(1, CHUNK // weight.shape[1])
-        index = None
+        inputs = None if stats is None else stats.importance.to(weight.device)
+        columns = None
         if scheme.outliers and scheme.outlier_columns:
-            inputs = None if stats is None else stats.importance.to(weight.device)
-            index = outlier_index(weight.float(), scheme, dtype, None, STEPS, LEAST, inputs)
-        parts = (self._rows(part, scheme, dtype, index) for part in weight.split(rows))
-        return QuantizedTensor.of_rows(parts, weight.shape[0])
+            columns = outlier_index(weight.float(), scheme, dtype, None, STEPS, LEAST, inputs)
+        parts = (self._rows(part, scheme, dtype, columns) for part in weight.split(max(1, CHUNK // weight.shape[1])))
+        made = QuantizedTensor.of_rows(parts, weight.shape[0])
+        return (
+            made
+            if stats is None
+            else better(weight, made, best(weight, scheme, dtype, STEPS, LEAST, stats, columns), stats)
+        )
 
     def _rows(self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, index: Tensor | None) -> QuantizedTensor:
         wide, outliers = weight.float(), None
@@ -63,18 +68,18 @@ class HQQ:
         return QuantizedTensor.from_codes(codes, scale.squeeze(-1).to(dtype), zero.squeeze(-1), scheme, outliers)
 
     def _fit(self, W: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        kept = search(W, scheme, dtype, STEPS, LEAST)  # rounding to nearest, which nothing may lose to
+        least = self._lost(W - dequantize(quantize(W, *kept, scheme.qmax), *kept))
         scale, zero = minmax(W, scheme)
-        scale = floored(scale, dtype)
-        best = torch.full_like(scale, torch.inf)
-        kept, beta = (scale, zero), self.beta
+        scale, beta = floored(scale, dtype), self.beta
         for _ in range(self.rounds):
             codes = quantize(W, scale, zero, scheme.qmax)
             off = W - dequantize(codes, scale, zero)
             size = off.abs()
-            lost = size.pow(self.p).sum(-1, keepdim=True)
-            better = lost < best
-            best = torch.where(better, lost, best)
-            kept = torch.where(better, scale, kept[0]), torch.where(better, zero, kept[1])
+            lost = self._lost(off)
+            gained = lost < least
+            least = torch.where(gained, lost, least)
+            kept = torch.where(gained, scale, kept[0]), torch.where(gained, zero, kept[1])
             e = off.sign() * (size - size.clamp(min=1e-8).pow(self.p - 1) / beta).clamp(min=0)
             beta *= self.kappa
             steps = codes - zero
@@ -83,6 +88,9 @@ class HQQ:
             if not scheme.symmetric:
                 zero = (codes - (W - e) / scale).mean(-1, keepdim=True).round().clamp(0, scheme.qmax)
         return kept
+
+    def _lost(self, off: Tensor) -> Tensor:
+        return off.abs().pow(self.p).sum(-1, keepdim=True)
 
 
 METHOD = HQQ

@@ -103,6 +103,6 @@ def test_the_search_of_rtn_never_loses(kind: str, scheme: QuantScheme) -> None:
 def test_rows_searched_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, scheme = torch.randn(33, 256), QuantScheme(4, 32, symmetric=False)
     whole = method("rtn").quantize(weight, scheme, torch.float32)
-    monkeypatch.setattr("hf_quant.methods.rtn.CHUNK", 1000)
+    monkeypatch.setattr("hf_quant.methods._nearest.CHUNK", 1000)
     parts = method("rtn").quantize(weight, scheme, torch.float32)
     assert torch.equal(whole.dequantize(), parts.dequantize())

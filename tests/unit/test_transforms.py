@@ -85,7 +85,7 @@ def test_statistics_follow_the_scales() -> None:
     scales = powers_of_two(torch.rand(32) * 10)
     assert fold(made, scales) is None
     seen = made.block.norm2(x + made.block.self_attn(made.block.norm(x))).double()  # type: ignore[operator]
-    torch.testing.assert_close(made.stats.gram, seen.T @ seen, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(made.stats.gram, seen[:32].T @ seen[:32], rtol=1e-4, atol=1e-4)
     rest, off = made.stats.held[0]
     torch.testing.assert_close(rest, seen[32:].float())
     torch.testing.assert_close(off, (torch.full_like(scales, 0.01) / scales).expand_as(off))

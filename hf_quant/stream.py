@@ -29,7 +29,8 @@ from hf_quant.tensor import QuantizedTensor
 from hf_quant.transforms import Stage, weight_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-HELD = 8  # every so-manieth batch is kept out of the drift, to judge on
+HELD = 8  # one in so many batches (of an expert's tokens, one in so many rows) is held out, to judge on
+EXPERT_HELD = 256  # rows of one expert that are held out at most
 STARVED = 32  # an expert that saw fewer tokens is rounded without them
 SAMPLE = 4  # batches that a block's error is measured on, where the float model is not followed
 EXPERTS = 1 << 30  # bytes of statistics of experts collected together; more experts take more passes
@@ -72,7 +73,8 @@ class Block:
         module: In memory while it is worked on.
         layers: Full name of each linear layer (or stack of experts) to quantize, to its scheme.
         call: What the block takes besides hidden states; the same for all batches.
-        rows: Sequences that are run together; halved when memory runs out.
+        alone: What it takes beside those of one sequence.
+        rows: Sequences that are run together; one at a time once memory ran out.
         stored: What its parameters are in the checkpoint; None where they are what the module holds.
     """
 
@@ -80,6 +82,7 @@ class Block:
     module: nn.Module
     layers: Mapping[str, QuantScheme]
     call: Call
+    alone: Call
     rows: int = 1 << 30
     stored: Stored | None = None
 
@@ -87,31 +90,49 @@ class Block:
         """A layer's name inside the block."""
         return layer.removeprefix(f"{self.name}.")
 
-    def run(self, hidden: Tensor, module: nn.Module | None = None) -> Tensor:
-        """The block's output, ``[B, T, d]`` as its input; of ``module`` where one stands in for it."""
+    def run(self, hidden: Tensor, module: nn.Module | None = None, again: Callable[[], None] | None = None) -> Tensor:
+        """The block's output.
+
+        Args:
+            hidden: ``[B, T, d]``, as is the output.
+            module: Stands in for the block's own; None for that.
+            again: Called when memory ran out within the run and it starts anew, one sequence at a time: what hooks have
+                gathered so far would otherwise be gathered twice.
+        """
         while True:
             try:
-                parts = hidden.split(self.rows)
-                made = [self._run(part, module or self.module, hidden.shape[0]) for part in parts]
+                parts = hidden.split(self.rows) if self.rows < len(hidden) else [hidden]
+                made = [self._run(part, module or self.module) for part in parts]
                 return made[0] if len(made) == 1 else torch.cat(made)
             except RuntimeError as error:
-                if not _out_of_memory(error) or min(self.rows, hidden.shape[0]) == 1:
+                if not _out_of_memory(error) or min(self.rows, len(hidden)) == 1:
                     raise
-                self.rows = min(self.rows, hidden.shape[0]) // 2
+                self.rows = 1
+                if again is not None:
+                    again()
 
     def sample(self, batch: Tensor, module: nn.Module | None = None) -> Tensor:
         """The output for the first sequence of a batch."""
-        return self._run(batch[:1], module or self.module, batch.shape[0])
+        return self._run(batch[:1], module or self.module)
 
-    def _run(self, hidden: Tensor, module: nn.Module, whole: int) -> Tensor:
-        def some(value: Any) -> Any:
-            fits = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == whole > hidden.shape[0]
-            return value[: hidden.shape[0]] if fits else value  # masks of all sequences are alike
+    def _run(self, hidden: Tensor, module: nn.Module) -> Tensor:
+        args, kwargs = self.alone if len(hidden) == 1 else self.call
+        out = module(hidden.to(next(module.parameters()).device), *args, **kwargs)
+        return states_of(self.name, out)
 
-        args, kwargs = self.call
-        hidden = hidden.to(next(module.parameters()).device)
-        out = module(hidden, *map(some, args), **{name: some(value) for name, value in kwargs.items()})
-        return out[0] if isinstance(out, tuple) else out
+
+def states_of(name: str, out: Any) -> Tensor:
+    """The hidden states among what a block returns: all of it, or the first of several things.
+
+    Raises:
+        HfQuantError: There are none; names the block.
+    """
+    states = out[0] if isinstance(out, tuple | list) and out else out
+    if not isinstance(states, Tensor):
+        raise HfQuantError(
+            f"{name}: returns {type(out).__name__}, and only hidden states [B, T, d] can be calibrated yet"
+        )
+    return states
 
 
 @dataclass
@@ -321,7 +342,7 @@ def _inputs(block: Block, module: nn.Module, names: list[str], batch: Tensor) ->
 
     handles = [module.get_submodule(n).register_forward_pre_hook(look(n), with_kwargs=True) for n in names]
     with _removed(handles), suppress(_SeenError):
-        block.run(batch, module)
+        block.run(batch, module, found.clear)
     return {name: tuple(torch.cat(parts) for parts in zip(*calls, strict=True)) for name, calls in found.items()}
 
 
@@ -340,11 +361,12 @@ def _collect(
     for i in mine:
         seen = _inputs(block, block.module, leaders, hidden[i])
         there = {} if twin is None or original is None else _inputs(block, twin, leaders, original[i])
-        held = i % HELD == HELD - 1 or (len(hidden) < HELD and i == len(hidden) - 1)
-        every = -(-judged * hidden[i].shape[0] * hidden[i].shape[1] // HELD_ROWS)
+        held = i % HELD == HELD - 1 or (1 < len(hidden) < HELD and i == len(hidden) - 1)
+        here, whole = hidden[i].shape[:2].numel(), hidden.states.shape[:2].numel()
+        every = -(-judged * here // min(HELD_ROWS, -(-whole // HELD)))
         for name in leaders:
             other = there[name][0] if there else None
-            few = -(-hidden[i].shape[0] * hidden[i].shape[1] * len(hidden) // SAMPLE_ROWS) if rounds[name] else 0
+            few = -(-here * len(hidden) // SAMPLE_ROWS) if rounds[name] else 0
             stats[name].update(seen[name][0], other, held=every if held else 0, sampled=few)
     for name, each in stats.items():
         reduce(each, ranks)
@@ -430,7 +452,8 @@ def _solve_experts(
             for i in mine:
                 states, chosen, *_ = _inputs(block, block.module, [path], hidden[i])[path]
                 for e in some:
-                    stats[e].update(expert_input(module, stack, e, states.reshape(-1, states.shape[-1]), chosen))
+                    given = expert_input(module, stack, e, states.reshape(-1, states.shape[-1]), chosen)
+                    stats[e].update(given, held=HELD if stats[e].seen < HELD * EXPERT_HELD else 0)
             for e in some:
                 reduce(stats[e], recipe.ranks)
                 owner, found = recipe.ranks.owner(e), None
@@ -439,7 +462,7 @@ def _solve_experts(
                 quantized, error, notes = recipe.ranks.shared(found, owner)
                 parts.append(quantized)
                 lost.append(error)
-                made.experts[name].append(stats[e].rows)
+                made.experts[name].append(stats[e].seen)
                 made.note(name, notes)
         made.codes[name] = QuantizedTensor.stack(parts)
         if block.layers[name].activations == "tensor":  # an expert that saw little knows little of its range
@@ -456,15 +479,13 @@ def _solve_expert(
 ) -> tuple[QuantizedTensor, float, list[str]]:
     dense: Tensor = getattr(module, stack)[expert]
     weight = (dense.T if module.is_transposed else dense).contiguous()
-    if stats.rows < STARVED:
+    if stats.seen < STARVED:
         quantized = method("rtn").quantize(weight, scheme, recipe.dtype)
-        return (
-            with_range(quantized, stats.peak).cpu(),
-            0.0,
-            [f"expert {expert} saw {stats.rows} tokens: rounded to nearest"],
-        )
-    quantized = with_range(recipe.decision.solver(scheme).quantize(weight, scheme, recipe.dtype, stats), stats.peak)
-    notes = [f"expert {expert}: {note}" for note in stats.notes]
+        notes = [f"expert {expert} saw {stats.seen} tokens: rounded to nearest"]
+    else:
+        quantized = recipe.decision.solver(scheme).quantize(weight, scheme, recipe.dtype, stats)
+        notes = [f"expert {expert}: {note}" for note in stats.notes]
+    quantized = with_range(quantized, stats.peak)
     return quantized.cpu(), stats.error(weight, quantized.dequantize(torch.float32)), notes
 
 

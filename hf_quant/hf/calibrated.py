@@ -73,13 +73,14 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     outside = [
         m for n, m in model.named_modules() if not f"{n}.".startswith(inside) and not isinstance(m, nn.Embedding)
     ]
-    with _in_float32([p for m in outside for p in m.parameters(recurse=False)]):
+    entry = [*(p for m in outside for p in m.parameters(recurse=False)), *next(iter(blocks.values())).parameters()]
+    with _in_float32(entry):
         hidden, calls = embed(base, blocks, data.ids.to(model.device), None, ALONE)
     streams = [hidden]
     if recipe.decision.needs_twin(plan.schemes.values()):
         streams.append(Activations(hidden.states.clone(), hidden.size))
     for name, module in blocks.items():
-        block = Block(name, module, layers_of(plan, name), calls[name], stored=_stored(name, module))
+        block = Block(name, module, layers_of(plan, name), *calls[name], stored=_stored(name, module))
         with _in_float32(list(module.parameters())):
             solved = solve(block, streams[0], recipe, *streams[1:])
         for layer, codes in solved.codes.items():

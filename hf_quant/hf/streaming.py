@@ -27,13 +27,14 @@ from hf_quant.formats import format_named
 from hf_quant.hf.auto import class_of, config_of
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.parts import part_of, take_part
+from hf_quant.hf.passing import Calls, passed_through
 from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.tensors import Tensors
 from hf_quant.journal import Journal, digest, journal
 from hf_quant.memory import free_memory, give_back_memory
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.scheme import QuantScheme
-from hf_quant.stream import Block, Call, Recipe, Solved, Stored, advance, solve
+from hf_quant.stream import Block, Recipe, Solved, Stored, advance, solve
 
 BATCH = 2  # sequences that walk up the model together: larger ones leave the caches, and take memory for nothing
 FAR = 10  # times the median of all blocks' errors: worth a word
@@ -135,8 +136,8 @@ def _walk(
     stored = Stored(source.tensors.dtype, source.tensors.read)
     streams, calls = _embed(source, ids, recipe.decision.needs_twin(source.plan.schemes.values()), scratch, settings)
     for i, name in enumerate(settings.progress(list(source.blocks))):
-        call = tree_map_only(Tensor, lambda tensor: tensor.to(settings.device), calls[name])
-        block = Block(name, source.blocks[name], layers_of(source.plan, name), call, stored=stored)
+        call, alone = tree_map_only(Tensor, lambda tensor: tensor.to(settings.device), calls[name])
+        block = Block(name, source.blocks[name], layers_of(source.plan, name), call, alone, stored=stored)
         _fill(source, lambda tensor, name=name: tensor.startswith(f"{name}."))  # type: ignore[misc]
         block.module.to(settings.device)
         if i < finished:
@@ -246,11 +247,11 @@ def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
 
 def _embed(
     source: _Source, ids: Tensor, twice: bool, scratch: Path, settings: Settings
-) -> tuple[list[Activations], dict[str, Call]]:
+) -> tuple[list[Activations], Calls]:
     """What enters the first block (twice, where the float model is followed), and what each block is called with."""
     model, base = source.model, source.model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
-    _fill(source, lambda name: name.startswith(prefix) and source.owner(name) is None)
+    _fill(source, lambda name: name.startswith(prefix) and source.owner(name) in (None, next(iter(source.blocks))))
     width = source.model.config.get_text_config().hidden_size
     shape = (*ids.shape, width)
     need = math.prod(shape) * 4 * (2 if twice else 1)
@@ -271,51 +272,32 @@ def _embed(
 
 def embed(
     base: Any, blocks: Mapping[str, nn.Module], ids: Tensor, file: Path | None, ranks: Ranks
-) -> tuple[Activations, dict[str, Call]]:
-    """Run a model with blocks that do nothing: what enters the first one, and what each is called with.
+) -> tuple[Activations, Calls]:
+    """Run a model whose blocks hand on what they are given: what enters the first one, and what each is called with.
+
+    The first block computes once, which shows in what form blocks return hidden states.
 
     Raises:
-        HfQuantError: A block is called with something else for each batch.
+        HfQuantError: A block is called with something else for each batch, or with what another one has computed.
     """
-    calls: dict[str, Call] = {}
-    entered: list[Tensor] = []
-
-    def stand_in(name: str, first: bool) -> Callable[..., Tensor]:
-        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if not _alike(calls.setdefault(name, (args, kwargs)), (args, kwargs)):
-                raise HfQuantError(f"{name}: takes inputs that depend on the tokens, which cannot be calibrated yet")
-            entered.extend([hidden] if first else [])
-            return hidden
-
-        return forward
-
     size = next(n for n in range(min(BATCH, max(1, len(ids) // max(2, ranks.world))), 0, -1) if len(ids) % n == 0)
     made: Activations | None = None
-    for i, (name, block) in enumerate(blocks.items()):
-        block.forward = stand_in(name, i == 0)
     wide = base.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.float())
     try:
-        for number, batch in enumerate(ids.split(size)):
-            base(input_ids=batch, use_cache=False)
-            states = entered.pop()
-            made = made or Activations.room((len(ids), *states.shape[1:]), size, torch.float32, file)
-            made.put(number, states)
+        with passed_through(blocks) as seen:
+            for number, batch in enumerate(ids.split(size)):
+                base(input_ids=batch, use_cache=False)
+                states = seen.entered.pop()
+                made = made or Activations.room((len(ids), *states.shape[1:]), size, torch.float32, file)
+                made.put(number, states)
+            together, seen.calls = seen.calls, {}
+            if size > 1:
+                base(input_ids=ids[:1], use_cache=False)
     finally:
         wide.remove()
-        for block in blocks.values():
-            del block.forward
     assert made is not None
-    return made, calls
-
-
-def _alike(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return isinstance(other, Tensor) and one.shape == other.shape and torch.equal(one, other)
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(_alike, one, other))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_alike(one[key], other[key]) for key in one)
-    return one is other or type(one) is type(other)
+    alone = seen.calls or together
+    return made, {name: (call, alone[name]) for name, call in together.items()}
 
 
 def _pass_by(source: _Source, block: Block, file: Path, streams: list[Activations], ranks: Ranks) -> None:

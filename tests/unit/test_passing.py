@@ -1,0 +1,117 @@
+"""Blocks of every manner of calling: what they are called with, and in what form they return."""
+
+from enum import Enum
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_quant.errors import HfQuantError
+from hf_quant.hf.passing import alike, passed_through
+from hf_quant.hf.streaming import embed
+from hf_quant.ranks import ALONE
+from hf_quant.stream import Block
+
+
+class Layer(nn.Module):
+    """Doubles its input, and returns it as ``form`` says; ``bias`` and the pair carry the batch in axes of their own."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.lin = form, nn.Linear(4, 4)
+
+    def forward(self, hidden_states: Tensor, bias: Tensor, pair: tuple[Tensor, Tensor], extra: Any = None) -> Any:
+        batch, length, _ = hidden_states.shape
+        assert bias.shape == (2 * batch, 1, length) and pair[0].shape == (3, batch, length)  # as ALiBi, as M-RoPE
+        out = hidden_states + self.lin(hidden_states)
+        return {"tensor": out, "tuple": (out, None), "list": [out], "more": (out, out + 1), "none": None}[self.form]
+
+
+class Model(nn.Module):
+    def __init__(self, form: str, carry: bool = False, depends: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.layers = nn.Embedding(9, 4), nn.ModuleList([Layer(form), Layer(form)])
+        self.form, self.carry, self.depends = form, carry, depends
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embedding
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        states, (batch, length), extra = self.embedding(input_ids), input_ids.shape, None
+        pair = torch.arange(length).expand(3, batch, length)
+        for layer in self.layers:
+            given = int(input_ids[0, 0]) if self.depends else extra
+            out = layer(states, bias=torch.zeros(2 * batch, 1, length), pair=(pair, pair), extra=given)
+            states = out if self.form == "tensor" else out[0]
+            extra = out[1] if self.carry else None
+            assert states.shape == (batch, length, 4)
+        return states
+
+
+def embedded(model: Model, ids: Tensor) -> Any:
+    with torch.inference_mode():
+        return embed(model, {f"layers.{i}": layer for i, layer in enumerate(model.layers)}, ids, None, ALONE)
+
+
+@pytest.mark.parametrize("sequences", [2, 3, 4])
+@pytest.mark.parametrize("form", ["tensor", "tuple", "list", "more"])
+def test_every_form_of_block(form: str, sequences: int) -> None:
+    torch.manual_seed(0)
+    model, ids = Model(form), torch.randint(9, (sequences, 5))
+    entered, calls = embedded(model, ids)
+    torch.testing.assert_close(entered.states, model.embedding(ids))
+    assert len(entered) > 1  # something is left to judge on
+    block = Block("layers.1", model.layers[1], {}, *calls["layers.1"])
+    with torch.inference_mode():
+        expected = entered[0] + model.layers[1].lin(entered[0])  # type: ignore[operator]
+        torch.testing.assert_close(block.run(entered[0]), expected)
+        torch.testing.assert_close(block.sample(entered[0]), expected[:1])
+        block.rows = 1  # as after memory ran out
+        torch.testing.assert_close(block.run(entered[0]), expected)
+    assert "forward" not in model.layers[0].__dict__
+
+
+def test_what_cannot_be_calibrated_is_said() -> None:
+    ids = torch.arange(8).view(4, 2)
+    with pytest.raises(HfQuantError, match=r"layers\.1: takes more of the block before"):
+        embedded(Model("more", carry=True), ids)
+    with pytest.raises(HfQuantError, match=r"layers\.0: takes inputs that depend on the tokens"):
+        embedded(Model("tuple", depends=True), ids)
+    with pytest.raises(HfQuantError, match=r"layers\.0: returns NoneType"):
+        embedded(Model("none"), ids)
+
+
+def test_a_forward_of_its_own_is_put_back() -> None:
+    layer = nn.Linear(4, 4)
+    layer.forward = own = lambda x: x  # type: ignore[method-assign]
+    with passed_through({"a": layer}) as what:
+        assert torch.equal(layer(hidden_states=torch.ones(2, 4)), torch.ones(2, 4))
+    assert layer.forward is own and len(what.entered) == 1
+
+
+class Kind(Enum):
+    ONE, TWO = 1, 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(1, 2), (1.0, 2.0), ("a", "b"), (1, 1.0), (True, False), (torch.float16, torch.float32), (Kind.ONE, Kind.TWO),
+     (torch.zeros(2), torch.ones(2)), (torch.zeros(2), torch.zeros(3)), ((1, 2), (1, 3)), ([1], [1, 2]),
+     ({"a": 1}, {"a": 2}), ({"a": 1}, {"b": 1}), (None, 0), (slice(1), slice(2)), (torch.Size([1]), torch.Size([2]))],
+)  # fmt: skip
+def test_what_differs_is_not_alike(one: Any, other: Any) -> None:
+    assert not alike(one, other) and alike(one, one) and alike(other, other)
+
+
+def test_equal_values_and_opaque_objects_are_alike() -> None:
+    for make in (
+        lambda: 1.5,
+        lambda: "ab",
+        lambda: (torch.ones(2), {"a": [1]}),
+        lambda: SimpleNamespace(x=1),
+        object.__new__,
+    ):
+        one, other = (make(nn.Identity) if make is object.__new__ else make() for _ in range(2))  # type: ignore[operator]
+        assert alike(one, other)

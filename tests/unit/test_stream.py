@@ -1,0 +1,121 @@
+"""The solver of one block, on blocks without transformers."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hf_quant.activations import Activations
+from hf_quant.presets import preset
+from hf_quant.ranks import ALONE
+from hf_quant.scheme import QuantScheme
+from hf_quant.stream import Block, Recipe, _collect, _groups, solve
+
+NOTHING: Any = ((), {})
+
+
+class Mlp(nn.Module):
+    """Runs out of memory in the middle, after its first layer was called, where more than ``most`` sequences come."""
+
+    def __init__(self, most: int = 1 << 30, width: int = 32) -> None:
+        super().__init__()
+        self.most, self.norm = most, nn.RMSNorm(width)
+        self.up_proj, self.down_proj = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(self.norm(x))
+        if len(x) > self.most:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return x + self.down_proj(up.relu())  # type: ignore[no-any-return]
+
+
+def block_of(module: nn.Module, bits: int = 4) -> Block:
+    module.requires_grad_(False)
+    layers = {f"b.{n}": QuantScheme(bits, 32) for n in ("up_proj", "down_proj")}
+    return Block("b", module, layers, NOTHING, NOTHING)
+
+
+def recipe(name: str, scheme: QuantScheme) -> Recipe:
+    made = preset(name, scheme)
+    return Recipe(lambda _scheme: made.solver(), made.rewriters(), torch.float32)
+
+
+@pytest.mark.parametrize("twin", [True, False])
+def test_memory_that_runs_out_within_a_block_counts_no_row_twice(twin: bool) -> None:
+    torch.manual_seed(0)
+    states = torch.randn(4, 8, 32)
+    found = []
+    for most in (1 << 30, 1):
+        torch.manual_seed(1)
+        block, hidden = block_of(Mlp(most)), Activations(states.clone(), 2)
+        with torch.inference_mode():
+            groups = _groups(block, hidden[0])
+            float_block = Mlp(most).requires_grad_(False) if twin else None
+            found.append(_collect(block, groups, hidden, [0, 1], ALONE, float_block, hidden if twin else None))
+        assert block.rows == (1 if most == 1 else 1 << 30)
+    for name, stats in found[0].items():
+        assert stats.seen == found[1][name].seen == 32 and stats.drift_rows == found[1][name].drift_rows
+        torch.testing.assert_close(stats.gram, found[1][name].gram)
+
+
+@pytest.mark.parametrize(
+    ("name", "sequences", "size"),
+    [("calibrated", n, size) for n, size in ((1, 1), (2, 1), (2, 2), (3, 1), (4, 2))]
+    + [("gptq", 2, 2), ("drift+rtn", 2, 2)],
+)
+def test_few_sequences(name: str, sequences: int, size: int) -> None:
+    """Also fewer rows than columns: the result is finite, and no further from the float block than rounding by much."""
+    torch.manual_seed(0)
+    states, scheme = torch.randn(sequences, 6, 32), QuantScheme(4, 32)
+    errors = {}
+    for each in (name, "rtn"):
+        torch.manual_seed(1)
+        block, hidden = block_of(Mlp()), Activations(states.clone(), size)
+        chosen = recipe(each, scheme)
+        solved = solve(block, hidden, chosen, Activations(states.clone(), size) if chosen.needs_twin else None)
+        assert hidden.states.isfinite().all() and solved.codes.keys() == block.layers.keys()
+        errors[each] = solved.error
+        assert all(0 < error < 1 for error in solved.errors.values())
+    assert errors[name] < 1.5 * errors["rtn"]
+
+
+class Experts(nn.Module):
+    """As transformers stacks them; every token goes to the first of four experts, the rest see nothing."""
+
+    num_experts, has_gate, has_bias, is_transposed = 4, False, False, False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj, self.down_proj = (
+            nn.Parameter(torch.randn(4, 64, 64) / 8),
+            nn.Parameter(torch.randn(4, 64, 64) / 8),
+        )
+        self.act_fn = nn.ReLU()
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self.act_fn(hidden_states @ self.up_proj[0].T) @ self.down_proj[0].T  # type: ignore[no-any-return]
+
+
+class Mixture(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        chosen = torch.zeros(len(tokens), 1, dtype=torch.int64)
+        return x + self.experts(tokens, chosen, chosen + 1.0).view_as(x)  # type: ignore[no-any-return]
+
+
+def test_experts_that_see_nothing_do_not_count_as_perfect() -> None:
+    torch.manual_seed(0)
+    module = Mixture().requires_grad_(False)
+    scheme = QuantScheme(3, 32)
+    layers = {f"b.experts.{n}": scheme for n in ("up_proj", "down_proj")}
+    solved = solve(
+        Block("b", module, layers, NOTHING, NOTHING), Activations(torch.randn(8, 32, 64), 2), recipe("gptq", scheme)
+    )
+    assert solved.experts["b.experts.up_proj"] == [256, 0, 0, 0]
+    for name in layers:
+        assert solved.errors[name] > 0.02  # three of four are rounded to three bits, which costs 3 % and more

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.activations import Activations
-from hf_quant.presets import preset
+from hf_quant.presets import Decision
 from hf_quant.ranks import ALONE
 from hf_quant.scheme import QuantScheme
 from hf_quant.stream import Block, Recipe, _collect, _groups, solve
@@ -37,8 +37,7 @@ def block_of(module: nn.Module, bits: int = 4) -> Block:
 
 
 def recipe(name: str, scheme: QuantScheme) -> Recipe:
-    made = preset(name, scheme)
-    return Recipe(lambda _scheme: made.solver(), made.rewriters(), torch.float32)
+    return Recipe(Decision.of(name, [scheme]), torch.float32)
 
 
 @pytest.mark.parametrize("twin", [True, False])
@@ -73,7 +72,9 @@ def test_few_sequences(name: str, sequences: int, size: int) -> None:
         torch.manual_seed(1)
         block, hidden = block_of(Mlp()), Activations(states.clone(), size)
         chosen = recipe(each, scheme)
-        solved = solve(block, hidden, chosen, Activations(states.clone(), size) if chosen.needs_twin else None)
+        solved = solve(
+            block, hidden, chosen, Activations(states.clone(), size) if chosen.decision.needs_twin([scheme]) else None
+        )
         assert hidden.states.isfinite().all() and solved.codes.keys() == block.layers.keys()
         errors[each] = solved.error
         assert all(0 < error < 1 for error in solved.errors.values())

@@ -242,7 +242,7 @@ def _recipe(
     done = {name: steps for block in blocks for name, steps in block["steps"].items()}
     return {
         "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
-        "steps": plan.decision.steps(plan.schemes, done),
+        "steps": plan.decision.steps(plan.schemes, done), "skipped": plan.decision.skipped(plan.schemes, done),
         "asked": asked, "dtype": str(model.dtype).removeprefix("torch."),
         "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
         "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},

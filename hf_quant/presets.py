@@ -175,6 +175,16 @@ class Decision:
             made[kind(scheme)] = [*transforms, last]
         return {name: made[name] for name in counts}
 
+    def skipped(self, layers: Mapping[str, QuantScheme], done: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """For each kind of scheme, the transforms that should have changed its layers and changed none, if there are any."""
+        asked: dict[str, dict[str, None]] = {}
+        changed: dict[str, set[str]] = {}
+        for layer, scheme in sorted(layers.items(), key=lambda item: str(item[1])):
+            asked.setdefault(kind(scheme), {}).update(dict.fromkeys(self.presets[scheme].transforms))
+            changed.setdefault(kind(scheme), set()).update(done.get(layer, []))
+        missing = {name: [step for step in steps if step not in changed[name]] for name, steps in asked.items()}
+        return {name: steps for name, steps in missing.items() if steps}
+
 
 def kind(scheme: QuantScheme) -> str:
     """What layers of a scheme are called in a recipe: ``"4 bits"``."""

@@ -96,9 +96,11 @@ class Ranks:
 
     def barrier(self, *, patient: bool = False) -> None:
         """Wait until all ranks are here; ``patient`` where one of them may have been measuring a model for hours."""
-        if self.world > 1:
+        if self.world > 1 and patient:
             with self._answered():
-                dist.barrier(self.patient if patient else None)
+                dist.barrier(self.patient)
+        else:
+            self.total(0)
 
     @contextmanager
     def _answered(self) -> Iterator[None]:

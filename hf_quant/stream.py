@@ -203,7 +203,7 @@ def solve(block: Block, hidden: Activations, recipe: Recipe, original: Activatio
     made, mine = Solved(), [i for i in range(len(hidden)) if recipe.ranks.owner(i) == recipe.ranks.rank]
     first = recipe.ranks.shared(
         hidden[0] if recipe.ranks.first else None
-    )  # the only rank whose first batch is up to date
+    )  # on the others it is that of an earlier block
     groups = _groups(block, first)
     sample = {i: block.run(hidden[i]) for i in mine[:: -(-len(mine) // SAMPLE) or 1]} if twin is None else {}
     staged = recipe.decision.staged(block.layers.values())

@@ -187,6 +187,24 @@ def test_from_pretrained_does_the_same(name: str, method: str, tmp_path: Path, z
     assert "calibration" not in stored and "calibration_tokens" not in stored
 
 
+def test_the_recipe_says_what_was_done(tmp_path: Path) -> None:
+    """The card prints these steps: none that was not done, and none of the default scheme's alone."""
+    from .crashes import FEW, make_model, quantize
+
+    mixed = ("--scheme", "W8A16-g32", "--override", "*.mlp.*=W4A16-g32", "--method", "calibrated")
+    assert quantize(make_model(tmp_path / "model", 2), tmp_path / "q", *mixed, *FEW).code == 0
+    recipe = json.loads((tmp_path / "q" / "recipe.json").read_text())
+    done = [(recipe["schemes"][name], steps) for block in recipe["blocks"] for name, steps in block["steps"].items()]
+    four = [steps for scheme, steps in done if scheme == "W4A16-g32"]
+    assert four and not [steps for scheme, steps in done if scheme == "W8A16-g32"]
+    wanted = {name: sum(name in steps for steps in four) for name in ("awq", "drift")}
+    said = {kind: {step["name"]: step["layers"] for step in steps} for kind, steps in recipe["steps"].items()}
+    assert said == {"4 bits": {n: count for n, count in wanted.items() if count} | {"gptq": 6}, "8 bits": {"rtn": 8}}
+    assert recipe["skipped"] == (
+        {"4 bits": [n for n, count in wanted.items() if not count]} if 0 in wanted.values() else {}
+    )
+
+
 MIXED = {"*.mlp.*": "W3A16-g32", "*.k_proj": "W3A16-g32"}  # k_proj is given what q_proj and v_proj are given
 
 

@@ -45,6 +45,8 @@ def test_the_recipe_says_what_was_done_and_to_how_many_layers() -> None:
     done = {"a.q": ["awq"], "a.k": ["awq", "drift"], "a.up": ["drift"]}
     steps = {kind: [(s["name"], s["layers"]) for s in each] for kind, each in decision.steps(layers, done).items()}
     assert steps == {"4 bits": [("awq", 1), ("drift", 2), ("gptq", 3)], "8 bits": [("awq", 1), ("rtn", 1)]}
+    assert decision.skipped(layers, done) == {}
+    assert decision.skipped(layers, done | {"a.k": ["drift"]}) == {"4 bits": ["awq"]}
     only = Decision.of("rtn", [W4]).steps({"a.k": W4}, {})
     assert only == {"4 bits": [{"name": "rtn", "steps": 20, "least": 0.6, "layers": 1}]}
 

@@ -23,34 +23,38 @@ from torch import Tensor
 
 from hf_quant.disk import blaming, need_space
 from hf_quant.errors import CheckpointError
-from hf_quant.formats import Format
-from hf_quant.scheme import QuantScheme
+from hf_quant.strict_json import MAX_BYTES, MAX_VALUES, parsed, shown
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
-MAX_JSON = 100_000_000  # bytes
+MAX_CONFIG = 500_000  # values in config.json
 MAX_TENSORS = 200_000
 MAX_AXES = 8
 MAX_AXIS = 2**48
-CAPS = {
-    "num_hidden_layers": 1000,
-    "n_layer": 1000,
-    "n_layers": 1000,
-    "num_layers": 1000,
-    "hidden_size": 2**20,
-    "n_embd": 2**20,
-    "d_model": 2**20,
-    "intermediate_size": 2**22,
-    "moe_intermediate_size": 2**22,
-    "vocab_size": 2**24,
-    "num_attention_heads": 2**14,
-    "num_key_value_heads": 2**14,
-    "n_head": 2**14,
-    "head_dim": 2**16,
-    "num_experts": 2**16,
-    "num_local_experts": 2**16,
-    "n_routed_experts": 2**16,
+SIZES_OF = {  # field of config.json to the integers it may hold; models without experts say zero of them
+    "num_hidden_layers": (1, 1000),
+    "n_layer": (1, 1000),
+    "n_layers": (1, 1000),
+    "num_layers": (1, 1000),
+    "hidden_size": (1, 2**20),
+    "n_embd": (1, 2**20),
+    "d_model": (1, 2**20),
+    "intermediate_size": (0, 2**22),
+    "moe_intermediate_size": (0, 2**22),
+    "vocab_size": (1, 2**24),
+    "num_attention_heads": (1, 2**14),
+    "num_key_value_heads": (1, 2**14),
+    "n_head": (1, 2**14),
+    "head_dim": (1, 2**16),
+    "num_experts": (0, 2**16),
+    "num_local_experts": (0, 2**16),
+    "n_routed_experts": (0, 2**16),
 }
+MOST = (  # what other fields with such names may count, where they hold an integer
+    (re.compile(r"(.*_)?(layers?|depth)"), 1000),
+    (re.compile(r"(.*_)?experts"), 2**16),
+    (re.compile(r"n_positions|.*max_.*positions?(_embeddings)?"), 2**26),
+)
+INNERMOST = 4  # how deep configs of parts are looked into
 _NAME = re.compile(r"[\x21-\x7e]{1,512}")
 _SHARD = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,250}\.safetensors")
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -117,7 +121,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """
     path = Path(path)
     raw, size = _raw_header(path)
-    header = _parsed(raw, path.name, "header")
+    header = parsed(raw, path.name, "header")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise CheckpointError(f"{path.name}: __metadata__ must map strings to strings")
@@ -144,8 +148,8 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
         if len(prefix) < 8:
             raise CheckpointError(f"{path.name}: truncated: {size} bytes hold no header")
         (length,) = struct.unpack("<Q", prefix)
-        if length > MAX_HEADER:
-            raise CheckpointError(f"{path.name}: header of {length} bytes, the limit is {MAX_HEADER}")
+        if length > MAX_BYTES:
+            raise CheckpointError(f"{path.name}: header of {length} bytes, the limit is {MAX_BYTES}")
         if length > size - 8:
             raise CheckpointError(f"{path.name}: truncated: header of {length} bytes in a file of {size}")
         raw = file.read(length)
@@ -157,17 +161,17 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
 def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     """One entry of a header, checked by itself; ``start`` is the first byte of the data."""
     if not _NAME.fullmatch(name) or ".." in name:
-        raise CheckpointError(f"{path.name}: tensor name {_shown(name)} is not allowed")
+        raise CheckpointError(f"{path.name}: tensor name {shown(name)} is not allowed")
     where = f"{path.name}: tensor {name}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, got {_shown(entry)}")
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, got {shown(entry)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SIZES:
-        raise CheckpointError(f"{where}: unknown dtype {_shown(dtype)}")
+        raise CheckpointError(f"{where}: unknown dtype {shown(dtype)}")
     if not _integers(shape, MAX_AXIS) or len(shape) > MAX_AXES:
-        raise CheckpointError(f"{where}: bad shape {_shown(shape)}")
+        raise CheckpointError(f"{where}: bad shape {shown(shape)}")
     if not _integers(offsets, 2**62) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where}: bad data_offsets {_shown(offsets)}")
+        raise CheckpointError(f"{where}: bad data_offsets {shown(offsets)}")
     nbytes = math.prod(shape) * SIZES[dtype]
     if nbytes != offsets[1] - offsets[0]:
         raise CheckpointError(
@@ -178,12 +182,6 @@ def _tensor_info(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
 
 def _integers(value: Any, top: int) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item <= top for item in value)
-
-
-def _shown(value: Any) -> str:
-    """A stranger's value, short and printable."""
-    text = ascii(value)
-    return text if len(text) <= 100 else f"{text[:50]}...{text[-40:]}"
 
 
 # -- files and JSON -----------------------------------------------------------------------------------------------
@@ -218,46 +216,54 @@ def _inside(folder: Path, name: str) -> Path:
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     path = _inside(folder, name)
     size = _regular(path, name)
-    if size > MAX_JSON:
-        raise CheckpointError(f"{name}: {size} bytes, the limit is {MAX_JSON}")
-    return _parsed(path.read_bytes(), name, "file")
+    if size > MAX_BYTES:
+        raise CheckpointError(f"{name}: {size} bytes, the limit is {MAX_BYTES}")
+    return parsed(path.read_bytes(), name, values=MAX_CONFIG if name == "config.json" else MAX_VALUES)
 
 
-def _parsed(raw: bytes, name: str, what: str) -> dict[str, Any]:
-    """A JSON object in which no key stands twice: readers differ in which of the two they take."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a local folder.
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise CheckpointError(f"{name}: key {_shown(twice)} stands twice in the {what}")
-        return made
-
-    try:
-        made = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{name}: {what} is not valid JSON: {error}") from None
-    if not isinstance(made, dict):
-        raise CheckpointError(f"{name}: {what} must hold a JSON object, got {_shown(made)}")
-    return made
+    Raises:
+        CheckpointError: It is damaged, or a number in it would make building the model endless; the message names the field.
+    """
+    config = _read_json(folder, "config.json")
+    check_config(config)
+    return config
 
 
-def _check_config(config: Mapping[str, Any], where: str = "") -> None:
-    for key, cap in CAPS.items():
-        value = config.get(key)
+def check_config(config: Mapping[str, Any], where: str = "") -> None:
+    """Refuse numbers that would make building the model endless, and a ``quantization_config`` that is no object.
+
+    Args:
+        config: config.json.
+        where: Of an inner config, its name and a dot.
+
+    Raises:
+        CheckpointError: Names the field.
+    """
+    for key, value in config.items():
         for item in value if isinstance(value, list) else [value]:  # some models have one value per layer
-            if item is not None and (type(item) is not int or not 1 <= item <= cap):
-                raise CheckpointError(
-                    f"config.json: {where}{key} must be an integer from 1 to {cap}, got {_shown(item)}"
-                )
+            _check_size(f"{where}{key}", key, item)
     quantization = config.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
-        raise CheckpointError(f"config.json: {where}quantization_config must be an object, got {_shown(quantization)}")
+        raise CheckpointError(f"config.json: {where}quantization_config must be an object, got {shown(quantization)}")
     for key, value in config.items():
-        if not where and key.endswith("_config") and isinstance(value, dict):
-            _check_config(value, f"{key}.")
+        if where.count(".") < INNERMOST and key.endswith("_config") and isinstance(value, dict):
+            check_config(value, f"{where}{key}.")
+
+
+def _check_size(field: str, key: str, value: Any) -> None:
+    if key in SIZES_OF:
+        least, most = SIZES_OF[key]
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise CheckpointError(
+                f"config.json: {shown(field)[1:-1]} must be an integer from {least} to {most}, got {shown(value)}"
+            )
+    elif type(value) is int and value > 1000:
+        most = min((most for name, most in MOST if name.fullmatch(key)), default=value)
+        if value > most:
+            raise CheckpointError(f"config.json: {shown(field)[1:-1]} is {shown(value)}, the limit is {most}")
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -288,8 +294,7 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: not a folder")
-        config = _read_json(folder, "config.json")
-        _check_config(config)
+        config = read_config(folder)
         single, index = (os.path.lexists(folder / name) for name in (WEIGHTS, INDEX))
         if single and index:
             raise CheckpointError(f"both {WEIGHTS} and {INDEX} are there: remove the one that is out of date")
@@ -355,11 +360,11 @@ def _why_nothing(folder: Path) -> str:
 def _weight_map(folder: Path, index: str) -> dict[str, str]:
     weight_map = _read_json(folder, index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map must be a non-empty object, got {_shown(weight_map)}")
+        raise CheckpointError(f"{index}: weight_map must be a non-empty object, got {shown(weight_map)}")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not _SHARD.fullmatch(shard):
             raise CheckpointError(
-                f"{index}: weight_map[{_shown(tensor)}] is {_shown(shard)}, not a plain .safetensors file name"
+                f"{index}: weight_map[{shown(tensor)}] is {shown(shard)}, not a plain .safetensors file name"
             )
     return weight_map
 
@@ -378,7 +383,7 @@ def _indexed(folder: Path, index: str) -> dict[str, TensorInfo]:
             tensors[name] = info
     missing = next((name for name in weight_map if name not in tensors), None)
     if missing is not None:
-        raise CheckpointError(f"{weight_map[missing]}: tensor {_shown(missing)} of {index} is missing")
+        raise CheckpointError(f"{weight_map[missing]}: tensor {shown(missing)} of {index} is missing")
     return tensors
 
 
@@ -403,74 +408,6 @@ def _refuse_climbing(files: Sequence[Path]) -> None:
     for folder in sorted({file.parent for file in files}):
         if len(files) > 1 and (folder / INDEX).is_file():
             _weight_map(folder, INDEX)
-
-
-# -- modules ------------------------------------------------------------------------------------------------------
-
-
-def check_module(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], scheme: QuantScheme, fmt: Format) -> None:
-    """Check the tensors of one quantized layer: there, of the right shape and type, and with sane small values.
-
-    Args:
-        checkpoint: Where they are.
-        name: Of the linear layer, or in full of a stack of experts.
-        shape: ``[N, K]`` of the layer's weight, or ``[E, N, K]`` of the stack.
-        scheme: How the layer is quantized.
-        fmt: The format it is stored in.
-
-    Raises:
-        CheckpointError: Names the file and the tensor, what it is and what it should be.
-    """
-    *stack, n, k = shape
-    for local, (tail, dtype) in fmt.layout((n, k), scheme, torch.float16).items():
-        full = name + local.removeprefix("weight") if stack else f"{name}.{local}"
-        info = checkpoint.tensors.get(full)
-        if info is None:
-            raise CheckpointError(f"tensor {full} is missing from the checkpoint")
-        where = f"{info.file.name}: tensor {full}"
-        halves = (*stack, 2, k) if local == "weight_perm" and stack else None  # of the gate and the up rows
-        if info.shape not in ((*stack, *tail), halves):
-            raise CheckpointError(
-                f"{where} has shape {list(info.shape)}, expected {[*stack, *tail]} for {list(shape)} in {scheme}"
-            )
-        wanted = SCALE_DTYPES if dtype.is_floating_point else (DTYPES[dtype],)
-        if info.dtype not in wanted:
-            raise CheckpointError(f"{where} has dtype {info.dtype}, expected {' or '.join(wanted)}")
-        _check_small(checkpoint, full, local, where, [n, k], scheme)
-
-
-def _check_small(
-    checkpoint: Checkpoint, full: str, local: str, where: str, shape: list[int], scheme: QuantScheme
-) -> None:
-    """The values of scales, zero points, orders and the stored shape; the codes can be anything."""
-    if local == "weight_scale":
-        scale = checkpoint.read(full)
-        good = scale.isfinite() if scheme.foreign else scale.isfinite() & (scale != 0)  # AutoRound makes negative ones
-        if not bool(good.all()):
-            raise CheckpointError(f"{where}: {int((~good).sum())} scales are zero or not finite numbers")
-    elif local == "weight_zero_point":
-        if scheme.real_zero and not bool(checkpoint.read(full).isfinite().all()):  # packed ones cannot be too large
-            raise CheckpointError(f"{where}: some zero points are not finite numbers")
-    elif local == "weight_perm":
-        order = checkpoint.read(full).sort(-1).values
-        if not bool((order == torch.arange(shape[1])).all()):
-            raise CheckpointError(f"{where}: not an order of {shape[1]} columns")
-    elif local == "weight_outlier_index":
-        _check_outliers(checkpoint.read(full), where, shape[1])
-    elif local == "weight_shape":
-        stored = checkpoint.read(full).tolist()
-        if stored != shape:
-            raise CheckpointError(f"{where} says {stored}, expected {shape}")
-
-
-def _check_outliers(index: Tensor, where: str, columns: int) -> None:
-    """A kernel reads activations at these places."""
-    if int(index.min()) < 0 or int(index.max()) >= columns:
-        raise CheckpointError(
-            f"{where}: reaches from {int(index.min())} to {int(index.max())}, outside of {columns} columns"
-        )
-    if bool((index.diff() <= 0).any()):
-        raise CheckpointError(f"{where}: the columns of a row must ascend, each standing once")
 
 
 # -- writing ------------------------------------------------------------------------------------------------------

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from hf_quant.checkpoint import TORCH, Checkpoint, TensorInfo
 from hf_quant.errors import CheckpointError, FormatError
-from hf_quant.formats import Format, Layer, format_of
+from hf_quant.formats import Called, Format, Layer, by_itself, format_of
+from hf_quant.formats.native import wrong_values
 from hf_quant.tensor import QuantizedTensor
 
 QUANTO = "quanto_qmap.json"  # how optimum-quanto says that a checkpoint is its own
-TINY, SMALL = 1 << 10, 1 << 24  # bytes: what is read of a tensor by the way, and to be sure
+TINY, SMALL = 1 << 12, 1 << 24  # bytes: what is read of a tensor by the way, and to be sure
 
 
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -30,7 +31,9 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any
         config: Its config.json.
     """
     text = config.get("text_config")
-    stored = config.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    stored = config.get("quantization_config")
+    if stored is None and isinstance(text, dict):
+        stored = text.get("quantization_config")
     if stored is None and (folder / QUANTO).is_file():
         return {"quant_method": "quanto"}
     return stored
@@ -71,13 +74,16 @@ class Contents:
     names: dict[str, dict[str, str]]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, stored: Mapping[str, Any], *, thorough: bool = True) -> Contents:
+    def of(
+        cls, checkpoint: Checkpoint, stored: Mapping[str, Any], *, thorough: bool = True, called: Called = by_itself
+    ) -> Contents:
         """Sort a checkpoint whose ``quantization_config`` is ``stored``.
 
         Args:
             checkpoint: Its headers have been checked.
             stored: Says the format.
-            thorough: Whether to look at tensors of up to 16 MB (g_idx, zero points), or only at those of a kilobyte.
+            thorough: Whether to look at tensors of up to 16 MB (g_idx, zero points), or only at those of four kilobytes.
+            called: The names by which ``stored`` may call a module of the file.
 
         Raises:
             FormatError: The format is not read here, or a field of ``stored`` is not.
@@ -96,7 +102,7 @@ class Contents:
             return checkpoint.read(full) if info is not None and info.nbytes <= limit else None
 
         try:
-            layers = fmt.layers(headers, value)
+            layers = fmt.layers(headers, value, called)
         except FormatError as error:
             raise CheckpointError(f"{_file(checkpoint, names, str(error))}{error}") from None
         return cls(checkpoint, name, fmt, layers, {module: names[module] for module in layers})
@@ -104,6 +110,24 @@ class Contents:
     def tensors(self, module: str) -> dict[str, Tensor]:
         """The tensors of one layer, as they are in the file."""
         return {local: self.checkpoint.read(full) for local, full in self.names[module].items()}
+
+    def check(self, module: str) -> None:
+        """Check what is small of one layer of our own layout: everything but the codes, any of which are good ones.
+
+        Raises:
+            CheckpointError: A tensor holds what it must not; the message names file and tensor.
+        """
+        layer = self.layers[module]
+        if self.format == "native" and layer.scheme is not None:
+            small = {
+                local: self.checkpoint.read(full) for local, full in self.names[module].items() if local != "weight"
+            }
+            if (wrong := wrong_values(small, layer.scheme, layer.shape[-1])) is not None:
+                raise CheckpointError(f"{self.where(module)}: {wrong}")
+
+    def where(self, module: str) -> str:
+        """The file of a layer and its name there, for messages."""
+        return f"{self.checkpoint.tensors[next(iter(self.names[module].values()))].file.name}: {module}"
 
     def read(self, module: str) -> QuantizedTensor | Tensor:
         """One layer: codes where it has a scheme, else its weight in float32.
@@ -116,7 +140,7 @@ class Contents:
             own = self.tensors(module)
             return self.fmt.dense(own) if scheme is None else self.fmt.read(own, scheme)
         except FormatError as error:
-            raise CheckpointError(f"{_file(self.checkpoint, self.names, module)}{module}: {error}") from None
+            raise CheckpointError(f"{self.where(module)}: {error}") from None
 
     @property
     def rest(self) -> list[str]:
@@ -137,7 +161,7 @@ def _by_module(tensors: Mapping[str, TensorInfo], suffixes: Sequence[str]) -> di
             continue
         for companion in companions:
             stack = full.removesuffix(companion)
-            if stack != full and stack in tensors and len(tensors[stack].shape) == 3:
+            if stack != full and stack in tensors and len(tensors[stack].shape) in (3, 4):
                 made.setdefault(stack, {"weight": stack})[f"weight{companion}"] = full
     return made
 

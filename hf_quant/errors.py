@@ -1,8 +1,24 @@
 """Every error this package raises on purpose."""
 
+LONGEST = 2000  # characters of a message
+
+
+def printable(text: str, longest: int = LONGEST) -> str:
+    """A stranger's text, safe to show: at most ``longest`` characters, and whatever is not printable as an escape, so that
+    it can neither drive a terminal nor hide; ends of lines stay."""
+    short = _cut(text, longest)
+    return _cut("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in short), longest)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest * 2 // 3]} ... {text[-(longest // 4) :]}"
+
 
 class HfQuantError(Exception):
-    """Base class: catch this to catch them all."""
+    """Base class: catch this to catch them all. The message is short and printable, whatever names are in it."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class SchemeError(HfQuantError, ValueError):

@@ -62,6 +62,8 @@ def preset(name: str, scheme: QuantScheme) -> Preset:
     Raises:
         PlanError: There is nothing of that name.
     """
+    if not isinstance(name, str):
+        raise PlanError(f"method must be a name, got {name!r}")
     if name in PRESETS:
         return INT8 if name == "calibrated" and scheme.activations else PRESETS[name][scheme.bits]
     *transforms, last = name.split("+")

@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from hf_quant import __version__, _plugins
-from hf_quant.errors import GateError, HfQuantError, PlanError, SchemeError
+from hf_quant.errors import GateError, HfQuantError, PlanError, SchemeError, printable
 
 
 class _Commands(click.Group):
@@ -80,7 +80,7 @@ def _stoppable() -> Iterator[None]:
 def _report(error: Exception, code: int) -> None:
     if os.environ.get("HF_QUANT_DEBUG") == "1":
         traceback.print_exc()
-    click.echo(f"Error: {error}", err=True)
+    click.echo(f"Error: {printable(str(error))}", err=True)
     sys.exit(code)
 
 

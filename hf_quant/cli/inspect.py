@@ -10,7 +10,7 @@ import click
 
 from hf_quant.cli._common import emit, output_options, table
 from hf_quant.cli._types import Model
-from hf_quant.errors import CheckpointError
+from hf_quant.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
     from hf_quant.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ def command(model: str, as_json: bool, quiet: bool) -> None:
         **_layers(contents),
         "matrices_in_floating_point": len(left),
         "left": left,
-        "share_quantized": ((stored or {}).get("hf_quant") or stored or {}).get("share_quantized"),
+        "share_quantized": _share(stored),
         "files": len({info.file for info in checkpoint.tensors.values()}),
         "bytes": sum(sizes.values()),
         "bytes_by_dtype": dict(sizes.most_common()),
@@ -75,6 +75,13 @@ def _left(checkpoint: Checkpoint, contents: Contents | None) -> list[str]:
     return [name.removesuffix(".weight") for name in matrices]
 
 
+def _share(stored: Any) -> float | None:
+    """What the program that quantized the model wrote of it, if it is a number."""
+    ours = (stored or {}).get("hf_quant")
+    share = (ours if isinstance(ours, dict) else stored or {}).get("share_quantized")
+    return share if isinstance(share, float) else None
+
+
 def _shown(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
@@ -84,7 +91,7 @@ def _format(stored: Any) -> str:
         return "not quantized"
     method = str(stored.get("quant_method", "unknown"))
     said = {"hf_quant": "format", "gptq": "checkpoint_format", "awq": "version", "auto-round": "packing_format"}
-    return f"{method} {stored.get(said.get(method, 'format')) or ''}".strip()
+    return printable(f"{method} {stored.get(said.get(method, 'format')) or ''}".strip(), 100)
 
 
 COMMAND = command

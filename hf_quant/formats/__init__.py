@@ -52,6 +52,12 @@ class Layer:
 
 Headers = Mapping[str, Mapping[str, Shaped]]  # module -> local name -> header
 Value = Callable[[str], Tensor | None]  # the tensor of that full name, or None if it is too large to look at
+Called = Callable[[str], Sequence[str]]  # the names by which a config may call the module of that name
+
+
+def by_itself(module: str) -> Sequence[str]:
+    """For checkpoints whose model is not known: a module has one name."""
+    return (module,)
 
 
 @runtime_checkable
@@ -91,12 +97,13 @@ class Format(Protocol):
         """The weight ``[N, K]`` in float32, of a layer whose scheme is None; raises as `read` does."""
         ...
 
-    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+    def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         """The quantized layers among the modules that have tensors under one of the `suffixes`.
 
         Args:
             headers: All those modules.
-            value: Reads small tensors; gives at least those of a kilobyte.
+            value: Reads small tensors; gives at least those of four kilobytes.
+            called: Other names of a module: those in the file may differ from those that the config means.
 
         Raises:
             FormatError: Tensors are missing or contradict each other or the config; the message names the module.

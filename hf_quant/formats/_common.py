@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import translate
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from hf_quant.packing import pack
 from hf_quant.scheme import MULTIPLE, QuantScheme
 from hf_quant.tensor import QuantizedTensor
 
+MAX_GLOBS = 200
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -59,7 +62,7 @@ def need(
     if found is None:
         raise FormatError(f"{name} is missing")
     if found.dtype not in dtypes:
-        raise FormatError(f"{name} has dtype {_short(found.dtype)}, expected {' or '.join(map(_short, dtypes))}")
+        raise FormatError(f"{name} has dtype {short(found.dtype)}, expected {' or '.join(map(short, dtypes))}")
     has = list(found.shape)
     if shape is not None and (
         len(has) != len(shape) or any(h < 1 or (s or h) != h for h, s in zip(has, shape, strict=True))
@@ -68,7 +71,8 @@ def need(
     return found
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """Its name without the package's."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -150,6 +154,35 @@ def order_of(name: str, g_idx: Tensor, groups: int, group_size: int) -> Tensor |
     if not torch.equal(g_idx.cpu()[order].long(), expected):
         raise FormatError(f"{name}: groups do not have {group_size} columns each")
     return None if torch.equal(order, torch.arange(k)) else order
+
+
+class Globs:
+    """Names and patterns of a config, as many as a stranger likes: names are looked up, and only patterns are tried.
+
+    Args:
+        field: Where they stand, for messages.
+        patterns: In their order; ``*``, ``?`` and ``[`` make a pattern.
+
+    Raises:
+        FormatError: There are more patterns than any program writes.
+    """
+
+    def __init__(self, field: str, patterns: Iterable[str]) -> None:
+        self._names: dict[str, int] = {}
+        self._globs: list[tuple[int, Callable[[str], object]]] = []
+        for place, pattern in enumerate(patterns):
+            if not set(pattern) & set("*?["):
+                self._names.setdefault(pattern, place)
+            elif len(self._globs) == MAX_GLOBS:
+                raise refused(field, pattern, f"more than {MAX_GLOBS} patterns")
+            else:
+                self._globs.append((place, re.compile(translate(pattern)).match))
+
+    def first(self, names: Sequence[str]) -> int | None:
+        """The place of the first that fits one of the names; None if none does."""
+        places = [self._names[name] for name in names if name in self._names]
+        places += [place for place, match in self._globs if any(map(match, names))][:1]
+        return min(places, default=None)
 
 
 def is_sequence(value: Any) -> bool:

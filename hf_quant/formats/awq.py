@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.errors import FormatError
-from hf_quant.formats import Headers, Layer, Value
+from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import FLOATS, check_scale, group_of, integer, need, refused, scheme_for, settled, spread
 from hf_quant.packing import pack, unpack
 from hf_quant.scheme import QuantScheme
@@ -106,7 +106,7 @@ class AWQ:
         group = group_of(codes.shape[1], size, 1)
         return (codes.float() - zero.float()[:, group]) * scale.float()[:, group]
 
-    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+    def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         made = {}
         for module, own in headers.items():
             try:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hf_quant.errors import FormatError
-from hf_quant.formats import Headers, Layer, Value
-from hf_quant.formats._common import ReadOnly, check_scale, need, refused, scheme_for
+from hf_quant.formats import Called, Headers, Layer, Value, by_itself
+from hf_quant.formats._common import ReadOnly, check_scale, need, refused, scheme_for, settled
 from hf_quant.numerics import levels
 from hf_quant.scheme import CODEBOOKS, QuantScheme
 from hf_quant.tensor import QuantizedTensor
@@ -82,7 +82,7 @@ class BitsAndBytes(ReadOnly):
         scale = absmax.repeat_interleave(state.block)[: len(codes)]
         return (table[codes] * scale).view(state.shape)
 
-    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+    def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         made = {}
         for module, own in headers.items():
             if len(own) == 1 and "weight" in own and own["weight"].dtype not in (torch.int8, torch.uint8):
@@ -120,8 +120,8 @@ def _facts_int8(tensors: Mapping[str, Any]) -> tuple[int, int]:
 
 def _scale_int8(tensors: Mapping[str, Tensor]) -> Tensor:
     layout = tensors.get("weight_format")
-    if layout is not None and int(layout.flatten()[0]) != 0:
-        raise FormatError(f"weight_format {int(layout.flatten()[0])}: only weights in rows (0) are read")
+    if layout is not None and bool(layout.any()):
+        raise FormatError("weight_format: only weights in rows (0) are read")
     scale = tensors["SCB"].float().view(-1, 1) * ONE_OF_127
     check_scale("SCB", scale)
     return scale
@@ -130,7 +130,7 @@ def _scale_int8(tensors: Mapping[str, Tensor]) -> Tensor:
 def _int8(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
     _facts_int8(tensors)
     codes = tensors["weight"].contiguous().view(torch.uint8) ^ 0x80  # -128..127 to 0..255
-    return QuantizedTensor(codes, _scale_int8(tensors), None, scheme)
+    return settled(QuantizedTensor(codes, _scale_int8(tensors), None, scheme))
 
 
 def _state(tensors: Mapping[str, Any], value: Value) -> _State:
@@ -142,7 +142,8 @@ def _state(tensors: Mapping[str, Any], value: Value) -> _State:
     if stored.shape[0] > MAX_STATE:
         raise FormatError(f"{STATE}{codebook} has {stored.shape[0]} bytes, the limit is {MAX_STATE}")
     text = value(STATE + codebook)
-    assert text is not None
+    if text is None:  # more than is read by the way
+        raise FormatError(f"{STATE}{codebook}: {stored.shape[0]} bytes are too many")
     state = _parsed(bytes(text.tolist()), codebook)
     n, k = state.shape
     weight = need(tensors, "weight", (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32))

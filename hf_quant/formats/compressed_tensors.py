@@ -9,11 +9,12 @@ in floating point where it says something else.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -21,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.errors import FormatError
-from hf_quant.formats import Headers, Layer, Value
+from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import (
     FLOATS,
+    Globs,
     check_input_scale,
     check_scale,
     codes_of,
@@ -164,7 +166,7 @@ class CompressedTensors:
             raise FormatError(f"weight_scale has {groups} groups for {k} input features, expected {scheme.groups(k)}")
         zero = _zero(tensors, n, groups, scheme)
         zero = None if zero is None else spread(zero, k, k // groups, scheme)
-        made = settled(QuantizedTensor(packed, spread(scale, k, k // groups, scheme), zero, scheme))
+        made = QuantizedTensor(packed, spread(scale, k, k // groups, scheme), zero, scheme)
         if scheme.activations == "tensor":
             found = need(tensors, "input_scale", FLOATS)
             if found.numel() != 1:
@@ -177,31 +179,27 @@ class CompressedTensors:
         if order is not None and not scheme.permuted:
             raise FormatError("weight_g_idx: the columns of a group lie scattered")
         if not scheme.permuted:
-            return made
-        return permuted(made, torch.arange(k) if order is None else order)
+            return settled(made)
+        return settled(permuted(made, torch.arange(k) if order is None else order))
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
         weight = need(tensors, "weight", (*FLOAT8, *FLOATS), (None, None))
         n, k = weight.shape
-        block = next((group.block for group in self.groups if group.floats and group.block), None)
-        if block is None:
-            scale = _scale(tensors, n)
-            across = k // scale.shape[1]
-        else:
-            rows, across = block
-            scale = need(tensors, "weight_scale", FLOATS, (-(-n // rows), -(-k // across)))
-            check_scale("weight_scale", scale)
-            scale = scale.repeat_interleave(rows, 0)[:n]
-        return weight.float() * scale.float().repeat_interleave(across, 1)[:, :k]
+        scale = need(tensors, "weight_scale", FLOATS)
+        check_scale("weight_scale", scale)
+        # which group it is of does not stand beside a tensor; the shape of its scales tells
+        rows, across = _block(n, k, scale.shape, {group.block for group in self.groups if group.floats} or {None})
+        wide = scale.float().reshape(-(-n // rows), -(-k // across))
+        return weight.float() * wide.repeat_interleave(rows, 0)[:n].repeat_interleave(across, 1)[:, :k]
 
-    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+    def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         made = {}
         for module, own in headers.items():
             weight = own.get("weight")
             if weight is not None and weight.dtype in FLOATS:
                 continue  # a layer in floating point
             try:
-                made[module] = self._layer(module, own, value)
+                made[module] = self._layer(module, self._group(called(module)), own, value)
             except FormatError as error:
                 raise FormatError(f"{module}: {error}") from None
         return made
@@ -210,8 +208,7 @@ class CompressedTensors:
         default = Counter(schemes.values()).most_common(1)[0][0]
         return config_of(default, {name: scheme for name, scheme in schemes.items() if scheme != default}, left)
 
-    def _layer(self, module: str, own: Mapping[str, Any], value: Value) -> Layer:
-        group = self._group(module)
+    def _layer(self, module: str, group: _Group, own: Mapping[str, Any], value: Value) -> Layer:
         if "weight_packed" in own:
             need(own, "weight_packed", (torch.int32,), (None, None))
             need(own, "weight_shape", SHAPES, (2,))
@@ -219,10 +216,13 @@ class CompressedTensors:
             assert shape is not None
             n, k = _stored_shape({"weight_shape": shape})
             _width(own["weight_packed"].shape, n, k, group.bits)
+        elif "weight" not in own:
+            raise FormatError("neither weight_packed nor weight is there")
         else:
             n, k = need(own, "weight", FLOAT8 if group.floats else (torch.int8,), (None, None)).shape
         scale = need(own, "weight_scale", FLOATS)
         if group.floats:
+            _block(n, k, scale.shape, {group.block})
             return Layer((n, k), None, scale.dtype, "8-bit floats")
         size = k if group.group_size == -1 else group.group_size
         if k % size:
@@ -241,19 +241,30 @@ class CompressedTensors:
             need(own, "weight_zero_point", (torch.int32, torch.int8))
         return Layer((n, k), scheme, scale.dtype, note)
 
-    def _group(self, module: str) -> _Group:
+    def _group(self, names: Sequence[str]) -> _Group:
         """What the config says of a module: a name counts before a pattern, a pattern before a class."""
         if len(self.groups) == 1:  # it has tensors, so what else could they be
             return self.groups[0]
-        named = {target: group for group in self.groups for target in group.targets}
-        if module in named:
-            return named[module]
-        for target in sorted(target for target in named if target.startswith("re:")):
-            if fnmatchcase(module, _glob("config_groups.targets", target)):
-                return named[target]
-        if "Linear" not in named:
+        plain, patterns, globs = self._targets
+        found = next((plain[name] for name in names if name in plain), None)
+        if found is None and (place := globs.first(names)) is not None:
+            found = patterns[place]
+        found = found or plain.get("Linear")
+        if found is None:
             raise FormatError("no group of quantization_config is for it")
-        return named["Linear"]
+        return found
+
+    @cached_property
+    def _targets(self) -> tuple[dict[str, _Group], list[_Group], Globs]:
+        """Group of each plain target, and groups of the patterns in the order in which they are tried."""
+        named = {target: group for group in self.groups for target in group.targets}
+        patterns = sorted(target for target in named if target.startswith("re:"))
+        globs = Globs("config_groups.targets", [_glob("config_groups.targets", target) for target in patterns])
+        return (
+            {target: group for target, group in named.items() if not target.startswith("re:")},
+            [named[target] for target in patterns],
+            globs,
+        )
 
 
 IN_FLOAT = "its activations stay in floating point"
@@ -274,6 +285,21 @@ def _stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
     if not (1 <= n < 1 << 32 and 1 <= k < 1 << 32) or k % MULTIPLE:
         raise FormatError(f"weight_shape {[n, k]}: in_features must be a multiple of {MULTIPLE}")
     return n, k
+
+
+def _block(n: int, k: int, shape: Sequence[int], blocks: Collection[tuple[int, int] | None]) -> tuple[int, int]:
+    """Rows and columns of a weight ``[N, K]`` that share a scale: of the one block that ``shape`` fits, None for rows."""
+    fitting = set()
+    for block in blocks:
+        if block is not None:
+            rows, across = min(block[0], n), min(block[1], k)
+            if list(shape) == [-(-n // rows), -(-k // across)]:
+                fitting.add((rows, across))
+        elif list(shape) in ([n, 1], [n], [1, 1], [1], []):
+            fitting.add((n if math.prod(shape) == 1 else 1, k))
+    if len(fitting) != 1:
+        raise FormatError(f"weight_scale has shape {list(shape)}, which fits {len(fitting)} groups of the config")
+    return fitting.pop()
 
 
 def _width(shape: Sequence[int], n: int, k: int, bits: int) -> bool:

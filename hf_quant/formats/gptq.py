@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.errors import FormatError
-from hf_quant.formats import Headers, Layer, Value
+from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import (
     FLOATS,
     check_scale,
@@ -139,17 +139,15 @@ class GPTQ:
             tensors["qweight"].T.contiguous().view(torch.uint8),
             spread(tensors["scales"].T, k, size, scheme),
         )
-        made = settled(
-            QuantizedTensor(packed, scale, None if scheme.symmetric else spread(zero, k, size, scheme), scheme)
-        )
+        made = QuantizedTensor(packed, scale, None if scheme.symmetric else spread(zero, k, size, scheme), scheme)
         if scheme.permuted and "g_idx" not in tensors:
             raise FormatError("g_idx is missing")
         order = self._order(tensors, k, groups)
         if order is not None and not scheme.permuted:
             raise FormatError("g_idx: the columns of a group lie scattered")
         if not scheme.permuted:
-            return made
-        return permuted(made, torch.arange(k) if order is None else order)
+            return settled(made)
+        return settled(permuted(made, torch.arange(k) if order is None else order))
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
         _n, k, bits, groups = _facts(tensors)
@@ -160,7 +158,7 @@ class GPTQ:
         zero, scale = self._zeros(tensors["qzeros"], bits).float(), tensors["scales"].T.float()
         return (codes - zero[:, group]) * scale[:, group]
 
-    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+    def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         return {module: self._layer(module, own, value) for module, own in headers.items()}
 
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.errors import FormatError
-from hf_quant.formats import Headers, Layer, Value
+from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, need, scheme_for
 from hf_quant.packing import pack
 from hf_quant.scheme import QuantScheme
@@ -62,7 +62,7 @@ class HQQ(ReadOnly):
         facts, codes, scale, zero = _parts(tensors)
         return ((codes.float() - zero.float()) * scale.float()).view(facts.shape)
 
-    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+    def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         made = {}
         for module, own in headers.items():
             if "W_q" not in own and "nbits" not in own:
@@ -86,14 +86,14 @@ def _facts(tensors: Mapping[str, Any], value: Value) -> _Facts:
     need(tensors, "shape", (torch.int64,), (2,))
     for name in NUMBERS:
         need(tensors, name, (torch.int32,), ())
-    shape, bits, size, axis = (_scalars(value(name)) for name in ("shape", *NUMBERS))
+    shape, bits, size, axis = (_scalars(name, value) for name in ("shape", *NUMBERS))
     n, k = shape
     if bits[0] not in SHIFTS or axis[0] not in (0, 1) or not (0 < n < 1 << 32 and 0 < k < 1 << 32 and size[0] > 0):
         raise FormatError(f"shape {[n, k]}, nbits {bits[0]}, group_size {size[0]}, axis {axis[0]}: out of range")
     if n * k % size[0]:
         raise FormatError(f"group_size {size[0]} does not divide {n} x {k}")
     facts = _Facts((n, k), bits[0], size[0], axis[0])
-    flags = {name: bool(_scalars(value(name))[0]) for name in FLAGS if name in tensors}
+    flags = {name: bool(_scalars(name, value)[0]) for name in FLAGS if name in tensors}
     if flags.get("quant_scale") or flags.get("quant_zero"):
         raise FormatError("scales or zero points that are quantized again are not read")
     rows, columns = (facts.groups, facts.size) if facts.axis == 1 else (facts.size, facts.groups)
@@ -106,8 +106,10 @@ def _facts(tensors: Mapping[str, Any], value: Value) -> _Facts:
     return facts
 
 
-def _scalars(tensor: Tensor | None) -> list[int]:
-    assert tensor is not None
+def _scalars(name: str, value: Value) -> list[int]:
+    tensor = value(name)
+    if tensor is None or not 1 <= tensor.numel() <= 2 or not bool(tensor.isfinite().all()):
+        raise FormatError(f"{name} is not a plain number")
     return [int(number) for number in tensor.flatten()]
 
 

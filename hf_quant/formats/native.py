@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_quant.errors import FormatError, SchemeError
-from hf_quant.formats import Headers, Layer, Value
-from hf_quant.formats._common import FLOATS, check_input_scale, check_scale, is_sequence, need, refused
+from hf_quant.formats import Called, Headers, Layer, Shaped, Value, by_itself
+from hf_quant.formats._common import FLOATS, Globs, is_sequence, need, refused, short
 from hf_quant.packing import pack_short, unpack_short
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import Outliers, QuantizedTensor, index_dtype
@@ -50,14 +50,13 @@ class Native:
         overrides = config.get("overrides") or {}
         if not isinstance(overrides, Mapping):
             raise refused("overrides", overrides, "must be an object")
-        named = [*overrides.items(), ("*", config.get("scheme"))]
-        try:
-            made = tuple((name, QuantScheme.parse(slug)) for name, slug in named if slug is not None)
-        except SchemeError as error:
-            raise FormatError(f"quantization_config: {error}") from None
         if not is_sequence(config.get("modules_to_not_convert") or []):
             raise refused("modules_to_not_convert", config["modules_to_not_convert"], "must be a list of names")
-        return cls(made)
+        try:
+            made = [(name, QuantScheme.parse(slug)) for name, slug in overrides.items() if slug is not None]
+            return cls((*made, ("*", _default(config))))
+        except SchemeError as error:
+            raise FormatError(f"quantization_config: {error}") from None
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         return None
@@ -101,49 +100,43 @@ class Native:
         return made
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
-        absent = {"weight_zero_point"} if scheme.symmetric else set()
-        absent |= set() if scheme.permuted else {"weight_perm"}
-        absent |= set() if scheme.outliers else {"weight_outlier_index", "weight_outlier_value"}
-        absent |= set() if scheme.activations == "tensor" else {"weight_input_scale"}
-        wanted = [name for name in self.suffixes if name not in absent]
-        missing = [name for name in wanted if name not in tensors]
-        if missing:
-            raise FormatError(f"native: no {missing}")
-        codes = tensors["weight"]
-        check_scale("weight_scale", tensors["weight_scale"])
-        ranges = None if "weight_input_scale" in absent else tensors["weight_input_scale"]
-        if ranges is not None:
-            check_input_scale("native: weight_input_scale", ranges)
-        zero = None if scheme.symmetric else tensors["weight_zero_point"]
-        if zero is not None and scheme.real_zero and not bool(zero.isfinite().all()):
-            raise FormatError("native: weight_zero_point: some are not finite numbers")
+        self.check(tensors, scheme)
+        codes, scale = tensors["weight"], tensors["weight_scale"]
+        zero = tensors.get("weight_zero_point")
         if zero is not None and not scheme.real_zero:
-            zero = unpack_short(zero, scheme.bits, tensors["weight_scale"].shape[-1])
-        perm = tensors.get("weight_perm")
-        if perm is not None and not bool(
-            (perm.sort(-1).values == torch.arange(perm.shape[-1], device=perm.device)).all()
-        ):
-            raise FormatError(f"native: weight_perm is not an order of {perm.shape[-1]} columns")
-        flat = codes.flatten(-2) if scheme.bits == 8 else codes
-        made = QuantizedTensor(flat, tensors["weight_scale"], zero, scheme, perm, input_scale=ranges)
-        return replace(made, outliers=self._outliers(tensors, made.in_features)) if scheme.outliers else made
+            zero = unpack_short(zero, scheme.bits, scale.shape[-1])
+        outliers = None
+        if scheme.outliers:
+            outliers = Outliers(tensors["weight_outlier_index"], tensors["weight_outlier_value"])
+        return QuantizedTensor(
+            codes.flatten(-2) if scheme.bits == 8 else codes, scale, zero, scheme, tensors.get("weight_perm"),
+            outliers, tensors.get("weight_input_scale"),
+        )  # fmt: skip
 
-    def _outliers(self, tensors: Mapping[str, Tensor], columns: int) -> Outliers:
-        index, value = tensors["weight_outlier_index"], tensors["weight_outlier_value"]
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < columns:
-            raise FormatError(f"native: weight_outlier_index reaches outside of {columns} columns")
-        return Outliers(index, value)
+    def check(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> None:
+        """Check one layer, or a stack of experts, before a kernel meets it; any codes are good ones.
+
+        Args:
+            tensors: By local name.
+            scheme: Of the layer.
+
+        Raises:
+            FormatError: A tensor is missing, misshapen, or holds what it must not; the message names it.
+        """
+        wrong = _misfit(tensors, scheme) or wrong_values(tensors, scheme, in_features(tensors["weight"], scheme))
+        if wrong is not None:
+            raise FormatError(wrong)
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
         raise FormatError("native: the scheme of the layer is unknown")
 
-    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+    def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         made = {}
         for module, own in headers.items():
             if own["weight"].dtype in FLOATS if "weight" in own else False:
                 continue  # a layer in floating point
             try:
-                made[module] = self._layer(module, own)
+                made[module] = self._layer(called(module), own)
             except FormatError as error:
                 raise FormatError(f"{module}: {error}") from None
         return made
@@ -156,41 +149,104 @@ class Native:
             "modules_to_not_convert": list(left),
         }  # fmt: skip
 
-    def _layer(self, module: str, own: Mapping[str, Any]) -> Layer:
+    def _layer(self, names: Sequence[str], own: Mapping[str, Any]) -> Layer:
         weight, scale = need(own, "weight", (torch.uint8,)), need(own, "weight_scale", FLOATS)
-        named = next((scheme for glob, scheme in self.schemes[:-1] if fnmatchcase(module, glob)), None)
-        if named is None and ".experts." not in module:
-            named = self.schemes[-1][1]
-        # experts stand apart in the file, but the config calls them by the name of their stack
-        fitting = dict.fromkeys(s for s in ([named] if named else dict(self.schemes).values()) if _fits(own, s))
-        if len(fitting) != 1:
-            raise FormatError(f"weight has shape {list(weight.shape)}, weight_scale {list(scale.shape)}: they fit "
-                              f"{'several schemes' if fitting else 'no scheme'} of the config")  # fmt: skip
-        scheme = next(iter(fitting))
+        named = self._named.first(names)
+        scheme = self.schemes[-1][1] if named is None else self.schemes[named][1]
+        if (
+            wrong := _misfit(own, scheme)
+        ) is not None:  # perhaps the config knows it by a name that only a model tells
+            fitting = [other for other in dict.fromkeys(dict(self.schemes).values()) if _misfit(own, other) is None]
+            if len(fitting) != 1:
+                raise FormatError(wrong)
+            scheme = fitting[0]
         *lead, n, _groups = scale.shape
-        return Layer((*lead, n, _in_features(weight, scheme)), scheme, scale.dtype)
+        return Layer((*lead, n, in_features(weight, scheme)), scheme, scale.dtype)
+
+    @cached_property
+    def _named(self) -> Globs:
+        return Globs("overrides", [name for name, _ in self.schemes[:-1]])
 
 
-def _in_features(weight: Any, scheme: QuantScheme) -> int:
+def _default(config: Mapping[str, Any]) -> QuantScheme:
+    slug = config.get("scheme")
+    if slug is not None:
+        return QuantScheme.parse(slug)
+    return QuantScheme(config.get("bits", 4), config.get("group_size", 128), config.get("symmetric", True))
+
+
+def in_features(weight: Shaped, scheme: QuantScheme) -> int:
+    """K of a layer, which the width of its codes tells."""
     stored: int = weight.shape[-2] * weight.shape[-1] if scheme.bits == 8 else weight.shape[-1]
     return stored * 8 // scheme.bits
 
 
-def _fits(own: Mapping[str, Any], scheme: QuantScheme) -> bool:
-    """Whether the shapes and types of the tensors are those of the scheme."""
-    if len(own["weight"].shape) < 2:
-        return False
-    *lead, n, _groups = own["weight_scale"].shape
+def _misfit(own: Mapping[str, Shaped], scheme: QuantScheme) -> str | None:
+    """Which tensor has not the shape or type that the scheme asks for; None if all have."""
+    if missing := next((name for name in ("weight", "weight_scale") if name not in own), None):
+        return f"{missing} is missing"
+    weight, scale = own["weight"], own["weight_scale"]
+    if len(scale.shape) < 2 or len(weight.shape) != len(scale.shape) + (scheme.bits == 8):
+        return f"weight has shape {list(weight.shape)} and weight_scale {list(scale.shape)}: not those of {scheme}"
+    *lead, n, _groups = scale.shape
+    k = in_features(weight, scheme)
     try:
-        layout = Native().layout((n, _in_features(own["weight"], scheme)), scheme, own["weight_scale"].dtype)
-    except SchemeError:
-        return False
-    if lead and "weight_perm" in layout:
-        layout["weight_perm"] = (tuple(own["weight_perm"].shape[1:]) if "weight_perm" in own else (), torch.int32)
-    return set(layout) == set(own) and all(
-        list(own[name].shape) == [*lead, *shape] and own[name].dtype == dtype
-        for name, (shape, dtype) in layout.items()
-    )
+        scheme.fitted(k)  # refuses rows that fill no words
+        layout = Native().layout((n, k), scheme, scale.dtype)
+    except SchemeError as error:
+        return f"weight has shape {list(weight.shape)}: {error}"
+    for name in (*layout, *own):
+        if (name in layout) != (name in own):
+            return f"{name} is {'missing' if name in layout else 'not part'} of {scheme}"
+        shape, dtype = layout[name]
+        wanted = [[*lead, *shape]] + ([[*lead, 2, k]] if lead and name == "weight_perm" else [])  # of gate and up
+        if list(own[name].shape) not in wanted:
+            return f"{name} has shape {list(own[name].shape)}, expected {wanted[0]} for {[n, k]} in {scheme}"
+        if own[name].dtype is not dtype:
+            return f"{name} has dtype {short(own[name].dtype)}, expected {short(dtype)} for {scheme}"
+    return None
+
+
+def wrong_values(tensors: Mapping[str, Tensor], scheme: QuantScheme, columns: int) -> str | None:
+    """What a kernel must not meet among the numbers beside the codes; None if all is well.
+
+    Args:
+        tensors: By local name; the codes need not be there.
+        scheme: Of the layer.
+        columns: Its input features.
+    """
+    scale = tensors["weight_scale"]
+    # of other programs' codes only: blocks of zeros have a scale of zero there; AutoRound makes negative ones
+    good = scale.isfinite() if scheme.foreign else scale.isfinite() & (scale != 0)
+    if not bool(good.all()):
+        return f"weight_scale: {int((~good).sum())} scales are zero or not finite numbers"
+    largest = 1 if scheme.codebook else scheme.zero if scheme.symmetric else scheme.qmax
+    if (
+        not scheme.real_zero
+        and scale.numel()
+        and float(scale.abs().max()) * largest > 2 * torch.finfo(scale.dtype).max
+    ):
+        return f"weight_scale: weights of {float(scale.abs().max()):g} times {largest} are too large for {short(scale.dtype)}"
+    for name in ("weight_zero_point", "weight_outlier_value"):
+        if name in tensors and tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all()):
+            return f"{name}: some are not finite numbers"
+    ranges = tensors.get("weight_input_scale")
+    if ranges is not None and not bool((ranges.isfinite() & (ranges > 0)).all()):
+        return "weight_input_scale: must be a finite number above zero"
+    perm, index = tensors.get("weight_perm"), tensors.get("weight_outlier_index")
+    if perm is not None and not bool((perm.sort(-1).values == torch.arange(columns, device=perm.device)).all()):
+        return f"weight_perm: not an order of {columns} columns"
+    return None if index is None or not index.numel() else _wrong_index(index, columns)
+
+
+def _wrong_index(index: Tensor, columns: int) -> str | None:
+    """A kernel reads activations at these places, and writes zeros over them."""
+    least, most = int(index.min()), int(index.max())
+    if least < 0 or most >= columns:
+        return f"weight_outlier_index reaches from {least} to {most}, outside of {columns} columns"
+    if bool((index.diff() <= 0).any()):
+        return "weight_outlier_index: the columns of a row must ascend, each standing once"
+    return None
 
 
 FORMAT = Native

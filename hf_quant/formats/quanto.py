@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.errors import FormatError
-from hf_quant.formats import Headers, Layer, Value
+from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, need, scheme_for, settled
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
@@ -41,7 +41,7 @@ class Quanto(ReadOnly):
         check_scale("weight._scale", tensors["weight._scale"])
         return tensors["weight._data"].float() * tensors["weight._scale"].float()
 
-    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+    def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         made = {}
         for module, own in headers.items():
             if not any(local.startswith("weight.") for local in own):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.errors import FormatError
-from hf_quant.formats import Headers, Layer, Value
+from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import (
     FLOATS,
     ReadOnly,
@@ -88,7 +88,7 @@ class TorchAO(ReadOnly):
             made -= zero.float().repeat_interleave(k // groups, 1)
         return made * scale.float().repeat_interleave(k // groups, 1)
 
-    def layers(self, headers: Headers, value: Value) -> dict[str, Layer]:
+    def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         made = {}
         for module, own in headers.items():
             try:

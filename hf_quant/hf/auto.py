@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from hf_quant.errors import CheckpointError
+from hf_quant.checkpoint import check_config, read_config
+from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.strict_json import shown
 
 HUB = (
     "revision", "code_revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download",
@@ -43,13 +45,23 @@ def config_of(model: str, **hub: Any) -> PretrainedConfig:
         CheckpointError: There is none, it is malformed, or it needs code that is not trusted; says which.
     """
     try:
+        _check(model, hub)
         return AutoConfig.from_pretrained(model, **({"trust_remote_code": False} | hub))
-    except CheckpointError:
+    except HfQuantError:
         raise
     except Exception as error:  # of transformers, the client and json; they have no common type
         if "trust_remote_code" in str(error):
             raise CheckpointError(f"{model}: config.json: its configuration {CODE}") from None
         raise CheckpointError(f"{model}: {_why(model, error)}") from error
+
+
+def _check(model: str, hub: Mapping[str, Any]) -> None:
+    """Refuse numbers that would keep transformers busy for ever, before it sees them."""
+    folder = Path(model) / hub.get("subfolder", "")
+    if (folder / "config.json").is_file():
+        read_config(folder)
+    elif not Path(model).is_dir():
+        check_config(PretrainedConfig.get_config_dict(model, **hub)[0])
 
 
 def class_of(config: PretrainedConfig, **hub: Any) -> Any:
@@ -62,13 +74,16 @@ def class_of(config: PretrainedConfig, **hub: Any) -> Any:
     if not names:
         return AutoModel
     if not isinstance(names, list) or not isinstance(names[0], str):
-        raise CheckpointError(f"config.json: architectures: must be a list of names, got {names!r}")
-    if isinstance(found := getattr(transformers, names[0], None), type):
+        raise CheckpointError(f"config.json: architectures: must be a list of names, got {shown(names)}")
+    found = getattr(transformers, names[0], None)
+    if isinstance(found, type) and issubclass(found, PreTrainedModel):
         return found
     references = getattr(config, "auto_map", None) or {}
     auto = next((a for a, r in references.items() if isinstance(r, str) and r.endswith(f".{names[0]}")), None)
     if auto is None:
-        raise CheckpointError(f"config.json: architectures: transformers {transformers.__version__} has no {names[0]}")
+        raise CheckpointError(
+            f"config.json: architectures: transformers {transformers.__version__} has no model {names[0]}"
+        )
     if not hub.get("trust_remote_code"):
         raise CheckpointError(f"{config._name_or_path}: config.json: {names[0]} {CODE}")
     options = {name: value for name, value in hub.items() if name != "trust_remote_code"}

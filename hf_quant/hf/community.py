@@ -17,7 +17,7 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 
 from hf_quant.contents import Contents
 from hf_quant.errors import CheckpointError, HfQuantError
-from hf_quant.formats import Format, Layer, format_named
+from hf_quant.formats import Called, Format, Layer, format_named
 from hf_quant.formats._common import refused
 from hf_quant.hf._compat import renamer
 from hf_quant.hf.plan import Candidate, candidates
@@ -41,12 +41,16 @@ class Placed:
         schemes: Layer, or full name of a stack of experts, to its scheme.
         scale_dtypes: The same to the type of its scales.
         dense: The same to why it becomes floating point.
+        homes: Layer of the checkpoint to the layer or stack of the model that it is, or is a piece of.
+        files: Layer of the model to a file with tensors of it and their name there, for messages.
         notes: What else is worth saying, each once.
     """
 
     schemes: dict[str, QuantScheme] = field(default_factory=dict)
     scale_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
+    homes: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -64,22 +68,27 @@ def homes(model: Any, contents: Contents) -> dict[str, str]:
     made: dict[str, str] = {}
     for module, layer in contents.layers.items():
         target, converted = rename(f"{module}.weight") if len(layer.shape) == 2 else rename(module)
-        home = target if target in found else target.removesuffix(".weight")
-        if home not in found and (piece := _PIECE.fullmatch(home)):
-            home = f"{piece['experts']}.{PIECES[piece['piece']]}"
-            if home in found and not getattr(model.get_submodule(piece["experts"]), "is_concatenated", True):
-                raise CheckpointError(f"{_where(contents, module)}: this model interleaves the rows of gate and up")
+        home, experts = _home(target, found)
+        if experts and home in found and not getattr(model.get_submodule(experts), "is_concatenated", True):
+            raise CheckpointError(f"{contents.where(module)}: this model interleaves the rows of gate and up")
         if home in found:
             if converted and found[home].kind != "experts":
                 raise CheckpointError(
-                    f"{_where(contents, module)}: transformers rearranges this weight, which codes do not allow"
+                    f"{contents.where(module)}: transformers rearranges this weight, which codes do not allow"
                 )
             made[module] = home
         elif target in parameters and parameters[target].shape == layer.shape:  # routers
             made[module] = target
         elif not _may_be_left(model, f"{module}.weight"):
-            raise CheckpointError(f"{_where(contents, module)}: the model has no layer of that name")
+            raise CheckpointError(f"{contents.where(module)}: the model has no layer of that name")
     return made
+
+
+def _home(target: str, found: Mapping[str, Candidate]) -> tuple[str, str]:
+    """The layer or stack that a renamed tensor belongs to; and the experts layer, if other programs took it apart."""
+    home = target if target in found else target.removesuffix(".weight")
+    piece = _PIECE.fullmatch(home) if home not in found else None
+    return (f"{piece['experts']}.{PIECES[piece['piece']]}", piece["experts"]) if piece else (home, "")
 
 
 def place(model: Any, contents: Contents) -> Placed:
@@ -93,19 +102,39 @@ def place(model: Any, contents: Contents) -> Placed:
         CheckpointError: A layer has no place in the model or another shape there, or a stack is not complete.
     """
     found = candidates(model)
-    placed = Placed(notes=sorted({layer.note for layer in contents.layers.values() if layer.note and layer.scheme}))
+    placed = Placed(
+        homes=homes(model, contents),
+        notes=sorted({layer.note for layer in contents.layers.values() if layer.note and layer.scheme}),
+    )
     by_home: dict[str, dict[str, Layer]] = {}
-    for module, home in homes(model, contents).items():
+    for module, home in placed.homes.items():
         by_home.setdefault(home, {})[module] = contents.layers[module]
     for home, layers in by_home.items():
+        placed.files[home.removesuffix(".weight")] = contents.where(next(iter(layers)))
         if home in found:
             _place_one(placed, home, found[home], layers, contents)
         else:
             leaf = home.removesuffix(".weight").rpartition(".")[2]
             placed.dense[home.removesuffix(".weight")] = f"{leaf}: the model keeps this weight in floating point"
     _check_bias(model, contents)
-    _check_ties(model, placed)
+    _check_ties(model, placed, contents)
+    if contents.format == "native" and placed.dense:  # its tensors go into the model as they are
+        home, reason = next(iter(placed.dense.items()))
+        raise CheckpointError(f"{placed.files[home]}: {reason}")
     return placed
+
+
+def aliases(model: Any) -> Called:
+    """The names that a ``quantization_config`` may mean a module of the checkpoint by: its own there, that of the model, and
+    the latter with or without the prefix of the base model, since that part may be loaded alone."""
+    rename, prefix, found = renamer(model), f"{model.base_model_prefix}.", candidates(model)
+
+    def called(module: str) -> list[str]:
+        targets = (rename(name)[0] for name in (f"{module}.weight", module))  # of a layer, of a stack of experts
+        home = next((home for target in targets if (home := _home(target, found)[0]) in found), module)
+        return list(dict.fromkeys([module, home, home.removeprefix(prefix), prefix + home]))
+
+    return called
 
 
 def as_asked(
@@ -133,14 +162,16 @@ def as_asked(
 
 
 def _place_one(placed: Placed, home: str, at: Candidate, layers: dict[str, Layer], contents: Contents) -> None:
-    first = next(iter(layers))
-    if at.kind == "embedding":
-        raise CheckpointError(f"{_where(contents, first)}: embeddings that other programs quantized are not read")
+    first, *others = layers
+    if at.kind == "embedding" and contents.format != "native":
+        raise CheckpointError(f"{contents.where(first)}: embeddings that other programs quantized are not read")
     if at.kind == "experts" and len(layers[first].shape) == 2:
         _check_stack(home, at, layers, contents)
+    elif others:
+        raise CheckpointError(f"{contents.where(first)}: {others[0]} is the same layer of the model, {home}")
     elif layers[first].shape != at.shape:
         raise CheckpointError(
-            f"{_where(contents, first)} has shape {list(layers[first].shape)}, config.json says {list(at.shape)}"
+            f"{contents.where(first)} has shape {list(layers[first].shape)}, config.json says {list(at.shape)}"
         )
     schemes = {layer.scheme for layer in layers.values()}
     reason = at.refusal or next((layer.note for layer in layers.values() if layer.scheme is None), None)
@@ -158,20 +189,20 @@ def _check_stack(home: str, at: Candidate, layers: dict[str, Layer], contents: C
     experts, n, k = at.shape
     first = next(iter(layers))
     if len(layers) % experts:
-        raise CheckpointError(f"{_where(contents, first)}: {len(layers)} matrices for the {experts} experts of {home}")
+        raise CheckpointError(f"{contents.where(first)}: {len(layers)} matrices for the {experts} experts of {home}")
     numbers = {int(match[1]) for module in layers if (match := _NUMBER.search(module))}
     if numbers and numbers != set(range(experts)):
-        raise CheckpointError(f"{_where(contents, first)}: experts {sorted(numbers)} instead of 0 to {experts - 1}")
+        raise CheckpointError(f"{contents.where(first)}: experts {sorted(numbers)} instead of 0 to {experts - 1}")
     rows = n // (len(layers) // experts)
     for module, layer in layers.items():
         if layer.shape != (rows, k):
             raise CheckpointError(
-                f"{_where(contents, module)} has shape {list(layer.shape)}, config.json says {[rows, k]}"
+                f"{contents.where(module)} has shape {list(layer.shape)}, config.json says {[rows, k]}"
             )
     for module in layers:
         if set(contents.names[module]) != set(contents.names[first]):
             lacks = sorted(set(contents.names[first]) ^ set(contents.names[module]))
-            raise CheckpointError(f"{_where(contents, module)}: {lacks[0]} is there for some experts only")
+            raise CheckpointError(f"{contents.where(module)}: {lacks[0]} is there for some experts only")
 
 
 def _check_bias(model: Any, contents: Contents) -> None:
@@ -182,26 +213,27 @@ def _check_bias(model: Any, contents: Contents) -> None:
             raise CheckpointError(f"{stored[name].file.name}: tensor {name}: the layer has no bias in the model")
 
 
-def _check_ties(model: Any, placed: Placed) -> None:
-    """One table cannot be codes in one place and numbers in the other."""
+def _check_ties(model: Any, placed: Placed, contents: Contents) -> None:
+    """One table cannot be codes in one place and numbers in the other; in our own layout it is stored once."""
+    rename, stored = renamer(model), None
     for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         names = [name.removesuffix(".weight") for name in pair]
         coded = [name for name in names if name in placed.schemes or name in placed.dense]
-        if len(coded) == 1:
-            raise CheckpointError(
-                f"{coded[0]} is quantized, but config.json ties it to {(set(names) - set(coded)).pop()}"
-            )
+        if len({placed.schemes.get(name) for name in coded}) > 1:
+            raise CheckpointError(f"{placed.files[coded[0]]}: tied to {coded[1]}, which is quantized in another way")
+        if len(coded) != 1:
+            continue
+        other = next(name for name in names if name not in coded)
+        stored = stored or {rename(name)[0] for name in contents.rest}
+        if contents.format != "native" or f"{other}.weight" in stored or other not in candidates(model):
+            raise CheckpointError(f"{placed.files[coded[0]]} is quantized, but config.json ties it to {other}")
+        placed.schemes[other] = placed.schemes[coded[0]]
 
 
 def _may_be_left(model: Any, name: str) -> bool:
     """Whether the model says itself that its checkpoints hold more, for example a draft head."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _where(contents: Contents, module: str) -> str:
-    name = next(iter(contents.names[module].values()))
-    return f"{contents.checkpoint.tensors[name].file.name}: {module}"
 
 
 # -- tensors ------------------------------------------------------------------------------------------------------
@@ -258,7 +290,8 @@ class _Read(ConversionOps):
         try:
             return {} if self.hf_quantizer.failure is not None else read()
         except HfQuantError as error:
-            self.hf_quantizer.failure = CheckpointError(f"{name.removesuffix('.weight')}: {error}")
+            home = name.removesuffix(".weight")
+            self.hf_quantizer.failure = CheckpointError(f"{self.hf_quantizer.placed.files.get(home, home)}: {error}")
             return {}
 
     @property
@@ -280,7 +313,7 @@ class ReadLayer(_Read):
         path, _sep, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if isinstance(module, QuantLinear):
-            return _parameters(name, self.fmt.read(tensors, module.scheme), module.weight_scale.dtype)
+            return parameters_of(name, self.fmt.read(tensors, module.scheme), module.weight_scale.dtype)
         plain = list(tensors) == ["weight"] and path not in self.hf_quantizer.placed.dense
         dense = tensors["weight"] if plain else self.fmt.dense(tensors)
         return {name: frozen(dense.to(getattr(module, leaf).dtype))}
@@ -350,7 +383,14 @@ def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
     )
 
 
-def _parameters(name: str, read: QuantizedTensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+def parameters_of(name: str, read: QuantizedTensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a layer that was read becomes in the model: ``name`` and its companions, in our own layout.
+
+    Args:
+        name: In full, of the parameter that holds the codes.
+        read: The layer.
+        scale_dtype: Of its scales and of what goes with them, in the model.
+    """
     zero = (
         read.zero_point.to(scale_dtype) if read.scheme.real_zero and read.zero_point is not None else read.zero_point
     )

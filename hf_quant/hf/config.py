@@ -12,12 +12,12 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_quant import _plugins
 from hf_quant.calibration import Source
 from hf_quant.errors import FormatError, PlanError, SchemeError
 from hf_quant.formats import compressed_tensors, format_of
 from hf_quant.presets import Decision
 from hf_quant.scheme import QuantScheme
+from hf_quant.strict_json import shown
 
 TOKENS = 65536  # calibrated on by default
 UNSTORED = (
@@ -27,6 +27,7 @@ UNSTORED = (
     "stored",
     "dequantize",
 )  # the text may be private; the recipe has its hash
+SAVED = ("auto", "native", "compressed_tensors")  # what save_pretrained and hf-quant quantize write
 VERSION = 1  # of this configuration's meaning
 OTHER_NAMES = {  # of the same things in other packages
     "load_in_4bit": "bits=4", "load_in_8bit": "bits=8", "wbits": "bits", "w_bit": "bits", "nbits": "bits",
@@ -55,8 +56,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         quantize_lm_head: Quantize the output head too. Where it is tied to the embeddings, both become one quantized
             table.
         quantize_embeddings: Quantize the input embeddings too, likewise.
-        format: Name of a file in ``hf_quant/formats``, or ``"auto"``: compressed-tensors where it can hold the plan,
-            since other software reads it, native otherwise.
+        format: ``"native"``, ``"compressed_tensors"``, or ``"auto"``: compressed-tensors where it can hold the plan, since
+            other software reads it, native otherwise.
         calibration: What calibrated methods look at while the model loads: token ids ``[S, T]``, a list of texts, a text or
             JSONL file, or a ``datasets`` set; None for the text that comes with this package. Never stored.
         calibration_tokens: How many of its tokens to take at most.
@@ -121,8 +122,15 @@ class HfQuantConfig(QuantizationConfigMixin):
                 _parsed(f"overrides[{glob!r}]", slug)
         self.calibration, self.calibration_tokens = calibration, calibration_tokens
         self._check_ranges()
-        if self.format != "auto":
-            _known("format", "formats", self.format)
+        if self.format not in SAVED:
+            raise PlanError(
+                f"quantization_config.format {format!r}: a model is saved as {' or '.join(SAVED[1:])}; hf-quant convert "
+                "writes other formats"
+            )
+        if share_quantized is not None and (
+            type(share_quantized) not in (int, float) or not 0 <= share_quantized <= 1
+        ):
+            raise PlanError(f"quantization_config.share_quantized {share_quantized!r}: must be a number from 0 to 1")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -193,6 +201,8 @@ def taken_over(stored: Mapping[str, Any], activations: str | None = None) -> HfQ
     """
     format_of(stored)
     ours = stored.get("hf_quant") or {}
+    if not isinstance(ours, Mapping):
+        raise FormatError(f"quantization_config.hf_quant must be an object, got {shown(ours)}")
     config = HfQuantConfig(
         method=ours.get("method", "rtn"), version=ours.get("version", VERSION),
         share_quantized=ours.get("share_quantized"), activations=activations,
@@ -236,8 +246,3 @@ def _parsed(field: str, slug: Any) -> QuantScheme:
         return QuantScheme.parse(slug)
     except SchemeError as error:
         raise SchemeError(f"quantization_config.{field}: {error}") from None
-
-
-def _known(field: str, kind: str, name: Any) -> None:
-    if name not in _plugins.names(kind):
-        raise PlanError(f"quantization_config.{field} {name!r}: there is {', '.join(_plugins.names(kind))}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import torch
 from torch import Tensor
 
 from hf_quant import _autoload
+from hf_quant.checkpoint import INDEX, TORCH, WEIGHTS, Checkpoint
 from hf_quant.contents import quantization_of
 from hf_quant.errors import PlanError
-from hf_quant.formats import format_of
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf.auto import class_of, config_of, hub_options
-from hf_quant.hf.config import HfQuantConfig
+from hf_quant.hf.config import HfQuantConfig, taken_over
+from hf_quant.hf.explained import explained
 from hf_quant.hf.plan import Plan, make_plan
+from hf_quant.hf.preflight import check_rest
 
 
 def load(model: str, **kwargs: Any) -> Any:
@@ -30,15 +33,29 @@ def load(model: str, **kwargs: Any) -> Any:
         CheckpointError: The config names no class of transformers; or something in the checkpoint is not as it must be.
         FormatError: It was quantized in a way that this package does not read.
     """
-    hub = hub_options(kwargs)
+    hub, folder = hub_options(kwargs), Path(model)
     config = kwargs.pop("config", None) or config_of(model, **hub)
     stored = getattr(config, "quantization_config", None)
-    if stored is None and Path(model).is_dir() and (found := quantization_of(Path(model), {})):
+    if stored is None and folder.is_dir() and (found := quantization_of(folder, {})):
         config.quantization_config = stored = dict(found)  # some do not say it in config.json
     if isinstance(stored, dict) and stored.get("quant_method") != "hf_quant" and "quantization_config" not in kwargs:
-        format_of(stored)  # transformers would skip a kind that it does not know
-        kwargs["quantization_config"] = HfQuantConfig()
-    return class_of(config, **hub).from_pretrained(model, config=config, **kwargs)
+        kwargs["quantization_config"] = understood(stored)  # transformers would skip a kind that it does not know
+    with explained(model):
+        if stored is None and any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+            checkpoint = Checkpoint.open(folder)
+            check_rest(skeleton(model, weights=checkpoint, **hub), checkpoint, checkpoint.tensors)
+        return class_of(config, **hub).from_pretrained(model, config=config, **kwargs)
+
+
+def understood(stored: Mapping[str, Any]) -> HfQuantConfig:
+    """What a ``quantization_config`` says, of this package or another.
+
+    Raises:
+        HfQuantError: It says something that is not read here; the message names the field.
+    """
+    if stored.get("quant_method") == "hf_quant":
+        return HfQuantConfig.from_dict(dict(stored))
+    return taken_over(stored)
 
 
 def take_over(*methods: str) -> None:
@@ -64,12 +81,22 @@ def plan_of(model: str, config: HfQuantConfig, **hub: Any) -> tuple[Any, Plan]:
     return on_meta, make_plan(on_meta, config)
 
 
-def skeleton(model: str, **hub: Any) -> Any:
-    """The model on the meta device, built from config.json alone; ``hub`` as for `hf_quant.hf.auto.hub_options`."""
-    stored = config_of(model, **hub)
-    with torch.device("meta"):
-        dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
-        return class_of(stored, **hub)._from_config(stored, dtype=dtype)
+def skeleton(model: str, *, weights: Checkpoint | None = None, **hub: Any) -> Any:
+    """The model on the meta device, built from config.json alone.
+
+    Args:
+        model: Folder or Hub id.
+        weights: Its weights, whose type counts where config.json names none.
+        hub: As for `hf_quant.hf.auto.hub_options`.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
+    config = config_of(model, **hub)
+    types = [TORCH[info.dtype] for info in weights.tensors.values() if info.is_float] if weights is not None else []
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(types), torch.float32)
+    with explained(model), torch.device("meta"):
+        return class_of(config, **hub)._from_config(config, dtype=dtype)
 
 
 def sample_logits(model: Any) -> Tensor:

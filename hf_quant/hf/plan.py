@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -135,25 +135,33 @@ def _candidates_in(name: str, module: nn.Module, is_embedding: bool) -> Iterator
             yield f"{name}.{stack}", Candidate("experts", shape, why_not_experts(module))
 
 
-def make_plan(model: Any, config: HfQuantConfig, *, frozen: bool = False) -> Plan:
+def make_plan(
+    model: Any, config: HfQuantConfig, *, frozen: bool = False, stored: Mapping[str, QuantScheme] | None = None
+) -> Plan:
     """Decide what happens to every weight.
 
     Args:
         model: A transformers model before any module is replaced; may be on the meta device.
         config: What is asked for.
         frozen: Whether ``config`` comes from a quantized checkpoint: then nothing is defaulted or adjusted.
+        stored: The layers of a quantized checkpoint, where its files are at hand: then nothing is decided at all.
 
     Raises:
         PlanError: A glob matches nothing, nothing is left to quantize, or the format cannot hold the plan.
         CheckpointError: A frozen plan contradicts the model.
     """
     found = candidates(model)
+    frozen = frozen or stored is not None
     skips = {} if frozen else _default_skips(model, config, found)
     if not frozen:
         _check_globs(model, config, found)
     draft = _Draft()
-    for name, candidate in found.items():
-        _decide(name, candidate, config, skips.get(name), draft, frozen)
+    if stored is not None:
+        draft.schemes |= stored
+        draft.left |= {name: "in floating point in the checkpoint" for name in found if name not in stored}
+    else:
+        for name, candidate in found.items():
+            _decide(name, candidate, config, skips.get(name), draft, frozen)
     tied = _tie(model, found, draft)
     if not draft.schemes and not frozen:
         raise PlanError(

@@ -18,16 +18,18 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from hf_quant.calibration import Calibration
-from hf_quant.checkpoint import TORCH, Checkpoint, check_module
+from hf_quant.checkpoint import Checkpoint
 from hf_quant.contents import Contents
 from hf_quant.errors import CheckpointError, HfQuantError, PlanError
 from hf_quant.formats import Format, format_named
-from hf_quant.hf._compat import keep_for_saving, renamer, updated_conversions
+from hf_quant.formats.native import in_features, wrong_values
+from hf_quant.hf._compat import keep_for_saving, updated_conversions
 from hf_quant.hf.calibrated import calibrate, data_for
-from hf_quant.hf.community import Placed, as_asked, conversions, place
+from hf_quant.hf.community import Placed, conversions
 from hf_quant.hf.integrity import check_weights
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
-from hf_quant.hf.plan import Plan, candidates, freeze, make_plan
+from hf_quant.hf.plan import Candidate, Plan, candidates, freeze, make_plan
+from hf_quant.hf.preflight import COMPANIONS, check_buffers, check_complete, check_rest, examine
 from hf_quant.hf.sizes import report_own_sizes, report_true_sizes
 from hf_quant.memory import give_back_memory
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from hf_quant.hf.config import HfQuantConfig
 
 CHUNK = 1 << 24  # values looked at together
-COMPANIONS = tuple(name.removeprefix("weight") for name in format_named("native").suffixes if name != "weight")
+_NATIVE = format_named("native")
 logger = logging.get_logger(__name__)
 
 
@@ -50,7 +52,7 @@ class HfQuantQuantizer(HfQuantizer):
     requires_calibration = False  # True would refuse float checkpoints
     quantization_config: HfQuantConfig
     # from this the base class derives converters and parallel plans for the companions of stacked experts
-    serialized_names = {"weight": list(format_named("native").suffixes)}  # noqa: RUF012
+    serialized_names = {"weight": list(_NATIVE.suffixes)}  # noqa: RUF012
 
     plan: Plan
     data: Calibration | None = None  # what was calibrated on, and what became of each block
@@ -78,20 +80,54 @@ class HfQuantQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        self.prepare(model, checkpoint_files)
+
+    def prepare(self, model: Any, checkpoint_files: list[str] | None) -> Contents | None:
+        """Check a checkpoint as far as its headers and small tensors tell, and put quantized modules in place.
+
+        Args:
+            model: On the meta device.
+            checkpoint_files: Where its weights are; None where they come as a state dict.
+
+        Returns:
+            The layers of a quantized checkpoint.
+
+        Raises:
+            HfQuantError: Names file and tensor or field.
+        """
         config, self.placed = self.quantization_config, Placed()
         found = candidates(model)
         checkpoint = Checkpoint.of_files([Path(file) for file in checkpoint_files]) if checkpoint_files else None
-        if checkpoint is not None and self.pre_quantized:
-            check_weights(sorted({info.file for info in checkpoint.tensors.values()}))
+        contents: Contents | None = None
         with torch.device("cpu"):  # transformers calls this where everything is made on meta
-            if config.stored is not None:
-                self._take_over(model, checkpoint, config.stored, list(found))
-            self.plan = make_plan(model, config, frozen=self.pre_quantized)
-            if checkpoint is not None:
-                self._preflight(model, checkpoint, {name: found[name].shape for name in self.plan.schemes})
+            if self.pre_quantized and checkpoint is not None:
+                check_buffers(model, checkpoint.tensors)
+                check_weights(sorted({info.file for info in checkpoint.tensors.values()}))
+                contents = self._examine(model, checkpoint, list(found))
+            elif config.stored is not None:
+                raise PlanError(
+                    "a checkpoint that another program quantized is read from its files, not from a state dict"
+                )
+            else:
+                self.plan = make_plan(model, config, frozen=self.pre_quantized)
+                if checkpoint is not None:
+                    planned = {name for layer in self.plan.schemes for name in (layer, f"{layer}.weight")}
+                    check_rest(model, checkpoint, checkpoint.tensors, planned)
         if self.calibrates:  # once the weights are there
             freeze(config, self.plan)
-            return
+            return None
+        self._put_in_place(model, found)
+        if checkpoint is not None and contents is not None:
+            check_complete(model, self.placed, check_rest(model, checkpoint, contents.rest))
+        if not self.pre_quantized or contents is not None:
+            freeze(self.quantization_config, self.plan)
+        self._dtypes = {
+            n: p.dtype for n, p in model.named_parameters() if self.pre_quantized and p.is_floating_point()
+        }
+        return contents
+
+    def _put_in_place(self, model: Any, found: Mapping[str, Candidate]) -> None:
+        """Quantized modules where the plan wants them; their parameters are empty."""
         for name in self.plan.schemes:
             if found[name].kind != "experts":
                 self._replace(model, name, self.pre_quantized)
@@ -104,59 +140,24 @@ class HfQuantQuantizer(HfQuantizer):
                 )  # fmt: skip
         if self.plan.tied:
             self._tie_companions(model)
-        if not self.pre_quantized or self._reader is not None:
-            freeze(self.quantization_config, self.plan)
-        self._dtypes = {
-            n: p.dtype for n, p in model.named_parameters() if self.pre_quantized and p.is_floating_point()
-        }
 
-    def _take_over(
-        self, model: Any, checkpoint: Checkpoint | None, stored: Mapping[str, Any], names: list[str]
-    ) -> None:
-        """Learn from a checkpoint that another program quantized what its layers are, and write that into the config."""
-        if checkpoint is None:
-            raise PlanError(
-                "a checkpoint that another program quantized is read from its files, not from a state dict"
-            )
-        contents = Contents.of(checkpoint, stored)
-        self.placed, self._reader = place(model, contents), contents.fmt
-        self.placed.schemes = as_asked(self.placed.schemes, stored, self.quantization_config.activations)
-        self.quantization_config.resolve(
-            self.placed.schemes, [name for name in names if name not in self.placed.schemes]
-        )
-        for note in (*self.placed.notes, *dict.fromkeys(self.placed.dense.values())):
-            logger.warning(f"{contents.format}: {note}")
+    def _examine(self, model: Any, checkpoint: Checkpoint, names: list[str]) -> Contents:
+        """Learn from a quantized checkpoint what its layers are; of another program's, write that into the config too."""
+        config = self.quantization_config
+        foreign = config.stored is not None
+        contents, self.placed = examine(model, checkpoint, config)
+        if foreign:
+            self._reader = contents.fmt
+            config.resolve(self.placed.schemes, [name for name in names if name not in self.placed.schemes])
+            for note in (*self.placed.notes, *dict.fromkeys(self.placed.dense.values())):
+                logger.warning(f"{contents.format}: {note}")
+        self.plan = make_plan(model, config, stored=self.placed.schemes)
+        return contents
 
     def _finer(self, name: str, dtype: torch.dtype) -> torch.dtype | None:
         """The type of a layer's scales in the checkpoint, if ``dtype`` cannot hold all their values."""
         stored = self.placed.scale_dtypes.get(name)
         return stored if stored is not None and torch.promote_types(stored, dtype) != dtype else None
-
-    def _preflight(self, model: Any, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Refuse a damaged or hostile checkpoint from its headers and small tensors, before anything is allocated."""
-        if self._reader is not None:
-            return  # it has been looked at
-        if not self.pre_quantized:
-            for name, shape in shapes.items():
-                stored = checkpoint.tensors.get(f"{name}.weight")
-                if stored is not None and sorted(stored.shape) != sorted(shape):  # Conv1D stores its transpose
-                    raise CheckpointError(
-                        f"{stored.file.name}: tensor {name}.weight has shape {list(stored.shape)}, config.json says "
-                        f"{list(shape)}"
-                    )
-            return
-        fmt, rename = format_named(self.quantization_config.format), renamer(model)
-        for name, shape in shapes.items():
-            stem = f"{name}.weight" if len(shape) == 2 else name
-            if any(f"{stem.removesuffix('weight')}{suffix}" in checkpoint.tensors for suffix in fmt.suffixes):
-                check_module(checkpoint, name, shape, self.plan.schemes[name], fmt)
-        for name, info in checkpoint.tensors.items():
-            home = rename(name.removesuffix("_scale"))[0].removesuffix(".weight") if name.endswith("_scale") else ""
-            if home in shapes:
-                self.placed.scale_dtypes[home] = TORCH.get(info.dtype, torch.float32)
-                if name.endswith(".weight_scale") and len(shapes[home]) == 3:  # one of the experts, apart in the file
-                    own = (info.shape[0] if info.shape else 0, shapes[home][-1])
-                    check_module(checkpoint, name.removesuffix(".weight_scale"), own, self.plan.schemes[home], fmt)
 
     def _replace(self, model: Any, name: str, quantized: bool) -> None:
         old, scheme = model.get_submodule(name), self.plan.schemes[name]
@@ -280,12 +281,28 @@ class HfQuantQuantizer(HfQuantizer):
             ):
                 raise CheckpointError(f"tensor {name}.{local} is missing from the checkpoint")
             parameter.requires_grad_(False)  # the loader switches it on for every float tensor
+        self._check_codes(name, module)
         if isinstance(module, (QuantLinear, QuantExperts)):
             module.keeps_layout = dispatched and hasattr(module, "_hf_hook")
             module.choose_kernel()
             give_back_memory()
         if isinstance(module, Outside):
             module.finished()
+
+    def _check_codes(self, name: str, module: Any) -> None:
+        """What a kernel will meet, by whatever way it came here; of what lies on disk, that its file was examined."""
+        stems = module.schemes if isinstance(module, QuantExperts) else {"weight": module.scheme}
+        for stem, scheme in stems.items():
+            full = name if stem == "weight" else f"{name}.{stem}"
+            own = {local: getattr(module, stem + local.removeprefix("weight"), None) for local in _NATIVE.suffixes}
+            held = {local: tensor for local, tensor in own.items() if tensor is not None}
+            wrong: str | None = None
+            if not any(tensor.device.type == "meta" for tensor in held.values()):
+                wrong = wrong_values(held, scheme, in_features(held["weight"], scheme))
+            elif self.pre_quantized and full not in self.placed.schemes:
+                wrong = "lies on disk and was not checked"
+            if wrong is not None:
+                raise CheckpointError(f"{self.placed.files.get(full, full)}: {wrong}")
 
     def _check_values(self, model: Any, dispatched: bool) -> None:
         """Every floating-point parameter is finite, and (in a quantized checkpoint) came from the checkpoint."""
@@ -314,7 +331,7 @@ class HfQuantQuantizer(HfQuantizer):
         fmt = format_named("compressed_tensors")
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear):
-                for local in format_named("native").suffixes:
+                for local in _NATIVE.suffixes:
                     state.pop(f"{name}.{local}", None)
                 written = fmt.write(module.quantized_weight())
                 state |= {f"{name}.{local}": tensor for local, tensor in written.items()}

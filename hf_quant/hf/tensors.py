@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_quant.checkpoint import Checkpoint
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import CheckpointError, HfQuantError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -69,8 +69,19 @@ class Tensors:
         return value[0] if isinstance(value, list) else value
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a parameter as it is stored."""
-        return DTYPES[self.checkpoint.tensors[self._sources[name][0][0]].dtype]
+        """Of a parameter as it is stored.
+
+        Raises:
+            CheckpointError: It is stored in 8-bit floats or integers, which mean nothing without their scales.
+        """
+        source = self._sources[name][0][0]
+        info = self.checkpoint.tensors[source]
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{info.file.name}: tensor {source} has dtype {info.dtype}: only models in floating point of 16 bits and "
+                "more can be quantized"
+            )
+        return DTYPES[info.dtype]
 
     def unused(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """What the checkpoint holds under ``prefix`` besides parameters: buffers, mostly."""

@@ -12,8 +12,12 @@ from torch import Tensor
 from hf_quant.checkpoint import Checkpoint
 from hf_quant.contents import Contents, quantization_of
 from hf_quant.errors import CheckpointError
-from hf_quant.hf.community import place
-from hf_quant.hf.loading import skeleton
+from hf_quant.formats.native import wrong_values
+from hf_quant.hf._compat import renamer
+from hf_quant.hf.community import Placed, parameters_of
+from hf_quant.hf.loading import skeleton, understood
+from hf_quant.hf.preflight import check_rest
+from hf_quant.hf.quantizer import HfQuantQuantizer
 from hf_quant.tensor import QuantizedTensor
 
 
@@ -48,34 +52,52 @@ def verify(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = it
     """
     checkpoint = Checkpoint.open(folder)
     stored = quantization_of(folder, checkpoint.config)
-    contents = Contents.of(checkpoint, stored) if stored is not None else None
-    notes: list[str] = []
-    if contents is not None:
-        placed = place(skeleton(str(folder)), contents)
-        notes = sorted({*placed.notes, *placed.dense.values()})
-        for module in progress(list(contents.layers)):
-            _check_layer(contents, module)
-    for name in contents.rest if contents is not None else checkpoint.tensors:
-        if checkpoint.tensors[name].is_float:
-            _check_finite(f"{checkpoint.tensors[name].file.name}: tensor {name}", checkpoint.read(name))
+    model = skeleton(str(folder), weights=checkpoint)
     size = sum(info.nbytes for info in checkpoint.tensors.values())
-    named = contents.format if contents is not None else "not quantized"
-    return Verified(named, len(contents.layers) if contents is not None else 0, len(checkpoint.tensors), size, notes)
+    if stored is None:
+        check_rest(model, checkpoint, checkpoint.tensors)
+        _check_numbers(model, checkpoint, progress(list(checkpoint.tensors)))
+        return Verified("not quantized", 0, len(checkpoint.tensors), size, [])
+    quantizer = HfQuantQuantizer(understood(stored), pre_quantized=True)
+    files = sorted({str(info.file) for info in checkpoint.tensors.values()})
+    contents = quantizer.prepare(model, files)  # what loading does first
+    assert contents is not None
+    for module in progress(list(contents.layers)):
+        if module in quantizer.placed.homes:
+            _check_layer(model, contents, quantizer.placed, module)
+    _check_numbers(model, checkpoint, contents.rest)
+    notes = sorted({*quantizer.placed.notes, *quantizer.placed.dense.values()})
+    return Verified(contents.format, len(contents.layers), len(checkpoint.tensors), size, notes)
 
 
-def _check_layer(contents: Contents, module: str) -> None:
-    """Reading checks values; what comes out must be finite too."""
-    read = contents.read(module)
+def _check_layer(model: Any, contents: Contents, placed: Placed, module: str) -> None:
+    """One layer becomes what it becomes while loading, and is checked as it is there."""
+    home, read = placed.homes[module], contents.read(module)
+    names = dict(model.named_parameters())
     if isinstance(read, QuantizedTensor):
-        zero = read.zero_point if read.scheme.real_zero else None
-        if zero is not None:
-            _check_finite(f"{module}: zero points", zero)
+        stem = home if f"{home}_scale" in names else f"{home}.weight"
+        made = parameters_of(stem, read, names[f"{stem}_scale"].dtype)
+        own = {f"weight{name.removeprefix(stem)}": tensor for name, tensor in made.items()}
+        wrong = wrong_values(own, read.scheme, read.in_features)
+        if wrong is not None:
+            raise CheckpointError(f"{contents.where(module)}: {wrong}")
     else:
-        _check_finite(module, read)
+        target = names.get(home, names.get(f"{home}.weight"))
+        _check_finite(contents.where(module), read if target is None else read.to(target.dtype))
+
+
+def _check_numbers(model: Any, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Every number that arrives in the model is finite, in the type that it has there."""
+    rename, parameters = renamer(model), dict(model.named_parameters())
+    for name in names:
+        target = parameters.get(rename(name)[0])
+        if target is not None and target.is_floating_point():
+            _check_finite(
+                f"{checkpoint.tensors[name].file.name}: tensor {name}", checkpoint.read(name).to(target.dtype)
+            )
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    bad = int((~wide.isfinite()).sum())
+    bad = int((~tensor.isfinite()).sum())
     if bad:
         raise CheckpointError(f"{name}: {bad} values are NaN or infinite")

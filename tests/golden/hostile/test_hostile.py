@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_quant.checkpoint import INDEX, WEIGHTS, Checkpoint, check_module, read_header
+from hf_quant.checkpoint import INDEX, WEIGHTS, Checkpoint, read_header
+from hf_quant.contents import Contents
 from hf_quant.errors import CheckpointError, FormatError
 from hf_quant.formats import format_named, format_of
 from hf_quant.formats.compressed_tensors import config_of
@@ -256,32 +257,37 @@ MODULES: dict[str, tuple[str, str, Change]] = {
 }  # fmt: skip
 
 
+def contents(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> Contents:
+    """What is read of a folder with these tensors, whose config names one scheme in one format."""
+    fmt = format_named(name)
+    save_file(tensors, folder / WEIGHTS)
+    return Contents.of(Checkpoint.of_files([folder / WEIGHTS]), fmt.config({"a.b": SCHEME}, []))
+
+
 @pytest.mark.parametrize("case", MODULES)
 def test_module(case: str, tmp_path: Path) -> None:
     name, bad, change = MODULES[case]
-    fmt = format_named(name)
-    tensors = fmt.write(method("rtn", steps=0).quantize(torch.randn(40, 128), SCHEME, torch.float32))
+    tensors = format_named(name).write(method("rtn", steps=0).quantize(torch.randn(40, 128), SCHEME, torch.float32))
     tensors = {local: tensor.clone() for local, tensor in tensors.items()}
-    save_file({f"a.b.{local}": tensor for local, tensor in tensors.items()}, tmp_path / WEIGHTS)
-    check_module(Checkpoint.of_files([tmp_path / WEIGHTS]), "a.b", (40, 128), SCHEME, fmt)
+    contents(tmp_path, name, {f"a.b.{local}": tensor for local, tensor in tensors.items()}).read("a.b")
     change(tensors)
-    save_file({f"a.b.{local}": tensor for local, tensor in tensors.items()}, tmp_path / "bad.safetensors")
-    with pytest.raises(CheckpointError, match=rf"tensor a\.b\.{bad}\b") as caught:
-        check_module(Checkpoint.of_files([tmp_path / "bad.safetensors"]), "a.b", (40, 128), SCHEME, fmt)
-    assert "missing" in case or "bad.safetensors" in str(caught.value)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: a\.b: .*\b{bad}\b"):
+        contents(tmp_path, name, {f"a.b.{local}": tensor for local, tensor in tensors.items()}).read("a.b")
 
 
 @pytest.mark.parametrize("bad", ["", "_scale", "_zero_point"])
-def test_stack_of_experts(bad: str, tmp_path: Path) -> None:
-    fmt = format_named("native")
-    one = fmt.write(method("rtn", steps=0).quantize(torch.randn(40, 128), SCHEME, torch.float32))
+@pytest.mark.parametrize("bits", [4, 8])
+def test_stack_of_experts(bad: str, bits: int, tmp_path: Path) -> None:
+    scheme, fmt = QuantScheme(bits, 32, symmetric=False), format_named("native")
+    one = fmt.write(method("rtn", steps=0).quantize(torch.randn(40, 128), scheme, torch.float32))
     stack = {f"x.up{local.removeprefix('weight')}": torch.stack([t] * 3) for local, t in one.items()}
     save_file(stack, tmp_path / WEIGHTS)
-    check_module(Checkpoint.of_files([tmp_path / WEIGHTS]), "x.up", (3, 40, 128), SCHEME, fmt)
+    said = fmt.config({"x.up": scheme}, [])
+    assert Contents.of(Checkpoint.of_files([tmp_path / WEIGHTS]), said).layers["x.up"].shape == (3, 40, 128)
     stack[f"x.up{bad}"] = stack[f"x.up{bad}"][:2].contiguous()
-    save_file(stack, tmp_path / "bad.safetensors")
-    with pytest.raises(CheckpointError, match=rf"bad\.safetensors: tensor x\.up{bad} has shape \[2"):
-        check_module(Checkpoint.of_files([tmp_path / "bad.safetensors"]), "x.up", (3, 40, 128), SCHEME, fmt)
+    save_file(stack, tmp_path / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: x\.up: weight"):
+        Contents.of(Checkpoint.of_files([tmp_path / WEIGHTS]), said)
 
 
 # -- quantization_config of strangers -----------------------------------------------------------------------------

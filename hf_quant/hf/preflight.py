@@ -1,0 +1,123 @@
+"""The one judgement of a quantized checkpoint: loading asks for it before anything is allocated, and so does ``verify``.
+
+Everything is judged by the place in the model that it arrives at, under whatever name it stands in the file: transformers
+renames tensors, and a check by name alone would miss those.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from hf_quant.checkpoint import SIZES, Checkpoint, TensorInfo
+from hf_quant.contents import Contents
+from hf_quant.errors import CheckpointError
+from hf_quant.formats import format_named
+from hf_quant.hf._compat import renamer
+from hf_quant.hf.community import Placed, aliases, as_asked, place
+from hf_quant.hf.config import HfQuantConfig
+
+COMPANIONS = tuple(name.removeprefix("weight") for name in format_named("native").suffixes if name != "weight")
+MOST_BUFFERS = 1 << 28  # bytes besides the size of the file that tables made from config.json may take
+
+
+def examine(model: Any, checkpoint: Checkpoint, config: HfQuantConfig) -> tuple[Contents, Placed]:
+    """Find out what the quantized layers of a checkpoint are and where they belong, and check what is small of them.
+
+    Args:
+        model: Without weights, before any module is replaced.
+        checkpoint: Its headers have been checked.
+        config: Its ``quantization_config``, understood.
+
+    Raises:
+        HfQuantError: A layer is damaged, has no place in the model or another shape there; the message names file and tensor.
+    """
+    stored = config.stored if config.stored is not None else _as_stored(config)
+    contents = Contents.of(checkpoint, stored, called=aliases(model))
+    placed = place(model, contents)
+    placed.schemes = as_asked(placed.schemes, stored, config.activations)
+    for module in placed.homes:
+        contents.check(module)
+    return contents, placed
+
+
+def _as_stored(config: HfQuantConfig) -> dict[str, Any]:
+    """Our own layout, whatever else the checkpoint says of itself: no field of it leads around a check."""
+    return {"quant_method": "hf_quant", "scheme": config.scheme, "overrides": config.overrides,
+            "modules_to_not_convert": config.modules_to_not_convert}  # fmt: skip
+
+
+def check_rest(
+    model: Any, checkpoint: Checkpoint, names: Iterable[str], shaped: Collection[str] | None = None
+) -> set[str]:
+    """Check what is not quantized, from the headers: it has the shape that the model has for it, and is no integers.
+
+    Args:
+        model: Without weights; its quantized modules are in place.
+        checkpoint: Its headers have been checked.
+        names: Of the tensors in it.
+        shaped: The parameters whose shape counts; None for all.
+
+    Returns:
+        The names that the model has for them.
+
+    Raises:
+        CheckpointError: Names file and tensor.
+    """
+    rename, state = renamer(model), model.state_dict()
+    sources: dict[str, str] = {}
+    for name in names:
+        info = checkpoint.tensors[name]
+        where = f"{info.file.name}: tensor {name}"
+        target, converted = rename(name)
+        if target not in state:
+            continue  # transformers says so
+        if state[target].is_floating_point() and not (info.is_float and SIZES[info.dtype] > 1):
+            raise CheckpointError(
+                f"{where} has dtype {info.dtype}, the model wants floating point: quantization_config does not say how to read it"
+            )
+        if not converted and target in sources:
+            raise CheckpointError(f"{where}: {sources[target]} is the same tensor of the model, {target}")
+        counts = not converted and (shaped is None or target in shaped)
+        if counts and info.shape != tuple(state[target].shape):
+            raise CheckpointError(
+                f"{where} has shape {list(info.shape)}, config.json says {list(state[target].shape)}"
+            )
+        sources[target] = name
+    return set(sources)
+
+
+def check_complete(model: Any, placed: Placed, covered: set[str]) -> None:
+    """Every parameter comes from the checkpoint, or the model says itself that it need not.
+
+    Args:
+        model: Without weights; its quantized modules are in place.
+        placed: The quantized layers.
+        covered: The names of other parameters that the checkpoint has.
+
+    Raises:
+        CheckpointError: Names the first that does not.
+    """
+    stems = [stem for home in (*placed.schemes, *placed.dense) for stem in (home, f"{home}.weight")]
+    covered = covered | {stem + part for stem in stems for part in ("", *COMPANIONS)}
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    partners = {a for pair in ties.items() for a in pair if covered & set(pair)}
+    optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    for name, _ in model.named_parameters():
+        if name not in covered and name not in partners and not any(pattern.search(name) for pattern in optional):
+            raise CheckpointError(f"tensor {name} is missing from the checkpoint")
+
+
+def check_buffers(model: Any, tensors: Mapping[str, TensorInfo]) -> None:
+    """Tables that the model makes for itself are in proportion to the checkpoint.
+
+    Raises:
+        CheckpointError: They would take far more memory than all weights.
+    """
+    most = MOST_BUFFERS + sum(info.nbytes for info in tensors.values())
+    size = sum(buffer.nbytes for _, buffer in model.named_buffers())
+    if size > most:
+        raise CheckpointError(
+            f"config.json: the model would make tables of {size} bytes for itself, the limit is {most}"
+        )

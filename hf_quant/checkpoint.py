@@ -242,6 +242,8 @@ def check_config(config: Mapping[str, Any], where: str = "") -> None:
     Raises:
         CheckpointError: Names the field.
     """
+    if not where:
+        _check_numbers("", dict(config))
     for key, value in config.items():
         for item in value if isinstance(value, list) else [value]:  # some models have one value per layer
             _check_size(f"{where}{key}", key, item)
@@ -251,6 +253,15 @@ def check_config(config: Mapping[str, Any], where: str = "") -> None:
     for key, value in config.items():
         if where.count(".") < INNERMOST and key.endswith("_config") and isinstance(value, dict):
             check_config(value, f"{where}{key}.")
+
+
+def _check_numbers(field: str, value: Any) -> None:
+    """No number is NaN; infinite ones are limits that are none, in some models."""
+    if value != value:
+        raise CheckpointError(f"config.json: {shown(field)[1:-1]} is NaN")
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inner:
+        _check_numbers(f"{field}.{key}" if field else str(key), item)
 
 
 def _check_size(field: str, key: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""JSON from a stranger: no key twice, no NaN, and never more of it than memory that was allowed for it."""
+"""JSON from a stranger: no key twice, and never more of it than memory that was allowed for it."""
 
 from __future__ import annotations
 
@@ -35,13 +35,8 @@ def parsed(raw: bytes, name: str, what: str = "file", *, values: int = MAX_VALUE
             raise CheckpointError(f"{name}: key {shown(twice)} stands twice in the {what}")
         return made
 
-    def constant(word: str) -> float:
-        if word == "NaN":
-            raise ValueError("NaN is no number")
-        return float(word)  # transformers writes Infinity for limits that are none
-
     try:
-        made = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        made = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:

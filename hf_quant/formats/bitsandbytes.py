@@ -121,7 +121,7 @@ def _facts_int8(tensors: Mapping[str, Any]) -> tuple[int, int]:
 def _scale_int8(tensors: Mapping[str, Tensor]) -> Tensor:
     layout = tensors.get("weight_format")
     if layout is not None and bool(layout.any()):
-        raise FormatError("weight_format: only weights in rows (0) are read")
+        raise FormatError(f"weight_format {layout.flatten()[:4].tolist()}: only weights in rows (0) are read")
     scale = tensors["SCB"].float().view(-1, 1) * ONE_OF_127
     check_scale("SCB", scale)
     return scale

@@ -26,19 +26,32 @@ def updated_conversions(update: Callable[..., list[Any]], conversions: list[Any]
     return update(conversions) if model is None else update(conversions, model)
 
 
-def renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
-    """Gives the name that a tensor of a float checkpoint gets in ``model``, as the loader would, and whether the loader
-    does more than rename it."""
+def arrivals(model: Any) -> Callable[[str], tuple[list[str], bool]]:
+    """Gives the names that a tensor of a float checkpoint gets in ``model``, as the loader would, and whether the loader
+    does more than rename it; a converter may cut one tensor into several."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     names = dict.fromkeys(model.state_dict(), True)
 
+    def renamed(name: str) -> tuple[list[str], bool]:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, names)
+        if target not in names and name in names:
+            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, names)
+        first, *others = of_pattern[pattern].target_patterns if pattern is not None else ("",)
+        return [target, *(target.replace(first, other) for other in others)], pattern is not None
+
+    return renamed
+
+
+def renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
+    """As `arrivals`, with the first of the names."""
+    arriving = arrivals(model)
+
     def renamed(name: str) -> tuple[str, bool]:
-        made, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, names)
-        if made not in names and name in names:
-            made, pattern = rename_source_key(name, [], [], model.base_model_prefix, names)
-        return made, pattern is not None
+        targets, converted = arriving(name)
+        return targets[0], converted
 
     return renamed
 

@@ -14,7 +14,7 @@ from hf_quant.checkpoint import SIZES, Checkpoint, TensorInfo
 from hf_quant.contents import Contents
 from hf_quant.errors import CheckpointError
 from hf_quant.formats import format_named
-from hf_quant.hf._compat import renamer
+from hf_quant.hf._compat import arrivals
 from hf_quant.hf.community import Placed, aliases, as_asked, place
 from hf_quant.hf.config import HfQuantConfig
 
@@ -65,12 +65,14 @@ def check_rest(
     Raises:
         CheckpointError: Names file and tensor.
     """
-    rename, state = renamer(model), model.state_dict()
+    arriving, state = arrivals(model), model.state_dict()
     sources: dict[str, str] = {}
+    covered: set[str] = set()
     for name in names:
         info = checkpoint.tensors[name]
         where = f"{info.file.name}: tensor {name}"
-        target, converted = rename(name)
+        targets, converted = arriving(name)
+        target = targets[0]
         if target not in state:
             continue  # transformers says so
         if state[target].is_floating_point() and not (info.is_float and SIZES[info.dtype] > 1):
@@ -85,16 +87,18 @@ def check_rest(
                 f"{where} has shape {list(info.shape)}, config.json says {list(state[target].shape)}"
             )
         sources[target] = name
-    return set(sources)
+        covered.update(targets)
+    return covered
 
 
-def check_complete(model: Any, placed: Placed, covered: set[str]) -> None:
+def check_complete(model: Any, placed: Placed, covered: set[str], names: Iterable[str] | None = None) -> None:
     """Every parameter comes from the checkpoint, or the model says itself that it need not.
 
     Args:
         model: Without weights; its quantized modules are in place.
         placed: The quantized layers.
         covered: The names of other parameters that the checkpoint has.
+        names: Of the parameters that must be there; None for all.
 
     Raises:
         CheckpointError: Names the first that does not.
@@ -104,7 +108,7 @@ def check_complete(model: Any, placed: Placed, covered: set[str]) -> None:
     ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     partners = {a for pair in ties.items() for a in pair if covered & set(pair)}
     optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
-    for name, _ in model.named_parameters():
+    for name in [name for name, _ in model.named_parameters()] if names is None else names:
         if name not in covered and name not in partners and not any(pattern.search(name) for pattern in optional):
             raise CheckpointError(f"tensor {name} is missing from the checkpoint")
 

@@ -111,8 +111,9 @@ class HfQuantQuantizer(HfQuantizer):
             else:
                 self.plan = make_plan(model, config, frozen=self.pre_quantized)
                 if checkpoint is not None:
-                    planned = {name for layer in self.plan.schemes for name in (layer, f"{layer}.weight")}
-                    check_rest(model, checkpoint, checkpoint.tensors, planned)
+                    planned = [n if found[n].kind == "experts" else f"{n}.weight" for n in self.plan.schemes]
+                    covered = check_rest(model, checkpoint, checkpoint.tensors, set(planned))
+                    check_complete(model, self.placed, covered, planned)
         if self.calibrates:  # once the weights are there
             freeze(config, self.plan)
             return None

@@ -301,11 +301,11 @@ TAMPERED = {
         "weight_zero_point",
     ),
     "no_scale": (lambda t: t.pop(f"{UP}.weight_scale"), "weight_scale"),
-    "no_codes": (lambda t: t.pop(f"{UP}.weight"), f"{UP}.weight"),
+    "no_codes": (lambda t: t.pop(f"{UP}.weight"), f"{UP}: weight is missing"),
     "no_layer": (lambda t: [t.pop(k) for k in list(t) if k.startswith(UP)], UP),
     "no_norm": (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
     "norm_nan": (lambda t: t["model.norm.weight"][:1].fill_(float("nan")), "model.norm.weight"),
-    "codes_shape": (lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][:, :-4].contiguous()}), f"{UP}.weight"),
+    "codes_shape": (lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][:, :-4].contiguous()}), f"{UP}: weight"),
     "codes_float": (lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"].float()}), f"{UP}.weight"),
 }
 

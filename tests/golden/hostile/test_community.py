@@ -181,7 +181,7 @@ CASES: dict[str, tuple[str, Change, str]] = {
     "bits of HQQ another": ("hqq-4bit", value(f"{UP}.nbits", 8), rf"{UP}: W_q has shape"),
     "axis of HQQ": ("hqq-4bit", value(f"{UP}.axis", 2), rf"{UP}: .*out of range"),
     "zero points of HQQ quantized again": ("hqq-4bit", value(f"{UP}.quant_zero", 1), rf"{UP}: .*quantized again"),
-    "weight_format": (INT8, value(f"{UP}.weight_format", 1), rf"{UP}: weight_format 1"),
+    "weight_format": (INT8, value(f"{UP}.weight_format", 1), rf"{UP}: weight_format \[1\]"),
     "quant_map of its own": (BNB, value(f"{UP}.weight.quant_map", 0.5), rf"{UP}: weight.quant_map: not the levels of nf4"),
     "state not JSON": (BNB, text(b"{"), rf"{UP}: .*no valid JSON"),
     "state nested too deep": (BNB, text(b"[" * 3000), rf"{UP}: .*no valid JSON"),

@@ -129,8 +129,8 @@ class Contents:
         """The file of a layer and its name there, for messages."""
         return f"{self.checkpoint.tensors[next(iter(self.names[module].values()))].file.name}: {module}"
 
-    def read(self, module: str) -> QuantizedTensor | Tensor:
-        """One layer: codes where it has a scheme, else its weight in float32.
+    def read(self, module: str, *, dense: bool = False) -> QuantizedTensor | Tensor:
+        """One layer: codes where it has a scheme, else its weight in float32, or where ``dense`` asks for that.
 
         Raises:
             CheckpointError: A tensor holds what it must not; the message names file and tensor.
@@ -138,7 +138,7 @@ class Contents:
         scheme = self.layers[module].scheme
         try:
             own = self.tensors(module)
-            return self.fmt.dense(own) if scheme is None else self.fmt.read(own, scheme)
+            return self.fmt.dense(own) if scheme is None or dense else self.fmt.read(own, scheme)
         except FormatError as error:
             raise CheckpointError(f"{self.where(module)}: {error}") from None
 

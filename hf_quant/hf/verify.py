@@ -72,7 +72,8 @@ def verify(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = it
 
 def _check_layer(model: Any, contents: Contents, placed: Placed, module: str) -> None:
     """One layer becomes what it becomes while loading, and is checked as it is there."""
-    home, read = placed.homes[module], contents.read(module)
+    home = placed.homes[module]
+    read = contents.read(module, dense=home not in placed.schemes)
     names = dict(model.named_parameters())
     if isinstance(read, QuantizedTensor):
         stem = home if f"{home}_scale" in names else f"{home}.weight"

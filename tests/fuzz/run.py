@@ -1,0 +1,101 @@
+"""Many cases, in processes that may die: a crash is a line of the report like any other fault."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+from tests.fuzz.entrances import ENTRANCES, faults
+from tests.fuzz.mutate import spoil
+from tests.fuzz.originals import make_own, names, original
+
+BATCH = 100  # cases in one process, so that what they leave behind in memory goes
+SILENCE = 600  # seconds without a case done, after which a process is taken for hung
+
+
+def one(case: int, home: Path) -> Iterator[str]:
+    """The faults of one case; ``home`` as for `make_own`."""
+    chance = Random(case)
+    good = chance.choice(names(home))
+    folder = Path(tempfile.mkdtemp(dir=home))
+    try:
+        kind = spoil(chance, original(good), folder)
+        for fault in faults(folder):
+            yield f"{good.name} ({kind}): {fault}"
+    finally:
+        shutil.rmtree(folder)
+
+
+def many(first: int, last: int, home: Path) -> Iterator[tuple[int, str]]:
+    """Case and fault, for all faults of the cases from ``first`` to before ``last``."""
+    case = first
+    while case < last:
+        until = min(case + BATCH, last)
+        case = yield from _batch(case, until, home)
+
+
+def _batch(first: int, last: int, home: Path) -> Iterator[tuple[int, str]]:
+    """Run cases in one forked process; returns the first one that is still to be run."""
+    fork = multiprocessing.get_context("fork")
+    reports, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_work, args=(first, last, home, sender))
+    process.start()
+    sender.close()
+    done, case = False, first
+    try:
+        while not done and reports.poll(SILENCE):
+            done, case, fault = reports.recv()
+            if fault:
+                yield case, fault
+    except EOFError:
+        pass
+    if not done:
+        process.kill()
+    process.join()
+    if done:
+        return last
+    yield case, f"the process died, with exit code {process.exitcode}"
+    return case + 1
+
+
+def _work(first: int, last: int, home: Path, sender: multiprocessing.connection.Connection) -> None:
+    """In the forked process: say which case begins, and what is wrong with it."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stderr.fileno())
+    for case in range(first, last):
+        sender.send((False, case, ""))
+        for fault in one(case, home):
+            sender.send((False, case, fault))
+    sender.send((True, last, ""))
+    os._exit(0)  # nothing that a case left behind may run
+
+
+def report(first: int, last: int, out: Path | None) -> int:
+    """Run cases and write one JSON line for each fault; the number of faults."""
+    import transformers
+
+    transformers.logging.set_verbosity(50)
+    shared = Path("/dev/shm")
+    found: Counter[str] = Counter()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="hf-quant-fuzz-", dir=shared if shared.is_dir() else None) as home:
+        make_own(Path(home))
+        for case, fault in many(first, last, Path(home)):
+            found[fault.split(": ", 1)[1][:80]] += 1
+            line = json.dumps({"case": case, "fault": fault})
+            print(line, flush=True)
+            if out is not None:
+                with out.open("a") as file:
+                    file.write(line + "\n")
+    took = time.monotonic() - start
+    print(f"{last - first} checkpoints through {len(ENTRANCES)} entrances: {sum(found.values())} faults, {took:.0f} s")
+    return sum(found.values())

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
+import click
+
 from tests.fuzz.entrances import ENTRANCES, faults
 from tests.fuzz.mutate import spoil
 from tests.fuzz.originals import make_own, names, original
@@ -92,10 +94,12 @@ def report(first: int, last: int, out: Path | None) -> int:
         for case, fault in many(first, last, Path(home)):
             found[fault.split(": ", 1)[1][:80]] += 1
             line = json.dumps({"case": case, "fault": fault})
-            print(line, flush=True)
+            click.echo(line)
             if out is not None:
                 with out.open("a") as file:
                     file.write(line + "\n")
     took = time.monotonic() - start
-    print(f"{last - first} checkpoints through {len(ENTRANCES)} entrances: {sum(found.values())} faults, {took:.0f} s")
+    click.echo(
+        f"{last - first} checkpoints through {len(ENTRANCES)} entrances: {sum(found.values())} faults, {took:.0f} s"
+    )
     return sum(found.values())

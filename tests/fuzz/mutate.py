@@ -334,6 +334,20 @@ def spoil(chance: Random, good: Original, folder: Path) -> str:
     """Write a spoilt copy of ``good`` into an empty folder; what kind of damage it is."""
     kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
     files, config, tensors = dict(good.files), copy.deepcopy(good.config), dict(good.tensors)
+    _spoil_inside(chance, kind, config, tensors)
+    files["config.json"] = encoded(config)
+    if kind == "index":
+        spoil_index(chance, files, tensors)
+    else:
+        files[WEIGHTS] = save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
+    _spoil_files(chance, kind, files)
+    for name, raw in files.items():
+        (folder / name).write_bytes(raw)
+    return kind
+
+
+def _spoil_inside(chance: Random, kind: str, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """What config.json says, and the tensors."""
     if kind in ("config", "both"):
         spoil_json(chance, config)
     if kind in ("quantization", "both") and isinstance(config.get("quantization_config"), dict):
@@ -343,18 +357,18 @@ def spoil(chance: Random, good: Original, folder: Path) -> str:
     if kind == "state":
         spoil_state(chance, tensors)
     if kind == "quanto":
-        files["quanto_qmap.json"] = b"{}"
         config.pop("quantization_config", None)
-    files["config.json"] = encoded(config)
+
+
+def _spoil_files(chance: Random, kind: str, files: dict[str, bytes]) -> None:
+    """The bytes of files, and files beside the weights."""
+    if kind == "quanto":
+        files["quanto_qmap.json"] = b"{}"
     if kind == "bytes":
         raw = bytearray(files["config.json"])
         for _ in range(chance.choice([1, 3])):
             raw[chance.randrange(len(raw))] = chance.randrange(256)
         files["config.json"] = bytes(raw)
-    if kind == "index":
-        spoil_index(chance, files, tensors)
-    else:
-        files[WEIGHTS] = save({name: t.contiguous() for name, t in tensors.items()}, metadata={"format": "pt"})
     if kind == "header":
         files[WEIGHTS] = spoil_header(chance, files[WEIGHTS])
     if kind == "manifest":
@@ -362,6 +376,3 @@ def spoil(chance: Random, good: Original, folder: Path) -> str:
         manifest = {"version": 1, "files": listed}
         spoil_json(chance, manifest)
         files["manifest.json"] = encoded(manifest)
-    for name, raw in files.items():
-        (folder / name).write_bytes(raw)
-    return kind

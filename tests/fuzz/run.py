@@ -16,6 +16,7 @@ from random import Random
 
 import click
 
+from hf_quant import _plugins
 from tests.fuzz.entrances import ENTRANCES, faults
 from tests.fuzz.mutate import spoil
 from tests.fuzz.originals import make_own, names, original
@@ -85,6 +86,9 @@ def report(first: int, last: int, out: Path | None) -> int:
     """Run cases and write one JSON line for each fault; the number of faults."""
     import transformers
 
+    for name in ENTRANCES:  # a command is imported when it is first asked for
+        if name in _plugins.names("cli"):
+            _plugins.load("cli", name)
     transformers.logging.set_verbosity(50)
     shared = Path("/dev/shm")
     found: Counter[str] = Counter()

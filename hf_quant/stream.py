@@ -90,6 +90,11 @@ class Block:
         """A layer's name inside the block."""
         return layer.removeprefix(f"{self.name}.")
 
+    def stored_in(self, parameter: str) -> torch.dtype:
+        """What a parameter, by its name inside the block, is stored in where it is not quantized."""
+        name = f"{self.name}.{parameter}"
+        return self.stored.dtype(name) if self.stored is not None else torch.float32
+
     def run(self, hidden: Tensor, module: nn.Module | None = None, again: Callable[[], None] | None = None) -> Tensor:
         """The block's output.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from hf_quant import _plugins
@@ -26,6 +27,7 @@ class Stage:
         source: Local name of the module whose output that input is; None if it is no module's.
         codes: Of the block's layers quantized so far, by local name.
         probe: Runs one of the two blocks on a few tokens.
+        stored: Tells what a parameter of that local name is stored in, where it is not quantized.
         notes: What is worth reporting.
     """
 
@@ -36,6 +38,7 @@ class Stage:
     source: str | None
     codes: MutableMapping[str, QuantizedTensor]
     probe: Callable[[nn.Module], Tensor]
+    stored: Callable[[str], torch.dtype] = lambda _name: torch.float32
     notes: list[str] = field(default_factory=list)
 
     @property

@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
-from hf_quant.numerics import dequantize, quantize, search
-from hf_quant.scheme import QuantScheme
 from hf_quant.transforms import Stage
-from hf_quant.transforms._fold import fold, powers_of_two
+from hf_quant.transforms._fold import fold, powers_of_two, rounding_error
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,11 @@ class AWQ:
         columns = torch.stack([w.square().mean(0) for w, _ in weights]).mean(0).sqrt()
         columns = (columns / columns.mean()).clamp(min=1e-4)
         gram = (stage.stats.gram / max(1, stage.stats.rows)).float()
-        least = self._lost(weights, gram, torch.ones_like(inputs))
+        least = rounding_error(weights, gram, torch.ones_like(inputs), self.steps)
         limit, best = (1 - self.gain) * least, None
         for a, b in self.grid:
             scales = powers_of_two(inputs**a / columns**b)
-            lost = self._lost(weights, gram, scales)
+            lost = rounding_error(weights, gram, scales, self.steps)
             if lost < limit:
                 limit, best = lost, scales
         if best is None:
@@ -58,17 +55,6 @@ class AWQ:
             stage.notes.append(f"awq: {reason}")
             return []
         return list(stage.layers)
-
-    def _lost(self, weights: list[tuple[Tensor, QuantScheme]], gram: Tensor, scales: Tensor) -> float:
-        """Squared output error of all layers, rounded with their columns scaled."""
-        total = 0.0
-        for W, scheme in weights:
-            groups = (W * scales).unflatten(1, (scheme.groups(W.shape[1]), -1))
-            importance = (gram.diagonal() / scales.square()).view(groups.shape[1], -1)
-            scale, zero = search(groups, scheme, torch.float32, self.steps, 0.6, importance)
-            made = dequantize(quantize(groups, scale, zero, scheme.qmax), scale, zero).flatten(1) / scales - W
-            total += ((made @ gram) * made).sum(dtype=torch.float64).item()
-        return total
 
 
 TRANSFORM = AWQ

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.transforms import Stage, weight_of
-from hf_quant.transforms._fold import CLOSE
+from hf_quant.transforms._judge import changed
 
 VALUES, OUTPUT = "v_proj", ("o_proj", "out_proj")
 
@@ -33,16 +33,13 @@ class Hadamard:
         if output is None or not isinstance(head, int) or head & (head - 1):
             stage.notes.append("hadamard: no output layer, or heads whose width is not a power of two")
             return []
-        judge = stage.twin or stage.block
-        before, H = stage.probe(judge), hadamard(head)
-        for block in stage.blocks:
-            _turn(block.get_submodule(values), block.get_submodule(f"{path}.{output}"), H)
-        if (stage.probe(judge) - before).norm() > CLOSE * before.norm():
-            for block in stage.blocks:
-                _turn(block.get_submodule(values), block.get_submodule(f"{path}.{output}"), H.T)
+        H, reader = hadamard(head), f"{path}.{output}"
+        if changed(stage, values, lambda out: _by_head(out, H.T), [reader], lambda x: _by_head(x, H)) is not None:
             stage.notes.append("hadamard: more than a product lies between values and output")
             return []
-        return [values, f"{path}.{output}"]
+        for block in stage.blocks:
+            _turn(block.get_submodule(values), block.get_submodule(reader), H)
+        return [values, reader]
 
 
 def hadamard(size: int) -> Tensor:
@@ -53,15 +50,19 @@ def hadamard(size: int) -> Tensor:
     return made / size**0.5
 
 
+def _by_head(x: Tensor, H: Tensor) -> Tensor:
+    """``x [..., heads * size]`` with every head's part multiplied by ``H`` from the right."""
+    return (x.unflatten(-1, (-1, H.shape[0])) @ H.to(x)).flatten(-2)
+
+
 def _turn(values: nn.Module, output: nn.Module, H: Tensor) -> None:
-    head = H.shape[0]
+    """Rotate the rows of ``values`` head by head, and the columns of ``output`` back."""
     rows, columns = weight_of(values), weight_of(output)
-    H = H.to(rows)
-    rows.copy_((H @ rows.reshape(-1, head, rows.shape[1])).reshape(rows.shape))
-    columns.copy_((columns.reshape(columns.shape[0], -1, head) @ H.T).reshape(columns.shape))
+    rows.copy_(_by_head(rows.T, H.T).T)
+    columns.copy_(_by_head(columns, H.T))
     bias: Any = getattr(values, "bias", None)
     if bias is not None:
-        bias.data.copy_((bias.data.view(-1, head) @ H.T.to(bias.dtype)).flatten())
+        bias.data.copy_(_by_head(bias.data, H.T))
 
 
 TRANSFORM = Hadamard

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_quant.numerics import dequantize, quantize, quantize_rows, search
 from hf_quant.scheme import QuantScheme
 from hf_quant.transforms import Stage
-from hf_quant.transforms._fold import fold, powers_of_two
+from hf_quant.transforms._fold import fold, powers_of_two, rounding_error
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class SmoothQuant:
 
     Where activations are rounded, alpha is searched for each stage, together with what the size of an input is (its largest
     value, as in the paper, or its root mean square): what is kept loses least when both sides are rounded, on rows that were
-    seen. Elsewhere the root mean square and ``alpha`` count.
+    seen. Elsewhere the root mean square and ``alpha`` count, where rounding the weights loses less for it.
 
     Args:
         alpha: How much of the difficulty moves; 0.5 shares it.
@@ -39,9 +39,10 @@ class SmoothQuant:
     def apply(self, stage: Stage) -> list[str]:
         inputs = stage.stats.importance.sqrt().clamp(min=1e-4)
         columns = torch.stack([stage.weight(n).float().abs().amax(0) for n in stage.layers]).amax(0).clamp(min=1e-5)
-        best: Tensor | None = _scales(inputs, columns, self.alpha)
         if any(scheme.activations for scheme in stage.layers.values()):
             best = self._search(stage, [inputs, stage.stats.peak.clamp(min=1e-4)], columns)
+        else:
+            best = self._fixed(stage, _scales(inputs, columns, self.alpha))
         if best is None:
             stage.notes.append("smoothquant: no scales save enough")
             return []
@@ -49,6 +50,13 @@ class SmoothQuant:
             stage.notes.append(f"smoothquant: {reason}")
             return []
         return list(stage.layers)
+
+    def _fixed(self, stage: Stage, scales: Tensor) -> Tensor | None:
+        """``scales``; None if they do not save enough."""
+        weights = [(stage.weight(name).float(), scheme) for name, scheme in stage.layers.items()]
+        gram = (stage.stats.gram / max(1, stage.stats.rows)).float()
+        plain, lost = (rounding_error(weights, gram, s, self.steps) for s in (torch.ones_like(scales), scales))
+        return scales if lost < (1 - self.gain) * plain else None
 
     def _search(self, stage: Stage, sizes: list[Tensor], columns: Tensor) -> Tensor | None:
         """The scales that lose least; None if none saves enough."""

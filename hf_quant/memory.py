@@ -1,19 +1,69 @@
-"""What the process holds of the machine's memory."""
+"""What the process holds of the machine's memory, and what it may still take."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # limits of containers, and which of them are ours
+# limit, use, and what of the use is cache that is given up when memory is asked for: in versions 2 and 1
+FILES = (
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def free_memory() -> int:
-    """Bytes that could be taken now without swapping."""
+    """Bytes that could be taken now without swapping, within the limits of the container.
+
+    Files that the system keeps in memory count as free, since they make room.
+    """
+    return max(0, min([psutil.virtual_memory().available, *_left_in_containers()]))
+
+
+def _left_in_containers(root: Path = CGROUPS, own: Path = OWN) -> Iterator[int]:
+    """What each control group that this process is in, and each above it, leaves."""
+    for folder in _groups(root, own):
+        for limit, use, cache in FILES:
+            allowed, used = _number(folder / limit), _number(folder / use)
+            if allowed is not None and used is not None:
+                yield allowed - used + _statistic(folder / "memory.stat", cache)
+
+
+def _groups(root: Path, own: Path) -> list[Path]:
+    """Folders of the groups; in a container the path that the process is told may be one of the machine outside."""
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 4 << 30
+        lines = own.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return []
+    found: list[Path] = []
+    for line in lines:
+        kinds, _, path = line.partition(":")[2].partition(":")
+        if kinds == "" or "memory" in kinds.split(","):
+            at = PurePosixPath(path.lstrip("/"))
+            top = root / "memory" if kinds else root
+            found += [top / each for each in (at, *at.parents) if ".." not in each.parts]
+    return list(dict.fromkeys(found))
+
+
+def _number(path: Path) -> int | None:
+    """What is written there; None if that is ``max``, or nothing."""
+    try:
+        return int(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _statistic(path: Path, name: str) -> int:
+    try:
+        entries = (line.split() for line in path.read_text(encoding="utf-8").splitlines())
+        return next((int(entry[1]) for entry in entries if entry[0] == name), 0)
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 @lru_cache

@@ -1,0 +1,63 @@
+"""How much memory may still be taken, with and without a container."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hf_quant import memory
+
+GB = 10**9
+
+
+def test_files_kept_in_memory_count_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_left_in_containers", lambda: iter(()))
+    before, free, after = psutil.virtual_memory(), memory.free_memory(), psutil.virtual_memory()
+    slack = GB  # other processes come and go
+    assert min(before.available, after.available) - slack < free < max(before.available, after.available) + slack
+    assert free > psutil.virtual_memory().free - slack
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "left"),
+    [
+        ("0::/\n", {"memory.max": f"{4 * GB}\n", "memory.current": f"{3 * GB}\n"}, GB),
+        (
+            "0::/a/b\n",
+            {
+                "a/b/memory.max": "max\n", "a/b/memory.current": f"{GB}\n", "a/memory.max": f"{4 * GB}\n",
+                "a/memory.current": f"{3 * GB}\n", "a/memory.stat": f"anon 5\ninactive_file {GB}\nfile 7\n",
+            },
+            2 * GB,
+        ),
+        (
+            "12:cpu:/x\n4:hugetlb,memory:/docker/c\n0::/\n",
+            {
+                "memory/docker/c/memory.limit_in_bytes": f"{2 * GB}\n",
+                "memory/docker/c/memory.usage_in_bytes": f"{GB}\n",
+                "memory/memory.limit_in_bytes": f"{2**63 - 4096}\n", "memory/memory.usage_in_bytes": "0\n",
+            },
+            GB,
+        ),
+        # the path of the machine outside, which a container does not see: only the top is there
+        ("0::/system.slice/docker-1.scope\n", {"memory.max": f"{GB}\n", "memory.current": "0\n"}, GB),
+        ("0::/../..\n", {"memory.max": "nonsense", "memory.current": "0\n"}, None),
+        ("nonsense\n", {}, None),
+    ],
+)  # fmt: skip
+def test_limits_of_containers(tmp_path: Path, own: str, files: dict[str, str], left: int | None) -> None:
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    found = list(memory._left_in_containers(tmp_path, tmp_path / "own"))
+    assert min(found, default=None) == left
+    assert not list(memory._left_in_containers(tmp_path, tmp_path / "none"))
+
+
+def test_the_smallest_limit_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for left, free in (([5, 3], 3), ([-7], 0)):
+        monkeypatch.setattr(memory, "_left_in_containers", lambda left=left: iter(left))
+        assert memory.free_memory() == free

@@ -104,7 +104,10 @@ def _register() -> None:
 
 def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
     def merge_quantization_configs(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        """Transformers' own, except for checkpoints of other programs that we wrote or were asked to run."""
+        """Transformers' own, except for checkpoints of other programs that we wrote or were asked to run.
+
+        A configuration of ours that says how to quantize is refused for a checkpoint that is quantized already.
+        """
         asked = quantization_config_from_args
         method = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else METHOD
         if method != METHOD:
@@ -112,7 +115,11 @@ def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
             if type(asked).__name__ == "HfQuantConfig" or (asked is None and wanted):
                 hf = import_module("hf_quant.hf")
                 if asked is None or isinstance(asked, hf.HfQuantConfig):
-                    return hf.taken_over(quantization_config, getattr(asked, "activations", None))
+                    made = hf.taken_over(quantization_config, getattr(asked, "activations", None))
+                    hf.refuse_requantizing(quantization_config, asked)
+                    return made
+        elif type(asked).__name__ == "HfQuantConfig":
+            import_module("hf_quant.hf").refuse_requantizing(quantization_config, asked)
         return original(cls, quantization_config, quantization_config_from_args)
 
     return merge_quantization_configs

@@ -80,6 +80,7 @@ def command(
     from hf_quant.compress import Job, compress
     from hf_quant.evaluation.yardstick import Base
     from hf_quant.hf.auto import tokenizer_of
+    from hf_quant.hf.loading import refuse_quantized
     from hf_quant.ladder import Ladder, Limits, rungs
 
     limits = Limits(budget(max_kl, max_ppl_increase, min_top1), max_size)
@@ -87,6 +88,7 @@ def command(
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
     found = how.find(model)
     from_hub = hub(revision, trust_remote_code)
+    refuse_quantized(model, **from_hub)
     tokenizer = tokenizer_of(model, **from_hub)
     measure = how.yardstick(model, found[1], tokenizer, device=device, shown=shown, quiet=quiet, **from_hub)
     given = {"dtype": dtype} | ({"device_map": device} if device else {}) | from_hub

@@ -88,6 +88,7 @@ def command(
 
     from hf_quant.compress import Job, compress
     from hf_quant.hf.auto import tokenizer_of
+    from hf_quant.hf.loading import refuse_quantized
     from hf_quant.ranks import Ranks
     from hf_quant.text import refuse_overlap
 
@@ -101,6 +102,7 @@ def command(
 
         Checkpoint.open(Path(model))
         _warn_if_training(Path(model))
+    refuse_quantized(model, **from_hub)
     tokenizer = tokenizer_of(model, **from_hub)
     if tokenizer is None:
         say(f"{model}: no tokenizer found, none is saved")

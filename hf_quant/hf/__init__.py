@@ -5,6 +5,7 @@ from hf_quant import _autoload
 _autoload.drop_proxies()
 
 from hf_quant.hf.config import HfQuantConfig as HfQuantConfig  # noqa: E402  (the proxies must be gone before this)
+from hf_quant.hf.config import refuse_requantizing as refuse_requantizing  # noqa: E402
 from hf_quant.hf.config import taken_over as taken_over  # noqa: E402
 from hf_quant.hf.kv_cache import QuantCache as QuantCache  # noqa: E402
 from hf_quant.hf.loading import load as load  # noqa: E402

@@ -26,6 +26,7 @@ UNSTORED = (
     "activations",
     "stored",
     "dequantize",
+    "given",
 )  # the text may be private; the recipe has its hash
 SAVED = ("auto", "native", "compressed_tensors")  # what save_pretrained and hf-quant quantize write
 VERSION = 1  # of this configuration's meaning
@@ -98,6 +99,15 @@ class HfQuantConfig(QuantizationConfigMixin):
             raise FormatError(f"quantization_config.version {version!r}: this hf-quant reads versions up to {VERSION}")
         if unknown:
             raise PlanError(_unknown(unknown))
+        says = {
+            "scheme": scheme, "bits": bits, "group_size": group_size, "symmetric": symmetric, "overrides": overrides or None,
+            "method": None if method == "rtn" else method, "modules_to_not_convert": modules_to_not_convert or None,
+            "quantize_lm_head": quantize_lm_head or None, "quantize_embeddings": quantize_embeddings or None,
+            "format": None if format == "auto" else format,
+        }  # fmt: skip
+        self.given = tuple(
+            name for name, value in says.items() if value is not None
+        )  # what a checkpoint must not ignore
         default = _default_scheme(scheme, bits=bits, group_size=group_size, symmetric=symmetric)
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers types it as its own enum
         self.version = version
@@ -187,6 +197,37 @@ class HfQuantConfig(QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         """Nothing of a saved checkpoint may be changed while loading it."""
         return {}
+
+
+def refuse_requantizing(stored: Any, asked: HfQuantConfig | None) -> None:
+    """Refuse settings for a checkpoint that is quantized already: its codes would stay what they are.
+
+    Args:
+        stored: ``quantization_config`` of the checkpoint.
+        asked: What it is loaded with.
+
+    Raises:
+        PlanError: ``asked`` says how to quantize, and not just what ``stored`` says.
+    """
+    stored = stored if isinstance(stored, Mapping) else stored.to_dict()
+    if asked is not None and asked.to_dict() != dict(stored):
+        own = stored.get("quant_method") == "hf_quant"  # others mean something else by the same words
+        differing = [name for name in asked.given if not own or getattr(asked, name) != stored.get(name)]
+        if differing:
+            raise PlanError(f"quantization_config: {differing[0]}: {quantized_already(stored)}")
+
+
+def quantized_already(stored: Mapping[str, Any]) -> str:
+    """A sentence on why a quantized checkpoint is not quantized again, and what to do.
+
+    Args:
+        stored: Its ``quantization_config``.
+    """
+    kind = str(stored.get("scheme") or stored.get("quant_method"))
+    return (
+        f"the checkpoint is quantized already ({kind[:50]!r}), so there is nothing left to round: quantize the model that it "
+        "was made from, or make it a float one first: hf-quant convert FOLDER --to dense -o OUT"
+    )
 
 
 def taken_over(stored: Mapping[str, Any], activations: str | None = None) -> HfQuantConfig:

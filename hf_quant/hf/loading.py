@@ -15,7 +15,7 @@ from hf_quant.contents import quantization_of
 from hf_quant.errors import PlanError
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf.auto import class_of, config_of, hub_options
-from hf_quant.hf.config import HfQuantConfig, taken_over
+from hf_quant.hf.config import HfQuantConfig, quantized_already, taken_over
 from hf_quant.hf.explained import explained
 from hf_quant.hf.plan import Plan, make_plan
 from hf_quant.hf.preflight import check_rest
@@ -75,8 +75,19 @@ def take_over(*methods: str) -> None:
     _autoload.taken_over.update(methods)
 
 
+def refuse_quantized(model: str, **hub: Any) -> None:
+    """Refuse a model that is quantized already, where one is to be quantized; ``hub`` as for `hf_quant.hf.auto.hub_options`.
+
+    Raises:
+        PlanError: It is; says in which way, and what to do.
+    """
+    if stored := quantization_of(Path(model), config_of(model, **hub).to_dict()):
+        raise PlanError(f"{model}: {quantized_already(stored)}")
+
+
 def plan_of(model: str, config: HfQuantConfig, **hub: Any) -> tuple[Any, Plan]:
     """The model on the meta device, built from config.json alone, and what ``config`` would do to it."""
+    refuse_quantized(model, **hub)
     on_meta = skeleton(model, **hub)
     return on_meta, make_plan(on_meta, config)
 

@@ -38,6 +38,7 @@ class HfQuantQuantizer:
 hf = types.ModuleType("hf_quant.hf")
 hf.HfQuantConfig, hf.HfQuantQuantizer = HfQuantConfig, HfQuantQuantizer
 hf.taken_over = lambda stored, activations: ("taken over", stored["quant_method"])
+hf.refuse_requantizing = lambda stored, asked: None
 """
 
 

@@ -31,8 +31,9 @@ from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
 from hf_quant.hf.auto import hub_options
-from hf_quant.hf.loading import refuse_quantized, sample_logits
+from hf_quant.hf.loading import refuse_quantized, sample_logits, skeleton
 from hf_quant.hf.plan import Plan
+from hf_quant.hf.shards import keep, unclaimed
 from hf_quant.hf.streaming import Settings, quantize_streaming
 from hf_quant.hub.source import copy_notices, describe
 from hf_quant.journal import is_journal, recorded
@@ -149,11 +150,12 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         if not config.calibrated:
             need_space(stage, plan.bytes_quantized)
             _save(made, stage, max_shard_size=job.shard)
+        kept = _keep_unclaimed(job, stage)
         if job.tokenizer is not None:
             _save(job.tokenizer, stage)
         copy_companions(_folder(job), stage, job.say)
         recipe = _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
-        write_json(stage / RECIPE, recipe | {"files": record(stage)["files"]})
+        write_json(stage / RECIPE, recipe | {"unclaimed": kept, "files": record(stage)["files"]})
         logits, again, dtype = sample_logits(made), None, made.dtype
         if not config.calibrated:  # the other was read from there
             del made
@@ -211,6 +213,19 @@ def _device(job: Job) -> str:
         raise HfQuantError(f"--device {asked}: {str(error).splitlines()[0]}") from None
     alike = device.type == "cuda" and device.index is None
     return f"cuda:{job.ranks.rank % torch.cuda.device_count()}" if alike else asked
+
+
+def _keep_unclaimed(job: Job, stage: Path) -> list[str]:
+    """Keep the tensors that no module takes, and say so; returns their names."""
+    checkpoint = job.base().checkpoint()
+    names = unclaimed(checkpoint, skeleton(job.model, **hub_options(job.load)))
+    if names:
+        keep(checkpoint, names, stage)
+        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        job.say(
+            f"{', '.join(names[:3])}{others}: no module of the model takes these tensors; they are kept as they are"
+        )
+    return names
 
 
 def _save(model: Any, folder: Path, **options: Any) -> None:

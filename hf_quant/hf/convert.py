@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_quant.checkpoint import INDEX, Checkpoint, read_header, write_tensors
+from hf_quant.checkpoint import INDEX, Checkpoint, write_tensors
 from hf_quant.companions import copy_companions, inside
 from hf_quant.contents import Contents, quantization_of
 from hf_quant.disk import copy_file, write_json
@@ -25,6 +25,7 @@ from hf_quant.formats.gptq import GPTQ
 from hf_quant.hf.community import homes, place
 from hf_quant.hf.loading import skeleton
 from hf_quant.hf.plan import candidates
+from hf_quant.hf.shards import write_index
 from hf_quant.outputs import CONVERSION, RECIPE, check_output, claimed, output, record
 from hf_quant.targets import ENGINES, Verdict
 from hf_quant.tensor import QuantizedTensor, in_order
@@ -238,8 +239,7 @@ def _rest(job: _Job, stage: Path, where: dict[str, str], say: Callable[[str], No
     """The index, the configuration, and small files like those of the tokenizer."""
     source = job.contents.checkpoint
     if (source.folder / INDEX).is_file():
-        total = sum(info.nbytes for name in set(where.values()) for info in read_header(stage / name).values())
-        write_json(stage / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        write_index(stage, sorted(set(where.values())))
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     if isinstance(config.get("text_config"), dict):
         config["text_config"].pop("quantization_config", None)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from hf_quant.activations import Activations
 from hf_quant.calibration import Calibration
-from hf_quant.checkpoint import INDEX, Checkpoint, read_header, write_tensors
+from hf_quant.checkpoint import Checkpoint, write_tensors
 from hf_quant.disk import blaming, copy_file, link_file, need_space, write_json
 from hf_quant.errors import HfQuantError, PlanError
 from hf_quant.formats import format_named
@@ -29,6 +29,7 @@ from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.parts import part_of, take_part
 from hf_quant.hf.passing import Calls, passed_through
 from hf_quant.hf.plan import Plan, freeze, make_plan
+from hf_quant.hf.shards import write_index
 from hf_quant.hf.tensors import Tensors
 from hf_quant.journal import Journal, digest, journal
 from hf_quant.memory import free_memory, give_back_memory
@@ -320,10 +321,7 @@ def _assemble(source: _Source, done: Journal, stage: Path) -> None:
     for name, part in zip(names, done.parts, strict=False):
         link_file(done.folder / part["file"], stage / name)
     write_tensors(stage / names[-1], dict(source.tensors.outside(source.blocks)))
-    found = {name: read_header(stage / name) for name in names}
-    size = sum(info.nbytes for tensors in found.values() for info in tensors.values())
-    index = {tensor: name for name, tensors in found.items() for tensor in tensors}
-    write_json(stage / INDEX, {"metadata": {"total_size": size}, "weight_map": index})
+    write_index(stage, names)
     config = json.loads((source.checkpoint.folder / "config.json").read_text())
     config["quantization_config"] = source.config.to_dict()
     write_json(stage / "config.json", config)

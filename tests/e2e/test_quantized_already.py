@@ -42,7 +42,9 @@ def test_from_pretrained_ignores_no_settings(quantized: Path, asked: dict[str, A
             load(str(quantized), quantization_config=HfQuantConfig(**asked))
 
 
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")  # transformers', where it makes none
+@pytest.mark.filterwarnings(
+    "ignore:You passed `quantization_config`:UserWarning"
+)  # transformers', where it makes none
 def test_what_asks_for_nothing_else_loads(quantized: Path) -> None:
     plain = hf_quant.load(str(quantized))
     stored = json.loads((quantized / "config.json").read_text())["quantization_config"]

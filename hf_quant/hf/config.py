@@ -248,7 +248,7 @@ def taken_over(stored: Mapping[str, Any], activations: str | None = None) -> HfQ
         method=ours.get("method", "rtn"), version=ours.get("version", VERSION),
         share_quantized=ours.get("share_quantized"), activations=activations,
     )  # fmt: skip
-    config.stored = dict(stored)
+    config.stored, config.given = dict(stored), ()
     return config
 
 

@@ -206,9 +206,8 @@ def solve(block: Block, hidden: Activations, recipe: Recipe, original: Activatio
     """
     twin = copy.deepcopy(block.module) if original is not None else None
     made, mine = Solved(), [i for i in range(len(hidden)) if recipe.ranks.owner(i) == recipe.ranks.rank]
-    first = recipe.ranks.shared(
-        hidden[0] if recipe.ranks.first else None
-    )  # on the others it is that of an earlier block
+    # each rank moves its own batches up: on the others, the first one is still that of an earlier block
+    first = recipe.ranks.shared(hidden[0] if recipe.ranks.first else None)
     groups = _groups(block, first)
     sample = {i: block.run(hidden[i]) for i in mine[:: -(-len(mine) // SAMPLE) or 1]} if twin is None else {}
     staged = recipe.decision.staged(block.layers.values())
@@ -407,9 +406,8 @@ def _solve_group(
     codes = {block.local(name): each for name, each in made.codes.items()}
     ranks = recipe.ranks
 
-    def probe(
-        module: nn.Module,
-    ) -> Tensor:  # what it tells decides what is done to the weights: the same on every rank
+    def probe(module: nn.Module) -> Tensor:
+        """The same on every rank: it decides what is done to the weights."""
         return ranks.shared(block.sample(first, module) if ranks.first else None)
 
     before = dict(codes)

@@ -22,6 +22,7 @@ from hf_quant.ranks import ALONE
 from hf_quant.stream import Block, Recipe, Stored, solve
 
 CONTEXT = 512
+NARROW = (torch.bfloat16, torch.float16)  # computed with in float32
 
 
 def context_of(config: Any) -> int:
@@ -76,11 +77,13 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     entry = [*(p for m in outside for p in m.parameters(recurse=False)), *next(iter(blocks.values())).parameters()]
     with _in_float32(entry):
         hidden, calls = embed(base, blocks, data.ids.to(model.device), None, ALONE)
-    streams = [hidden]
-    if recipe.decision.needs_twin(plan.schemes.values()):
+    streams, followed = [hidden], recipe.decision.needs_twin(plan.schemes.values())
+    if followed:
         streams.append(Activations(hidden.states.clone(), hidden.size))
     for name, module in blocks.items():
-        block = Block(name, module, layers_of(plan, name), *calls[name], stored=_stored(name, module))
+        block = Block(
+            name, module, layers_of(plan, name), *calls[name], stored=_stored(name, module, followed=followed)
+        )
         with _in_float32(list(module.parameters())):
             solved = solve(block, streams[0], recipe, *streams[1:])
         for layer, codes in solved.codes.items():
@@ -89,16 +92,20 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     return records
 
 
-def _stored(name: str, module: nn.Module) -> Stored:
-    """The parameters of a block as they were loaded: kept while it computes in float32."""
-    kept = {full: parameter.data for full, parameter in module.named_parameters(prefix=name)}
-    return Stored(lambda full: kept[full].dtype, lambda full: kept[full])
+def _stored(name: str, module: nn.Module, *, followed: bool) -> Stored:
+    """The parameters of a block as they were loaded, kept where the float model is followed: the block itself changes."""
+    dtypes, kept = {}, {}
+    for full, parameter in module.named_parameters(prefix=name):
+        dtypes[full] = parameter.dtype
+        if followed:
+            kept[full] = parameter.data if parameter.dtype in NARROW else parameter.data.clone()
+    return Stored(dtypes.__getitem__, kept.__getitem__)
 
 
 @contextmanager
 def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
     """What is in bf16 or fp16 computes in float32 inside, and is the same again afterwards."""
-    parameters = [p for p in parameters if p.dtype in (torch.bfloat16, torch.float16)]
+    parameters = [p for p in parameters if p.dtype in NARROW]
     dtypes = [p.dtype for p in parameters]
     for parameter in parameters:
         parameter.data = parameter.data.float()

@@ -273,6 +273,15 @@ def stopped(source: Path, out: Path, blocks: int, ids: Tensor, config: HfQuantCo
         quantize_streaming(source, config, Calibration(ids, "ids", []), out.with_suffix(".work"), out, settings)
 
 
+def test_a_float32_model_in_memory_does_the_same(tmp_path: Path, biased: Path) -> None:
+    """Its parameters are changed where they are, and the float model is followed all the same."""
+    load(str(biased), dtype=torch.float32).save_pretrained(tmp_path / "base")
+    options, ids = {"method": "hadamard+drift+gptq"}, IDS[:4, :16]
+    stream(tmp_path / "base", tmp_path / "out", "W2A16-g16", ids, **options)
+    model = load(str(tmp_path / "base"), quantization_config=HfQuantConfig("W2A16-g16", calibration=ids, **options))
+    assert torch.equal(logits(model), logits(load(str(tmp_path / "out"))))
+
+
 INTERRUPTED = {
     "transforms": ("W2A16-g32-asym", {"method": "awq+drift+gptq"}),
     "rotated biases": ("W4A16-g32", {"method": "hadamard+gptq"}),

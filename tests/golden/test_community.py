@@ -160,8 +160,10 @@ def test_every_entrance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         json.loads((FIXTURES / name / "config.json").read_text())["quantization_config"]["quant_method"],
     )
     first = logits(loaded(folder))
-    asked = CAUSAL.from_pretrained(folder, quantization_config=HfQuantConfig(bits=2), attn_implementation="eager")
-    assert torch.equal(logits(asked), first), "the checkpoint's bits count, not those asked for"
+    asked = CAUSAL.from_pretrained(folder, quantization_config=HfQuantConfig(), attn_implementation="eager")
+    assert torch.equal(logits(asked), first)
+    with pytest.raises(hf_quant.errors.PlanError, match="is quantized already"):
+        CAUSAL.from_pretrained(folder, quantization_config=HfQuantConfig(bits=2), attn_implementation="eager")
     try:
         hf_quant.take_over(method)
         assert torch.equal(logits(CAUSAL.from_pretrained(folder, attn_implementation="eager")), first)

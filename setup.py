@@ -6,7 +6,7 @@ UNITS = ("module", "portable", "avx2", "avx512", "vnni", "amx", "amx_int8")
 kernels = Extension(
     "hf_quant.kernels._cpu",
     sources=[f"hf_quant/csrc/{unit}.cpp" for unit in UNITS],
-    depends=[f"hf_quant/csrc/{name}.h" for name in ("cpu", "vector", "bytes", "amx")],
+    depends=[f"hf_quant/csrc/{name}.h" for name in ("cpu", "vector", "bytes", "amx", "threads", "layout")],
     extra_compile_args=[
         "-std=c++17",
         "-O3",

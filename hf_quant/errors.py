@@ -45,6 +45,10 @@ class BackendError(HfQuantError, RuntimeError):
     """No kernel can run this layer; the message lists each one's reason."""
 
 
+class KernelError(HfQuantError, RuntimeError):
+    """A kernel was given a tensor it cannot take; the message names the operation and the tensor."""
+
+
 class PushError(HfQuantError):
     """A folder may not be published, or the upload did not end; the message says why and how to go on."""
 

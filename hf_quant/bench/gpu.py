@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from hf_quant.disk import make_folder, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._tiles import Tile, as_list, forget, key, tuned_path
+from hf_quant.kernels._tiles import Tile, as_list, forget, key, too_old, tuned, tuned_path
 from hf_quant.nn import QuantLinear
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import QuantizedTensor
@@ -101,8 +100,9 @@ def tune(layers: Iterable[Layer]) -> dict[str, Any]:
         HfQuantError: There is no GPU.
     """
     device = need_gpu()
-    path = tuned_path(device)
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if (reason := too_old()) is not None:
+        raise HfQuantError(f"nothing to tune: the kernel for GPUs {reason}")
+    path, kept = tuned_path(device), tuned(device)
     for scheme, n, k, dtype in layers:
         kept[key(scheme.bits, n, k)] = _tuned(scheme, n, k, dtype, device)
         make_folder(path.parent)

@@ -1,17 +1,19 @@
-// The Python module: addresses in, numbers out. What is checked (shapes, dtypes, contiguity) is checked in Python.
+// The Python module: addresses in, numbers out. Shapes, dtypes and contiguity of tensors are checked in Python; here the
+// numbers that say how far memory is read and written, and the values that memory is written by.
 #define Py_LIMITED_API 0x030a0000
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <dlfcn.h>
-#include <stdlib.h>
-#include <sys/mman.h>
 
 #include <atomic>
+#include <new>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 #include "cpu.h"
+#include "layout.h"
+#include "threads.h"
 
 namespace {
 
@@ -45,73 +47,6 @@ const Kernels& kernels() {
 #endif
   return portable_kernels;
 }
-
-// ---- threads: those of the OpenMP runtime that PyTorch brought, since a second pool would spin beside the first
-
-typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
-Parallel parallel = nullptr;
-
-const int SHARES = 64;
-
-template <class F>
-struct Job {
-  F& f;
-  long count;
-  int shares;
-  std::atomic<int> comers{0};
-  struct alignas(64) {
-    std::atomic<long> next;
-  } share[SHARES];
-  Job(F& f, long count, int shares) : f(f), count(count), shares(shares) {
-    for (int i = 0; i < shares; i++) share[i].next = count * i / shares;
-  }
-  // A thread's own share in order, as memory is read fastest, then what is left of the others'.
-  static void run(void* self) {
-    Job& job = *(Job*)self;
-    const int own = job.comers.fetch_add(1);
-    for (int i = 0; i < job.shares; i++) {
-      const int s = (own + i) % job.shares;
-      const long end = job.count * (s + 1) / job.shares;
-      for (long at; (at = job.share[s].next.fetch_add(1)) < end;) job.f(at);
-    }
-  }
-};
-
-// f(0), ..., f(count - 1), by as many threads as come.
-template <class F>
-void each(long count, long threads, F f) {
-  if (threads > count) threads = count;
-  if (!parallel || threads <= 1) {
-    for (long i = 0; i < count; i++) f(i);
-    return;
-  }
-  Job<F> job(f, count, (int)(threads < SHARES ? threads : SHARES));
-  parallel(Job<F>::run, &job, (unsigned)threads, 0);
-}
-
-const size_t LARGE = 2 << 20;  // bytes of a large page
-
-// Memory of one thread that stays: fresh pages would cost more than the products of a few rows. Much of it lies in large
-// pages: small ones, wherever they happen to be, may all want the same places of a cache.
-struct Room {
-  uint8_t* at = nullptr;
-  size_t size = 0;
-  ~Room() { free(at); }
-  uint8_t* of(size_t bytes) {
-    if (bytes > size) {
-      free(at);
-      const size_t page = bytes < LARGE / 8 ? 4096 : LARGE;
-      size = (bytes + page - 1) / page * page;
-      at = (uint8_t*)aligned_alloc(page, size);
-      if (!at) abort();
-#if defined(MADV_HUGEPAGE)
-      if (page == LARGE) madvise(at, size, MADV_HUGEPAGE);
-#endif
-    }
-    return at;
-  }
-};
-thread_local Room shared_room, own_room;
 
 // ---- products
 
@@ -229,60 +164,6 @@ void many_int8(const Linear& a, const Activations& x, const Output& y, long m, l
 }
 #endif
 
-// ---- layout
-
-inline unsigned code_at(const uint8_t* row, int bits, long k) {
-  const long bit = k * bits;
-  unsigned word = row[bit >> 3];
-  if ((bit & 7) + bits > 8) word |= (unsigned)row[(bit >> 3) + 1] << 8;
-  return word >> (bit & 7) & ((1u << bits) - 1);
-}
-
-// Where column 2 r (and half a word on, 2 r + 1) of a tile lies: vector and bit.
-inline void place(int bits, int r, int* vector, int* shift) {
-  *vector = r / (16 / bits);
-  *shift = r % (16 / bits) * bits;
-}
-
-void pack_block(const uint8_t* rows, uint8_t* tiles, int bits, long n, long k) {
-  const long bytes = k * bits / 8;
-  for (long t = 0; t < k / 32; t++, tiles += 64 * bits) {
-    uint32_t words[8][16] = {};
-    for (long i = 0; i < n; i++)
-      for (int c = 0; c < 32; c++) {
-        unsigned code = code_at(rows + i * bytes, bits, 32 * t + c) ^ (bits == 8 ? 128 : 0);
-        int v, s;
-        place(bits, c / 2, &v, &s);
-        if (v < bits) words[v][i] |= code << (s + c % 2 * 16);
-        else
-          for (int j = 0; j < bits; j++) words[j][i] |= (code >> j & 1) << (15 + c % 2 * 16);
-      }
-    memcpy(tiles, words, 64 * bits);
-  }
-}
-
-void unpack_block(const uint8_t* tiles, uint8_t* rows, int bits, long n, long k) {
-  const long bytes = k * bits / 8;
-  memset(rows, 0, n * bytes);
-  for (long t = 0; t < k / 32; t++, tiles += 64 * bits) {
-    uint32_t words[8][16];
-    memcpy(words, tiles, 64 * bits);
-    for (long i = 0; i < n; i++)
-      for (int c = 0; c < 32; c++) {
-        unsigned code = 0;
-        int v, s;
-        place(bits, c / 2, &v, &s);
-        if (v < bits) code = words[v][i] >> (s + c % 2 * 16) & ((1u << bits) - 1);
-        else
-          for (int j = 0; j < bits; j++) code |= (words[j][i] >> (15 + c % 2 * 16) & 1) << j;
-        code ^= bits == 8 ? 128 : 0;
-        const long bit = (32 * t + c) * bits;
-        rows[i * bytes + (bit >> 3)] |= (uint8_t)(code << (bit & 7));
-        if ((bit & 7) + bits > 8) rows[i * bytes + (bit >> 3) + 1] |= (uint8_t)(code >> (8 - (bit & 7)));
-      }
-  }
-}
-
 // ---- Python
 
 // Integers out of a call's arguments; false with an exception set.
@@ -298,6 +179,8 @@ bool integers(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssiz
   return true;
 }
 
+bool is_width(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
+
 // The weight and the integers of a call. A weight is bytes, 8 integers of 64 bits: as many objects of Python would have to
 // come from memory one after the other at every token.
 bool with_weight(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, Linear* w, long long* out) {
@@ -309,7 +192,35 @@ bool with_weight(const char* name, PyObject* const* args, Py_ssize_t given, Py_s
   memcpy(a, PyBytes_AsString(args[0]), sizeof a);
   w->q = (const uint8_t*)a[0], w->scale = (const void*)a[1], w->zero = (const void*)a[2];
   w->scale_type = (int)a[3], w->bits = (int)a[4], w->n = (long)a[5], w->k = (long)a[6], w->group = (long)a[7];
+  if (!is_width(w->bits) || w->n < 1 || w->k < 32 || w->group < 32 || w->group % 32 || w->k % w->group || !w->q || !w->scale ||
+      (w->scale_type != F32 && w->scale_type != BF16)) {
+    PyErr_Format(PyExc_ValueError, "%s: no weight has %d bits, %ld rows, %ld columns in groups of %ld and scales of type %d",
+                 name, w->bits, w->n, w->k, w->group, w->scale_type);
+    return false;
+  }
   return integers(name, args + 1, given - 1, wanted, out);
+}
+
+// Runs f without Python's lock; null with an exception set where memory ran out, else None.
+template <class F>
+PyObject* unlocked(F f) {
+  bool done = true;
+  Py_BEGIN_ALLOW_THREADS;
+  try {
+    f();
+  } catch (const std::bad_alloc&) {
+    done = false;
+  }
+  Py_END_ALLOW_THREADS;
+  if (!done) return PyErr_NoMemory();
+  Py_RETURN_NONE;
+}
+
+// Whether x, of m rows, can be read as `type` says; false with an exception set where it cannot.
+bool readable(const char* name, const void* x, long m, int type) {
+  if (m == 0 || (m > 0 && x && type >= F32 && type <= F16)) return true;
+  PyErr_Format(PyExc_ValueError, "%s: %ld rows at %p of type %d", name, m, x, type);
+  return false;
 }
 
 PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
@@ -319,16 +230,16 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
   const void* x = (const void*)a[0];
   const Output y = {(void*)a[1], (int)a[2]};
   const long m = (long)a[3], threads = (long)a[4];
-  Py_BEGIN_ALLOW_THREADS;
+  if (!readable("linear", x, m, y.type)) return nullptr;
+  return unlocked([&] {
 #if defined(__x86_64__)
-  const bool halves = level >= VNNI && y.type != F32;
-  if (level == AMX && m > (halves ? FEW_HALVES : FEW))
-    many_rows(w, (const uint8_t*)x, y, m, threads);
-  else if (!halves || !few_halves(w, x, y.type, m, y, threads))
+    const bool halves = level >= VNNI && y.type != F32;
+    if (level == AMX && m > (halves ? FEW_HALVES : FEW))
+      many_rows(w, (const uint8_t*)x, y, m, threads);
+    else if (!halves || !few_halves(w, x, y.type, m, y, threads))
 #endif
-    few_rows(w, x, y.type, m, y, threads);
-  Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
+      few_rows(w, x, y.type, m, y, threads);
+  });
 }
 
 PyObject* py_dequantize(PyObject*, PyObject* const* args, Py_ssize_t given) {
@@ -337,13 +248,30 @@ PyObject* py_dequantize(PyObject*, PyObject* const* args, Py_ssize_t given) {
   if (!with_weight("dequantize", args, given, 5, &w, a)) return nullptr;
   const long from = (long)a[0], to = (long)a[1], threads = (long)a[4];
   const int type = (int)a[3];
-  Py_BEGIN_ALLOW_THREADS;
-  each(to - from, threads, [&](long i) {
-    const Output out = {(uint8_t*)a[2] + 16 * i * w.k * (type == F32 ? 4 : 2), type};
-    kernels().dequantize(w, from + i, from + i + 1, out);
+  if (from < 0 || to > w.blocks() || !readable("dequantize", (const void*)a[2], 1, type)) {
+    if (!PyErr_Occurred()) PyErr_Format(PyExc_ValueError, "dequantize: blocks %ld to %ld of %ld", from, to, w.blocks());
+    return nullptr;
+  }
+  return unlocked([&] {
+    each(to - from, threads, [&](long i) {
+      const Output out = {(uint8_t*)a[2] + 16 * i * w.k * (type == F32 ? 4 : 2), type};
+      kernels().dequantize(w, from + i, from + i + 1, out);
+    });
   });
-  Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
+}
+
+// Whether every column that is left out is there, and a fixed scale can be divided by; false with an exception set.
+bool sound(const Linear& w, const int32_t* columns, long left, const float* fixed) {
+  for (long j = 0; j < left; j++)
+    if (columns[j] < 0 || columns[j] >= w.k) {
+      PyErr_Format(PyExc_ValueError, "outlier column %d: there are columns 0 to %ld", (int)columns[j], w.k - 1);
+      return false;
+    }
+  if (fixed && !(*fixed > 0 && *fixed <= 3.4028234e38f)) {
+    PyErr_SetString(PyExc_ValueError, "the scale of the activations must be a finite number above 0");
+    return false;
+  }
+  return true;
 }
 
 PyObject* py_int8_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
@@ -358,30 +286,36 @@ PyObject* py_int8_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
   const Activations x = {(const void*)a[0], (int)a[2], (const int32_t*)a[5], (long)a[6], (const float*)a[7]};
   const Output y = {(void*)a[1], (int)a[2]};
   const long m = (long)a[3], threads = (long)a[4];
-  Py_BEGIN_ALLOW_THREADS;
-  if (level == AMX && m > FEW_INT8)
-    many_int8(w, x, y, m, threads);
-  else
-    few_int8(w, x, m, y, threads);
-  Py_END_ALLOW_THREADS;
-#endif
+  if (!readable("int8_linear", x.x, m, x.type) || !sound(w, x.columns, x.left, x.fixed)) return nullptr;
+  return unlocked([&] {
+    if (level == AMX && m > FEW_INT8)
+      many_int8(w, x, y, m, threads);
+    else
+      few_int8(w, x, m, y, threads);
+  });
+#else
   Py_RETURN_NONE;
+#endif
 }
 
 template <void (*ONE)(const uint8_t*, uint8_t*, int, long, long), bool FORTH>
 PyObject* py_layout(PyObject*, PyObject* const* args, Py_ssize_t given) {
   long long a[6];
-  if (!integers(FORTH ? "pack" : "unpack", args, given, 6, a)) return nullptr;
+  const char* name = FORTH ? "pack" : "unpack";
+  if (!integers(name, args, given, 6, a)) return nullptr;
   const int bits = (int)a[2];
   const long n = (long)a[3], k = (long)a[4];
-  Py_BEGIN_ALLOW_THREADS;
-  each((n + 15) / 16, (long)a[5], [&](long b) {
-    const long there = 16 * b * (k * bits / 8), here = b * (k / 32) * 64 * bits;
-    const long count = n - 16 * b < 16 ? n - 16 * b : 16;
-    ONE((const uint8_t*)a[0] + (FORTH ? there : here), (uint8_t*)a[1] + (FORTH ? here : there), bits, count, k);
+  if (!is_width(bits) || n < 1 || k < 32 || k % 32 || !a[0] || !a[1]) {
+    PyErr_Format(PyExc_ValueError, "%s: no weight has %d bits, %ld rows and %ld columns", name, bits, n, k);
+    return nullptr;
+  }
+  return unlocked([&] {
+    each((n + 15) / 16, (long)a[5], [&](long b) {
+      const long there = 16 * b * (k * bits / 8), here = b * (k / 32) * 64 * bits;
+      const long count = n - 16 * b < 16 ? n - 16 * b : 16;
+      ONE((const uint8_t*)a[0] + (FORTH ? there : here), (uint8_t*)a[1] + (FORTH ? here : there), bits, count, k);
+    });
   });
-  Py_END_ALLOW_THREADS;
-  Py_RETURN_NONE;
 }
 
 PyObject* py_limit(PyObject*, PyObject* name) {

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_quant.errors import KernelError
+from hf_quant.kernels._ops import outside
+from hf_quant.kernels._torch import refuse_forward_mode
 from hf_quant.tensor import QuantizedTensor
 
 BLOCK = 1 << 20  # weights dequantized together: 4 MB in float32, which stays in a cache
@@ -94,22 +97,14 @@ def multiply_back(
 def companions(weight: QuantizedTensor) -> tuple[Tensor, ...]:
     """What rounding the activations takes: the columns to leave out, then their scale, where the scheme has these."""
     index = weight.outliers.index if weight.outliers is not None and weight.scheme.outlier_columns else None
+    if index is not None and (wrong := outside(index, weight.in_features)) is not None:
+        raise KernelError(f"the index of outlier columns {wrong}")
     return tuple(part for part in (index, weight.input_scale) if part is not None)
 
 
-# Found once: a walk through modules is memory that a product has driven out of the caches.
-_compiling, _grad = torch.compiler.is_dynamo_compiling, torch.is_grad_enabled
-_modes, _tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
-_transforms = torch._C._functorch.peek_interpreter_stack
-
-
-def nobody_looks(x: Tensor) -> bool:
-    """Whether the op may be called without PyTorch's dispatcher, which takes as long as a small product."""
-    return (
-        not _compiling()
-        and type(x) is Tensor
-        and not (_grad() and x.requires_grad)
-        and not _modes()
-        and _transforms() is None
-        and not _tracing()
-    )
+def flat(x: Tensor, columns: int) -> Tensor:
+    """``x [..., K]`` as ``[M, K]``, for a weight of K ``columns``."""
+    if x.shape[-1:] != (columns,):
+        raise KernelError(f"x has {x.shape[-1] if x.ndim else 'no'} columns, the weight has {columns}")
+    refuse_forward_mode(x)
+    return x.reshape(-1, columns)

@@ -5,7 +5,6 @@ HF_QUANT_CPU_LEVEL caps the instruction set: portable, avx2, avx512, vnni or amx
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import struct
@@ -17,9 +16,10 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from hf_quant.errors import BackendError
-from hf_quant.kernels import LinearSpec
+from hf_quant.errors import BackendError, KernelError
+from hf_quant.kernels import LinearSpec, _ops
 from hf_quant.kernels._common import BLOCK, as_asked, compute_dtype
+from hf_quant.kernels._torch import empty_on_cpu
 from hf_quant.tensor import QuantizedTensor
 
 try:
@@ -113,21 +113,18 @@ def _mapped(size: int) -> mmap.mmap:
 _room = _Room()
 
 
-_empty = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]  # what compiled graphs call
-
-
 def output(x: Tensor, weight: bytes) -> tuple[int, Tensor]:
-    """How many rows ``x [..., K]`` has, and room for its product with a weight that was `described`, ``[..., N]``.
-
-    That of ``torch.empty`` would take 3 to 6 us more after a product has driven PyTorch out of the caches.
-    """
-    (*some, last), (n, k) = x.shape, _sizes(weight)
-    if last != k:
-        raise RuntimeError(f"x has {last} columns, the weight has {k}")
-    shape, strides = (*some, n), [1]
-    for size in shape[:0:-1]:
+    """How many rows ``x [..., K]`` has, and room for its product with a weight that was `described`, ``[..., N]``."""
+    shape, (n, k) = x.shape, _sizes(weight, SIZES_AT)
+    if not shape or shape[-1] != k:
+        raise KernelError(f"x has {shape[-1] if shape else 'no'} columns, the weight has {k}")
+    m = x.numel() // k
+    if len(shape) == 2:
+        return m, empty_on_cpu((m, n), (n, 1), x.dtype)
+    sizes, strides = (*shape[:-1], n), [1]
+    for size in sizes[:0:-1]:
         strides.append(strides[-1] * size)
-    return math.prod(some), _empty(shape, tuple(strides[::-1]), x.dtype)
+    return m, empty_on_cpu(sizes, tuple(strides[::-1]), x.dtype)
 
 
 def portable(tiles: Tensor, spec: LinearSpec) -> Tensor:
@@ -151,6 +148,10 @@ def _in_blocks(values: Tensor) -> Tensor:
     return made
 
 
+SIZES_AT = 40
+_sizes = struct.Struct("2q").unpack_from  # N and K of what `described` says
+
+
 def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> bytes:
     """What the module wants to know of a weight."""
     k, there = tiles.shape[1] * 32, 0 if zero is None else zero.data_ptr()
@@ -159,20 +160,18 @@ def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: i
     )
 
 
-def known(prepared: tuple[Tensor, ...], zero: Tensor | None, bits: int, n: int) -> bytes:
-    """What `described` says of a weight, or has said; a part of what a backend holds, without its companions, is asked again."""
-    return prepared.weight if isinstance(prepared, LaidOut) else described(prepared[0], prepared[1], zero, bits, n)
-
-
-def _sizes(weight: bytes) -> tuple[int, int]:
-    """N and K."""
-    n, k = struct.unpack_from("2q", weight, 40)
-    return n, k
+def weight_of(prepared: tuple[Tensor, ...], zero: Tensor | None, bits: int, n: int) -> bytes:
+    """What `described` says of a weight, or has said. A part of what a backend holds may come from anywhere and is checked."""
+    if isinstance(prepared, LaidOut):
+        return prepared.weight
+    tiles, scale = prepared[:2]
+    _ops.native_weight(_ops.Arguments("cpu_native_linear", tiles), tiles, scale, zero, bits, n)
+    return described(tiles, scale, zero, bits, n)
 
 
 def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """``(i, j, W[i:j])`` for some rows after others; bf16 if ``dtype`` is that, else float32 cast to ``dtype``."""
-    n, k = _sizes(weight)
+    n, k = _sizes(weight, SIZES_AT)
     own = dtype if dtype is torch.bfloat16 else torch.float32
     rows = max(1, BLOCK // k // 16) * 16
     for i in range(0, n, rows):
@@ -182,7 +181,7 @@ def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, T
         yield i, j, w.to(dtype)
 
 
-@torch.library.custom_op("hf_quant::cpu_native_linear_backward", mutates_args=(), device_types="cpu")
+@_ops.op("cpu_native_linear_backward", _ops.native_back)
 def backward(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``; blocks of W are added up in float32 at least."""
     dtype = compute_dtype(grad)
@@ -194,6 +193,6 @@ def backward(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bi
     return out.to(grad.dtype)
 
 
-@backward.register_fake
+@_ops.fake(backward)
 def _(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return grad.new_empty(grad.shape[0], tiles.shape[1] * 32)

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.kernels._common import compute_dtype
+from hf_quant.kernels import _ops
+from hf_quant.kernels._common import compute_dtype, flat
+from hf_quant.kernels._tiles import too_old
 
 CHUNK = 1 << 22  # activations gathered together: 16 MB in float32
 
@@ -30,8 +32,9 @@ if importlib.util.find_spec("triton"):
             at = n.to(tl.int64) * R + r
             column = tl.load(index_ptr + at, mask=n_ok, other=0)
             value = tl.load(value_ptr + at, mask=n_ok, other=0.0).to(tl.float32)
+            there = n_ok & (column >= 0) & (column < K)  # no index, wherever it comes from, is read by unseen
             x = tl.load(
-                x_ptr + m[:, None].to(tl.int64) * K + column[None, :], mask=m_ok[:, None] & n_ok[None, :], other=0.0
+                x_ptr + m[:, None].to(tl.int64) * K + column[None, :], mask=m_ok[:, None] & there[None, :], other=0.0
             )
             acc += x.to(tl.float32) * value[None, :]
         at = m[:, None].to(tl.int64) * N + n[None, :]
@@ -42,10 +45,12 @@ def _on_gpu(x: Tensor) -> bool:
     if importlib.util.find_spec("triton") is None or x.dtype is torch.float64:
         return False
     interpreted = triton.knobs.runtime.interpret
-    return (x.device.type == "cuda" or interpreted) and not (interpreted and x.dtype is torch.bfloat16)
+    return ((x.device.type == "cuda" and too_old() is None) or interpreted) and not (
+        interpreted and x.dtype is torch.bfloat16
+    )
 
 
-@torch.library.custom_op("hf_quant::outlier_rows", mutates_args=())
+@_ops.op("outlier_rows", _ops.outliers)
 def outlier_rows(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
     """``x [M, K]`` times a matrix with ``R`` weights in each row: ``[M, N]``.
 
@@ -71,19 +76,19 @@ def outlier_rows(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
     return torch.cat(parts).T.to(x.dtype).contiguous()
 
 
-@torch.library.custom_op("hf_quant::outlier_rows_backward", mutates_args=())
+@_ops.op("outlier_rows_backward", _ops.outliers_back)
 def outlier_rows_backward(grad: Tensor, index: Tensor, value: Tensor, k: int) -> Tensor:
     """``grad [M, N]`` times the same matrix: ``[M, K]``."""
     weight = grad.new_zeros(index.shape[0], k).scatter_(1, index.long(), value.to(grad.dtype))
     return grad @ weight
 
 
-@outlier_rows.register_fake
+@_ops.fake(outlier_rows)
 def _(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], index.shape[0])
 
 
-@outlier_rows_backward.register_fake
+@_ops.fake(outlier_rows_backward)
 def _(grad: Tensor, index: Tensor, value: Tensor, k: int) -> Tensor:
     return grad.new_empty(grad.shape[0], k)
 
@@ -114,5 +119,5 @@ def outlier_linear(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
     """
     if index.ndim == 1:
         return F.linear(x[..., index.long()], value.to(x.dtype))
-    y = outlier_rows(x.reshape(-1, x.shape[-1]), index, value)
+    y = outlier_rows(flat(x, x.shape[-1]), index, value)
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.packing import pack, unpack
+from hf_quant.scheme import QuantScheme
 
 CHUNK = 1 << 22  # codes laid out together
 
@@ -37,6 +38,24 @@ def plane(group: int, bits: int) -> int:
 def words(k: int, bits: int, size: int) -> int:
     """Words in a row of ``k`` columns in planes of ``size``; the last block is filled up."""
     return -(-k // (fields(bits) * size)) * size
+
+
+parsed = lru_cache(QuantScheme.parse)  # the operations get slugs, at every call
+
+
+def grouped(scheme: QuantScheme, k: int) -> int:
+    """The group size of ``scheme`` for ``k`` columns; 0 for one group of all columns."""
+    return 0 if scheme.group_size in (-1, k) else scheme.group_size
+
+
+@lru_cache
+def layout(scheme: QuantScheme, k: int) -> tuple[int, int]:
+    """Groups, and words in a row, of a weight of ``k`` columns.
+
+    Raises:
+        SchemeError: The group size does not divide ``k``.
+    """
+    return scheme.groups(k), words(k, scheme.bits, plane(grouped(scheme, k), scheme.bits))
 
 
 def to_planes(qweight: Tensor, bits: int, size: int) -> Tensor:

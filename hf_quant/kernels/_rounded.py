@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.kernels._common import companions
+from hf_quant.kernels import _ops
+from hf_quant.kernels._common import companions, flat
 from hf_quant.numerics import quantize_rows
 from hf_quant.scheme import THRESHOLD
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from hf_quant.tensor import QuantizedTensor
 
 
-@torch.library.custom_op("hf_quant::round_activations", mutates_args=())
+@_ops.op("round_activations", _ops.rounding)
 def round_activations(x: Tensor, columns: Tensor | None, scale: Tensor | None, threshold: float) -> Tensor:
     """``x [M, K]`` on the grid of its INT8 codes; gradients pass straight through.
 
@@ -38,7 +39,7 @@ def round_activations(x: Tensor, columns: Tensor | None, scale: Tensor | None, t
     return made if large is None else torch.where(large, x, made)
 
 
-@round_activations.register_fake
+@_ops.fake(round_activations)
 def _(x: Tensor, columns: Tensor | None, scale: Tensor | None, threshold: float) -> Tensor:
     return torch.empty_like(x)
 
@@ -73,7 +74,7 @@ class RoundedViews:
         columns = prepared[0] if scheme.outlier_columns else None
         scale = prepared[count - 1] if scheme.activations == "tensor" else None
         threshold = THRESHOLD if scheme.activations == "threshold" else 0.0
-        rounded = round_activations(x.reshape(-1, spec.in_features), columns, scale, threshold)
+        rounded = round_activations(flat(x, spec.in_features), columns, scale, threshold)
         return self.inner.linear(rounded.view(x.shape), prepared[count:], _plain(spec))
 
 

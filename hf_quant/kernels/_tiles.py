@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import astuple, dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,64 @@ def holds_outliers(tile: Tile) -> bool:
 def _on(device: torch.device) -> tuple[str, int, dict[str, Any]]:
     """Kind, number of processors and tuned tiles of a GPU."""
     count = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return kind_of(device), count, tuned(device)
+
+
+def tuned(device: torch.device) -> dict[str, Any]:
+    """What `bench.gpu.tune` kept: layer to its tiles. A file, or a layer in it, that cannot be used is as good as not there."""
     path = tuned_path(device)
     try:
-        tuned = json.loads(path.read_text()) if path.is_file() else {}
-    except (OSError, ValueError):
-        tuned = {}  # a cache: what cannot be read is as good as not there
-    return kind_of(device), count, tuned if isinstance(tuned, dict) else {}
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        kept = {}
+    layers = kept.items() if isinstance(kept, dict) else ()
+    return {name: tiles for name, tiles in layers if _sound(tiles)}
+
+
+def _sound(entry: Any) -> bool:
+    """Whether what a file says of a layer has the form that `bench.gpu.tune` writes, and numbers that a kernel can have."""
+    if not isinstance(entry, dict) or type(entry.get("dense")) is not int or not isinstance(entry.get("tiles"), dict):
+        return False
+    tiles = entry["tiles"]
+    return bool(tiles) and all(rows.isdecimal() and _is_tile(numbers) for rows, numbers in tiles.items())
+
+
+def _is_tile(numbers: Any) -> bool:
+    if (
+        not isinstance(numbers, list)
+        or len(numbers) not in (4, 5)
+        or any(type(number) is not int for number in numbers)
+    ):
+        return False
+    block_m, block_n, warps, stages, split_k = (*numbers, 0)[:5]
+    return (
+        all(_power(number, 1, 256) for number in (block_m, block_n, warps))
+        and 1 <= stages <= 8
+        and (split_k == 0 or _power(split_k, 1, MOST_PARTS))
+    )
+
+
+def _power(number: int, least: int, most: int) -> bool:
+    """Whether it is a power of two in that range."""
+    return least <= number <= most and number & (number - 1) == 0
+
+
+OLDEST = (8, 0)
+
+
+@lru_cache
+def too_old() -> str | None:
+    """Why the kernels cannot run on the GPUs here: one of them lacks their instructions or shared memory; None if none does.
+
+    A layer may be moved to any of them, so the weakest decides.
+    """
+    if torch.version.hip or not torch.cuda.is_available():
+        return None
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if (major, minor) < OLDEST:
+            return f"needs compute capability {OLDEST[0]}.{OLDEST[1]}, cuda:{i} has {major}.{minor}"
+    return None
 
 
 def forget() -> None:
@@ -106,7 +158,7 @@ def parts(tile: Tile, m: int, n: int, blocks: int, processors: int) -> int:
     return split
 
 
-@cache
+@lru_cache(maxsize=4096)  # prompts have many lengths
 def tile_for(
     device: torch.device, bits: int, m: int, n: int, k: int, blocks: int, experts: int = 1, *, scattered: bool = False
 ) -> Tile | None:
@@ -115,9 +167,9 @@ def tile_for(
     Of several ``experts`` as many have a row as can, and all the same number: where rows really go only the GPU knows.
     ``scattered``: every row of W has outliers of its own.
     """
-    kind, processors, tuned = _on(device)
+    kind, processors, kept = _on(device)
     table = tables()[kind]
-    found = tuned.get(key(bits, n, k), table)
+    found = kept.get(key(bits, n, k), table)
     hit = min(experts, m)
     own = -(-m // hit)
     if own > found["dense"]:

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._common import looked_up, multiply, multiply_back
+from hf_quant.kernels import LinearSpec, _ops
+from hf_quant.kernels._common import flat, looked_up, multiply, multiply_back
 from hf_quant.numerics import levels
 from hf_quant.tensor import QuantizedTensor
 
 
-@torch.library.custom_op("hf_quant::codebook_linear", mutates_args=())
+@_ops.op("codebook_linear", _ops.codebook)
 def codebook_linear(x: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """``x [M, K]`` times the portable codes ``[N, K / 2]`` of ``table [16]``: ``[M, N]``."""
     return multiply(x, looked_up(qweight, table), scale, None, 0)
 
 
-@torch.library.custom_op("hf_quant::codebook_linear_backward", mutates_args=())
+@_ops.op("codebook_linear_backward", _ops.codebook_back)
 def codebook_linear_backward(grad: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``."""
     return multiply_back(grad, looked_up(qweight, table), scale, None, 0, qweight.shape[1] * 2)
 
 
-@codebook_linear.register_fake
+@_ops.fake(codebook_linear)
 def _(x: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], qweight.shape[0])
 
 
-@codebook_linear_backward.register_fake
+@_ops.fake(codebook_linear_backward)
 def _(grad: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     return grad.new_empty(grad.shape[0], qweight.shape[1] * 2)
 
@@ -63,7 +62,7 @@ class Codebook:
         return prepared[0]
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        y = codebook_linear(x.reshape(-1, spec.in_features), *prepared)
+        y = codebook_linear(flat(x, spec.in_features), *prepared)
         return y.reshape(*x.shape[:-1], spec.out_features)
 
 

@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._common import Codes, cpu_multiplies_bf16, multiply, multiply_back
+from hf_quant.kernels import LinearSpec, _ops
+from hf_quant.kernels._common import Codes, cpu_multiplies_bf16, flat, multiply, multiply_back
 from hf_quant.packing import pack, unpack
 from hf_quant.tensor import QuantizedTensor
 
@@ -57,6 +57,7 @@ def _interleaved() -> int:
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _rows_at(size: int) -> Tensor:
     """Row of each code of `_lanes` in a block of ``size`` rows, as an index that sorts them."""
     rows = torch.arange(size, dtype=torch.uint8)[:, None].expand(size, 32)
@@ -96,7 +97,7 @@ def _codes(planes: Tensor) -> Codes:
     return lambda i, j: _unpack(planes[:, i:j])
 
 
-@torch.library.custom_op("hf_quant::cpu_int4_linear", mutates_args=())
+@_ops.op("cpu_int4_linear", _ops.int4)
 def cpu_int4_linear(
     x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, fixed: int
 ) -> Tensor:
@@ -122,20 +123,20 @@ def cpu_int4_linear(
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("hf_quant::cpu_int4_linear_backward", mutates_args=())
+@_ops.op("cpu_int4_linear_backward", _ops.int4_back)
 def cpu_int4_linear_backward(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, fixed: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``."""
     return multiply_back(grad, _codes(planes), scale, zero, fixed, planes.shape[2] * 2, step=64)
 
 
-@cpu_int4_linear.register_fake
+@_ops.fake(cpu_int4_linear)
 def _(
     x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, fixed: int
 ) -> Tensor:
     return x.new_empty(x.shape[0], planes.shape[1])
 
 
-@cpu_int4_linear_backward.register_fake
+@_ops.fake(cpu_int4_linear_backward)
 def _(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, fixed: int) -> Tensor:
     return grad.new_empty(grad.shape[0], planes.shape[2] * 2)
 
@@ -206,7 +207,7 @@ class CpuInt4:
         zero = prepared[3] if len(prepared) == 4 else None
         size = spec.in_features // params.shape[1]
         fixed = spec.scheme.zero
-        y = cpu_int4_linear(x.reshape(-1, spec.in_features), planes, params, scale, zero, size, fixed)
+        y = cpu_int4_linear(flat(x, spec.in_features), planes, params, scale, zero, size, fixed)
         return y.reshape(*x.shape[:-1], spec.out_features)
 
 

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._common import BLOCK, companions, compute_dtype, nobody_looks
+from hf_quant.kernels import LinearSpec, _ops
+from hf_quant.kernels._common import BLOCK, companions, compute_dtype, flat
+from hf_quant.kernels._torch import nobody_looks
 from hf_quant.tensor import QuantizedTensor
 
 ROWS, PART = 512, 32  # multiplied together; rounded together, 512 kB of float32 at 4096 columns
@@ -24,11 +25,12 @@ TINY = torch.finfo(torch.float32).tiny * 127
 
 
 @lru_cache
+@torch.inference_mode(False)
 def _nothing(n: int) -> Tensor:
     return torch.zeros(n, dtype=torch.int32)
 
 
-@torch.library.custom_op("hf_quant::cpu_int8_linear", mutates_args=())
+@_ops.op("cpu_int8_linear", _ops.int8)
 def cpu_int8_linear(
     x: Tensor, packed: Tensor, scale: Tensor, columns: Tensor | None, input_scale: Tensor | None
 ) -> Tensor:
@@ -80,7 +82,7 @@ def _pack(codes: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(codes, None)
 
 
-@torch.library.custom_op("hf_quant::cpu_int8_linear_backward", mutates_args=())
+@_ops.op("cpu_int8_linear_backward", _ops.int8_back)
 def cpu_int8_linear_backward(grad: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``, as if activations were not rounded."""
     codes = packed.to_dense() if packed.is_mkldnn else packed.T  # [K, N]
@@ -90,12 +92,12 @@ def cpu_int8_linear_backward(grad: Tensor, packed: Tensor, scale: Tensor) -> Ten
     return torch.cat([F.linear(wide, part.to(dtype)) for part in codes.split(step)], 1).to(grad.dtype)
 
 
-@cpu_int8_linear.register_fake
+@_ops.fake(cpu_int8_linear)
 def _(x: Tensor, packed: Tensor, scale: Tensor, columns: Tensor | None, input_scale: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], scale.shape[0])
 
 
-@cpu_int8_linear_backward.register_fake
+@_ops.fake(cpu_int8_linear_backward)
 def _(grad: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     k = packed.shape[0] if packed.is_mkldnn else packed.shape[1]
     return grad.new_empty(grad.shape[0], k)
@@ -154,8 +156,8 @@ class CpuInt8:
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         columns = prepared[0] if spec.scheme.outlier_columns else None
         ranges = prepared[-3] if spec.scheme.activations == "tensor" else None
-        product = _product if nobody_looks(x) else cpu_int8_linear
-        y = product(x.reshape(-1, spec.in_features), prepared[-2], prepared[-1], columns, ranges)
+        product = _product if nobody_looks(x) and x.is_floating_point() else cpu_int8_linear
+        y = product(flat(x, spec.in_features), prepared[-2], prepared[-1], columns, ranges)
         return y.reshape(*x.shape[:-1], spec.out_features)
 
 

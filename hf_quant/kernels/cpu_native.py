@@ -15,20 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._common import as_asked, compute_dtype, cpu_multiplies_bf16, nobody_looks
+from hf_quant.kernels import LinearSpec, _ops
+from hf_quant.kernels._common import as_asked, compute_dtype, cpu_multiplies_bf16, flat
 from hf_quant.kernels._compiled import (
     TYPES,
+    LaidOut,
     _cpu,
     backward,
     dequantized,
     described,
-    known,
     laid_out,
     output,
     portable,
+    weight_of,
     why_not,
 )
+from hf_quant.kernels._torch import nobody_looks
 from hf_quant.tensor import QuantizedTensor
 
 
@@ -48,6 +50,7 @@ def _product(x: Tensor, weight: bytes) -> Tensor:
         x = x.contiguous()
         _cpu.linear(weight, x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, torch.get_num_threads())
         return y
+    _ops.Arguments("cpu_native_linear", x).kind("x", x, _ops.FLOATS)
     wide = x.to(compute_dtype(x))
     with as_asked("cpu"):
         for i, j, w in dequantized(weight, wide.dtype):
@@ -55,7 +58,7 @@ def _product(x: Tensor, weight: bytes) -> Tensor:
     return y
 
 
-@torch.library.custom_op("hf_quant::cpu_native_linear", mutates_args=(), device_types="cpu")
+@_ops.op("cpu_native_linear", _ops.native)
 def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
     """``x [M, K]`` times the packed codes: ``[M, N]``.
 
@@ -70,7 +73,7 @@ def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | No
     return _product(x, described(tiles, scale, zero, bits, n))
 
 
-@cpu_native_linear.register_fake
+@_ops.fake(cpu_native_linear)
 def _(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
     return x.new_empty(x.shape[0], n)
 
@@ -103,11 +106,14 @@ class CpuNative:
         return portable(prepared[0], spec)
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        direct = nobody_looks(x)
+        if direct and isinstance(prepared, LaidOut):
+            return _product(x, prepared.weight)
         tiles, scale, *rest = prepared
         bits, n, zero = spec.scheme.bits, spec.out_features, rest[0] if rest else None
-        if nobody_looks(x):
-            return _product(x, known(prepared, zero, bits, n))
-        y = cpu_native_linear(x.reshape(-1, spec.in_features), tiles, scale, zero, bits, n)
+        if direct:
+            return _product(x, weight_of(prepared, zero, bits, n))
+        y = cpu_native_linear(flat(x, spec.in_features), tiles, scale, zero, bits, n)
         return y.reshape(*x.shape[:-1], n)
 
 

@@ -12,24 +12,27 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._common import companions, nobody_looks
+from hf_quant.kernels import LinearSpec, _ops
+from hf_quant.kernels._common import companions, flat
 from hf_quant.kernels._compiled import (
     TYPES,
     _cpu,
     backward,
     built,
     described,
-    known,
     laid_out,
     output,
     portable,
+    weight_of,
     why_not,
 )
+from hf_quant.kernels._torch import nobody_looks
 from hf_quant.tensor import QuantizedTensor
 
 
 def _product(x: Tensor, weight: bytes, columns: Tensor | None, ranges: Tensor | None) -> Tensor:
+    if x.dtype not in TYPES:
+        _ops.Arguments("cpu_native_int8_linear", x).kind("x", x, _ops.FLOATS)
     wide = x.contiguous() if x.dtype in TYPES else x.float().contiguous()
     m, y = output(wide, weight)
     left = None if columns is None else columns.int()
@@ -42,7 +45,7 @@ def _product(x: Tensor, weight: bytes, columns: Tensor | None, ranges: Tensor | 
     return y.to(x.dtype)
 
 
-@torch.library.custom_op("hf_quant::cpu_native_int8_linear", mutates_args=(), device_types="cpu")
+@_ops.op("cpu_native_int8_linear", _ops.native_int8)
 def cpu_native_int8_linear(
     x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
     bits: int, n: int,
@@ -62,7 +65,7 @@ def cpu_native_int8_linear(
     return _product(x, described(tiles, scale, zero, bits, n), columns, ranges)
 
 
-@cpu_native_int8_linear.register_fake
+@_ops.fake(cpu_native_int8_linear)
 def _(
     x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
     bits: int, n: int,
@@ -110,9 +113,8 @@ class CpuNativeInt8:
         columns = rest.pop(0) if scheme.outlier_columns else None
         ranges = rest.pop(0) if scheme.activations == "tensor" else None
         if nobody_looks(x):
-            return _product(x, known(prepared, zero, scheme.bits, n), columns, ranges)
-        flat = x.reshape(-1, spec.in_features)
-        y = cpu_native_int8_linear(flat, tiles, scale, zero, columns, ranges, scheme.bits, n)
+            return _product(x, weight_of(prepared, zero, scheme.bits, n), columns, ranges)
+        y = cpu_native_int8_linear(flat(x, spec.in_features), tiles, scale, zero, columns, ranges, scheme.bits, n)
         return y.reshape(*x.shape[:-1], n)
 
 

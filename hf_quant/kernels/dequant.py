@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._common import Codes, multiply, multiply_back
+from hf_quant.kernels import LinearSpec, _ops
+from hf_quant.kernels._common import Codes, flat, multiply, multiply_back
 from hf_quant.packing import unpack
 from hf_quant.tensor import QuantizedTensor
 
@@ -17,25 +16,25 @@ def _codes(qweight: Tensor, bits: int) -> Codes:
     return lambda i, j: unpack(qweight[i:j], bits)
 
 
-@torch.library.custom_op("hf_quant::dequant_linear", mutates_args=())
+@_ops.op("dequant_linear", _ops.portable)
 def dequant_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``x [M, K]`` times the portable codes ``[N, K / 8 * bits]``: ``[M, N]``."""
     return multiply(x, _codes(qweight, bits), scale, zero, 1 << (bits - 1))
 
 
-@torch.library.custom_op("hf_quant::dequant_linear_backward", mutates_args=())
+@_ops.op("dequant_linear_backward", _ops.portable_back)
 def dequant_linear_backward(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``."""
     k = qweight.shape[1] * 8 // bits
     return multiply_back(grad, _codes(qweight, bits), scale, zero, 1 << (bits - 1), k)
 
 
-@dequant_linear.register_fake
+@_ops.fake(dequant_linear)
 def _(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return x.new_empty(x.shape[0], qweight.shape[0])
 
 
-@dequant_linear_backward.register_fake
+@_ops.fake(dequant_linear_backward)
 def _(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return grad.new_empty(grad.shape[0], qweight.shape[1] * 8 // bits)
 
@@ -70,7 +69,7 @@ class Dequant:
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         zero = prepared[2] if len(prepared) == 3 else None
-        rows = x.reshape(-1, spec.in_features)
+        rows = flat(x, spec.in_features)
         y = dequant_linear(rows, prepared[0], prepared[1], zero, spec.scheme.bits)
         return y.reshape(*x.shape[:-1], spec.out_features)
 

@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._common import companions, multiply_back
+from hf_quant.kernels import LinearSpec, _ops
+from hf_quant.kernels._common import companions, flat, multiply_back
+from hf_quant.kernels._tiles import too_old
 from hf_quant.packing import unpack
 from hf_quant.tensor import QuantizedTensor
 
@@ -150,7 +151,7 @@ if importlib.util.find_spec("triton"):
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
-@torch.library.custom_op("hf_quant::triton_int8", mutates_args=())
+@_ops.op("triton_int8", _ops.triton_int8)
 def triton_int8(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: Tensor | None,
     input_scale: Tensor | None,
@@ -193,7 +194,7 @@ def triton_int8(
     return y
 
 
-@triton_int8.register_fake
+@_ops.fake(triton_int8)
 def _(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: Tensor | None,
     input_scale: Tensor | None,
@@ -201,14 +202,14 @@ def _(
     return x.new_empty(x.shape[0], qweight.shape[0])
 
 
-@torch.library.custom_op("hf_quant::triton_int8_backward", mutates_args=())
+@_ops.op("triton_int8_backward", _ops.portable_back)
 def triton_int8_backward(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``, as if activations were not rounded; dequantized block by block in PyTorch."""
     k = qweight.shape[1] * 8 // bits
     return multiply_back(grad, lambda i, j: unpack(qweight[i:j], bits), scale, zero, 1 << (bits - 1), k)
 
 
-@triton_int8_backward.register_fake
+@_ops.fake(triton_int8_backward)
 def _(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return grad.new_empty(grad.shape[0], qweight.shape[1] * 8 // bits)
 
@@ -238,6 +239,8 @@ class TritonInt8:
             return "triton is not installed"
         if spec.device != "cuda" and not triton.knobs.runtime.interpret:
             return f"needs a GPU, got {spec.device}"
+        if spec.device == "cuda" and (reason := too_old()) is not None:
+            return reason
         if scheme.bits not in (4, 8) or (scheme.bits == 8 and not scheme.symmetric):
             return f"4 bits, or 8 without zero points, not {scheme}"
         if scheme.activations == "threshold":
@@ -264,7 +267,7 @@ class TritonInt8:
         zero = None if scheme.symmetric else rest.pop(0)
         columns = rest.pop(0) if scheme.outlier_columns else None
         ranges = rest.pop(0) if scheme.activations == "tensor" else None
-        rows = x.reshape(-1, spec.in_features)
+        rows = flat(x, spec.in_features)
         y = triton_int8(rows, prepared[0], prepared[1], zero, scheme.bits, columns, ranges)
         return y.reshape(*x.shape[:-1], spec.out_features)
 

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._planar import fields, from_planes, plane, positions, to_planes, unpacking
+from hf_quant.kernels import LinearSpec, _ops
+from hf_quant.kernels._common import flat
+from hf_quant.kernels._planar import fields, from_planes, grouped, parsed, plane, positions, to_planes, unpacking
 from hf_quant.kernels._routing import back_in_order, cut, each
-from hf_quant.kernels._tiles import Tile, tile_for
+from hf_quant.kernels._tiles import Tile, tile_for, too_old
 from hf_quant.numerics import levels
 from hf_quant.scheme import QuantScheme
 from hf_quant.tensor import Outliers, QuantizedTensor
@@ -35,12 +36,6 @@ COUNTERS = 4096  # tiles whose columns may be shared
 CHUNK = 1 << 26  # weights dequantized together: 128 MB
 FLOAT32 = Tile(16, 64, 4, 2, 1)  # without tensor cores
 NARROW = (torch.float16, torch.bfloat16)
-
-_parsed = lru_cache(QuantScheme.parse)  # the ops get slugs, at every call
-
-
-def _group(scheme: QuantScheme, k: int) -> int:
-    return 0 if scheme.group_size in (-1, k) else scheme.group_size
 
 
 def _scattered(index: Tensor | None, packed: Tensor) -> bool:
@@ -59,7 +54,7 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after
         cuda: Whether the kernel may hold PTX.
         after: Whether sums are scaled, and not weights.
     """
-    bits, group = scheme.bits, _group(scheme, k)
+    bits, group = scheme.bits, grouped(scheme, k)
     count, size = fields(bits), plane(group, bits)
     run = count  # planes that share a scale in every block
     if group % (count * size):
@@ -78,7 +73,7 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after
     }  # fmt: skip
 
 
-@torch.library.custom_op("hf_quant::triton_wna16", mutates_args=())
+@_ops.op("triton_wna16", _ops.wna16)
 def triton_wna16(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str,
@@ -98,10 +93,10 @@ def triton_wna16(
         scheme: As a slug.
     """
     (m, k), n = x.shape, packed.shape[0]
-    how = _parsed(scheme)
+    how = parsed(scheme)
     if m == 0:
         return x.new_empty(m, n)
-    blocks = packed.shape[1] // plane(_group(how, k), how.bits)
+    blocks = packed.shape[1] // plane(grouped(how, k), how.bits)
     tile = FLOAT32 if x.dtype is torch.float32 else None
     if x.dtype in NARROW:
         tile = tile_for(x.device, how.bits, m, n, k, blocks, scattered=_scattered(index, packed))
@@ -167,7 +162,7 @@ def _dense(
 ) -> Iterator[tuple[int, int, Tensor]]:  # fmt: skip
     """``(i, j, W[i:j])``, outliers and all, over the rows of W."""
     n, width = packed.shape
-    group = _group(scheme, k)
+    group = grouped(scheme, k)
     size, rows = plane(group, scheme.bits), max(1, CHUNK // k)
     for i in range(0, n, rows):
         j = min(i + rows, n)
@@ -182,7 +177,7 @@ def _dense(
         yield i, j, w
 
 
-@triton_wna16.register_fake
+@_ops.fake(triton_wna16)
 def _(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str,
@@ -190,14 +185,14 @@ def _(
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-@torch.library.custom_op("hf_quant::triton_wna16_backward", mutates_args=())
+@_ops.op("triton_wna16_backward", _ops.wna16_back)
 def triton_wna16_backward(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, scheme: str, k: int,
 ) -> Tensor:  # fmt: skip
     """``grad [M, N]`` times W: ``[M, K]``."""
     out: Tensor | None = None
-    for i, j, w in _dense(packed, scale, zero, table, index, value, _parsed(scheme), k, grad.dtype):
+    for i, j, w in _dense(packed, scale, zero, table, index, value, parsed(scheme), k, grad.dtype):
         part = grad[:, i:j] @ w
         if j - i == packed.shape[0]:
             return part
@@ -206,7 +201,7 @@ def triton_wna16_backward(
     return out.to(grad.dtype)
 
 
-@triton_wna16_backward.register_fake
+@_ops.fake(triton_wna16_backward)
 def _(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, scheme: str, k: int,
@@ -229,7 +224,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 triton_wna16.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("hf_quant::triton_experts", mutates_args=())
+@_ops.op("triton_experts", _ops.experts)
 def triton_experts(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str, ends: Tensor, order: Tensor | None,
@@ -252,13 +247,13 @@ def triton_experts(
         ends: int64 ``[E]``, where the rows of each expert end (`_routing.by_expert`); those after the last are zero.
         order: int64 ``[M * top_k]``, which choice every row is of; None where the rows of x are in this order already.
     """
-    (m, k), (e, n, width), how = x.shape, packed.shape, _parsed(scheme)
+    (m, k), (e, n, width), how = x.shape, packed.shape, parsed(scheme)
     rows = m if order is None else order.shape[0]
     if rows == 0:
         return x.new_empty(0, n)
     tile = FLOAT32 if x.dtype is torch.float32 else None
     if x.dtype in NARROW:
-        blocks = width // plane(_group(how, k), how.bits)
+        blocks = width // plane(grouped(how, k), how.bits)
         tile = tile_for(x.device, how.bits, rows, n, k, blocks, e, scattered=_scattered(index, packed))
     if tile is not None:
         return launch(x, packed, counters, scale, zero, table, bias, index, value, how, tile, ends, order)
@@ -268,7 +263,7 @@ def triton_experts(
     return y
 
 
-@triton_experts.register_fake
+@_ops.fake(triton_experts)
 def _(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str, ends: Tensor, order: Tensor | None,
@@ -276,7 +271,7 @@ def _(
     return x.new_empty(x.shape[0] if order is None else order.shape[0], packed.shape[1])
 
 
-@torch.library.custom_op("hf_quant::triton_experts_backward", mutates_args=())
+@_ops.op("triton_experts_backward", _ops.experts_back)
 def triton_experts_backward(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, ends: Tensor, scheme: str, k: int,
@@ -288,7 +283,7 @@ def triton_experts_backward(
     return out
 
 
-@triton_experts_backward.register_fake
+@_ops.fake(triton_experts_backward)
 def _(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, ends: Tensor, scheme: str, k: int,
@@ -330,6 +325,8 @@ class TritonWNA16:
             return "triton is not installed"
         if spec.device != "cuda" and not triton.knobs.runtime.interpret:
             return f"needs a GPU, got {spec.device}"
+        if spec.device == "cuda" and (reason := too_old()) is not None:
+            return reason
         if spec.dtype not in (torch.float32, *NARROW):
             return f"accumulates in float32, too coarse for {spec.dtype}"
         if spec.scheme.codebook and torch.version.hip:
@@ -340,7 +337,7 @@ class TritonWNA16:
 
     def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
         scheme = spec.scheme
-        packed = to_planes(weight.qweight, scheme.bits, plane(_group(scheme, spec.in_features), scheme.bits))
+        packed = to_planes(weight.qweight, scheme.bits, plane(grouped(scheme, spec.in_features), scheme.bits))
         counters = torch.zeros(COUNTERS, dtype=torch.int32, device=packed.device)
         made = (packed, counters, weight.scale.mT.contiguous())
         if scheme.codebook:
@@ -348,7 +345,7 @@ class TritonWNA16:
         return made if weight.zero_point is None else (*made, weight.zero_point.mT.contiguous())
 
     def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        size = plane(_group(spec.scheme, spec.in_features), spec.scheme.bits)
+        size = plane(grouped(spec.scheme, spec.in_features), spec.scheme.bits)
         return from_planes(prepared[0], spec.scheme.bits, size, spec.in_features)
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
@@ -359,7 +356,7 @@ class TritonWNA16:
         outliers: Outliers | None = None,
     ) -> Tensor:  # fmt: skip
         """`linear` with bias and outliers added before the result is rounded."""
-        y = triton_wna16(x.reshape(-1, spec.in_features), *_operands(prepared, spec, bias, outliers), str(spec.scheme))
+        y = triton_wna16(flat(x, spec.in_features), *_operands(prepared, spec, bias, outliers), str(spec.scheme))
         return y.reshape(*x.shape[:-1], spec.out_features)
 
     def experts(
@@ -367,7 +364,9 @@ class TritonWNA16:
         bias: Tensor | None = None, outliers: Outliers | None = None,
     ) -> Tensor:  # fmt: skip
         """`fused` for a stack of weights; see `triton_experts`."""
-        return triton_experts(x, *_operands(prepared, spec, bias, outliers), str(spec.scheme), ends, order)
+        return triton_experts(
+            flat(x, spec.in_features), *_operands(prepared, spec, bias, outliers), str(spec.scheme), ends, order
+        )
 
 
 def _operands(

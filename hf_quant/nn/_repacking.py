@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing.context import get_spawning_popen
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -18,6 +20,14 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _NATIVE = format_named("native")
+_handed: WeakKeyDictionary[Any, list[Tensor]] = WeakKeyDictionary()
+
+
+def _keep_for_child(tensors: Iterable[Tensor]) -> None:
+    """Tensors that a process being started is given share memory with it, and must live until it has begun to read."""
+    child = get_spawning_popen()
+    if child is not None:
+        _handed.setdefault(child, []).extend(tensors)
 
 
 class Repacking(Outside):
@@ -108,6 +118,7 @@ class Repacking(Outside):
     def __getstate__(self) -> dict[str, Any]:
         """For ``copy.deepcopy`` and pickles: in the portable layout, since that of a kernel is for this processor only."""
         state, codes = self.__dict__.copy(), dict(self._portable())
+        _keep_for_child(codes.values())
         state["_parameters"] = self._parameters | {name: frozen(tensor) for name, tensor in codes.items()}
         return state | {"_backend": None, "_repacked": {}, "_chosen": self._backend is not None}
 

@@ -37,6 +37,10 @@ class QuantExperts(Repacking):
     has_bias: bool
     is_transposed: bool
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """For copies and pickles: this class is made when it is needed and cannot be imported by its name."""
+        return _blank, (self.float_class,), self.__getstate__()
+
     def choose_kernel(self) -> None:
         self._unpack()
         if any(getattr(self, f"{name}_scale").device.type == "meta" for name in self.schemes):
@@ -133,6 +137,19 @@ class QuantExperts(Repacking):
         return next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, Outside))
 
 
+def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """`QuantExperts` with the model's own experts class."""
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type("Quant" + cls.__name__, (QuantExperts, cls), {name: seen(name) for name in STACKED})
+    return _CLASSES[cls]
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    """Experts that hold nothing yet, as ``pickle`` makes an object before it gives it a state."""
+    made = _quantized_class(cls)
+    return made.__new__(made)
+
+
 def _rows(weight: QuantizedTensor, part: int, parts: int) -> QuantizedTensor:
     """The rows of one of equal parts, their columns in the order they are stored in."""
     zero = None if weight.zero_point is None else weight.zero_point.chunk(parts)[part]
@@ -206,9 +223,7 @@ def as_quant_experts(
     cls = type(module)
     dtype = module.down_proj.dtype
     assert isinstance(dtype, torch.dtype)
-    module.__class__ = _CLASSES.setdefault(
-        cls, type("Quant" + cls.__name__, (QuantExperts, cls), {name: seen(name) for name in STACKED})
-    )
+    module.__class__ = _quantized_class(cls)
     module.schemes, module.compute_dtype, module._is_hf_initialized = schemes, dtype, True  # type: ignore[assignment]
     for name, scheme in schemes.items():
         register(module, name, shapes[name], scheme, scale_dtypes.get(name, dtype), codes=quantized)

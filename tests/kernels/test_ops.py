@@ -1,0 +1,377 @@
+"""Operations given what they must not be given: each says what is wrong, or is right; none reads or writes what is not its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from hf_quant import _plugins
+from hf_quant.errors import KernelError
+from hf_quant.kernels import LinearSpec, _compiled, _ops, _torch, outlier_linear, select
+from hf_quant.kernels.cpu_native import BACKEND as CpuNative
+from hf_quant.methods import method
+from hf_quant.numerics import levels
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+
+for _name in _plugins.names("kernels"):
+    if not _name.startswith("triton") or importlib.util.find_spec("triton"):
+        _plugins.load("kernels", _name)
+
+N, K, M = 48, 128, 3
+built = pytest.mark.skipif(_compiled._cpu is None, reason="not compiled")
+
+
+def weight(slug: str = "W4A16-g32", n: int = N, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
+    scheme = QuantScheme.parse(slug)
+    plain = method("rtn", steps=0).quantize(torch.randn(n, K), replace(scheme, codebook=None), dtype)
+    return replace(plain, scheme=scheme)
+
+
+def arguments(name: str) -> tuple[Any, ...]:
+    """What the operation may be given."""
+    w, x, grad = weight("W4A16-g32-asym"), torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
+    row = torch.tensor([3, 5, 100], dtype=torch.int16)
+    index, value = row.expand(N, 3).contiguous(), torch.randn(N, 3).bfloat16()
+    first = grad if name.endswith("_backward") else x
+    kind = name.removesuffix("_backward").removesuffix("_linear")
+    if kind in ("dequant", "triton_int8"):
+        more = () if first is grad or kind == "dequant" else (row, torch.tensor([0.1]))
+        return (first, w.qweight, w.scale, w.zero_point, 4, *more)
+    if kind == "codebook":
+        return first, w.qweight, w.scale, levels("nf4", torch.device("cpu"))
+    if kind == "cpu_int4":
+        planes, params, *rest = _plugins.load("kernels", kind).BACKEND().prepare(w, spec_of(w))
+        return (grad, planes, *rest, 8) if first is grad else (x, planes, params, *rest, 32, 8)
+    if kind == "cpu_int8":
+        codes, scale = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N)
+        return (grad, codes, scale) if first is grad else (x, codes, scale, row, torch.tensor([0.1]))
+    if kind.startswith("cpu_native"):
+        tiles, scale, zero = (part.clone() for part in CpuNative().prepare(w, spec_of(w)))  # not in a large page
+        if first is grad:
+            return grad, tiles, scale, zero, 4
+        more = (row, torch.tensor([0.1])) if kind == "cpu_native_int8" else ()
+        return (x, tiles, scale, zero, *more, 4, N)
+    if kind == "outlier_rows":
+        return (grad, index, value, K) if first is grad else (x, index, value)
+    if kind == "round_activations":
+        return x, row, torch.tensor([0.1]), 0.0
+    return in_planes(w, first, grad, index, value, name)
+
+
+def in_planes(
+    w: QuantizedTensor, first: Tensor, grad: Tensor, index: Tensor, value: Tensor, name: str
+) -> tuple[Any, ...]:
+    stacked = "experts" in name
+    packed, counters, scale, zero = _plugins.load("kernels", "triton_wna16").BACKEND().prepare(w, spec_of(w))
+    parts = [scale, zero, None, grad[0].clone(), index, value]
+    if stacked:
+        packed, *parts = (None if part is None else torch.stack([part, part]) for part in (packed, *parts))
+    scale, zero, table, bias, index, value = parts
+    more = (torch.tensor([1, M]), None) if stacked else ()
+    if first is grad:
+        return (grad, packed, scale, zero, table, index, value, *more[:1], "W4A16-g32-asym", K)
+    return (first, packed, counters, scale, zero, table, bias, index, value, "W4A16-g32-asym", *more)
+
+
+def spec_of(w: QuantizedTensor, device: str = "cpu") -> LinearSpec:
+    return LinearSpec(w.scheme, w.scale.shape[0], w.in_features, torch.bfloat16, device)
+
+
+def spoilt(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What might be given in place of a tensor, all of it wrong."""
+    axis = max(0, tensor.ndim - 2)
+    yield "on another device", tensor.to("meta")
+    yield "truth values", tensor.to(torch.bool)
+    yield "complex", tensor.to(torch.complex64)
+    yield "another axis", tensor[None]
+    yield "without an axis", tensor[0]
+    if tensor.dtype in (torch.int16, torch.int32) and tensor.min() >= 0:  # columns; not words of codes
+        yield "far", torch.full_like(tensor, 30000)
+        yield "negative", torch.full_like(tensor, -3)
+    if tensor.ndim > 1 or tensor.dtype not in (torch.int16, torch.int32):  # of columns there may be any number
+        yield "short", tensor.narrow(axis, 0, tensor.shape[axis] // 2)
+        yield "empty", tensor.narrow(axis, 0, 0)
+        yield "long", torch.cat([tensor, tensor], axis)
+
+
+def runs_here(name: str) -> bool:
+    return not name.startswith("triton")
+
+
+def test_every_operation_is_in_the_table() -> None:
+    registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("hf_quant::")}
+    assert registered == {f"hf_quant::{name}" for name in _ops.OPS} and len(registered) >= 12
+
+
+@pytest.mark.parametrize("name", sorted(_ops.OPS))
+def test_what_must_not_be_given(name: str) -> None:
+    if name.startswith("cpu_native") and _compiled._cpu is None:
+        pytest.skip("not compiled")
+    args = arguments(name)
+    call = _ops.OPS[name] if runs_here(name) else checked(name)
+    right = call(*args)
+    for at, arg in enumerate(args):
+        if not isinstance(arg, Tensor) or (arg.dtype is torch.int32 and arg.ndim == 1):  # counters: any number of them
+            continue
+        for what, other in spoilt(arg):
+            if at == 0 and what in ("short", "empty", "long"):
+                continue  # another number of rows
+            if name.startswith("triton_wna16") and arg.dtype is torch.int16 and what == "without an axis":
+                continue  # whole columns
+            if name == "cpu_native_linear_backward" and (at, what) == (1, "long"):
+                continue  # more columns, in groups of twice as many
+            with pytest.raises(KernelError, match=f"^{name}: ") as error:
+                call(*args[:at], other, *args[at + 1 :])
+                pytest.fail(f"argument {at}, {what}")
+            assert len(str(error.value)) < 300
+        strided = torch.stack([arg, arg], -1)[..., 0]
+        try:
+            got = call(*args[:at], strided, *args[at + 1 :])
+        except KernelError as refused:
+            assert "is not contiguous" in str(refused)
+        else:
+            assert right is None or torch.equal(got, right)
+
+
+def checked(name: str) -> Callable[..., None]:
+    """The checks of an operation that does not run here."""
+    checks = {
+        "triton_int8": _ops.triton_int8, "triton_int8_backward": _ops.portable_back, "triton_wna16": _ops.wna16,
+        "triton_wna16_backward": _ops.wna16_back, "triton_experts": _ops.experts,
+        "triton_experts_backward": _ops.experts_back,
+    }  # fmt: skip
+    return lambda *args: checks[name](_ops.Arguments(name, args[0]), *args)
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n": 10**6}, r"tiles has shape \[3, 4, 256\], must be \[ceil\(N / 16\), K / 32, 64 bits\] = \[62500, 4, 256\]"),
+        ({"n": N + 16}, "tiles has shape"), ({"n": 0}, "n must be at least 1"), ({"n": -16}, "n must be at least 1"),
+        ({"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5"), ({"bits": 0}, "bits must be one of"),
+        ({"bits": 8}, "tiles has shape"), ({"bits": 2}, "tiles has shape"),
+        ({"scale": lambda s: s.half()}, "scale is float16, must be one of float32, bfloat16"),
+        ({"scale": lambda s: s.transpose(1, 2).contiguous().transpose(1, 2)}, "scale is not contiguous"),
+        ({"scale": lambda s: s[:, :1].expand(-1, 16, -1)}, "scale has 16 groups, 128 columns cannot"),
+        ({"scale": lambda s: s[:, :1].expand(-1, 3, -1)}, "scale has 3 groups, 128 columns cannot"),
+        ({"scale": lambda s: s[:, :0]}, "scale has 0 groups"),
+        ({"tiles": lambda t: t[:0]}, "tiles has shape"), ({"tiles": lambda t: t.int()}, "tiles is int32"),
+        ({"zero": lambda z: z.float()}, "zero is float32, must be one of bfloat16"),
+        ({"x": lambda x: x.long()}, "x is int64"), ({"x": lambda x: x.to(torch.uint8)}, "x is uint8"),
+        ({"x": lambda x: x.to(torch.float8_e4m3fn)}, "x is float8_e4m3fn"),
+        ({"x": lambda x: x.to("meta")}, "tensors are on cpu and meta"),
+        ({"x": lambda x: x.to_sparse()}, "x is torch.sparse_coo|SparseCPU"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_compiled_products(int8: bool, change: dict[str, Any], message: str) -> None:
+    if int8 and _compiled.built() not in ("vnni", "amx"):
+        pytest.skip("no products of bytes")
+    op = _ops.OPS["cpu_native_int8_linear" if int8 else "cpu_native_linear"]
+    names = ["x", "tiles", "scale", "zero", *(["columns", "ranges"] if int8 else []), "bits", "n"]
+    given = dict(zip(names, arguments(op._name), strict=True))
+    for name, what in change.items():
+        given[name] = what(given[name]) if callable(what) else what
+    with pytest.raises((KernelError, NotImplementedError), match=message):
+        op(*given.values())
+
+
+@built
+@pytest.mark.parametrize("columns", [[5, 30000], [-30000], [2**30], [2**33 + 3]])
+@pytest.mark.parametrize("backend", ["cpu_native_int8", "cpu_int8"])
+def test_columns_that_are_not_there(backend: str, columns: list[int]) -> None:
+    name = f"{backend}_linear"
+    args = list(arguments(name))
+    place = next(i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dtype is torch.int16)
+    args[place] = torch.tensor(columns)
+    with pytest.raises(KernelError, match=f"{name}: columns names column {columns[-1]}, there are columns 0 to 127"):
+        _ops.OPS[name](*args)
+
+
+@built
+@pytest.mark.skipif(_compiled.built() not in ("vnni", "amx"), reason="no products of bytes")
+def test_the_module_holds_columns_and_scales_against_bounds_itself() -> None:
+    """What was laid out before anything was checked, or was changed in place since, writes nowhere else."""
+    w = weight("W8A8-g32")
+    tiles, scale = CpuNative().prepare(w, spec_of(replace(w, scheme=w.scheme.weights)))
+    x, y, told = torch.randn(1, K), torch.zeros(1, N), _compiled.described(tiles, scale, None, 8, N)
+
+    def call(columns: list[int], fixed: float | None) -> None:
+        index, range_ = torch.tensor(columns, dtype=torch.int32), torch.tensor([fixed or 1.0])
+        _compiled._cpu.int8_linear(
+            told,
+            x.data_ptr(),
+            y.data_ptr(),
+            0,
+            1,
+            1,
+            index.data_ptr(),
+            len(columns),
+            range_.data_ptr() if fixed else 0,
+        )
+
+    call([0, K - 1], 0.1)
+    for columns in ([K], [-1], [2**30], [0, 5, -(2**31)]):
+        with pytest.raises(ValueError, match=f"outlier column {columns[-1]}: there are columns 0 to 127"):
+            call(columns, None)
+    for fixed in (-0.1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="must be a finite number above 0"):
+            call([], fixed)
+
+
+@built
+def test_the_module_takes_no_impossible_weight() -> None:
+    q, s = torch.zeros(1, 4, 256, dtype=torch.uint8), torch.ones(1, 4, 16)
+    x, y = torch.ones(1, K), torch.zeros(1, 16)
+    right = {"q": q.data_ptr(), "scale": s.data_ptr(), "zero": 0, "type": 0, "bits": 4, "n": 16, "k": K, "group": 32}
+    wrong = [
+        {"bits": 5},
+        {"bits": 0},
+        {"n": 0},
+        {"k": 0},
+        {"group": 0},
+        {"group": 48},
+        {"group": 16},
+        {"type": 2},
+        {"q": 0},
+    ]
+    for change in ({}, *wrong):
+        told = torch.tensor(list((right | change).values()), dtype=torch.int64).numpy().tobytes()
+        if change:
+            with pytest.raises(ValueError, match="no weight has"):
+                _compiled._cpu.linear(told, x.data_ptr(), y.data_ptr(), 0, 1, 1)
+        else:
+            _compiled._cpu.linear(told, x.data_ptr(), y.data_ptr(), 0, 1, 1)
+    for bits, n, k in ((5, 16, K), (4, 0, K), (4, 16, 33), (4, -1, K)):
+        with pytest.raises(ValueError, match="pack: no weight has"):
+            _compiled._cpu.pack(q.data_ptr(), q.data_ptr(), bits, n, k, 1)
+
+
+@pytest.mark.parametrize("slug", ["W4A16-g32", "W8A8", "W4A16-g32-nf4", "W8A8-o5%-columns", "W4A16-g16"])
+def test_inputs_that_no_layer_takes(slug: str) -> None:
+    """Through the backend that is chosen, as a module calls it; an input on another device once ended the process."""
+    scheme = QuantScheme.parse(slug).fitted(K)
+    w = weight(str(replace(scheme, outliers=0.0, outlier_columns=False)))
+    w = replace(w, scheme=replace(scheme, outliers=0.0, outlier_columns=False))
+    backend, spec = select(spec_of(w)), spec_of(w)
+    prepared, x = backend.prepare(w, spec), torch.randn(M, K).bfloat16()
+    assert backend.linear(x, prepared, spec).shape == (M, N)
+    wrong = {
+        "meta": x.to("meta"),
+        "integers": x.long(),
+        "bytes": x.to(torch.uint8),
+        "narrow": x[:, :64],
+        "number": x[0, 0],
+    }
+    for name, other in wrong.items():
+        with pytest.raises(KernelError, match=r"x is |columns|tensors are on"):
+            backend.linear(other, prepared, spec)
+            pytest.fail(name)
+
+
+@pytest.mark.parametrize("slug", ["W4A16-g32", "W8A8"])
+def test_negated_and_strided_inputs(slug: str) -> None:
+    w = weight(slug)
+    backend, spec = select(spec_of(w)), spec_of(w)
+    prepared, x = backend.prepare(w, spec), torch.randn(M, K).bfloat16()
+    right = backend.linear(x, prepared, spec)
+    assert torch.equal(backend.linear(torch._neg_view(-x), prepared, spec), right)
+    assert torch.equal(backend.linear(torch.stack([x, x], -1)[..., 0], prepared, spec), right)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own, which it meets on its way to jvp
+def test_forward_mode_differentiation_is_refused_and_not_forgotten() -> None:
+    w = weight(dtype=torch.float32)
+    x, direction = torch.randn(M, K), torch.randn(M, K)
+    index, value = torch.zeros(N, 1, dtype=torch.int16), torch.randn(N, 1)
+    for name in ("cpu_native", "dequant") if _compiled._cpu else ("dequant",):
+        backend, spec = _plugins.load("kernels", name).BACKEND(), spec_of(w)
+        prepared = backend.prepare(w, spec)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, direction)
+            with pytest.raises(KernelError, match="forward-mode differentiation"):
+                backend.linear(dual, prepared, spec)
+            with pytest.raises(KernelError, match="forward-mode differentiation"):
+                torch.ops.hf_quant.dequant_linear(dual, w.qweight, w.scale, None, 4)
+            with pytest.raises(KernelError, match="forward-mode differentiation"):
+                outlier_linear(dual, index, value)
+            backend.linear(x, prepared, spec)  # which has no tangent
+        with pytest.raises(KernelError, match="forward-mode differentiation"):
+            torch.func.jvp(lambda x: backend.linear(x, prepared, spec), (x,), (direction,))  # noqa: B023
+
+
+PRIVATE = ("_C._len_torch_dispatch_stack", "_C._functorch.peek_interpreter_stack", "_C._is_tracing",
+           "_C._dynamo.guards._empty_strided_cpu", "autograd.forward_ad._current_level")  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PRIVATE)
+def test_pytorch_without_one_of_its_private_functions(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module that looks them up, made again: the dispatcher is then always asked, and memory comes the usual way."""
+    owner, _, name = path.rpartition(".")
+    monkeypatch.delattr(_torch.private(owner), name)
+    spec = importlib.util.spec_from_file_location("without", _torch.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.nobody_looks(torch.ones(1)) == (name == "_empty_strided_cpu")
+    made = module.empty_on_cpu((2, 3), (3, 1), torch.bfloat16)
+    assert made.shape == (2, 3) and made.stride() == (3, 1) and made.dtype is torch.bfloat16
+
+
+def test_layers_run_without_pytorchs_private_functions() -> None:
+    code = f"""
+import torch, torch._functorch.pyfunctorch
+for path in {PRIVATE[:4]!r}:
+    owner, _, name = path.rpartition(".")
+    part = torch
+    for step in owner.split("."): part = getattr(part, step)
+    delattr(part, name)
+torch.jit.is_tracing = torch._jit_internal.is_tracing = lambda: False
+from hf_quant.nn import QuantLinear
+from hf_quant.scheme import QuantScheme
+layer = QuantLinear(64, 32, QuantScheme(4, 32), bias=False, dtype=torch.bfloat16)
+for parameter in layer.parameters(): parameter.data.zero_()
+layer.choose_kernel()
+with torch.no_grad(): print(layer(torch.ones(2, 64, dtype=torch.bfloat16)).shape)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "torch.Size([2, 32])", done.stderr
+
+
+@built
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory it uses")
+def test_memory_that_runs_out_is_an_error_and_not_the_end() -> None:
+    code = """
+import resource, torch
+from hf_quant.kernels import LinearSpec, cpu_native
+from hf_quant.scheme import QuantScheme
+from hf_quant.tensor import QuantizedTensor
+torch.set_num_threads(1)
+k = 1 << 20
+scheme = QuantScheme(4, -1)
+weight = QuantizedTensor(torch.zeros(1, k // 2, dtype=torch.uint8), torch.ones(1, 1), None, scheme)
+spec, backend = LinearSpec(scheme, 1, k, torch.float32, "cpu"), cpu_native.BACKEND()
+prepared, x = backend.prepare(weight, spec), torch.ones(15, k)
+hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), hard))
+try:
+    backend.linear(x, prepared, spec)
+except MemoryError:
+    print("refused")
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+print(float(backend.linear(x, prepared, spec).sum()))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split() == ["refused", str(float(-8 * (1 << 20) * 15))], done

@@ -170,7 +170,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
             "layers_by_scheme": dict(Counter(map(str, plan.schemes.values()))), "date": str(date.today()),
             "files": weight_files(stage),
         }  # fmt: skip
-        row |= _measured(job, made)
+        row |= _measured(job, made, blocks)
         if row.get("gate", {}).get("misses"):
             row["folder"] = failed_folder(out).name
         write_json(stage / "results.json", row)
@@ -239,9 +239,9 @@ def _save(model: Any, folder: Path, **options: Any) -> None:
         raise HfQuantError(f"{folder}: {error}") from error
 
 
-def _measured(job: Job, model: Any) -> dict[str, Any]:
+def _measured(job: Job, model: Any, blocks: list[dict[str, Any]]) -> dict[str, Any]:
     """Quality and gate where there is a text to measure on, and how far each layer is from the base's."""
-    errors = layer_errors(model, job.base().checkpoint())
+    errors = layer_errors(model, job.base().checkpoint(), blocks)
     made: dict[str, Any] = {"layers": [each.to_dict() for each in errors]}
     if job.measure is not None:
         quality = job.measure(model)

@@ -53,7 +53,9 @@ def command(
     from hf_quant.evaluation.yardstick import Base
     from hf_quant.hf.auto import tokenizer_of
 
-    base, from_hub = base or _source(model), hub(None, trust_remote_code)
+    recipe = _recipe(model)
+    base, revision = _base_of(model, recipe, base)
+    from_hub, of_base = hub(None, trust_remote_code), hub(revision, trust_remote_code)
     name, text = measuring.find(model, base)
     if not measuring.allow_overlap:
         check_overlap(model, text)
@@ -61,10 +63,10 @@ def command(
         if Path(each).is_dir():
             Checkpoint.open(Path(each))
     shown = bars(quiet or as_json)
-    tokenizer = tokenizer_of(base, **from_hub)
+    tokenizer = tokenizer_of(base, **of_base)
     _same_tokenizer(model, tokenizer, from_hub)
     say(f"measuring {model} against {base} on {name}", quiet)
-    measure = measuring.yardstick(base, text, tokenizer, device=device, shown=shown, quiet=quiet, **from_hub)
+    measure = measuring.yardstick(base, text, tokenizer, device=device, shown=shown, quiet=quiet, **of_base)
     loaded = load(model, **from_hub, **({"device_map": device} if device else {})).eval()
     measured = _cached(loaded, kv_cache) if kv_cache else loaded
     quality = measure(measured)
@@ -73,13 +75,15 @@ def command(
         record["kv_cache"] = {"kind": kv_cache, "bytes": measured.nbytes}
     if asked := budget(max_kl, max_ppl_increase, min_top1):
         record["gate"] = asked.verdict(quality)
-    record["layers"] = [each.to_dict() for each in layer_errors(loaded, Base(base).checkpoint())]
+    record["layers"] = [
+        each.to_dict() for each in layer_errors(loaded, Base(base, **of_base).checkpoint(), recipe.get("blocks") or ())
+    ]
     if tasks:
         from hf_quant.evaluation.tasks import run_tasks
 
         record["tasks"] = run_tasks(loaded, tokenizer, tasks.split(","))
     if not kv_cache:  # results.json is about the model alone
-        store_results(Path(model), record)
+        store_results(Path(model), record, lambda line: say(line, quiet))
     human = quality_table(record["quality"])
     missed = gate_lines(record.get("gate", {"misses": []}), record["layers"])
     first = next(iter(quality.metrics.values())) if quality.kind == "encoder" else quality.metrics["kl"]
@@ -104,14 +108,31 @@ def _tasks(record: dict[str, Any]) -> list[str]:
     ]
 
 
-def _source(model: str) -> str:
-    recipe: Any = Path(model) / "recipe.json"
-    source = json.loads(recipe.read_text()).get("source", {}).get("model") if recipe.is_file() else None
-    if source is None:
+def _recipe(model: str) -> dict[str, Any]:
+    """What ``model`` says of how it was made; empty where it says nothing."""
+    file = Path(model) / "recipe.json"
+    if not file.is_file():
+        return {}
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HfQuantError(f"{file}: {error}") from None
+    if not isinstance(stored, dict) or not isinstance(stored.get("source", {}), dict):
+        raise HfQuantError(f"{file}: is not a recipe: an object with the object source was expected")
+    return stored
+
+
+def _base_of(model: str, recipe: dict[str, Any], named: str | None) -> tuple[str, str | None]:
+    """The base ``named``, or else the one of the recipe; and its commit, where the recipe knows it."""
+    source = recipe.get("source", {})
+    base = named or source.get("model")
+    if base is None:
         raise HfQuantError(f"{model} does not say what it was made from: name it with --base")
-    if Path(source).is_dir() or "/" in source:
-        return str(source)
-    raise HfQuantError(f"{model} was made from a folder called {source!r}: say where it is with --base")
+    if Path(base).is_dir():
+        return str(base), None
+    if named is None and "/" not in base:
+        raise HfQuantError(f"{model} was made from a folder called {base!r}: say where it is with --base")
+    return str(base), source.get("revision") if base == source.get("model") else None
 
 
 def _same_tokenizer(model: str, base: Any, from_hub: dict[str, Any]) -> None:

@@ -1,8 +1,14 @@
-"""How far each layer's weights are from the base's, read tensor by tensor: the first place to look when a gate is missed."""
+"""How far each layer is from the base's: the first place to look when a gate is missed.
+
+Weights are compared with the base's, read tensor by tensor. Where a transform rewrote them on purpose (a scale folded into a
+norm, a rotation), that would say nothing: then it is the error of each layer's output that counts, which calibration
+measured and the recipe holds; without a recipe nothing is claimed.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.checkpoint import Checkpoint
+from hf_quant.hf import HfQuantConfig
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
+from hf_quant.presets import preset
 
 ROWS = 256
+ROUNDED = 0.01  # of its norm: what storing a float tensor in another dtype may change, and more
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,28 +31,83 @@ class LayerError:
     Attributes:
         layer: Its name.
         scheme: What it is quantized with.
-        error: Relative error of its weights: the Frobenius norm of the difference, over the base's.
+        error: Relative error: the norm of the difference, over the norm of what it should be.
         sqnr_db: The same in decibels, ``-20 log10(error)``; None where there is no error.
+        of: What is compared: its ``"weights"`` with the base's, or its ``"outputs"`` on calibration data.
     """
 
     layer: str
     scheme: str
     error: float
     sqnr_db: float | None
+    of: str = "weights"
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return asdict(self)
 
 
-@torch.inference_mode()
-def layer_errors(model: nn.Module, base: Checkpoint) -> list[LayerError]:
-    """Every quantized layer that ``base`` holds under the same name, worst first.
+def layer_errors(model: nn.Module, base: Checkpoint, blocks: Sequence[Mapping[str, Any]] = ()) -> list[LayerError]:
+    """Every quantized layer, worst first.
 
     Args:
         model: Quantized.
-        base: The checkpoint it was made from; one tensor at a time is read.
+        base: The checkpoint it was made from.
+        blocks: Those of its recipe, where it was calibrated: errors of outputs are taken from there.
+
+    Returns:
+        Nothing where weights were rewritten before they were quantized, and no recipe says what that cost.
     """
+    if blocks:
+        return _of_outputs(model, blocks)
+    return [] if rewritten(model, base) else _of_weights(model, base)
+
+
+@torch.inference_mode()
+def rewritten(model: nn.Module, base: Checkpoint) -> bool:
+    """Whether a transform changed weights before they were quantized.
+
+    Its configuration says so; for checkpoints of other programs, norms and biases that are not those of ``base`` do.
+    """
+    if _transformed(model):
+        return True
+    for name, parameter in model.named_parameters():
+        stored = base.tensors.get(name)
+        if parameter.ndim == 1 and parameter.is_floating_point() and stored is not None:
+            original = base.read(name).float()
+            if original.shape != parameter.shape:
+                return True
+            if (parameter.cpu().float() - original).norm() > ROUNDED * original.norm().clamp(min=1e-30):
+                return True
+    return False
+
+
+def _transformed(model: Any) -> bool:
+    config = getattr(model.config, "quantization_config", None)
+    schemes = {module.scheme for module in model.modules() if isinstance(module, QuantLinear)}
+    return isinstance(config, HfQuantConfig) and any(preset(config.method, each).transforms for each in schemes)
+
+
+def _of_outputs(model: nn.Module, blocks: Sequence[Mapping[str, Any]]) -> list[LayerError]:
+    """From the recipe's squared errors."""
+    schemes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            schemes[name] = module.scheme
+        elif isinstance(module, QuantExperts):
+            schemes |= {f"{name}.{stack}": scheme for stack, scheme in module.schemes.items()}
+    errors = {name: error for block in blocks for name, error in block["layers"].items()}
+    made = [
+        _layer_error(name, str(schemes[name]), math.sqrt(error), "outputs")
+        for name, error in errors.items()
+        if name in schemes and error is not None
+    ]
+    return sorted(made, key=lambda each: -each.error)
+
+
+@torch.inference_mode()
+def _of_weights(model: nn.Module, base: Checkpoint) -> list[LayerError]:
+    """Of the layers that ``base`` holds under the same name; one tensor at a time is read."""
     made = []
     for name, module in model.named_modules():
         if isinstance(module, (QuantLinear, QuantEmbedding)):
@@ -61,10 +125,13 @@ def layer_errors(model: nn.Module, base: Checkpoint) -> list[LayerError]:
 
 
 def _error(name: str, scheme: str, original: Tensor, quantized: Tensor) -> LayerError:
-    """Some rows at a time, since whole matrices in float32 would be the largest things in memory."""
+    """Some rows at a time, since whole matrices in float64 would be the largest things in memory."""
     difference = norm = 0.0
     for a, b in zip(original.split(ROWS), quantized.cpu().split(ROWS), strict=True):
-        difference += (a.float() - b.float()).square().sum().item()
-        norm += a.float().square().sum().item()
-    error = math.sqrt(difference / max(norm, 1e-30))
-    return LayerError(name, scheme, error, -20 * math.log10(error) if error else None)
+        difference += (a.double() - b.double()).square().sum().item()
+        norm += a.double().square().sum().item()
+    return _layer_error(name, scheme, math.sqrt(difference / max(norm, 1e-30)), "weights")
+
+
+def _layer_error(name: str, scheme: str, error: float, of: str) -> LayerError:
+    return LayerError(name, scheme, error, -20 * math.log10(error) if error else None, of)

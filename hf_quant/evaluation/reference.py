@@ -87,7 +87,7 @@ def reference(
 
     Args:
         load_base: Loads the base in a dtype; it is dropped before this returns.
-        identity: Of the base: a commit, or a digest of its files.
+        identity: Of the base: a commit, or a digest of its files; and of what computes it (`Base.circumstances`).
         windows: What to measure on.
         cache: Folder of all references.
         base_dtype: What the base computes in.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passage
 from hf_quant.evaluation.reference import Progress, Reference, reference
 from hf_quant.hf import load
 from hf_quant.hf.auto import class_of, config_of, hub_options
+from hf_quant.hf.loading import skeleton
 from hf_quant.results import Quality
 from hf_quant.text import windows
 
@@ -61,6 +63,17 @@ class Base:
             elif file.suffix == ".safetensors":
                 made.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
         return made.hexdigest()
+
+    def circumstances(self) -> str:
+        """What else decides the last digits of its outputs: versions, device, precision, and how attention is computed."""
+        asked = self.device or "cpu"
+        gpu = asked != "cpu" and torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if gpu else f"{asked} {torch.backends.cpu.get_cpu_capability()}"
+        attention = getattr(skeleton(self.model, **self._hub()).config, "_attn_implementation", None)
+        return (
+            f"torch {torch.__version__}, transformers {version('transformers')}, {device}, attention {attention}, float32 "
+            f"products {torch.get_float32_matmul_precision()}"
+        )
 
     def commit(self) -> str | None:
         """Of a Hub model, the commit that is loaded; None for a folder."""
@@ -112,7 +125,7 @@ class Base:
             cache: Folder of cached outputs; by default inside the Hugging Face one.
         """
         return reference(
-            self.load, self.identity(), windows(tokenizer, text, context or self.context(), max_tokens, stride),
+            self.load, f"{self.identity()} {self.circumstances()}", windows(tokenizer, text, context or self.context(), max_tokens, stride),
             cache=cache or Path(HF_HOME) / "hf_quant" / "base", base_dtype=self.dtype, noise=means if noise else None,
             say=say, progress=progress,
         )  # fmt: skip

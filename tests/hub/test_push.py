@@ -27,7 +27,9 @@ from hf_quant.evaluation.gate import Budget
 from hf_quant.hf import integrity
 from hf_quant.hf.loading import sample_logits
 from hf_quant.hub import push as publishing
+from hf_quant.hub.replay import replay
 from hf_quant.hub.source import copy_notices, describe, metadata
+from tests.yardsticks import make
 
 from .conftest import BOB, REPO, run
 from .fakehub import FakeHub
@@ -128,7 +130,23 @@ def test_kernels_that_compute_something_else(
 
     right = QuantLinear.forward
     monkeypatch.setattr(QuantLinear, "forward", lambda self, x: right(self, x) * 1.2)
-    assert "the logits of its kernels are" in push(code=1).stderr and not hub.repos
+    assert "gives 20.0% else than its weights dequantized" in push(code=1).stderr and not hub.repos
+
+
+@pytest.mark.parametrize(("kind", "slug"), [("outliers", "W8A8"), ("moe", "W8A8"), ("moe", "W4A16-g32")])
+def test_sound_kernels_are_told_from_rounding(kind: str, slug: str, tmp_path: Path) -> None:
+    """INT8 activations with strong channels are far from the weights alone, and no kernel is to blame for that."""
+    make(kind, tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=HfQuantConfig(slug)).eval()
+    logits, errors = replay(model)
+    assert torch.equal(logits, sample_logits(model)), "the kernels are chosen again"
+    assert len(errors) == len(model.hf_quantizer.plan.schemes) - (kind == "moe") * 2, (
+        "a stack of experts has two weights"
+    )
+    assert max(errors.values()) < publishing.CLOSE / 4
+    if kind == "outliers":
+        plain = sample_logits(model.dequantize())
+        assert (logits - plain).norm() / plain.norm() > 0.1
 
 
 def test_a_failed_gate_may_be_shown(hub: FakeHub, push: Push, folder: Path, base: Path, tmp_path: Path) -> None:

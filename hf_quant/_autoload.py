@@ -110,7 +110,7 @@ def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
         """
         asked = quantization_config_from_args
         method = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else METHOD
-        if method != METHOD:
+        if isinstance(method, str) and method != METHOD:
             wanted = METHOD in quantization_config or method in taken_over
             if type(asked).__name__ == "HfQuantConfig" or (asked is None and wanted):
                 hf = import_module("hf_quant.hf")

@@ -55,6 +55,9 @@ MOST = (  # what other fields with such names may count, where they hold an inte
     (re.compile(r"n_positions|.*max_.*positions?(_embeddings)?"), 2**26),
 )
 INNERMOST = 4  # how deep configs of parts are looked into
+_PLAIN = re.compile(
+    r"[a-z0-9_]+|None|\{.*\}", re.DOTALL
+)  # of how attention is computed; a kernel on the Hub has a slash
 _NAME = re.compile(r"[\x21-\x7e]{1,512}")
 _SHARD = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,250}\.safetensors")
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
@@ -247,6 +250,10 @@ def check_config(config: Mapping[str, Any], where: str = "") -> None:
     for key, value in config.items():
         for item in value if isinstance(value, list) else [value]:  # some models have one value per layer
             _check_size(f"{where}{key}", key, item)
+        if key.endswith(("attn_implementation", "experts_implementation")) and not _PLAIN.fullmatch(str(value)):
+            raise CheckpointError(
+                f"config.json: {where}{key} {shown(value)}: kernels from elsewhere are code, and not run"
+            )
     quantization = config.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise CheckpointError(f"config.json: {where}quantization_config must be an object, got {shown(quantization)}")
@@ -369,7 +376,10 @@ def _why_nothing(folder: Path) -> str:
 
 
 def _weight_map(folder: Path, index: str) -> dict[str, str]:
-    weight_map = _read_json(folder, index).get("weight_map")
+    stored = _read_json(folder, index)
+    weight_map = stored.get("weight_map")
+    if not isinstance(stored.get("metadata", {}), dict):
+        raise CheckpointError(f"{index}: metadata must be an object, got {shown(stored['metadata'])}")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must be a non-empty object, got {shown(weight_map)}")
     for tensor, shard in weight_map.items():

@@ -96,7 +96,7 @@ class Decision:
         Raises:
             PlanError: There is no method of that name.
         """
-        return cls(method, {scheme: preset(method, scheme) for scheme in schemes})
+        return cls(method, {scheme: preset(method, scheme) for scheme in dict.fromkeys(schemes)})
 
     @property
     def calibrated(self) -> bool:

@@ -176,7 +176,7 @@ def _parsed(raw: bytes, codebook: str) -> _State:
         raise FormatError(f"{where}: blocksize {ascii(block)[:80]} is not one of {BLOCKS}")
     if nested is not None and (type(nested) is not int or nested not in BLOCKS):
         raise FormatError(f"{where}: nested_blocksize {ascii(nested)[:80]} is not one of {BLOCKS}")
-    if type(offset) not in (int, float) or not math.isfinite(offset):
+    if type(offset) not in (int, float) or not abs(offset) < 1e38:
         raise FormatError(f"{where}: nested_offset {ascii(offset)[:80]} is not a finite number")
     return _State(codebook, block, (shape[0], shape[1]), nested, float(offset))
 

@@ -73,8 +73,8 @@ class GPTQ:
             if not isinstance(stored, str) or stored not in VERSIONS:
                 raise refused("checkpoint_format", stored, f"only {' and '.join(VERSIONS)} are read")
             v2 = VERSIONS[stored]
-        elif method in ("auto-round", "intel/auto-round") and config.get("packing_format") in AUTO_ROUND:
-            v2 = AUTO_ROUND[config["packing_format"]]
+        elif method in ("auto-round", "intel/auto-round") and str(config.get("packing_format")) in AUTO_ROUND:
+            v2 = AUTO_ROUND[str(config["packing_format"])]
         else:
             return None
         symmetric, desc_act = (config.get(name, default) for name, default in (("sym", True), ("desc_act", False)))

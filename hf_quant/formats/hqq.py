@@ -27,6 +27,7 @@ FLAGS = ("view_as_float", "quant_scale", "quant_zero")
 IGNORED = ("packing", "unpack_view_dtype", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config",
            "channel_wise", "optimize", "round_zero")  # fmt: skip
 SHIFTS = {8: (0,), 4: (4, 0), 3: tuple(range(27, -1, -3)), 2: (6, 4, 2, 0)}  # of the parts that share a word
+INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 WORDS = {8: torch.uint8, 4: torch.uint8, 3: torch.int32, 2: torch.uint8}
 
 
@@ -108,8 +109,10 @@ def _facts(tensors: Mapping[str, Any], value: Value) -> _Facts:
 
 def _scalars(name: str, value: Value) -> list[int]:
     tensor = value(name)
-    if tensor is None or not 1 <= tensor.numel() <= 2 or not bool(tensor.isfinite().all()):
+    if tensor is None or not 1 <= tensor.numel() <= 2 or tensor.dtype not in (*FLOATS, *INTEGERS):
         raise FormatError(f"{name} is not a plain number")
+    if not bool(tensor.isfinite().all()):
+        raise FormatError(f"{name} is not a finite number")
     return [int(number) for number in tensor.flatten()]
 
 

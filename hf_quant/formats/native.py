@@ -190,6 +190,8 @@ def _misfit(own: Mapping[str, Shaped], scheme: QuantScheme) -> str | None:
         return f"weight has shape {list(weight.shape)} and weight_scale {list(scale.shape)}: not those of {scheme}"
     *lead, n, _groups = scale.shape
     k = in_features(weight, scheme)
+    if not n or not k:
+        return f"weight has shape {list(weight.shape)}: it is empty"
     try:
         scheme.fitted(k)  # refuses rows that fill no words
         layout = Native().layout((n, k), scheme, scale.dtype)

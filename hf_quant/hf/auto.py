@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -46,7 +47,7 @@ def config_of(model: str, **hub: Any) -> PretrainedConfig:
     """
     try:
         _check(model, hub)
-        return AutoConfig.from_pretrained(model, **({"trust_remote_code": False} | hub))
+        return _typed(AutoConfig.from_pretrained(model, **({"trust_remote_code": False} | hub)))
     except HfQuantError:
         raise
     except Exception as error:  # of transformers, the client and json; they have no common type
@@ -62,6 +63,16 @@ def _check(model: str, hub: Mapping[str, Any]) -> None:
         read_config(folder)
     elif not Path(model).is_dir():
         check_config(PretrainedConfig.get_config_dict(model, **hub)[0])
+
+
+def _typed(config: Any) -> Any:
+    """Refuse a type of the weights that they cannot have; transformers makes a ``torch.dtype`` of its name."""
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
+        raise CheckpointError(
+            f"config.json: dtype must be a type of floating point of 16 bits or more, got {shown(dtype)}"
+        )
+    return config
 
 
 def class_of(config: PretrainedConfig, **hub: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 
 from hf_quant.errors import CheckpointError, DiskError, HfQuantError, printable
 
-OWN_WORDS = (HfQuantError, ImportError, MemoryError, torch.OutOfMemoryError)  # these say themselves what is wrong
+OWN_WORDS = (HfQuantError, MemoryError, torch.OutOfMemoryError)  # these say themselves what is wrong
 FILE = "config.json"  # what transformers reads besides weights, which are checked before it sees them
 
 

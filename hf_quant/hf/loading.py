@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_quant import _autoload
 from hf_quant.checkpoint import INDEX, TORCH, WEIGHTS, Checkpoint
@@ -35,16 +36,30 @@ def load(model: str, **kwargs: Any) -> Any:
     """
     hub, folder = hub_options(kwargs), Path(model)
     config = kwargs.pop("config", None) or config_of(model, **hub)
-    stored = getattr(config, "quantization_config", None)
-    if stored is None and folder.is_dir() and (found := quantization_of(folder, {})):
-        config.quantization_config = stored = dict(found)  # some do not say it in config.json
-    if isinstance(stored, dict) and stored.get("quant_method") != "hf_quant" and "quantization_config" not in kwargs:
-        kwargs["quantization_config"] = understood(stored)  # transformers would skip a kind that it does not know
     with explained(model):
+        stored = stored_in(config, folder)
+        if isinstance(stored, Mapping):
+            foreign = stored.get("quant_method") != "hf_quant"
+            config.quantization_config = dict(stored)  # some say it elsewhere
+            if foreign and "quantization_config" not in kwargs:
+                kwargs["quantization_config"] = understood(stored)  # transformers would skip a kind it does not know
         if stored is None and any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
             checkpoint = Checkpoint.open(folder)
             check_rest(skeleton(model, weights=checkpoint, **hub), checkpoint, checkpoint.tensors)
         return class_of(config, **hub).from_pretrained(model, config=config, **kwargs)
+
+
+def stored_in(config: Any, folder: Path) -> Any:
+    """The ``quantization_config`` of a model, wherever it stands; None if it is not quantized.
+
+    Args:
+        config: As `hf_quant.hf.auto.config_of` gives it.
+        folder: Where the model is, if it is a local one.
+    """
+    for part in (config, config.get_text_config(decoder=True)):
+        if (stored := getattr(part, "quantization_config", None)) is not None:
+            return stored
+    return quantization_of(folder, {}) if folder.is_dir() else None
 
 
 def understood(stored: Mapping[str, Any]) -> HfQuantConfig:
@@ -107,7 +122,9 @@ def skeleton(model: str, *, weights: Checkpoint | None = None, **hub: Any) -> An
     types = [TORCH[info.dtype] for info in weights.tensors.values() if info.is_float] if weights is not None else []
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(types), torch.float32)
     with explained(model), torch.device("meta"):
-        return class_of(config, **hub)._from_config(config, dtype=dtype)
+        kind = class_of(config, **hub)
+        build = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
+        return build(config, dtype=dtype)
 
 
 def sample_logits(model: Any) -> Tensor:

@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from hf_quant.calibration import Calibration
-from hf_quant.checkpoint import Checkpoint
+from hf_quant.checkpoint import Checkpoint, check_config
 from hf_quant.contents import Contents
 from hf_quant.errors import CheckpointError, HfQuantError, PlanError
 from hf_quant.formats import Format, format_named
@@ -76,6 +76,11 @@ class HfQuantQuantizer(HfQuantizer):
                 "device_map sends layers to disk while they are being quantized, and transformers would read the "
                 "unquantized file there; quantize and save first, then load the result with this device_map"
             )
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Called before the model is built: refuses numbers that would make that endless."""
+        check_config(config.to_dict())
+        return super().update_attn_implementation(config)  # type: ignore[no-untyped-call]
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **_: Any

@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from hf_quant.checkpoint import Checkpoint
-from hf_quant.contents import Contents, quantization_of
+from hf_quant.contents import Contents
 from hf_quant.errors import CheckpointError
 from hf_quant.formats.native import wrong_values
 from hf_quant.hf._compat import renamer
 from hf_quant.hf.community import Placed, parameters_of
-from hf_quant.hf.loading import skeleton, understood
+from hf_quant.hf.loading import skeleton, stored_in, understood
 from hf_quant.hf.preflight import check_rest
 from hf_quant.hf.quantizer import HfQuantQuantizer
 from hf_quant.tensor import QuantizedTensor
@@ -51,8 +51,8 @@ def verify(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = it
         HfQuantError: The first thing that is wrong; the message names file and tensor or field.
     """
     checkpoint = Checkpoint.open(folder)
-    stored = quantization_of(folder, checkpoint.config)
     model = skeleton(str(folder), weights=checkpoint)
+    stored = stored_in(model.config, folder)
     size = sum(info.nbytes for info in checkpoint.tensors.values())
     if stored is None:
         check_rest(model, checkpoint, checkpoint.tensors)

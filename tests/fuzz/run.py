@@ -86,6 +86,9 @@ def report(first: int, last: int, out: Path | None) -> int:
     """Run cases and write one JSON line for each fault; the number of faults."""
     import transformers
 
+    import hf_quant.hf.verify
+    import hf_quant.hub.manifest  # noqa: F401  (so that a long run does not meet files that were edited meanwhile)
+
     for name in ENTRANCES:  # a command is imported when it is first asked for
         if name in _plugins.names("cli"):
             _plugins.load("cli", name)

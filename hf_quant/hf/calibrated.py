@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_quant.activations import Activations
+from hf_quant.block import Block, Stored
 from hf_quant.calibration import Calibration, calibration
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import format_named
@@ -19,7 +20,7 @@ from hf_quant.hf.plan import Plan
 from hf_quant.hf.streaming import blocks_of, embed, layers_of, refuse_other_kinds, refuse_outside_blocks
 from hf_quant.nn._weight import frozen
 from hf_quant.ranks import ALONE
-from hf_quant.stream import Block, Recipe, Stored, solve
+from hf_quant.stream import Recipe, solve
 
 CONTEXT = 512
 NARROW = (torch.bfloat16, torch.float16)  # computed with in float32

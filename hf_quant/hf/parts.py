@@ -8,10 +8,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_quant.block import Block, use
 from hf_quant.formats import Format
 from hf_quant.hf.tensors import Tensors
 from hf_quant.nn.experts import stacks
-from hf_quant.stream import Block, use
 from hf_quant.tensor import QuantizedTensor
 
 

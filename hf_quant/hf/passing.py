@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hf_quant.block import Call, states_of
 from hf_quant.errors import HfQuantError
-from hf_quant.stream import Call, states_of
 
 Calls = dict[str, tuple[Call, Call]]  # of each block: for a whole batch, and for one sequence
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hf_quant.activations import Activations
+from hf_quant.block import Block, Stored
 from hf_quant.calibration import Calibration
 from hf_quant.checkpoint import Checkpoint, write_tensors
 from hf_quant.disk import blaming, copy_file, link_file, need_space, write_json
@@ -35,7 +36,7 @@ from hf_quant.journal import Journal, digest, journal
 from hf_quant.memory import free_memory, give_back_memory
 from hf_quant.ranks import ALONE, Ranks
 from hf_quant.scheme import QuantScheme
-from hf_quant.stream import Block, Recipe, Solved, Stored, advance, solve
+from hf_quant.stream import Recipe, Solved, advance, solve
 
 BATCH = 2  # sequences that walk up the model together: larger ones leave the caches, and take memory for nothing
 FAR = 10  # times the median of all blocks' errors: worth a word

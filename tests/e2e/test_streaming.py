@@ -231,11 +231,11 @@ def test_each_layer_is_calibrated_as_its_own_scheme_asks(tmp_path: Path) -> None
 
 
 def test_activations_on_disk_and_little_memory_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_quant import stream as streamed
+    from hf_quant.block import Block
 
     source, said = make(tmp_path / "base", "llama"), []
     stream(source, tmp_path / "whole", method="calibrated")
-    run, failed = streamed.Block._run, []
+    run, failed = Block._run, []
 
     def scarce(self: Any, hidden: Tensor, *args: Any) -> Tensor:
         if hidden.shape[0] > 1:
@@ -243,7 +243,7 @@ def test_activations_on_disk_and_little_memory_change_nothing(tmp_path: Path, mo
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
         return run(self, hidden, *args)
 
-    monkeypatch.setattr(streamed.Block, "_run", scarce)
+    monkeypatch.setattr(Block, "_run", scarce)
     (tmp_path / "out").mkdir()
     config = HfQuantConfig("W3A16-g32", method="calibrated")
     settings = Settings(said.append, max_memory=0)

@@ -16,13 +16,14 @@ import torch.distributed as dist
 import transformers as tf
 
 from hf_quant import HfQuantConfig
+from hf_quant.block import Block
 from hf_quant.calibration import Calibration
 from hf_quant.checkpoint import Checkpoint
 from hf_quant.errors import HfQuantError
 from hf_quant.hf.streaming import Settings, quantize_streaming
+from hf_quant.inputs import reduce
 from hf_quant.ranks import Ranks
 from hf_quant.stats import InputStats
-from hf_quant.stream import Block, reduce
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
@@ -81,20 +82,27 @@ def test_tensors_come_to_the_device_that_is_named(tmp_path: Path) -> None:
 
 
 def test_statistics_of_ranks_that_saw_nothing(tmp_path: Path) -> None:
-    rows = torch.randn(8, 4)
+    """What three ranks saw together, one of them nothing, is what one would have seen."""
+    rows = torch.randn(2, 8, 4)
+
+    def see(stats: InputStats, part: int) -> None:
+        stats.update(rows[part], rows[part] + 1, held=part, sampled=1)
 
     def work(ranks: Ranks) -> Any:
         stats = InputStats.empty(4, drift=True)
         if ranks.rank < 2:
-            stats.update(rows[ranks.rank :: 2], rows[ranks.rank :: 2] + 1, held=ranks.rank, sampled=1)
+            see(stats, ranks.rank)
         reduce(stats, ranks)
         return stats
 
+    alone = InputStats.empty(4, drift=True)
+    for part in range(2):
+        see(alone, part)
     for stats in together(work, tmp_path):
         assert isinstance(stats, InputStats), stats
-        torch.testing.assert_close(stats.gram, rows.double().T @ rows.double())
-        assert torch.equal(stats.peak, rows.abs().amax(0)) and len(torch.cat(stats.sample)) == 8
-        assert stats.drift_rows == 4 and len(stats.held) == 1
+        torch.testing.assert_close([stats.gram, stats.drift], [alone.gram, alone.drift])
+        assert torch.equal(stats.peak, alone.peak) and torch.equal(torch.cat(stats.sample), torch.cat(alone.sample))
+        assert (stats.rows, stats.drift_rows, len(stats.held)) == (alone.rows, alone.drift_rows, 1)
 
 
 def test_a_rank_that_does_not_answer_ends_the_others(tmp_path: Path) -> None:

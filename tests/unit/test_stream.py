@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.activations import Activations
+from hf_quant.block import Block
+from hf_quant.inputs import collect, groups_of
 from hf_quant.presets import Decision
 from hf_quant.ranks import ALONE
 from hf_quant.scheme import QuantScheme
-from hf_quant.stream import Block, Recipe, _collect, _groups, solve
+from hf_quant.stream import Recipe, solve
 
 NOTHING: Any = ((), {})
 
@@ -49,9 +51,9 @@ def test_memory_that_runs_out_within_a_block_counts_no_row_twice(twin: bool) -> 
         torch.manual_seed(1)
         block, hidden = block_of(Mlp(most)), Activations(states.clone(), 2)
         with torch.inference_mode():
-            groups = _groups(block, hidden[0])
+            groups = groups_of(block, hidden[0])
             float_block = Mlp(most).requires_grad_(False) if twin else None
-            found.append(_collect(block, groups, hidden, [0, 1], ALONE, float_block, hidden if twin else None))
+            found.append(collect(block, groups, hidden, [0, 1], ALONE, float_block, hidden if twin else None))
         assert block.rows == (1 if most == 1 else 1 << 30)
     for name, stats in found[0].items():
         assert stats.seen == found[1][name].seen == 32 and stats.drift_rows == found[1][name].drift_rows

@@ -27,6 +27,7 @@ UNSTORED = (
     "stored",
     "dequantize",
     "given",
+    "files",
 )  # the text may be private; the recipe has its hash
 SAVED = ("auto", "native", "compressed_tensors")  # what save_pretrained and hf-quant quantize write
 VERSION = 1  # of this configuration's meaning
@@ -121,6 +122,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.quantize_embeddings = quantize_embeddings
         self.share_quantized = share_quantized
         self.stored: Mapping[str, Any] | None = None  # of a checkpoint that is being taken over
+        self.files: Mapping[str, str] = {}  # quantized module to its name in the files, where they call it otherwise
         self.dequantize = False
         if activations not in ("float", "int8", None):
             raise PlanError(f"quantization_config.activations {activations!r}: must be 'float', 'int8' or None")
@@ -178,11 +180,19 @@ class HfQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: compressed-tensors' own vocabulary where that is the format."""
         if self.format != "compressed_tensors":
-            return {name: value for name, value in self.__dict__.items() if name not in UNSTORED}
-        overrides = {name: QuantScheme.parse(slug) for name, slug in self.overrides.items() if slug is not None}
+            return {name: value for name, value in self.__dict__.items() if name not in UNSTORED} | {
+                "overrides": self._both(self.overrides)
+            }
+        overrides = {
+            name: QuantScheme.parse(slug) for name, slug in self._both(self.overrides).items() if slug is not None
+        }
         made = compressed_tensors.config_of(self.default_scheme, overrides, self.modules_to_not_convert)
         ours = {"version": self.version, "method": self.method, "share_quantized": self.share_quantized}
         return made | {"hf_quant": ours}  # by this key we know our own checkpoints again
+
+    def _both(self, overrides: Mapping[str, str | None]) -> dict[str, str | None]:
+        """Under the names of the modules, and under those in the files too: readers of checkpoints know either."""
+        return dict(overrides) | {self.files[name]: slug for name, slug in overrides.items() if name in self.files}
 
     def resolve(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> None:
         """Say which layers of the model are quantized and how, and which are not, where another program decided it."""

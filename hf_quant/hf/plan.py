@@ -181,7 +181,8 @@ def _decide(
 ) -> None:
     named = next((glob for glob in config.overrides if fnmatchcase(name, glob)), None)
     slug = config.scheme if named is None else config.overrides[named]
-    if slug is None or any(_matches(name, pattern) for pattern in config.modules_to_not_convert):
+    matches = fnmatchcase if frozen else _matches  # what is stored names every module in full
+    if slug is None or any(matches(name, pattern) for pattern in config.modules_to_not_convert):
         draft.left[name] = "as asked"
     elif named is None and candidate.kind == "embedding" and not config.quantize_embeddings:
         draft.left[name] = "input embeddings; ask with quantize_embeddings=True"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -27,6 +28,8 @@ from hf_quant.hf._compat import keep_for_saving, updated_conversions
 from hf_quant.hf.calibrated import calibrate, data_for
 from hf_quant.hf.community import Placed, conversions
 from hf_quant.hf.integrity import check_weights
+from hf_quant.hf.naming import settle, state_on_disk, stems
+from hf_quant.hf.offload import is_away
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
 from hf_quant.hf.plan import Candidate, Plan, candidates, freeze, make_plan
 from hf_quant.hf.preflight import COMPANIONS, check_buffers, check_complete, check_rest, examine
@@ -279,7 +282,7 @@ class HfQuantQuantizer(HfQuantizer):
                 parameter.data = parameter.data.to(expected)
 
     def _finish(self, name: str, module: nn.Module, dispatched: bool) -> None:
-        for local, parameter in module.named_parameters(recurse=False):
+        for local, parameter in sorted(module.named_parameters(recurse=False)):  # a weight before its scale
             if (
                 parameter.device.type != "meta"
                 and not dispatched
@@ -331,16 +334,12 @@ class HfQuantQuantizer(HfQuantizer):
     # -- saving and leaving ---------------------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        state, coded = state_on_disk(model, self.quantization_config.format)
+        fresh = get_model_conversion_mapping(model)  # as it will be on loading; it may have been another for the base
         if self.quantization_config.format != "compressed_tensors":
-            return None, {}
-        state = model.state_dict()
-        fmt = format_named("compressed_tensors")
-        for name, module in model.named_modules():
-            if isinstance(module, QuantLinear):
-                for local in _NATIVE.suffixes:
-                    state.pop(f"{name}.{local}", None)
-                written = fmt.write(module.quantized_weight())
-                state |= {f"{name}.{local}": tensor for local, tensor in written.items()}
+            fresh = updated_conversions(super().update_weight_conversions, fresh, model)
+        files = settle(model, state, coded, fresh)
+        self.quantization_config.files = stems(files)
         return state, {}
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -356,6 +355,11 @@ class HfQuantQuantizer(HfQuantizer):
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # what a config says after saving
+        if any(isinstance(module, Outside) and is_away(module) for module in model.modules()):
+            raise PlanError(
+                "some layers are offloaded, and an offloaded model cannot be dequantized: load it with device_map='cpu' or "
+                "without one"
+            )
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantExperts):
                 module._unpack()

@@ -1,0 +1,142 @@
+"""The names under which ``save_pretrained`` writes the tensors of a quantized model.
+
+transformers undoes on saving what it did on loading: it renames, splits and joins. Codes can be renamed, and stacks of experts
+taken apart, but not every conversion of float weights can be done to codes and to what belongs to them. So all that would
+be written is worked out before, with shapes alone, and read back as the loader would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+    revert_weight_conversion,
+)
+
+from hf_quant.errors import PlanError
+from hf_quant.formats import format_named
+from hf_quant.hf.offload import onloaded
+from hf_quant.nn import QuantLinear
+from hf_quant.nn._outside import Outside
+
+
+def state_on_disk(model: Any, format: str) -> tuple[dict[str, Tensor], set[str]]:
+    """All that is written of a quantized model, by the names of its modules; and which of it is codes and their companions.
+
+    Args:
+        model: Quantized.
+        format: In which.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    coded: set[str] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, Outside):
+            continue
+        own = {
+            n for p in list(module._parameters) if module.float_shape(p) is not None for n in companions(f"{name}.{p}")
+        }
+        if format == "native" or not isinstance(module, QuantLinear):
+            coded |= own & state.keys()
+            continue
+        for each in own:
+            state.pop(each, None)
+        with onloaded(module):
+            written = format_named(format).write(module.quantized_weight())
+        for local, tensor in written.items():
+            state[f"{name}.{local}"] = tensor
+            coded.add(f"{name}.{local}")
+    return state, coded
+
+
+def companions(name: str) -> list[str]:
+    """Names of all that may belong to codes of that name, themselves included."""
+    return [name + local.removeprefix("weight") for local in format_named("native").suffixes]
+
+
+def stems(files: Mapping[str, str]) -> dict[str, str]:
+    """Module to the name that it has in the file, of those that have another one there."""
+    pairs = [(name.rpartition("."), file.rpartition(".")) for name, file in files.items()]
+    return {name[0]: file[0] for name, file in pairs if name[0] != file[0] and name[2] == file[2]}
+
+
+def settle(model: Any, state: Mapping[str, Tensor], coded: Collection[str], conversions: list[Any]) -> dict[str, str]:
+    """Let ``save_pretrained`` write names that load again: those of the model's own checkpoints, else those of its modules.
+
+    Args:
+        model: Quantized; what it is to undo on saving is changed.
+        state: All that is to be written, by the names of the modules.
+        coded: The names of codes and what belongs to them.
+        conversions: What transformers will do when it loads the result.
+
+    Returns:
+        Name of each coded tensor to its name in the file, but of stacks that are taken apart.
+
+    Raises:
+        PlanError: Neither names load again.
+    """
+    shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
+    problem = ""
+    own = getattr(model, "_weight_conversions", None) or []
+    if model.config.to_dict().get("model_type") != model.config.model_type:
+        own = []  # loaded as another kind of model than config.json will say
+    for undone in (own, []):
+        model._weight_conversions = undone
+        try:
+            files = revert_weight_conversion(model, dict(shapes))
+            return _read_back(model, files, shapes, coded, deepcopy(conversions))
+        except Exception as error:  # conversions raise whatever they come across in a shape they were not made for
+            problem = problem or f"{type(error).__name__}: {error}"
+    raise PlanError(f"{type(model).__name__} cannot be saved so that it loads again: {problem}")
+
+
+def _read_back(
+    model: Any,
+    files: Mapping[str, Tensor],
+    shapes: Mapping[str, Tensor],
+    coded: Collection[str],
+    conversions: list[Any],
+) -> dict[str, str]:
+    """Load the files, with shapes alone; returns what `settle` does."""
+    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+    converters = [c for c in conversions if isinstance(c, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    there = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    known = dict.fromkeys([*(name for name, _ in there), *shapes], True)
+    collected: dict[str, Any] = {}
+    for file in sorted(files, key=dot_natural_key):
+        name, pattern = rename_source_key(file, renamings, converters, model.base_model_prefix, known)
+        if name not in known and file in known:
+            name, pattern = rename_source_key(file, [], [], model.base_model_prefix, known)
+        one = deepcopy(by_pattern[pattern]) if pattern is not None else WeightRenaming(file, name)
+        collected.setdefault(name, one).add_tensor(name, file, pattern or file, files[file])
+    made, back = {}, set()
+    for first, one in collected.items():
+        for name, value in one.convert(first, model=model, config=model.config).items():
+            tensor = value[0] if isinstance(value, list) else value
+            if name not in shapes or tensor.shape != shapes[name].shape or tensor.dtype != shapes[name].dtype:
+                raise PlanError(f"{name} would not come back as it was")
+            if name in coded and isinstance(one, WeightConverter) and not _stacks(one):
+                raise PlanError(f"{name} would be rearranged, which codes do not allow")
+            back.add(name)
+            if name in coded and isinstance(one, WeightRenaming):
+                made[name] = next(iter(one.layer_targets[first]))
+    if back != set(shapes):
+        raise PlanError(f"{min(set(shapes) - back)} would not be found again")
+    return made
+
+
+def _stacks(converter: Any) -> bool:
+    """Whether it only stacks the matrices of experts, after joining gate and up."""
+    first, *others = converter.operations
+    stacks = isinstance(first, MergeModulelist) and first.dim == 0
+    return stacks and all(type(op) is Concatenate and op.dim == 1 for op in others)

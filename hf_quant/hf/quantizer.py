@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -33,6 +31,7 @@ from hf_quant.hf.offload import is_away
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
 from hf_quant.hf.plan import Candidate, Plan, candidates, freeze, make_plan
 from hf_quant.hf.preflight import COMPANIONS, check_buffers, check_complete, check_rest, examine
+from hf_quant.hf.publishing import guard, release
 from hf_quant.hf.sizes import report_own_sizes, report_true_sizes
 from hf_quant.memory import give_back_memory
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
@@ -240,7 +239,7 @@ class HfQuantQuantizer(HfQuantizer):
                 self._finish(name, module, dispatched)
         self._check_values(model, dispatched)
         report_true_sizes(model)
-        model.push_to_hub = partial(push_to_hub, model)  # transformers' own would publish it unmeasured
+        guard(model)  # transformers' own ways would publish it unmeasured
         give_back_memory()
         logger.info(self.plan.summary())
         return model
@@ -374,13 +373,8 @@ class HfQuantQuantizer(HfQuantizer):
         if self.plan.tied:
             model.tie_weights()
         report_own_sizes(model)
-        model.__dict__.pop("push_to_hub", None)
+        release(model)
         return model
-
-
-def push_to_hub(model: Any, repo_id: str, **how: Any) -> str:
-    """Of a quantized model; see ``hf_quant.hub.push.push_model``."""
-    return str(import_module("hf_quant.hub.push").push_model(model, repo_id, **how))  # which stands above this module
 
 
 def _as_float(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None) -> nn.Module:

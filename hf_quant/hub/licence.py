@@ -107,7 +107,7 @@ def why_not(source: Mapping[str, Any], repo_id: str) -> str | None:
     """
     base, licence = source.get("model", "the base"), source.get("license")
     if not isinstance(licence, str) or licence == "unknown":
-        return f"the licence of {base} is not known, so a copy of it may not be published; name it with --license"
+        return f"the licence of {base} is not known, so a copy of it may not be published; name it with --license (in Python: license=)"
     if licence not in KNOWN:
         return (
             f"the Hub knows no licence {licence!r}; use other, with license_name and license_link in the base's card"

@@ -146,7 +146,8 @@ def _tokens(api: HfApi) -> list[str]:
 def push_model(
     model: Any, repo_id: str, *, commit_message: str | None = None, private: bool | None = None,
     token: str | bool | None = None, revision: str | None = None, create_pr: bool = False, allow_failed_gate: bool = False,
-    budget: Budget | None = None, say: Callable[[str], None] = print,
+    budget: Budget | None = None, gated: Gated = "inherit", tag: str | None = None, base_model: str | None = None,
+    license: str | None = None, say: Callable[[str], None] = print, **unknown: Any,
 ) -> str:  # fmt: skip
     """``model.push_to_hub``: publish the folder that the model was loaded from, if the model still is what is there.
 
@@ -160,7 +161,12 @@ def push_model(
         create_pr: As a pull request.
         allow_failed_gate: As in `prepare`.
         budget: As in `prepare`.
+        gated: As in `prepare`.
+        tag: Put on the commit.
+        base_model: As in `prepare`.
+        license: As in `prepare`.
         say: Told what goes on.
+        unknown: What transformers' own takes besides; refused, since files go as they were measured.
 
     Returns:
         Where it is to be seen.
@@ -168,15 +174,23 @@ def push_model(
     Raises:
         PushError: It may not be published, or could not be; nothing is sent then, or the message says what was.
     """
+    if unknown:
+        raise PushError(
+            f"push_to_hub takes no {sorted(unknown)[0]} for a quantized model: files go as they were measured, with the card "
+            "that hf-quant writes"
+        )
     folder, api = Path(model.name_or_path), HfApi(token=token)
     if not (folder / "recipe.json").is_file():
         raise PushError(
             "nobody measured what this model lost, so it is not published: make a folder with hf-quant quantize MODEL -o DIR "
             "--max-kl 0.02, and push that, or the model loaded from it"
         )
-    target = Target(repo_id, private, create_pr=create_pr, revision=revision)
+    target = Target(repo_id, private, create_pr=create_pr, revision=revision, tag=tag)
     target = replace(target, message=commit_message) if commit_message else target
-    ready = prepare(folder, target, api, budget=budget, allow_failed_gate=allow_failed_gate, say=say)
+    ready = prepare(
+        folder, target, api, gated=gated, budget=budget, allow_failed_gate=allow_failed_gate, base_model=base_model,
+        license=license, say=say,
+    )  # fmt: skip
     return publish(ready, api, model=model, say=say).url
 
 
@@ -236,7 +250,7 @@ def _gated(
             f"its quality was not measured; measure it with hf-quant eval {folder.name} --base MODEL --max-kl 0.02"
         )
     elif not known and not budget:
-        reason = "it was held against no budget; say what it may cost, for example --max-kl 0.02"
+        reason = "it was held against no budget; say what it may cost, for example --max-kl 0.02 (in Python: budget=Budget(0.02))"
     else:
         measured = Quality.from_dict(quality)
         misses = list(dict.fromkeys(Budget(**known).misses(measured) + budget.misses(measured)))

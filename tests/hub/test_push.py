@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -17,8 +18,9 @@ import torch
 import yaml
 from click.testing import Result
 from huggingface_hub import HfApi
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 
 import hf_quant
 from hf_quant import HfQuantConfig, load
@@ -325,8 +327,45 @@ def test_push_to_hub(hub: FakeHub, folder: Path, base: Path) -> None:
     fresh: Any = AutoModelForCausalLM.from_pretrained(base, quantization_config=HfQuantConfig("W4A16-g32"))
     with pytest.raises(PushError, match="nobody measured what this model lost"):
         fresh.push_to_hub("alice/other")
-    assert "push_to_hub" not in fresh.dequantize().__dict__, "what it is then is transformers' own affair"
+    with pytest.raises(PushError, match="takes no max_shard_size for a quantized model"):
+        fresh.push_to_hub("alice/other", max_shard_size="1GB")
+    change(folder / "recipe.json", source={"model": "tiny"})
+    with torch.no_grad():
+        model.model.norm.weight.div_(2)
+    with pytest.raises(PushError, match=r"in Python: license="):
+        model.push_to_hub("alice/licensed", say=said.append)
+    assert model.push_to_hub("alice/licensed", license="mit", say=said.append)
     assert ("model", "alice/other") not in hub.repos
+
+
+def test_other_ways_of_publishing(hub: FakeHub, base: Path, tmp_path: Path) -> None:
+    """What transformers can do besides goes through the gate or ends; adapters are no quantized model."""
+    model: Any = AutoModelForCausalLM.from_pretrained(base, quantization_config=HfQuantConfig("W4A16-g32"))
+    for way in (
+        lambda: model.save_pretrained(tmp_path / "a", push_to_hub=True, repo_id="alice/a"),
+        lambda: model.save_pretrained(tmp_path / "a", True, None, True, repo_id="alice/a"),
+        lambda: copy.deepcopy(model).save_pretrained(tmp_path / "a", push_to_hub=True, repo_id="alice/a"),
+    ):
+        with pytest.raises(PushError, match=r"would publish a quantized model unmeasured: publish it with"):
+            way()
+    assert not hub.repos and not (tmp_path / "a").exists(), "refused before anything is made"
+    words = pipeline("text-generation", model=model, tokenizer=AutoTokenizer.from_pretrained(base))
+    with pytest.raises(PushError, match=r"TextGenerationPipeline.push_to_hub would publish"):
+        words.push_to_hub("alice/pipe")
+    assert "model.safetensors" not in hub.files("alice/pipe")
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model, TrainingArguments(output_dir=str(tmp_path / "t"), push_to_hub=True, report_to=[]))
+    model.save_pretrained(tmp_path / "a")
+    assert (tmp_path / "a" / "model.safetensors").is_file()
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).push_to_hub("alice/adapter")
+    assert set(hub.files("alice/adapter")) >= {"adapter_model.safetensors"}
+    assert "model.safetensors" not in hub.files("alice/adapter")
+    plain = AutoModelForCausalLM.from_pretrained(base, quantization_config=HfQuantConfig("W4A16-g32")).dequantize()
+    assert not {"push_to_hub", "save_pretrained"} & plain.__dict__.keys(), (
+        "what it is then is transformers' own affair"
+    )
+    plain.push_to_hub("alice/plain")
+    assert "model.safetensors" in hub.files("alice/plain")
 
 
 PULL = """

@@ -1,0 +1,76 @@
+"""Every way that transformers has of publishing a quantized model leads through the gate, or ends in one sentence."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from functools import partial, wraps
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import PushToHubMixin
+
+from hf_quant.errors import PushError
+
+HOW = "publish it with model.push_to_hub(...) or hf-quant push, which check what it lost and what goes with it"
+
+
+def guard(model: Any) -> None:
+    """Let ``model.push_to_hub`` go through the gate, and ``save_pretrained`` save without publishing."""
+    model.push_to_hub = partial(push_to_hub, model)
+    model.save_pretrained = partial(save_pretrained, model)
+
+
+def release(model: Any) -> None:
+    """Give back the methods of transformers: the model is no longer quantized."""
+    for name in ("push_to_hub", "save_pretrained"):
+        model.__dict__.pop(name, None)
+
+
+def push_to_hub(model: Any, repo_id: str, **how: Any) -> Any:
+    """Of a quantized model; see ``hf_quant.hub.push.push_model``. Of adapters on one, transformers' own."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return type(model).push_to_hub(model, repo_id, **how)
+    return str(import_module("hf_quant.hub.push").push_model(model, repo_id, **how))  # which stands above this module
+
+
+def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
+    """Transformers' own, which saves only the adapters of a model that has some.
+
+    Raises:
+        PushError: It shall publish a quantized model, too.
+    """
+    original = type(model).save_pretrained
+    asked = inspect.signature(original).bind_partial(model, *args, **kwargs).arguments
+    if asked.get("push_to_hub") and not getattr(model, "_hf_peft_config_loaded", False):
+        raise PushError(f"save_pretrained(push_to_hub=True) would publish a quantized model unmeasured: {HOW}")
+    original(model, *args, **kwargs)
+
+
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The one function by which models, pipelines and others of transformers upload a folder, without ours."""
+
+    @wraps(original)
+    def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(Path(working_dir)):
+            raise PushError(f"{type(self).__name__}.push_to_hub would publish a quantized model unmeasured: {HOW}")
+        return original(self, working_dir, *args, **kwargs)
+
+    return _upload_modified_files
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder that transformers has just saved holds a model that this package quantized."""
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
+    except (OSError, ValueError, AttributeError):
+        return False
+    return isinstance(stored, dict) and (stored.get("quant_method") == "hf_quant" or "hf_quant" in stored)
+
+
+if PushToHubMixin._upload_modified_files.__module__ != __name__:
+    PushToHubMixin._upload_modified_files = _refusing(  # type: ignore[method-assign]
+        PushToHubMixin._upload_modified_files
+    )

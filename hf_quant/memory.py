@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import psutil
 
+EXHAUSTED = re.compile(
+    r"out of memory|can(no|')t allocate memory|can't start new thread|not enough memory|Resource temporarily unavailable",
+    re.IGNORECASE,
+)
 CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # limits of containers, and which of them are ours
 # limit, use, and what of the use is cache that is given up when memory is asked for: in versions 2 and 1
 FILES = (
@@ -23,6 +28,18 @@ def free_memory() -> int:
     Files that the system keeps in memory count as free, since they make room.
     """
     return max(0, min([psutil.virtual_memory().available, *_left_in_containers()]))
+
+
+def exhausted(error: BaseException) -> str | None:
+    """A sentence if the machine, or a limit on this process, gives no more memory or threads; None for other errors.
+
+    Python has one class for that; libraries in other languages raise what they have, and some of it is no `Exception`.
+    """
+    text = str(error)
+    if not isinstance(error, MemoryError) and not EXHAUSTED.search(text):
+        return None
+    about = f" ({text.splitlines()[0][:200]})" if text else ""
+    return f"out of memory, or of threads: the system gives this process no more{about}"
 
 
 def _left_in_containers(root: Path = CGROUPS, own: Path = OWN) -> Iterator[int]:

@@ -188,19 +188,26 @@ def check_name(out: Path) -> None:
     """
     if out.name in ("", ".."):
         raise HfQuantError(f"{shown(out)}: has no name of its own: name a new folder for the result")
-    try:
-        str(out.absolute()).encode("utf-8")
-    except UnicodeEncodeError:
-        raise HfQuantError(f"{shown(out)}: is not valid UTF-8, and safetensors opens no file of such a path") from None
-    except FileNotFoundError:
-        raise HfQuantError(f"{shown(out)}: the current folder was removed: give the whole path") from None
+    _check_encoding(out)
     if (size := len(os.fsencode(out.name))) > LONGEST:
         raise HfQuantError(f"{shown(out)}: this name has {size} bytes, and {LONGEST} are the most")
+
+
+def _check_encoding(path: Path) -> None:
+    try:
+        str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        raise HfQuantError(
+            f"{shown(path)}: is not valid UTF-8, and safetensors opens no file of such a path: rename it"
+        ) from None
+    except FileNotFoundError:
+        raise HfQuantError(f"{shown(path)}: the current folder was removed: give the whole path") from None
 
 
 def _check_input(out: Path, real: Path, source: Path) -> None:
     if not source.exists():
         return
+    _check_encoding(source)
     place = Path(os.path.realpath(source))
     if _same(place, real):
         raise HfQuantError(f"{shown(out)}: is the input {shown(source)} itself, and inputs are never replaced")

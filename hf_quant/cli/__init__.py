@@ -48,6 +48,12 @@ class _Commands(click.Group):
             number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
             click.echo(f"Stopped by {number.name}", err=True)
             sys.exit(128 + number)
+        except BaseException as error:
+            from hf_quant.memory import exhausted
+
+            if (said := exhausted(error)) is None:
+                raise
+            _report(HfQuantError(said), 1)
 
 
 class _Stopped(KeyboardInterrupt):

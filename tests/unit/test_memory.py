@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import click
 import psutil
 import pytest
 
 from hf_quant import memory
+from hf_quant.cli import main
 
 GB = 10**9
 
@@ -61,3 +63,34 @@ def test_the_smallest_limit_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     for left, free in (([5, 3], 3), ([-7], 0)):
         monkeypatch.setattr(memory, "_left_in_containers", lambda left=left: iter(left))
         assert memory.free_memory() == free
+
+
+class Panic(BaseException):
+    """What a library in Rust raises."""
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "out of memory, or of threads: the system gives this process no more"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 7 bytes.\nmore"), "tried 7 bytes.)"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "(CUDA out of memory"),
+        (Panic('IOError(Os { code: 11, message: "Resource temporarily unavailable" })'), "code: 11"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+        (KeyError("memory"), None),
+    ],
+)  # fmt: skip
+def test_no_more_memory_is_a_sentence(
+    error: BaseException, said: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(click.Group, "invoke", command)
+    if said is None:
+        with pytest.raises(type(error)):
+            main(["doctor"], standalone_mode=False)
+    else:
+        with pytest.raises(SystemExit) as ended:
+            main(["doctor"], standalone_mode=False)
+        assert ended.value.code == 1 and said in capsys.readouterr().err.splitlines()[0]

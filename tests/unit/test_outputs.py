@@ -138,6 +138,13 @@ def test_two_cannot_claim_one_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
+def test_inputs_must_have_names_that_can_be_opened(tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    with pytest.raises(HfQuantError, match=r"caf\\udce9: is not valid UTF-8"):
+        check_output(tmp_path / "q", [odd])
+
+
 def test_paths_are_shown_without_control_characters() -> None:
     assert shown(Path("a\nb\x1b[31m\u202e é")) == "a\\nb\\x1b[31m\\u202e é"
     assert shown(os.fsdecode(b"caf\xe9")) == "caf\\udce9"

@@ -262,8 +262,11 @@ def store_results(folder: Path, record: dict[str, Any], tell: Callable[[str], No
     path, files, lock = folder / "results.json", weight_files(folder), _lock_of(folder)
     make_folder(lock.parent)
     with FileLock(lock, timeout=LOCKED):
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if known.get("files", files) != files:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"files": files}
+        if not isinstance(known, dict) or "files" not in known:
+            tell(f"{path}: was not written by hf-quant, so it is left as it is, and nothing is stored")
+            return
+        if known["files"] != files:
             known = {}
         write_json(path, known | _better_founded(known, record, tell) | {"files": files})
 

@@ -65,7 +65,7 @@ def command(
     record["kv_cache"] = kv_cache or "float"
     record["slower"] = _slower(record) if base else []
     record["machine"] = _machine()
-    store_results(Path(model), {"bench": record})
+    store_results(Path(model), {"bench": record}, lambda line: say(line, quiet))
     first = speeds["model"][0]
     emit(as_json, quiet, record=record, essential=f"{first.decode:.4g}", human=_human(record, list(names)))
 

@@ -7,20 +7,27 @@ from pathlib import Path
 import click
 
 from hf_quant.cli._common import emit, output_options
+from hf_quant.errors import HfQuantError
 
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Default: report.html in FOLDER."
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Default: report.html in FOLDER; only a report is replaced.",
 )
 @output_options
 def command(folder: Path, output: Path | None, as_json: bool, quiet: bool) -> None:
     """Write one HTML file on FOLDER: numbers, charts and recipe, readable without a network and on a phone."""
-    from hf_quant.report.page import page
+    from hf_quant.disk import write_bytes
+    from hf_quant.report.page import page, why_not
 
     out = output or folder / "report.html"
-    out.write_text(page(folder), encoding="utf-8")
+    if (reason := why_not(out)) is not None:
+        raise HfQuantError(f"{out}: {reason}")
+    write_bytes(out, page(folder).encode())
     emit(as_json, quiet, record={"report": str(out)}, essential=str(out), human=str(out))
 
 

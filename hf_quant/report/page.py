@@ -17,6 +17,7 @@ TITLES = {
     "perplexity_ratio": "perplexity over the base's", "top1": "top-1 agreement",
     "embedding_cosine": "cosine of embeddings", "logits_cosine": "cosine of logits",
 }  # fmt: skip
+MARK = "hf-quant report"  # by this a page is known again as ours
 SHOWN = 12  # layers, of those farthest from the base
 
 
@@ -36,9 +37,21 @@ def page(folder: Path) -> str:
             pictures.append(("Where it hurts", *_both(charts.sensitivity, ladder)))
     environment = Environment(loader=PackageLoader("hf_quant.report"), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html.jinja").render(
-        name=folder.resolve().name, results=results, ladder=ladder, recipe=recipe, pictures=pictures, titles=TITLES,
+        mark=MARK, name=folder.resolve().name, results=results, ladder=ladder, recipe=recipe, pictures=pictures, titles=TITLES,
         layers=(results.get("layers") or [])[:SHOWN], recipe_json=json.dumps(recipe, indent=2) if recipe else "",
     )  # fmt: skip
+
+
+def why_not(out: Path) -> str | None:
+    """Why a page cannot be written to ``out``, in words: something is there that is no page of ours. None if it can."""
+    if not out.exists() and not out.is_symlink():
+        return None
+    if not out.is_file():
+        return "is there already, and is not a file"
+    with out.open("rb") as file:
+        head = file.read(1000)
+    known = f'name="generator" content="{MARK}"'.encode()
+    return None if known in head else "is there already, and is not a report of hf-quant: name another file"
 
 
 def _read(path: Path) -> dict[str, Any]:

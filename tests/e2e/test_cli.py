@@ -221,6 +221,10 @@ def test_bench_and_report(folder: Path, tmp_path: Path, checked: Any) -> None:
     assert "base" not in alone and alone["slower"] == []
     page = Path(run("report", out, "-q").stdout.strip()).read_text()
     assert "&lt;b&gt;q" in page and "<b>q" not in page and "http" not in page.replace("http-equiv", "")
+    before = (out / "config.json").read_text()
+    run("report", out, "-q")  # a report is replaced, and nothing else
+    assert "is there already" in run("report", out, "-o", out / "config.json", code=1).stderr
+    assert (out / "config.json").read_text() == before
     assert "Speed and memory" in page and "KL divergence" in page
     assert "measure first" in run("report", tmp_path, code=1).stderr
 

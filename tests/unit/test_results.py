@@ -110,3 +110,11 @@ def test_the_cache_of_the_base_knows_what_computed_it(folder: Path, monkeypatch:
     assert Base(str(folder), device="cuda").circumstances() != before
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert base.circumstances() != before
+
+
+@pytest.mark.parametrize("theirs", ['{"accuracy": 0.9}', "[1, 2]"])
+def test_results_of_somebody_else_are_left_alone(theirs: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(theirs)
+    said: list[str] = []
+    store_results(tmp_path, {"bench": {}}, said.append)
+    assert (tmp_path / "results.json").read_text() == theirs and "was not written by hf-quant" in said[0]

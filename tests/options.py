@@ -150,6 +150,7 @@ def _computed() -> Iterator[list[str]]:
 def main() -> None:
     """Run every case whose name holds all words given, and print those that fail."""
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     wanted = [case for case in cases() if all(word in str(case) for word in sys.argv[1:])]
     with tempfile.TemporaryDirectory() as folder:
         options = Options(Path(folder))

@@ -1,0 +1,57 @@
+"""The commands on models that are certain, wide, full of outliers, or more than a decoder of one kind of layer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from hf_quant.cli import main
+from tests import yardsticks
+
+FEW = ("--context", "64", "--max-tokens", "2000", "--calibration-tokens", "2048", "-q")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``folders(kind)``: a yardstick, made once."""
+    root = tmp_path_factory.mktemp("yardsticks")
+    return lambda kind: root / kind if (root / kind).exists() else yardsticks.make(kind, root / kind)
+
+
+def run(*args: Any, code: int = 0) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in args])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+@pytest.mark.parametrize("method", ["rtn", "calibrated"])
+@pytest.mark.parametrize("kind", ["peaked", "outliers", "wide", "moe"])
+def test_fewer_bits_cost_more_and_little_at_eight(folders: Any, tmp_path: Path, kind: str, method: str) -> None:
+    schemes = ("--scheme", "W8A16-g-1", "--scheme", "W4A16-g32")
+    run("quantize", folders(kind), "-o", tmp_path / "out", *schemes, "--method", method, *FEW)
+    costs = []
+    for scheme in schemes[1::2]:
+        out = tmp_path / "out" / scheme
+        results = json.loads((out / "results.json").read_text())
+        costs.append(results["quality"]["metrics"]["kl"]["value"])
+        assert results["share_quantized"] > (0.3 if kind == "wide" else 0.5)
+        run("verify", out, "-q")
+    assert 0 <= costs[0] < 0.05 and costs[0] < costs[1] < 5
+
+
+@pytest.mark.parametrize("kind", ["outliers", "wide"])
+def test_int8_activations_are_calibrated_at_every_width(folders: Any, tmp_path: Path, kind: str) -> None:
+    args = ("quantize", folders(kind), "-o", tmp_path / "q", "--scheme", "W8A8", "--method", "calibrated", *FEW)
+    run(*args)
+    results = json.loads((tmp_path / "q" / "results.json").read_text())
+    assert results["quality"]["metrics"]["kl"]["value"] < 0.1
+
+
+def test_an_encoder_decoder_is_rounded_and_its_calibration_refused_at_once(folders: Any, tmp_path: Path) -> None:
+    args = ("quantize", folders("seq2seq"), "-o", tmp_path / "q", "--scheme", "W4A16-g32", "--no-eval", "-q")
+    run(*args)
+    run("verify", tmp_path / "q", "-q")
+    refused = run(*args, "--overwrite", "--method", "calibrated", code=1).stderr
+    assert "decoder-only models" in refused and (tmp_path / "q" / "recipe.json").is_file()

@@ -139,6 +139,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         start = time.perf_counter()
         if config.calibrated:
             plan, blocks = _stream(job, config, work, stage)
+            copy_companions(_folder(job), stage, job.say)  # the model's own code among them
             made = load(str(stage), **job.options("device_map", "dtype", "trust_remote_code")).eval()
         else:
             made, blocks = job.quantized(config), []
@@ -150,10 +151,10 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         if not config.calibrated:
             need_space(stage, plan.bytes_quantized)
             _save(made, stage, max_shard_size=job.shard)
+            copy_companions(_folder(job), stage, job.say)
         kept = _keep_unclaimed(job, stage)
         if job.tokenizer is not None:
             _save(job.tokenizer, stage)
-        copy_companions(_folder(job), stage, job.say)
         recipe = _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
         write_json(stage / RECIPE, recipe | {"unclaimed": kept, "files": record(stage)["files"]})
         logits, again, dtype = sample_logits(made), None, made.dtype

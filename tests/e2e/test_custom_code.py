@@ -69,7 +69,7 @@ def test_python_is_told_too(toy: Path) -> None:
     assert not (toy.parent / "ran").exists()
 
 
-@pytest.mark.parametrize("method", ["rtn"])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_where_it_is_trusted_it_works(toy: Path, tmp_path: Path, method: str) -> None:
     source, out = tmp_path / "toy", tmp_path / "q"
     shutil.copytree(toy, source)

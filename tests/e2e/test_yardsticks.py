@@ -29,7 +29,7 @@ def run(*args: Any, code: int = 0) -> Result:
 @pytest.mark.parametrize("method", ["rtn", "calibrated"])
 @pytest.mark.parametrize("kind", ["peaked", "outliers", "moe"])
 def test_fewer_bits_cost_more_and_little_at_eight(folders: Any, tmp_path: Path, kind: str, method: str) -> None:
-    schemes = ("--scheme", "W8A16-g-1", "--scheme", "W4A16-g32")
+    schemes = ("--scheme", "W8A16-g32", "--scheme", "W4A16-g32")
     run("quantize", folders(kind), "-o", tmp_path / "out", *schemes, "--method", method, *FEW)
     costs = []
     for scheme in schemes[1::2]:

@@ -28,18 +28,16 @@ class Preset:
         method: Name of a file in ``hf_quant/methods``.
         transforms: Names of files in ``hf_quant/transforms``, in the order they are applied.
         options: Hyperparameters of the method that differ from its defaults.
-        looks: Whether it looks at calibration data even where its method need not.
     """
 
     method: str
     transforms: tuple[str, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
-    looks: bool = False
 
     @property
     def calibrated(self) -> bool:
         """Whether calibration data is needed."""
-        return self.looks or bool(self.transforms) or self.solver().calibrated
+        return bool(self.transforms) or self.solver().calibrated
 
     def solver(self) -> Method:
         """The method with its hyperparameters."""
@@ -48,11 +46,12 @@ class Preset:
         return method(self.method, **self.options)
 
 
+SCALED = Preset("rtn", ("awq",))  # all that 8 bits need, and that much they do where a model has outlier channels
 BEST = Preset("gptq", ("awq", "drift"), {"sweeps": 2})
 INT8 = Preset("gptq", ("smoothquant",))  # of weights that meet INT8 activations
 PRESETS: dict[str, dict[int, Preset]] = {
-    "awq": dict.fromkeys(BITS, Preset("rtn", ("awq",))),
-    "calibrated": {8: Preset("rtn", looks=True), 4: BEST, 3: BEST, 2: BEST},
+    "awq": dict.fromkeys(BITS, SCALED),
+    "calibrated": {8: SCALED, 4: BEST, 3: BEST, 2: BEST},
 }
 
 

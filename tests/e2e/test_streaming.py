@@ -196,13 +196,17 @@ def test_the_recipe_says_what_was_done(tmp_path: Path) -> None:
     recipe = json.loads((tmp_path / "q" / "recipe.json").read_text())
     done = [(recipe["schemes"][name], steps) for block in recipe["blocks"] for name, steps in block["steps"].items()]
     four = [steps for scheme, steps in done if scheme == "W4A16-g32"]
-    assert four and not [steps for scheme, steps in done if scheme == "W8A16-g32"]
+    eight = [steps for scheme, steps in done if scheme == "W8A16-g32"]
+    assert four and not [steps for steps in eight if "drift" in steps]
     wanted = {name: sum(name in steps for steps in four) for name in ("awq", "drift")}
+    scaled = sum("awq" in steps for steps in eight)
     said = {kind: {step["name"]: step["layers"] for step in steps} for kind, steps in recipe["steps"].items()}
-    assert said == {"4 bits": {n: count for n, count in wanted.items() if count} | {"gptq": 6}, "8 bits": {"rtn": 8}}
-    assert recipe["skipped"] == (
-        {"4 bits": [n for n, count in wanted.items() if not count]} if 0 in wanted.values() else {}
-    )
+    assert said == {
+        "4 bits": {n: count for n, count in wanted.items() if count} | {"gptq": 6},
+        "8 bits": ({"awq": scaled} if scaled else {}) | {"rtn": 8},
+    }
+    skipped = {"4 bits": [n for n, count in wanted.items() if not count], "8 bits": [] if scaled else ["awq"]}
+    assert recipe["skipped"] == {kind: names for kind, names in skipped.items() if names}
 
 
 MIXED = {"*.mlp.*": "W3A16-g32", "*.k_proj": "W3A16-g32"}  # k_proj is given what q_proj and v_proj are given

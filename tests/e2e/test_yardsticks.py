@@ -37,7 +37,7 @@ def test_fewer_bits_cost_more_and_little_at_eight(folders: Any, tmp_path: Path, 
         results = json.loads((out / "results.json").read_text())
         costs.append(results["quality"]["metrics"]["kl"]["value"])
         run("verify", out, "-q")
-    assert 0 <= costs[0] < 0.05 and costs[0] < costs[1] < 5
+    assert 0 <= costs[0] < (0.05 if method == "rtn" else 0.001) and costs[0] < costs[1] < 5
 
 
 @pytest.mark.parametrize("kind", ["outliers", "wide"])

@@ -16,7 +16,7 @@ def decided(method: str, **layers: QuantScheme) -> dict[str, list[str]]:
 
 def test_each_layer_gets_what_its_own_scheme_asks_for() -> None:
     assert decided("calibrated", q=W4, k=W4) == {"awq": ["q", "k"], "drift": ["q", "k"]}
-    assert decided("calibrated", q=W8, k=W8) == {}
+    assert decided("calibrated", q=W8, k=W8) == {"awq": ["q", "k"]}
     assert decided("calibrated", q=INT8, k=INT8) == {"smoothquant": ["q", "k"]}
     assert decided("calibrated", q=W4, k=W3) == {"awq": ["q", "k"], "drift": ["q", "k"]}
     assert decided("smoothquant+awq+gptq", q=W8, k=INT8) == {"smoothquant": ["q", "k"], "awq": ["q", "k"]}
@@ -34,7 +34,7 @@ def test_shared_columns_are_scaled_once_and_for_all_layers() -> None:
 def test_the_decision_is_for_the_schemes_of_the_plan() -> None:
     decision = Decision.of("calibrated", [W8, W4])
     assert decision.calibrated and decision.needs_twin([W4]) and not decision.needs_twin([W8])
-    assert decision.staged([W8, W4]) and not decision.staged([W8])
+    assert decision.staged([W8, W4]) and not Decision.of("gptq", [W8]).staged([W8])
     assert vars(decision.solver(W4))["sweeps"] == 2 and type(decision.solver(W8)).__name__ == "RTN"
     assert not Decision.of("rtn", [W8, W4]).calibrated and Decision.of("gptq", [W8]).calibrated
 

@@ -1,6 +1,6 @@
 """Every method with every scheme, format and way to run: it works, or it is refused before anything is computed.
 
-The methods come from the plug-in folders, so that a new one joins by itself. `python -m tests.options` runs every case and
+The methods come from the plug-in folders, so that a new one joins by itself. `benchmarks/options.py` runs every case and
 prints those that fail; CI runs a fixed sample.
 """
 
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from transformers.utils import logging
 
 from hf_quant import HfQuantConfig, _plugins, load
 from hf_quant.calibration import Calibration
@@ -145,21 +142,3 @@ def _computed() -> Iterator[list[str]]:
 
             stack.enter_context(mock.patch.object(kind, "quantize", counted))
         yield calls
-
-
-def main() -> None:
-    """Run every case whose name holds all words given, and print those that fail."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    wanted = [case for case in cases() if all(word in str(case) for word in sys.argv[1:])]
-    with tempfile.TemporaryDirectory() as folder:
-        options = Options(Path(folder))
-        faults = {case: fault for case in wanted if (fault := options.fault(case)) is not None}
-    for case, fault in faults.items():
-        print(f"{case}: {fault}")
-    print(f"{len(wanted)} cases, {len(faults)} faults")
-    sys.exit(1 if faults else 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""A fixed sample of all combinations of options; `python -m tests.options` runs the rest."""
+"""A fixed sample of all combinations of options; `benchmarks/options.py` runs them all."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -55,6 +55,8 @@ class BitsAndBytes(ReadOnly):
         for name in ("load_in_4bit", "load_in_8bit"):
             if type(config.get(name, False)) is not bool:
                 raise refused(name, config[name], "must be true or false")
+        if not (config.get("load_in_4bit") or config.get("load_in_8bit")):
+            raise refused("load_in_4bit", config.get("load_in_4bit"), "it or load_in_8bit must be true")
         return cls()
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:

@@ -62,7 +62,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class Settings:
-    """What changes how a job runs, and not what comes out.
+    """How a job runs. Of all this, only the number of ranks and the kind of device change what comes out, by rounding.
 
     Attributes:
         say: Told what is worth knowing.
@@ -106,7 +106,8 @@ def quantize_streaming(
         "source": {file.name: digest(file) for file in sorted({t.file for t in source.checkpoint.tensors.values()})},
         "config.json": digest(folder / "config.json"),
         "code": {file.name: digest(file) for file in sorted(folder.glob("*.py"))},
-        "config": config.to_dict() | {"steps": source.plan.decision.asked()}, "calibration": data.sha256, "ranks": ranks.world, "torch": torch.__version__,
+        "config": config.to_dict() | {"steps": source.plan.decision.asked()}, "calibration": data.sha256, "ranks": ranks.world,
+        "device": torch.device(settings.device).type, "torch": torch.__version__,
         "transformers": version("transformers"), "hf-quant": version("hf-quant"),
     }  # fmt: skip
     ranks.barrier(patient=True)  # the first one may still be measuring the model before this

@@ -33,7 +33,7 @@ class Hadamard:
         if output is None or not isinstance(head, int) or head & (head - 1):
             stage.notes.append("hadamard: no output layer, or heads whose width is not a power of two")
             return []
-        H, reader = hadamard(head), f"{path}.{output}"
+        H, reader = hadamard(head), f"{path}.{output}".lstrip(".")
         if changed(stage, values, lambda out: _by_head(out, H.T), [reader], lambda x: _by_head(x, H)) is not None:
             stage.notes.append("hadamard: more than a product lies between values and output")
             return []

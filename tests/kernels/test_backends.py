@@ -217,3 +217,17 @@ def test_no_scheme_is_refused_on_a_cpu(bits: int, dtype: torch.dtype) -> None:
             for n in (5, 64):
                 chosen = select(LinearSpec(QuantScheme(bits, group, symmetric), n, 96, dtype, "cpu"))
                 assert type(chosen).__name__ != "Reference"
+
+
+@pytest.mark.parametrize("scheme", ["W8A16-g32", "W4A16-g32-asym", "W8A8", "W4A16-g-1"])
+@pytest.mark.parametrize("name", NAMES)
+def test_subnormal_scales_in_float16(name: str, scheme: str) -> None:
+    """Small weights have such scales, and no backend may take them for zero."""
+    spec = LinearSpec(QuantScheme.parse(scheme), 48, 96, torch.float16, DEVICE)
+    backend = backend_for(name, spec)
+    weight = method("rtn").quantize(torch.randn(48, 96, device=DEVICE) * 1e-4, spec.scheme, torch.float16)
+    assert (weight.scale < torch.finfo(torch.float16).tiny).any()
+    x = torch.randn(3, 96, dtype=torch.float16, device=DEVICE) * 1000
+    y = backend.linear(x, backend.prepare(weight, spec), spec)
+    expected = x.double() @ weight.dequantize(torch.float64).T
+    assert (y.double() - expected).norm() < 0.02 * expected.norm()

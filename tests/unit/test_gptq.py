@@ -142,3 +142,48 @@ def test_difficult_hessians() -> None:
         method("gptq").quantize(W, scheme, torch.float32, broken)
     with pytest.raises(HfQuantError, match="needs calibration"):
         method("gptq").quantize(W, scheme, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["gptq", "hqq", "rtn"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_no_row_loses_more_than_rounding(bits: int, symmetric: bool, name: str) -> None:
+    """Constant rows and rows far from zero leave GPTQ no code to make up with: it lost twice as much there."""
+    _, stats = calibrated(64)
+    W = torch.randn(8, 64) * 0.05
+    W[1], W[2], W[3:5] = 0.37, -0.37, W[3:5] + 1
+    W[5] = W[5].abs() + 100
+    scheme = QuantScheme(bits, 32, symmetric)
+    made = method(name).quantize(W, scheme, torch.float32, stats).dequantize()
+    for plain in (method("rtn", steps=0), method("rtn")):
+        least = stats.row_errors(W, plain.quantize(W, scheme, torch.float32).dequantize())
+        if plain == method("rtn"):
+            assert (stats.row_errors(W, made) <= least * 1.001 + 1e-9).all()
+        assert stats.row_errors(W, made).sum() <= least.sum() * 1.001
+
+
+def test_a_layer_that_loses_on_rows_held_out_is_rounded() -> None:
+    """Few rows without structure: GPTQ fits them, and loses twice as much as rounding on all others."""
+    torch.manual_seed(0)
+    W, scheme = torch.randn(16, 128), QuantScheme(4, 32)
+    x, fresh = torch.randn(128, 128), InputStats.empty(128)
+    fresh.update(torch.randn(2000, 128))
+    errors = {}
+    for held in (0, 4):
+        stats = InputStats.empty(128)
+        stats.update(x, held=held)
+        assert (
+            stats.seen == 128
+            and stats.rows == (96 if held else 128)
+            and sum(len(r) for r, _ in stats.held) == 128 - stats.rows
+        )
+        errors[held] = fresh.error(W, method("gptq").quantize(W, scheme, torch.float32, stats).dequantize())
+    plain = fresh.error(W, method("rtn").quantize(W, scheme, torch.float32).dequantize())
+    assert errors[0] > 1.5 * plain and errors[4] < 1.05 * plain
+
+
+def test_rows_are_held_out_evenly() -> None:
+    stats = InputStats.empty(4)
+    for count in (1, 2, 7, 0, 30):
+        stats.update(torch.randn(count, 4), held=8)
+    assert stats.seen == 40 and stats.rows == 35 and sum(len(x) for x, _ in stats.held) == 5

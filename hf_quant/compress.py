@@ -263,7 +263,7 @@ def _recipe(
         "asked": asked, "dtype": str(model.dtype).removeprefix("torch."),
         "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
         "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
-        "left": plan.left, "regrouped": plan.regrouped,
+        "left": plan.left | plan.others, "regrouped": plan.regrouped,
         "calibration": job.calibration.to_dict() if blocks and job.calibration else None, "blocks": blocks,
         "versions": {name: version(name) for name in ("hf-quant", "torch", "transformers", "safetensors")},
     }  # fmt: skip

@@ -68,7 +68,7 @@ def command(
                 "parameters": plan.params,
                 "format": plan.format,
                 "format_reason": plan.format_reason,
-                "left": plan.left,
+                "left": plan.left | plan.others,
                 "kv_cache_bytes": cache,
                 "kv_cache_bytes_int8": int(cache * KV_BITS["int8"] / 16),
                 "kv_cache_bytes_int4": int(cache * KV_BITS["int4"] / 16),

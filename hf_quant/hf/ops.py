@@ -27,27 +27,57 @@ class Quantizer(Protocol):
     failure: HfQuantError | None
     plan: Plan
 
+    def param_needs_quantization(self, model: Any, param_name: str, **how: Any) -> bool:
+        """Whether a parameter becomes codes while it is loaded."""
+        ...
+
 
 class Apart(list[list[Tensor]]):
     """A stack still in pieces: for each source (gate, up) the matrices of all experts."""
 
 
 class KeepApart(ConversionOps):
-    """In place of stacking and concatenating the float experts: that would hold a whole layer of them twice."""
+    """In place of stacking and joining the float experts: that would hold a whole layer of them twice.
+
+    Stacks that stay in floating point are made as the model's own operations make them.
+    """
+
+    def __init__(self, quantizer: Quantizer, operations: list[ConversionOps]) -> None:
+        self.quantizer, self.operations = quantizer, operations
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> KeepApart:
+        return self  # it holds no state, and transformers copies it for every tensor
 
     @classmethod
-    def instead_of(cls, converter: Any) -> Any:
+    def instead_of(cls, converter: Any, quantizer: Quantizer) -> Any:
         """The same converter with this operation, if its own ones only stack and concatenate."""
         operations = getattr(converter, "operations", [])
         merges = operations[:1] and type(operations[0]) is MergeModulelist and operations[0].dim == 0
         joins = not operations[1:] or (type(operations[1]) is Concatenate and operations[1].dim == 1)
         if not (merges and joins and len(operations) <= 2 and len(converter._original_target_patterns) == 1):
             return converter
-        return WeightConverter(converter._original_source_patterns, converter._original_target_patterns, [cls()])
+        sources, targets = converter._original_source_patterns, converter._original_target_patterns
+        made = WeightConverter(sources, targets, [cls(quantizer, operations)])
+        for scope in ("scope_prefix", "base_model_prefix"):  # of a model within a model
+            if hasattr(converter, scope):
+                setattr(made, scope, getattr(converter, scope))
+        return made
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], target_patterns: list[str], **_: Any) -> dict[str, Any]:  # type: ignore[override]
-        return {target_patterns[0]: Apart(input_dict.values())}
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        target_patterns: list[str],
+        full_layer_name: str = "",
+        model: Any = None,
+        **how: Any,
+    ) -> dict[str, Any]:
+        if self.quantizer.param_needs_quantization(model, full_layer_name):
+            return {target_patterns[0]: Apart(input_dict.values())}
+        how |= {"target_patterns": target_patterns, "full_layer_name": full_layer_name, "model": model}
+        for operation in self.operations:
+            input_dict = operation.convert(input_dict, **how)
+        return input_dict
 
     @property
     def reverse_op(self) -> ConversionOps:

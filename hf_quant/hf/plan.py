@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_quant.errors import CheckpointError, PlanError, SchemeError
 from hf_quant.formats import format_named
 from hf_quant.hf.config import HfQuantConfig
+from hf_quant.hf.others import others
 from hf_quant.nn.experts import stacks, why_not_experts
 from hf_quant.presets import Decision
 from hf_quant.scheme import QuantScheme
@@ -55,6 +56,7 @@ class Plan:
         format: Name of the format it will be saved in.
         format_reason: Why that one.
         decision: What the method means for every scheme in ``schemes``.
+        others: Weights of kinds that are never quantized, each with its reason; with `schemes` and `left` these are all.
     """
 
     schemes: dict[str, QuantScheme]
@@ -68,6 +70,7 @@ class Plan:
     format: str
     format_reason: str
     decision: Decision
+    others: dict[str, str]
 
     @property
     def share(self) -> float:
@@ -86,7 +89,7 @@ class Plan:
             f"{self.bits_per_weight:.2f} bits per weight, format {self.format} ({self.format_reason})"
         ]
         reasons: dict[str, list[str]] = {}
-        for name, reason in self.left.items():
+        for name, reason in (self.left | self.others).items():
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -112,10 +115,17 @@ class _Draft:
 def candidates(model: Any) -> dict[str, Candidate]:
     """Every weight of ``model`` that could be quantized, by name; the model may be on the meta device."""
     found: dict[str, Candidate] = {}
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embedding = _input_embeddings(model)
     for name, module in model.named_modules():
         found |= dict(_candidates_in(name, module, module is embedding))
     return found
+
+
+def _input_embeddings(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a model of images or sounds
+        return None
 
 
 def _candidates_in(name: str, module: nn.Module, is_embedding: bool) -> Iterator[tuple[str, Candidate]]:
@@ -165,14 +175,15 @@ def make_plan(
     tied = _tie(model, found, draft)
     if not draft.schemes and not frozen:
         raise PlanError(
-            f"nothing to quantize in {type(model).__name__}: " + "; ".join(sorted(set(draft.left.values())))
+            f"nothing to quantize in {type(model).__name__}: "
+            + "; ".join(sorted({*draft.left.values(), *others(model, found).values()}))
         )
     chosen, reason = _format(config.format, found, draft)
     params, params_quantized, bytes_float, bytes_quantized = _sizes(model, found, draft, tied)
     return Plan(
         draft.schemes, draft.left, draft.regrouped, tied,
         params, params_quantized, bytes_float, bytes_quantized, chosen, reason,
-        Decision.of(config.method, draft.schemes.values()),
+        Decision.of(config.method, draft.schemes.values()), others(model, found),
     )  # fmt: skip
 
 
@@ -293,21 +304,20 @@ def _is_tied(model: Any, head_name: str) -> bool:
 
 
 def _tie(model: Any, found: dict[str, Candidate], draft: _Draft) -> bool:
-    """Where the output head is tied to the embeddings, quantize both with one scheme or neither."""
-    ties = getattr(model, "all_tied_weights_keys", None) or {}
-    pairs = [(a.removesuffix(".weight"), b.removesuffix(".weight")) for a, b in ties.items()]
+    """Where the output head is tied to the embeddings, quantize all that is one table with one scheme, or nothing of it."""
+    groups: dict[str, list[str]] = {}
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if target.endswith(".weight"):
+            groups.setdefault(source, [source.removesuffix(".weight")]).append(target.removesuffix(".weight"))
     tied = False
-    for target, source in pairs:
-        if target not in found and source not in found:
-            continue
-        scheme = draft.schemes.get(target) or draft.schemes.get(source)
+    for names in groups.values():
+        scheme = next((draft.schemes[name] for name in reversed(names) if name in draft.schemes), None)
         if scheme is None:
             continue
-        refusal: str | None = next(
-            (f"tied to {n}, which cannot be quantized" for n in (target, source) if n not in found), None
-        )
-        refusal = refusal or next((r for n in (target, source) if (r := found[n].refusal)), None)
-        for name in (target, source):
+        strange = next((name for name in names if name not in found), None)
+        refusal = f"tied to {strange}, which cannot be quantized" if strange is not None else None
+        refusal = refusal or next((reason for name in names if (reason := found[name].refusal)), None)
+        for name in [name for name in names if name in found]:
             if refusal is not None:
                 draft.schemes.pop(name, None)
                 draft.left[name] = refusal

@@ -188,6 +188,8 @@ class HfQuantQuantizer(HfQuantizer):
     def _tie_companions(self, model: Any) -> None:
         ties = model.all_tied_weights_keys
         for target, source in list(ties.items()):
+            if not target.endswith(".weight"):
+                continue  # a bias
             head = model.get_submodule(target.rpartition(".")[0])
             if isinstance(head, QuantLinear) and target.rpartition(".")[0] in self.plan.schemes:
                 head.shares_codes = True
@@ -222,7 +224,7 @@ class HfQuantQuantizer(HfQuantizer):
             return conversions(self, self._reader, weight_conversions)
         if self.pre_quantized or self.calibrates:
             return self._converters
-        return [KeepApart.instead_of(c) for c in self._converters]
+        return [KeepApart.instead_of(c, self) for c in self._converters]
 
     # -- after loading --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,105 @@
+"""Every weight is quantized or listed with its reason; what stays in floating point, or is tied, works."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from hf_quant import HfQuantConfig
+from hf_quant.hf import make_plan
+from hf_quant.nn import QuantExperts
+
+from .conftest import DECODER, IDS, MOE, SMALL
+
+VISION = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+T5 = {"vocab_size": 256, "d_model": 64, "d_kv": 32, "d_ff": 96, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}  # fmt: skip
+BERT = SMALL | {"intermediate_size": 96}
+KINDS: dict[str, tuple[Any, Any]] = {
+    "stacks of its own kind": (tf.JetMoeForCausalLM, tf.JetMoeConfig(**DECODER, num_local_experts=4, kv_channels=32)),
+    "linear layers of its own kind": (tf.FalconForCausalLM, tf.FalconConfig(**SMALL)),
+    "convolutions and parameters": (tf.MambaForCausalLM, tf.MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=1)),
+    "no input embeddings": (tf.ConvNextForImageClassification, tf.ConvNextConfig(hidden_sizes=[32, 64], depths=[1, 1], num_stages=2)),
+    "two towers": (tf.CLIPModel, tf.CLIPConfig(text_config=dict(BERT), vision_config=VISION)),
+    "tables of positions": (tf.BertForMaskedLM, tf.BertConfig(**BERT)),
+    "routers": (tf.MixtralForCausalLM, tf.MixtralConfig(**MOE, num_local_experts=4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_names_every_weight(kind: str) -> None:
+    cls, config = KINDS[kind]
+    with torch.device("meta"):
+        model = cls(config)
+    try:
+        plan = make_plan(model, HfQuantConfig("W4A16-g32"))
+    except ValueError as error:
+        assert kind == "linear layers of its own kind" and "FalconLinear computes with its weight" in str(error)
+        return
+    named = plan.schemes.keys() | plan.left.keys() | plan.others.keys()
+    weights = [n for n, p in model.named_parameters() if p.ndim >= 2 and min(p.shape[-2:]) > 1]
+    assert weights and all({name, name.rpartition(".")[0]} & named for name in weights)
+    assert not plan.others.keys() & (plan.schemes.keys() | plan.left.keys())
+    assert all(reason in plan.summary() for reason in plan.others.values())
+
+
+@torch.no_grad()
+def run(model: Any) -> torch.Tensor:
+    extra = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    logits: torch.Tensor = model.eval()(input_ids=IDS, **extra).logits
+    return logits
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"overrides": {"*.experts.down_proj": None}},
+        {"modules_to_not_convert": ["model.layers.0.mlp"]},
+        {},  # a width of 80 cannot be quantized
+    ],
+)
+def test_stacks_that_stay_in_floating_point(tmp_path: Path, asked: dict[str, Any]) -> None:
+    """Of a checkpoint that holds the experts apart."""
+    torch.manual_seed(0)
+    width = 64 if asked else 80
+    base = tf.MixtralForCausalLM(tf.MixtralConfig(**MOE | {"intermediate_size": width}, num_local_experts=4))
+    base.save_pretrained(tmp_path / "float")
+    model = tf.MixtralForCausalLM.from_pretrained(
+        tmp_path / "float", quantization_config=HfQuantConfig("W8A16-g32", **asked)
+    )
+    stacks = {n: p for n, p in model.named_parameters() if n.endswith(("gate_up_proj", "down_proj"))}
+    dense = {name: stack for name, stack in stacks.items() if stack.is_floating_point()}
+    assert dense and len(dense) < len(stacks) and any(isinstance(m, QuantExperts) for m in model.modules())
+    assert all(torch.equal(stack, base.get_parameter(name)) for name, stack in dense.items())
+    got = run(model)
+    assert apart(got, run(base)) < 0.05
+    model.save_pretrained(tmp_path / "codes")
+    assert torch.equal(run(tf.MixtralForCausalLM.from_pretrained(tmp_path / "codes")), got)
+    assert apart(run(model.dequantize()), got) < 1e-4
+
+
+@pytest.mark.parametrize("asked", ["quantize_lm_head", "quantize_embeddings"])
+@pytest.mark.parametrize(
+    ("cls", "config", "tied"),
+    [
+        (tf.BertForMaskedLM, tf.BertConfig(**BERT), True),  # its bias is tied too
+        (tf.T5ForConditionalGeneration, tf.T5Config(**T5), False),  # four modules are one table, two of them no candidates
+    ],
+)  # fmt: skip
+def test_heads_that_are_tied(tmp_path: Path, cls: Any, config: Any, tied: bool, asked: str) -> None:
+    torch.manual_seed(0)
+    base = cls(config)
+    base.save_pretrained(tmp_path / "float")
+    model = cls.from_pretrained(tmp_path / "float", quantization_config=HfQuantConfig("W8A16-g32", **{asked: True}))
+    plan = model.hf_quantizer.plan
+    assert plan.tied is tied
+    assert tied or any(reason.startswith("tied to") for reason in plan.left.values())
+    got = run(model)
+    assert apart(got, run(base)) < 0.05
+    model.save_pretrained(tmp_path / "codes")
+    assert torch.equal(run(cls.from_pretrained(tmp_path / "codes")), got)

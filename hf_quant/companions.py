@@ -29,7 +29,9 @@ TEMPLATES = "additional_chat_templates"
 PATTERNS = [*(f"*{suffix}" for suffix in SUFFIXES), "*.txt", "*.codes", "*.py", "*/*.safetensors"]  # to download
 
 
-def copy_companions(source: Path, stage: Path, say: Callable[[str], None], *, notices: bool = False) -> None:
+def copy_companions(
+    source: Path, stage: Path, say: Callable[[str], None], *, notices: bool = False, code: bool = False
+) -> None:
     """Copy the small files of a model into the folder of another one made from it; what is there already stays.
 
     Args:
@@ -37,11 +39,12 @@ def copy_companions(source: Path, stage: Path, say: Callable[[str], None], *, no
         stage: Folder of the new one.
         say: Told of what is left out though it belongs to the model.
         notices: Whether to copy licence texts too.
+        code: Whether to copy the model's own code too, if its config.json names some. Nothing here runs it.
 
     Raises:
         DiskError: Names what could not be written.
     """
-    for name in companions(source, notices=notices):
+    for name in companions(source, notices=notices, code=code):
         if (stage / name).exists():
             continue
         if (reason := _why_not(source, source / name)) is not None:
@@ -51,23 +54,21 @@ def copy_companions(source: Path, stage: Path, say: Callable[[str], None], *, no
         copy_file(source / name, stage / name)
 
 
-def companions(source: Path, *, notices: bool = False) -> list[str]:
-    """Names of the small files that belong to a model, relative to its folder and sorted."""
-    top = {path.name for path in source.iterdir() if path.is_file() and _belongs(source, path, notices)}
+def companions(source: Path, *, notices: bool = False, code: bool = False) -> list[str]:
+    """Names of the small files that belong to a model, relative to its folder and sorted; arguments as above."""
+    code = code and _has_code(source)
+    top = {path.name for path in source.iterdir() if _belongs(path, notices, code) and path.is_file()}
     return sorted(top | {path.relative_to(source).as_posix() for part in _parts(source) for path in _files(part)})
 
 
-def _belongs(source: Path, path: Path, notices: bool) -> bool:
+def _belongs(path: Path, notices: bool, code: bool) -> bool:
     if path.name in RECORDS or path.name.startswith(".") or FOREIGN.fullmatch(path.name):
         return False
     known = path.suffix in SUFFIXES or VOCABULARY.fullmatch(path.name) is not None
-    return (
-        known or (notices and NOTICE.fullmatch(path.name) is not None) or (path.suffix == ".py" and _has_code(source))
-    )
+    return known or (notices and NOTICE.fullmatch(path.name) is not None) or (code and path.suffix == ".py")
 
 
 def _has_code(source: Path) -> bool:
-    """Whether config.json names code of the checkpoint: then its files belong to the model. Nothing here runs it."""
     config = _read(source / "config.json")
     return isinstance(config, dict) and "auto_map" in config
 

@@ -134,12 +134,13 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         "quantize_lm_head": config.quantize_lm_head, "quantize_embeddings": config.quantize_embeddings,
     }  # fmt: skip
     row: dict[str, Any] = {}
-    inputs = (job.model, *job.inputs)
+    inputs, source = (job.model, *job.inputs), _folder(job)
+    trusted = bool(job.load.get("trust_remote_code"))
     with suppress(_GateMissedError), output(out, inputs, overwrite=overwrite) as stage:
         start = time.perf_counter()
         if config.calibrated:
             plan, blocks = _stream(job, config, work, stage)
-            copy_companions(_folder(job), stage, job.say)  # the model's own code among them
+            copy_companions(source, stage, job.say, code=trusted)  # the model's own code among them
             made = load(str(stage), **job.options("device_map", "dtype", "trust_remote_code")).eval()
         else:
             made, blocks = job.quantized(config), []
@@ -151,7 +152,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         if not config.calibrated:
             need_space(stage, plan.bytes_quantized)
             _save(made, stage, max_shard_size=job.shard)
-            copy_companions(_folder(job), stage, job.say)
+            copy_companions(source, stage, job.say, code=trusted)
         kept = _keep_unclaimed(job, stage)
         if job.tokenizer is not None:
             _save(job.tokenizer, stage)

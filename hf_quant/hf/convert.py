@@ -248,7 +248,7 @@ def _rest(job: _Job, stage: Path, where: dict[str, str], say: Callable[[str], No
     recipe = source.folder / RECIPE
     if recipe.is_file() and inside(recipe, source.folder):
         copy_file(recipe, stage / RECIPE)
-    copy_companions(source.folder, stage, say, notices=True)
+    copy_companions(source.folder, stage, say, notices=True, code=True)
     write_json(stage / CONVERSION, {"from": job.contents.format, "to": job.to} | record(stage))
 
 

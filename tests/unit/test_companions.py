@@ -41,8 +41,9 @@ def model(tmp_path: Path) -> Path:
 def test_what_belongs_to_a_model(model: Path) -> None:
     assert companions(model) == sorted(KEPT)
     assert companions(model, notices=True) == sorted((*KEPT, *NOTICES))
+    assert "modeling_mine.py" not in companions(model, code=True)
     (model / "config.json").write_text('{"auto_map": {"AutoModel": "modeling_mine.Mine"}}')
-    assert "modeling_mine.py" in companions(model)
+    assert "modeling_mine.py" in companions(model, code=True) and "modeling_mine.py" not in companions(model)
     (model / "modules.json").write_text("[" * 99999)
     assert "1_Pooling/config.json" not in companions(model)
 

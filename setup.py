@@ -1,4 +1,9 @@
-"""The compiled kernels for CPUs: built where a C++ compiler is at hand, left out where there is none."""
+"""The compiled kernels for CPUs: built where a C++ compiler is at hand, left out where there is none.
+
+HF_QUANT_SANITIZE adds options of the compiler and the linker; ``.ci/sanitize`` sets it.
+"""
+
+import os
 
 from setuptools import Extension, setup
 
@@ -14,7 +19,9 @@ kernels = Extension(
         "-g0",
         "-Wno-maybe-uninitialized",
         "-Wno-uninitialized",
+        *os.environ.get("HF_QUANT_SANITIZE", "").split(),
     ],
+    extra_link_args=os.environ.get("HF_QUANT_SANITIZE", "").split(),
     language="c++",
     py_limited_api=True,
     optional=True,

@@ -1,6 +1,7 @@
 """The module compiled from ``hf_quant/csrc``, and weights in its layout: what the backends that call it share.
 
-HF_QUANT_CPU_LEVEL caps the instruction set: portable, avx2, avx512, vnni or amx.
+HF_QUANT_CPU_LEVEL caps the instruction set: portable, avx2, avx512, vnni or amx. HF_QUANT_LARGE_PAGES=0 keeps weights in
+ordinary memory, over which a sanitizer can watch.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ except ImportError:  # it was not built; `why_not` says so
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGE, MAPPED = 2 << 20, 64 << 20  # bytes of a large page, and of what is mapped at a time
+LARGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE") and os.environ.get("HF_QUANT_LARGE_PAGES") != "0"
 LEVELS = ("portable", "avx2", "avx512", "vnni", "amx")
 
 if _cpu is not None and (wanted := os.environ.get("HF_QUANT_CPU_LEVEL")):
@@ -91,7 +93,7 @@ class _Room:
 
     def take(self, size: int) -> Tensor:
         """``size`` bytes, uint8, not set to anything."""
-        if size == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        if size == 0 or not LARGE_PAGES:
             return torch.empty(size, dtype=torch.uint8)
         with self.lock:
             room = self.last()

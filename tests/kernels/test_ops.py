@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -351,6 +352,9 @@ with torch.no_grad(): print(layer(torch.ones(2, 64, dtype=torch.bfloat16)).shape
 
 @built
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how much memory it uses")
+@pytest.mark.skipif(
+    "asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer itself ends a process out of memory"
+)
 def test_memory_that_runs_out_is_an_error_and_not_the_end() -> None:
     code = """
 import resource, torch

@@ -32,7 +32,7 @@ SCHEMES = (
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LIMITS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-ROUGH = 1.5e-2  # packed products in bf16; codes of activations that lie halfway may go either way
+ROUGH = 3e-2  # packed products in bf16; codes of activations that lie halfway, all of a row maybe, may go either way
 Case = tuple[str, str, int, int, torch.dtype]
 
 

@@ -19,13 +19,16 @@ def command() -> None:
 
 @command.command()
 @FOLDER
+@click.option("--overwrite", is_flag=True, help="Replace a README.md that was written by hand, too.")
 @output_options
-def build(folder: Path, as_json: bool, quiet: bool) -> None:
+def build(folder: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Write README.md and its pictures into FOLDER, from recipe.json and results.json."""
     from hf_quant.disk import write_bytes
     from hf_quant.hub import card
 
     recipe, results = card.facts(folder)
+    if not overwrite and (folder / card.CARD).exists():
+        card.check_replaceable((folder / card.CARD).read_bytes())
     drawn = card.pictures(results)
     (folder / card.ASSETS).mkdir(exist_ok=True)
     for name, data in drawn.items():

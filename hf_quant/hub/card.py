@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,15 +12,18 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from hf_quant.errors import PushError
+from hf_quant.errors import CheckpointError, PushError
+from hf_quant.facts import read_facts
 from hf_quant.formats.compressed_tensors import stored_as
 from hf_quant.hub import licence
+from hf_quant.hub.markdown import code, line, md, number, percent, plain, shell_word, size
 from hf_quant.hub.source import metadata
 from hf_quant.report import charts
 from hf_quant.results import interval_shown
 from hf_quant.scheme import QuantScheme
 
 CARD, ASSETS = "README.md", "assets"
+MARK = "<sub>Written by hf-quant from `recipe.json` and `results.json`"  # the last line of the template
 MISSING = "not measured"
 SHOWN = 12  # layers, of those farthest from the base
 SMALL = 1_000_000_000  # parameters
@@ -55,29 +57,15 @@ def facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """recipe.json and results.json of a folder; the second may be missing.
 
     Raises:
-        PushError: There is no recipe, or one of them is damaged.
+        PushError: There is no recipe, or one of them is damaged; the message names the field.
     """
-    recipe, results = (_read(folder / f"{name}.json") for name in ("recipe", "results"))
+    try:
+        recipe, results = read_facts(folder, "recipe"), read_facts(folder, "results")
+    except CheckpointError as error:
+        raise PushError(str(error)) from None
     if recipe is None:
         raise PushError(f"{folder}: no recipe.json; only what hf-quant quantize or ladder made has a card")
-    absent = [
-        key for key in ("scheme", "method", "format", "source", "schemes", "left", "versions") if key not in recipe
-    ]
-    if absent:
-        raise PushError(f"recipe.json: {absent[0]} is missing")
     return recipe, results or {}
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PushError(f"{path.name}: {error}") from None
-    if not isinstance(found, dict):
-        raise PushError(f"{path.name}: not an object")
-    return found
 
 
 def pictures(results: Mapping[str, Any]) -> dict[str, bytes]:
@@ -104,10 +92,10 @@ def render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collect
     """
     environment = Environment(
         loader=PackageLoader("hf_quant.hub"), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
-        autoescape=False,  # Markdown, not HTML: see `_md`
+        autoescape=False,  # Markdown, not HTML: see `md`
     )  # fmt: skip
     environment.filters |= {
-        "md": _md, "code": _code, "plain": _plain, "size": _size, "percent": _percent, "number": _number,
+        "md": md, "code": code, "plain": plain, "size": size, "percent": percent, "number": number,
         "count": "{:,}".format, "millions": lambda n: f"{n / 1e6:.1f}M",
     }  # fmt: skip
     quality, source = results.get("quality"), recipe["source"]
@@ -157,7 +145,7 @@ def _model_index(recipe: Mapping[str, Any], quality: Mapping[str, Any]) -> list[
     ]  # fmt: skip
     task = {"type": "text-generation", "name": "Text generation"} if causal else {"type": "feature-extraction"}
     dataset = {"type": "text", "name": f"held-out text, sha256 of the token ids {quality['text_sha256'][:12]}"}
-    return [{"name": _title(recipe), "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
+    return [{"name": line(_title(recipe)), "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}]
 
 
 # -- sentences --------------------------------------------------------------------------------------------------------
@@ -184,16 +172,16 @@ def _warning(results: Mapping[str, Any]) -> str | None:
 
 def _verdict(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     schemes, base = Counter(recipe["schemes"].values()), _base_link(recipe["source"])
-    what = _code(next(iter(schemes))) if len(schemes) == 1 else f"a mix of {', '.join(map(_code, sorted(schemes)))}"
+    what = code(next(iter(schemes))) if len(schemes) == 1 else f"a mix of {', '.join(map(code, sorted(schemes)))}"
     made = f"{base} in {what}"
     if "bytes" in results:
-        made += f": **{_size(results['bytes'])} in place of {_size(results['base_bytes'])}**"
+        made += f": **{size(results['bytes'])} in place of {size(results['base_bytes'])}**"
     kl, top1 = (((results.get("quality") or {}).get("metrics") or {}).get(name) for name in ("kl", "top1"))
     if kl is None or top1 is None:
         return f"{made}. What that cost: {'see below' if results.get('quality') else MISSING}."
-    made += f". It diverges from the base by **{_number(kl['value'])} nats per token**"
-    made += "" if kl["low"] is None else f" [{interval_shown(kl, _number, ', ')}]"
-    made += f" and has the same most likely token **{_percent(top1['value'])}** of the time"
+    made += f". It diverges from the base by **{number(kl['value'])} nats per token**"
+    made += "" if kl["low"] is None else f" [{interval_shown(kl, number, ', ')}]"
+    made += f" and has the same most likely token **{percent(top1['value'])}** of the time"
     within = "which cannot be told from the base's own rounding" if kl["within_noise"] else ""
     kept = "inside the budget it was given" if (results.get("gate") or {}).get("passed") else ""
     rest = [each for each in (within, kept) if each]
@@ -202,13 +190,13 @@ def _verdict(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 def _base_link(source: Mapping[str, Any]) -> str:
     name = str(source["model"])
-    return f"[{_md(name)}](https://huggingface.co/{_plain(name)})" if "/" in name else _md(name)
+    return f"[{md(name)}](https://huggingface.co/{plain(name)})" if "/" in name else md(name)
 
 
 def _base(source: Mapping[str, Any]) -> str:
     if "/" not in str(source["model"]):
         return f"{_base_link(source)}, a local folder"
-    return _base_link(source) + (f" at {_code(source['revision'])}" if source.get("revision") else "")
+    return _base_link(source) + (f" at {code(source['revision'])}" if source.get("revision") else "")
 
 
 def _method(recipe: Mapping[str, Any]) -> str:
@@ -216,7 +204,7 @@ def _method(recipe: Mapping[str, Any]) -> str:
     steps = recipe.get("steps") or {"": [{"name": recipe["method"]}]}
     chains: dict[str, list[str]] = {}
     for bits, each in steps.items():
-        chains.setdefault(", then ".join(STEPS.get(s["name"], _code(s["name"])) for s in each), []).append(bits)
+        chains.setdefault(", then ".join(STEPS.get(s["name"], code(s["name"])) for s in each), []).append(bits)
     made = [chain if len(chains) == 1 else f"{', '.join(bits)}: {chain}" for chain, bits in chains.items()]
     return "; ".join(made) + ("" if recipe.get("calibration") else ", without data")
 
@@ -224,12 +212,12 @@ def _method(recipe: Mapping[str, Any]) -> str:
 def _format(recipe: Mapping[str, Any]) -> str:
     if recipe["format"] == "compressed_tensors":
         slugs = {recipe["scheme"], *recipe["schemes"].values()}  # its config names the default, used or not
-        return f"compressed-tensors, {_code(stored_as(map(QuantScheme.parse, slugs)))}"
-    return _code(recipe["format"]) + (" of hf-quant" if recipe["format"] == "native" else "")
+        return f"compressed-tensors, {code(stored_as(map(QuantScheme.parse, slugs)))}"
+    return code(recipe["format"]) + (" of hf-quant" if recipe["format"] == "native" else "")
 
 
 def _loading(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    where = json.dumps(_plain(recipe.get("repo_id") or "path/to/this/folder"))
+    where = json.dumps(plain(recipe.get("repo_id") or "path/to/this/folder"))
     kind = (results.get("quality") or {}).get("kind")
     if kind is None:
         return f"import hf_quant\n\nmodel = hf_quant.load({where})"
@@ -262,11 +250,11 @@ def _quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for name in sorted(quality["metrics"], key=lambda n: list(TITLES).index(n) if n in TITLES else len(TITLES)):
         each, (title, kind) = quality["metrics"][name], TITLES.get(name, (name, "number"))
-        shown = {"percent": _percent, "perplexity": "{:.3f}".format, "ratio": "{:.4f}".format}.get(kind, _number)
+        shown = {"percent": percent, "perplexity": "{:.3f}".format, "ratio": "{:.4f}".format}.get(kind, number)
         noise = "-" if each["noise"] is None or name == "base_perplexity" else shown(each["noise"])
         within = " (within noise)" if each["within_noise"] else ""
-        rows.append((_md(title), shown(each["value"]) + within, interval_shown(each, shown), noise))
-    rows += [(_md(TITLES.get(n, (n,))[0]), _number(value), "-", "-") for n, value in quality["quantiles"].items()]
+        rows.append((md(title), shown(each["value"]) + within, interval_shown(each, shown), noise))
+    rows += [(md(TITLES.get(n, (n,))[0]), number(value), "-", "-") for n, value in quality["quantiles"].items()]
     return rows
 
 
@@ -293,7 +281,7 @@ def _command(recipe: Mapping[str, Any]) -> str:
     if calibration:
         words += ["--calibration", calibration["name"]] if calibration["name"] not in FOUND else []
         words += ["--calibration-tokens", str(calibration["sequences"] * calibration["context"])]
-    return shlex.join(str(word) for word in words).replace("`", "'").replace(" --override", " \\\n  --override")
+    return " ".join(f"\\\n  {each}" if each == "--override" else shell_word(each) for each in words)
 
 
 def _limits(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
@@ -319,44 +307,26 @@ def _licence(source: Mapping[str, Any]) -> str:
     if not name:
         return "The base names no licence."
     link = source.get("license_link")
-    target = f" ({_md(str(link))})" if link else ""
-    return f"Under the licence of the base, {_base_link(source)}: {_code(name)}{target}."
-
-
-# -- text from elsewhere, and numbers ---------------------------------------------------------------------------------
-
-
-def _md(text: object) -> str:
-    """Text in which Markdown and HTML see nothing but text."""
-    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", " ".join(str(text).split()))
-
-
-def _code(text: object) -> str:
-    """Text as a code span, also inside a table."""
-    return f"`{' '.join(str(text).replace('`', chr(39)).replace('|', '/').split())}`"
-
-
-def _plain(text: object) -> str:
-    """A Hub id or path without anything that ends a link or a string."""
-    return re.sub(r"[^\w./-]", "", str(text), flags=re.ASCII)
-
-
-def _size(count: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= factor:
-            return f"{count / factor:.{2 if unit == 'GB' else 1}f} {unit}"
-    return f"{count / 1e3:.1f} kB"
-
-
-def _percent(share: float, form: str = "%.1f") -> str:
-    return f"{form % (100 * share)} %"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}"
+    target = f" ({md(str(link))})" if link else ""
+    return f"Under the licence of the base, {_base_link(source)}: {code(name)}{target}."
 
 
 # -- checking ---------------------------------------------------------------------------------------------------------
+
+
+def check_replaceable(card: bytes | None) -> None:
+    """Refuse to replace a card that somebody wrote by hand.
+
+    Args:
+        card: What README.md holds; None if there is none.
+
+    Raises:
+        PushError: It was not written by this package.
+    """
+    if card is not None and MARK.encode() not in card:
+        raise PushError(
+            f"{CARD} was not written by hf-quant: move it away, or let hf-quant card build --overwrite replace it"
+        )
 
 
 def problems(folder: Path) -> list[str]:
@@ -369,7 +339,7 @@ def problems(folder: Path) -> list[str]:
     path = folder / CARD
     if not path.is_file():
         return [f"{CARD} is missing; hf-quant card build writes it"]
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     drawn = [each.name for each in (folder / ASSETS).glob("*.png")]
     made = [] if text == render(recipe, results, drawn) else [f"{CARD} is not what recipe.json and results.json give"]
     return made + metadata_problems(metadata(text))

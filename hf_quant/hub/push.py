@@ -94,6 +94,7 @@ def prepare(
         raise PushError(f"{target.repo_id!r} is not owner/name")
     recipe, results = card.facts(folder)
     found = snapshot(folder)
+    card.check_replaceable(found.held.get(card.CARD))
     _check_weights(found, results)
     results = _gated(folder, recipe, results, budget or Budget(), allow_failed_gate)
     source = _source(folder, recipe["source"], api, base_model, license)

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from hf_quant.errors import HfQuantError
+from hf_quant.facts import read_facts
 from hf_quant.report import charts
 
 TITLES = {
@@ -27,17 +28,18 @@ def page(folder: Path) -> str:
     Raises:
         HfQuantError: There is neither results.json nor ladder.json, or one is damaged.
     """
-    results, ladder, recipe = (_read(folder / f"{name}.json") for name in ("results", "ladder", "recipe"))
+    results, ladder, recipe = (read_facts(folder, name) or {} for name in ("results", "ladder", "recipe"))
     if not results and not ladder:
         raise HfQuantError(f"{folder}: neither results.json nor ladder.json; measure first, with eval or ladder")
     pictures = []
     if ladder and charts.available() is None:
         pictures.append(("Size against quality", *_both(charts.size_and_kl, ladder)))
-        if ladder["sensitivity"]["kl"]:
+        if ladder.get("sensitivity", {}).get("kl"):
             pictures.append(("Where it hurts", *_both(charts.sensitivity, ladder)))
+    noise = next((rung["quality"] for rung in ladder.get("rungs", []) if rung["quality"]), None)
     environment = Environment(loader=PackageLoader("hf_quant.report"), autoescape=True, trim_blocks=True)
     return environment.get_template("page.html.jinja").render(
-        mark=MARK, name=folder.resolve().name, results=results, ladder=ladder, recipe=recipe, pictures=pictures, titles=TITLES,
+        mark=MARK, name=folder.resolve().name, results=results, ladder=ladder, recipe=recipe, pictures=pictures, titles=TITLES, noise=noise,
         layers=(results.get("layers") or [])[:SHOWN], recipe_json=json.dumps(recipe, indent=2) if recipe else "",
     )  # fmt: skip
 
@@ -52,18 +54,6 @@ def why_not(out: Path) -> str | None:
         head = file.read(1000)
     known = f'name="generator" content="{MARK}"'.encode()
     return None if known in head else "is there already, and is not a report of hf-quant: name another file"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HfQuantError(f"{path.name}: {error}") from None
-    if not isinstance(found, dict):
-        raise HfQuantError(f"{path.name}: not an object")
-    return found
 
 
 def _both(draw: Any, ladder: dict[str, Any]) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -267,6 +268,85 @@ def test_build_show_validate(folder: Path) -> None:
     assert "recipe.json: not an object" in run("card", "show", folder, code=1).stderr
     (folder / "recipe.json").unlink()
     assert "no recipe.json" in run("card", "build", folder, code=1).stderr
+
+
+def test_a_card_written_by_hand_stays(hub: FakeHub, folder: Path) -> None:
+    (folder / "README.md").write_text("# mine\n")
+    for command in (["card", "build", folder], ["push", folder, "alice/tiny", "--yes"]):
+        assert "README.md was not written by hf-quant: move it away" in run(*command, code=1).stderr
+    assert (folder / "README.md").read_text() == "# mine\n" and not hub.repos
+    run("card", "build", folder, "--overwrite")
+    run("card", "build", folder)
+    assert card.MARK in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "evil",
+    ["x`;touch INJ;`y", "$(touch INJ)", "a'b\\'; touch INJ; '", "a\nb\x1b[31m\u202e'$(touch INJ)", "é b --override"],
+)
+def test_the_command_is_pasted_safely(evil: str, known: tuple[dict[str, Any], dict[str, Any]], tmp_path: Path) -> None:
+    """Every word arrives as it was, on one line, and runs nothing."""
+    recipe, results = known
+    recipe["source"]["model"] = evil
+    recipe["calibration"] = {"name": evil, "sequences": 1, "context": 1, "sha256": "0"}
+    recipe["asked"] = {"overrides": {evil: "W8A16-g128"}, "modules_to_not_convert": [evil]}
+    text = card.render(recipe, results)
+    assert not re.search("[\x1b\u202e]", text)
+    command = re.search(r"```bash\n(.*?)\n```", text, re.DOTALL)
+    assert command is not None
+    said = subprocess.run(
+        ["bash", "-c", command[1].replace("hf-quant", "printf '%s\\0'", 1)], cwd=tmp_path, capture_output=True, check=True
+    ).stdout.decode()  # fmt: skip
+    words = said.split("\0")
+    assert [words[1], words[words.index("--calibration") + 1], words[words.index("--ignore") + 1]] == [evil] * 3
+    assert f"{evil}=W8A16-g128" in words and not (tmp_path / "INJ").exists()
+
+
+def put(record: Any, path: str, value: Any) -> None:
+    *above, last = path.split(".")
+    for key in above:
+        record = record[key]
+    record[last] = value
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "value", "words"),
+    [
+        ("recipe", "scheme", 4, "scheme: 4 is not of type 'string'"),
+        ("recipe", "scheme", "W5A16", "recipe.json: scheme: not a scheme"),
+        ("recipe", "schemes", ["a"], "schemes: "),
+        ("recipe", "source.model", None, "source.model: None is not of type 'string'"),
+        ("recipe", "asked", {"overrides": {"a": 1}}, "asked.overrides.a: 1 is not of type"),
+        ("recipe", "calibration", {"name": "x"}, "calibration: 'sequences' is a required property"),
+        ("recipe", "left.x", "\ud800", "surrogates not allowed"),
+        ("results", "quality", [1], "quality: "),
+        ("results", "quality.tokens", 0, "quality.tokens: 0 is less than the minimum of 1"),
+        ("results", "quality.metrics.kl.value", "0", "quality.metrics.kl.value: '0' is not of type 'number'"),
+        ("results", "quality.metrics.kl.value", float("nan"), "NaN is no number"),
+        ("results", "gate", {"budget": {"x": 1}, "passed": True, "misses": []}, "gate.budget: "),
+        ("results", "gate", [1], "gate: "),
+        ("results", "bytes", 10**30, "is too large"),
+        ("results", "base_bytes", 0, "base_bytes: 0 is less than the minimum of 1"),
+        ("results", "layers", [{"layer": "x" * 10**5}], "results.json: layers.0: "),
+        ("results", "ladder", {"rungs": []}, "ladder"),
+        ("ladder", "rungs.0.speed", {}, "rungs.0.speed: "),
+        ("ladder", "sensitivity", {"bits": [4], "kl": {"a": []}}, "sensitivity.kl.a: not one number for each of the bits"),
+    ],
+)  # fmt: skip
+def test_facts_that_people_edited(kind: str, path: str, value: Any, words: str, folder: Path) -> None:
+    """The field is named, in one short line, by whatever reads the file."""
+    if kind == "ladder":
+        facts = json.loads((REPO / "model_cards" / "ref-llama-16m-mixed" / "facts.json").read_text())
+        (folder / "ladder.json").write_text(json.dumps(facts["results"]["ladder"]))
+    record = json.loads((folder / f"{kind}.json").read_text())
+    if path.startswith("rungs.0"):
+        record["rungs"][0]["speed"] = value
+    else:
+        put(record, path, value)
+    (folder / f"{kind}.json").write_text(json.dumps(record))
+    for command in (["report", folder], *([] if kind == "ladder" else [["card", "show", folder]])):
+        error = run(*command, code=1).stderr
+        assert f"{kind}.json: " in error and words in error and len(error) < 600
 
 
 def test_a_failed_gate_is_the_first_sentence(known: tuple[dict[str, Any], dict[str, Any]]) -> None:

@@ -1,0 +1,55 @@
+"""Text from elsewhere in Markdown and in a shell, where it must stay text; and numbers as people read them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+
+def shell_word(text: object) -> str:
+    """One word for a shell, on one line, whatever is in it."""
+    word = str(text)
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = "".join(
+        c if c.isprintable() and c not in "\\'" else "".join(f"\\x{b:02x}" for b in c.encode()) for c in word
+    )
+    return f"$'{escaped}'"
+
+
+def md(text: object) -> str:
+    """Text in which Markdown and HTML see nothing but text."""
+    return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", line(text))
+
+
+def code(text: object) -> str:
+    """Text as a code span, also inside a table."""
+    return f"`{line(text).replace('`', chr(39)).replace('|', '/')}`"
+
+
+def line(text: object) -> str:
+    """Text on one line, without what a terminal or reader would obey instead of showing it."""
+    return " ".join("".join(c if c.isprintable() or c.isspace() else " " for c in str(text)).split())
+
+
+def plain(text: object) -> str:
+    """A Hub id or path without anything that ends a link or a string."""
+    return re.sub(r"[^\w./-]", "", str(text), flags=re.ASCII)
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.{2 if unit == 'GB' else 1}f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def percent(share: float, form: str = "%.1f") -> str:
+    """A share of one as a percentage."""
+    return f"{form % (100 * share)} %"
+
+
+def number(value: float) -> str:
+    """Four digits."""
+    return f"{value:.4g}"

@@ -233,6 +233,8 @@ class HfQuantQuantizer(HfQuantizer):
             raise self.failure
         if self.calibrates:
             self._calibrate(model)
+            fresh = get_model_conversion_mapping(model)  # while it loaded, stacks had no scales that belong to them
+            self._converters = updated_conversions(super().update_weight_conversions, fresh, model)
         keep_for_saving(model, self._converters)
         self._cast(model)
         dispatched = len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1

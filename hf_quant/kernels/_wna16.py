@@ -161,7 +161,6 @@ def wna16_kernel(
                 c = c0 + tl.arange(0, 16)
                 c_ok = c < OUTLIERS
                 column = tl.load(index_ptr + c, mask=c_ok, other=0)
-                c_ok = c_ok & (column >= 0) & (column < K)
                 x = tl.load(x_at + column[:, None], mask=ok & c_ok[:, None], other=0.0)
                 value = tl.load(value_ptr + at[:, None] + c[None, :], mask=n_ok[:, None] & c_ok[None, :], other=0.0)
                 acc = tl.dot(value.to(dtype), x, acc, input_precision="ieee")
@@ -169,8 +168,7 @@ def wna16_kernel(
             for c in range(part, OUTLIERS, SPLIT_K):
                 column = tl.load(index_ptr + at + c, mask=n_ok, other=0)
                 value = tl.load(value_ptr + at + c, mask=n_ok, other=0.0).to(tl.float32)
-                there = n_ok & (column >= 0) & (column < K)
-                x = tl.load(x_at + column[:, None], mask=ok & there[:, None], other=0.0)
+                x = tl.load(x_at + column[:, None], mask=ok & n_ok[:, None], other=0.0)
                 acc += x.to(tl.float32) * value[:, None]
 
     if tile_ptr is not None:  # asked again, or the registers would be held until here

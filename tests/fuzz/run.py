@@ -21,6 +21,7 @@ from tests.fuzz.mutate import spoil
 from tests.fuzz.originals import make_own, names, original
 
 BATCH = 100  # cases in one process, so that what they leave behind in memory goes
+CHUNK = 500  # cases between two signs of life
 SILENCE = 600  # seconds without a case done, after which a process is taken for hung
 
 
@@ -41,8 +42,7 @@ def many(first: int, last: int, home: Path) -> Iterator[tuple[int, str]]:
     """Case and fault, for all faults of the cases from ``first`` to before ``last``."""
     case = first
     while case < last:
-        until = min(case + BATCH, last)
-        case = yield from _batch(case, until, home)
+        case = yield from _batch(case, min(case + BATCH, last), home)
 
 
 def _batch(first: int, last: int, home: Path) -> Iterator[tuple[int, str]]:
@@ -102,13 +102,16 @@ def report(first: int, last: int, out: Path | None) -> int:
     shared, start = Path("/dev/shm"), time.monotonic()
     found = 0
     with tempfile.TemporaryDirectory(prefix="hf-quant-fuzz-", dir=shared if shared.is_dir() else None) as home:
-        for case, fault in many(first, last, prepared(Path(home))):
-            found += 1
-            line = json.dumps({"case": case, "fault": fault})
-            click.echo(line)
-            if out is not None:
-                with out.open("a") as file:
-                    file.write(line + "\n")
+        prepared(Path(home))
+        for chunk in range(first, last, CHUNK):
+            for case, fault in many(chunk, min(chunk + CHUNK, last), Path(home)):
+                found += 1
+                line = json.dumps({"case": case, "fault": fault})
+                click.echo(line)
+                if out is not None:
+                    with out.open("a") as file:
+                        file.write(line + "\n")
+            click.echo(f"up to {min(chunk + CHUNK, last)}: {found} faults", err=True)
     took = time.monotonic() - start
     click.echo(f"{last - first} checkpoints through {len(ENTRANCES)} entrances: {found} faults, {took:.0f} s")
     return found

@@ -216,7 +216,12 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """One JSON file of a local folder.
+
+    Raises:
+        CheckpointError: It is damaged, too large, or leads out of the folder.
+    """
     path = _inside(folder, name)
     size = _regular(path, name)
     if size > MAX_BYTES:
@@ -230,7 +235,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is damaged, or a number in it would make building the model endless; the message names the field.
     """
-    config = _read_json(folder, "config.json")
+    config = read_json(folder, "config.json")
     check_config(config)
     return config
 
@@ -376,10 +381,8 @@ def _why_nothing(folder: Path) -> str:
 
 
 def _weight_map(folder: Path, index: str) -> dict[str, str]:
-    stored = _read_json(folder, index)
+    stored = read_json(folder, index)
     weight_map = stored.get("weight_map")
-    if not isinstance(stored.get("metadata", {}), dict):
-        raise CheckpointError(f"{index}: metadata must be an object, got {shown(stored['metadata'])}")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map must be a non-empty object, got {shown(weight_map)}")
     for tensor, shard in weight_map.items():
@@ -387,6 +390,8 @@ def _weight_map(folder: Path, index: str) -> dict[str, str]:
             raise CheckpointError(
                 f"{index}: weight_map[{shown(tensor)}] is {shown(shard)}, not a plain .safetensors file name"
             )
+    if not isinstance(stored.get("metadata", {}), dict):
+        raise CheckpointError(f"{index}: metadata must be an object, got {shown(stored['metadata'])}")
     return weight_map
 
 

@@ -197,6 +197,10 @@ class CompressedTensors:
         for module, own in headers.items():
             weight = own.get("weight")
             if weight is not None and weight.dtype in FLOATS:
+                if "weight_scale" in own or "weight_packed" in own:
+                    raise FormatError(
+                        f"{module}: weight is in floating point, and codes or scales of it stand beside it"
+                    )
                 continue  # a layer in floating point
             try:
                 made[module] = self._layer(module, self._group(called(module)), own, value)

@@ -314,7 +314,7 @@ class ReadLayer(_Read):
         module = model.get_submodule(path)
         if isinstance(module, QuantLinear):
             return parameters_of(name, self.fmt.read(tensors, module.scheme), module.weight_scale.dtype)
-        plain = list(tensors) == ["weight"] and path not in self.hf_quantizer.placed.dense
+        plain = path not in self.hf_quantizer.placed.dense  # it may have scales of activations beside it
         dense = tensors["weight"] if plain else self.fmt.dense(tensors)
         return {name: frozen(dense.to(getattr(module, leaf).dtype))}
 

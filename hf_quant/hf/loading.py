@@ -40,7 +40,9 @@ def load(model: str, **kwargs: Any) -> Any:
         stored = stored_in(config, folder)
         if isinstance(stored, Mapping):
             foreign = stored.get("quant_method") != "hf_quant"
-            config.quantization_config = dict(stored)  # some say it elsewhere
+            # some say it elsewhere; and by these fields transformers would take it for another program's
+            fields = {name: value for name, value in stored.items() if foreign or not name.startswith("load_in_")}
+            config.quantization_config = fields
             if foreign and "quantization_config" not in kwargs:
                 kwargs["quantization_config"] = understood(stored)  # transformers would skip a kind it does not know
         if stored is None and any((folder / name).is_file() for name in (WEIGHTS, INDEX)):

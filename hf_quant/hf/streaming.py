@@ -27,6 +27,7 @@ from hf_quant.errors import HfQuantError, PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf.auto import class_of, config_of
 from hf_quant.hf.config import HfQuantConfig
+from hf_quant.hf.explained import explained
 from hf_quant.hf.parts import part_of, take_part
 from hf_quant.hf.passing import Calls, passed_through
 from hf_quant.hf.plan import Plan, freeze, make_plan
@@ -198,7 +199,7 @@ def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool) -> _Sour
     kind = class_of(stored, **hub)
     refuse_other_kinds(kind, stored, config.method)
     dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
-    with init_empty_weights(include_buffers=False):
+    with explained(str(folder)), init_empty_weights(include_buffers=False):
         model = kind._from_config(stored, dtype=dtype).eval()
     config = copy.deepcopy(config)
     plan = make_plan(model, config)
@@ -210,7 +211,7 @@ def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool) -> _Sour
 
 def refuse_other_kinds(kind: Any, config: Any, method: str) -> None:
     """Only decoders are calibrated so far; ``kind`` is the class of the model."""
-    if getattr(config, "is_encoder_decoder", False) or not kind.can_generate():
+    if getattr(config, "is_encoder_decoder", False) or not getattr(kind, "can_generate", bool)():
         raise HfQuantError(f"{method} calibrates decoder-only models so far, not {kind.__name__}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_quant.checkpoint import Checkpoint
+from hf_quant.checkpoint import INDEX, Checkpoint, read_json
 from hf_quant.contents import Contents
 from hf_quant.errors import CheckpointError
 from hf_quant.formats.native import wrong_values
@@ -51,6 +51,8 @@ def verify(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = it
         HfQuantError: The first thing that is wrong; the message names file and tensor or field.
     """
     checkpoint = Checkpoint.open(folder)
+    if (folder / INDEX).is_file() and "metadata" not in read_json(folder, INDEX):
+        raise CheckpointError(f"{INDEX}: metadata is missing, without which transformers loads no shards")
     model = skeleton(str(folder), weights=checkpoint)
     stored = stored_in(model.config, folder)
     size = sum(info.nbytes for info in checkpoint.tensors.values())

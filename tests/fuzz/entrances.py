@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import signal
 import time
@@ -85,8 +86,9 @@ def _wrong_message(text: str) -> str:
     return "" if text.replace("\n", "").isprintable() else f"message is not printable: {text[:200]!a}"
 
 
-def _command(name: str, folder: Path) -> Outcome:
-    done = CliRunner().invoke(main, [name, str(folder)])
+def command(words: list[str]) -> Outcome:
+    """What a command makes of its arguments."""
+    done = CliRunner().invoke(main, words)
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     text = done.stderr if done.exit_code else done.stdout
@@ -106,23 +108,23 @@ def _from_pretrained(folder: Path) -> Outcome:
 
 
 ENTRANCES: dict[str, Callable[[Path], Outcome]] = {
-    "inspect": lambda folder: _command("inspect", folder),
-    "verify": lambda folder: _command("verify", folder),
-    "plan": lambda folder: _command("plan", folder),
+    "inspect": lambda folder: command(["inspect", str(folder)]),
+    "verify": lambda folder: command(["verify", str(folder)]),
+    "plan": lambda folder: command(["plan", str(folder)]),
     "load": lambda folder: Outcome("ok", hf_quant.load(str(folder))),
     "from_pretrained": _from_pretrained,
 }
 OF_TRANSFORMERS = "from_pretrained"  # raises what it likes where it never called us
 
 
-def enter(name: str, folder: Path) -> Outcome:
-    """Go through one entrance, with limits of time and memory."""
+def enter(name: str, folder: Path, way: Callable[[], Outcome] | None = None) -> Outcome:
+    """Go through one entrance, by default that of `ENTRANCES`, with limits of time and memory."""
     _forget()
     before, size = _peak(), sum(path.stat().st_size for path in folder.iterdir())
     start = time.process_time()
     try:
         with patience(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            outcome = ENTRANCES[name](folder)
+            outcome = way() if way is not None else ENTRANCES[name](folder)
     except Hang:
         return Outcome("fault", fault=f"no end after {PATIENCE} s")
     except HfQuantError as error:
@@ -160,21 +162,17 @@ def run_model(model: Any) -> str:
 
 def _large(model: Any) -> bool:
     floats = [
-        (name, p.detach().abs().max())
-        for name, p in model.named_parameters()
-        if p.is_floating_point() and p.nelement()
+        (n, p.detach().abs().max()) for n, p in model.named_parameters() if p.is_floating_point() and p.nelement()
     ]
     codes = {True: 128, False: 1}  # as large as a code can be
-    return any(float(most) * codes["_scale" in name] > LARGE for name, most in floats) or _extreme(
-        model.config.to_dict()
-    )
+    return any(float(most) * codes["_scale" in name] > LARGE for name, most in floats) or _config_alone(model)
 
 
-def _extreme(config: Any) -> bool:
-    """Whether a number of the config itself makes logits overflow, for example ``rms_norm_eps`` of -1."""
-    if isinstance(config, dict | list):
-        return any(map(_extreme, config.values() if isinstance(config, dict) else config))
-    return isinstance(config, float) and (config < 0 or config > 1e6)
+def _config_alone(model: Any) -> bool:
+    """Whether the same config makes logits that are not finite of ordinary weights too, for example with an eps of -1."""
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    return not bool(sample_logits(type(model)(config).eval()).isfinite().all())
 
 
 def faults(folder: Path, entrances: tuple[str, ...] = tuple(ENTRANCES)) -> Iterator[str]:

@@ -16,6 +16,7 @@ from random import Random
 import click
 
 from hf_quant import _plugins
+from tests.fuzz import records
 from tests.fuzz.entrances import ENTRANCES, faults
 from tests.fuzz.mutate import spoil
 from tests.fuzz.originals import make_own, names, original
@@ -26,11 +27,16 @@ SILENCE = 600  # seconds without a case done, after which a process is taken for
 
 
 def one(case: int, home: Path) -> Iterator[str]:
-    """The faults of one case; ``home`` as for `make_own`."""
+    """The faults of one case; ``home`` as for `make_own`. Each tenth is one of records, the others of checkpoints."""
     chance = Random(case)
     good = chance.choice(names(home))
     folder = Path(tempfile.mkdtemp(dir=home))
     try:
+        if case % 10 == 9:
+            named = records.spoil_records(chance, folder)
+            for fault in records.faults(folder):
+                yield f"{named}: {fault}"
+            return
         kind = spoil(chance, original(good), folder)
         for fault in faults(folder):
             yield f"{good.name} ({kind}): {fault}"
@@ -88,7 +94,7 @@ def prepared(home: Path) -> Path:
     import hf_quant.hf.verify
     import hf_quant.hub.manifest  # noqa: F401
 
-    for name in ENTRANCES:
+    for name in [*ENTRANCES, "card", "report"]:
         if name in _plugins.names("cli"):
             _plugins.load("cli", name)
     transformers.logging.set_verbosity(50)

@@ -62,6 +62,8 @@ class Job:
         max_memory: Bytes that activations may take in memory; None: as much as seems right.
         ranks: The processes that share the work; the first one writes.
         inputs: Files and folders that are read besides the model; no output may harm them.
+        finish: Adds files to the folder before it appears, given the folder and what results.json shall hold so far; returns
+            what it shall hold besides.
     """
 
     model: str
@@ -77,6 +79,7 @@ class Job:
     max_memory: int | None = None
     ranks: Ranks = ALONE
     inputs: Sequence[str] = ()
+    finish: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _folder, _row: {}
 
     def options(self, *names: str) -> dict[str, Any]:
         """Those of `load` that are given."""
@@ -175,6 +178,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         row |= _measured(job, made, blocks)
         if row.get("gate", {}).get("misses"):
             row["folder"] = failed_folder(out).name
+        row |= job.finish(stage, row)
         write_json(stage / "results.json", row)
         if row["folder"] != out.name:
             with output(failed_folder(out), inputs, overwrite=job.overwrite) as aside:

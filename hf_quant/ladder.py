@@ -17,7 +17,7 @@ import torch
 from hf_quant.bench.speed import Speed, compare
 from hf_quant.compress import Job
 from hf_quant.evaluation import means
-from hf_quant.evaluation.gate import Budget
+from hf_quant.evaluation.gate import Budget, unfavourable
 from hf_quant.evaluation.knapsack import Frontier, frontier
 from hf_quant.evaluation.reference import Load, Progress, Reference
 from hf_quant.evaluation.sensitivity import groups, sensitivities
@@ -26,6 +26,7 @@ from hf_quant.hf import HfQuantConfig
 from hf_quant.hf.auto import hub_options
 from hf_quant.hf.loading import plan_of
 from hf_quant.hf.plan import candidates
+from hf_quant.methods import Method, method
 from hf_quant.presets import preset
 from hf_quant.results import Quality
 from hf_quant.scheme import QuantScheme
@@ -111,10 +112,13 @@ class Limits:
     Attributes:
         budget: Of quality. If there is one, the smallest model inside it is wanted; if not, the best inside ``max_size``.
         max_size: Bytes of all weights.
+        margin: How many times the distance from a value to the end of its interval is judged. 2 where the chosen model is
+            measured again on other documents: that number scatters too, and shall be inside with all of its interval.
     """
 
     budget: Budget
     max_size: int | None = None
+    margin: float = 1.0
 
     def fits(self, size: int) -> bool:
         """Whether ``size`` is small enough."""
@@ -123,7 +127,7 @@ class Limits:
     def misses(self, size: int, quality: Quality) -> list[str]:
         """A sentence for everything out of bounds."""
         too_large = f"{size / 1e6:.1f} MB is over the {(self.max_size or 0) / 1e6:.1f} MB allowed"
-        return [*self.budget.misses(quality), *([] if self.fits(size) else [too_large])]
+        return [*self.budget.misses(quality, self.margin), *([] if self.fits(size) else [too_large])]
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ class Ladder:
         """Whether lower rungs can only be worse: over the quality budget, or small enough where only size counts."""
         assert rung.quality is not None
         if self.limits.budget:
-            return bool(self.limits.budget.misses(rung.quality))
+            return bool(self.limits.budget.misses(rung.quality, self.limits.margin))
         return self.limits.fits(rung.bytes)
 
     def _add(self, found: Walk, rung: Rung) -> None:
@@ -211,6 +215,8 @@ class Ladder:
     def _up_to_size(self, found: Walk) -> None:
         """Mix so that the size is used up."""
         assert self.limits.max_size is not None
+        if found.chosen is not None and found.chosen is found.rungs[1]:
+            return  # the first rung fits, and nothing is better
         table = self._table(found, [s for s in self.schemes if s.bits < 8 or s.activations])
         picks = table.frontier.cheapest(self.limits.max_size - table.rest)
         if picks is not None:
@@ -219,12 +225,12 @@ class Ladder:
     def _used(self, rung: Rung) -> float:
         """How much of the budget a model takes, 1 being all, in proportion to KL (disagreement grows like its root)."""
         assert rung.quality is not None
-        of, budget = rung.quality.metrics, self.limits.budget
+        of, budget, margin = rung.quality.metrics, self.limits.budget, self.limits.margin
         shares = [0.0]
         for value, limit, power in (
-            (of["kl"].value, budget.max_kl, 1),
-            (of["perplexity_ratio"].value - 1, budget.max_ppl_increase, 1),
-            (1 - of["top1"].value, None if budget.min_top1 is None else 1 - budget.min_top1, 2),
+            (unfavourable(of["kl"], 1, margin), budget.max_kl, 1),
+            (unfavourable(of["perplexity_ratio"], 1, margin) - 1, budget.max_ppl_increase, 1),
+            (1 - unfavourable(of["top1"], -1, margin), None if budget.min_top1 is None else 1 - budget.min_top1, 2),
         ):
             if limit is not None:
                 shares.append((max(value, 0) / limit) ** power if limit > 0 else math.inf)
@@ -242,7 +248,7 @@ class Ladder:
             model,
             layers,
             tried,
-            preset(config.method, config.default_scheme).solver(),
+            _rounding(config),
             lambda m: means(m, trial)["kl"],
             self.progress,
         )
@@ -286,6 +292,16 @@ class _Table:
             for name in names
         }
         return HfQuantConfig(str(self.choices[0]), overrides=chosen, **self.options)
+
+
+def _rounding(config: HfQuantConfig) -> Method:
+    """How sensitivities are measured: the method's own codes or, where it needs calibration data, plain rounding.
+
+    Calibrating anew for every group and width would take days; what it gains is alike everywhere, and it is the order of
+    the groups that counts: the mixed model is then made by the method itself, and measured.
+    """
+    chosen = preset(config.method, config.default_scheme)
+    return method("rtn") if chosen.calibrated or chosen.transforms else chosen.solver()
 
 
 def _bytes(shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype) -> int:

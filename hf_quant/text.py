@@ -140,6 +140,13 @@ def split(text: str) -> list[str]:
     return [document.strip("\n") + "\n" for document in text.split(SEPARATOR) if document.strip()]
 
 
+def halves(text: str) -> tuple[str, str]:
+    """Its documents in two texts of about the same length, documents of every length in both."""
+    documents = sorted(split(text), key=len, reverse=True)
+    one, two = ([d for i, d in enumerate(documents) if i % 4 in pair] for pair in ((0, 3), (1, 2)))
+    return SEPARATOR.join(one), SEPARATOR.join(two)
+
+
 def windows(
     tokenizer: Any, text: str, context: int, max_tokens: int | None = None, stride: int | None = None
 ) -> Windows:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from hf_quant.cli._calibrated import blocks_shown, calibration_for, calibration_options, looks_at_text
 from hf_quant.cli._common import (
     Measuring,
     bars,
@@ -34,7 +35,7 @@ from hf_quant.errors import HfQuantError
 from hf_quant.outputs import check_places, work_folder
 
 if TYPE_CHECKING:
-    from hf_quant.calibration import Calibration
+    pass
 
 HEAD = ("scheme", "MB", "bits/weight", "quantized", "perplexity", "KL (nats)", "95 % interval", "top-1", "seconds")
 TOKENS = 32768  # measured by default: enough for intervals, and soon done
@@ -55,14 +56,7 @@ TOKENS = 32768  # measured by default: enough for intervals, and soon done
     default=None,
     help="Measure the result; default: if there is a gate, --text, or heldout.txt beside the model.",
 )
-@click.option(
-    "--calibration",
-    metavar="TEXT",
-    help="For calibrated methods: a UTF-8 or JSONL file, or ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
-    "default: calibration.txt beside the model, else a bundled text.",
-)
-@click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it.")
-@click.option("--max-memory", type=Size(), help="What activations may take before they go to disk, such as 2GB.")
+@calibration_options
 @measure_options
 @gate_options
 @click.option("--prompt", help="Let the saved model continue this.")
@@ -81,7 +75,7 @@ def command(
     _refuse_measuring(wanted, gated, how)
     _refuse_two_bits([*slugs, *(slug for _, slug in options["override"] if slug)], gated)
     source = find_calibration(calibration, model)
-    calibrated = _looks_at_text(options["method"], slugs, calibration)
+    calibrated = looks_at_text(options["method"], slugs, calibration)
     outs = [Path(output) / slug for slug in slugs] if len(slugs) > 1 else [Path(output)]
     inputs = list(filter(None, (text, dataset, source)))
     check_places(outs, [model, *inputs], overwrite=overwrite, gate=gated)
@@ -106,7 +100,7 @@ def command(
     tokenizer = tokenizer_of(model, **from_hub)
     if tokenizer is None:
         say(f"{model}: no tokenizer found, none is saved")
-    calibrated_on = _calibration(model, source, calibration_tokens, tokenizer, from_hub) if calibrated else None
+    calibrated_on = calibration_for(model, source, calibration_tokens, tokenizer, from_hub) if calibrated else None
     always = wanted or gate or calibrated_on is not None
     found = None if wanted is False or not ranks.first else how.find(model) if always else how.beside(model)
     given = {"dtype": dtype} | ({"device_map": device} if device else {}) | from_hub
@@ -152,46 +146,6 @@ def _resumable(schemes: dict[Path, str]) -> Iterator[None]:
                 only = f" with --scheme {scheme} -o {out}" if len(schemes) > 1 else ""
                 say(f"{work_folder(out)} holds the finished blocks: the same command{only} goes on from there")
         raise
-
-
-def _looks_at_text(method: str, slugs: Sequence[str], calibration: str | None) -> bool:
-    """Whether the method needs calibration data for one of the schemes; data that nothing looks at are refused."""
-    from hf_quant.presets import preset
-    from hf_quant.scheme import QuantScheme
-
-    calibrated = any(preset(method, QuantScheme.parse(slug)).calibrated for slug in slugs)
-    if calibration is not None and not calibrated:
-        raise click.UsageError(f"--calibration: --method {method} looks at no text")
-    return calibrated
-
-
-def _calibration(model: str, source: str | None, tokens: int, tokenizer: Any, from_hub: dict[str, Any]) -> Calibration:
-    """What calibrated methods look at."""
-    from hf_quant.calibration import calibration
-    from hf_quant.evaluation.yardstick import Base
-
-    base = Base(model, **from_hub)
-    return calibration(source, tokenizer, base.context(), tokens, base.vocabulary())
-
-
-def blocks_shown(blocks: Iterable[Any], shown: bool) -> Iterator[Any]:
-    """A bar with seconds a block, the time left, and the peak memory of this process so far."""
-    from tqdm import tqdm
-
-    with tqdm(blocks, desc="blocks", unit="block", disable=not shown) as bar:
-        for block in bar:
-            yield block
-            bar.set_postfix_str(f"peak {peak_memory() / 1e9:.1f} GB")
-
-
-def peak_memory() -> int:
-    """Bytes of this process in memory at most so far; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _refuse_measuring(wanted: bool | None, gated: bool, how: Measuring) -> None:

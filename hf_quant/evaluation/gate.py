@@ -6,7 +6,19 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_quant.errors import HfQuantError
-from hf_quant.results import Quality
+from hf_quant.results import Estimate, Quality
+
+
+def unfavourable(measured: Estimate, sign: int, margin: float = 1.0) -> float:
+    """What a gate judges: the end of the interval where the model is worse, or the value where there is no interval.
+
+    Args:
+        measured: A value and its interval.
+        sign: 1 where larger is worse, -1 where smaller is.
+        margin: How far beyond: 2 goes twice as far from the value as the interval.
+    """
+    end = measured.high if sign > 0 else measured.low
+    return measured.value if end is None else measured.value + margin * (end - measured.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +38,15 @@ class Budget:
     def __bool__(self) -> bool:
         return self != Budget()
 
-    def misses(self, quality: Quality) -> list[str]:
+    def misses(self, quality: Quality, margin: float = 1.0) -> list[str]:
         """A sentence for every number that is out of budget; NaN is, and so is everything where nothing was measured.
 
         What is judged is the unfavourable end of the 95 % interval, so that a model passes if it is better than the budget
         and not if it was lucky with the text; the value itself where the text has too few documents for an interval.
+
+        Args:
+            quality: What was measured.
+            margin: How many times the distance from the value to that end is judged.
 
         Raises:
             HfQuantError: A number was not measured, as for an encoder.
@@ -49,13 +65,13 @@ class Budget:
             if name not in quality.metrics:
                 raise HfQuantError(f"the gate asks for {title}, which is not measured for {quality.kind} models")
             measured = quality.metrics[name]
-            end = measured.high if sign > 0 else measured.low
-            judged = (measured.value if end is None else end) - offset
+            judged = unfavourable(measured, sign, margin) - offset
             if not sign * judged <= sign * limit:
                 side = "over" if sign > 0 else "under"
                 said = f"{title} {measured.value - offset:.5g}"
-                if end is not None and judged != measured.value - offset:
-                    said += f" (95 % interval {'up' if sign > 0 else 'down'} to {judged:.5g})"
+                if judged != measured.value - offset:
+                    times = "" if margin == 1 else f"{margin:g} times the "
+                    said += f" ({times}95 % interval {'up' if sign > 0 else 'down'} to {judged:.5g})"
                 made.append(f"{said} is {side} the {limit:g} allowed, by {abs(judged - limit):.3g}")
         return made
 

@@ -6,7 +6,7 @@ Layers that a kernel or a format fuses share one width: query, key and value; ga
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -38,17 +38,61 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
 def rounded(model: Any, names: Sequence[str], scheme: QuantScheme, method: Method) -> Iterator[None]:
     """Inside, the weights ``names`` of a floating-point ``model``, and what enters them, are what ``scheme`` makes of them."""
     before = {name: _weight(model, name) for name in names}
-    kept, hooks = {name: weight.data for name, (weight, _) in before.items()}, []
+    kept = {name: weight.data for name, (weight, _) in before.items()}
+    with ExitStack() as rounding:
+        try:
+            for weight, turned in before.values():
+                weight.data = _round(weight.data, turned, scheme, method)
+            if scheme.activations:
+                for enter in _inputs(model, names):
+                    rounding.enter_context(enter)
+            yield
+        finally:
+            for name, (weight, _) in before.items():
+                weight.data = kept[name]
+
+
+def _inputs(model: Any, names: Sequence[str]) -> list[AbstractContextManager[None]]:
+    """One context for each tensor that the weights ``names`` are multiplied by, in which it is rounded to INT8."""
+    found: dict[tuple[int, bool], AbstractContextManager[None]] = {}
+    for name in names:
+        owner, second = _owner(model, name), _is_second_stack(model, name)
+        if (id(owner), second) not in found:  # two stacks that are given the same tensor, which is rounded once
+            found[id(owner), second] = _second_rounded(owner) if second else _input_rounded(owner)
+    return list(found.values())
+
+
+@contextmanager
+def _input_rounded(layer: torch.nn.Module) -> Iterator[None]:
+    handle = layer.register_forward_pre_hook(_round_input)
     try:
-        for weight, turned in before.values():
-            weight.data = _round(weight.data, turned, scheme, method)
-        hooks = [_owner(model, name).register_forward_pre_hook(_round_input) for name in names if scheme.activations]
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for name, (weight, _) in before.items():
-            weight.data = kept[name]
+        handle.remove()
+
+
+@contextmanager
+def _second_rounded(experts: Any) -> Iterator[None]:
+    """What a layer of stacked experts gives its second stack: its gate's output, or its activation's without a gate."""
+    if not getattr(experts, "has_gate", True):
+        handle = experts.act_fn.register_forward_hook(lambda _module, _args, output: _rounded_rows(output))
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    plain = experts._apply_gate
+    experts._apply_gate = lambda *args: _rounded_rows(plain(*args))
+    try:
+        yield
+    finally:
+        del experts._apply_gate  # the class has it
+
+
+def _is_second_stack(model: Any, name: str) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    stacked = isinstance(getattr(model.get_submodule(parent), leaf), torch.nn.Parameter)
+    return stacked and leaf == "down_proj"
 
 
 def sensitivities(
@@ -61,7 +105,7 @@ def sensitivities(
         model: In floating point; it is the same afterwards.
         layers: From `groups`.
         schemes: To try.
-        method: How codes are chosen.
+        method: How codes are chosen; one that needs no calibration data.
         cost: Of the model as it is.
         progress: Wraps the list of trials.
     """
@@ -90,8 +134,12 @@ def _owner(model: Any, name: str) -> torch.nn.Module:
 
 
 def _round_input(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    codes, scale = quantize_rows(args[0])
-    return ((codes * scale).to(args[0].dtype), *args[1:])
+    return (_rounded_rows(args[0]), *args[1:])
+
+
+def _rounded_rows(x: Tensor) -> Tensor:
+    codes, scale = quantize_rows(x)
+    return (codes * scale).to(x.dtype)
 
 
 @torch.inference_mode()

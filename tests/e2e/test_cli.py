@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import hf_quant
+import hf_quant.disk
 from hf_quant.cli import main
 from hf_quant.text import paragraphs
 
@@ -254,6 +255,32 @@ def test_ladder(folder: Path, tmp_path: Path, checked: Any) -> None:
     limit = uniform[1]["bytes"] + 2000
     best = json.loads(run(*call[:3], tmp_path / "best", *call[4:], "--max-size", f"{limit}B", "--json").stdout)
     assert best["chosen_bytes"] <= limit
+
+
+def test_ladder_of_a_calibrated_method(
+    folder: Path, tmp_path: Path, checked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is chosen on half of the documents and measured on the other half; OUT has everything in it when it appears."""
+    text, looked_at, out = tmp_path / "text.txt", tmp_path / "calibration.txt", tmp_path / "small"
+    text.write_text("<|endoftext|>".join(f"document {i} says {i * i} and {i % 7}, " * (3 + i % 4) for i in range(24)))
+    looked_at.write_text("something else to look at, one time and again\n" * 40)
+    call = ["ladder", folder, "-o", out, "--group-size", 32, "--trial-tokens", 64, "--context", 32, "--text", text]
+    call += ["--max-kl", 0.5, "--max-tokens", 900, "--json"]
+    assert "looks at no text" in run(*call, "--calibration", looked_at, code=2).stderr
+    told: list[set[str]] = []
+    real = hf_quant.disk._swap
+    monkeypatch.setattr(
+        hf_quant.disk,
+        "_swap",
+        lambda stage, to: (told.append({p.name for p in stage.iterdir()}) if to == out else None, real(stage, to)),
+    )
+    record = json.loads(run(*call, "--method", "gptq", "--calibration", looked_at).stdout)
+    assert {"ladder.json", "results.json", "recipe.json", "size_and_kl-dark.png"} < told[0]
+    quality = checked(out)["quality"]
+    assert quality == record["held_back"] and quality["documents"] == 12
+    chosen = next(r for r in record["rungs"] if r["bytes"] == record["chosen_bytes"])
+    assert chosen["quality"]["text_sha256"] != quality["text_sha256"] and chosen["quality"]["documents"] == 12
+    assert json.loads((out / "recipe.json").read_text())["method"] == "gptq"
 
 
 def test_measuring_the_wrong_thing_is_refused(folder: Path, tmp_path: Path) -> None:

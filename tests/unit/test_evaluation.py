@@ -12,6 +12,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
 
 import hf_quant.evaluation.metrics as metrics_folder
+from hf_quant import calibration, text
 from hf_quant.checkpoint import Checkpoint
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation import bootstrap, evaluate, means
@@ -307,6 +308,13 @@ def test_overlap() -> None:
     refuse_overlap(long, paragraphs("something else " * 30))
     with pytest.raises(HfQuantError, match="2 of 50 paragraphs"):
         refuse_overlap(long, paragraphs("\n\n".join(long.split("<|endoftext|>")[:2]).replace(" ", "  ")))
+
+
+def test_the_bundled_text_has_enough_documents_and_nothing_of_what_is_calibrated_on() -> None:
+    held_out = read_text(text.BUNDLED)
+    documents = text.split(held_out)
+    assert len(documents) >= 30 and max(map(len, documents)) <= 20_000
+    assert not paragraphs(held_out) & paragraphs(read_text(calibration.BUNDLED))
 
 
 def layers_of(folder: Path, **kwargs: Any) -> Iterator[Any]:

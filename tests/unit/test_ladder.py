@@ -1,5 +1,6 @@
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +14,11 @@ from hf_quant.evaluation.knapsack import frontier
 from hf_quant.evaluation.sensitivity import groups, rounded, sensitivities
 from hf_quant.hf import HfQuantConfig
 from hf_quant.hf.plan import make_plan
-from hf_quant.ladder import MIXED, Ladder, Limits, Rung, Walk, _Table
+from hf_quant.ladder import MIXED, Ladder, Limits, Rung, Walk, _rounding, _Table
 from hf_quant.methods import method
 from hf_quant.results import Estimate, Quality
 from hf_quant.scheme import QuantScheme
+from hf_quant.text import halves, split
 
 W = {bits: QuantScheme(bits, 32) for bits in (8, 4, 3, 2)}
 
@@ -106,6 +108,29 @@ def test_rounding_a_group_alone(model: nn.Module) -> None:
     assert len(trials) == 2 * len(layers) and all(0 < four < two for four, two in found.values())
 
 
+@torch.no_grad()
+def test_both_inputs_of_experts_are_rounded_once() -> None:
+    """Two stacks share the layer's input; what the gate gives the second is rounded too."""
+    model, ids, scheme = models()[1], torch.arange(16)[None], QuantScheme.parse("W8A8")
+    experts, path = model.model.layers[0].mlp.experts, "model.layers.0.mlp.experts"
+    first, second = f"{path}.gate_up_proj", f"{path}.down_proj"
+    before = model(ids).logits
+    with rounded(model, [first, second], scheme, method("rtn")):
+        assert len(experts._forward_pre_hooks) == 1
+        both = model(ids).logits
+    with rounded(model, [first], scheme, method("rtn")):
+        assert len(experts._forward_pre_hooks) == 1 and "_apply_gate" not in vars(experts)
+    with rounded(model, [second], scheme, method("rtn")):
+        given = experts._apply_gate(torch.randn(5, 64))
+        assert not experts._forward_pre_hooks
+        assert (given / given.abs().amax(-1, True) * 127 % 1).sub(0.5).abs().min() > 0.49, (
+            "127 steps of a row's largest"
+        )
+        assert not torch.equal(model(ids).logits, both)
+    assert "_apply_gate" not in vars(experts) and not experts._forward_pre_hooks
+    assert torch.equal(model(ids).logits, before)
+
+
 def quality(kl: float) -> Quality:
     made = {"kl": kl, "perplexity_ratio": 1 + kl, "top1": 1 - kl**0.5}
     metrics = {name: Estimate(value, value, value) for name, value in made.items()}
@@ -171,6 +196,37 @@ def test_the_best_inside_a_size() -> None:
     uniform = next(r for r in found.rungs if r.name == "W3A16-g32")
     assert found.chosen.kl < uniform.kl and "W2A16-g32" not in [r.name for r in found.rungs]
     assert walk(Budget(), 10).chosen is None
+
+
+def test_nothing_is_mixed_where_the_first_rung_fits() -> None:
+    found = walk(Budget(), 3000)
+    assert found.chosen is not None and found.chosen is found.rungs[-1] and not found.sensitivity
+    assert [r.name for r in found.rungs] == ["base in bf16", "W8A16-g32"]
+
+
+def test_a_rung_that_is_measured_again_needs_room_for_that() -> None:
+    """Twice the interval: the second number scatters as much as the first."""
+    metrics = {"kl": Estimate(0.010, 0.009, 0.012), "perplexity_ratio": Estimate(1, 1, 1), "top1": Estimate(1, 1, 1)}
+    got = replace(quality(0.0), metrics=metrics)
+    assert not Limits(Budget(max_kl=0.0125)).misses(1, got) and not Limits(Budget(max_kl=0.015), margin=2).misses(
+        1, got
+    )
+    assert Limits(Budget(max_kl=0.0125), margin=2).misses(1, got) == [
+        "KL 0.01 (2 times the 95 % interval up to 0.014) is over the 0.0125 allowed, by 0.0015"
+    ]
+
+
+def test_halves_are_alike() -> None:
+    text = "<|endoftext|>".join("word " * (10 + i) for i in range(40))
+    one, two = halves(text)
+    assert len(split(one)) == len(split(two)) == 20 and not set(split(one)) & set(split(two))
+    assert len(one) == pytest.approx(len(two), rel=0.01)
+
+
+def test_sensitivities_need_no_calibration_data() -> None:
+    for name in ("gptq", "calibrated", "awq", "hadamard+gptq"):
+        assert type(_rounding(HfQuantConfig("W4A16-g32", method=name))) is type(method("rtn"))
+    assert type(_rounding(HfQuantConfig("W4A16-g32", method="hqq"))) is type(method("hqq"))
 
 
 def test_size_and_quality_together() -> None:

@@ -66,7 +66,9 @@ def main() -> None:
     lines = ["# KL against full logits in float64", "", f"{date.today()}, torch {version('torch')}, transformers "
              f"{version('transformers')}; {TOKENS} tokens in windows of 64.", "",
              "| model | bits | measured | exact | ratio |", "|---|---:|---:|---:|---:|"]  # fmt: skip
-    lines += [f"| {r['model']} | {r['bits']} | {r['measured']:.6g} | {r['exact']:.6g} | {r['ratio']:.4f} |" for r in found]
+    lines += [
+        f"| {r['model']} | {r['bits']} | {r['measured']:.6g} | {r['exact']:.6g} | {r['ratio']:.4f} |" for r in found
+    ]
     print("\n".join(lines))
     write("kl_exact", {"date": str(date.today()), "torch": version("torch"), "rows": found}, "\n".join(lines))
     sys.exit(0 if all(abs(row["ratio"] - 1) <= 0.01 for row in found) else 1)

@@ -47,7 +47,7 @@ def letters(text: str, **_: Any) -> Any:
     return SimpleNamespace(input_ids=[ord(c) % 64 for c in text])
 
 
-TEXT = "<|endoftext|>".join(f"document {i} of a few, with numbers {i * 7} and words in it\n" * 3 for i in range(12))
+TEXT = "<|endoftext|>".join(f"document {i} of a few, with numbers {i * 7} and words in it\n" * 3 for i in range(24))
 
 
 def refer(base: Any, cache: Path, said: list[str] | None = None, **kwargs: Any) -> Reference:
@@ -73,7 +73,7 @@ def test_a_model_beside_itself_costs_nothing(tmp_path: Path) -> None:
     assert got.metrics["kl"].value < 1e-9 and got.metrics["kl"].within_noise
     assert got.metrics["top1"] == Estimate(1, None, None, got.metrics["top1"].noise), "nothing differs: no interval"
     assert got.metrics["perplexity"].value == pytest.approx(got.metrics["base_perplexity"].value, rel=1e-6)
-    assert got.documents == 12 and got.resampled == "documents"
+    assert got.documents == 24 and got.resampled == "documents"
 
 
 @pytest.mark.usefixtures("_distributions")
@@ -200,11 +200,11 @@ def test_intervals_of_values_on_both_sides_of_zero() -> None:
 
 
 def test_no_interval_where_it_would_not_cover(tmp_path: Path) -> None:
-    count = torch.full((9,), 10.0).double()
-    assert bootstrap.interval(torch.arange(9.0).double() + 1, count) is None
-    assert bootstrap.interval(torch.ones(12).double(), torch.ones(12).double()) is None, "all alike tell nothing"
-    assert bootstrap.interval(torch.eye(12)[0].double(), torch.ones(12).double()) is None, "one alone tells too little"
-    few = "<|endoftext|>".join(TEXT.split("<|endoftext|>")[:9])
+    count = torch.full((19,), 10.0).double()
+    assert bootstrap.interval(torch.arange(19.0).double() + 1, count) is None
+    assert bootstrap.interval(torch.ones(24).double(), torch.ones(24).double()) is None, "all alike tell nothing"
+    assert bootstrap.interval(torch.eye(24)[0].double(), torch.ones(24).double()) is None, "one alone tells too little"
+    few = "<|endoftext|>".join(TEXT.split("<|endoftext|>")[:19])
     made = windows(letters, few, 32)
     base = tiny(0)
     refers = reference(
@@ -212,10 +212,10 @@ def test_no_interval_where_it_would_not_cover(tmp_path: Path) -> None:
         say=print,
     )  # fmt: skip
     got = evaluate(near(base, 0.1), refers)
-    assert got.documents == 9 and got.resampled is None and len(made.ids) > 10, "windows are no documents"
+    assert got.documents == 19 and got.resampled is None and len(made.ids) > 20, "windows are no documents"
     assert all(e.low is e.high is e.within_noise is None for e in got.metrics.values())
     reason = why_no_interval(got.to_dict())
-    assert reason is not None and "has 9 documents" in reason and "at least 10" in reason
+    assert reason is not None and "has 19 documents" in reason and "at least 20" in reason
 
 
 def bert(kind: Any, seed: int = 0) -> Any:
@@ -242,7 +242,7 @@ def test_encoders(make: Any, names: list[str]) -> None:
     base = make(0)
     found = base_outputs(lambda dtype: copy.deepcopy(base).to(dtype), texts, torch.float32)
     same = evaluate_encoder(base, found, texts, 60)
-    assert list(same.metrics) == names and same.kind == "encoder" and same.documents == 12
+    assert list(same.metrics) == names and same.kind == "encoder" and same.documents == 24
     assert all(e.value == pytest.approx(1, abs=1e-12) for e in same.metrics.values())
     off = evaluate_encoder(near(base, 0.5), found, texts, 60).metrics["embedding_cosine"]
     assert off.value < 0.999 and off.low is not None and off.high is not None
@@ -313,7 +313,7 @@ def test_overlap() -> None:
 def test_the_bundled_text_has_enough_documents_and_nothing_of_what_is_calibrated_on() -> None:
     held_out = read_text(text.BUNDLED)
     documents = text.split(held_out)
-    assert len(documents) >= 30 and max(map(len, documents)) <= 20_000
+    assert len(documents) >= 40 and max(map(len, documents)) <= 20_000
     assert not paragraphs(held_out) & paragraphs(read_text(calibration.BUNDLED))
 
 

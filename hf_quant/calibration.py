@@ -118,3 +118,5 @@ def _lines(path: Path, tokenizer: Any) -> Iterator[str]:
             yield document(json.loads(line), tokenizer)
         except (ValueError, TypeError, KeyError) as error:
             raise HfQuantError(f"{path.name}: line {number}: {error}") from None
+        except RecursionError:
+            raise HfQuantError(f"{path.name}: line {number}: nested too deeply") from None

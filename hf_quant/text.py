@@ -97,6 +97,7 @@ def document(record: Any, tokenizer: Any = None) -> str:
     if isinstance(record, Mapping):
         record = record["text"] if isinstance(record.get("text"), str) else record.get("messages")
     if isinstance(record, str):
+        record.encode()  # halves of characters are no text
         return record
     if not isinstance(record, list) or not record:
         raise ValueError("neither text nor messages")

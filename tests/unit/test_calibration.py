@@ -69,7 +69,7 @@ def test_files_and_lists(tmp_path: Path) -> None:
         ('{"messages": []}', "neither text"),
         ('{"text": "a\\ud800b"}', "surrogates not allowed"),
         ("[" * 100_000, "nested too deeply"),
-    ],  # fmt: skip
+    ],
 )
 def test_bad_lines_are_named(line: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text(line + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,22 @@ from transformers.core_model_loading import (
 )
 
 from hf_quant.hf.kv_cache import KINDS, QuantCache
+
+
+def download_options() -> Mapping[str, Any]:
+    """What ``from_pretrained`` was told about the Hub (``token``, ``local_files_only``, ...); empty outside of it.
+
+    transformers tells a quantizer only which files it loads. All versions from 5.10 to now keep these options in a local
+    variable of ``from_pretrained``, so that is where they are read.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "from_pretrained":
+            options = frame.f_locals.get("download_kwargs")
+            if isinstance(options, Mapping):
+                return options
+        frame = frame.f_back
+    return {}
 
 
 def updated_conversions(update: Callable[..., list[Any]], conversions: list[Any], model: Any) -> list[Any]:

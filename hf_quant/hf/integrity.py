@@ -5,22 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
 from hf_quant.digests import MANIFEST, mismatches, read_manifest
 from hf_quant.errors import CheckpointError
+from hf_quant.hf._compat import download_options
 
 logger = logging.get_logger(__name__)
 
 
-def check_weights(files: Sequence[Path]) -> None:
+def check_weights(files: Sequence[Path], *, ours: bool = True) -> None:
     """Check the sha256 of ``files`` where there is a manifest; ``HF_QUANT_VERIFY=0`` leaves it out.
+
+    The manifest is looked for on the Hub with the options that ``from_pretrained`` was given; nothing goes over the network
+    where that was told ``local_files_only=True``, or ``HF_HUB_OFFLINE=1`` is set.
 
     Args:
         files: Of one checkpoint, as named: in a folder, or in a snapshot of the Hub's cache.
+        ours: Whether this package wrote the checkpoint, so that a manifest can be expected. Only then is it a warning that
+            the Hub does not answer.
 
     Raises:
         CheckpointError: One holds something else than was published.
@@ -28,7 +35,7 @@ def check_weights(files: Sequence[Path]) -> None:
     if os.environ.get("HF_QUANT_VERIFY") == "0" or not files:  # an index may list no tensors
         return
     folder = files[0].parent
-    manifest = folder / MANIFEST if (folder / MANIFEST).is_file() else _pulled(folder)
+    manifest = folder / MANIFEST if (folder / MANIFEST).is_file() else _pulled(folder, ours)
     if manifest is None:
         return
     listed = read_manifest(manifest)
@@ -40,21 +47,28 @@ def check_weights(files: Sequence[Path]) -> None:
         )
 
 
-def _pulled(folder: Path) -> Path | None:
-    """The manifest of the same commit, where ``folder`` is ``models--owner--name/snapshots/<commit>`` of a cache."""
-    store = folder.parent.parent
-    if folder.parent.name != "snapshots" or not store.name.startswith("models--"):
+def _pulled(folder: Path, ours: bool) -> Path | None:
+    """The manifest of the same commit, where ``folder`` is ``models--owner--name/snapshots/<commit>`` of a cache, or a
+    folder in there."""
+    snapshot = next((each for each in (folder, *folder.parents) if each.parent.name == "snapshots"), folder)
+    store = snapshot.parent.parent
+    if snapshot.parent.name != "snapshots" or not store.name.startswith("models--"):
         return None
     repo_id = store.name.removeprefix("models--").replace("--", "/", 1)
-    if try_to_load_from_cache(repo_id, MANIFEST, cache_dir=store.parent, revision=folder.name) is _CACHED_NO_EXIST:
+    name = (folder.relative_to(snapshot) / MANIFEST).as_posix()
+    where: dict[str, Any] = {"revision": snapshot.name, "cache_dir": store.parent}
+    if try_to_load_from_cache(repo_id, name, **where) is _CACHED_NO_EXIST:
         return None
+    options = download_options()
+    offline = bool(options.get("local_files_only")) or constants.HF_HUB_OFFLINE
     try:
-        return Path(hf_hub_download(repo_id, MANIFEST, revision=folder.name, cache_dir=store.parent))
+        return Path(hf_hub_download(repo_id, name, token=options.get("token"), local_files_only=offline, **where))
     except EntryNotFoundError as error:
         if not isinstance(error, LocalEntryNotFoundError):
-            logger.debug(f"{repo_id} has no {MANIFEST}")
+            logger.debug(f"{repo_id} has no {name}")
             return None
     except Exception:  # the client lets through whatever its transport raises
         pass
-    logger.warning(f"{repo_id}: {MANIFEST} cannot be read now, so its weights were not checked")
+    report = logger.warning if ours and not offline else logger.info
+    report(f"{repo_id}: {name} cannot be read now, so its weights were not checked")
     return None

@@ -109,7 +109,8 @@ class HfQuantQuantizer(HfQuantizer):
         with torch.device("cpu"):  # transformers calls this where everything is made on meta
             if self.pre_quantized and checkpoint is not None:
                 check_buffers(model, checkpoint.tensors)
-                check_weights(sorted({info.file for info in checkpoint.tensors.values()}))
+                ours = config.stored is None or "hf_quant" in config.stored
+                check_weights(sorted({info.file for info in checkpoint.tensors.values()}), ours=ours)
                 contents = self._examine(model, checkpoint, list(found))
             elif config.stored is not None:
                 raise PlanError(

@@ -497,6 +497,52 @@ def test_repositories_without_a_manifest(
     )
 
 
+def test_options_of_the_hub_reach_the_check(
+    hub: FakeHub, api: HfApi, push: Push, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A private repository, in a folder of its own and another cache, read with a token that only the call knows."""
+    said: list[str] = []
+    monkeypatch.setattr(integrity.logger, "warning", said.append)
+    push("--private")
+    files = [*folder.glob("*.json"), folder / "model.safetensors"]
+    for file in files:
+        api.upload_file(path_or_fileobj=file, path_in_repo=f"sub/{file.name}", repo_id=TO)
+    api.upload_file(
+        path_or_fileobj=api.hf_hub_download(TO, "manifest.json"), path_in_repo="sub/manifest.json", repo_id=TO
+    )
+    monkeypatch.delenv("HF_TOKEN")
+    for number, where in enumerate(({}, {"subfolder": "sub"}, {"revision": "main"})):
+        options: dict[str, Any] = {"cache_dir": tmp_path / f"cache{number}", **where}
+        assert AutoModelForCausalLM.from_pretrained(TO, token=TOKEN, **options) and not said, said
+        assert any((tmp_path / f"cache{number}").rglob("manifest.json")), "it was fetched, so the weights were checked"
+        before = len(hub.log)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+            assert AutoModelForCausalLM.from_pretrained(TO, local_files_only=True, **options)
+        assert len(hub.log) == before and not said
+    (blob,) = {path.resolve() for path in (tmp_path / "cache1").rglob("model.safetensors")}
+    blob.chmod(0o644)
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256"):
+        AutoModelForCausalLM.from_pretrained(TO, subfolder="sub", cache_dir=tmp_path / "cache1", local_files_only=True)
+
+
+def test_what_others_published_is_loaded_offline(
+    hub: FakeHub, api: HfApi, measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(integrity.logger, "warning", said.append)
+    api.create_repo("alice/other")
+    api.upload_folder(repo_id="alice/other", folder_path=measured)
+    api.snapshot_download("alice/other")  # by the client, which notes nothing of a manifest
+    before = len(hub.log)
+    for options in ({"local_files_only": True}, {}):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", not options)
+        assert AutoModelForCausalLM.from_pretrained("alice/other", **options)
+    asked = [each["path"] for each in hub.log[before:] if "adapter_config.json" not in each["path"]]
+    assert not asked and not said, "transformers itself asks for an adapter, and nothing else"
+
+
 @pytest.mark.parametrize(
     "text", ["[]", "{}", '{"files": []}', '{"files": {"a": {"bytes": "1", "sha256": "x"}}}', "{" * 10**5,
              '{"files": {"../a": {"bytes": 1, "sha256": "' + "0" * 64 + '"}}}'],

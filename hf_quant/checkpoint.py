@@ -216,6 +216,9 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
+FIELDS = ("quantization_config", "compression_config")  # of config.json; the second in older compressed-tensors
+
+
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """One JSON file of a local folder.
 
@@ -259,9 +262,9 @@ def check_config(config: Mapping[str, Any], where: str = "") -> None:
             raise CheckpointError(
                 f"config.json: {where}{key} {shown(value)}: kernels from elsewhere are code, and not run"
             )
-    quantization = config.get("quantization_config")
-    if quantization is not None and not isinstance(quantization, dict):
-        raise CheckpointError(f"config.json: {where}quantization_config must be an object, got {shown(quantization)}")
+    for name in FIELDS:
+        if (quantization := config.get(name)) is not None and not isinstance(quantization, dict):
+            raise CheckpointError(f"config.json: {where}{name} must be an object, got {shown(quantization)}")
     for key, value in config.items():
         if where.count(".") < INNERMOST and key.endswith("_config") and isinstance(value, dict):
             check_config(value, f"{where}{key}.")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_quant.checkpoint import TORCH, Checkpoint, TensorInfo
+from hf_quant.checkpoint import FIELDS, TORCH, Checkpoint, TensorInfo, read_json
 from hf_quant.errors import CheckpointError, FormatError
 from hf_quant.formats import Called, Format, Layer, by_itself, format_of
 from hf_quant.formats.native import wrong_values
@@ -23,20 +23,27 @@ QUANTO = "quanto_qmap.json"  # how optimum-quanto says that a checkpoint is its 
 TINY, SMALL = 1 << 12, 1 << 24  # bytes: what is read of a tensor by the way, and to be sure
 
 
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # where AutoGPTQ and AutoAWQ say it, or said it
+
+
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The ``quantization_config`` of a local checkpoint; None if it is not quantized.
+    """The ``quantization_config`` of a local checkpoint, wherever it stands; None if it is not quantized.
 
     Args:
         folder: Where it is.
         config: Its config.json.
     """
     text = config.get("text_config")
-    stored = config.get("quantization_config")
-    if stored is None and isinstance(text, dict):
-        stored = text.get("quantization_config")
-    if stored is None and (folder / QUANTO).is_file():
+    for part in (config, text if isinstance(text, dict) else {}):
+        for field in FIELDS:
+            if (stored := part.get(field)) is not None:
+                return stored
+    if (folder / QUANTO).is_file():
         return {"quant_method": "quanto"}
-    return stored
+    for name, method in BESIDE.items():
+        if (folder / name).is_file():
+            return {"quant_method": method} | read_json(folder, name)
+    return None
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_quant import _autoload
-from hf_quant.checkpoint import INDEX, TORCH, WEIGHTS, Checkpoint
+from hf_quant.checkpoint import FIELDS, INDEX, TORCH, WEIGHTS, Checkpoint
 from hf_quant.contents import quantization_of
 from hf_quant.errors import PlanError
 from hf_quant.hf._compat import recompute_activations
@@ -19,7 +19,7 @@ from hf_quant.hf.auto import class_of, config_of, hub_options
 from hf_quant.hf.config import HfQuantConfig, quantized_already, taken_over
 from hf_quant.hf.explained import explained
 from hf_quant.hf.plan import Plan, make_plan
-from hf_quant.hf.preflight import check_rest
+from hf_quant.hf.preflight import check_rest, refuse_unexplained
 
 
 def load(model: str, **kwargs: Any) -> Any:
@@ -47,6 +47,7 @@ def load(model: str, **kwargs: Any) -> Any:
                 kwargs["quantization_config"] = understood(stored)  # transformers would skip a kind it does not know
         if stored is None and any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
             checkpoint = Checkpoint.open(folder)
+            refuse_unexplained(checkpoint)
             check_rest(skeleton(model, weights=checkpoint, **hub), checkpoint, checkpoint.tensors)
         return class_of(config, **hub).from_pretrained(model, config=config, **kwargs)
 
@@ -59,8 +60,9 @@ def stored_in(config: Any, folder: Path) -> Any:
         folder: Where the model is, if it is a local one.
     """
     for part in (config, config.get_text_config(decoder=True)):
-        if (stored := getattr(part, "quantization_config", None)) is not None:
-            return stored
+        for field in FIELDS:
+            if (stored := getattr(part, field, None)) is not None:
+                return stored
     return quantization_of(folder, {}) if folder.is_dir() else None
 
 

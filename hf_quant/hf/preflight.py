@@ -19,6 +19,8 @@ from hf_quant.hf.community import Placed, aliases, as_asked, place
 from hf_quant.hf.config import HfQuantConfig
 
 COMPANIONS = tuple(name.removeprefix("weight") for name in format_named("native").suffixes if name != "weight")
+# what only quantized layers have: GPTQ and AWQ, compressed-tensors, HQQ, optimum-quanto, bitsandbytes
+CODES = (".qweight", ".weight_packed", ".W_q", ".weight._data", ".weight.absmax", ".weight.quant_map", ".SCB")
 MOST_BUFFERS = 1 << 28  # bytes besides the size of the file that tables made from config.json may take
 
 
@@ -89,6 +91,19 @@ def check_rest(
         sources[target] = name
         covered.update(targets)
     return covered
+
+
+def refuse_unexplained(checkpoint: Checkpoint) -> None:
+    """Refuse codes of a checkpoint that does not say that it is quantized: transformers would fill in random weights.
+
+    Raises:
+        CheckpointError: Names file and tensor.
+    """
+    for name, info in checkpoint.tensors.items():
+        if name.endswith(CODES):
+            raise CheckpointError(
+                f"{info.file.name}: tensor {name} is of a quantized layer, but config.json has no quantization_config that says how to read it"
+            )
 
 
 def check_complete(model: Any, placed: Placed, covered: set[str], names: Iterable[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from hf_quant.formats.native import wrong_values
 from hf_quant.hf._compat import renamer
 from hf_quant.hf.community import Placed, parameters_of
 from hf_quant.hf.loading import skeleton, stored_in, understood
-from hf_quant.hf.preflight import check_rest
+from hf_quant.hf.preflight import check_rest, refuse_unexplained
 from hf_quant.hf.quantizer import HfQuantQuantizer
 from hf_quant.tensor import QuantizedTensor
 
@@ -57,6 +57,7 @@ def verify(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = it
     stored = stored_in(model.config, folder)
     size = sum(info.nbytes for info in checkpoint.tensors.values())
     if stored is None:
+        refuse_unexplained(checkpoint)
         check_rest(model, checkpoint, checkpoint.tensors)
         _check_numbers(model, checkpoint, progress(list(checkpoint.tensors)))
         return Verified("not quantized", 0, len(checkpoint.tensors), size, [])

@@ -3,11 +3,18 @@
 LONGEST = 2000  # characters of a message
 
 
-def printable(text: str, longest: int = LONGEST) -> str:
-    """A stranger's text, safe to show: at most ``longest`` characters, and whatever is not printable as an escape, so that
-    it can neither drive a terminal nor hide; ends of lines stay."""
+def printable(text: str, longest: int = LONGEST, *, lines: bool = True) -> str:
+    """A stranger's text, safe to show: whatever is not printable becomes an escape, so that it can neither drive a terminal
+    nor hide nor pass for other text.
+
+    Args:
+        text: Anything, also with lone surrogates, as in the name of a file that is not valid UTF-8.
+        longest: More characters than that are cut out of the middle.
+        lines: Whether ends of lines stay what they are; a name has none.
+    """
+    kept = "\n" if lines else ""
     short = _cut(text, longest)
-    return _cut("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in short), longest)
+    return _cut("".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in short), longest)
 
 
 def _cut(text: str, longest: int) -> str:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hf_quant.errors import CheckpointError, SchemeError
+from hf_quant.errors import CheckpointError, SchemeError, printable
 from hf_quant.scheme import QuantScheme
 
 KINDS = ("recipe", "results", "ladder")
@@ -100,5 +100,4 @@ def _constant(text: str) -> NoReturn:
 
 def _short(text: object) -> str:
     """A stranger's text, short and printable."""
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 40]}...{shown[-37:]}"
+    return printable(str(text), LONGEST, lines=False)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_quant.disk import clear, locked, staged
-from hf_quant.errors import DiskError, HfQuantError
+from hf_quant.errors import DiskError, HfQuantError, printable
 from hf_quant.journal import is_journal
 
 RECIPE, CONVERSION = "recipe.json", "conversion.json"
@@ -32,7 +32,7 @@ LATER = re.compile(  # what other commands add to a folder, and what file manage
 
 def shown(path: str | os.PathLike[str]) -> str:
     """A path as it can be printed: control characters and bytes that are not UTF-8 are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in os.fspath(path))
+    return printable(os.fspath(path), lines=False)
 
 
 def check_output(out: Path, inputs: Iterable[str | Path] = (), *, overwrite: bool = False) -> None:

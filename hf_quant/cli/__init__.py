@@ -32,9 +32,13 @@ class _Commands(click.Group):
         command: click.Command = _plugins.load("cli", cmd_name).COMMAND
         return command
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        with _escaped():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _stoppable():
+            with _stoppable(), _escaped():
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
@@ -81,6 +85,16 @@ def _stoppable() -> Iterator[None]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
+
+
+@contextmanager
+def _escaped() -> Iterator[None]:
+    """Wrong usage is told by click, which repeats what was typed as it is."""
+    try:
+        yield
+    except click.ClickException as error:
+        error.message = printable(error.message)  # type: ignore[misc]  # final for those who only catch it
+        raise
 
 
 def _report(error: Exception, code: int) -> None:

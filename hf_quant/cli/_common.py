@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_quant.cli._types import FORMAT, Limit, Method, Override, Scheme, Share
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import HfQuantError, printable
 
 if TYPE_CHECKING:
     from hf_quant.evaluation.gate import Budget
@@ -301,19 +301,25 @@ def _better_founded(known: dict[str, Any], record: dict[str, Any], tell: Callabl
 
 
 def say(message: str, quiet: bool = False) -> None:
-    """To stderr, unless quiet."""
+    """To stderr, unless quiet; each line is short and printable."""
     if not quiet:
-        click.echo(message, err=True)
+        click.echo("\n".join(map(printable, message.split("\n"))), err=True)
 
 
 def emit(as_json: bool, quiet: bool, *, record: dict[str, Any], essential: str, human: str) -> None:
-    """The result, in the one form that was asked for."""
-    click.echo(json.dumps(record) if as_json else essential if quiet else human)
+    """The result, in the one form that was asked for. Only what a script reads from a pipe, ``essential``, stays as it is."""
+    if as_json:
+        click.echo(json.dumps(record))
+    elif quiet and not sys.stdout.isatty():
+        click.echo(essential)
+    else:
+        text = essential if quiet else human
+        click.echo(printable(text, sys.maxsize))
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, numbers to the right."""
-    lines = [list(head), *map(list, rows)]
+    """Columns aligned: the first to the left, numbers to the right; a cell is one printable line."""
+    lines = [[printable(cell, lines=False) for cell in row] for row in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))

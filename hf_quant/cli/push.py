@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_quant.cli._common import bars, budget, emit, gate_options, output_options, say
+from hf_quant.errors import printable
 
 if TYPE_CHECKING:
     from hf_quant.hub.push import Gated, Publication
@@ -87,7 +88,8 @@ def _plan(record: dict[str, Any]) -> str:
         f"{record['repo_id']}, {where}{gate}", f"base {record['base']}, licence {record['license']}",
         f"{len(record['files'])} files and manifest.json, {record['bytes'] / 1e6:.1f} MB:",
     ]  # fmt: skip
-    return "\n".join([*lines, *(f"  {name}" for name in record["files"])])
+    shown = [printable(each, lines=False) for each in (*lines, *(f"  {name}" for name in record["files"]))]
+    return "\n".join(shown)
 
 
 COMMAND = command

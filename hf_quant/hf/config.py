@@ -13,7 +13,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_quant.calibration import Source
-from hf_quant.errors import FormatError, PlanError, SchemeError
+from hf_quant.errors import FormatError, PlanError, SchemeError, printable
 from hf_quant.formats import compressed_tensors, format_of
 from hf_quant.presets import Decision
 from hf_quant.scheme import QuantScheme
@@ -149,7 +149,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         """What config.json holds; fields that other software added are left out, with a warning."""
         extra = sorted(map(str, config_dict.keys() - inspect.signature(cls).parameters.keys()))
         if extra:
-            logger.warning(f"quantization_config: ignored unknown fields {extra}")
+            logger.warning(printable(f"quantization_config: ignored unknown fields {extra}"))
         known = {name: value for name, value in config_dict.items() if name not in extra}
         return super().from_dict(known, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
 

@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
 from hf_quant.digests import MANIFEST, mismatches, read_manifest
-from hf_quant.errors import CheckpointError
+from hf_quant.errors import CheckpointError, printable
 from hf_quant.hf._compat import download_options
 
 logger = logging.get_logger(__name__)
@@ -70,5 +70,5 @@ def _pulled(folder: Path, ours: bool) -> Path | None:
     except Exception:  # the client lets through whatever its transport raises
         pass
     report = logger.warning if ours and not offline else logger.info
-    report(f"{repo_id}: {name} cannot be read now, so its weights were not checked")
+    report(printable(f"{repo_id}: {name} cannot be read now, so its weights were not checked"))
     return None

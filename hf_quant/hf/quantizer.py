@@ -19,7 +19,7 @@ from transformers.utils import logging
 from hf_quant.calibration import Calibration
 from hf_quant.checkpoint import Checkpoint, check_config
 from hf_quant.contents import Contents
-from hf_quant.errors import CheckpointError, HfQuantError, PlanError
+from hf_quant.errors import CheckpointError, HfQuantError, PlanError, printable
 from hf_quant.formats import Format, format_named
 from hf_quant.formats.native import in_features, wrong_values
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
@@ -159,7 +159,7 @@ class HfQuantQuantizer(HfQuantizer):
             self._reader = contents.fmt
             config.resolve(self.placed.schemes, [name for name in names if name not in self.placed.schemes])
             for note in (*self.placed.notes, *dict.fromkeys(self.placed.dense.values())):
-                logger.warning(f"{contents.format}: {note}")
+                logger.warning(printable(f"{contents.format}: {note}"))
         self.plan = make_plan(model, config, stored=self.placed.schemes)
         return contents
 

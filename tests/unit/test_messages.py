@@ -1,0 +1,72 @@
+"""Nothing that the commands print can drive a terminal, hide, or fill the screen, whoever chose the names in it."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from hf_quant.cli import main
+from hf_quant.cli._common import emit, say, table
+from hf_quant.cli.push import _plan
+from hf_quant.errors import LONGEST, printable
+from hf_quant.outputs import shown
+
+EVIL = "a\x1b[31m\x07\r\u202e\u200b\x9b\udcff"
+ESCAPED = r"a\x1b[31m\x07\r\u202e\u200b\x9b\udcff"
+
+
+def test_escapes() -> None:
+    assert printable(EVIL) == shown(EVIL) == ESCAPED
+    assert (printable("a\nb"), shown("a\nb")) == ("a\nb", r"a\nb")
+    assert len(printable("\x07" * 10**6)) < LONGEST and len(shown(Path("\n" * 10**6))) < LONGEST
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [EVIL], [f"--{EVIL}"], ["plan"], ["plan", f"--{EVIL}"], ["plan", "x", EVIL], ["plan", "x", "--scheme", EVIL],
+        ["plan", f"/{EVIL}"], ["plan", "x", "--bits", EVIL], ["plan", "x", "--method", EVIL], ["inspect", EVIL],
+        ["push", f"/{EVIL}", "a/b"], ["verify", EVIL], ["card", EVIL], ["card", "show", f"/{EVIL}"],
+        ["convert", EVIL, "--to", EVIL, "-o", EVIL], ["quantize", EVIL, "-o", EVIL], ["eval", EVIL, "--text", EVIL],
+        ["eval", "x", "--text", EVIL * 10**4], ["plan", "x" * 10**5], [EVIL * 10**4],
+    ],
+)  # fmt: skip
+def test_wrong_usage(arguments: list[str]) -> None:
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code in (1, 2) and isinstance(done.exception, SystemExit), done.exception
+    assert done.output.replace("\n", "").isprintable() and len(done.output) < LONGEST + 1000
+
+
+def test_results(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    say(f"{EVIL}\n{'x' * 10**5}")
+    first, second, last = capsys.readouterr().err.split("\n")
+    assert (first, len(second) < LONGEST, last) == (ESCAPED, True, "")
+    assert table(("a", "b"), [(f"{EVIL}\n", "1")]).splitlines()[1] == f"{ESCAPED}\\n  1"
+    emit(False, False, record={}, essential="", human=f"{EVIL}\nb")
+    emit(False, True, record={}, essential="a\tb", human="")
+    emit(True, True, record={"name": EVIL}, essential="", human="")
+    assert capsys.readouterr().out.splitlines() == [
+        ESCAPED,
+        "b",
+        "a\tb",
+        '{"name": "' + r"a\u001b[31m\u0007\r\u202e\u200b\u009b\udcff" + '"}',
+    ]
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    emit(False, True, record={}, essential=EVIL, human="")
+    assert terminal.getvalue() == f"{ESCAPED}\n"
+
+
+def test_plan_of_a_push() -> None:
+    """A name with an end of line in it is one file, not two."""
+    record = {
+        "repo_id": "a/b", "private": None, "gated": None, "create_pr": False, "revision": EVIL, "base": f"x\n{EVIL}",
+        "license": EVIL, "files": [f"{EVIL}\nREADME.md", "config.json"], "bytes": 1,
+    }  # fmt: skip
+    lines = _plan(record).split("\n")
+    assert len(lines) == 5 and all(line.isprintable() for line in lines), lines

@@ -164,8 +164,9 @@ def _large(model: Any) -> bool:
     floats = [
         (n, p.detach().abs().max()) for n, p in model.named_parameters() if p.is_floating_point() and p.nelement()
     ]
+    large = min(LARGE, torch.finfo(model.dtype).max ** 0.5)  # in float16, the product of two of them is infinite
     codes = {True: 128, False: 1}  # as large as a code can be
-    return any(float(most) * codes["_scale" in name] > LARGE for name, most in floats) or _config_alone(model)
+    return any(float(most) * codes["_scale" in name] > large for name, most in floats) or _config_alone(model)
 
 
 def _config_alone(model: Any) -> bool:

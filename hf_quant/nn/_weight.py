@@ -57,7 +57,7 @@ def read(
             module._codes(name) if local == "weight" else module._parameters.get(name + local.removeprefix("weight"))
         )
         if tensor is not None:
-            found[local] = tensor if index is None or tensor.ndim == 1 else tensor[index]
+            found[local] = tensor if index is None or tensor.ndim == 1 else _picked(tensor, index)
     codes, outliers = found["weight"], None
     if "weight_outlier_index" in found:
         outliers = Outliers(found["weight_outlier_index"], found["weight_outlier_value"])
@@ -69,3 +69,11 @@ def read(
     return QuantizedTensor(
         qweight, scale, zero, scheme, found.get("weight_perm"), outliers, found.get("weight_input_scale")
     )
+
+
+def _picked(tensor: Tensor, index: int | Tensor) -> Tensor:
+    """As ``tensor[index]``, but as strict about rows as ``nn.Embedding``: a negative number is none of the last rows, and
+    truth values are no numbers."""
+    if isinstance(index, int):
+        return tensor[index]
+    return tensor.index_select(0, index.flatten()).view(*index.shape, *tensor.shape[1:])

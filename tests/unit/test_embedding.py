@@ -31,6 +31,16 @@ def test_a_lookup_gives_the_rows_of_the_float_table(slug: str, shape: tuple[int,
     assert torch.equal(made(ids.int()), made(ids))
 
 
+@pytest.mark.parametrize("slug", ["W4A16-g32", "W8A16-g32-asym-o3%"])
+@pytest.mark.parametrize("ids", [[[-1]], [[0, -ROWS]], [[ROWS]], [[2**40]], [[True, False]], [[0.0]]])
+def test_what_is_no_row_raises_as_a_float_table_does(slug: str, ids: list[list[float]]) -> None:
+    made = table(slug)
+    plain = torch.nn.Embedding(ROWS, WIDTH)
+    for module in (plain, made):
+        with pytest.raises((IndexError, RuntimeError), match=r"out of range|[Ii]nt"):
+            module(torch.tensor(ids))
+
+
 def test_a_lookup_unpacks_no_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     unpack, seen = _weight.unpack_short, []
 

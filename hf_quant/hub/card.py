@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from hf_quant.errors import CheckpointError, PushError
 from hf_quant.facts import read_facts
@@ -89,7 +89,17 @@ def render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collect
         recipe: How the model was made.
         results: What was measured.
         drawn: Names of the `pictures` that lie in ``assets``.
+
+    Raises:
+        CheckpointError: A field that the others call for is missing; names it.
     """
+    try:
+        return _render(recipe, results, drawn)
+    except UndefinedError as error:
+        raise CheckpointError(f"recipe.json or results.json: {error.message}") from None
+
+
+def _render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collection[str]) -> str:
     environment = Environment(
         loader=PackageLoader("hf_quant.hub"), trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined,
         autoescape=False,  # Markdown, not HTML: see `md`

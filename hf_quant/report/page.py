@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, UndefinedError
 
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.facts import read_facts
 from hf_quant.report import charts
 
@@ -38,10 +38,14 @@ def page(folder: Path) -> str:
             pictures.append(("Where it hurts", *_both(charts.sensitivity, ladder)))
     noise = next((rung["quality"] for rung in ladder.get("rungs", []) if rung["quality"]), None)
     environment = Environment(loader=PackageLoader("hf_quant.report"), autoescape=True, trim_blocks=True)
-    return environment.get_template("page.html.jinja").render(
-        mark=MARK, name=folder.resolve().name, results=results, ladder=ladder, recipe=recipe, pictures=pictures, titles=TITLES, noise=noise,
-        layers=(results.get("layers") or [])[:SHOWN], recipe_json=json.dumps(recipe, indent=2) if recipe else "",
-    )  # fmt: skip
+    try:
+        return environment.get_template("page.html.jinja").render(
+            mark=MARK, name=folder.resolve().name, results=results, ladder=ladder, recipe=recipe, pictures=pictures,
+            titles=TITLES, noise=noise, layers=(results.get("layers") or [])[:SHOWN],
+            recipe_json=json.dumps(recipe, indent=2) if recipe else "",
+        )  # fmt: skip
+    except UndefinedError as error:
+        raise CheckpointError(f"{folder}: recipe.json, results.json or ladder.json: {error.message}") from None
 
 
 def why_not(out: Path) -> str | None:

@@ -19,7 +19,8 @@ from markdown_it import MarkdownIt
 
 import hf_quant.hub
 from hf_quant.digests import weight_files
-from hf_quant.errors import PushError
+from hf_quant.errors import HfQuantError, PushError
+from hf_quant.facts import check_facts
 from hf_quant.formats.compressed_tensors import config_of
 from hf_quant.hub import card, licence
 from hf_quant.hub.source import describe, metadata
@@ -448,3 +449,19 @@ def test_notices() -> None:
         "Gemma Terms of Use" in str(licence.notice({"license": "gemma"}))
         and licence.notice({"license": "mit"}) is None
     )
+
+
+def test_every_missing_field_of_a_record_is_a_sentence(folder: Path) -> None:
+    """Each field of both records left out, one after the other: a card, or an error that says what is missing."""
+    kept = {kind: json.loads((folder / f"{kind}.json").read_text()) for kind in ("recipe", "results")}
+    refused = 0
+    for kind, record in kept.items():
+        for field in record:
+            changed = kept | {kind: {name: value for name, value in record.items() if name != field}}
+            try:
+                check_facts(changed[kind], kind)
+                card.render(changed["recipe"], changed["results"])
+            except HfQuantError as error:
+                refused += 1
+                assert ".json" in str(error)
+    assert refused > 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -55,26 +56,33 @@ def best(
     weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, steps: int, least: float, stats: InputStats,
     columns: Tensor | None = None,
 ) -> QuantizedTensor:  # fmt: skip
-    """`nearest`, with the inputs' importance where that loses less on the inputs seen, and without it elsewhere."""
+    """`nearest`, with the inputs' importance where that loses least on the inputs seen; without it, or with plain min/max
+    rounding, elsewhere."""
     importance = stats.importance.to(weight.device)
     weighed = nearest(weight, scheme, dtype, steps, least, importance, columns)
     if weighed.outliers is not None and scheme.outlier_columns:
         columns = weighed.outliers.index.long()
-    return better(weight, weighed, nearest(weight, scheme, dtype, steps, least, None, columns), stats)
+    searched, minmax = (nearest(weight, scheme, dtype, each, least, None, columns) for each in (steps, 0))
+    return better(weight, stats, weighed, searched, minmax)
 
 
-def better(weight: Tensor, tried: QuantizedTensor, plain: QuantizedTensor, stats: InputStats) -> QuantizedTensor:
-    """``tried``, but for the rows that lose more than those of ``plain``; all of ``plain`` if it wins on the rows held out.
+def better(weight: Tensor, stats: InputStats, tried: QuantizedTensor, *others: QuantizedTensor) -> QuantizedTensor:
+    """``tried``, but for the rows that lose more than those of another; all of another if it wins on the rows held out.
 
-    Both have the same outlier columns, if any.
+    All have the same outlier columns, if any.
     """
     if not stats.rows:
         return tried
-    one, other = (stats.row_errors(weight, each.dequantize(torch.float32)) for each in (tried, plain))
-    worse = ~(one <= other)
-    kept = _rows(worse, plain, tried) if bool(worse.any()) else tried
-    held = [stats.held_error(weight, each.dequantize(torch.float32)) for each in (kept, plain)]
-    return kept if held[0] <= held[1] else plain
+    kept, lost = tried, stats.row_errors(weight, tried.dequantize(torch.float32))
+    for other in others:
+        errors = stats.row_errors(weight, other.dequantize(torch.float32))
+        worse = ~(lost <= errors)
+        if bool(worse.any()):
+            kept, lost = _rows(worse, other, kept), torch.where(worse, errors, lost)
+    if not stats.held:
+        return kept
+    held = {i: stats.held_error(weight, each.dequantize(torch.float32)) for i, each in enumerate((kept, *others))}
+    return (kept, *others)[min(held, key=lambda i: (isnan(held[i]), held[i]))]
 
 
 def _rows(here: Tensor, one: QuantizedTensor, other: QuantizedTensor) -> QuantizedTensor:

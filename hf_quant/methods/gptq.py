@@ -74,7 +74,7 @@ class GPTQ:
         made = QuantizedTensor.from_codes(
             codes.T.to(torch.uint8), scale.T.to(dtype).contiguous(), zero.T.contiguous(), scheme, outliers
         )
-        return better(weight, made, best(weight, scheme, dtype, self.steps, self.least, stats, columns), stats)
+        return better(weight, stats, made, best(weight, scheme, dtype, self.steps, self.least, stats, columns))
 
     def _greedy(
         self, W: Tensor, U: Tensor, importance: Tensor, scheme: QuantScheme, dtype: torch.dtype, free: Tensor | None

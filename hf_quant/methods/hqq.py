@@ -52,7 +52,7 @@ class HQQ:
         return (
             made
             if stats is None
-            else better(weight, made, best(weight, scheme, dtype, STEPS, LEAST, stats, columns), stats)
+            else better(weight, stats, made, best(weight, scheme, dtype, STEPS, LEAST, stats, columns))
         )
 
     def _rows(self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, index: Tensor | None) -> QuantizedTensor:

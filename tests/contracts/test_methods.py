@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_quant import _plugins
 from hf_quant.methods import Method, method
+from hf_quant.methods._nearest import nearest
 from hf_quant.scheme import BITS, QuantScheme
 from hf_quant.stats import InputStats
 
@@ -98,6 +99,36 @@ def test_the_search_of_rtn_never_loses(kind: str, scheme: QuantScheme) -> None:
         )
         assert (searched <= plain * (1 + 1e-5)).all()  # in every group, up to rounding
         assert searched.sum() <= plain.sum() * (1 + 1e-6)
+
+
+INPUTS = {
+    "normal": lambda: torch.randn(256, 64),
+    "one token": lambda: torch.randn(1, 64),
+    "same token": lambda: torch.randn(1, 64).expand(256, 64),
+    "one direction": lambda: torch.randn(256, 1) * torch.ones(64),
+}
+
+
+@pytest.mark.parametrize(
+    "slug", ["W2A16-g32", "W3A16-g64-asym", "W4A16-g32", "W4A16-g64-asym-o3%", "W4A16-g64-o3%-columns"]
+)
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("name", METHODS)
+def test_with_inputs_no_row_loses_to_plain_rounding(name: str, kind: str, slug: str) -> None:
+    """By the squared error of its output on those inputs, which is what calibration is for; outliers are another's choice."""
+    scheme = QuantScheme.parse(slug)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x, weight = INPUTS[kind]().double(), torch.randn(8, 64)
+        stats = InputStats.empty(64)
+        stats.update(x.float())
+        made = method(name).quantize(weight, scheme, torch.float32, stats)
+        columns = made.outliers.index.long() if made.outliers is not None and scheme.outlier_columns else None
+        plain = nearest(weight, scheme, torch.float32, 0, 0.6, None, columns)
+        lost, least = (
+            ((each.dequantize(torch.float32) - weight).double() @ x.T).square().sum(1) for each in (made, plain)
+        )
+        assert (lost <= least * 1.001 + 1e-9).all(), (lost / least).max()
 
 
 def test_rows_searched_in_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

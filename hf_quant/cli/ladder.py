@@ -171,7 +171,7 @@ def _parts(text: str, quiet: bool) -> tuple[str, str | None]:
 
 def _finish(stage: Path, record: dict[str, Any], row: dict[str, Any], held_back: bool, quiet: bool) -> dict[str, Any]:
     """Write the walk and its pictures beside the model before that appears; returns what results.json holds of it."""
-    from hf_quant.disk import write_json
+    from hf_quant.disk import write_bytes, write_json
     from hf_quant.report import charts
 
     record |= {"folder": row["folder"], "held_back": row["quality"] if held_back else None}
@@ -182,7 +182,7 @@ def _finish(stage: Path, record: dict[str, Any], row: dict[str, Any], held_back:
         for name, draw in (("size_and_kl", charts.size_and_kl), ("sensitivity", charts.sensitivity)):
             if name != "sensitivity" or record["sensitivity"]["kl"]:
                 for dark in (False, True):
-                    (stage / f"{name}-{'dark' if dark else 'light'}.png").write_bytes(draw(record, dark))
+                    write_bytes(stage / f"{name}-{'dark' if dark else 'light'}.png", draw(record, dark))
     return {"ladder": {key: record[key] for key in ("rungs", "chosen", "chosen_bytes", "limits", "held_back")}}
 
 

@@ -1,6 +1,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
+from hf_quant.cli.ladder import _finish
+from hf_quant.errors import DiskError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.knapsack import frontier
 from hf_quant.evaluation.sensitivity import groups, rounded, sensitivities
@@ -16,6 +19,7 @@ from hf_quant.hf import HfQuantConfig
 from hf_quant.hf.plan import make_plan
 from hf_quant.ladder import MIXED, Ladder, Limits, Rung, Walk, _rounding, _Table
 from hf_quant.methods import method
+from hf_quant.report import charts
 from hf_quant.results import Estimate, Quality
 from hf_quant.scheme import QuantScheme
 from hf_quant.text import halves, split
@@ -234,3 +238,15 @@ def test_size_and_quality_together() -> None:
     assert found.chosen is not None and found.chosen.bytes <= 780 and found.chosen.kl <= 0.3
     assert any("is over the 0.0 MB allowed" in miss for r in found.rungs for miss in r.misses)
     assert walk(Budget(max_kl=0.05), 700).chosen is None
+
+
+def test_a_full_disk_is_told_with_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(charts, "available", lambda: None)
+    monkeypatch.setattr(charts, "size_and_kl", lambda *_: b"picture")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DiskError, match=r"size_and_kl-light\.png"):
+        _finish(tmp_path, {"sensitivity": {"kl": {}}}, {"folder": "x", "quality": None}, False, True)
+    assert [file.name for file in tmp_path.iterdir()] == ["ladder.json"]

@@ -30,7 +30,7 @@ from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
-from hf_quant.hf.auto import hub_options
+from hf_quant.hf.auto import hub_options, refuse_other_inputs
 from hf_quant.hf.loading import refuse_quantized, sample_logits, skeleton
 from hf_quant.hf.plan import Plan
 from hf_quant.hf.shards import keep, unclaimed
@@ -113,6 +113,7 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
             _stream(job, config, work, out)
         return {}
     refuse_quantized(job.model, **hub_options(job.load))
+    refuse_other_inputs(job.model, **hub_options(job.load))
     check_places([out], (job.model, *job.inputs), overwrite=job.overwrite, gate=bool(job.budget))
     with claimed(out):
         overwrite = job.overwrite or (config.calibrated and _published(out, work))

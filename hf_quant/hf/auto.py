@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig,
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from hf_quant.checkpoint import check_config, read_config
-from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.errors import CheckpointError, HfQuantError, PlanError
 from hf_quant.strict_json import shown
 
 HUB = (
@@ -103,6 +103,25 @@ def class_of(config: PretrainedConfig, **hub: Any) -> Any:
     return kind
 
 
+def refuse_other_inputs(model: str, **hub: Any) -> None:
+    """Refuse a model that does not read text: the commands check and measure what they write on token ids.
+
+    Raises:
+        PlanError: Names the input of the model.
+    """
+    config = config_of(model, **hub)
+    kind = class_of(config, **hub)
+    wanted = getattr(kind, "main_input_name", "input_ids")
+    parts = [part for part in ("vision_config", "audio_config") if hasattr(config, part)]
+    if wanted == "input_ids" and parts and not kind.can_generate():
+        wanted = f"more than input_ids ({parts[0]})"
+    if wanted != "input_ids":
+        raise PlanError(
+            f"{model}: {kind.__name__} reads {wanted}, and the commands check what they write on text; in Python, "
+            "from_pretrained(..., quantization_config=HfQuantConfig(...)) and save_pretrained quantize it"
+        )
+
+
 def tokenizer_of(model: str, **hub: Any) -> Any:
     """The tokenizer of a model, or None where it has none.
 
@@ -115,9 +134,9 @@ def tokenizer_of(model: str, **hub: Any) -> Any:
         if "trust_remote_code" in str(error):
             raise CheckpointError(f"{model}: its tokenizer {CODE}") from None
         files = [name for name in TOKENIZER_FILES if (Path(model) / hub.get("subfolder", "") / name).is_file()]
-        if isinstance(error, OSError | ValueError | KeyError) and not files:
+        if not files:  # transformers says so in many ways
             return None
-        raise CheckpointError(f"{model}: {files[0] if files else 'tokenizer'}: {_first_line(error)}") from error
+        raise CheckpointError(f"{model}: {files[0]}: {_first_line(error)}") from error
 
 
 def _why(model: str, error: Exception) -> str:

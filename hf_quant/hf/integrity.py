@@ -39,7 +39,9 @@ def check_weights(files: Sequence[Path], *, ours: bool = True) -> None:
     if manifest is None:
         return
     listed = read_manifest(manifest)
-    expected = {file.name: listed[file.name] for file in files if file.name in listed}
+    if unlisted := [file.name for file in files if file.name not in listed]:
+        raise CheckpointError(f"{MANIFEST} does not list {unlisted[0]}, so nothing says what it should hold")
+    expected = {file.name: listed[file.name] for file in files}
     if wrong := mismatches(folder, expected):
         raise CheckpointError(
             f"{wrong[0]}. The download is damaged, or the file was changed: get it again with force_download=True, or remove "

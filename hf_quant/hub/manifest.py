@@ -29,7 +29,7 @@ def verify_folder(folder: Path) -> int:
     """Check every file of the folder's manifest; returns how many there are.
 
     Raises:
-        CheckpointError: There is no manifest, or a file is missing or holds something else.
+        CheckpointError: There is no manifest, weights are not in it, or a file is missing or holds something else.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -37,6 +37,8 @@ def verify_folder(folder: Path) -> int:
             f"{folder}: no {MANIFEST}, so there is nothing to check against; hf-quant push writes it"
         )
     expected = read_manifest(folder / MANIFEST)
+    if unlisted := sorted({path.name for path in folder.glob("*.safetensors")} - expected.keys()):
+        raise CheckpointError(f"{MANIFEST} does not list {unlisted[0]}, so nothing says what it should hold")
     if wrong := mismatches(folder, expected):
         raise CheckpointError("\n".join(wrong))
     return len(expected)

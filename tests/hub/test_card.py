@@ -325,6 +325,8 @@ def put(record: Any, path: str, value: Any) -> None:
         ("results", "quality.metrics.kl.value", "0", "quality.metrics.kl.value: '0' is not of type 'number'"),
         ("results", "quality.metrics.kl.value", float("nan"), "NaN is no number"),
         ("results", "gate", {"budget": {"x": 1}, "passed": True, "misses": []}, "gate.budget: "),
+        ("results", "quality.metrics.kl.value", -5.0, "quality.metrics.kl.value: -5.0 is less than the minimum"),
+        ("results", "quality.metrics.top1.value", 1.5, "quality.metrics.top1.value: 1.5 is greater than the maximum"),
         ("results", "gate", [1], "gate: "),
         ("results", "bytes", 10**30, "is too large"),
         ("results", "base_bytes", 0, "base_bytes: 0 is less than the minimum of 1"),

@@ -544,7 +544,7 @@ def test_what_others_published_is_loaded_offline(
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "{}", '{"files": []}', '{"files": {"a": {"bytes": "1", "sha256": "x"}}}', "{" * 10**5,
+    "text", ["[]", "{}", '{"files": {}}', '{"files": []}', '{"files": {"a": {"bytes": "1", "sha256": "x"}}}', "{" * 10**5,
              '{"files": {"../a": {"bytes": 1, "sha256": "' + "0" * 64 + '"}}}'],
 )  # fmt: skip
 def test_a_damaged_manifest(folder: Path, text: str) -> None:

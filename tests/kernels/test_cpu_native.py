@@ -111,6 +111,7 @@ def test_codes_in_large_pages_are_those_of_small_ones(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages on this system")
+@pytest.mark.skipif(os.environ.get("HF_QUANT_LARGE_PAGES") == "0", reason="large pages are switched off")
 def test_pieces_of_large_pages_lie_apart_and_go_with_the_last() -> None:
     room = _compiled._Room()
     pieces = [room.take(size) for size in (100, 3, _compiled.MAPPED - 1000, 5000, _compiled.MAPPED + 1)]

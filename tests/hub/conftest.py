@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, hf_api
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
@@ -45,6 +45,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: None) -> Iterat
             "HUGGINGFACE_CO_URL_TEMPLATE": found.url + "/{repo_id}/resolve/{revision}/{filename}",
         }.items():  # fmt: skip
             monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", found.url)  # of the functions that take no client
         yield found
 
 

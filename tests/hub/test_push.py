@@ -43,7 +43,9 @@ TO = "alice/tiny-W4A16"
 
 
 def change(path: Path, **what: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | what))
+    """Set fields of a file; None removes one."""
+    changed = json.loads(path.read_text()) | what
+    path.write_text(json.dumps({name: value for name, value in changed.items() if value is not None}))
 
 
 def held(folder: Path) -> dict[str, bytes]:
@@ -82,7 +84,7 @@ def test_push(hub: FakeHub, push: Push, folder: Path) -> None:
         (lambda f: change(f / "results.json", quality=None), "its quality was not measured", 3),
         (lambda f: (f / "results.json").unlink(), "its quality was not measured", 3),
         (lambda f: change(f / "results.json", gate=None), "held against no budget", 3),
-        (lambda f: change(f / "results.json", gate={"budget": {"max_kl": 1e-9}}), "is over the 1e-09 allowed", 3),
+        (lambda f: change(f / "results.json", gate={"budget": {"max_kl": 1e-9}, "passed": True, "misses": []}), "is over the 1e-09 allowed", 3),
         (lambda f: (f / "recipe.json").unlink(), "no recipe.json", 1),
         (lambda f: change(f / "recipe.json", schemes={}), "recipe.json lists other layers", 1),
         (lambda f: change(f / "recipe.json", source={"model": "tiny"}), "the licence of tiny is not known", 1),

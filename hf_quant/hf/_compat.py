@@ -39,7 +39,7 @@ def download_options() -> Mapping[str, Any]:
 
 def updated_conversions(update: Callable[..., list[Any]], conversions: list[Any], model: Any) -> list[Any]:
     """Call the base class's ``update_weight_conversions``: it takes the model since 5.21."""
-    return update(conversions) if model is None else update(conversions, model)
+    return update(conversions, model) if "model" in inspect.signature(update).parameters else update(conversions)
 
 
 def arrivals(model: Any) -> Callable[[str], tuple[list[str], bool]]:

@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from huggingface_hub import HfApi, constants, hf_api
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.utils import hub as tf_hub
 
 from hf_quant.cli import main
 
@@ -46,6 +47,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, online: None) -> Iterat
         }.items():  # fmt: skip
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setattr(hf_api.api, "endpoint", found.url)  # of the functions that take no client
+        monkeypatch.setattr(tf_hub, "_hf_api", None, raising=False)  # transformers keeps a client of its own
         yield found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 
 import click
+import torch
 
 from hf_quant import _plugins
 from tests.fuzz import records
@@ -23,7 +24,7 @@ from tests.fuzz.originals import make_own, names, original
 
 BATCH = 100  # cases in one process, so that what they leave behind in memory goes
 CHUNK = 500  # cases between two signs of life
-SILENCE = 600  # seconds without a case done, after which a process is taken for hung
+SILENCE = 300  # seconds without a case done, after which a process is taken for hung
 
 
 def one(case: int, home: Path) -> Iterator[str]:
@@ -79,6 +80,7 @@ def _work(first: int, last: int, home: Path, sender: multiprocessing.connection.
     """In the forked process: say which case begins, and what is wrong with it."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stderr.fileno())
+    torch.set_num_threads(1)  # the threads of a pool do not come along into a fork, and would be waited for
     for case in range(first, last):
         sender.send((False, case, ""))
         for fault in one(case, home):

@@ -10,8 +10,10 @@ from setuptools import Extension, setup
 UNITS = ("module", "portable", "avx2", "avx512", "vnni", "amx", "amx_int8")
 kernels = Extension(
     "hf_quant.kernels._cpu",
-    sources=[f"hf_quant/csrc/{unit}.cpp" for unit in UNITS],
-    depends=[f"hf_quant/csrc/{name}.h" for name in ("cpu", "vector", "bytes", "amx", "threads", "layout")],
+    sources=[f"hf_quant/kernels/_native/csrc/{unit}.cpp" for unit in UNITS],
+    depends=[
+        f"hf_quant/kernels/_native/csrc/{name}.h" for name in ("cpu", "vector", "bytes", "amx", "threads", "layout")
+    ],
     extra_compile_args=[
         "-std=c++17",
         "-O3",

@@ -32,12 +32,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_quant import load
 from hf_quant.bench.machine import cpu_name
-from hf_quant.evaluation import token_values
+from hf_quant.data.text import read_text, windows
 from hf_quant.evaluation.bootstrap import interval, sums
+from hf_quant.evaluation.measure import token_values
 from hf_quant.evaluation.reference import Reference
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.nn import QuantLinear
-from hf_quant.text import read_text, windows
 
 HERE = Path(__file__).resolve().parent
 SHIPPED, PEER = HERE.parent / "examples" / "ref-llama-16m", HERE / "calibrated_peers.py"

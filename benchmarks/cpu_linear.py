@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from _results import write
 
 from hf_quant.bench.machine import cpu_name
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.formats import format_named
 from hf_quant.methods import method
 from hf_quant.nn import QuantLinear
 from hf_quant.nn._weight import frozen
-from hf_quant.scheme import QuantScheme
 
 N = K = 4096
 ROWS = (1, 4, 16, 128, 512)

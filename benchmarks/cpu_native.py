@@ -25,12 +25,12 @@ from _results import RESULTS, write
 from torch import Tensor
 
 from hf_quant.bench.machine import cpu_name
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearBackend, LinearSpec
-from hf_quant.kernels._compiled import built
+from hf_quant.kernels._native.compiled import built
 from hf_quant.kernels.cpu_int4 import CpuInt4
 from hf_quant.kernels.cpu_native import CpuNative
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 SHAPES = ((2048, 2048), (4096, 4096), (11008, 4096))  # N, K
 ROWS = (1, 4, 16, 128, 512)

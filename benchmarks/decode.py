@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_quant import HfQuantConfig
 from hf_quant.bench.machine import cpu_name
-from hf_quant.kernels._compiled import built
+from hf_quant.kernels._native.compiled import built
 
 SHAPES = LlamaConfig(
     hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,

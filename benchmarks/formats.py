@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 import hf_quant
 from hf_quant import HfQuantConfig
 from hf_quant.bench.memory import weight_bytes
-from hf_quant.hf.convert import open_quantized
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.jobs.convert import open_quantized
 
 FIXTURES = Path(__file__).parents[1] / "tests" / "golden" / "fixtures"
 IDS = torch.arange(1, 17)[None]

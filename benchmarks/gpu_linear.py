@@ -22,8 +22,8 @@ from _results import write
 from torch import Tensor
 
 from hf_quant.bench.gpu import copies, microseconds, weight
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.kernels import LinearSpec, select
-from hf_quant.scheme import QuantScheme
 
 SCHEMES = ("W4A16-g128", "W4A16-g128-asym", "W8A16-g128", "W3A16-g128", "W2A16-g64")
 SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192))  # N, K

@@ -21,9 +21,9 @@ from outlier_variant import make
 from transformers import AutoTokenizer
 
 from hf_quant import HfQuantConfig, load
-from hf_quant.evaluation import evaluate
+from hf_quant.data.text import read_text, windows
+from hf_quant.evaluation.measure import evaluate
 from hf_quant.evaluation.yardstick import Base
-from hf_quant.text import read_text, windows
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE.parent / "examples" / "ref-llama-16m"

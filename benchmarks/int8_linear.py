@@ -20,9 +20,9 @@ from _results import write
 from torch import Tensor
 
 from hf_quant.bench.machine import cpu_name
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearSpec, select
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 SHAPES = [(2048, 2048), (4096, 4096), (4096, 11008)]  # K, N
 ROWS = (1, 16, 128, 512)

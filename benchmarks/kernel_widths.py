@@ -16,12 +16,12 @@ import sys
 import torch
 
 from hf_quant import _plugins
+from hf_quant.core.numerics import quantize_rows
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import SchemeError
 from hf_quant.kernels import LinearBackend, LinearSpec, refusal
 from hf_quant.methods import method
-from hf_quant.numerics import quantize_rows
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 WIDTHS = (32, 96, 160, 576, 640, 896, 960, 1536, 4864)
 HEIGHTS = (1, 3, 33, 576)

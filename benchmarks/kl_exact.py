@@ -2,7 +2,7 @@
 
     python benchmarks/kl_exact.py [MODEL ...]
 
-`exact` shares no code with `hf_quant.evaluation`, which keeps the base's 128 likeliest tokens and a sample of the others. Both
+`exact` shares no code with `hf_quant.evaluation.measure`, which keeps the base's 128 likeliest tokens and a sample of the others. Both
 measure the same windows of the model's heldout.txt at W8A16, W4A16, W3A16 and W2A16 (groups of 64). Without MODEL: the model
 under examples/, and a tiny one that was trained until it is certain of every token (tests/yardsticks.py). Exits with 1 if they
 differ by more than a hundredth.
@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_quant import HfQuantConfig, load
-from hf_quant.evaluation import evaluate
+from hf_quant.evaluation.measure import evaluate
 from hf_quant.evaluation.yardstick import Base
 
 REPO = Path(__file__).resolve().parents[1]

@@ -16,10 +16,10 @@ import torch
 from _results import write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_quant.evaluation import evaluate
+from hf_quant.data.text import read_text
 from hf_quant.evaluation.cached import Cached
+from hf_quant.evaluation.measure import evaluate
 from hf_quant.evaluation.yardstick import Base
-from hf_quant.text import read_text
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE.parent / "examples" / "ref-llama-16m"

@@ -18,11 +18,11 @@ from unittest import mock
 import torch
 
 from hf_quant import HfQuantConfig, _plugins, load
-from hf_quant.calibration import Calibration
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.data.calibration import Calibration
 from hf_quant.errors import HfQuantError
-from hf_quant.hf.streaming import Settings, quantize_streaming
-from hf_quant.presets import PRESETS, preset
-from hf_quant.scheme import QuantScheme
+from hf_quant.hf.calibrate_shards import Settings, quantize_streaming
+from hf_quant.solve.recipes import PRESETS, preset
 from tests import yardsticks
 
 SCHEMES = (

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant import _plugins
+from hf_quant.core.scheme import BITS, QuantScheme
+from hf_quant.core.stats import InputStats
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import format_named
 from hf_quant.methods import method
-from hf_quant.scheme import BITS, QuantScheme
-from hf_quant.stats import InputStats
-from hf_quant.tensor import QuantizedTensor
 from hf_quant.transforms import Stage, transform
 
 WIDTHS = (32, 96, 160, 576, 640, 896, 960, 1536, 4864)

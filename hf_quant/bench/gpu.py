@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.disk import make_folder, write_json
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.disk.atomic import make_folder, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._tiles import Tile, as_list, forget, key, too_old, tuned, tuned_path
+from hf_quant.kernels._triton.tiles import Tile, as_list, forget, key, too_old, tuned, tuned_path
 from hf_quant.nn import QuantLinear
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 ROWS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CACHES = 4  # times the last cache that the weights of one timing take

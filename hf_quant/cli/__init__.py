@@ -53,7 +53,7 @@ class _Commands(click.Group):
             click.echo(f"Stopped by {number.name}", err=True)
             sys.exit(128 + number)
         except BaseException as error:
-            from hf_quant.memory import exhausted
+            from hf_quant.disk.memory import exhausted
 
             if (said := exhausted(error)) is None:
                 raise

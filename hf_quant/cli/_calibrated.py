@@ -12,7 +12,7 @@ from hf_quant.cli._common import Function
 from hf_quant.cli._types import Size
 
 if TYPE_CHECKING:
-    from hf_quant.calibration import Calibration
+    from hf_quant.data.calibration import Calibration
 
 
 def calibration_options(function: Function) -> Function:
@@ -37,8 +37,8 @@ def calibration_options(function: Function) -> Function:
 
 def looks_at_text(method: str, slugs: Sequence[str], calibration: str | None) -> bool:
     """Whether the method needs calibration data for one of the schemes; data that nothing looks at are refused."""
-    from hf_quant.presets import preset
-    from hf_quant.scheme import QuantScheme
+    from hf_quant.core.scheme import QuantScheme
+    from hf_quant.solve.recipes import preset
 
     calibrated = any(preset(method, QuantScheme.parse(slug)).calibrated for slug in slugs)
     if calibration is not None and not calibrated:
@@ -50,7 +50,7 @@ def calibration_for(
     model: str, source: str | None, tokens: int, tokenizer: Any, from_hub: dict[str, Any]
 ) -> Calibration:
     """What calibrated methods look at."""
-    from hf_quant.calibration import calibration
+    from hf_quant.data.calibration import calibration
     from hf_quant.evaluation.yardstick import Base
 
     base = Base(model, **from_hub)

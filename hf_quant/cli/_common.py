@@ -18,8 +18,8 @@ from hf_quant.errors import HfQuantError, printable
 
 if TYPE_CHECKING:
     from hf_quant.evaluation.gate import Budget
+    from hf_quant.evaluation.results import Quality
     from hf_quant.hf import HfQuantConfig
-    from hf_quant.results import Quality
 
 Function = Callable[..., Any]
 LOCKED = 60  # seconds to wait for another process that adds to the same results.json
@@ -116,7 +116,7 @@ class Measuring:
 
     def beside(self, *folders: str) -> tuple[str, str] | None:
         """Name and content of the text to measure on: the one named, or the one in ``folders``; None if there is none."""
-        from hf_quant.text import read_dataset, read_text
+        from hf_quant.data.text import read_dataset, read_text
 
         if self.dataset is not None:
             return self.dataset, read_dataset(self.dataset)
@@ -125,7 +125,7 @@ class Measuring:
 
     def find(self, *folders: str) -> tuple[str, str]:
         """The same, or else the bundled text."""
-        from hf_quant.text import BUNDLED, read_text
+        from hf_quant.data.text import BUNDLED, read_text
 
         return self.beside(*folders) or ("the bundled text (documentation of Python)", read_text(BUNDLED))
 
@@ -158,7 +158,7 @@ class Measuring:
 
 def check_overlap(folder: str, text: str) -> None:
     """Refuse ``text`` if the recipe in ``folder`` says that its model was calibrated on it."""
-    from hf_quant.text import refuse_overlap
+    from hf_quant.data.text import refuse_overlap
 
     recipe = Path(folder) / "recipe.json"
     if recipe.is_file():
@@ -167,7 +167,7 @@ def check_overlap(folder: str, text: str) -> None:
 
 def quality_table(quality: dict[str, Any]) -> str:
     """A line for each measure: value, interval, noise."""
-    from hf_quant.results import interval_shown, why_no_interval
+    from hf_quant.evaluation.results import interval_shown, why_no_interval
 
     rows: list[tuple[str, ...]] = []
     for name, e in quality["metrics"].items():
@@ -180,7 +180,7 @@ def quality_table(quality: dict[str, Any]) -> str:
 
 def measured_on(quality: dict[str, Any], name: str) -> str:
     """The line below a table of models: on how much of the text called ``name`` they were measured."""
-    from hf_quant.results import why_no_interval
+    from hf_quant.evaluation.results import why_no_interval
 
     reason = why_no_interval(quality)
     return f"measured on {quality['tokens']:,} held-out tokens of {name}" + (f"; {reason}" if reason else "")
@@ -209,7 +209,7 @@ def budget(max_kl: float | None, max_ppl_increase: float | None, min_top1: float
 
 def schemes(scheme: Sequence[str], bits: int | None, group_size: int | None, asym: bool) -> Sequence[str]:
     """Slugs of the schemes asked for; no torch is needed to refuse them."""
-    from hf_quant.scheme import QuantScheme
+    from hf_quant.core.scheme import QuantScheme
 
     if not scheme:
         return (str(QuantScheme(4 if bits is None else bits, 128 if group_size is None else group_size, not asym)),)
@@ -254,8 +254,8 @@ def store_results(folder: Path, record: dict[str, Any], tell: Callable[[str], No
     """
     from filelock import FileLock
 
-    from hf_quant.digests import weight_files
-    from hf_quant.disk import make_folder, write_json
+    from hf_quant.disk.atomic import make_folder, write_json
+    from hf_quant.disk.digests import weight_files
 
     if not folder.is_dir():
         return
@@ -282,7 +282,7 @@ def _lock_of(folder: Path) -> Path:
 def _better_founded(known: dict[str, Any], record: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
     """``record`` with the quality that is stored already, if that has intervals where this has none, or more tokens."""
     from hf_quant.evaluation.gate import Budget
-    from hf_quant.results import Quality
+    from hf_quant.evaluation.results import Quality
 
     old, new = known.get("quality"), record.get("quality")
     if old is None or new is None or old["kind"] != new["kind"]:

@@ -85,7 +85,7 @@ class Scheme(ParamType):
     name = "scheme"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from hf_quant.scheme import QuantScheme
+        from hf_quant.core.scheme import QuantScheme
 
         return _checked(self, lambda: str(QuantScheme.parse(value)), param, ctx)
 
@@ -96,8 +96,8 @@ class Method(ParamType):
     name = "method"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from hf_quant.presets import preset
-        from hf_quant.scheme import QuantScheme
+        from hf_quant.core.scheme import QuantScheme
+        from hf_quant.solve.recipes import preset
 
         _checked(self, lambda: preset(value, QuantScheme(4)), param, ctx)
         return str(value)

@@ -23,8 +23,8 @@ def command() -> None:
 @output_options
 def build(folder: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Write README.md and its pictures into FOLDER, from recipe.json and results.json."""
-    from hf_quant.disk import write_bytes
-    from hf_quant.hub import card
+    from hf_quant.disk.atomic import write_bytes
+    from hf_quant.publish import card
 
     recipe, results = card.facts(folder)
     if not overwrite and (folder / card.CARD).exists():
@@ -43,7 +43,7 @@ def build(folder: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
 @output_options
 def show(folder: Path, as_json: bool, quiet: bool) -> None:
     """Print the card that `build` would write."""
-    from hf_quant.hub import card
+    from hf_quant.publish import card
 
     recipe, results = card.facts(folder)
     text = card.render(recipe, results, card.pictures(results))
@@ -55,7 +55,7 @@ def show(folder: Path, as_json: bool, quiet: bool) -> None:
 @output_options
 def validate(folder: Path, as_json: bool, quiet: bool) -> None:
     """Check that README.md is what the measured facts give, and that the Hub takes its metadata; needs no Hub."""
-    from hf_quant.hub import card
+    from hf_quant.publish import card
 
     if wrong := card.problems(folder):
         raise PushError("\n".join(wrong))

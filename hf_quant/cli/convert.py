@@ -9,7 +9,7 @@ import click
 
 from hf_quant.cli._common import emit, output_options, say, table
 from hf_quant.cli._types import Model
-from hf_quant.outputs import check_output
+from hf_quant.jobs.outputs import check_output
 
 KINDS = ("native", "compressed-tensors", "gptq", "awq", "dense")
 
@@ -36,7 +36,7 @@ def command(
     from tqdm import tqdm
 
     from hf_quant.cli._common import bars
-    from hf_quant.hf.convert import convert
+    from hf_quant.jobs.convert import convert
 
     if tp != 1 and target is None:
         raise click.UsageError("--tp says how --target splits the layers: name a --target")

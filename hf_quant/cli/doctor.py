@@ -54,7 +54,7 @@ def _version(name: str) -> str | None:
 
 
 def _compiled() -> str:
-    from hf_quant.kernels._compiled import LEVELS, built
+    from hf_quant.kernels._native.compiled import LEVELS, built
 
     if (level := built()) is None:
         return "not built: with a C++ compiler (g++, clang++) and a reinstallation of hf-quant decoding gets faster"
@@ -71,8 +71,8 @@ def _autoloads() -> str:
 
 def _kernel(slug: str, dtype: Any, device: str) -> dict[str, Any]:
     from hf_quant import _plugins
+    from hf_quant.core.scheme import QuantScheme
     from hf_quant.kernels import LinearSpec, refusal, select
-    from hf_quant.scheme import QuantScheme
 
     spec = LinearSpec(QuantScheme.parse(slug), 4096, 4096, dtype, device)
     reasons = {name: refusal(_plugins.load("kernels", name).BACKEND(), spec) for name in _plugins.names("kernels")}

@@ -48,7 +48,7 @@ def command(
     measuring = Measuring(**how)
 
     from hf_quant import load
-    from hf_quant.checkpoint import Checkpoint
+    from hf_quant.checkpoint.folder import Checkpoint
     from hf_quant.evaluation.layers import layer_errors
     from hf_quant.evaluation.yardstick import Base
     from hf_quant.hf.auto import tokenizer_of

@@ -13,8 +13,8 @@ from hf_quant.cli._types import Model
 from hf_quant.errors import CheckpointError, printable
 
 if TYPE_CHECKING:
-    from hf_quant.checkpoint import Checkpoint
-    from hf_quant.contents import Contents
+    from hf_quant.checkpoint.contents import Contents
+    from hf_quant.checkpoint.folder import Checkpoint
 
 
 @click.command()
@@ -24,8 +24,8 @@ def command(model: str, as_json: bool, quiet: bool) -> None:
     """Say how the checkpoint in the folder MODEL is quantized: format, schemes, which layers and which not."""
     if not Path(model).is_dir():
         raise CheckpointError(f"{model}: no such folder; inspect reads local checkpoints")
-    from hf_quant.checkpoint import Checkpoint
-    from hf_quant.contents import Contents, quantization_of
+    from hf_quant.checkpoint.contents import Contents, quantization_of
+    from hf_quant.checkpoint.folder import Checkpoint
 
     checkpoint = Checkpoint.open(Path(model))
     stored = quantization_of(Path(model), checkpoint.config)

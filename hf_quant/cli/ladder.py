@@ -27,7 +27,7 @@ from hf_quant.cli._common import (
     table,
 )
 from hf_quant.cli._types import DTYPE, Method, Model, Size
-from hf_quant.outputs import check_places
+from hf_quant.jobs.outputs import check_places
 
 if TYPE_CHECKING:
     from hf_quant.evaluation.yardstick import Base
@@ -81,13 +81,13 @@ def command(
     import torch
     from tqdm import tqdm
 
-    from hf_quant.compress import Job, compress
+    from hf_quant.data.text import refuse_overlap
     from hf_quant.errors import HfQuantError
     from hf_quant.evaluation.yardstick import Base
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
-    from hf_quant.ladder import Ladder, Limits, rungs
-    from hf_quant.text import refuse_overlap
+    from hf_quant.jobs.ladder import Ladder, Limits, rungs
+    from hf_quant.jobs.quantize import Job, compress
 
     from_hub, shown = hub(revision, trust_remote_code), bars(quiet or as_json)
     refuse_quantized(model, **from_hub)
@@ -146,8 +146,8 @@ def _say_what_missed(record: dict[str, Any], folder: Path | None) -> None:
 
 
 def _slugs(group_size: int, asym: bool, int8_activations: bool) -> list[str]:
-    """Of the rungs, as `hf_quant.ladder.rungs` makes them; no torch is needed to know whether text is looked at."""
-    from hf_quant.scheme import QuantScheme
+    """Of the rungs, as `hf_quant.jobs.ladder.rungs` makes them; no torch is needed to know whether text is looked at."""
+    from hf_quant.core.scheme import QuantScheme
 
     plain = [str(QuantScheme(bits, group_size, not asym)) for bits in (8, 4, 3, 2)]
     return [*plain, "W8A8"] if int8_activations else plain
@@ -155,8 +155,8 @@ def _slugs(group_size: int, asym: bool, int8_activations: bool) -> list[str]:
 
 def _parts(text: str, quiet: bool) -> tuple[str, str | None]:
     """Documents that choose, and documents that are held back to measure what was chosen."""
-    from hf_quant.results import FEWEST_DOCUMENTS
-    from hf_quant.text import halves, split
+    from hf_quant.data.text import halves, split
+    from hf_quant.evaluation.results import FEWEST_DOCUMENTS
 
     documents = len(split(text))
     if documents >= 2 * FEWEST_DOCUMENTS:
@@ -171,8 +171,8 @@ def _parts(text: str, quiet: bool) -> tuple[str, str | None]:
 
 def _finish(stage: Path, record: dict[str, Any], row: dict[str, Any], held_back: bool, quiet: bool) -> dict[str, Any]:
     """Write the walk and its pictures beside the model before that appears; returns what results.json holds of it."""
-    from hf_quant.disk import write_bytes, write_json
-    from hf_quant.report import charts
+    from hf_quant.disk.atomic import write_bytes, write_json
+    from hf_quant.publish import charts
 
     record |= {"folder": row["folder"], "held_back": row["quality"] if held_back else None}
     write_json(stage / "ladder.json", record)
@@ -187,7 +187,7 @@ def _finish(stage: Path, record: dict[str, Any], row: dict[str, Any], held_back:
 
 
 def _human(record: dict[str, Any], name: str, folder: Path | None) -> str:
-    from hf_quant.results import interval_shown
+    from hf_quant.evaluation.results import interval_shown
 
     lines = [table(HEAD, _lines(record)), "", measured_on(record["rungs"][1]["quality"], name)]
     if folder is None:
@@ -205,7 +205,7 @@ def _human(record: dict[str, Any], name: str, folder: Path | None) -> str:
 def _trial(base: Base, tokenizer: Any, measured_on: str, trial_text: str | None, tokens: int, quiet: bool) -> Any:
     """The base's word on a text that the result is not measured on, if there is one."""
     from hf_quant.cli._common import find_text
-    from hf_quant.text import read_text
+    from hf_quant.data.text import read_text
 
     beside = Path(base.model) / CALIBRATION
     file = find_text(trial_text) or (beside if beside.is_file() else None)
@@ -216,7 +216,7 @@ def _trial(base: Base, tokenizer: Any, measured_on: str, trial_text: str | None,
 
 def _lines(record: dict[str, Any]) -> list[tuple[str, ...]]:
     """Largest first; the base in bf16 has the noise floor for its quality."""
-    from hf_quant.results import interval_shown
+    from hf_quant.evaluation.results import interval_shown
 
     made: list[tuple[str, ...]] = []
     for rung in sorted(record["rungs"], key=lambda rung: -rung["bytes"]):

@@ -48,7 +48,7 @@ def command(
     from hf_quant.hf import plan_of
 
     if Path(model).is_dir():
-        from hf_quant.checkpoint import Checkpoint
+        from hf_quant.checkpoint.folder import Checkpoint
 
         Checkpoint.open(Path(model))
     records: list[dict[str, Any]] = []

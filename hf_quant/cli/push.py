@@ -12,7 +12,7 @@ from hf_quant.cli._common import bars, budget, emit, gate_options, output_option
 from hf_quant.errors import printable
 
 if TYPE_CHECKING:
-    from hf_quant.hub.push import Gated, Publication
+    from hf_quant.publish.push import Gated, Publication
 
 
 @click.command()
@@ -39,9 +39,9 @@ def command(
     """Publish FOLDER as REPO_ID: with a card of what was measured, and only if that is inside its budget."""
     from huggingface_hub import HfApi
 
-    from hf_quant.hub.push import prepare, publish
-    from hf_quant.hub.secrets import library
-    from hf_quant.hub.upload import Target
+    from hf_quant.publish.push import prepare, publish
+    from hf_quant.publish.secrets import library
+    from hf_quant.publish.upload import Target
 
     if create_pr and (revision or tag or private is not None or gated != "inherit"):
         raise click.UsageError("a pull request changes no settings, branches or tags: --create-pr goes alone")

@@ -32,7 +32,7 @@ from hf_quant.cli._common import (
 )
 from hf_quant.cli._types import DTYPE, Model, Size
 from hf_quant.errors import HfQuantError
-from hf_quant.outputs import check_places, work_folder
+from hf_quant.jobs.outputs import check_places, work_folder
 
 if TYPE_CHECKING:
     pass
@@ -80,11 +80,11 @@ def command(
     inputs = list(filter(None, (text, dataset, source)))
     check_places(outs, [model, *inputs], overwrite=overwrite, gate=gated)
 
-    from hf_quant.compress import Job, compress
+    from hf_quant.data.text import refuse_overlap
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
-    from hf_quant.ranks import Ranks
-    from hf_quant.text import refuse_overlap
+    from hf_quant.jobs.quantize import Job, compress
+    from hf_quant.solve.ranks import Ranks
 
     plans, gate = configs(slugs, **options), budget(max_kl, max_ppl_increase, min_top1)
     from_hub = hub(revision, trust_remote_code)
@@ -92,7 +92,7 @@ def command(
     quiet = quiet or not ranks.first
     shown = bars(quiet or as_json)
     if Path(model).is_dir():
-        from hf_quant.checkpoint import Checkpoint
+        from hf_quant.checkpoint.folder import Checkpoint
 
         Checkpoint.open(Path(model))
         _warn_if_training(Path(model))
@@ -136,7 +136,7 @@ def command(
 @contextmanager
 def _resumable(schemes: dict[Path, str]) -> Iterator[None]:
     """Whoever stops this, or has no disk left, is told how to go on; what is whole already would be refused then."""
-    from hf_quant.journal import is_journal
+    from hf_quant.disk.journal import is_journal
 
     try:
         yield
@@ -156,7 +156,7 @@ def _refuse_measuring(wanted: bool | None, gated: bool, how: Measuring) -> None:
 
 
 def _refuse_two_bits(slugs: Sequence[str], gated: bool) -> None:
-    from hf_quant.scheme import QuantScheme
+    from hf_quant.core.scheme import QuantScheme
 
     two = next((slug for slug in slugs if QuantScheme.parse(slug).bits == 2), None)
     if two is not None and not gated:
@@ -198,7 +198,7 @@ def _lines(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
 
 
 def _quality(quality: dict[str, Any] | None) -> tuple[str, str, str, str]:
-    from hf_quant.results import interval_shown
+    from hf_quant.evaluation.results import interval_shown
 
     if quality is None or quality["kind"] != "causal":
         return "-", "-", "-", "-"

@@ -21,8 +21,8 @@ from hf_quant.errors import HfQuantError
 @output_options
 def command(folder: Path, output: Path | None, as_json: bool, quiet: bool) -> None:
     """Write one HTML file on FOLDER: numbers, charts and recipe, readable without a network and on a phone."""
-    from hf_quant.disk import write_bytes
-    from hf_quant.report.page import page, why_not
+    from hf_quant.disk.atomic import write_bytes
+    from hf_quant.publish.page import page, why_not
 
     out = output or folder / "report.html"
     if (reason := why_not(out)) is not None:

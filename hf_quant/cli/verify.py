@@ -28,7 +28,7 @@ def command(model: str, revision: str | None, as_json: bool, quiet: bool) -> Non
 
 
 def _repository(model: str, revision: str | None) -> dict[str, Any]:
-    from hf_quant.hub.manifest import verify_repo
+    from hf_quant.publish.manifest import verify_repo
 
     return {"sound": True, "files": verify_repo(model, revision)}
 
@@ -36,9 +36,9 @@ def _repository(model: str, revision: str | None) -> dict[str, Any]:
 def _folder(folder: Path, shown: bool) -> dict[str, Any]:
     from tqdm import tqdm
 
-    from hf_quant.digests import MANIFEST
-    from hf_quant.hf.verify import verify
-    from hf_quant.hub.manifest import verify_folder
+    from hf_quant.disk.digests import MANIFEST
+    from hf_quant.jobs.verify import verify
+    from hf_quant.publish.manifest import verify_folder
 
     files = verify_folder(folder) if (folder / MANIFEST).is_file() else None
     done = verify(folder, progress=lambda layers: tqdm(layers, desc="layers", disable=not shown))

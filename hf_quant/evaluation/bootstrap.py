@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from hf_quant.results import FEWEST_DOCUMENTS
+from hf_quant.evaluation.results import FEWEST_DOCUMENTS
 
 RESAMPLES = 2000
 AT_ONCE = 1 << 22  # values drawn at once: 32 MB

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_quant.data.text import split
 from hf_quant.errors import HfQuantError
-from hf_quant.evaluation import estimate, resampled
+from hf_quant.evaluation.measure import estimate, resampled
 from hf_quant.evaluation.reference import Load, Progress
-from hf_quant.results import Quality
-from hf_quant.text import split
+from hf_quant.evaluation.results import Quality
 
 SHORTEST = 40  # characters of a paragraph
 POSITIONS = 8  # of a passage, whose logits are compared

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from hf_quant.errors import HfQuantError
-from hf_quant.results import Estimate, Quality
+from hf_quant.evaluation.results import Estimate, Quality
 
 
 def unfavourable(measured: Estimate, sign: int, margin: float = 1.0) -> float:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.checkpoint import Checkpoint
+from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.hf import HfQuantConfig
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
-from hf_quant.presets import preset
+from hf_quant.solve.recipes import preset
 
 ROWS = 256
 ROUNDED = 0.01  # of its norm: what storing a float tensor in another dtype may change, and more

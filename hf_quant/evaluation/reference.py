@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from hf_quant.disk import staged, write_json
+from hf_quant.data.text import Windows
+from hf_quant.disk.atomic import staged, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.metrics import BaseTokens
 from hf_quant.evaluation.metrics.kl import log_mass_without
-from hf_quant.text import Windows
 
 VERSION = 2  # of the files: raised whenever they hold other numbers
 TOP, SAMPLES = 128, 64

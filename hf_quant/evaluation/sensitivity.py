@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_quant.core.numerics import quantize_rows
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.methods import Method
-from hf_quant.numerics import quantize_rows
-from hf_quant.scheme import QuantScheme
 
 FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q", "k", "v", "query", "key", "value"), "qkv"),

@@ -14,15 +14,15 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.constants import HF_HOME
 from transformers.utils import logging
 
-from hf_quant.checkpoint import Checkpoint
-from hf_quant.evaluation import evaluate, means
+from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.data.text import windows
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
+from hf_quant.evaluation.measure import evaluate, means
 from hf_quant.evaluation.reference import Progress, Reference, reference
+from hf_quant.evaluation.results import Quality
 from hf_quant.hf import load
 from hf_quant.hf.auto import class_of, config_of, hub_options
 from hf_quant.hf.loading import skeleton
-from hf_quant.results import Quality
-from hf_quant.text import windows
 
 CONTEXT = 512
 logger = logging.get_logger(__name__)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from hf_quant import _plugins
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 
 class Shaped(Protocol):

@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.packing import pack, unpack
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import FLOATS, check_scale, group_of, integer, need, refused, scheme_for, settled, spread
-from hf_quant.packing import pack, unpack
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # which of eight columns each nibble of a GEMM word holds
 VERSIONS = ("gemm", "gemv", "gemv_fast")

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.numerics import levels
+from hf_quant.core.scheme import CODEBOOKS, QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import ReadOnly, check_scale, need, refused, scheme_for, settled
-from hf_quant.numerics import levels
-from hf_quant.scheme import CODEBOOKS, QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 STATE = "weight.quant_state.bitsandbytes__"
 BLOCKS = tuple(1 << i for i in range(5, 14))

@@ -21,6 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_quant.core.packing import pack, unpack
+from hf_quant.core.scheme import BITS, MULTIPLE, QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import (
@@ -39,9 +42,6 @@ from hf_quant.formats._common import (
     settled,
     spread,
 )
-from hf_quant.packing import pack, unpack
-from hf_quant.scheme import BITS, MULTIPLE, QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")

@@ -16,6 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.packing import pack, unpack
+from hf_quant.core.scheme import BITS, QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import (
@@ -31,9 +34,6 @@ from hf_quant.formats._common import (
     settled,
     spread,
 )
-from hf_quant.packing import pack, unpack
-from hf_quant.scheme import BITS, QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a word of ones
 VERSIONS = {"gptq": False, "gptq_v2": True}

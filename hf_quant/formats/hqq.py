@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.packing import pack
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, need, scheme_for
-from hf_quant.packing import pack
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 NUMBERS = ("nbits", "group_size", "axis")
 FLAGS = ("view_as_float", "quant_scale", "quant_zero")

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.packing import pack_short, unpack_short
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import Outliers, QuantizedTensor, index_dtype
 from hf_quant.errors import FormatError, SchemeError
 from hf_quant.formats import Called, Headers, Layer, Shaped, Value, by_itself
 from hf_quant.formats._common import FLOATS, Globs, is_sequence, need, refused, short
-from hf_quant.packing import pack_short, unpack_short
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import Outliers, QuantizedTensor, index_dtype
 
 
 @dataclass(frozen=True)

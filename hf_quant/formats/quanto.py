@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, need, scheme_for, settled
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 
 class Quanto(ReadOnly):

@@ -13,6 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.packing import pack
+from hf_quant.core.scheme import BITS, QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import (
@@ -26,9 +29,6 @@ from hf_quant.formats._common import (
     settled,
     spread,
 )
-from hf_quant.packing import pack
-from hf_quant.scheme import BITS, QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 KINDS = ("Int8WeightOnlyConfig", "IntxWeightOnlyConfig")
 

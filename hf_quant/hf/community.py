@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 
-from hf_quant.contents import Contents
+from hf_quant.checkpoint.contents import Contents
+from hf_quant.core.scheme import THRESHOLD, QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import Called, Format, Layer, format_named
 from hf_quant.formats._common import refused
@@ -23,8 +25,6 @@ from hf_quant.hf._compat import renamer
 from hf_quant.hf.plan import Candidate, candidates
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
-from hf_quant.scheme import THRESHOLD, QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 _NATIVE = format_named("native")
 # how programs that take transformers 5 stacks apart call the pieces, whatever the model's own checkpoints call them

@@ -12,12 +12,12 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_quant.calibration import Source
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.data.calibration import Source
+from hf_quant.disk.strict_json import shown
 from hf_quant.errors import FormatError, PlanError, SchemeError, printable
 from hf_quant.formats import compressed_tensors, format_of
-from hf_quant.presets import Decision
-from hf_quant.scheme import QuantScheme
-from hf_quant.strict_json import shown
+from hf_quant.solve.recipes import Decision
 
 TOKENS = 65536  # calibrated on by default
 UNSTORED = (
@@ -50,7 +50,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         group_size: Input columns that share a scale: a power of two from 16, or -1 for a whole row; 128 by default.
         symmetric: Whether the zero point is fixed, as it is by default.
         method: ``"rtn"`` (rounding, needs no data), ``"calibrated"`` (what loses least at each width), ``"gptq"``, ``"awq"``,
-            ``"hqq"``, or transforms and a method joined by ``+``: see `hf_quant.presets`.
+            ``"hqq"``, or transforms and a method joined by ``+``: see `hf_quant.solve.recipes`.
         overrides: Glob over module names to slug, or to None to leave those modules in floating point; the first match
             wins. A module named here is quantized even if the defaults would skip it (output head, vision tower).
         modules_to_not_convert: Globs, names or trailing names (``"o_proj"``) of modules to leave in floating point,

@@ -11,7 +11,7 @@ from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
-from hf_quant.digests import MANIFEST, mismatches, read_manifest
+from hf_quant.disk.digests import MANIFEST, mismatches, read_manifest
 from hf_quant.errors import CheckpointError, printable
 from hf_quant.hf._compat import download_options
 

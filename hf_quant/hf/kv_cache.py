@@ -16,9 +16,9 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.utils import logging
 
+from hf_quant.core.numerics import floored
+from hf_quant.core.packing import pack, unpack
 from hf_quant.errors import HfQuantError
-from hf_quant.numerics import floored
-from hf_quant.packing import pack, unpack
 
 KINDS = {"int8": 8, "int4": 4}
 GROUP, RECENT = 32, 128  # tokens or channels that share a scale; newest tokens left as they are, in INT4

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_quant import _autoload
-from hf_quant.checkpoint import FIELDS, INDEX, TORCH, WEIGHTS, Checkpoint
-from hf_quant.contents import quantization_of
+from hf_quant.checkpoint.contents import quantization_of
+from hf_quant.checkpoint.folder import FIELDS, INDEX, TORCH, WEIGHTS, Checkpoint
 from hf_quant.errors import PlanError
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf.auto import class_of, config_of, hub_options
 from hf_quant.hf.config import HfQuantConfig, quantized_already, taken_over
-from hf_quant.hf.explained import explained
+from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, make_plan
 from hf_quant.hf.preflight import check_rest, refuse_unexplained
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import format_named
 from hf_quant.hf.plan import Plan
-from hf_quant.memory import give_back_memory
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
-from hf_quant.scheme import QuantScheme
 
 _NATIVE = format_named("native")
 

@@ -12,13 +12,13 @@ from typing import Any, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import CheckpointError, PlanError, SchemeError
 from hf_quant.formats import format_named
 from hf_quant.hf.config import HfQuantConfig
-from hf_quant.hf.others import others
+from hf_quant.hf.unquantized import others
 from hf_quant.nn.experts import stacks, why_not_experts
-from hf_quant.presets import Decision
-from hf_quant.scheme import QuantScheme
+from hf_quant.solve.recipes import Decision
 
 Kind = Literal["linear", "conv1d", "experts", "embedding"]
 ROUTERS = {"gate", "router", "shared_expert_gate"}

@@ -10,8 +10,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from hf_quant.checkpoint import SIZES, Checkpoint, TensorInfo
-from hf_quant.contents import Contents
+from hf_quant.checkpoint.contents import Contents
+from hf_quant.checkpoint.folder import SIZES, Checkpoint, TensorInfo
 from hf_quant.errors import CheckpointError
 from hf_quant.formats import format_named
 from hf_quant.hf._compat import arrivals

@@ -30,10 +30,11 @@ def release(model: Any) -> None:
 
 
 def push_to_hub(model: Any, repo_id: str, **how: Any) -> Any:
-    """Of a quantized model; see ``hf_quant.hub.push.push_model``. Of adapters on one, transformers' own."""
+    """Of a quantized model; see ``hf_quant.publish.push.push_model``. Of adapters on one, transformers' own."""
     if getattr(model, "_hf_peft_config_loaded", False):
         return type(model).push_to_hub(model, repo_id, **how)
-    return str(import_module("hf_quant.hub.push").push_model(model, repo_id, **how))  # which stands above this module
+    publishing = import_module("hf_quant.publish.push")  # which stands above this module
+    return str(publishing.push_model(model, repo_id, **how))
 
 
 def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:

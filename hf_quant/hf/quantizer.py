@@ -16,24 +16,24 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
-from hf_quant.calibration import Calibration
-from hf_quant.checkpoint import Checkpoint, check_config
-from hf_quant.contents import Contents
+from hf_quant.checkpoint.contents import Contents
+from hf_quant.checkpoint.folder import Checkpoint, check_config
+from hf_quant.data.calibration import Calibration
+from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import CheckpointError, HfQuantError, PlanError, printable
 from hf_quant.formats import Format, format_named
 from hf_quant.formats.native import in_features, wrong_values
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
-from hf_quant.hf.calibrated import calibrate, data_for
+from hf_quant.hf.calibrate_loaded import calibrate, data_for
 from hf_quant.hf.community import Placed, conversions
 from hf_quant.hf.integrity import check_weights
-from hf_quant.hf.naming import settle, state_on_disk, stems
 from hf_quant.hf.offload import is_away
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
 from hf_quant.hf.plan import Candidate, Plan, candidates, freeze, make_plan
 from hf_quant.hf.preflight import COMPANIONS, check_buffers, check_complete, check_rest, examine
 from hf_quant.hf.publishing import guard, release
+from hf_quant.hf.saved_names import settle, state_on_disk, stems
 from hf_quant.hf.sizes import report_own_sizes, report_true_sizes
-from hf_quant.memory import give_back_memory
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
 from hf_quant.nn._outside import Outside
 from hf_quant.nn._weight import frozen

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from hf_quant import _plugins
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import BackendError
-from hf_quant.kernels._outliers import outlier_linear as outlier_linear
-from hf_quant.kernels._rounded import RoundedPacked, RoundedViews
-from hf_quant.kernels._routing import back_in_order as back_in_order
-from hf_quant.kernels._routing import by_expert as by_expert
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.kernels._shared.outliers import outlier_linear as outlier_linear
+from hf_quant.kernels._shared.rounded import RoundedPacked, RoundedViews
+from hf_quant.kernels._shared.routing import back_in_order as back_in_order
+from hf_quant.kernels._shared.routing import by_expert as by_expert
 
 logger = logging.getLogger(__name__)
 

@@ -6,30 +6,31 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec, _ops
-from hf_quant.kernels._common import flat, looked_up, multiply, multiply_back
-from hf_quant.numerics import levels
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.core.numerics import levels
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared.blocks import flat, looked_up, multiply, multiply_back
 
 
-@_ops.op("codebook_linear", _ops.codebook)
+@ops.op("codebook_linear", ops.codebook)
 def codebook_linear(x: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """``x [M, K]`` times the portable codes ``[N, K / 2]`` of ``table [16]``: ``[M, N]``."""
     return multiply(x, looked_up(qweight, table), scale, None, 0)
 
 
-@_ops.op("codebook_linear_backward", _ops.codebook_back)
+@ops.op("codebook_linear_backward", ops.codebook_back)
 def codebook_linear_backward(grad: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``."""
     return multiply_back(grad, looked_up(qweight, table), scale, None, 0, qweight.shape[1] * 2)
 
 
-@_ops.fake(codebook_linear)
+@ops.fake(codebook_linear)
 def _(x: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], qweight.shape[0])
 
 
-@_ops.fake(codebook_linear_backward)
+@ops.fake(codebook_linear_backward)
 def _(grad: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     return grad.new_empty(grad.shape[0], qweight.shape[1] * 2)
 

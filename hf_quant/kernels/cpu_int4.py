@@ -18,10 +18,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec, _ops
-from hf_quant.kernels._common import Codes, cpu_multiplies_bf16, flat, multiply, multiply_back
-from hf_quant.packing import pack, unpack
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.core.packing import pack, unpack
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared.blocks import Codes, cpu_multiplies_bf16, flat, multiply, multiply_back
 
 GROUPS = (256, 128, 64, 32)  # the group sizes that the op takes
 CHUNK = 256  # rows packed together: the op wants them as int32
@@ -97,7 +98,7 @@ def _codes(planes: Tensor) -> Codes:
     return lambda i, j: _unpack(planes[:, i:j])
 
 
-@_ops.op("cpu_int4_linear", _ops.int4)
+@ops.op("cpu_int4_linear", ops.int4)
 def cpu_int4_linear(
     x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, fixed: int
 ) -> Tensor:
@@ -123,20 +124,20 @@ def cpu_int4_linear(
     return y.to(x.dtype)
 
 
-@_ops.op("cpu_int4_linear_backward", _ops.int4_back)
+@ops.op("cpu_int4_linear_backward", ops.int4_back)
 def cpu_int4_linear_backward(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, fixed: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``."""
     return multiply_back(grad, _codes(planes), scale, zero, fixed, planes.shape[2] * 2, step=64)
 
 
-@_ops.fake(cpu_int4_linear)
+@ops.fake(cpu_int4_linear)
 def _(
     x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, fixed: int
 ) -> Tensor:
     return x.new_empty(x.shape[0], planes.shape[1])
 
 
-@_ops.fake(cpu_int4_linear_backward)
+@ops.fake(cpu_int4_linear_backward)
 def _(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, fixed: int) -> Tensor:
     return grad.new_empty(grad.shape[0], planes.shape[2] * 2)
 

@@ -1,4 +1,4 @@
-"""Our own products on CPUs, compiled where a compiler was at hand (``hf_quant/csrc``), the instruction set chosen at run time.
+"""Our own products on CPUs, compiled where a compiler was at hand (``hf_quant/kernels/_native/csrc``), the instruction set chosen at run time.
 
 A few rows are multiplied as fast as memory gives the codes: in float32, or, for bf16 and float16 where there is VNNI, as
 integers of 16 bits; many rows on AMX, where W is dequantized to bf16 in the cache (and, for float16 and float32 models, as
@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec, _ops
-from hf_quant.kernels._common import as_asked, compute_dtype, cpu_multiplies_bf16, flat
-from hf_quant.kernels._compiled import (
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._native.compiled import (
     TYPES,
     LaidOut,
     _cpu,
@@ -30,8 +30,9 @@ from hf_quant.kernels._compiled import (
     weight_of,
     why_not,
 )
-from hf_quant.kernels._torch import nobody_looks
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared.blocks import as_asked, compute_dtype, cpu_multiplies_bf16, flat
+from hf_quant.kernels._shared.private_torch import nobody_looks
 
 
 def _few_rows(dtype: torch.dtype) -> int:
@@ -50,7 +51,7 @@ def _product(x: Tensor, weight: bytes) -> Tensor:
         x = x.contiguous()
         _cpu.linear(weight, x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, torch.get_num_threads())
         return y
-    _ops.Arguments("cpu_native_linear", x).kind("x", x, _ops.FLOATS)
+    ops.Arguments("cpu_native_linear", x).kind("x", x, ops.FLOATS)
     wide = x.to(compute_dtype(x))
     with as_asked("cpu"):
         for i, j, w in dequantized(weight, wide.dtype):
@@ -58,13 +59,13 @@ def _product(x: Tensor, weight: bytes) -> Tensor:
     return y
 
 
-@_ops.op("cpu_native_linear", _ops.native)
+@ops.op("cpu_native_linear", ops.native)
 def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
     """``x [M, K]`` times the packed codes: ``[M, N]``.
 
     Args:
         x: ``[M, K]``.
-        tiles: uint8 ``[ceil(N / 16), K / 32, 64 bits]``, the layout of ``csrc/cpu.h``.
+        tiles: uint8 ``[ceil(N / 16), K / 32, 64 bits]``, the layout of ``_native/csrc/cpu.h``.
         scale: float32 or bf16 ``[ceil(N / 16), G, 16]``.
         zero: Zero points like ``scale``, or None where all are ``2 ** (bits - 1)``.
         bits: Width of a code.
@@ -73,7 +74,7 @@ def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | No
     return _product(x, described(tiles, scale, zero, bits, n))
 
 
-@_ops.fake(cpu_native_linear)
+@ops.fake(cpu_native_linear)
 def _(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
     return x.new_empty(x.shape[0], n)
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec, _ops
-from hf_quant.kernels._common import companions, flat
-from hf_quant.kernels._compiled import (
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._native.compiled import (
     TYPES,
     _cpu,
     backward,
@@ -26,13 +26,14 @@ from hf_quant.kernels._compiled import (
     weight_of,
     why_not,
 )
-from hf_quant.kernels._torch import nobody_looks
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared.blocks import companions, flat
+from hf_quant.kernels._shared.private_torch import nobody_looks
 
 
 def _product(x: Tensor, weight: bytes, columns: Tensor | None, ranges: Tensor | None) -> Tensor:
     if x.dtype not in TYPES:
-        _ops.Arguments("cpu_native_int8_linear", x).kind("x", x, _ops.FLOATS)
+        ops.Arguments("cpu_native_int8_linear", x).kind("x", x, ops.FLOATS)
     wide = x.contiguous() if x.dtype in TYPES else x.float().contiguous()
     m, y = output(wide, weight)
     left = None if columns is None else columns.int()
@@ -45,7 +46,7 @@ def _product(x: Tensor, weight: bytes, columns: Tensor | None, ranges: Tensor | 
     return y.to(x.dtype)
 
 
-@_ops.op("cpu_native_int8_linear", _ops.native_int8)
+@ops.op("cpu_native_int8_linear", ops.native_int8)
 def cpu_native_int8_linear(
     x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
     bits: int, n: int,
@@ -54,7 +55,7 @@ def cpu_native_int8_linear(
 
     Args:
         x: ``[M, K]``.
-        tiles: uint8 ``[ceil(N / 16), K / 32, 64 bits]``, the layout of ``csrc/cpu.h``.
+        tiles: uint8 ``[ceil(N / 16), K / 32, 64 bits]``, the layout of ``_native/csrc/cpu.h``.
         scale: float32 or bf16 ``[ceil(N / 16), G, 16]``.
         zero: Zero points like ``scale``, or None where all are ``2 ** (bits - 1)``.
         columns: int16 or int32 ``[C]``, left out; None for none.
@@ -65,7 +66,7 @@ def cpu_native_int8_linear(
     return _product(x, described(tiles, scale, zero, bits, n), columns, ranges)
 
 
-@_ops.fake(cpu_native_int8_linear)
+@ops.fake(cpu_native_int8_linear)
 def _(
     x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
     bits: int, n: int,

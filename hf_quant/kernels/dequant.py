@@ -6,35 +6,36 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec, _ops
-from hf_quant.kernels._common import Codes, flat, multiply, multiply_back
-from hf_quant.packing import unpack
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.core.packing import unpack
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared.blocks import Codes, flat, multiply, multiply_back
 
 
 def _codes(qweight: Tensor, bits: int) -> Codes:
     return lambda i, j: unpack(qweight[i:j], bits)
 
 
-@_ops.op("dequant_linear", _ops.portable)
+@ops.op("dequant_linear", ops.portable)
 def dequant_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``x [M, K]`` times the portable codes ``[N, K / 8 * bits]``: ``[M, N]``."""
     return multiply(x, _codes(qweight, bits), scale, zero, 1 << (bits - 1))
 
 
-@_ops.op("dequant_linear_backward", _ops.portable_back)
+@ops.op("dequant_linear_backward", ops.portable_back)
 def dequant_linear_backward(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``."""
     k = qweight.shape[1] * 8 // bits
     return multiply_back(grad, _codes(qweight, bits), scale, zero, 1 << (bits - 1), k)
 
 
-@_ops.fake(dequant_linear)
+@ops.fake(dequant_linear)
 def _(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return x.new_empty(x.shape[0], qweight.shape[0])
 
 
-@_ops.fake(dequant_linear_backward)
+@ops.fake(dequant_linear_backward)
 def _(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return grad.new_empty(grad.shape[0], qweight.shape[1] * 8 // bits)
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearSpec
-from hf_quant.tensor import QuantizedTensor
 
 
 class Reference:

@@ -13,11 +13,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec, _ops
-from hf_quant.kernels._common import companions, flat, multiply_back
-from hf_quant.kernels._tiles import too_old
-from hf_quant.packing import unpack
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.core.packing import unpack
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared.blocks import companions, flat, multiply_back
+from hf_quant.kernels._triton.tiles import too_old
 
 FUSED_ROWS = 16  # so many rows are rounded inside the product
 FEW, MANY, GROUPED = (16, 64, 128), (128, 128, 128), (64, 128, 128)  # BLOCK_M, BLOCK_N, BLOCK_K
@@ -151,7 +152,7 @@ if importlib.util.find_spec("triton"):
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
-@_ops.op("triton_int8", _ops.triton_int8)
+@ops.op("triton_int8", ops.triton_int8)
 def triton_int8(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: Tensor | None,
     input_scale: Tensor | None,
@@ -194,7 +195,7 @@ def triton_int8(
     return y
 
 
-@_ops.fake(triton_int8)
+@ops.fake(triton_int8)
 def _(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: Tensor | None,
     input_scale: Tensor | None,
@@ -202,14 +203,14 @@ def _(
     return x.new_empty(x.shape[0], qweight.shape[0])
 
 
-@_ops.op("triton_int8_backward", _ops.portable_back)
+@ops.op("triton_int8_backward", ops.portable_back)
 def triton_int8_backward(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``, as if activations were not rounded; dequantized block by block in PyTorch."""
     k = qweight.shape[1] * 8 // bits
     return multiply_back(grad, lambda i, j: unpack(qweight[i:j], bits), scale, zero, 1 << (bits - 1), k)
 
 
-@_ops.fake(triton_int8_backward)
+@ops.fake(triton_int8_backward)
 def _(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return grad.new_empty(grad.shape[0], qweight.shape[1] * 8 // bits)
 

@@ -1,9 +1,9 @@
 """Weight-only product on GPUs, unpacked in registers: 2, 3, 4 or 8 bits and codebooks, any group size, any shape.
 
-The codes are laid out anew at load (`_planar`). Few rows of x are multiplied by one kernel that also adds bias and outliers
-(`_wna16`), in tiles from a table (`_tiles`); many rows by the dequantized weight, since reading it once more costs little then.
+The codes are laid out anew at load (`_triton.planar`). Few rows of x are multiplied by one kernel that also adds bias and outliers
+(`_triton.wna16`), in tiles from a table (`_triton.tiles`); many rows by the dequantized weight, since reading it once more costs little then.
 The same rows give the same bits every time, and nothing waits for the GPU: both hold inside CUDA graphs. Stacked experts are
-multiplied by the same kernel, all at once, each by the rows that the router sorted to it on the GPU (`_routing`).
+multiplied by the same kernel, all at once, each by the rows that the router sorted to it on the GPU (`_shared.routing`).
 A layer must not run twice at the same time on two streams: the programs of a product count their parts in its ``counters``.
 """
 
@@ -18,19 +18,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.kernels import LinearSpec, _ops
-from hf_quant.kernels._common import flat
-from hf_quant.kernels._planar import fields, from_planes, grouped, parsed, plane, positions, to_planes, unpacking
-from hf_quant.kernels._routing import back_in_order, cut, each
-from hf_quant.kernels._tiles import Tile, tile_for, too_old
-from hf_quant.numerics import levels
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import Outliers, QuantizedTensor
+from hf_quant.core.numerics import levels
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import Outliers, QuantizedTensor
+from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared.blocks import flat
+from hf_quant.kernels._shared.routing import back_in_order, cut, each
+from hf_quant.kernels._triton.planar import (
+    fields,
+    from_planes,
+    grouped,
+    parsed,
+    plane,
+    positions,
+    to_planes,
+    unpacking,
+)
+from hf_quant.kernels._triton.tiles import Tile, tile_for, too_old
 
 if importlib.util.find_spec("triton"):
     import triton
 
-    from hf_quant.kernels._wna16 import dequantize_kernel, wna16_kernel
+    from hf_quant.kernels._triton.wna16 import dequantize_kernel, wna16_kernel
 
 COUNTERS = 4096  # tiles whose columns may be shared
 CHUNK = 1 << 26  # weights dequantized together: 128 MB
@@ -73,7 +83,7 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after
     }  # fmt: skip
 
 
-@_ops.op("triton_wna16", _ops.wna16)
+@ops.op("triton_wna16", ops.wna16)
 def triton_wna16(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str,
@@ -177,7 +187,7 @@ def _dense(
         yield i, j, w
 
 
-@_ops.fake(triton_wna16)
+@ops.fake(triton_wna16)
 def _(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str,
@@ -185,7 +195,7 @@ def _(
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-@_ops.op("triton_wna16_backward", _ops.wna16_back)
+@ops.op("triton_wna16_backward", ops.wna16_back)
 def triton_wna16_backward(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, scheme: str, k: int,
@@ -201,7 +211,7 @@ def triton_wna16_backward(
     return out.to(grad.dtype)
 
 
-@_ops.fake(triton_wna16_backward)
+@ops.fake(triton_wna16_backward)
 def _(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, scheme: str, k: int,
@@ -224,7 +234,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 triton_wna16.register_autograd(_backward, setup_context=_save)
 
 
-@_ops.op("triton_experts", _ops.experts)
+@ops.op("triton_experts", ops.experts)
 def triton_experts(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str, ends: Tensor, order: Tensor | None,
@@ -244,7 +254,7 @@ def triton_experts(
         index: int16 or int32 ``[E, C]`` or ``[E, N, R]``, or None.
         value: ``[E, N, C]`` or ``[E, N, R]``, or None.
         scheme: Of all experts, as a slug.
-        ends: int64 ``[E]``, where the rows of each expert end (`_routing.by_expert`); those after the last are zero.
+        ends: int64 ``[E]``, where the rows of each expert end (`by_expert`); those after the last are zero.
         order: int64 ``[M * top_k]``, which choice every row is of; None where the rows of x are in this order already.
     """
     (m, k), (e, n, width), how = x.shape, packed.shape, parsed(scheme)
@@ -263,7 +273,7 @@ def triton_experts(
     return y
 
 
-@_ops.fake(triton_experts)
+@ops.fake(triton_experts)
 def _(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str, ends: Tensor, order: Tensor | None,
@@ -271,7 +281,7 @@ def _(
     return x.new_empty(x.shape[0] if order is None else order.shape[0], packed.shape[1])
 
 
-@_ops.op("triton_experts_backward", _ops.experts_back)
+@ops.op("triton_experts_backward", ops.experts_back)
 def triton_experts_backward(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, ends: Tensor, scheme: str, k: int,
@@ -283,7 +293,7 @@ def triton_experts_backward(
     return out
 
 
-@_ops.fake(triton_experts_backward)
+@ops.fake(triton_experts_backward)
 def _(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, ends: Tensor, scheme: str, k: int,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_quant.numerics import floored
-from hf_quant.scheme import QuantScheme
+from hf_quant.core.numerics import floored
+from hf_quant.core.scheme import QuantScheme
 
 
 def descend(

@@ -8,11 +8,11 @@ from math import isnan
 import torch
 from torch import Tensor
 
+from hf_quant.core.numerics import quantize, search
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import InputStats
+from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.methods._outliers import outlier_index, outlier_mask
-from hf_quant.numerics import quantize, search
-from hf_quant.scheme import QuantScheme
-from hf_quant.stats import InputStats
-from hf_quant.tensor import Outliers, QuantizedTensor
 
 CHUNK = 1 << 20  # weights searched together: bounds the float32 working memory to a few tens of MB
 

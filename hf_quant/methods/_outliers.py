@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_quant.numerics import dequantize, quantize, search
-from hf_quant.scheme import QuantScheme
+from hf_quant.core.numerics import dequantize, quantize, search
+from hf_quant.core.scheme import QuantScheme
 
 
 def outlier_index(

@@ -9,14 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.numerics import dequantize, quantize, search
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import InputStats
+from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.errors import HfQuantError
 from hf_quant.methods._descent import descend
 from hf_quant.methods._nearest import best, better
 from hf_quant.methods._outliers import outlier_index, outlier_mask
-from hf_quant.numerics import dequantize, quantize, search
-from hf_quant.scheme import QuantScheme
-from hf_quant.stats import InputStats
-from hf_quant.tensor import Outliers, QuantizedTensor
 
 BLOCK = 128  # columns whose errors are passed on to all later ones together: changes speed, not the result
 

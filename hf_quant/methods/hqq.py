@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.numerics import dequantize, floored, minmax, quantize, search
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import InputStats
+from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.methods._nearest import best, better
 from hf_quant.methods._outliers import outlier_index, outlier_mask
-from hf_quant.numerics import dequantize, floored, minmax, quantize, search
-from hf_quant.scheme import QuantScheme
-from hf_quant.stats import InputStats
-from hf_quant.tensor import Outliers, QuantizedTensor
 
 CHUNK = 1 << 20  # weights worked on together
 STEPS, LEAST = 20, 0.6  # of the search for the grid that rounding to nearest takes

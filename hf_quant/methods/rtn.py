@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import InputStats
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.methods._nearest import best, nearest
-from hf_quant.scheme import QuantScheme
-from hf_quant.stats import InputStats
-from hf_quant.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)

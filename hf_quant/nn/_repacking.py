@@ -9,12 +9,12 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.formats import format_named
 from hf_quant.kernels import LinearBackend, LinearSpec
 from hf_quant.nn._outside import Outside
 from hf_quant.nn._weight import frozen, read
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.packing import unpack_short
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.formats import format_named
 from hf_quant.nn._outside import Outside
-from hf_quant.packing import unpack_short
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import Outliers, QuantizedTensor
 
 _NATIVE = format_named("native")
 AWAITED = "awaited"  # true, so that no model fills such a parameter with random numbers; of loaded ones it is True

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.nn._outside import Outside, seen
 from hf_quant.nn._weight import frozen, read, register
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 
 class QuantEmbedding(Outside, nn.Embedding):

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.kernels import LinearSpec, back_in_order, by_expert, outlier_linear, select
 from hf_quant.nn._outside import Outside, seen
 from hf_quant.nn._repacking import Repacking
 from hf_quant.nn._weight import frozen, read, register
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import Outliers, QuantizedTensor
 
 STACKED = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the stacks, where a layer has them
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.kernels import LinearSpec, outlier_linear, select
 from hf_quant.nn._outside import seen
 from hf_quant.nn._repacking import Repacking
 from hf_quant.nn._weight import frozen, read, register
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import Outliers, QuantizedTensor
 
 
 class QuantLinear(Repacking, nn.Linear):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant import _plugins
-from hf_quant.scheme import QuantScheme
-from hf_quant.stats import InputStats
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import InputStats
+from hf_quant.core.tensor import QuantizedTensor
 
 
 @dataclass

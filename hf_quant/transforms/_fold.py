@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.numerics import dequantize, quantize, search
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.core.numerics import dequantize, quantize, search
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.transforms import Stage, weight_of
 from hf_quant.transforms._judge import call_of, changed, close
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from hf_quant import _plugins
+from hf_quant.core.scheme import BITS, QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Format, format_named, format_of
 from hf_quant.methods import method
-from hf_quant.scheme import BITS, QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 FORMATS = _plugins.names("formats")
 SCHEMES = [QuantScheme(*args) for args in product(BITS, (32, 128, -1), (True, False))]

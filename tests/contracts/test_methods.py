@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_quant import _plugins
+from hf_quant.core.scheme import BITS, QuantScheme
+from hf_quant.core.stats import InputStats
 from hf_quant.methods import Method, method
 from hf_quant.methods._nearest import nearest
-from hf_quant.scheme import BITS, QuantScheme
-from hf_quant.stats import InputStats
 
 METHODS = _plugins.names("methods")
 SCHEMES = [QuantScheme(*args) for args in product(BITS, (32, 128, -1), (True, False))]

@@ -25,10 +25,11 @@ import transformers as tf
 from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from hf_quant import compress, disk, journal
 from hf_quant.cli import main
+from hf_quant.disk import atomic, journal
 from hf_quant.errors import HfQuantError
-from hf_quant.outputs import work_folder
+from hf_quant.jobs import quantize as job
+from hf_quant.jobs.outputs import work_folder
 
 from .faulty_disk import Disk, Killed, Op, restore, states
 
@@ -50,7 +51,7 @@ FEW = ("--calibration-tokens", "256", "--no-eval")
 OLD: Contents = {
     "config.json": b"{}", "model.safetensors": b"old", "recipe.json": b'{"versions": {"hf-quant": "0"}}',
 }  # fmt: skip
-ADD, PUT = journal.Journal.add, disk.put
+ADD, PUT = journal.Journal.add, atomic.put
 
 
 def make_model(folder: Path, blocks: int = 3, width: int = 32) -> Path:
@@ -391,14 +392,14 @@ def _line_first(self: journal.Journal, name: str, write: Any, record: Any) -> No
     entry = journal._plain(dict(record) | {"file": name, "sha256": journal.digest(draft)})
     draft.unlink()
     self._append(entry)
-    disk.put(path, write)
+    atomic.put(path, write)
     self.parts.append(entry)
 
 
 def _in_place(path: Path, write: Any) -> None:
     write(path)
-    disk.fsync(path)
-    disk.fsync(path.parent)
+    atomic.fsync(path)
+    atomic.fsync(path.parent)
 
 
 def _kept(path: Path, write: Any) -> None:
@@ -412,9 +413,9 @@ def _straight(out: Path, inputs: object = (), *, overwrite: bool = False) -> Ite
     out.mkdir(parents=True, exist_ok=True)
     yield out
     for path in out.iterdir():
-        disk.fsync(path)
-    disk.fsync(out)
-    disk.fsync(out.parent)
+        atomic.fsync(path)
+    atomic.fsync(out)
+    atomic.fsync(out.parent)
 
 
 def _two_renames(*_: Path) -> bool:
@@ -429,7 +430,7 @@ def _trusted(folder: Path) -> None:
     if not folder.is_dir():
         _trusted(folder.parent)
         folder.mkdir()
-        disk.fsync(folder.parent)
+        atomic.fsync(folder.parent)
 
 
 @dataclass(frozen=True)
@@ -439,7 +440,7 @@ class Wrong:
     Attributes:
         scenario: Name.
         deaf: The sync that is left out.
-        patch: Or what is done otherwise: name and replacement of something in `disk`, `journal` and `compress`, or of `Journal`.
+        patch: Or what is done otherwise: name and replacement of something in `disk.atomic`, `disk.journal` and `jobs.quantize`, or of `Journal`.
     """
 
     scenario: str = "begun and finished"
@@ -450,7 +451,7 @@ class Wrong:
     def active(self) -> Iterator[None]:
         """While the mistake is made."""
         with ExitStack() as stack:
-            for place in (disk, journal, compress, journal.Journal) if self.patch else ():
+            for place in (atomic, journal, job, journal.Journal) if self.patch else ():
                 if hasattr(place, self.patch[0]):
                     stack.enter_context(mock.patch.object(place, *self.patch))
             yield

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import hf_quant
-import hf_quant.disk
+import hf_quant.disk.atomic
 from hf_quant.cli import main
-from hf_quant.text import paragraphs
+from hf_quant.data.text import paragraphs
 
 REPO = Path(__file__).parents[2]
 
@@ -161,7 +161,7 @@ def test_help_imports_no_torch() -> None:
 @pytest.fixture(scope="module")
 def checked() -> Any:
     """Checks a folder's results.json against the schema that documents it."""
-    schema = json.loads((Path(hf_quant.__file__).parent / "results.schema.json").read_text())
+    schema = json.loads((Path(hf_quant.__file__).parent / "publish" / "schemas" / "results.schema.json").read_text())
 
     def check(folder: Path) -> Any:
         record = json.loads((folder / "results.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -268,9 +268,9 @@ def test_ladder_of_a_calibrated_method(
     call += ["--max-kl", 0.5, "--json"]
     assert "looks at no text" in run(*call, "--calibration", looked_at, code=2).stderr
     told: list[set[str]] = []
-    real = hf_quant.disk._swap
+    real = hf_quant.disk.atomic._swap
     monkeypatch.setattr(
-        hf_quant.disk,
+        hf_quant.disk.atomic,
         "_swap",
         lambda stage, to: (told.append({p.name for p in stage.iterdir()}) if to == out else None, real(stage, to)),
     )

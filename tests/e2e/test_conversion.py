@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 import hf_quant
 from hf_quant.cli import main
 from hf_quant.errors import FormatError
-from hf_quant.hf.convert import convert
+from hf_quant.jobs.convert import convert
 
 FIXTURES = Path(__file__).parents[1] / "golden" / "fixtures"
 IDS = torch.arange(1, 17)[None]
@@ -56,7 +56,7 @@ def test_inspect_names_what_is_quantized_and_how(name: str) -> None:
 
 
 def test_inspect_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_quant.checkpoint import Checkpoint
+    from hf_quant.checkpoint.folder import Checkpoint
 
     read = Checkpoint.read
     sizes: list[int] = []

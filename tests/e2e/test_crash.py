@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_quant import compress, disk, journal
+from hf_quant.disk import atomic, journal
+from hf_quant.jobs import quantize as job
 
 from .crashes import (
     FEW,
@@ -184,8 +185,8 @@ def test_another_process_is_refused_at_any_time(case: Case, tmp_path: Path, monk
 
     busy: list[str] = []
     for place, name in (
-        (compress, "_published"), (journal, "put"), (compress, "quantize_streaming"), (compress, "load"),
-        (compress, "_measured"), (disk, "_swap"), (compress, "discard"),
+        (job, "_published"), (journal, "put"), (job, "quantize_streaming"), (job, "load"),
+        (job, "_measured"), (atomic, "_swap"), (job, "discard"),
     ):  # fmt: skip
         after(place, name)
     assert quantize(case.model, tmp_path / "q", *case.options).code == 0
@@ -208,7 +209,7 @@ def test_killed_between_publishing_and_clearing_up(
     """Then the same command finishes, though OUT is there; another one is refused, and OUT stays."""
     out = tmp_path / "q"
     with monkeypatch.context() as patch:
-        patch.setattr(compress, "discard", lambda *_: None)
+        patch.setattr(job, "discard", lambda *_: None)
         assert quantize(case.model, out, *case.options).code == 0
     work = tmp_path / "q.work"
     assert work.is_dir()

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_quant
 from hf_quant import HfQuantConfig
+from hf_quant.core.scheme import BITS
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, PlanError, SchemeError
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
-from hf_quant.scheme import BITS
 
 from .conftest import IDS
 

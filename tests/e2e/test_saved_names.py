@@ -11,8 +11,8 @@ from safetensors import safe_open
 
 from hf_quant import HfQuantConfig
 from hf_quant.errors import PlanError
-from hf_quant.hf.naming import settle
-from hf_quant.hf.verify import verify
+from hf_quant.hf.saved_names import settle
+from hf_quant.jobs.verify import verify
 
 from .conftest import DECODER, IDS, SMALL, ZOO
 

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_quant import HfQuantConfig, load
-from hf_quant.evaluation import evaluate
+from hf_quant.data.text import read_text
+from hf_quant.evaluation.measure import evaluate
 from hf_quant.evaluation.reference import Reference
+from hf_quant.evaluation.results import Quality
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.methods import rtn
-from hf_quant.results import Quality
-from hf_quant.text import read_text
 
 MODEL = Path(__file__).parents[2] / "examples" / "ref-llama-16m"
 pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="no examples beside the tests")

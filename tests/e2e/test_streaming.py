@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_quant import HfQuantConfig, load
-from hf_quant.calibration import Calibration
-from hf_quant.checkpoint import Checkpoint
+from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.data.calibration import Calibration
 from hf_quant.errors import HfQuantError
-from hf_quant.hf.streaming import Settings, quantize_streaming
+from hf_quant.hf.calibrate_shards import Settings, quantize_streaming
 
 SMALL = {
     "vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -97,10 +97,10 @@ def test_formats(scheme: str, fmt: str, tmp_path: Path) -> None:
 
 def test_memory_holds_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a block is solved, the others are on the meta device."""
-    from hf_quant.hf import streaming
+    from hf_quant.hf import calibrate_shards
 
     seen = []
-    solve = streaming.solve
+    solve = calibrate_shards.solve
 
     def watched(block: Any, *args: Any) -> Any:
         made = solve(block, *args)
@@ -109,7 +109,7 @@ def test_memory_holds_one_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert real == [block.module]
         return made
 
-    monkeypatch.setattr(streaming, "solve", watched)
+    monkeypatch.setattr(calibrate_shards, "solve", watched)
     stream(make(tmp_path / "base", "llama"), tmp_path / "out")
     assert len(seen) == 3
 
@@ -235,7 +235,7 @@ def test_each_layer_is_calibrated_as_its_own_scheme_asks(tmp_path: Path) -> None
 
 
 def test_activations_on_disk_and_little_memory_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_quant.block import Block
+    from hf_quant.solve.block import Block
 
     source, said = make(tmp_path / "base", "llama"), []
     stream(source, tmp_path / "whole", method="calibrated")
@@ -338,7 +338,7 @@ def test_going_on_after_the_config_changed_is_refused(field: str, tmp_path: Path
 
 
 def test_far_blocks_and_starved_experts_are_reported() -> None:
-    from hf_quant.hf.streaming import report
+    from hf_quant.hf.calibrate_shards import report
 
     said: list[str] = []
     parts = [{"block": f"layers.{i}", "error": 0.01 * (50 if i == 3 else 1), "starved": {}} for i in range(6)]
@@ -358,9 +358,9 @@ TOGETHER = """
 import sys, torch
 from pathlib import Path
 from hf_quant import HfQuantConfig
-from hf_quant.calibration import Calibration
-from hf_quant.hf.streaming import Settings, quantize_streaming
-from hf_quant.ranks import Ranks
+from hf_quant.data.calibration import Calibration
+from hf_quant.hf.calibrate_shards import Settings, quantize_streaming
+from hf_quant.solve.ranks import Ranks
 source, out, method = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 ids = torch.randint(0, 256, (12, 48), generator=torch.Generator().manual_seed(0))
 ranks = Ranks.found()

@@ -51,10 +51,10 @@ def test_lora_on_all_linear_layers(zoo: Any, tmp_path: Path, scheme: str) -> Non
 
 def test_gradients_are_those_of_the_dequantized_layer() -> None:
     torch.manual_seed(0)
+    from hf_quant.core.scheme import QuantScheme
     from hf_quant.formats import format_named
     from hf_quant.methods import method
     from hf_quant.nn._weight import frozen
-    from hf_quant.scheme import QuantScheme
 
     scheme = QuantScheme(4, 32)
     made = method("rtn").quantize(torch.randn(48, 64), scheme, torch.float32)

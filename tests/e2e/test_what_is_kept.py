@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_quant
-from hf_quant.checkpoint import Checkpoint
+from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.cli import main
+from hf_quant.disk.journal import Journal
 from hf_quant.hf.loading import skeleton
 from hf_quant.hf.shards import unclaimed
-from hf_quant.journal import Journal
 from tests.e2e.conftest import IDS, ZOO
 from tests.yardsticks import tokenizer
 

@@ -93,8 +93,8 @@ def prepared(home: Path) -> Path:
     """The folder of the originals, made if it is not there; and all that an entrance imports when it is first used."""
     import transformers
 
-    import hf_quant.hf.verify
-    import hf_quant.hub.manifest  # noqa: F401
+    import hf_quant.jobs.verify
+    import hf_quant.publish.manifest  # noqa: F401
 
     for name in [*ENTRANCES, "card", "report"]:
         if name in _plugins.names("cli"):

@@ -17,13 +17,13 @@ from transformers.quantizers.base import HfQuantizer
 import hf_quant
 import hf_quant.errors
 from hf_quant import HfQuantConfig
-from hf_quant.checkpoint import Checkpoint
-from hf_quant.contents import Contents, quantization_of
+from hf_quant.checkpoint.contents import Contents, quantization_of
+from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.formats import format_of
-from hf_quant.hf.convert import KINDS, convert, open_quantized
-from hf_quant.hf.verify import verify
+from hf_quant.jobs.convert import KINDS, convert, open_quantized
+from hf_quant.jobs.verify import verify
 from hf_quant.nn import QuantExperts, QuantLinear
-from hf_quant.tensor import QuantizedTensor
 
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())

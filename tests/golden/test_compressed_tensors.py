@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import format_named, format_of
 from hf_quant.formats.compressed_tensors import config_of
 from hf_quant.methods import method
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 FORMAT = format_named("compressed_tensors")
 SCHEMES = [QuantScheme(*args) for args in product((4, 8), (32, 128, -1), (True, False))]

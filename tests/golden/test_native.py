@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.formats import format_named
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 CODES = {  # of i * 7 + 3 + i // 32 for i in 0..63, cut to that many bits; two rows of 32
     2: "1b1b1b1b1b1b1b1b6c6c6c6c6c6c6c6c",

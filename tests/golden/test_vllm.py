@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.formats.awq import AWQ
 from hf_quant.formats.compressed_tensors import CompressedTensors
 from hf_quant.formats.gptq import GPTQ
 from hf_quant.methods import method
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 N, K = 64, 256
 

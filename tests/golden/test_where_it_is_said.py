@@ -10,7 +10,7 @@ import torch
 
 import hf_quant
 from hf_quant.errors import CheckpointError
-from hf_quant.hf.verify import verify
+from hf_quant.jobs.verify import verify
 
 FIXTURES = Path(__file__).parent / "fixtures"
 IDS = torch.arange(3, 19)[None]

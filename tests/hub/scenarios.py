@@ -18,9 +18,9 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 
-from hf_quant.digests import Digest, digests
+from hf_quant.disk.digests import Digest, digests
 from hf_quant.errors import PushError
-from hf_quant.hub.upload import Target, upload
+from hf_quant.publish.upload import Target, upload
 
 from .fakehub import FakeHub
 

@@ -17,14 +17,14 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-import hf_quant.hub
-from hf_quant.digests import weight_files
+import hf_quant.publish
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.disk.digests import weight_files
 from hf_quant.errors import HfQuantError, PushError
-from hf_quant.facts import check_facts
 from hf_quant.formats.compressed_tensors import config_of
-from hf_quant.hub import card, licence
-from hf_quant.hub.source import describe, metadata
-from hf_quant.scheme import QuantScheme
+from hf_quant.publish import card, licence
+from hf_quant.publish.facts import check_facts
+from hf_quant.publish.source import describe, metadata
 
 from .conftest import REPO, VALIDATES, run
 from .fakehub import FakeHub
@@ -113,7 +113,7 @@ def test_there_are_three_committed_cards() -> None:
 
 
 def test_the_template_has_no_numbers_of_its_own() -> None:
-    source = (Path(hf_quant.hub.__file__).parent / "templates" / "card.md.jinja").read_text()
+    source = (Path(hf_quant.publish.__file__).parent / "templates" / "card.md.jinja").read_text()
     literal = re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "", source)
     assert set(re.findall(r"[\w-]*\d[\w-]*", literal)) <= WORDS | {"sha256"}
 

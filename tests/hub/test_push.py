@@ -28,9 +28,9 @@ from hf_quant.errors import CheckpointError, GateError, PushError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.hf import integrity
 from hf_quant.hf.loading import sample_logits
-from hf_quant.hub import push as publishing
-from hf_quant.hub.replay import replay
-from hf_quant.hub.source import copy_notices, describe, metadata
+from hf_quant.publish import push as publishing
+from hf_quant.publish.replay import replay
+from hf_quant.publish.source import copy_notices, describe, metadata
 from tests.yardsticks import make
 
 from .conftest import BOB, REPO, run
@@ -70,7 +70,7 @@ def test_push(hub: FakeHub, push: Push, folder: Path) -> None:
     settings = json.loads(tree["tokenizer_config.json"].data or b"")
     assert not {"is_local", "local_files_only"} & settings.keys()
     assert run("card", "validate", folder).exit_code == 0
-    schema = json.loads((Path(hf_quant.__file__).parent / "results.schema.json").read_text())
+    schema = json.loads((Path(hf_quant.__file__).parent / "publish" / "schemas" / "results.schema.json").read_text())
     jsonschema.validate(json.loads(tree["results.json"].data or b""), schema)
     push("--public", "--tag", "v1")
     assert len(hub.history(TO)) == 2, "the same once more is no new commit"
@@ -118,7 +118,7 @@ def test_weights_that_were_not_measured(hub: FakeHub, push: Push, folder: Path) 
 
 
 def test_a_secret_in_the_weights(hub: FakeHub, push: Push, folder: Path) -> None:
-    from hf_quant.digests import weight_files
+    from hf_quant.disk.digests import weight_files
 
     save_file(
         load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt", "by": TOKEN}

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from hf_quant.errors import PushError
-from hf_quant.hub import kinds, secrets
-from hf_quant.hub.scan import look_through, snapshot
+from hf_quant.publish import file_kinds, secrets
+from hf_quant.publish.scan import look_through, snapshot
 
 from .conftest import REPO
 
@@ -69,7 +69,7 @@ def safetensors(text: str) -> bytes:
 
 def png(text: str) -> bytes:
     chunk = b"Comment\0" + text.encode()
-    return kinds._PNG[0] + struct.pack(">I", len(chunk)) + b"tEXt" + chunk + bytes(4) + kinds._PNG[1]
+    return file_kinds._PNG[0] + struct.pack(">I", len(chunk)) + b"tEXt" + chunk + bytes(4) + file_kinds._PNG[1]
 
 
 FILES: dict[str, Callable[[str], bytes]] = {

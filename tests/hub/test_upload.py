@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from hf_quant.digests import digests
+from hf_quant.disk.digests import digests
 from hf_quant.errors import PushError
-from hf_quant.hub.upload import Target, upload
+from hf_quant.publish.upload import Target, upload
 
 from .conftest import BOB, READ_TOKEN
 from .fakehub import FakeHub

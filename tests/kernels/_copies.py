@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.formats import format_named
 from hf_quant.methods import method
 from hf_quant.nn import QuantLinear, as_quant_experts
 from hf_quant.nn._weight import frozen
-from hf_quant.scheme import QuantScheme
 
 
 class Experts(nn.Module):

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 import torch
 
+from hf_quant.core.numerics import quantize_rows
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.kernels import LinearSpec
 from hf_quant.kernels.triton_int8 import BACKEND, triton_int8
 from hf_quant.methods import method
-from hf_quant.numerics import quantize_rows
-from hf_quant.scheme import QuantScheme
 
 SCHEMES = ["W8A8", "W8A8-static", "W8A8-o5%-columns", "W8A8-g64", "W4A8-g64", "W4A8-g128-asym", "W4A8-static-g64-o5%-columns", "W4A8"]  # fmt: skip
 SHAPES = [(1, 16, 64), (3, 33, 128), (40, 65, 192), (17, 5, 384), (2, 70, 1184)]

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from hf_quant import _plugins
+from hf_quant.core.scheme import BITS, QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
-from hf_quant.kernels import LinearBackend, LinearSpec, _common, refusal, select
+from hf_quant.kernels import LinearBackend, LinearSpec, refusal, select
+from hf_quant.kernels._shared import blocks
 from hf_quant.kernels.codebook import codebook_linear
 from hf_quant.kernels.cpu_int4 import cpu_int4_linear
 from hf_quant.kernels.dequant import dequant_linear
 from hf_quant.methods import method
-from hf_quant.scheme import BITS, QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = _plugins.names("kernels")
@@ -134,8 +135,8 @@ def test_autocast_does_not_reach_into_the_op(name: str, inference: bool) -> None
 def test_gradient_does_not_lose_accuracy_with_the_number_of_blocks(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_common, "compute_dtype", lambda x: x.dtype)  # as on a GPU
-    monkeypatch.setattr(_common, "BLOCK", 1 << 12)
+    monkeypatch.setattr(blocks, "compute_dtype", lambda x: x.dtype)  # as on a GPU
+    monkeypatch.setattr(blocks, "BLOCK", 1 << 12)
     weight, spec = layer(4096, 64, QuantScheme(4, 32), dtype)
     backend = backend_for("dequant", spec)
     x = torch.randn(8, 64, device=DEVICE, dtype=dtype, requires_grad=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from hf_quant.core.numerics import levels
 from hf_quant.kernels import codebook, cpu_int4, cpu_int8
-from hf_quant.numerics import levels
 
 
 def test_layers_can_be_copied_pickled_and_handed_to_a_process() -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_quant.kernels import LinearSpec, _compiled, cpu_native, cpu_native_int8, select
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.kernels import LinearSpec, cpu_native, cpu_native_int8, select
+from hf_quant.kernels._native import compiled
 from hf_quant.methods import method
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 SLUGS = (
     "W4A16-g32",
@@ -43,18 +44,18 @@ LIMITS = {
     "torch.float16": 6e-4,
     "torch.bfloat16": 4e-3,
 }  # of rounding the output, and W to bf16
-built = pytest.mark.skipif(_compiled._cpu is None, reason="not compiled")
+built = pytest.mark.skipif(compiled._cpu is None, reason="not compiled")
 
 
 @built
-@pytest.mark.parametrize("level", _compiled.LEVELS)
+@pytest.mark.parametrize("level", compiled.LEVELS)
 def test_every_instruction_set(level: str) -> None:
     here = Path(__file__).with_name("_cpu_levels.py")
     call = [sys.executable, "-W", "ignore", str(here), *SLUGS]
     done = subprocess.run(call, env=os.environ | {"HF_QUANT_CPU_LEVEL": level}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["level"] in _compiled.LEVELS[: _compiled.LEVELS.index(level) + 1]  # or less, on lesser machines
+    assert found["level"] in compiled.LEVELS[: compiled.LEVELS.index(level) + 1]  # or less, on lesser machines
     for dtype, limit in LIMITS.items():
         assert found["worst"][dtype] < limit, found
         assert found["worst_gradient"][dtype] < limit, found
@@ -102,19 +103,19 @@ def test_codes_in_large_pages_are_those_of_small_ones(monkeypatch: pytest.Monkey
     codes = torch.randint(16, (4100, 1152), dtype=torch.uint8)  # 2.3 MB, and scales that end within a block of rows
     weight = QuantizedTensor.from_codes(codes, torch.rand(4100, 9), None, scheme)
     spec = LinearSpec(scheme, 4100, 1152, torch.float32, "cpu")
-    large = _compiled.laid_out(weight, spec)
+    large = compiled.laid_out(weight, spec)
     assert [part.untyped_storage().nbytes() for part in large] == [part.nbytes for part in large]
     monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)  # as on other systems
-    small = _compiled.laid_out(weight, spec)
+    small = compiled.laid_out(weight, spec)
     assert all(torch.equal(one, other) for one, other in zip(large, small, strict=True))
-    assert torch.equal(_compiled.portable(large[0], spec), weight.qweight)
+    assert torch.equal(compiled.portable(large[0], spec), weight.qweight)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages on this system")
 @pytest.mark.skipif(os.environ.get("HF_QUANT_LARGE_PAGES") == "0", reason="large pages are switched off")
 def test_pieces_of_large_pages_lie_apart_and_go_with_the_last() -> None:
-    room = _compiled._Room()
-    pieces = [room.take(size) for size in (100, 3, _compiled.MAPPED - 1000, 5000, _compiled.MAPPED + 1)]
+    room = compiled._Room()
+    pieces = [room.take(size) for size in (100, 3, compiled.MAPPED - 1000, 5000, compiled.MAPPED + 1)]
     for i, piece in enumerate(pieces):
         piece.fill_(i)
     assert all(bool((piece == i).all()) for i, piece in enumerate(pieces))
@@ -171,20 +172,20 @@ def test_rows_of_any_shape_and_none_of_another_width(slug: str) -> None:
 def test_the_module_takes_no_other_bytes_for_a_weight() -> None:
     for wrong in (b"", bytes(63), 5):
         with pytest.raises(TypeError, match="linear takes a weight of 64 bytes first"):
-            _compiled._cpu.linear(wrong, 0, 0, 0, 0, 0)  # type: ignore[arg-type]
+            compiled._cpu.linear(wrong, 0, 0, 0, 0, 0)  # type: ignore[arg-type]
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:
-    code = "import hf_quant.kernels._compiled"
+    code = "import hf_quant.kernels._native.compiled"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"HF_QUANT_CPU_LEVEL": "sse9"}, capture_output=True, text=True
     )
-    assert done.returncode == (1 if _compiled._cpu is not None else 0)
-    assert _compiled._cpu is None or "HF_QUANT_CPU_LEVEL must be one of" in done.stderr
+    assert done.returncode == (1 if compiled._cpu is not None else 0)
+    assert compiled._cpu is None or "HF_QUANT_CPU_LEVEL must be one of" in done.stderr
 
 
 def test_without_a_compiler_pytorch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_compiled, "_cpu", None)
+    monkeypatch.setattr(compiled, "_cpu", None)
     spec = LinearSpec(QuantScheme(4, 32), 64, 128, torch.bfloat16, "cpu")
     assert "no C++ compiler" in (cpu_native.BACKEND().why_not(spec) or "")
     select.__globals__["_select"].cache_clear()

@@ -17,14 +17,14 @@ if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("no GPU, and TRITON_INTERPRET is not set", allow_module_level=True)
 
 from hf_quant import HfQuantConfig
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.formats import format_named
 from hf_quant.kernels import triton_wna16 as module
 from hf_quant.methods import method
 from hf_quant.nn import QuantExperts, as_quant_experts
 from hf_quant.nn._weight import frozen
 from hf_quant.nn.experts import stacks
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 MOE = {

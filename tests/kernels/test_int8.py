@@ -16,16 +16,17 @@ import torch
 from torch import Tensor
 
 from hf_quant import _plugins, kernels
-from hf_quant.kernels import LinearBackend, LinearSpec, _compiled, outlier_linear, refusal, select
-from hf_quant.kernels._rounded import RoundedPacked, RoundedViews, round_activations
+from hf_quant.core.numerics import quantize_rows
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import InputStats
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.kernels import LinearBackend, LinearSpec, outlier_linear, refusal, select
+from hf_quant.kernels._native import compiled
+from hf_quant.kernels._shared.rounded import RoundedPacked, RoundedViews, round_activations
 from hf_quant.kernels.cpu_int8 import cpu_int8_linear
 from hf_quant.kernels.cpu_native_int8 import cpu_native_int8_linear
 from hf_quant.methods import method
 from hf_quant.nn import QuantLinear
-from hf_quant.numerics import quantize_rows
-from hf_quant.scheme import QuantScheme
-from hf_quant.stats import InputStats
-from hf_quant.tensor import QuantizedTensor
 
 HERE = Path(__file__).parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -148,8 +149,8 @@ def test_the_ops_are_well_formed() -> None:
     args = (x, codes, weight.scale[:, 0].contiguous(), weight.outliers.index, weight.input_scale)
     torch.library.opcheck(cpu_int8_linear, args, test_utils=checks)
     columns, ranges = weight.outliers.index, weight.input_scale
-    if _compiled.built() in ("vnni", "amx"):
-        tiles, scale = _compiled.laid_out(weight, LinearSpec(weight.scheme, 33, 96, torch.float32, "cpu"))
+    if compiled.built() in ("vnni", "amx"):
+        tiles, scale = compiled.laid_out(weight, LinearSpec(weight.scheme, 33, 96, torch.float32, "cpu"))
         args = (x, tiles, scale, None, columns, ranges, 8, 33)
         torch.library.opcheck(cpu_native_int8_linear, args, test_utils=checks)
     torch.library.opcheck(round_activations, (x, weight.outliers.index, None, 6.0), test_utils=checks)

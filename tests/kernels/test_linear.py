@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.formats import format_named
 from hf_quant.methods import method
 from hf_quant.nn import QuantLinear
 from hf_quant.nn._weight import frozen
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 
 def layer(slug: str = "W4A16-g32", n: int = 80, k: int = 64) -> tuple[QuantLinear, QuantizedTensor]:

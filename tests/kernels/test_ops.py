@@ -16,20 +16,22 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_quant import _plugins
+from hf_quant.core.numerics import levels
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import KernelError
-from hf_quant.kernels import LinearSpec, _compiled, _ops, _torch, outlier_linear, select
+from hf_quant.kernels import LinearSpec, outlier_linear, select
+from hf_quant.kernels._native import compiled
+from hf_quant.kernels._shared import ops, private_torch
 from hf_quant.kernels.cpu_native import BACKEND as CpuNative
 from hf_quant.methods import method
-from hf_quant.numerics import levels
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
 
 for _name in _plugins.names("kernels"):
     if not _name.startswith("triton") or importlib.util.find_spec("triton"):
         _plugins.load("kernels", _name)
 
 N, K, M = 48, 128, 3
-built = pytest.mark.skipif(_compiled._cpu is None, reason="not compiled")
+built = pytest.mark.skipif(compiled._cpu is None, reason="not compiled")
 
 
 def weight(slug: str = "W4A16-g32", n: int = N, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
@@ -111,15 +113,15 @@ def runs_here(name: str) -> bool:
 
 def test_every_operation_is_in_the_table() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("hf_quant::")}
-    assert registered == {f"hf_quant::{name}" for name in _ops.OPS} and len(registered) >= 12
+    assert registered == {f"hf_quant::{name}" for name in ops.OPS} and len(registered) >= 12
 
 
-@pytest.mark.parametrize("name", sorted(_ops.OPS))
+@pytest.mark.parametrize("name", sorted(ops.OPS))
 def test_what_must_not_be_given(name: str) -> None:
-    if name.startswith("cpu_native") and _compiled._cpu is None:
+    if name.startswith("cpu_native") and compiled._cpu is None:
         pytest.skip("not compiled")
     args = arguments(name)
-    call = _ops.OPS[name] if runs_here(name) else checked(name)
+    call = ops.OPS[name] if runs_here(name) else checked(name)
     right = call(*args)
     for at, arg in enumerate(args):
         if not isinstance(arg, Tensor) or (arg.dtype is torch.int32 and arg.ndim == 1):  # counters: any number of them
@@ -147,11 +149,11 @@ def test_what_must_not_be_given(name: str) -> None:
 def checked(name: str) -> Callable[..., None]:
     """The checks of an operation that does not run here."""
     checks = {
-        "triton_int8": _ops.triton_int8, "triton_int8_backward": _ops.portable_back, "triton_wna16": _ops.wna16,
-        "triton_wna16_backward": _ops.wna16_back, "triton_experts": _ops.experts,
-        "triton_experts_backward": _ops.experts_back,
+        "triton_int8": ops.triton_int8, "triton_int8_backward": ops.portable_back, "triton_wna16": ops.wna16,
+        "triton_wna16_backward": ops.wna16_back, "triton_experts": ops.experts,
+        "triton_experts_backward": ops.experts_back,
     }  # fmt: skip
-    return lambda *args: checks[name](_ops.Arguments(name, args[0]), *args)
+    return lambda *args: checks[name](ops.Arguments(name, args[0]), *args)
 
 
 @built
@@ -177,9 +179,9 @@ def checked(name: str) -> Callable[..., None]:
 )  # fmt: skip
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_compiled_products(int8: bool, change: dict[str, Any], message: str) -> None:
-    if int8 and _compiled.built() not in ("vnni", "amx"):
+    if int8 and compiled.built() not in ("vnni", "amx"):
         pytest.skip("no products of bytes")
-    op = _ops.OPS["cpu_native_int8_linear" if int8 else "cpu_native_linear"]
+    op = ops.OPS["cpu_native_int8_linear" if int8 else "cpu_native_linear"]
     names = ["x", "tiles", "scale", "zero", *(["columns", "ranges"] if int8 else []), "bits", "n"]
     given = dict(zip(names, arguments(op._name), strict=True))
     for name, what in change.items():
@@ -197,20 +199,20 @@ def test_columns_that_are_not_there(backend: str, columns: list[int]) -> None:
     place = next(i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dtype is torch.int16)
     args[place] = torch.tensor(columns)
     with pytest.raises(KernelError, match=f"{name}: columns names column {columns[-1]}, there are columns 0 to 127"):
-        _ops.OPS[name](*args)
+        ops.OPS[name](*args)
 
 
 @built
-@pytest.mark.skipif(_compiled.built() not in ("vnni", "amx"), reason="no products of bytes")
+@pytest.mark.skipif(compiled.built() not in ("vnni", "amx"), reason="no products of bytes")
 def test_the_module_holds_columns_and_scales_against_bounds_itself() -> None:
     """What was laid out before anything was checked, or was changed in place since, writes nowhere else."""
     w = weight("W8A8-g32")
     tiles, scale = CpuNative().prepare(w, spec_of(replace(w, scheme=w.scheme.weights)))
-    x, y, told = torch.randn(1, K), torch.zeros(1, N), _compiled.described(tiles, scale, None, 8, N)
+    x, y, told = torch.randn(1, K), torch.zeros(1, N), compiled.described(tiles, scale, None, 8, N)
 
     def call(columns: list[int], fixed: float | None) -> None:
         index, range_ = torch.tensor(columns, dtype=torch.int32), torch.tensor([fixed or 1.0])
-        _compiled._cpu.int8_linear(
+        compiled._cpu.int8_linear(
             told,
             x.data_ptr(),
             y.data_ptr(),
@@ -251,12 +253,12 @@ def test_the_module_takes_no_impossible_weight() -> None:
         told = torch.tensor(list((right | change).values()), dtype=torch.int64).numpy().tobytes()
         if change:
             with pytest.raises(ValueError, match="no weight has"):
-                _compiled._cpu.linear(told, x.data_ptr(), y.data_ptr(), 0, 1, 1)
+                compiled._cpu.linear(told, x.data_ptr(), y.data_ptr(), 0, 1, 1)
         else:
-            _compiled._cpu.linear(told, x.data_ptr(), y.data_ptr(), 0, 1, 1)
+            compiled._cpu.linear(told, x.data_ptr(), y.data_ptr(), 0, 1, 1)
     for bits, n, k in ((5, 16, K), (4, 0, K), (4, 16, 33), (4, -1, K)):
         with pytest.raises(ValueError, match="pack: no weight has"):
-            _compiled._cpu.pack(q.data_ptr(), q.data_ptr(), bits, n, k, 1)
+            compiled._cpu.pack(q.data_ptr(), q.data_ptr(), bits, n, k, 1)
 
 
 @pytest.mark.parametrize("slug", ["W4A16-g32", "W8A8", "W4A16-g32-nf4", "W8A8-o5%-columns", "W4A16-g16"])
@@ -296,7 +298,7 @@ def test_forward_mode_differentiation_is_refused_and_not_forgotten() -> None:
     w = weight(dtype=torch.float32)
     x, direction = torch.randn(M, K), torch.randn(M, K)
     index, value = torch.zeros(N, 1, dtype=torch.int16), torch.randn(N, 1)
-    for name in ("cpu_native", "dequant") if _compiled._cpu else ("dequant",):
+    for name in ("cpu_native", "dequant") if compiled._cpu else ("dequant",):
         backend, spec = _plugins.load("kernels", name).BACKEND(), spec_of(w)
         prepared = backend.prepare(w, spec)
         with forward_ad.dual_level():
@@ -320,8 +322,8 @@ PRIVATE = ("_C._len_torch_dispatch_stack", "_C._functorch.peek_interpreter_stack
 def test_pytorch_without_one_of_its_private_functions(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module that looks them up, made again: the dispatcher is then always asked, and memory comes the usual way."""
     owner, _, name = path.rpartition(".")
-    monkeypatch.delattr(_torch.private(owner), name)
-    spec = importlib.util.spec_from_file_location("without", _torch.__file__)
+    monkeypatch.delattr(private_torch.private(owner), name)
+    spec = importlib.util.spec_from_file_location("without", private_torch.__file__)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -340,7 +342,7 @@ for path in {PRIVATE[:4]!r}:
     delattr(part, name)
 torch.jit.is_tracing = torch._jit_internal.is_tracing = lambda: False
 from hf_quant.nn import QuantLinear
-from hf_quant.scheme import QuantScheme
+from hf_quant.core.scheme import QuantScheme
 layer = QuantLinear(64, 32, QuantScheme(4, 32), bias=False, dtype=torch.bfloat16)
 for parameter in layer.parameters(): parameter.data.zero_()
 layer.choose_kernel()
@@ -359,8 +361,8 @@ def test_memory_that_runs_out_is_an_error_and_not_the_end() -> None:
     code = """
 import resource, torch
 from hf_quant.kernels import LinearSpec, cpu_native
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import QuantizedTensor
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 torch.set_num_threads(1)
 k = 1 << 20
 scheme = QuantScheme(4, -1)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_quant.kernels import _outliers, outlier_linear
-from hf_quant.tensor import Outliers, index_dtype
+from hf_quant.core.tensor import Outliers, index_dtype
+from hf_quant.kernels import outlier_linear
+from hf_quant.kernels._shared import outliers as module
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -34,7 +35,7 @@ def test_equals_float64(
     tolerance: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_outliers, "CHUNK", 64)  # several chunks
+    monkeypatch.setattr(module, "CHUNK", 64)  # several chunks
     outliers, x = made(n, k, r, columns, dtype), torch.randn(2, m, k, device=DEVICE).to(dtype)
     got = outlier_linear(x, outliers.index, outliers.value)
     expected = x.double() @ dense(outliers, n, k).T
@@ -54,4 +55,4 @@ def test_gradient(columns: bool) -> None:
 def test_the_op_is_well_formed() -> None:
     outliers, x = made(48, 64, 3, False, torch.float32), torch.randn(5, 64, device=DEVICE, requires_grad=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(_outliers.outlier_rows, (x, outliers.index, outliers.value), test_utils=checks)
+    torch.library.opcheck(module.outlier_rows, (x, outliers.index, outliers.value), test_utils=checks)

@@ -5,20 +5,20 @@ import re
 import pytest
 import torch
 
-from hf_quant.kernels import _planar, _tiles
-from hf_quant.kernels._planar import fields, from_planes, plane, positions, to_planes, unpacking
-from hf_quant.numerics import levels
-from hf_quant.packing import pack
-from hf_quant.scheme import BITS
+from hf_quant.core.numerics import levels
+from hf_quant.core.packing import pack
+from hf_quant.core.scheme import BITS
+from hf_quant.kernels._triton import planar, tiles
+from hf_quant.kernels._triton.planar import fields, from_planes, plane, positions, to_planes, unpacking
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("k", "size"), [(32, 16), (96, 32), (416, 64), (1024, 64)])
 def test_the_layout_is_undone(bits: int, k: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_planar, "CHUNK", 3 * k)  # three rows at a time
+    monkeypatch.setattr(planar, "CHUNK", 3 * k)  # three rows at a time
     codes = torch.randint(1 << bits, (2, 7, k))
     packed = to_planes(pack(codes, bits), bits, size)
-    assert packed.dtype is torch.int16 and packed.shape == (2, 7, _planar.words(k, bits, size))
+    assert packed.dtype is torch.int16 and packed.shape == (2, 7, planar.words(k, bits, size))
     assert torch.equal(from_planes(packed, bits, size, k), pack(codes, bits))
     words = packed.int() & 0xFFFF
     for column in (0, size - 1, k // 2, k - 1):
@@ -99,45 +99,45 @@ def test_planes_keep_to_groups() -> None:
 
 def test_tiles_for_every_gpu(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    _tiles.forget()
+    tiles.forget()
     cpu = torch.device("cpu")
-    for kind, table in _tiles.tables().items():
+    for kind, table in tiles.tables().items():
         assert list(map(int, table["tiles"])) == sorted(map(int, table["tiles"])), kind
         for rows, numbers in table["tiles"].items():
-            assert _tiles.Tile(*numbers).block_m <= max(16, int(rows)), kind
-    found = _tiles.tile_for(cpu, 4, 1, 4096, 4096, 16)
+            assert tiles.Tile(*numbers).block_m <= max(16, int(rows)), kind
+    found = tiles.tile_for(cpu, 4, 1, 4096, 4096, 16)
     assert found is not None and found.split_k >= 1
-    assert _tiles.tile_for(cpu, 4, 100_000, 4096, 4096, 16) is None
+    assert tiles.tile_for(cpu, 4, 100_000, 4096, 4096, 16) is None
     own = {"tiles": {"16": [16, 128, 4, 4, 2]}, "dense": 99}
-    path = _tiles.tuned_path(cpu)
+    path = tiles.tuned_path(cpu)
     path.parent.mkdir(parents=True)
     import json
 
-    path.write_text(json.dumps({_tiles.key(4, 4096, 4096): own}))
-    _tiles.forget()
-    assert _tiles.tile_for(cpu, 4, 1, 4096, 4096, 16) == _tiles.Tile(16, 128, 4, 4, 2)
-    assert _tiles.tile_for(cpu, 4, 100, 4096, 4096, 16) is None
-    assert _tiles.tile_for(cpu, 8, 1, 4096, 4096, 32) != _tiles.Tile(16, 128, 4, 4, 2)
+    path.write_text(json.dumps({tiles.key(4, 4096, 4096): own}))
+    tiles.forget()
+    assert tiles.tile_for(cpu, 4, 1, 4096, 4096, 16) == tiles.Tile(16, 128, 4, 4, 2)
+    assert tiles.tile_for(cpu, 4, 100, 4096, 4096, 16) is None
+    assert tiles.tile_for(cpu, 8, 1, 4096, 4096, 32) != tiles.Tile(16, 128, 4, 4, 2)
     path.write_text("{")  # a damaged cache is as good as none
-    _tiles.forget()
-    assert _tiles.tile_for(cpu, 4, 1, 4096, 4096, 16) == found
-    _tiles.forget()
+    tiles.forget()
+    assert tiles.tile_for(cpu, 4, 1, 4096, 4096, 16) == found
+    tiles.forget()
 
 
 def test_tiles_of_experts() -> None:
     cpu = torch.device("cpu")
-    one, eight = (_tiles.tile_for(cpu, 4, 4096, 4096, 4096, 16, experts) for experts in (1, 8))
+    one, eight = (tiles.tile_for(cpu, 4, 4096, 4096, 4096, 16, experts) for experts in (1, 8))
     assert one is None and eight is not None and eight.block_m == 128  # 512 rows each
-    assert _tiles.tile_for(cpu, 4, 4097, 4096, 4096, 16, 8) is None
-    scattered = _tiles.tile_for(cpu, 4, 4096, 4096, 4096, 16, 8, scattered=True)  # or their epilogue spills registers
+    assert tiles.tile_for(cpu, 4, 4097, 4096, 4096, 16, 8) is None
+    scattered = tiles.tile_for(cpu, 4, 4096, 4096, 4096, 16, 8, scattered=True)  # or their epilogue spills registers
     assert scattered is not None and scattered.block_m == 64
     for rows in (1, 8, 64):  # as for the rows of one
-        found, alone = _tiles.tile_for(cpu, 4, rows, 4096, 4096, 16, 64), _tiles.tile_for(cpu, 4, 1, 4096, 4096, 16)
+        found, alone = tiles.tile_for(cpu, 4, rows, 4096, 4096, 16, 64), tiles.tile_for(cpu, 4, 1, 4096, 4096, 16)
         assert found is not None and alone is not None and found.block_m == alone.block_m
 
 
 def test_columns_are_shared_by_as_many_as_are_idle() -> None:
-    tile = _tiles.Tile(8, 64, 2, 4)
-    assert _tiles.parts(tile, 1, 4096, 16, 132) == 8  # 64 tiles: 512 programs for 132 processors
-    assert _tiles.parts(tile, 1, 65536, 16, 132) == 1
-    assert _tiles.parts(tile, 1, 64, 2, 132) == 1  # nothing to share
+    tile = tiles.Tile(8, 64, 2, 4)
+    assert tiles.parts(tile, 1, 4096, 16, 132) == 8  # 64 tiles: 512 programs for 132 processors
+    assert tiles.parts(tile, 1, 65536, 16, 132) == 1
+    assert tiles.parts(tile, 1, 64, 2, 132) == 1  # nothing to share

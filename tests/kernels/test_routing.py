@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_quant.kernels import back_in_order, by_expert
-from hf_quant.kernels._routing import cut, each
+from hf_quant.kernels._shared.routing import cut, each
 
 CHOSEN = {
     "some": torch.tensor([[2, 0], [0, 3], [2, 5], [0, 2]]),

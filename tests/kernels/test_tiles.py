@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from hf_quant.kernels import LinearSpec, _outliers, _plugins, _tiles, select
-from hf_quant.kernels._tiles import forget, key, tile_for, tuned, tuned_path
-from hf_quant.scheme import QuantScheme
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.kernels import LinearSpec, _plugins, select
+from hf_quant.kernels._shared import outliers
+from hf_quant.kernels._triton import tiles
+from hf_quant.kernels._triton.tiles import forget, key, tile_for, tuned, tuned_path
 
 CPU = torch.device("cpu")
 
@@ -26,7 +28,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
         clear()
 
     def clear() -> None:
-        _tiles.too_old.cache_clear()
+        tiles.too_old.cache_clear()
         select.__globals__["_select"].cache_clear()
 
     yield there_are
@@ -50,7 +52,7 @@ def test_a_gpu_that_is_too_old_dequantizes(slug: str, gpus: Callable[..., None])
         )
         chosen = select(spec)
         assert type(getattr(chosen, "inner", chosen)).__name__ in ("Dequant", "Codebook")
-        assert not _outliers._on_gpu(torch.empty(1, device="meta").to(torch.float16))
+        assert not outliers._on_gpu(torch.empty(1, device="meta").to(torch.float16))
 
 
 GOOD = {"tiles": {"8": [8, 64, 2, 4, 0], "64": [64, 64, 4, 2]}, "dense": 64}

@@ -39,14 +39,14 @@ def test_machine_code_keeps_its_limits(target: str, tmp_path: Path) -> None:
 
 def test_one_row_is_multiplied_by_the_kernel_of_many() -> None:
     """A constant for M, as Triton makes of 1, would not compile: it has no dtype to widen."""
-    from hf_quant.kernels._wna16 import wna16_kernel
+    from hf_quant.kernels._triton.wna16 import wna16_kernel
 
     assert [p.name for p in wna16_kernel.params if p.do_not_specialize] == ["M"]
 
 
 def test_results_in_the_repository_are_of_these_tables() -> None:
     """Every tile of every table was compiled by the script whose results are committed, and none broke a limit."""
-    from hf_quant.kernels._tiles import tables
+    from hf_quant.kernels._triton.tiles import tables
 
     rows = json.loads((STATIC.parent / "results" / "gpu_static.json").read_text())["rows"]
     compiled = {(row["target"], tuple(row["tile"])) for row in rows if "tile" in row}

@@ -17,15 +17,15 @@ INTERPRETED = triton.knobs.runtime.interpret
 if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("no GPU, and TRITON_INTERPRET is not set", allow_module_level=True)
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.kernels import LinearSpec, by_expert
 from hf_quant.kernels import triton_wna16 as module
-from hf_quant.kernels._tiles import Tile
+from hf_quant.kernels._triton.tiles import Tile
 from hf_quant.kernels.triton_wna16 import BACKEND, triton_experts, triton_wna16
 from hf_quant.methods import method
 from hf_quant.nn import QuantLinear
 from hf_quant.nn._weight import frozen
-from hf_quant.scheme import QuantScheme
-from hf_quant.tensor import Outliers, QuantizedTensor
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = {torch.float16: 2e-3, torch.float32: 1e-5} | ({} if INTERPRETED else {torch.bfloat16: 1e-2})

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from hf_quant.calibration import BUNDLED, calibration
+from hf_quant.data.calibration import BUNDLED, calibration
+from hf_quant.data.text import BUNDLED as HELD
+from hf_quant.data.text import document, documents, paragraphs, read_text, refuse_overlap
 from hf_quant.errors import HfQuantError
-from hf_quant.text import BUNDLED as HELD
-from hf_quant.text import document, documents, paragraphs, read_text, refuse_overlap
 
 
 class Bytes:

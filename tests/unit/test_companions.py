@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_quant.companions import companions, copy_companions, inside
+from hf_quant.jobs.companions import companions, copy_companions, inside
 
 KEPT = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "merges.txt", "spiece.model",

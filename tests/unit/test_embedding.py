@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.formats import format_named
 from hf_quant.methods import method
 from hf_quant.nn import QuantEmbedding, _weight
 from hf_quant.nn._weight import frozen
-from hf_quant.scheme import QuantScheme
 
 ROWS, WIDTH = 50, 96
 KINDS = [f"W{bits}A16-g32{kind}" for bits in (3, 4, 8) for kind in ("", "-asym", "-asym-o3%", "-asym-o3%-columns")]

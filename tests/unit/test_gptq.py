@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import InputStats
 from hf_quant.errors import HfQuantError
 from hf_quant.methods import method
-from hf_quant.scheme import QuantScheme
-from hf_quant.stats import InputStats
 
 
 def calibrated(k: int, rows: int = 510, seed: int = 0) -> tuple[Tensor, InputStats]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from hf_quant.disk.journal import NAME, journal
+from hf_quant.disk.journal import _line as journal_line
 from hf_quant.errors import DiskError, HfQuantError
-from hf_quant.journal import NAME, journal
-from hf_quant.journal import _line as journal_line
 
 PLAN = {"method": "gptq", "bits": 4}
 
@@ -159,7 +159,7 @@ def test_another_plan_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from hf_quant.journal import journal\n"
+        "import sys; from pathlib import Path; from hf_quant.disk.journal import journal\n"
         f"with journal(Path({str(tmp_path)!r}), {PLAN!r}, print): print('in', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:

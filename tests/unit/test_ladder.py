@@ -11,18 +11,18 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from hf_quant.cli.ladder import _finish
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.data.text import halves, split
 from hf_quant.errors import DiskError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.knapsack import frontier
+from hf_quant.evaluation.results import Estimate, Quality
 from hf_quant.evaluation.sensitivity import groups, rounded, sensitivities
 from hf_quant.hf import HfQuantConfig
 from hf_quant.hf.plan import make_plan
-from hf_quant.ladder import MIXED, Ladder, Limits, Rung, Walk, _rounding, _Table
+from hf_quant.jobs.ladder import MIXED, Ladder, Limits, Rung, Walk, _rounding, _Table
 from hf_quant.methods import method
-from hf_quant.report import charts
-from hf_quant.results import Estimate, Quality
-from hf_quant.scheme import QuantScheme
-from hf_quant.text import halves, split
+from hf_quant.publish import charts
 
 W = {bits: QuantScheme(bits, 32) for bits in (8, 4, 3, 2)}
 

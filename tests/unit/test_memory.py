@@ -8,8 +8,8 @@ import click
 import psutil
 import pytest
 
-from hf_quant import memory
 from hf_quant.cli import main
+from hf_quant.disk import memory
 
 GB = 10**9
 

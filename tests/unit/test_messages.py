@@ -13,7 +13,7 @@ from hf_quant.cli import main
 from hf_quant.cli._common import emit, say, table
 from hf_quant.cli.push import _plan
 from hf_quant.errors import LONGEST, printable
-from hf_quant.outputs import shown
+from hf_quant.jobs.outputs import shown
 
 EVIL = "a\x1b[31m\x07\r\u202e\u200b\x9b\udcff"
 ESCAPED = r"a\x1b[31m\x07\r\u202e\u200b\x9b\udcff"

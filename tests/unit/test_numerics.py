@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from hf_quant.core.numerics import dequantize, floored, levels, minmax, quantize
+from hf_quant.core.scheme import BITS, QuantScheme
 from hf_quant.methods import method
-from hf_quant.numerics import dequantize, floored, levels, minmax, quantize
-from hf_quant.scheme import BITS, QuantScheme
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SCHEMES = [QuantScheme(bits, 32, symmetric) for bits in BITS for symmetric in (True, False)]

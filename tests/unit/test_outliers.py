@@ -8,14 +8,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_quant import _plugins
-from hf_quant.checkpoint import Checkpoint
-from hf_quant.contents import Contents
+from hf_quant.checkpoint.contents import Contents
+from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import InputStats
 from hf_quant.errors import CheckpointError, FormatError
 from hf_quant.formats import format_named
 from hf_quant.methods import method
 from hf_quant.methods._outliers import outlier_index
-from hf_quant.scheme import QuantScheme
-from hf_quant.stats import InputStats
 
 KINDS = ["W3A16-g32-o2%", "W3A16-g32-asym-o2%-columns", "W8A16-g64-o1%", "W4A16-g-1-asym-o3%"]
 

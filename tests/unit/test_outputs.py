@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_quant.errors import HfQuantError
-from hf_quant.outputs import CONVERSION, RECIPE, check_output, claimed, output, record, shown
+from hf_quant.jobs.outputs import CONVERSION, RECIPE, check_output, claimed, output, record, shown
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_quant.packing import pack, unpack
+from hf_quant.core.packing import pack, unpack
 
 WIDTHS = range(1, 9)
 

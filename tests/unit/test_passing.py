@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_quant.block import Block
 from hf_quant.errors import HfQuantError
-from hf_quant.hf.passing import alike, passed_through
-from hf_quant.hf.streaming import embed
-from hf_quant.ranks import ALONE
+from hf_quant.hf.block_calls import alike, passed_through
+from hf_quant.hf.calibrate_shards import embed
+from hf_quant.solve.block import Block
+from hf_quant.solve.ranks import ALONE
 
 
 class Layer(nn.Module):

@@ -2,9 +2,9 @@
 
 import pytest
 
+from hf_quant.core.scheme import BITS, QuantScheme
 from hf_quant.errors import PlanError
-from hf_quant.presets import PRESETS, Decision, preset
-from hf_quant.scheme import BITS, QuantScheme
+from hf_quant.solve.recipes import PRESETS, Decision, preset
 
 W8, W4, W3, INT8 = (QuantScheme.parse(slug) for slug in ("W8A16-g32", "W4A16-g32", "W3A16-g32", "W8A8"))
 

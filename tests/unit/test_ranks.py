@@ -16,14 +16,14 @@ import torch.distributed as dist
 import transformers as tf
 
 from hf_quant import HfQuantConfig
-from hf_quant.block import Block
-from hf_quant.calibration import Calibration
-from hf_quant.checkpoint import Checkpoint
+from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.core.stats import InputStats
+from hf_quant.data.calibration import Calibration
 from hf_quant.errors import HfQuantError
-from hf_quant.hf.streaming import Settings, quantize_streaming
-from hf_quant.inputs import reduce
-from hf_quant.ranks import Ranks
-from hf_quant.stats import InputStats
+from hf_quant.hf.calibrate_shards import Settings, quantize_streaming
+from hf_quant.solve.block import Block
+from hf_quant.solve.inputs import reduce
+from hf_quant.solve.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hf_quant.report.page import MARK, why_not
+from hf_quant.publish.page import MARK, why_not
 
 
 def test_only_a_report_is_replaced(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import hf_quant.disk
-from hf_quant.checkpoint import Checkpoint
+import hf_quant.disk.atomic
+from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.cli._common import store_results
 from hf_quant.cli.eval import _base_of
 from hf_quant.errors import HfQuantError
@@ -49,8 +49,8 @@ def test_less_text_does_not_replace_what_was_measured_on_more(tmp_path: Path) ->
 
 
 def test_who_writes_at_the_same_time_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = hf_quant.disk.write_json
-    monkeypatch.setattr(hf_quant.disk, "write_json", lambda path, obj: (time.sleep(0.02), real(path, obj)))
+    real = hf_quant.disk.atomic.write_json
+    monkeypatch.setattr(hf_quant.disk.atomic, "write_json", lambda path, obj: (time.sleep(0.02), real(path, obj)))
     threads = [threading.Thread(target=store_results, args=(tmp_path, {f"field{i}": i})) for i in range(8)]
     for thread in threads:
         thread.start()

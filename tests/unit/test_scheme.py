@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_quant.core.scheme import BITS, QuantScheme
 from hf_quant.errors import SchemeError
-from hf_quant.scheme import BITS, QuantScheme
 
 SCHEMES = st.builds(
     QuantScheme, st.sampled_from(BITS), st.sampled_from([-1, *(2**i for i in range(4, 14))]), st.booleans()

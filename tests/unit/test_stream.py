@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_quant.activations import Activations
-from hf_quant.block import Block
-from hf_quant.inputs import collect, groups_of
-from hf_quant.presets import Decision
-from hf_quant.ranks import ALONE
-from hf_quant.scheme import QuantScheme
-from hf_quant.stream import Recipe, solve
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.solve.block import Block
+from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.inputs import collect, groups_of
+from hf_quant.solve.ranks import ALONE
+from hf_quant.solve.recipes import Decision
+from hf_quant.solve.solve import Recipe, solve
 
 NOTHING: Any = ((), {})
 

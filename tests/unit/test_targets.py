@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import HfQuantError
 from hf_quant.formats import Layer
-from hf_quant.scheme import QuantScheme
-from hf_quant.targets import vllm
+from hf_quant.jobs.engines import vllm
 
 ATTN, MLP, EXPERT = "model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.0.mlp.experts.3"
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant import _plugins
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import InputStats
 from hf_quant.methods import method
 from hf_quant.methods._descent import descend
-from hf_quant.scheme import QuantScheme
-from hf_quant.stats import InputStats
 from hf_quant.transforms import Stage, Transform, transform
 from hf_quant.transforms._fold import fold, powers_of_two
 from hf_quant.transforms._judge import close

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import hf_quant
 from hf_quant.errors import HfQuantError
-from hf_quant.hf.verify import verify
+from hf_quant.jobs.verify import verify
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"

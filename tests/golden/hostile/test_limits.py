@@ -14,15 +14,15 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import hf_quant
-from hf_quant.checkpoint import INDEX, WEIGHTS, Checkpoint, check_config, read_header
+from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint, check_config, read_header
 from hf_quant.cli import main
+from hf_quant.disk.strict_json import MAX_VALUES, parsed
 from hf_quant.errors import LONGEST, CheckpointError, DiskError, FormatError, HfQuantError, printable
 from hf_quant.formats import format_of
 from hf_quant.hf.auto import class_of, config_of
+from hf_quant.hf.checkpoint_tensors import Tensors
 from hf_quant.hf.config import taken_over
 from hf_quant.hf.integrity import check_weights
-from hf_quant.hf.tensors import Tensors
-from hf_quant.strict_json import MAX_VALUES, parsed
 
 
 def test_keys_that_stand_twice_are_found_in_one_pass() -> None:

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import hf_quant
 from hf_quant.errors import CheckpointError, HfQuantError
-from hf_quant.hf.convert import convert
-from hf_quant.hf.verify import verify
+from hf_quant.jobs.convert import convert
+from hf_quant.jobs.verify import verify
 
 UP = "model.layers.0.mlp.up_proj"
 TINY = {

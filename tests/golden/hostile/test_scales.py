@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_quant.checkpoint import Checkpoint
-from hf_quant.contents import Contents
+from hf_quant.checkpoint.contents import Contents
+from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.errors import FormatError
 from hf_quant.formats import format_of
 

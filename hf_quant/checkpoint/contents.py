@@ -1,0 +1,179 @@
+"""What a checkpoint holds: which of its layers are quantized, by whom and how; and reading them one at a time.
+
+Everything is learned from config.json, the headers of the weights, and tensors of a few kilobytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_quant.checkpoint.folder import FIELDS, TORCH, Checkpoint, TensorInfo, read_json
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import CheckpointError, FormatError
+from hf_quant.formats import Called, Format, Layer, by_itself, format_of
+from hf_quant.formats.native import wrong_values
+
+QUANTO = "quanto_qmap.json"  # how optimum-quanto says that a checkpoint is its own
+TINY, SMALL = 1 << 12, 1 << 24  # bytes: what is read of a tensor by the way, and to be sure
+
+
+BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # where AutoGPTQ and AutoAWQ say it, or said it
+
+
+def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a local checkpoint, wherever it stands; None if it is not quantized.
+
+    Args:
+        folder: Where it is.
+        config: Its config.json.
+    """
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for field in FIELDS:
+            if (stored := part.get(field)) is not None:
+                return stored
+    if (folder / QUANTO).is_file():
+        return {"quant_method": "quanto"}
+    for name, method in BESIDE.items():
+        if (folder / name).is_file():
+            return {"quant_method": method} | read_json(folder, name)
+    return None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a format sees of a tensor that it does not read."""
+
+    info: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its axes."""
+        return self.info.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its type, in torch's words; ``bits8`` for those that no format reads."""
+        return TORCH.get(self.info.dtype, torch.bits8)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A checkpoint, sorted by layer.
+
+    Attributes:
+        checkpoint: The files.
+        format: Name of the format of its quantized layers.
+        layers: Those, by the name of their module.
+        names: For each of them, local name to name of its tensors.
+    """
+
+    checkpoint: Checkpoint
+    format: str
+    fmt: Format
+    layers: dict[str, Layer]
+    names: dict[str, dict[str, str]]
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, stored: Mapping[str, Any], *, thorough: bool = True, called: Called = by_itself
+    ) -> Contents:
+        """Sort a checkpoint whose ``quantization_config`` is ``stored``.
+
+        Args:
+            checkpoint: Its headers have been checked.
+            stored: Says the format.
+            thorough: Whether to look at tensors of up to 16 MB (g_idx, zero points), or only at those of four kilobytes.
+            called: The names by which ``stored`` may call a module of the file.
+
+        Raises:
+            FormatError: The format is not read here, or a field of ``stored`` is not.
+            CheckpointError: Tensors of a layer are missing or contradict each other; the message names file and tensor.
+        """
+        name, fmt = format_of(stored)
+        names = _by_module(checkpoint.tensors, fmt.suffixes)
+        headers = {
+            module: {local: Header(checkpoint.tensors[full]) for local, full in own.items()}
+            for module, own in names.items()
+        }
+        limit = SMALL if thorough else TINY
+
+        def value(full: str) -> Tensor | None:
+            info = checkpoint.tensors.get(full)
+            return checkpoint.read(full) if info is not None and info.nbytes <= limit else None
+
+        try:
+            layers = fmt.layers(headers, value, called)
+        except FormatError as error:
+            raise CheckpointError(f"{_file(checkpoint, names, str(error))}{error}") from None
+        return cls(checkpoint, name, fmt, layers, {module: names[module] for module in layers})
+
+    def tensors(self, module: str) -> dict[str, Tensor]:
+        """The tensors of one layer, as they are in the file."""
+        return {local: self.checkpoint.read(full) for local, full in self.names[module].items()}
+
+    def check(self, module: str) -> None:
+        """Check what is small of one layer of our own layout: everything but the codes, any of which are good ones.
+
+        Raises:
+            CheckpointError: A tensor holds what it must not; the message names file and tensor.
+        """
+        layer = self.layers[module]
+        if self.format == "native" and layer.scheme is not None:
+            small = {
+                local: self.checkpoint.read(full) for local, full in self.names[module].items() if local != "weight"
+            }
+            if (wrong := wrong_values(small, layer.scheme, layer.shape[-1])) is not None:
+                raise CheckpointError(f"{self.where(module)}: {wrong}")
+
+    def where(self, module: str) -> str:
+        """The file of a layer and its name there, for messages."""
+        return f"{self.checkpoint.tensors[next(iter(self.names[module].values()))].file.name}: {module}"
+
+    def read(self, module: str, *, dense: bool = False) -> QuantizedTensor | Tensor:
+        """One layer: codes where it has a scheme, else its weight in float32, or where ``dense`` asks for that.
+
+        Raises:
+            CheckpointError: A tensor holds what it must not; the message names file and tensor.
+        """
+        scheme = self.layers[module].scheme
+        try:
+            own = self.tensors(module)
+            return self.fmt.dense(own) if scheme is None or dense else self.fmt.read(own, scheme)
+        except FormatError as error:
+            raise CheckpointError(f"{self.where(module)}: {error}") from None
+
+    @property
+    def rest(self) -> list[str]:
+        """Names of all tensors that belong to no quantized layer."""
+        taken = {full for own in self.names.values() for full in own.values()}
+        return [name for name in self.checkpoint.tensors if name not in taken]
+
+
+def _by_module(tensors: Mapping[str, TensorInfo], suffixes: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Module to local name to name; a stack of experts counts as a module, its codes as ``weight``."""
+    made: dict[str, dict[str, str]] = {}
+    longest = sorted(suffixes, key=len, reverse=True)
+    companions = [suffix.removeprefix("weight") for suffix in longest if suffix.startswith("weight_")]
+    for full in tensors:
+        suffix = next((s for s in longest if full.endswith(f".{s}")), None)
+        if suffix is not None:
+            made.setdefault(full[: -len(suffix) - 1], {})[suffix] = full
+            continue
+        for companion in companions:
+            stack = full.removesuffix(companion)
+            if stack != full and stack in tensors and len(tensors[stack].shape) in (3, 4):
+                made.setdefault(stack, {"weight": stack})[f"weight{companion}"] = full
+    return made
+
+
+def _file(checkpoint: Checkpoint, names: Mapping[str, Mapping[str, str]], message: str) -> str:
+    """The file of the module that a message starts with."""
+    own = names.get(message.split(":", 1)[0])
+    return f"{checkpoint.tensors[next(iter(own.values()))].file.name}: " if own else ""

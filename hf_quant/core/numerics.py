@@ -1,0 +1,116 @@
+"""The affine map between reals and codes: ``w = (q - zero_point) * scale``."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hf_quant.core.scheme import QuantScheme
+
+LEVELS = {
+    # quantiles of the normal distribution: QLoRA, https://arxiv.org/abs/2305.14314, appendix E
+    "nf4": (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+            -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+            0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+            1.0),
+    # sign, two bits of exponent, one of mantissa, over the largest: bitsandbytes' own order of codes
+    "fp4": tuple(sign * level / 12 + 0.0 for sign in (1, -1) for level in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
+}  # fmt: skip
+
+
+def minmax(groups: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
+    """Scale and zero point that cover each group's extreme values.
+
+    Args:
+        groups: float32 ``[..., G, K/G]``.
+        scheme: Bits and symmetry.
+
+    Returns:
+        ``(scale, zero_point)``, float32 ``[..., G, 1]``; the zero point is a whole number in ``0..qmax``.
+    """
+    lo = groups.amin(-1, keepdim=True).clamp(max=0)
+    hi = groups.amax(-1, keepdim=True).clamp(min=0)
+    if scheme.symmetric:
+        scale = torch.maximum(hi, -lo) * 2 / scheme.qmax
+        return scale, torch.full_like(scale, scheme.zero)
+    scale = (hi - lo) / scheme.qmax
+    return scale, torch.round(-lo / floored(scale, torch.float32)).clamp(0, scheme.qmax)
+
+
+def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Symmetric INT8 of activations, as vLLM rounds them: ``x = q * scale``.
+
+    Args:
+        x: ``[..., K]``.
+        scale: Broadcasts against ``x``; None for the largest value of each row over 127.
+
+    Returns:
+        ``q`` in float32, whole numbers in -127..127, and the float32 scale ``[..., 1]``. Where ``x`` is all zeros so is
+        ``q``; a row with NaN or infinite values has a scale that is not finite either, so none of it gets lost.
+    """
+    wide = x.float()
+    if scale is None:
+        scale = wide.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * 127) / 127
+    return (wide / scale).round_().clamp_(-127, 127), scale
+
+
+@lru_cache
+def levels(codebook: str, device: torch.device) -> Tensor:
+    """The 16 levels of a codebook, float32, by code."""
+    with torch.inference_mode(False):  # it is kept, and autograd takes no tensor made in inference mode
+        return torch.tensor(LEVELS[codebook], device=device)
+
+
+def floored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``scale`` as ``dtype`` will store it, as float32, and never zero: an all-zero group must stay finite.
+
+    In float16 the least scale is the smallest subnormal number, 2^-24: its normal numbers end at 2^-14, within the scales of
+    8-bit codes of ordinary weights. The other types keep to normal numbers, since float32 arithmetic may flush the rest to zero.
+    """
+    tiny = 2**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
+    return scale.clamp(min=tiny, max=torch.finfo(dtype).max).to(dtype).float()
+
+
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
+    """Codes of ``weight`` in its dtype; ``scale`` and ``zero_point`` broadcast against it."""
+    return (weight / scale).round_().add_(zero_point).clamp_(0, qmax)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Reals of ``codes``; inverse of `quantize` up to rounding."""
+    return (codes - zero_point) * scale
+
+
+def search(
+    groups: Tensor, scheme: QuantScheme, dtype: torch.dtype, steps: int, least: float, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point with the least squared error among shrunk ranges, the full one first.
+
+    Args:
+        groups: float32 ``[..., G, K/G]``.
+        scheme: Bits and symmetry.
+        dtype: What scales are stored in.
+        steps: Ranges tried, from the full one down to ``least`` of it; 0 takes the full one.
+        least: Smallest share of the range.
+        importance: Weight of each column's squared error, broadcast against ``groups``; None for ones.
+
+    Returns:
+        ``(scale, zero_point)``, float32 ``[..., G, 1]``; the scale is what ``dtype`` can store.
+    """
+    scale, zero = minmax(groups, scheme)
+    widest = scale = floored(scale, dtype)
+    best = torch.full_like(scale, torch.inf)
+    low = -zero * scale  # the real value of code 0 in the full range
+    for share in torch.linspace(1, least, steps).tolist():
+        tried = floored(widest * share, dtype)
+        moved = zero if scheme.symmetric else torch.round(-low * share / tried).clamp(0, scheme.qmax)
+        # (codes - zero_point) * scale - w, without the two passes that add the zero point and take it away again
+        made = torch.div(groups, tried).round_().clamp_(-moved, scheme.qmax - moved).mul_(tried).sub_(groups).square_()
+        error = (made if importance is None else made.mul_(importance)).sum(-1, keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, tried, scale)
+        zero = torch.where(better, moved, zero) if not scheme.symmetric else zero
+    return scale, zero

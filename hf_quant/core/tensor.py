@@ -1,0 +1,177 @@
+"""The one value every method makes, every format stores and every kernel reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_quant.core.numerics import levels
+from hf_quant.core.packing import pack, unpack
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.errors import SchemeError
+
+
+def index_dtype(columns: int) -> torch.dtype:
+    """What numbers of that many columns are stored in: int16, or int32 where they do not fit."""
+    return torch.int16 if columns <= 1 << 15 else torch.int32
+
+
+@dataclass(frozen=True, slots=True)
+class Outliers:
+    """Weights kept in floating point, added to what the codes mean; there the codes mean zero.
+
+    Attributes:
+        index: Input columns, as `index_dtype` says: ``[..., C]`` where whole columns are kept, ``[..., N, R]`` where each row has its own.
+        value: ``[..., N, C]`` or ``[..., N, R]``.
+    """
+
+    index: Tensor
+    value: Tensor
+
+    @classmethod
+    def gather(cls, weight: Tensor, index: Tensor, dtype: torch.dtype) -> Outliers:
+        """Those of ``weight`` ``[N, K]`` at ``index``."""
+        value = weight[:, index] if index.ndim == 1 else weight.gather(1, index.long())
+        return cls(index.to(index_dtype(weight.shape[1])), value.to(dtype))
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """``weight`` ``[..., N, K]`` with the outliers added, in place."""
+        index = self.index.long()
+        if index.ndim < weight.ndim:
+            index = index[..., None, :].expand(self.value.shape)
+        return weight.scatter_add_(-1, index, self.value.to(weight.dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedTensor:
+    """A weight matrix ``[N, K]`` in codes, or a stack of them with leading axes ``...``.
+
+    Attributes:
+        qweight: uint8 ``[..., N, K / 8 * bits]``, packed along K by `packing.pack`.
+        scale: ``[..., N, G]`` floating point, G = ``scheme.groups(K)``.
+        zero_point: uint8 (with ``real_zero``: like the scale) ``[..., N, G]``, or None where the scheme is symmetric.
+        scheme: How to read them.
+        perm: int32 ``[..., S, K]`` where the scheme is permuted: column j of the codes is column ``perm[s, j]`` of the
+            weight, in the s-th of S equal parts of the rows (the gate and up halves of a stack, else S is 1).
+        outliers: Where the scheme has some.
+        input_scale: ``[..., 1]`` floating point, of the activations, where the scheme gives them one scale for all.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    scheme: QuantScheme
+    perm: Tensor | None = None
+    outliers: Outliers | None = None
+    input_scale: Tensor | None = None
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, outliers: Outliers | None = None
+    ) -> QuantizedTensor:
+        """Pack ``codes`` ``[..., N, K]``, K a multiple of 32; the zero point is dropped where the scheme fixes it."""
+        if codes.shape[-1] % 32:
+            raise SchemeError(f"in_features must be a multiple of 32, got {codes.shape[-1]}")
+        zero = None if scheme.symmetric else zero_point.to(torch.uint8)
+        return cls(pack(codes, scheme.bits), scale, zero, scheme, outliers=outliers)
+
+    @classmethod
+    def of_rows(cls, parts: Iterator[QuantizedTensor], n: int) -> QuantizedTensor:
+        """One matrix of ``n`` rows out of some rows after the other, which are never all held twice."""
+        made, at = None, 0
+        for part in parts:
+            made = made or part._with_rows(n)
+            for whole, some in zip(made._by_row(), part._by_row(), strict=True):
+                whole[at : at + some.shape[0]] = some
+            at += part.qweight.shape[0]
+        if made is None or at != n:
+            raise SchemeError(f"{at} rows instead of {n}")
+        return made
+
+    @classmethod
+    def stack(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        """``[E, ...]`` of E matrices with the same shape and scheme."""
+        first = parts[0]
+        zero = (
+            None
+            if first.zero_point is None
+            else torch.stack([p.zero_point for p in parts if p.zero_point is not None])
+        )
+        outliers = [part.outliers for part in parts if part.outliers is not None]
+        joined = (
+            Outliers(torch.stack([o.index for o in outliers]), torch.stack([o.value for o in outliers]))
+            if outliers
+            else None
+        )
+        qweight, scale = torch.stack([p.qweight for p in parts]), torch.stack([p.scale for p in parts])
+        ranges = [part.input_scale for part in parts if part.input_scale is not None]
+        input_scale = torch.stack(ranges) if ranges else None
+        return cls(qweight, scale, zero, first.scheme, outliers=joined, input_scale=input_scale)
+
+    def _by_row(self) -> list[Tensor]:
+        """All tensors with one entry a row."""
+        own = [self.qweight, self.scale] + ([] if self.zero_point is None else [self.zero_point])
+        if self.outliers is None:
+            return own
+        return [*own, self.outliers.value] + ([self.outliers.index] if self.outliers.index.ndim == 2 else [])
+
+    def _with_rows(self, n: int) -> QuantizedTensor:
+        """Room for ``n`` rows of the same kind."""
+
+        def room(tensor: Tensor) -> Tensor:
+            return tensor.new_empty(n, *tensor.shape[1:])
+
+        outliers = self.outliers
+        if outliers is not None:
+            index = room(outliers.index) if outliers.index.ndim == 2 else outliers.index
+            outliers = Outliers(index, room(outliers.value))
+        zero = None if self.zero_point is None else room(self.zero_point)
+        return QuantizedTensor(room(self.qweight), room(self.scale), zero, self.scheme, outliers=outliers)
+
+    def cpu(self) -> QuantizedTensor:
+        """In main memory."""
+
+        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        own |= {name: part.cpu() for name, part in own.items() if isinstance(part, Tensor)}
+        if self.outliers is not None:
+            own["outliers"] = Outliers(self.outliers.index.cpu(), self.outliers.value.cpu())
+        return QuantizedTensor(**own)
+
+    @property
+    def in_features(self) -> int:
+        """K, which the packed width tells."""
+        return self.qweight.shape[-1] * 8 // self.scheme.bits
+
+    def codes(self) -> Tensor:
+        """uint8 ``[..., N, K]``, in the order they are stored in."""
+        return unpack(self.qweight, self.scheme.bits)
+
+    def zeros(self) -> Tensor:
+        """``[..., N, G]``, whether stored or fixed."""
+        if self.zero_point is not None:
+            return self.zero_point
+        return torch.full_like(self.scale, self.scheme.zero, dtype=torch.uint8)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weights ``[..., N, K]``, computed in float32 (float64 if asked for) and rounded once to ``dtype``."""
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        groups = self.codes().unflatten(-1, (self.scale.shape[-1], -1))
+        if self.scheme.codebook is None:
+            real = groups.to(wide) - self.zeros().to(wide)[..., None]
+        else:
+            real = levels(self.scheme.codebook, groups.device).to(wide)[groups.int()]
+        made = (real * self.scale.to(wide)[..., None]).flatten(-2)
+        if self.outliers is not None:
+            made = self.outliers.add_to(made)
+        made = made.to(dtype or self.scale.dtype)
+        return made if self.perm is None else in_order(made, self.perm)
+
+
+def in_order(columns: Tensor, perm: Tensor) -> Tensor:
+    """``[..., N, K]`` with its columns back in the order of the weight; ``perm [..., S, K]`` as in `QuantizedTensor`."""
+    parts = columns.unflatten(-2, (perm.shape[-2], -1))
+    return parts.gather(-1, perm.argsort(-1).unsqueeze(-2).expand_as(parts)).flatten(-3, -2)

@@ -1,0 +1,122 @@
+"""Calibration data: text of whatever kind becomes windows of tokens, known by the hash of their ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_quant.data.text import SEPARATOR, dataset_rows, document, documents, paragraphs, read_text, windows
+from hf_quant.errors import HfQuantError
+
+BUNDLED = Path(__file__).parent / "bundled" / "calibration.txt"  # Python's documentation; its licence lies beside it
+FEWEST = 2  # sequences: some are kept to judge on
+Source = Tensor | Sequence[str] | str | Path
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Tokens that calibrated methods look at.
+
+    Attributes:
+        ids: int64 ``[S, T]``.
+        name: Of the text.
+        paragraphs: Hashes of the text's paragraphs, so that nobody measures on it.
+    """
+
+    ids: Tensor
+    name: str
+    paragraphs: list[str]
+
+    @property
+    def sha256(self) -> str:
+        """Identity of the token ids."""
+        return hashlib.sha256(f"{tuple(self.ids.shape)} ".encode() + self.ids.numpy().tobytes()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the recipe: never the text itself."""
+        return {
+            "name": self.name, "sequences": self.ids.shape[0], "context": self.ids.shape[1],
+            "sha256": self.sha256, "paragraphs": self.paragraphs,
+        }  # fmt: skip
+
+
+def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int, vocabulary: int) -> Calibration:
+    """Windows of ``context`` tokens, about ``tokens`` in all, spread evenly over the text.
+
+    Args:
+        source: Token ids ``[S, T]``, taken as they are; texts; a UTF-8 file, or a JSONL file with ``text`` or ``messages`` in
+            each line; a ``datasets`` set as in `text.read_dataset`; None for the text that comes with this package.
+        tokenizer: Of the model; its chat template is applied to ``messages``. May be None where ids are given; otherwise it
+            turns them back into text, so that nobody measures on it.
+        context: Tokens in a window.
+        tokens: How many to take at most, from 1.
+        vocabulary: Of the model: ids must be smaller.
+
+    Raises:
+        HfQuantError: The text is missing, too short or malformed, or an id is out of range; says where.
+    """
+    if isinstance(source, Tensor):
+        made = Calibration(_ids(source), "token ids", [])
+    else:
+        if type(tokens) is not int or tokens < 1:
+            raise HfQuantError(f"calibration_tokens must be a whole number from 1, got {tokens!r}")
+        if tokenizer is None:
+            raise HfQuantError("calibration: the model has no tokenizer; pass token ids instead")
+        name, text = _read(source, tokenizer)
+        made = Calibration(windows(tokenizer, text, context, tokens).ids, name, sorted(paragraphs(text)))
+    low, high = int(made.ids.min()), int(made.ids.max())
+    if low < 0 or high >= vocabulary:
+        where = (made.ids == (low if low < 0 else high)).nonzero()[0].tolist()
+        raise HfQuantError(f"calibration: token id {low if low < 0 else high} in sequence {where[0]} at {where[1]} is "
+                           f"outside of the vocabulary of {vocabulary}")  # fmt: skip
+    if made.ids.shape[0] < FEWEST:
+        raise HfQuantError(
+            f"calibration: {made.ids.shape[0]} sequence of {made.ids.shape[1]} tokens is too little; at least {FEWEST}"
+        )
+    if isinstance(source, Tensor) and tokenizer is not None:
+        texts = tokenizer.batch_decode(made.ids.tolist(), skip_special_tokens=True)
+        made = replace(made, paragraphs=sorted(paragraphs(SEPARATOR.join(texts))))
+    return made
+
+
+def _ids(source: Tensor) -> Tensor:
+    if source.ndim != 2 or source.is_floating_point() or not source.numel():
+        raise HfQuantError(
+            f"calibration: token ids must be whole numbers [S, T], got {source.dtype} {list(source.shape)}"
+        )
+    return source.to(torch.int64).contiguous()
+
+
+def _read(source: Sequence[str] | str | Path | None, tokenizer: Any) -> tuple[str, str]:
+    """Name and content."""
+    if source is None:
+        return "the bundled text (documentation of Python)", read_text(BUNDLED)
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if path.is_file():
+            return path.name, SEPARATOR.join(_lines(path, tokenizer)) if path.suffix == ".jsonl" else read_text(path)
+        if isinstance(source, Path) or path.suffix in (".txt", ".jsonl", ".md"):
+            raise HfQuantError(f"calibration: {source}: no such file")
+        return str(source), documents(str(source), dataset_rows(str(source), "train"), tokenizer)
+    if not source or not all(isinstance(text, str) for text in source):
+        raise HfQuantError("calibration: texts must be a list of strings that is not empty")
+    return "texts", SEPARATOR.join(source)
+
+
+def _lines(path: Path, tokenizer: Any) -> Iterator[str]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield document(json.loads(line), tokenizer)
+        except (ValueError, TypeError, KeyError) as error:
+            raise HfQuantError(f"{path.name}: line {number}: {error}") from None
+        except RecursionError:
+            raise HfQuantError(f"{path.name}: line {number}: nested too deeply") from None

@@ -1,0 +1,196 @@
+"""Work that survives being killed, and the machine losing power: finished parts, and a journal of them.
+
+``OUT.work/`` holds a lock, ``journal.jsonl`` and one file a part. A part is written under a temporary name, synced, renamed,
+and the folder synced; then one checksummed line is appended to the journal and synced. That line is the commit: a part
+without it does not count. Whoever goes on begins with a new copy of the journal, without what is damaged: nobody knows
+how much the disk has of a file whose writer was killed, or whose sync failed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_quant.disk.atomic import blaming, locked, make_folder, put
+from hf_quant.errors import DiskError, HfQuantError
+
+NAME, LOCK = "journal.jsonl", "LOCK"
+VERSION = 2
+
+
+@dataclass
+class Journal:
+    """Open, and locked against other processes.
+
+    Attributes:
+        folder: Where everything is.
+        parts: Records of the finished parts, in order; each with ``number`` (its place in that order), ``file`` and
+            ``sha256``, and whatever `add` was given.
+        broken: Whether a line could not be written; nothing is appended to that.
+    """
+
+    folder: Path
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    broken: bool = False
+
+    def add(self, name: str, write: Callable[[Path], None], record: Mapping[str, Any]) -> None:
+        """Commit one part: when this returns, it stays.
+
+        Args:
+            name: Of its file.
+            write: Writes the file of that path.
+            record: What to remember about it, for JSON.
+
+        Raises:
+            DiskError: Names the file.
+        """
+        path = self.folder / name
+        put(path, write)
+        entry = _plain(dict(record) | {"number": len(self.parts), "file": name, "sha256": digest(path)})
+        self._append(entry)
+        self.parts.append(entry)
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        path = self.folder / NAME
+        if self.broken:
+            raise DiskError(f"{path}: a line could not be written before; begin again")
+        self.broken = True  # until it is known that the line is whole
+        with blaming(path), path.open("ab") as file:
+            file.write(_line(entry))
+            file.flush()
+            os.fsync(file.fileno())
+        self.broken = False
+
+
+@contextmanager
+def journal(folder: Path, plan: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Journal]:
+    """Begin, or go on where the last process stopped.
+
+    Args:
+        folder: ``OUT.work``.
+        plan: Everything that decides the result; going on under another one would mix two models.
+        say: Told what is redone, and why.
+
+    Raises:
+        HfQuantError: Another process works there, the journal is damaged, or it belongs to another plan.
+    """
+    make_folder(folder)
+    with locked(folder / LOCK, folder):
+        strange = [file.name for file in folder.iterdir() if not (file.name == LOCK or file.match(".*.tmp"))]
+        if strange and not is_journal(folder):
+            raise HfQuantError(
+                f"{folder}: would be removed in the end, but holds {strange[0]} and no journal; move it away"
+            )
+        path, plan = folder / NAME, _plain(plan) | {"version": VERSION}
+        entries = _read(path)
+        if entries:
+            _same(entries[0].get("plan"), plan, folder)
+        parts = _sound(folder, _in_order(entries[1:], path), say)
+        _clear(folder, {NAME, LOCK, *(part["file"] for part in parts)})
+        lines = b"".join(map(_line, [{"plan": plan}, *parts]))
+        put(path, lambda draft: draft.write_bytes(lines))
+        yield Journal(folder, parts)
+
+
+def is_journal(folder: Path) -> bool:
+    """Whether a folder is one of ours."""
+    return (folder / NAME).is_file()
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """Records of the finished parts in a folder, which nobody may be working in; their files are not looked at.
+
+    Raises:
+        HfQuantError: The journal is damaged.
+    """
+    return _in_order(_read(folder / NAME)[1:], folder / NAME)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        DiskError: It cannot be read.
+    """
+    made = hashlib.sha256()
+    with blaming(path), path.open("rb") as file:
+        while block := file.read(1 << 20):
+            made.update(block)
+    return made.hexdigest()
+
+
+def _plain(obj: Mapping[str, Any]) -> dict[str, Any]:
+    """As it is when it was written and read again, the order of keys included."""
+    made: dict[str, Any] = json.loads(json.dumps(obj, sort_keys=True))
+    return made
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    text = json.dumps(entry, sort_keys=True).encode()
+    return f"{zlib.crc32(text):08x} ".encode() + text + b"\n"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """All entries; what a crash or a loss of power has left of a line behind the last whole one never counted."""
+    if not path.exists():
+        return []
+    with blaming(path):
+        lines = path.read_bytes().split(b"\n")
+    whole = [_entry(line) for line in lines]
+    end = max((i + 1 for i, entry in enumerate(whole[:-1]) if entry is not None), default=0)
+    entries = [entry for entry in whole[:end] if entry is not None]
+    if len(entries) < end:
+        raise HfQuantError(f"{path}: line {whole.index(None) + 1} is damaged; delete {path.parent} to begin anew")
+    return entries
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    checksum, _, text = line.partition(b" ")
+    if checksum != f"{zlib.crc32(text):08x}".encode():
+        return None
+    made: dict[str, Any] = json.loads(text)
+    return made
+
+
+def _in_order(parts: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The parts, each of which names its place and a file beside the journal."""
+    for i, part in enumerate(parts):
+        name = part.get("file")
+        if part.get("number") != i or not isinstance(name, str) or Path(name).name != name:
+            raise HfQuantError(f"{path}: line {i + 2} is not that of part {i}; delete {path.parent} to begin anew")
+    return parts
+
+
+def _sound(folder: Path, parts: list[dict[str, Any]], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The parts before the first whose file is not what it was: those after it were made with it."""
+    for i, part in enumerate(parts):
+        file = folder / part["file"]
+        if not file.is_file() or digest(file) != part["sha256"]:
+            say(f"{part['file']} is {'damaged' if file.is_file() else 'missing'}: going on from there")
+            return parts[:i]
+    return parts
+
+
+def _clear(folder: Path, keep: set[str]) -> None:
+    """Remove what killed processes have left: drafts, parts without a line, and scratch folders."""
+    for each in folder.iterdir():
+        if each.name not in keep:
+            with blaming(each):
+                shutil.rmtree(each) if each.is_dir() else each.unlink()
+
+
+def _same(found: Any, plan: Mapping[str, Any], folder: Path) -> None:
+    if found != plan:
+        found = found if isinstance(found, dict) else {}
+        names = sorted(name for name in {*found, *plan} if found.get(name) != plan.get(name))
+        raise HfQuantError(
+            f"{folder} was begun with other settings ({', '.join(names)}); repeat them, or delete it to begin anew"
+        )

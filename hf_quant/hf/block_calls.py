@@ -1,0 +1,107 @@
+"""What the blocks of a model are called with, seen by running it with blocks that hand on what they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from hf_quant.errors import HfQuantError
+from hf_quant.solve.block import Call, states_of
+
+Calls = dict[str, tuple[Call, Call]]  # of each block: for a whole batch, and for one sequence
+
+
+@dataclass
+class Passing:
+    """What was seen so far.
+
+    Attributes:
+        entered: The hidden states that entered the first block, one tensor for each run.
+        calls: Name of each block to what it is called with besides; empty it before a batch of another size.
+    """
+
+    entered: list[Tensor] = field(default_factory=list)
+    calls: dict[str, Call] = field(default_factory=dict)
+    _returned: list[Any] = field(default_factory=list)  # what the first block returned, once it has
+    _computed: list[Tensor] = field(default_factory=list)  # of that, what is neither hidden states nor was given to it
+
+    def stand_in(self, name: str, forward: Callable[..., Any], *, first: bool) -> Callable[..., Any]:
+        """A ``forward`` for the block of that name, whose own one is ``forward``."""
+
+        def passing(*args: Any, **kwargs: Any) -> Any:
+            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            self._look(name, (args, kwargs))
+            if first:
+                self.entered.append(hidden)
+            if not self._returned:
+                self._learn(name, forward(hidden, *args, **kwargs), (args, kwargs))
+            form = self._returned[0]
+            return hidden if isinstance(form, Tensor) else type(form)((hidden, *form[1:]))
+
+        return passing
+
+    def _look(self, name: str, call: Call) -> None:
+        if any(given is computed for given in _tensors(call) for computed in self._computed):
+            raise HfQuantError(
+                f"{name}: takes more of the block before than hidden states, which cannot be calibrated yet"
+            )
+        if not alike(self.calls.setdefault(name, call), call):
+            raise HfQuantError(f"{name}: takes inputs that depend on the tokens, which cannot be calibrated yet")
+
+    def _learn(self, name: str, returned: Any, call: Call) -> None:
+        known = [states_of(name, returned), *_tensors(call)]
+        self._returned.append(returned)
+        self._computed += [made for made in _tensors(returned) if not any(made is each for each in known)]
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def passed_through(blocks: Mapping[str, nn.Module]) -> Iterator[Passing]:
+    """Inside, blocks return their input in the form in which the first one returns its output.
+
+    Args:
+        blocks: In order; the first one has its weights, in the type of the hidden states, and computes once.
+
+    Raises:
+        HfQuantError: A block is called with something else for each batch, or with what another one has computed.
+    """
+    seen, before = Passing(), {name: block.__dict__.get("forward") for name, block in blocks.items()}
+    for i, (name, block) in enumerate(blocks.items()):
+        block.forward = seen.stand_in(name, block.forward, first=i == 0)
+    try:
+        yield seen
+    finally:
+        for name, block in blocks.items():
+            del block.forward
+            if (own := before[name]) is not None:  # as accelerate puts one on a module
+                block.forward = own
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two arguments mean the same to a block. Of objects that say nothing about equality, only the type is compared."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and one.dtype == other.dtype and bool((one == other).all())
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(alike, one, other))
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    if is_dataclass(one):
+        return all(alike(getattr(one, each.name), getattr(other, each.name)) for each in fields(one))
+    if getattr(type(one), "__eq__", None) != object.__eq__:
+        return bool(one == other)
+    return hasattr(one, "__dict__") and not isinstance(
+        one, Enum
+    )  # a dtype or an enumeration's member equals only itself

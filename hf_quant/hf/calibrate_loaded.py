@@ -1,0 +1,117 @@
+"""Calibrated quantization of a model that is in memory already: what ``from_pretrained`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hf_quant.data.calibration import Calibration, calibration
+from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.formats import format_named
+from hf_quant.hf.auto import tokenizer_of
+from hf_quant.hf.calibrate_shards import blocks_of, embed, layers_of, refuse_other_kinds, refuse_outside_blocks
+from hf_quant.hf.config import HfQuantConfig
+from hf_quant.hf.plan import Plan
+from hf_quant.nn._weight import frozen
+from hf_quant.solve.block import Block, Stored
+from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.ranks import ALONE
+from hf_quant.solve.solve import Recipe, solve
+
+CONTEXT = 512
+NARROW = (torch.bfloat16, torch.float16)  # computed with in float32
+
+
+def context_of(config: Any) -> int:
+    """Tokens in a window: 512, or what the model allows."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(CONTEXT, limit) if isinstance(limit, int) and limit > 1 else CONTEXT
+
+
+def data_for(config: HfQuantConfig, model: Any) -> Calibration:
+    """What the configuration names, in the tokens of ``model``."""
+    # the class of a model in memory was loaded by its user, who trusted its code if there is any
+    own_code = not type(model).__module__.startswith("transformers.")
+    tokenizer, ids = None, isinstance(config.calibration, torch.Tensor)
+    with suppress(CheckpointError) if ids else nullcontext():
+        tokenizer = tokenizer_of(model.config._name_or_path, trust_remote_code=own_code)
+    if tokenizer is None and not ids:
+        raise HfQuantError("calibration: no tokenizer beside the model, pass token ids instead")
+    text = model.config.get_text_config()
+    return calibration(
+        config.calibration, tokenizer, context_of(model.config), config.calibration_tokens, text.vocab_size
+    )
+
+
+class Place(Protocol):
+    """Puts the codes of a layer, or of a stack of experts, into the model."""
+
+    def __call__(self, layer: str, tensors: dict[str, nn.Parameter]) -> None: ...
+
+
+@torch.inference_mode()
+def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, place: Place) -> list[dict[str, Any]]:
+    """Quantize the layers of ``plan`` block by block, in float32, one block at a time.
+
+    Args:
+        model: In floating point, loaded.
+        plan: What becomes of it.
+        config: How.
+        data: What to look at.
+        place: Called with the name of each layer and its tensors in the native layout; puts them into the model.
+
+    Returns:
+        A record of each block.
+    """
+    refuse_other_kinds(type(model), model.config, config.method)
+    blocks, base = blocks_of(model), model.base_model
+    refuse_outside_blocks(plan, blocks, config.method)
+    recipe, native, records = Recipe(plan.decision, model.dtype), format_named("native"), []
+    inside = tuple(f"{name}." for name in blocks)
+    outside = [
+        m for n, m in model.named_modules() if not f"{n}.".startswith(inside) and not isinstance(m, nn.Embedding)
+    ]
+    entry = [*(p for m in outside for p in m.parameters(recurse=False)), *next(iter(blocks.values())).parameters()]
+    with _in_float32(entry):
+        hidden, calls = embed(base, blocks, data.ids.to(model.device), None, ALONE)
+    streams, followed = [hidden], recipe.decision.needs_twin(plan.schemes.values())
+    if followed:
+        streams.append(Activations(hidden.states.clone(), hidden.size))
+    for name, module in blocks.items():
+        block = Block(
+            name, module, layers_of(plan, name), *calls[name], stored=_stored(name, module, followed=followed)
+        )
+        with _in_float32(list(module.parameters())):
+            solved = solve(block, streams[0], recipe, *streams[1:])
+        for layer, codes in solved.codes.items():
+            place(layer, {local: frozen(tensor) for local, tensor in native.write(codes).items()})
+        records.append(solved.record(name))
+    return records
+
+
+def _stored(name: str, module: nn.Module, *, followed: bool) -> Stored:
+    """The parameters of a block as they were loaded, kept where the float model is followed: the block itself changes."""
+    dtypes, kept = {}, {}
+    for full, parameter in module.named_parameters(prefix=name):
+        dtypes[full] = parameter.dtype
+        if followed:
+            kept[full] = parameter.data if parameter.dtype in NARROW else parameter.data.clone()
+    return Stored(dtypes.__getitem__, kept.__getitem__)
+
+
+@contextmanager
+def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """What is in bf16 or fp16 computes in float32 inside, and is the same again afterwards."""
+    parameters = [p for p in parameters if p.dtype in NARROW]
+    dtypes = [p.dtype for p in parameters]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in zip(parameters, dtypes, strict=True):
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,334 @@
+"""Calibrated quantization of a checkpoint that is never loaded whole: block by block from its shards, resumable."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from hf_quant.checkpoint.folder import Checkpoint, write_tensors
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.data.calibration import Calibration
+from hf_quant.disk.atomic import blaming, copy_file, link_file, need_space, write_json
+from hf_quant.disk.journal import Journal, digest, journal
+from hf_quant.disk.memory import free_memory, give_back_memory
+from hf_quant.errors import HfQuantError, PlanError
+from hf_quant.formats import format_named
+from hf_quant.hf.auto import class_of, config_of
+from hf_quant.hf.block_calls import Calls, passed_through
+from hf_quant.hf.block_files import part_of, take_part
+from hf_quant.hf.checkpoint_tensors import Tensors
+from hf_quant.hf.config import HfQuantConfig
+from hf_quant.hf.foreign_errors import explained
+from hf_quant.hf.plan import Plan, freeze, make_plan
+from hf_quant.hf.shards import write_index
+from hf_quant.solve.block import Block, Stored
+from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.ranks import ALONE, Ranks
+from hf_quant.solve.solve import Recipe, Solved, advance, solve
+
+BATCH = 2  # sequences that walk up the model together: larger ones leave the caches, and take memory for nothing
+FAR = 10  # times the median of all blocks' errors: worth a word
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A checkpoint, its model without weights, and what shall become of it."""
+
+    checkpoint: Checkpoint
+    tensors: Tensors
+    model: Any
+    plan: Plan
+    config: HfQuantConfig
+    blocks: dict[str, nn.Module]
+    dtype: torch.dtype  # the checkpoint's, and that of the scales; blocks are filled in float32
+
+    def owner(self, tensor: str) -> str | None:
+        """The block a tensor belongs to; None outside of blocks."""
+        return next((name for name in self.blocks if tensor.startswith(f"{name}.")), None)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a job runs. Of all this, only the number of ranks and the kind of device change what comes out, by rounding.
+
+    Attributes:
+        say: Told what is worth knowing.
+        progress: Wraps the list of blocks.
+        max_memory: Bytes that activations may take in memory before they go to disk; None: half of what is free now.
+        ranks: The processes that share the job.
+        device: Where blocks are worked on, one at a time; activations stay in main memory or on disk.
+        trust_remote_code: Whether code in the checkpoint may run.
+    """
+
+    say: Callable[[str], None]
+    progress: Progress = iter
+    max_memory: int | None = None
+    ranks: Ranks = ALONE
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+
+def quantize_streaming(
+    folder: Path, config: HfQuantConfig, data: Calibration, work: Path, stage: Path, settings: Settings
+) -> tuple[Plan, list[dict[str, Any]]]:
+    """Quantize the checkpoint in ``folder`` into ``stage``, going on with whatever ``work`` holds of the same job.
+
+    Args:
+        folder: Float checkpoint of a decoder-only model.
+        config: The plan, with a calibrated method.
+        data: What to calibrate on.
+        work: Finished blocks and their journal; the caller removes it when all is done.
+        stage: An empty folder; becomes a complete checkpoint.
+        settings: How to run.
+
+    Returns:
+        The plan, and a record of each block: errors, notes, tokens seen by experts.
+
+    Raises:
+        HfQuantError: Something in the model, the checkpoint or the work folder is not as it must be.
+    """
+    source, ranks = _open(folder, config, settings.trust_remote_code), settings.ranks
+    recipe = Recipe(source.plan.decision, source.dtype, ranks)
+    job = {
+        "source": {file.name: digest(file) for file in sorted({t.file for t in source.checkpoint.tensors.values()})},
+        "config.json": digest(folder / "config.json"),
+        "code": {file.name: digest(file) for file in sorted(folder.glob("*.py"))},
+        "config": config.to_dict() | {"steps": source.plan.decision.asked()}, "calibration": data.sha256, "ranks": ranks.world,
+        "device": torch.device(settings.device).type, "torch": torch.__version__,
+        "transformers": version("transformers"), "hf-quant": version("hf-quant"),
+    }  # fmt: skip
+    ranks.barrier(patient=True)  # the first one may still be measuring the model before this
+    opened = journal(work, job, settings.say) if ranks.first else nullcontext(None)
+    with opened as done, torch.inference_mode():
+        parts = ranks.shared(done.parts if done else None)
+        if done is not None:
+            finished = sum((work / part["file"]).stat().st_size for part in parts)
+            need_space(work, source.plan.bytes_quantized - finished)
+        if [part.get("block") for part in parts] != list(source.blocks)[: len(parts)]:
+            raise HfQuantError(f"{work}: its journal names other blocks than the model has; delete it to begin anew")
+        if parts:
+            settings.say(f"{len(parts)} of {len(source.blocks)} blocks are done already")
+        if len(parts) < len(source.blocks):
+            with _beside(work) as scratch:
+                _walk(source, data.ids, recipe, done, work, len(parts), scratch, settings)
+        if done is None:
+            return source.plan, []
+        _assemble(source, done, stage)
+        report(done.parts, settings.say)
+        return source.plan, done.parts
+
+
+def _walk(
+    source: _Source, ids: Tensor, recipe: Recipe, done: Journal | None, work: Path, finished: int, scratch: Path,
+    settings: Settings,
+) -> None:  # fmt: skip
+    """Block by block: those that are finished run forward, the others are quantized and committed."""
+    stored = Stored(source.tensors.dtype, source.tensors.read)
+    streams, calls = _embed(source, ids, recipe.decision.needs_twin(source.plan.schemes.values()), scratch, settings)
+    for i, name in enumerate(settings.progress(list(source.blocks))):
+        call, alone = tree_map_only(Tensor, lambda tensor: tensor.to(settings.device), calls[name])
+        block = Block(name, source.blocks[name], layers_of(source.plan, name), call, alone, stored=stored)
+        _fill(source, lambda tensor, name=name: tensor.startswith(f"{name}."))  # type: ignore[misc]
+        block.module.to(settings.device)
+        if i < finished:
+            _pass_by(source, block, work / _part(i), streams, recipe.ranks)
+        else:
+            solved = solve(block, streams[0], recipe, *streams[1:])
+            if done is not None:
+                _commit(done, source, block, solved, i)
+            recipe.ranks.barrier()  # nobody goes on before the block is safe
+        block.module.to("meta")
+        give_back_memory()
+
+
+def _part(index: int) -> str:
+    return f"block-{index:05d}.safetensors"
+
+
+def layers_of(plan: Plan, block: str) -> dict[str, QuantScheme]:
+    """The layers of a block that are quantized, in the order of the model."""
+    return {name: scheme for name, scheme in plan.schemes.items() if name.startswith(f"{block}.")}
+
+
+def report(parts: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
+    """Say which blocks lost far more than the others, and which experts saw too little."""
+    errors = sorted(part["error"] for part in parts)
+    usual = errors[len(errors) // 2] if errors else 0.0
+    for part in parts:
+        if part["error"] > FAR * usual > 0:
+            say(f"{part['block']}: its output error {part['error']:.2%} is far from the usual {usual:.2%}")
+        starved = [
+            f"{name} expert {e} saw {part['experts'][name][e]} tokens: rounded to nearest"
+            for name, experts in part["starved"].items()
+            for e in experts
+        ]
+        for line in starved[:3]:
+            say(line)
+        if len(starved) > 3:
+            say(f"{part['block']}: {len(starved) - 3} more were rounded to nearest, see recipe.json")
+
+
+@contextmanager
+def _beside(work: Path) -> Iterator[Path]:
+    """Where activations go: beside the work, which is where the room is, and gone when the process is."""
+    with blaming(work):
+        work.mkdir(parents=True, exist_ok=True)
+        made = TemporaryDirectory(dir=work, prefix="activations-", ignore_cleanup_errors=True)
+    with made as folder:
+        yield Path(folder)
+
+
+def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool) -> _Source:
+    checkpoint = Checkpoint.open(folder)
+    hub = {"trust_remote_code": trust_remote_code}
+    stored = config_of(str(folder), **hub)
+    kind = class_of(stored, **hub)
+    refuse_other_kinds(kind, stored, config.method)
+    dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
+    with explained(str(folder)), init_empty_weights(include_buffers=False):
+        model = kind._from_config(stored, dtype=dtype).eval()
+    config = copy.deepcopy(config)
+    plan = make_plan(model, config)
+    blocks = blocks_of(model)
+    refuse_outside_blocks(plan, blocks, config.method)
+    freeze(config, plan)
+    return _Source(checkpoint, Tensors(checkpoint, model), model, plan, config, blocks, dtype)
+
+
+def refuse_other_kinds(kind: Any, config: Any, method: str) -> None:
+    """Only decoders are calibrated so far; ``kind`` is the class of the model."""
+    if getattr(config, "is_encoder_decoder", False) or not getattr(kind, "can_generate", bool)():
+        raise HfQuantError(f"{method} calibrates decoder-only models so far, not {kind.__name__}")
+
+
+def refuse_outside_blocks(plan: Plan, blocks: Mapping[str, nn.Module], method: str) -> None:
+    """Output head and embeddings are not calibrated so far."""
+    for name in plan.schemes:
+        if not any(name.startswith(f"{block}.") for block in blocks):
+            raise PlanError(f"{method} calibrates the layers of blocks so far, and {name} is in none")
+
+
+def blocks_of(model: Any) -> dict[str, nn.Module]:
+    """The decoder layers by name, in order."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return {f"{name}.{i}": block for i, block in enumerate(module)}
+    raise HfQuantError(f"{type(model).__name__}: no list of {count} blocks found")
+
+
+def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
+    """Read the parameters whose names are wanted, in float32: faster than bf16 on most CPUs, and nothing is lost.
+
+    Embeddings stay as they are, mapped from the file: only a few rows are looked at. All else is a copy, since it is changed
+    and read again.
+    """
+    for name, parameter in list(source.model.named_parameters()):
+        if wanted(name):
+            tensor = source.tensors.read(name)
+            if tensor.shape != parameter.shape:
+                raise HfQuantError(
+                    f"tensor {name} has shape {list(tensor.shape)}, config.json says {list(parameter.shape)}"
+                )
+            path, _, leaf = name.rpartition(".")
+            module = source.model.get_submodule(path)
+            kept = tensor if isinstance(module, nn.Embedding) else tensor.to(torch.float32, copy=True)
+            module.register_parameter(leaf, nn.Parameter(kept, False))
+
+
+def _embed(
+    source: _Source, ids: Tensor, twice: bool, scratch: Path, settings: Settings
+) -> tuple[list[Activations], Calls]:
+    """What enters the first block (twice, where the float model is followed), and what each block is called with."""
+    model, base = source.model, source.model.base_model
+    prefix = "" if base is model else f"{model.base_model_prefix}."
+    _fill(source, lambda name: name.startswith(prefix) and source.owner(name) in (None, next(iter(source.blocks))))
+    width = source.model.config.get_text_config().hidden_size
+    shape = (*ids.shape, width)
+    need = math.prod(shape) * 4 * (2 if twice else 1)
+    room = settings.max_memory if settings.max_memory is not None else free_memory() // 2
+    if need > room:
+        settings.say(f"{need / 1e9:.1f} GB of activations go to disk")
+    hidden, calls = embed(base, source.blocks, ids, None if need <= room else scratch / "hidden", settings.ranks)
+    for module in base.modules():
+        if isinstance(module, nn.Embedding):  # they may be larger than a block, and have done their work
+            module.to("meta")
+    streams = [hidden]
+    if twice:
+        other = Activations.room(shape, hidden.size, torch.float32, None if need <= room else scratch / "original")
+        other.copy_from(hidden)
+        streams.append(other)
+    return streams, calls
+
+
+def embed(
+    base: Any, blocks: Mapping[str, nn.Module], ids: Tensor, file: Path | None, ranks: Ranks
+) -> tuple[Activations, Calls]:
+    """Run a model whose blocks hand on what they are given: what enters the first one, and what each is called with.
+
+    The first block computes once, which shows in what form blocks return hidden states.
+
+    Raises:
+        HfQuantError: A block is called with something else for each batch, or with what another one has computed.
+    """
+    size = next(n for n in range(min(BATCH, max(1, len(ids) // max(2, ranks.world))), 0, -1) if len(ids) % n == 0)
+    made: Activations | None = None
+    wide = base.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.float())
+    try:
+        with passed_through(blocks) as seen:
+            for number, batch in enumerate(ids.split(size)):
+                base(input_ids=batch, use_cache=False)
+                states = seen.entered.pop()
+                made = made or Activations.room((len(ids), *states.shape[1:]), size, torch.float32, file)
+                made.put(number, states)
+            together, seen.calls = seen.calls, {}
+            if size > 1:
+                base(input_ids=ids[:1], use_cache=False)
+    finally:
+        wide.remove()
+    assert made is not None
+    alone = seen.calls or together
+    return made, {name: (call, alone[name]) for name, call in together.items()}
+
+
+def _pass_by(source: _Source, block: Block, file: Path, streams: list[Activations], ranks: Ranks) -> None:
+    """A finished block is only run forward, the float one too where it is followed."""
+    if len(streams) > 1:
+        advance(block, streams[1], ranks)
+    take_part(block, file, format_named(source.plan.format))
+    advance(block, streams[0], ranks)
+
+
+def _commit(done: Journal, source: _Source, block: Block, solved: Solved, index: int) -> None:
+    tensors = part_of(block, solved.codes, format_named(source.plan.format), source.tensors)
+    done.add(_part(index), lambda path: write_tensors(path, tensors), solved.record(block.name))
+
+
+def _assemble(source: _Source, done: Journal, stage: Path) -> None:
+    """A complete checkpoint: the files of the finished blocks, one more for all the rest, and an index."""
+    count = len(done.parts) + 1
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    for name, part in zip(names, done.parts, strict=False):
+        link_file(done.folder / part["file"], stage / name)
+    write_tensors(stage / names[-1], dict(source.tensors.outside(source.blocks)))
+    write_index(stage, names)
+    config = json.loads((source.checkpoint.folder / "config.json").read_text())
+    config["quantization_config"] = source.config.to_dict()
+    write_json(stage / "config.json", config)
+    generation = source.checkpoint.folder / "generation_config.json"
+    if generation.is_file():
+        copy_file(generation, stage / generation.name)

@@ -1,0 +1,122 @@
+"""The tensors of a checkpoint under the names that the model has for its parameters.
+
+transformers renames, stacks and concatenates while it loads; here the same conversions are applied to one parameter at a
+time, so that a block can be read alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.errors import CheckpointError, HfQuantError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+@dataclass
+class Tensors:
+    """What each parameter is made of.
+
+    Attributes:
+        checkpoint: Where the tensors are.
+        model: Whose parameters; may be on the meta device.
+    """
+
+    checkpoint: Checkpoint
+    model: Any
+    _sources: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)  # parameter: tensors, patterns
+    _converters: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._parameters = {n for n, _ in self.model.named_parameters()}
+        transforms = get_model_conversion_mapping(self.model)
+        for name in sorted(self.checkpoint.tensors, key=_naturally):  # expert 10 after expert 9
+            target, converter, pattern = _renamed(name, transforms, self._parameters, self.model.base_model_prefix)
+            first, *others = converter.target_patterns if converter is not None else ("",)
+            for each in (target, *(target.replace(first, other) for other in others)):
+                self._sources.setdefault(each, []).append((name, pattern))
+                if converter is not None:
+                    self._converters[each] = converter
+
+    def read(self, name: str) -> Tensor:
+        """One parameter of the model.
+
+        Raises:
+            HfQuantError: The checkpoint has nothing it could be made of.
+        """
+        found = self._sources.get(name)
+        if found is None:
+            raise HfQuantError(f"the checkpoint has no tensor for {name}")
+        converter = self._converters.get(name)
+        if converter is None:
+            return self.checkpoint.read(found[0][0])
+        made: dict[str, Any] = {}
+        for tensor, pattern in found:
+            made.setdefault(str(pattern), []).append(self.checkpoint.read(tensor))
+        for operation in converter.operations:
+            made = operation.convert(
+                made, source_patterns=converter.source_patterns, target_patterns=converter.target_patterns,
+                full_layer_name=name, model=self.model, config=self.model.config, missing_keys=None,
+            )  # fmt: skip
+        value = next(value for target, value in made.items() if target in name)
+        return value[0] if isinstance(value, list) else value
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a parameter as it is stored.
+
+        Raises:
+            CheckpointError: It is stored in 8-bit floats or integers, which mean nothing without their scales.
+        """
+        source = self._sources[name][0][0]
+        info = self.checkpoint.tensors[source]
+        if info.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{info.file.name}: tensor {source} has dtype {info.dtype}: only models in floating point of 16 bits and "
+                "more can be quantized"
+            )
+        return DTYPES[info.dtype]
+
+    def unused(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """What the checkpoint holds under ``prefix`` besides parameters: buffers, mostly."""
+        for target, sources in self._sources.items():
+            if target.startswith(prefix) and target not in self._parameters:
+                yield target, self.checkpoint.read(sources[0][0])
+
+    def outside(self, blocks: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+        """Everything that belongs to no block; what goes through a conversion keeps the checkpoint's name."""
+        for target, sources in self._sources.items():
+            if not any(target.startswith(f"{block}.") for block in blocks):
+                for name, pattern in sources:
+                    yield target if pattern is None else name, self.checkpoint.read(name)
+
+
+def _naturally(name: str) -> list[tuple[bool, int, str]]:
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def _renamed(name: str, transforms: list[Any], parameters: set[str], prefix: str) -> tuple[str, Any, str | None]:
+    """The parameter a tensor belongs to, and the converter it goes through with its pattern."""
+    for transform in transforms:
+        if not hasattr(transform, "operations"):
+            name, _ = transform.rename_source_key(name)
+    for transform in transforms:
+        if hasattr(transform, "operations"):
+            renamed, pattern = transform.rename_source_key(name)
+            if pattern is not None:
+                return _with_prefix(renamed, parameters, prefix), transform, pattern
+    return _with_prefix(name, parameters, prefix), None, None
+
+
+def _with_prefix(name: str, parameters: set[str], prefix: str) -> str:
+    """A checkpoint of the base model alone lacks the prefix, one of a whole model has it."""
+    if name in parameters:
+        return name
+    candidates = (f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
+    return next((each for each in candidates if each in parameters), name)

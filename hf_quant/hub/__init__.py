@@ -1,1 +1,0 @@
-"""Publishing: the card, what may be published, the upload, and checking what was pulled."""

@@ -1,0 +1,291 @@
+"""A quantized checkpoint in another format: the same codes, shard by shard, read back and compared.
+
+Nothing is rounded again. What the other format cannot hold exactly is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_quant.checkpoint.contents import Contents, quantization_of
+from hf_quant.checkpoint.folder import INDEX, Checkpoint, write_tensors
+from hf_quant.core.tensor import QuantizedTensor, in_order
+from hf_quant.disk.atomic import copy_file, write_json
+from hf_quant.errors import CheckpointError, FormatError, HfQuantError, SchemeError
+from hf_quant.formats import Format, Layer, format_named
+from hf_quant.formats.gptq import GPTQ
+from hf_quant.hf.community import homes, place
+from hf_quant.hf.loading import skeleton
+from hf_quant.hf.plan import candidates
+from hf_quant.hf.shards import write_index
+from hf_quant.jobs.companions import copy_companions, inside
+from hf_quant.jobs.engines import ENGINES, Verdict
+from hf_quant.jobs.outputs import CONVERSION, RECIPE, check_output, claimed, output, record
+
+KINDS = {"native": "native", "compressed-tensors": "compressed_tensors", "gptq": "gptq", "awq": "awq", "dense": None}
+logger = logging.get_logger(__name__)
+NARROW = ("gptq", "awq")  # whose readers hold scales in 16 bits
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done.
+
+    Attributes:
+        source: Format it came in.
+        layers: Number of quantized layers.
+        bytes_before: Of all weight files.
+        bytes_after: The same, afterwards.
+        verdict: What the engine that was asked for will do with it; None if none was.
+    """
+
+    source: str
+    layers: int
+    bytes_before: int
+    bytes_after: int
+    verdict: Verdict | None
+
+
+@dataclass(frozen=True)
+class _Job:
+    contents: Contents
+    to: str
+    fmt: Format | None  # None: floating point
+    dtype: torch.dtype  # of that
+    turned: frozenset[str]  # layers whose float weight is stored the other way round
+    config: dict[str, Any] | None
+
+
+def open_quantized(folder: Path, *, thorough: bool = True) -> Contents:
+    """The contents of a local checkpoint that is quantized.
+
+    Raises:
+        HfQuantError: It is damaged, or not quantized, or in a way that is not read here.
+    """
+    checkpoint = Checkpoint.open(folder)
+    stored = quantization_of(folder, checkpoint.config)
+    if stored is None:
+        raise HfQuantError(f"{folder}: config.json has no quantization_config, so nothing is quantized here")
+    return Contents.of(checkpoint, stored, thorough=thorough)
+
+
+def convert(
+    folder: Path, to: str, out: Path, *, target: str | None = None, tp: int = 1, overwrite: bool = False,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter, say: Callable[[str], None] = logger.warning,
+) -> Conversion:  # fmt: skip
+    """Write the checkpoint in ``folder`` to ``out`` in another format, with the same codes.
+
+    Args:
+        folder: A quantized checkpoint, in any format that is read here.
+        to: One of `KINDS`; ``"dense"`` for floating point in the dtype of config.json.
+        out: Becomes a complete checkpoint, or is not there.
+        target: An engine (`engines.ENGINES`) that must be able to run the result.
+        tp: GPUs that it splits each layer over.
+        overwrite: Whether ``out`` may exist, if hf-quant wrote it.
+        progress: Wraps the list of files.
+        say: Told what is worth knowing.
+
+    Raises:
+        HfQuantError: ``out`` may not be written (`hf_quant.jobs.outputs.check_output`), or another process is writing it.
+        FormatError: The other format cannot hold a layer exactly, or the engine cannot run it.
+        CheckpointError: The source is damaged; or what was written does not read back as it was.
+    """
+    if to not in KINDS:
+        raise HfQuantError(f"--to {to}: there is {', '.join(KINDS)}")
+    check_output(out, [folder], overwrite=overwrite)
+    contents = open_quantized(folder)
+    verdict = ENGINES[target](KINDS[to] or to, contents.layers, tp) if target else None
+    if verdict is not None and verdict.refused:
+        raise FormatError(f"{target}: " + "; ".join(verdict.lines()[len(verdict.kernels) :]))
+    job = _job(contents, to)
+    with claimed(out), output(out, [folder], overwrite=overwrite) as stage:
+        files = sorted({info.file for info in contents.checkpoint.tensors.values()})
+        where: dict[str, str] = {}
+        for file in progress(files):
+            where |= dict.fromkeys(_write(job, file, stage), file.name)
+        _rest(job, stage, where, say)
+        _compare(job, stage)
+        size = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
+    return Conversion(contents.format, len(contents.layers), sum(f.stat().st_size for f in files), size, verdict)
+
+
+def why_not(contents: Contents, to: str) -> dict[str, list[str]]:
+    """Why a format cannot hold the layers of a checkpoint exactly: sentence to layers; empty if it can."""
+    reasons: dict[str, list[str]] = {}
+    if to != "dense":
+        fmt = _writer(contents, to)
+        for name, layer in contents.layers.items():
+            if (reason := _refusal(fmt, layer, to)) is not None:
+                reasons.setdefault(reason, []).append(name)
+    return reasons
+
+
+def _refusal(fmt: Format, layer: Layer, to: str) -> str | None:
+    if layer.scheme is None:
+        return f"not integer codes ({layer.note}); --to dense makes it floating point"
+    if len(layer.shape) != 2 and to != "native":
+        return "its experts are stacked, and this format holds matrices"
+    if (reason := fmt.why_not(layer.scheme)) is not None:
+        return reason
+    try:
+        fmt.layout((layer.shape[-2], layer.shape[-1]), layer.scheme, layer.scale_dtype)
+    except (FormatError, SchemeError) as error:
+        return str(error)
+    return None
+
+
+def _writer(contents: Contents, to: str) -> Format:
+    name = KINDS[to]
+    assert name is not None
+    if name == "gptq":  # version 2 where there are zero points: version 1 has no word for zero
+        return GPTQ(v2=any(layer.scheme and not layer.scheme.symmetric for layer in contents.layers.values()))
+    return format_named(name)
+
+
+def _job(contents: Contents, to: str) -> _Job:
+    if reasons := why_not(contents, to):
+        reason, names = next(iter(reasons.items()))
+        others = sum(map(len, reasons.values())) - 1
+        raise FormatError(f"--to {to}: {names[0]}{f' and {others} more layers' if others else ''}: {reason}")
+    schemes = {name: layer.scheme for name, layer in contents.layers.items() if layer.scheme is not None}
+    left = [n.removesuffix(".weight") for n in contents.rest if _is_linear(n, contents.checkpoint)]
+    if to in ("native", "dense"):  # these speak of the layers as the model does
+        model = skeleton(str(contents.checkpoint.folder))
+        found, at = candidates(model), homes(model, contents)
+    if to == "dense":
+        turned = {name for name, home in at.items() if home in found and _turned(model, home, found[home].kind)}
+        return _Job(contents, to, None, _dtype(contents), frozenset(turned), None)
+    fmt = _writer(contents, to)
+    if to == "native":
+        if dense := place(model, contents).dense:
+            raise FormatError(f"--to native: {next(iter(dense))}: {next(iter(dense.values()))}")
+        schemes = {at[name]: scheme for name, scheme in schemes.items()}
+        left = [name for name in found if name not in schemes]
+    return _Job(contents, to, fmt, torch.float32, frozenset(), fmt.config(schemes, sorted(left)))
+
+
+def _is_linear(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a tensor looks like the weight of a linear layer: tables of embeddings have other names."""
+    return name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 2 and "embed" not in name
+
+
+def _turned(model: Any, home: str, kind: str) -> bool:
+    if kind == "experts":
+        owner: nn.Module = model.get_submodule(home.rpartition(".")[0])
+        return bool(getattr(owner, "is_transposed", False))
+    return kind == "conv1d"
+
+
+def _dtype(contents: Contents) -> torch.dtype:
+    config = contents.checkpoint.config
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    if isinstance(named, torch.dtype) and named.is_floating_point:
+        return named
+    return next(iter(contents.layers.values())).scale_dtype
+
+
+def _write(job: _Job, file: Path, stage: Path) -> list[str]:
+    """Write one shard; the names of what is in it. A layer goes where its first tensor was."""
+    source = job.contents.checkpoint
+    owner = {full: module for module, own in job.contents.names.items() for full in own.values()}
+    first = {module: next(iter(own.values())) for module, own in job.contents.names.items()}
+    made: dict[str, Tensor] = {}
+    for name in (name for name, info in source.tensors.items() if info.file == file):
+        if name not in owner:
+            made[name] = source.read(name)
+        elif first[owner[name]] == name:
+            made |= _layer(job, owner[name])
+    write_tensors(stage / file.name, made)
+    return list(made)
+
+
+def _layer(job: _Job, module: str) -> dict[str, Tensor]:
+    """The tensors of one layer, in the other format."""
+    read, stack = job.contents.read(module), len(job.contents.layers[module].shape) == 3
+    stem = module if stack else f"{module}.weight"
+    if job.fmt is None:
+        return {stem: _float(job, module, read)}
+    assert isinstance(read, QuantizedTensor)
+    if job.to in NARROW and read.scale.dtype is torch.float32:
+        read = _narrowed(module, read, job.to)
+    written = job.fmt.write(read)
+    if stack:
+        return {module + local.removeprefix("weight"): tensor for local, tensor in written.items()}
+    return {f"{module}.{local}": tensor for local, tensor in written.items()}
+
+
+def _float(job: _Job, module: str, read: QuantizedTensor | Tensor) -> Tensor:
+    dense = read.dequantize(job.dtype) if isinstance(read, QuantizedTensor) else read.to(job.dtype)
+    return dense.transpose(-1, -2) if module in job.turned else dense
+
+
+def _narrowed(module: str, read: QuantizedTensor, to: str) -> QuantizedTensor:
+    for dtype in (torch.float16, torch.bfloat16):
+        narrow = read.scale.to(dtype)
+        if torch.equal(narrow.float(), read.scale):
+            return replace(read, scale=narrow)
+    raise FormatError(f"--to {to}: {module}: its scales need float32, and readers of this format keep 16 bits")
+
+
+def _rest(job: _Job, stage: Path, where: dict[str, str], say: Callable[[str], None]) -> None:
+    """The index, the configuration, and small files like those of the tokenizer."""
+    source = job.contents.checkpoint
+    if (source.folder / INDEX).is_file():
+        write_index(stage, sorted(set(where.values())))
+    config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"].pop("quantization_config", None)
+    config.pop("quantization_config", None)
+    write_json(stage / "config.json", config | ({"quantization_config": job.config} if job.config else {}))
+    recipe = source.folder / RECIPE
+    if recipe.is_file() and inside(recipe, source.folder):
+        copy_file(recipe, stage / RECIPE)
+    copy_companions(source.folder, stage, say, notices=True, code=True)
+    write_json(stage / CONVERSION, {"from": job.contents.format, "to": job.to} | record(stage))
+
+
+def _compare(job: _Job, stage: Path) -> None:
+    """Open what was written as anybody would, and compare every tensor."""
+    source, made = job.contents, Checkpoint.open(stage)
+    new = Contents.of(made, job.config) if job.config else None
+    for name in source.rest:
+        _same(name, source.checkpoint.read(name), made.read(name))
+    for module in source.layers:
+        before = source.read(module)
+        if new is None:
+            stem = module if len(source.layers[module].shape) == 3 else f"{module}.weight"
+            _same(module, _float(job, module, before), made.read(stem))
+            continue
+        after = new.read(module)
+        assert isinstance(before, QuantizedTensor)
+        assert isinstance(after, QuantizedTensor)
+        _same(module, before.dequantize(torch.float32), after.dequantize(torch.float32))
+        _same(module, _codes(before), _codes(after))
+        if before.scheme.activations != after.scheme.activations:
+            raise CheckpointError(
+                f"{module}: activations of {before.scheme} became those of {after.scheme}; nothing is kept"
+            )
+        if before.input_scale is not None and after.input_scale is not None:
+            _same(f"{module}: scale of the inputs", before.input_scale, after.input_scale)
+
+
+def _codes(tensor: QuantizedTensor) -> Tensor:
+    return tensor.codes() if tensor.perm is None else in_order(tensor.codes(), tensor.perm)
+
+
+def _same(name: str, before: Tensor, after: Tensor) -> None:
+    alike = before.shape == after.shape and before.dtype == after.dtype
+    if not alike or not torch.equal(_bits(before), _bits(after)):
+        raise CheckpointError(f"{name}: what was written does not read back as it was; nothing is kept")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)  # so that NaN equals itself

@@ -1,0 +1,182 @@
+"""What other engines can run, asked before anything is written: rules of their kernels, as sentences.
+
+vLLM's are those of version 0.33.0 on NVIDIA GPUs, read in ``vllm/model_executor/layers/quantization/auto_gptq.py``,
+``auto_awq.py``, ``utils/{marlin,machete}_utils.py`` and ``vllm/model_executor/kernels/linear/mixed_precision``; not run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.errors import HfQuantError
+from hf_quant.formats import Layer
+
+FORMATS = ("compressed_tensors", "gptq", "awq")  # what vLLM reads without this package
+ROWS = ("o_proj", "down_proj", "out_proj", "dense_4h_to_h", "fc2", "w2", "wo")  # split along the input features
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_EXPERT = re.compile(r".*\.experts\.\d+\.")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an engine will do with a checkpoint.
+
+    Attributes:
+        kernels: Kernel to the number of layers it will run, the most used one first.
+        refused: Sentence to the layers it is about; empty if everything runs.
+    """
+
+    kernels: dict[str, int]
+    refused: dict[str, list[str]]
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        made = [f"{count} layers: {kernel}" for kernel, count in self.kernels.items()]
+        for reason, names in self.refused.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            made.append(f"cannot run {names[0]}{more}: {reason}")
+        return made
+
+
+def vllm(fmt: str, layers: Mapping[str, Layer], tp: int = 1) -> Verdict:
+    """Which of vLLM's CUDA kernels will run each layer.
+
+    Args:
+        fmt: Name of the format that the checkpoint is, or shall be, stored in.
+        layers: Its quantized layers by name; experts apart.
+        tp: Number of GPUs that share each layer (``--tensor-parallel-size``).
+
+    Raises:
+        HfQuantError: ``tp`` is less than one.
+    """
+    if tp < 1:
+        raise HfQuantError(f"--tp {tp}: must be at least 1")
+    kernels: Counter[str] = Counter()
+    refused: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        outcome = _one(fmt, name, layer, tp)
+        if outcome.startswith("!"):
+            refused.setdefault(outcome[1:], []).append(name)
+        else:
+            kernels[outcome] += 1
+    for reason, names in _unequal(layers).items():
+        refused.setdefault(reason, []).extend(names)
+    return Verdict(dict(kernels.most_common()), refused)
+
+
+def _one(fmt: str, name: str, layer: Layer, tp: int) -> str:
+    """The kernel, or ``!`` and why there is none."""
+    scheme = layer.scheme
+    if fmt not in FORMATS:
+        return f"!it does not read {fmt}: convert to {' or '.join(FORMATS)}"
+    if scheme is None:
+        return "!not in integer codes"
+    if len(layer.shape) != 2:
+        return "!experts must stand apart in the file"
+    n, k = layer.shape
+    leaf = name.rpartition(".")[2]
+    by_rows = leaf in ROWS
+    if (k if by_rows else n) % tp:
+        return f"!{'in' if by_rows else 'out'}_features {k if by_rows else n} cannot be split over {tp} GPUs"
+    if scheme.activations:
+        return _int8(scheme, fmt, bool(_EXPERT.match(name)))
+    part = _Part(scheme, n if by_rows else n // tp, k // tp if by_rows else k, k)
+    if (reason := _never(fmt, part)) is not None:
+        return f"!{reason}"
+    if _EXPERT.match(name):
+        return _expert(part, leaf)
+    if fmt == "awq":
+        return "Marlin" if scheme.group_size in MARLIN and not scheme.symmetric else "AWQ kernel"
+    return _mixed(part)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one GPU has of a layer."""
+
+    scheme: QuantScheme
+    n: int
+    k: int
+    whole_k: int
+
+
+MARLIN = (-1, 32, 64, 128)
+
+
+def _int8(scheme: QuantScheme, fmt: str, expert: bool) -> str:
+    """INT8 activations: those of ``compressed_tensors`` that hold 8 bits with one scale a row."""
+    if (
+        fmt != "compressed_tensors"
+        or scheme.bits != 8
+        or scheme.group_size != -1
+        or scheme.outliers
+        or not scheme.symmetric
+    ):
+        return f"!of INT8 activations it runs W8A8 without zero points in compressed_tensors, not {scheme} in {fmt}"
+    if expert and scheme.activations != "token":
+        return f"!experts take activations by token, not {scheme}"
+    return "fused Triton for experts in INT8" if expert else "CUTLASS INT8 (scaled_mm)"
+
+
+def _never(fmt: str, part: _Part) -> str | None:
+    """Why no kernel at all takes it."""
+    scheme, size = part.scheme, part.scheme.group_size
+    if scheme.codebook or scheme.real_zero or scheme.outliers:
+        return f"{scheme} is none of its types"
+    if scheme.permuted:
+        return "columns in another order (desc_act) are no longer supported"
+    if size not in (-1, part.whole_k) and part.k % size:
+        return f"groups of {size} are cut where {part.k} input features stand on each GPU"
+    if fmt == "gptq" and (scheme.bits not in (4, 8) or not scheme.symmetric):
+        return f"GPTQ of 4 and 8 bits without zero points only, not {scheme}; compressed-tensors holds zero points"
+    if fmt == "gptq" and size not in MARLIN:
+        return f"GPTQ in groups of 32, 64, 128 or a row, not of {size}"
+    return None
+
+
+def _mixed(part: _Part) -> str:
+    """The first of vLLM's kernels for integer weights that takes it, in the order that it asks them."""
+    scheme, size = part.scheme, part.scheme.group_size
+    marlin = scheme.bits in ((4, 8) if scheme.symmetric else (4,)) and size in MARLIN
+    if scheme.bits in (4, 8) and size in (-1, 64, 128) and part.k % 64 == 0 and part.n % 128 == 0:
+        return "Machete on Hopper, else Marlin" if marlin else "Machete (Hopper only)"
+    if marlin:
+        return "Marlin"
+    if scheme.symmetric and scheme.bits in (4, 8) and size > 0 and part.n % (32 // scheme.bits) == 0:
+        return "Exllama (float16 only)"
+    if scheme.bits == 4 and size in (*MARLIN, 256) and part.n % 8 == 0:
+        return "Triton"
+    return f"!no kernel for {scheme} in {part.n} x {part.k}"
+
+
+def _expert(part: _Part, leaf: str) -> str:
+    hidden, inner = (part.n, part.k) if leaf in ROWS else (part.k, part.n)
+    scheme, size = part.scheme, part.scheme.group_size
+    if scheme.bits not in ((4, 8) if scheme.symmetric else (4,)) or size not in MARLIN:
+        return f"!experts in 4 bits, or 8 without zero points, in groups of 32, 64, 128 or a row, not {scheme}"
+    if hidden % 128 or (size > 0 and inner % size):
+        return f"!experts of a hidden size in multiples of 128 and whole groups, not {hidden} and {inner}"
+    return "fused Marlin for experts"
+
+
+def _unequal(layers: Mapping[str, Layer]) -> dict[str, list[str]]:
+    """Layers that vLLM makes one, but which are quantized in different ways."""
+    made: dict[str, list[str]] = {}
+    for name in layers:
+        stem, _, leaf = name.rpartition(".")
+        for family in FUSED:
+            if leaf != family[0]:
+                continue
+            members = [f"{stem}.{other}" for other in family]
+            if len({layers[m].scheme if m in layers else None for m in members}) > 1:
+                made.setdefault(f"{', '.join(family)} become one layer there and must have one scheme", []).append(
+                    name
+                )
+    return made
+
+
+ENGINES: dict[str, Callable[[str, Mapping[str, Layer], int], Verdict]] = {"vllm": vllm}

@@ -1,0 +1,294 @@
+"""One model, one scheme: quantize, check what was written, measure it, and only then let it appear."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from hf_quant.data.calibration import Calibration
+from hf_quant.disk.atomic import blaming, discard, need_space, write_json
+from hf_quant.disk.digests import weight_files
+from hf_quant.disk.journal import is_journal, recorded
+from hf_quant.errors import HfQuantError
+from hf_quant.evaluation.gate import Budget
+from hf_quant.evaluation.layers import layer_errors
+from hf_quant.evaluation.reference import Progress
+from hf_quant.evaluation.results import Quality
+from hf_quant.evaluation.yardstick import Base
+from hf_quant.hf import HfQuantConfig, load
+from hf_quant.hf.auto import hub_options, refuse_other_inputs
+from hf_quant.hf.calibrate_shards import Settings, quantize_streaming
+from hf_quant.hf.loading import refuse_quantized, sample_logits, skeleton
+from hf_quant.hf.plan import Plan
+from hf_quant.hf.shards import keep, unclaimed
+from hf_quant.jobs.companions import PATTERNS, copy_companions
+from hf_quant.jobs.outputs import RECIPE, check_name, check_places, claimed, failed_folder, output, record, work_folder
+from hf_quant.publish.source import copy_notices, describe
+from hf_quant.solve.ranks import ALONE, Ranks
+
+SMALL = 1_000_000_000  # parameters
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every scheme of one call shares.
+
+    Attributes:
+        model: Folder or Hub id.
+        load: For ``from_pretrained``: dtype, device_map, revision, trust_remote_code.
+        shard: Bytes of the largest file of weights.
+        overwrite: Whether a folder that hf-quant wrote may be replaced.
+        say: Told what is worth knowing.
+        tokenizer: Saved beside the model; None if it has none.
+        budget: What the result may cost.
+        measure: Measures a model; None where there is no text.
+        calibration: What calibrated methods look at.
+        progress: Wraps the list of blocks, for a progress bar.
+        max_memory: Bytes that activations may take in memory; None: as much as seems right.
+        ranks: The processes that share the work; the first one writes.
+        inputs: Files and folders that are read besides the model; no output may harm them.
+        finish: Adds files to the folder before it appears, given the folder and what results.json shall hold so far; returns
+            what it shall hold besides.
+    """
+
+    model: str
+    load: dict[str, Any]
+    shard: int
+    overwrite: bool
+    say: Callable[[str], None]
+    tokenizer: Any = None
+    budget: Budget = field(default_factory=Budget)
+    measure: Callable[[Any], Quality] | None = None
+    calibration: Calibration | None = None
+    progress: Progress = iter
+    max_memory: int | None = None
+    ranks: Ranks = ALONE
+    inputs: Sequence[str] = ()
+    finish: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _folder, _row: {}
+
+    def options(self, *names: str) -> dict[str, Any]:
+        """Those of `load` that are given."""
+        return {name: self.load[name] for name in names if name in self.load}
+
+    def base(self) -> Base:
+        """The model, as what others are measured against."""
+        return Base(self.model, **hub_options(self.load))
+
+    def quantized(self, config: HfQuantConfig) -> Any:
+        """The model with ``config`` applied, in memory."""
+        return load(self.model, quantization_config=copy.deepcopy(config), **self.load).eval()  # loading fills it in
+
+
+class _GateMissedError(Exception):
+    """Unwinds the stage of the folder that a model may not have."""
+
+
+def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
+    """Quantize with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate.
+
+    Raises:
+        HfQuantError: ``out`` may not be written (see `check_places`), another process is writing it, the disk is full, or
+            something in the model is not as it must be.
+    """
+    check_name(out)
+    real = Path(os.path.realpath(out))
+    work = work_folder(out)
+    if not job.ranks.first:  # the others only lend a hand
+        if config.calibrated:
+            _stream(job, config, work, out)
+        return {}
+    refuse_quantized(job.model, **hub_options(job.load))
+    refuse_other_inputs(job.model, **hub_options(job.load))
+    check_places([out], (job.model, *job.inputs), overwrite=job.overwrite, gate=bool(job.budget))
+    with claimed(out):
+        overwrite = job.overwrite or (config.calibrated and _published(out, work))
+        row = _compress(job, config, out, work, overwrite)
+        if config.calibrated and is_journal(work):  # another one belongs to a calibration that is not at its end
+            discard(work, real)
+    return row
+
+
+def _published(out: Path, work: Path) -> bool:
+    """Whether ``out`` was made from the blocks in ``work``: then it appeared, but its process was killed right after."""
+    try:
+        blocks = json.loads((out / "recipe.json").read_text(encoding="utf-8"))["blocks"]
+        return bool(blocks) and blocks == recorded(work)
+    except (OSError, ValueError, KeyError, TypeError, HfQuantError):
+        return False
+
+
+def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite: bool) -> dict[str, Any]:
+    asked = {
+        "overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert),
+        "quantize_lm_head": config.quantize_lm_head, "quantize_embeddings": config.quantize_embeddings,
+    }  # fmt: skip
+    row: dict[str, Any] = {}
+    inputs, source = (job.model, *job.inputs), _folder(job)
+    trusted = bool(job.load.get("trust_remote_code"))
+    with suppress(_GateMissedError), output(out, inputs, overwrite=overwrite) as stage:
+        start = time.perf_counter()
+        if config.calibrated:
+            plan, blocks = _stream(job, config, work, stage)
+            copy_companions(source, stage, job.say, code=trusted)  # the model's own code among them
+            made = load(str(stage), **job.options("device_map", "dtype", "trust_remote_code")).eval()
+        else:
+            made, blocks = job.quantized(config), []
+            plan = made.hf_quantizer.plan
+        seconds = time.perf_counter() - start
+        job.say(f"{config.scheme}: {plan.summary()}")
+        if plan.params < SMALL:
+            job.say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers")
+        if not config.calibrated:
+            need_space(stage, plan.bytes_quantized)
+            _save(made, stage, max_shard_size=job.shard)
+            copy_companions(source, stage, job.say, code=trusted)
+        kept = _keep_unclaimed(job, stage)
+        if job.tokenizer is not None:
+            _save(job.tokenizer, stage)
+        recipe = _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
+        write_json(stage / RECIPE, recipe | {"unclaimed": kept, "files": record(stage)["files"]})
+        logits, again, dtype = sample_logits(made), None, made.dtype
+        if not config.calibrated:  # the other was read from there
+            del made
+            gc.collect()  # never two models in memory, and a model refers to itself
+            made = load(str(stage), dtype=dtype, **job.options("device_map", "trust_remote_code")).eval()
+            again = sample_logits(made)
+        _check(logits, again, config.scheme)
+        row |= {
+            "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
+            "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
+            "base_bytes": plan.bytes_float, "parameters": plan.params, "seconds": seconds,
+            "layers_by_scheme": dict(Counter(map(str, plan.schemes.values()))), "date": str(date.today()),
+            "files": weight_files(stage),
+        }  # fmt: skip
+        row |= _measured(job, made, blocks)
+        if row.get("gate", {}).get("misses"):
+            row["folder"] = failed_folder(out).name
+        row |= job.finish(stage, row)
+        write_json(stage / "results.json", row)
+        if row["folder"] != out.name:
+            with output(failed_folder(out), inputs, overwrite=job.overwrite) as aside:
+                for file in stage.iterdir():
+                    file.rename(aside / file.name)
+            raise _GateMissedError
+    return row
+
+
+def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[Plan, list[dict[str, Any]]]:
+    """What is finished stays in ``work`` until all is done."""
+    if job.calibration is None:
+        raise HfQuantError(f"{config.method} needs text to calibrate on: name one with --calibration")
+    return quantize_streaming(
+        job.base().checkpoint().folder, config, job.calibration, work, stage,
+        Settings(
+            job.say, job.progress, job.max_memory, job.ranks, _device(job), bool(job.load.get("trust_remote_code"))
+        ),
+    )  # fmt: skip
+
+
+def _folder(job: Job) -> Path:
+    """Where the model's small files are; they are downloaded if it comes from the Hub."""
+    if Path(job.model).is_dir():
+        return Path(job.model)
+    return Path(snapshot_download(job.model, revision=job.load.get("revision"), allow_patterns=PATTERNS))
+
+
+def _device(job: Job) -> str:
+    """Where a calibrated method works: main memory unless another place is named; each process has a GPU of its own."""
+    asked = job.load.get("device_map") or "cpu"
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise HfQuantError(f"--device {asked}: {str(error).splitlines()[0]}") from None
+    alike = device.type == "cuda" and device.index is None
+    return f"cuda:{job.ranks.rank % torch.cuda.device_count()}" if alike else asked
+
+
+def _keep_unclaimed(job: Job, stage: Path) -> list[str]:
+    """Keep the tensors that no module takes, and say so; returns their names."""
+    checkpoint = job.base().checkpoint()
+    names = unclaimed(checkpoint, skeleton(job.model, **hub_options(job.load)))
+    if names:
+        keep(checkpoint, names, stage)
+        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        job.say(
+            f"{', '.join(names[:3])}{others}: no module of the model takes these tensors; they are kept as they are"
+        )
+    return names
+
+
+def _save(model: Any, folder: Path, **options: Any) -> None:
+    """``save_pretrained``, whose errors are of no common type and do not name the file."""
+    try:
+        with blaming(folder):
+            model.save_pretrained(folder, **options)
+    except HfQuantError:
+        raise
+    except Exception as error:
+        raise HfQuantError(f"{folder}: {error}") from error
+
+
+def _measured(job: Job, model: Any, blocks: list[dict[str, Any]]) -> dict[str, Any]:
+    """Quality and gate where there is a text to measure on, and how far each layer is from the base's."""
+    errors = layer_errors(model, job.base().checkpoint(), blocks)
+    made: dict[str, Any] = {"layers": [each.to_dict() for each in errors]}
+    if job.measure is not None:
+        quality = job.measure(model)
+        made["quality"] = quality.to_dict()
+        if job.budget:
+            made["gate"] = job.budget.verdict(quality)
+    return made
+
+
+def _recipe(
+    job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any, plan: Plan, blocks: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """How the model was made."""
+    done = {name: steps for block in blocks for name, steps in block["steps"].items()}
+    return {
+        "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
+        "steps": plan.decision.steps(plan.schemes, done), "skipped": plan.decision.skipped(plan.schemes, done),
+        "asked": asked, "dtype": str(model.dtype).removeprefix("torch."),
+        "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
+        "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
+        "left": plan.left | plan.others, "regrouped": plan.regrouped,
+        "calibration": job.calibration.to_dict() if blocks and job.calibration else None, "blocks": blocks,
+        "versions": {name: version(name) for name in ("hf-quant", "torch", "transformers", "safetensors")},
+    }  # fmt: skip
+
+
+def _check(logits: Tensor, again: Tensor | None, scheme: str) -> None:
+    """What was written computes what was in memory, if it was read ``again``, and that is something."""
+    if not logits.isfinite().all():
+        raise HfQuantError(f"{scheme}: the quantized model computes NaN or infinite values")
+    if again is not None and not torch.equal(again, logits):
+        raise HfQuantError(f"{scheme}: the saved model computes something else than the one in memory")
+
+
+def _source(job: Job, stage: Path) -> dict[str, Any]:
+    """What the base is, by its name and never its path, and under which licence; its notices are copied to ``stage``."""
+    commit = job.base().commit()
+    try:
+        copy_notices(job.model, commit, stage, job.say)
+        return describe(job.model, commit)
+    except HfQuantError as error:  # the model itself may come from the cache, with no Hub in reach
+        job.say(f"{job.model}: its card cannot be read now, so push will ask again: {error}")
+        return {"model": Path(job.model).resolve().name if Path(job.model).is_dir() else job.model, "revision": commit}

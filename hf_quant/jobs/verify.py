@@ -1,0 +1,107 @@
+"""All checks of a checkpoint, one layer in memory at a time; the model is never loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hf_quant.checkpoint.contents import Contents
+from hf_quant.checkpoint.folder import INDEX, Checkpoint, read_json
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import CheckpointError
+from hf_quant.formats.native import wrong_values
+from hf_quant.hf._compat import renamer
+from hf_quant.hf.community import Placed, parameters_of
+from hf_quant.hf.loading import skeleton, stored_in, understood
+from hf_quant.hf.preflight import check_rest, refuse_unexplained
+from hf_quant.hf.quantizer import HfQuantQuantizer
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was looked at.
+
+    Attributes:
+        format: Of the quantized layers; ``"not quantized"`` if there are none.
+        layers: Number of those.
+        tensors: Number of all tensors.
+        size: Bytes of all tensors.
+        notes: What of the checkpoint is read to floating point or left out.
+    """
+
+    format: str
+    layers: int
+    tensors: int
+    size: int
+    notes: list[str]
+
+
+def verify(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Verified:
+    """Check a local checkpoint.
+
+    Args:
+        folder: Where it is.
+        progress: Wraps the list of layers.
+
+    Raises:
+        HfQuantError: The first thing that is wrong; the message names file and tensor or field.
+    """
+    checkpoint = Checkpoint.open(folder)
+    if (folder / INDEX).is_file() and "metadata" not in read_json(folder, INDEX):
+        raise CheckpointError(f"{INDEX}: metadata is missing, without which transformers loads no shards")
+    model = skeleton(str(folder), weights=checkpoint)
+    stored = stored_in(model.config, folder)
+    size = sum(info.nbytes for info in checkpoint.tensors.values())
+    if stored is None:
+        refuse_unexplained(checkpoint)
+        check_rest(model, checkpoint, checkpoint.tensors)
+        _check_numbers(model, checkpoint, progress(list(checkpoint.tensors)))
+        return Verified("not quantized", 0, len(checkpoint.tensors), size, [])
+    quantizer = HfQuantQuantizer(understood(stored), pre_quantized=True)
+    files = sorted({str(info.file) for info in checkpoint.tensors.values()})
+    contents = quantizer.prepare(model, files)  # what loading does first
+    assert contents is not None
+    for module in progress(list(contents.layers)):
+        if module in quantizer.placed.homes:
+            _check_layer(model, contents, quantizer.placed, module)
+    _check_numbers(model, checkpoint, contents.rest)
+    notes = sorted({*quantizer.placed.notes, *quantizer.placed.dense.values()})
+    return Verified(contents.format, len(contents.layers), len(checkpoint.tensors), size, notes)
+
+
+def _check_layer(model: Any, contents: Contents, placed: Placed, module: str) -> None:
+    """One layer becomes what it becomes while loading, and is checked as it is there."""
+    home = placed.homes[module]
+    read = contents.read(module, dense=home not in placed.schemes)
+    names = dict(model.named_parameters())
+    if isinstance(read, QuantizedTensor):
+        stem = home if f"{home}_scale" in names else f"{home}.weight"
+        made = parameters_of(stem, read, names[f"{stem}_scale"].dtype)
+        own = {f"weight{name.removeprefix(stem)}": tensor for name, tensor in made.items()}
+        wrong = wrong_values(own, read.scheme, read.in_features)
+        if wrong is not None:
+            raise CheckpointError(f"{contents.where(module)}: {wrong}")
+    else:
+        target = names.get(home, names.get(f"{home}.weight"))
+        _check_finite(contents.where(module), read if target is None else read.to(target.dtype))
+
+
+def _check_numbers(model: Any, checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Every number that arrives in the model is finite, in the type that it has there."""
+    rename, parameters = renamer(model), dict(model.named_parameters())
+    for name in names:
+        target = parameters.get(rename(name)[0])
+        if target is not None and target.is_floating_point():
+            _check_finite(
+                f"{checkpoint.tensors[name].file.name}: tensor {name}", checkpoint.read(name).to(target.dtype)
+            )
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise CheckpointError(f"{name}: {bad} values are NaN or infinite")

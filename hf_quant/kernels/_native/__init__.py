@@ -1,0 +1,1 @@
+"""The module compiled from C++, and weights in its layout; no kernel of its own."""

@@ -1,0 +1,1 @@
+"""What several kernels use; no kernel of its own."""

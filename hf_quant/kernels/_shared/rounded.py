@@ -1,0 +1,92 @@
+"""INT8 activations where no kernel multiplies them: rounded to their grid and back, then any kernel for the weights.
+
+The same product in floating point: what integer kernels are compared with, and what runs everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_quant.core.numerics import quantize_rows
+from hf_quant.core.scheme import THRESHOLD
+from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared.blocks import companions, flat
+
+if TYPE_CHECKING:
+    from hf_quant.core.tensor import QuantizedTensor
+    from hf_quant.kernels import LinearBackend, LinearSpec
+
+
+@ops.op("round_activations", ops.rounding)
+def round_activations(x: Tensor, columns: Tensor | None, scale: Tensor | None, threshold: float) -> Tensor:
+    """``x [M, K]`` on the grid of its INT8 codes; gradients pass straight through.
+
+    Args:
+        x: ``[M, K]``.
+        columns: int16 or int32 ``[C]``, left out: zeros, since they are added in floating point.
+        scale: ``[1]``, or None for one of each row.
+        threshold: Columns with a value that large stay as they are; 0 for none.
+    """
+    kept = x if columns is None else x.index_fill(1, columns.long(), 0)
+    large = (kept.abs() >= threshold).any(0) if threshold else None
+    codes, found = quantize_rows(kept if large is None else kept.masked_fill(large, 0), scale)
+    wrong = 0 if scale is None else 0 * kept  # a fixed scale would hide an infinity
+    made = (codes * found + wrong).to(x.dtype)
+    return made if large is None else torch.where(large, x, made)
+
+
+@ops.fake(round_activations)
+def _(x: Tensor, columns: Tensor | None, scale: Tensor | None, threshold: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return grad, None, None, None
+
+
+round_activations.register_autograd(_backward)
+
+
+@dataclass(frozen=True)
+class RoundedViews:
+    """Around a backend that reads the portable codes."""
+
+    inner: LinearBackend
+    priority: ClassVar[int] = 0
+    repacks: ClassVar[bool] = False
+    int8_activations: ClassVar[bool] = True
+
+    def why_not(self, spec: LinearSpec) -> str | None:
+        return self.inner.why_not(_plain(spec))
+
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+        return companions(weight) + self.inner.prepare(weight, _plain(spec))
+
+    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        return self.inner.restore(prepared[_count(spec) :], _plain(spec))
+
+    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+        scheme, count = spec.scheme, _count(spec)
+        columns = prepared[0] if scheme.outlier_columns else None
+        scale = prepared[count - 1] if scheme.activations == "tensor" else None
+        threshold = THRESHOLD if scheme.activations == "threshold" else 0.0
+        rounded = round_activations(flat(x, spec.in_features), columns, scale, threshold)
+        return self.inner.linear(rounded.view(x.shape), prepared[count:], _plain(spec))
+
+
+class RoundedPacked(RoundedViews):
+    """Around one that has a layout of its own."""
+
+    repacks: ClassVar[bool] = True
+
+
+def _plain(spec: LinearSpec) -> LinearSpec:
+    return replace(spec, scheme=spec.scheme.weights)
+
+
+def _count(spec: LinearSpec) -> int:
+    return spec.scheme.outlier_columns + (spec.scheme.activations == "tensor")

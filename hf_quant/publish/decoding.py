@@ -1,0 +1,143 @@
+"""Every text that a reader of a file could see: its own, the strings of its JSON or YAML, and what escapes stand for."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import html
+import json
+import re
+import unicodedata
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import Any
+from urllib.parse import unquote
+
+import yaml
+
+from hf_quant.errors import PushError
+from hf_quant.publish.secrets import SHORTEST
+
+DEEPEST = 4  # encodings around each other
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
+_LETTERS = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "0": "\0", "a": "\a", "e": "\x1b"}
+_INVISIBLE = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]"
+)
+_ENCODED = re.compile(r"[\\%&]|[A-Za-z0-9+/_-]{16}|[^\x00-\x7f]")
+_BASE64 = re.compile(r"[A-Za-z0-9+/_-]{16,}={0,2}")
+_FRONT = re.compile(r"\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
+
+
+def views(name: str, data: bytes) -> Iterator[str]:
+    """The text of a file, and what its strings stand for once escapes and encodings are taken off, one after the other.
+
+    Args:
+        name: Of the file; its suffix says how it is read.
+        data: All of it, or of a safetensors file what is before the tensors.
+
+    Yields:
+        Texts in which the strings stand line by line; those that say nothing new are left out.
+
+    Raises:
+        PushError: It is not the JSON or YAML that its name says.
+    """
+    strings = strings_of(name, data)
+    if strings is None:
+        yield (text := data.decode("utf-8", "replace"))
+        strings = text.splitlines()
+    known = {string for string in strings if len(string) >= SHORTEST}
+    found = sorted(known)
+    for _ in range(DEEPEST):
+        if not found:
+            return
+        yield "\n".join(found)
+        new = {other for string in found if _ENCODED.search(string) for other in _decoded(string)}
+        found = sorted(other for other in new - known if len(other) >= SHORTEST)
+        known |= new
+
+
+def strings_of(name: str, data: bytes) -> list[str] | None:
+    """Every string of a JSON or YAML file, decoded, keys too; None for other files.
+
+    Raises:
+        PushError: It is not what its name says.
+    """
+    suffix = PurePath(name).suffix.lower()
+    try:
+        if suffix == ".safetensors":
+            return _json(data[8:])
+        if suffix == ".json":
+            return _json(data)
+        if suffix == ".jsonl":
+            return [string for line in data.split(b"\n") if line.strip() for string in _json(line)]
+        if suffix in (".yaml", ".yml"):
+            return _yaml(data.decode("utf-8"))
+        if suffix == ".md":
+            text = data.decode("utf-8")
+            front = _FRONT.match(text)
+            return [text, *(_yaml(front[1]) if front else [])]
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        kind = "YAML" if isinstance(error, yaml.YAMLError) else "JSON" if "json" in suffix else "text in UTF-8"
+        raise PushError(f"{name}: is not {kind}, as its name says") from None
+    return None
+
+
+def _json(data: bytes) -> list[str]:
+    """Strings of a JSON text, and ``key=value`` where both are strings; of keys that are there twice, both."""
+    strings: list[str] = []
+
+    def pairs(found: list[tuple[str, Any]]) -> None:
+        for key, value in found:
+            strings.append(key)
+            if isinstance(value, str):
+                strings.append(f"{key}={value}")
+            keep(value)
+
+    def keep(value: Any) -> None:
+        if isinstance(value, str):
+            strings.append(value)
+        elif isinstance(value, list):
+            for each in value:
+                keep(each)
+
+    keep(json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs))
+    return strings
+
+
+def _yaml(text: str) -> list[str]:
+    """Scalars of a YAML text, decoded and folded; nothing is built from them, so nothing runs."""
+    events = yaml.parse(text, Loader=yaml.SafeLoader)
+    return [text, *(event.value for event in events if isinstance(event, yaml.ScalarEvent))]
+
+
+def _decoded(text: str) -> Iterator[str]:
+    """What ``text`` stands for in each of the encodings that it could be in."""
+    if "\\" in text:
+        yield _ESCAPE.sub(_letter, text)
+    if "%" in text:
+        yield unquote(text, errors="replace")
+    if "&" in text:
+        yield html.unescape(text)
+    if not text.isascii():
+        yield _INVISIBLE.sub("", unicodedata.normalize("NFKC", text))
+    yield from _base64(text)
+
+
+def _letter(match: re.Match[str]) -> str:
+    code = match[1] or match[2] or match[3]
+    if code is None:
+        return _LETTERS.get(match[4], match[4])
+    return chr(int(code, 16)) if int(code, 16) < 0x110000 else " "
+
+
+def _base64(text: str) -> Iterator[str]:
+    """What is readable once decoded."""
+    for match in _BASE64.finditer(text):
+        word = match[0].rstrip("=").replace("-", "+").replace("_", "/")
+        try:
+            found = base64.b64decode(word + "=" * (-len(word) % 4))
+        except binascii.Error:
+            continue
+        if len(found) >= SHORTEST and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in found):
+            yield found.decode("ascii")

@@ -1,0 +1,57 @@
+"""manifest.json: what a published folder holds, so that whoever pulls it can tell whether it is the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from hf_quant.disk.digests import MANIFEST, Digest, mismatches, read_manifest
+from hf_quant.errors import CheckpointError
+from hf_quant.publish.card import CARD
+
+VERSION = 1
+
+
+def manifest_of(files: Mapping[str, Digest]) -> bytes:
+    """The text of a manifest for ``files``; the card is left out, since people edit it on the Hub."""
+    listed = {
+        name: {"bytes": each.bytes, "sha256": each.sha256}
+        for name, each in sorted(files.items()) if name not in (CARD, MANIFEST)
+    }  # fmt: skip
+    return (json.dumps({"version": VERSION, "files": listed}, indent=2) + "\n").encode()
+
+
+def verify_folder(folder: Path) -> int:
+    """Check every file of the folder's manifest; returns how many there are.
+
+    Raises:
+        CheckpointError: There is no manifest, weights are not in it, or a file is missing or holds something else.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST}, so there is nothing to check against; hf-quant push writes it"
+        )
+    expected = read_manifest(folder / MANIFEST)
+    if unlisted := sorted({path.name for path in folder.glob("*.safetensors")} - expected.keys()):
+        raise CheckpointError(f"{MANIFEST} does not list {unlisted[0]}, so nothing says what it should hold")
+    if wrong := mismatches(folder, expected):
+        raise CheckpointError("\n".join(wrong))
+    return len(expected)
+
+
+def verify_repo(repo_id: str, revision: str | None = None, token: str | None = None) -> int:
+    """Download what is not yet in the cache, and check every file of the manifest; returns how many there are.
+
+    Raises:
+        CheckpointError: As `verify_folder`.
+    """
+    try:
+        hf_hub_download(repo_id, MANIFEST, revision=revision, token=token)
+    except EntryNotFoundError:
+        raise CheckpointError(f"{repo_id}: no {MANIFEST}; it was not published by hf-quant push") from None
+    return verify_folder(Path(snapshot_download(repo_id, revision=revision, token=token)))

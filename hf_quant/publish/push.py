@@ -1,0 +1,325 @@
+"""Publishing a folder: what may not go is refused before anything is sent, and what goes is checked when it is there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import HfApi, get_token
+
+from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.disk.atomic import write_bytes
+from hf_quant.disk.digests import MANIFEST
+from hf_quant.errors import GateError, PushError
+from hf_quant.evaluation.gate import Budget
+from hf_quant.evaluation.results import Quality
+from hf_quant.hf import load
+from hf_quant.publish import card, licence
+from hf_quant.publish.manifest import manifest_of
+from hf_quant.publish.replay import replay
+from hf_quant.publish.scan import Snapshot, look_through, snapshot
+from hf_quant.publish.source import describe, metadata, model_type, notices
+from hf_quant.publish.upload import Target, Uploaded, upload
+
+Gated = Literal["inherit", "auto", "manual", "off"]
+CLOSE = 0.02  # relative error of a layer's output beside plain products: bfloat16 and its sums cost 0.003
+NOTICE = "NOTICE"
+LOCAL = (
+    "is_local",
+    "local_files_only",
+)  # what transformers writes into tokenizer_config.json of where it was read from
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A folder that may be published.
+
+    Attributes:
+        folder: Where it is.
+        target: Where it goes.
+        content: Of all files that go, the manifest not.
+        written: Names of those that are written into the folder: card, pictures, recipe.json, results.json, notices.
+        source: What the base says about itself.
+    """
+
+    folder: Path
+    target: Target
+    content: Snapshot
+    written: frozenset[str]
+    source: Mapping[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all files."""
+        return self.content.names
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(each.bytes for each in self.content.files.values())
+
+
+def prepare(
+    folder: Path, target: Target, api: HfApi, *, gated: Gated = "inherit", budget: Budget | None = None,
+    allow_failed_gate: bool = False, base_model: str | None = None, license: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Publication:  # fmt: skip
+    """Check everything that can be checked without running the model or writing anything.
+
+    Args:
+        folder: Made by ``hf-quant quantize`` or ``ladder``.
+        target: Where it shall go; its ``gated`` is decided here.
+        api: The client; asked about the base.
+        gated: Whether readers have to ask: as for the base, or so.
+        budget: What quantization may cost, besides what it was held against before.
+        allow_failed_gate: Publish although the gate was missed; the card begins with it.
+        base_model: Hub id of the base, where the model was made from a folder.
+        license: Of the base, where its card names none.
+        say: Told of notices of the base that cannot be carried on.
+
+    Raises:
+        PushError: Something forbids publishing it.
+        GateError: Its quality does, or nobody measured it.
+        CheckpointError: The checkpoint is damaged.
+    """
+    folder = Path(folder)
+    if not _REPO_ID.fullmatch(target.repo_id):
+        raise PushError(f"{target.repo_id!r} is not owner/name")
+    recipe, results = card.facts(folder)
+    found = snapshot(folder)
+    card.check_replaceable(found.held.get(card.CARD))
+    _check_weights(found, results)
+    results = _gated(folder, recipe, results, budget or Budget(), allow_failed_gate)
+    source = _source(folder, recipe["source"], api, base_model, license)
+    if (refusal := licence.why_not(source, target.repo_id)) is not None:
+        raise PushError(refusal)
+    gate: Any = source.get("gated", False) if gated == "inherit" else False if gated == "off" else gated
+    target = replace(target, gated=gate or (None if gated == "inherit" else False))
+    recipe = recipe | {"source": source, "repo_id": target.repo_id, "gated": gate}
+    written = _written(found, recipe, results) | _notices(found, source, api, say)
+    if problems := card.metadata_problems(metadata(written[card.CARD].decode())):
+        raise PushError(f"{card.CARD}: {'; '.join(problems)}")
+    content = found.plus(written)
+    look_through(content, _tokens(api))
+    return Publication(folder, target, content, frozenset(written), source)
+
+
+def publish(
+    ready: Publication, api: HfApi, *, model: Any = None, say: Callable[[str], None] = print, **patience: Any
+) -> Uploaded:
+    """Run the model once more from its files, write what is missing, upload, verify.
+
+    Args:
+        ready: From `prepare`.
+        api: The client, with the token to push with.
+        model: If the push began with a model in memory: it must be what is in the folder.
+        say: Told what goes on.
+        patience: ``attempts`` and ``timeout`` of `upload`.
+
+    Raises:
+        PushError: The files do not give the model back, or the upload did not end.
+    """
+    say(f"loading {ready.folder} once more and comparing each kernel with plain products")
+    check_runs(ready.folder, card.facts(ready.folder)[0], model)
+    ready.content.check_unchanged(ready.written)
+    content = ready.content.plus({MANIFEST: manifest_of(ready.content.files)})
+    for name in (*sorted(ready.written), MANIFEST):
+        (ready.folder / name).parent.mkdir(exist_ok=True)
+        write_bytes(ready.folder / name, content.held[name])
+    look_through(
+        content, _tokens(api), {**ready.content.held, **ready.content.headers}
+    )  # the last step before the upload
+    return upload(api, ready.folder, content.files, ready.target, held=content.held, say=say, **patience)
+
+
+def _tokens(api: HfApi) -> list[str]:
+    """The token in use, which must not be published."""
+    return [(api.token if isinstance(api.token, str) else get_token()) or ""]
+
+
+def push_model(
+    model: Any, repo_id: str, *, commit_message: str | None = None, private: bool | None = None,
+    token: str | bool | None = None, revision: str | None = None, create_pr: bool = False, allow_failed_gate: bool = False,
+    budget: Budget | None = None, gated: Gated = "inherit", tag: str | None = None, base_model: str | None = None,
+    license: str | None = None, say: Callable[[str], None] = print, **unknown: Any,
+) -> str:  # fmt: skip
+    """``model.push_to_hub``: publish the folder that the model was loaded from, if the model still is what is there.
+
+    Args:
+        model: Loaded by ``from_pretrained`` from a folder that ``hf-quant quantize`` or ``ladder`` wrote.
+        repo_id: ``owner/name``.
+        commit_message: Of the commit.
+        private: None leaves an old repository as it is, and a new one private.
+        token: As for the client.
+        revision: Branch.
+        create_pr: As a pull request.
+        allow_failed_gate: As in `prepare`.
+        budget: As in `prepare`.
+        gated: As in `prepare`.
+        tag: Put on the commit.
+        base_model: As in `prepare`.
+        license: As in `prepare`.
+        say: Told what goes on.
+        unknown: What transformers' own takes besides; refused, since files go as they were measured.
+
+    Returns:
+        Where it is to be seen.
+
+    Raises:
+        PushError: It may not be published, or could not be; nothing is sent then, or the message says what was.
+    """
+    if unknown:
+        raise PushError(
+            f"push_to_hub takes no {sorted(unknown)[0]} for a quantized model: files go as they were measured, with the card "
+            "that hf-quant writes"
+        )
+    folder, api = Path(model.name_or_path), HfApi(token=token)
+    if not (folder / "recipe.json").is_file():
+        raise PushError(
+            "nobody measured what this model lost, so it is not published: make a folder with hf-quant quantize MODEL -o DIR "
+            "--max-kl 0.02, and push that, or the model loaded from it"
+        )
+    target = Target(repo_id, private, create_pr=create_pr, revision=revision, tag=tag)
+    target = replace(target, message=commit_message) if commit_message else target
+    ready = prepare(
+        folder, target, api, gated=gated, budget=budget, allow_failed_gate=allow_failed_gate, base_model=base_model,
+        license=license, say=say,
+    )  # fmt: skip
+    return publish(ready, api, model=model, say=say).url
+
+
+def check_runs(folder: Path, recipe: Mapping[str, Any], model: Any = None) -> None:
+    """Load ``folder`` and run it: its layers are those of ``recipe`` and ``model``, and its kernels compute what it holds.
+
+    Raises:
+        PushError: They are not, or a kernel computes something else than the product with the weights dequantized.
+    """
+    again = load(str(folder)).eval()
+    if {name: str(scheme) for name, scheme in again.hf_quantizer.plan.schemes.items()} != recipe["schemes"]:
+        raise PushError(f"{folder}: recipe.json lists other layers or schemes than the checkpoint has")
+    if model is not None and (name := _differs(model, again)) is not None:
+        raise PushError(f"{name} of the model in memory is not what {folder} holds; save it, and measure that")
+    logits, errors = replay(again)
+    if not logits.isfinite().all():
+        raise PushError(f"{folder}: its logits are not finite")
+    for name, error in errors.items():
+        if not error < CLOSE:
+            raise PushError(f"{folder}: the kernel of {name} gives {error:.1%} else than its weights dequantized")
+
+
+def _differs(model: Any, again: Any) -> str | None:
+    """The first tensor that is not the same in both, or None."""
+    mine, stored = model.state_dict(), again.state_dict()
+    for name in sorted(mine.keys() | stored.keys()):
+        if name not in mine or name not in stored or not torch.equal(mine[name].cpu(), stored[name].cpu()):
+            return str(name)
+    return None
+
+
+# -- what has to be true ----------------------------------------------------------------------------------------------
+
+
+def _check_weights(found: Snapshot, results: Mapping[str, Any]) -> None:
+    """The checkpoint is whole, and is the one that was measured."""
+    Checkpoint.open(found.folder)
+    files = [
+        {"name": name, "bytes": each.bytes, "sha256": each.sha256}
+        for name, each in sorted(found.weights.items()) if "/" not in name
+    ]  # fmt: skip
+    if results and results.get("files") != files:
+        raise PushError(
+            f"{found.folder}: results.json was not measured on these weights; measure them with hf-quant eval "
+            f"{found.folder.name} --base MODEL --max-kl 0.02"
+        )
+
+
+def _gated(
+    folder: Path, recipe: Mapping[str, Any], results: dict[str, Any], budget: Budget, allow: bool
+) -> dict[str, Any]:
+    """The results, with the verdict of the gate worked out again from what was measured."""
+    quality, known = results.get("quality"), (results.get("gate") or {}).get("budget") or {}
+    reason = None
+    if quality is None:
+        reason = (
+            f"its quality was not measured; measure it with hf-quant eval {folder.name} --base MODEL --max-kl 0.02"
+        )
+    elif not known and not budget:
+        reason = "it was held against no budget; say what it may cost, for example --max-kl 0.02 (in Python: budget=Budget(0.02))"
+    else:
+        measured = Quality.from_dict(quality)
+        misses = list(dict.fromkeys(Budget(**known).misses(measured) + budget.misses(measured)))
+        stricter = known | budget.verdict(measured)["budget"]
+        results = results | {"gate": {"budget": stricter, "passed": not misses, "misses": misses}}
+        reason = "; ".join(misses) or None
+    results = {key: value for key, value in results.items() if key != "allow_failed_gate"}
+    if reason is None:
+        return results
+    if not allow:
+        raise GateError(f"{folder} is not published: {reason}")
+    if any(QuantScheme.parse(slug).bits <= 2 for slug in recipe["schemes"].values()):
+        raise GateError(f"{folder} is not published: {reason}; with 2 bits the gate has to be passed")
+    return results | {"allow_failed_gate": True}
+
+
+def _is_id(source: Mapping[str, Any]) -> bool:
+    return "/" in str(source["model"])
+
+
+def _source(
+    folder: Path, known: Mapping[str, Any], api: HfApi, base_model: str | None, license: str | None
+) -> dict[str, Any]:
+    """What the base says, asked again where it is on the Hub; ``license`` only fills a gap."""
+    source = dict(known)
+    if base_model is not None:
+        source |= describe(base_model, None, api) | {"revision": None}  # which commit it was, nobody recorded
+        _check_base(folder, base_model, api)
+    elif _is_id(source):
+        source |= describe(str(source["model"]), source.get("revision"), api)
+    if license is not None and source.setdefault("license", license) != license:
+        raise PushError(f"the licence of {source['model']} is {source['license']}, not {license}")
+    return source
+
+
+def _check_base(folder: Path, base: str, api: HfApi) -> None:
+    stated = model_type(base, api)
+    own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if stated is not None and stated != own:
+        raise PushError(f"{base} is a {stated} model and {folder} a {own} model: it was not made from that")
+
+
+def _written(found: Snapshot, recipe: dict[str, Any], results: dict[str, Any]) -> dict[str, bytes]:
+    """What is written anew: the card and what it is made from, and settings without the traces of this machine."""
+    drawn = card.pictures(results)
+    written = {f"{card.ASSETS}/{name}": data for name, data in drawn.items()}
+    written |= {"recipe.json": _json(recipe), card.CARD: card.render(recipe, results, drawn).encode()}
+    if results:
+        written["results.json"] = _json(results)
+    if "tokenizer_config.json" in found.held:
+        settings = json.loads(found.held["tokenizer_config.json"])
+        if isinstance(settings, dict) and settings.keys() & set(LOCAL):
+            written["tokenizer_config.json"] = _json({k: v for k, v in settings.items() if k not in LOCAL})
+    return written
+
+
+def _notices(found: Snapshot, source: Mapping[str, Any], api: HfApi, say: Callable[[str], None]) -> dict[str, bytes]:
+    """Licence texts and notices of a base on the Hub that the folder lacks, and the line that its licence asks for."""
+    line = licence.notice(source)
+    generated = f"{line}\n".encode() if line is not None else None
+    theirs = notices(source["model"], source.get("revision"), api, say) if _is_id(source) else {}
+    known = {name for name, data in found.held.items() if name != NOTICE or data != generated}
+    new = {name: data for name, data in theirs.items() if name not in known}
+    if generated is not None and NOTICE not in known:
+        before = new.get(NOTICE, b"")
+        new[NOTICE] = before if generated.strip() in before else before + (b"\n" if before else b"") + generated
+    return new
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    return (json.dumps(record, indent=2) + "\n").encode()

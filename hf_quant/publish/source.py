@@ -1,0 +1,141 @@
+"""What a base model says about itself: name, licence, gate. A copy of it has to say the same."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+from hf_quant.checkpoint.folder import _inside as inside
+from hf_quant.disk.atomic import write_bytes
+from hf_quant.errors import CheckpointError, PushError
+from hf_quant.publish import file_kinds
+
+T = TypeVar("T")
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_HEAD = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
+
+
+def metadata(card: str) -> dict[str, Any]:
+    """The YAML at the head of a card; empty if there is none, or it is not a mapping."""
+    match = _HEAD.match(card)
+    try:
+        found = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def describe(model: str, revision: str | None = None, api: HfApi | None = None) -> dict[str, Any]:
+    """For ``source`` in recipe.json: id as the Hub spells it, commit, and what a card inherits.
+
+    Args:
+        model: Folder or Hub id.
+        revision: Of a Hub model.
+        api: The client to ask.
+
+    Raises:
+        PushError: The Hub has no such model, or does not answer.
+    """
+    if Path(model).is_dir():
+        card = Path(model) / "README.md"
+        readable = card.is_file() and _outside(Path(model), card.name) is None
+        text = card.read_text(encoding="utf-8", errors="replace") if readable else ""
+        return {"model": Path(model).resolve().name, "revision": None} | _inherited(metadata(text))
+    at = f" at {revision}" if revision else ""
+    found = _asked(f"the base {model}{at}", lambda: (api or HfApi()).model_info(model, revision=revision))
+    card_data: Any = found.card_data  # its methods have no annotations
+    made = {"model": found.id, "revision": found.sha} | _inherited(card_data.to_dict() if card_data else {})
+    return made | ({"gated": found.gated} if found.gated else {})
+
+
+def _asked(what: str, ask: Callable[[], T]) -> T:
+    """The Hub's answer, or an error without the request, which holds the token."""
+    try:
+        return ask()
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        reason = "is not on the Hub, or the token may not see it"
+    except Exception as error:  # the client lets through whatever its transport raises
+        reason = f"cannot be read now: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    raise PushError(f"{what} {reason}")
+
+
+def _inherited(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Only what is known to be harmless: a stranger's card may hold anything."""
+    found = {key: card[key] for key in card if key in INHERITED or str(key).startswith("extra_gated_")}
+    made: dict[str, Any] = json.loads(json.dumps(found, default=str))  # YAML knows dates, recipe.json does not
+    return {key: value for key, value in sorted(made.items()) if value is not None}
+
+
+def model_type(model: str, api: HfApi) -> str | None:
+    """Of a model on the Hub, from its config.json; None if that does not say."""
+    found = _asked(f"the base {model}", lambda: api.model_info(model)).config or {}
+    return found.get("model_type")
+
+
+def copy_notices(
+    model: str, revision: str | None, folder: Path, say: Callable[[str], None] = lambda line: None
+) -> list[str]:
+    """Copy licence texts and notices of the base into ``folder``, which must carry them on; returns their names.
+
+    Args:
+        model: Folder or Hub id.
+        revision: Of a Hub model.
+        folder: Where they go; what is there already stays.
+        say: Told of those that are left out.
+
+    Raises:
+        PushError: The Hub has no such model, or does not answer.
+    """
+    found = notices(model, revision, say=say)
+    for name, data in found.items():
+        if not (folder / name).exists():
+            write_bytes(folder / name, data)
+    return list(found)
+
+
+def notices(
+    model: str, revision: str | None, api: HfApi | None = None, say: Callable[[str], None] = lambda line: None
+) -> dict[str, bytes]:
+    """Name and content of the licence texts and notices at the top of the base's folder; arguments as above."""
+    if Path(model).is_dir():
+        paths = {each.name: each for each in sorted(Path(model).iterdir()) if _wanted(each.name) and each.is_file()}
+    else:
+        client = api or HfApi()
+        listed = _asked(f"the base {model}", lambda: client.model_info(model, revision=revision)).siblings or []
+        get = partial(client.hf_hub_download, model, revision=revision)
+        paths = {
+            name: Path(_asked(f"{name} of {model}", partial(get, name)))
+            for name in sorted(each.rfilename for each in listed) if _wanted(name)
+        }  # fmt: skip
+    found = {}
+    for name, path in paths.items():
+        if Path(model).is_dir() and (refusal := _outside(Path(model), name)):
+            say(f"{name}: {refusal}, so it is not copied")
+            continue
+        data = path.read_bytes()
+        if (refusal := file_kinds.why_not(name, data)) is not None:
+            say(f"{name} of {model}: {refusal}, so it is not copied")
+            continue
+        found[name] = data
+    return found
+
+
+def _wanted(name: str) -> bool:
+    return "/" not in name and file_kinds.is_notice(name)
+
+
+def _outside(folder: Path, name: str) -> str | None:
+    """Why a file of a local base is not read: it is a link to what the folder does not hold."""
+    try:
+        inside(folder, name)
+    except CheckpointError:
+        return "a link that leaves the folder of the model"
+    return None

@@ -1,0 +1,352 @@
+"""An upload that ends complete and verified, or with a sentence that says what is there and how to go on.
+
+The client retries some steps and not others, waits for ever where nothing answers, and sends a commit again whose answer
+was lost. So every step here is done again after what may pass, each try begins with a look at what the Hub has, a commit
+names its parent, and a pull request is opened before anything is sent to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, set_client_factory
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import _http
+
+from hf_quant.disk.digests import Digest
+from hf_quant.errors import PushError
+
+T = TypeVar("T")
+ATTEMPTS = 6
+TIMEOUT = 120.0  # seconds without a byte; the Hub may think that long about a large commit
+LONGEST_WAIT = 310.0  # seconds; the Hub counts requests in windows of 300
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+PASSING = {404, 408, 409, 412, 425, 429}  # 404: a repository that was created a moment ago may be unknown elsewhere
+TOKEN = "there is no token, or the Hub does not accept it; log in with: hf auth login"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a folder goes.
+
+    Attributes:
+        repo_id: ``owner/name``.
+        private: What the repository is afterwards; None leaves an old one as it is, and a new one private.
+        gated: Likewise; None leaves it as it is.
+        create_pr: Send it as a pull request; the repository itself is left alone.
+        revision: Branch, or ``refs/pr/N``; made if it is not there.
+        tag: Put on the commit.
+        message: Of the commit, and title of the pull request.
+    """
+
+    repo_id: str
+    private: bool | None = None
+    gated: Literal["auto", "manual", False] | None = None
+    create_pr: bool = False
+    revision: str | None = None
+    tag: str | None = None
+    message: str = "Upload with hf-quant"
+
+    @property
+    def is_pull_request(self) -> bool:
+        """Whether it goes beside a repository that may be somebody else's, whose settings are left alone."""
+        return self.create_pr or (self.revision or "").startswith("refs/pr/")
+
+
+@dataclass(frozen=True)
+class Uploaded:
+    """What is on the Hub now: ``commit`` at ``revision``, to be seen at ``url``."""
+
+    url: str
+    revision: str
+    commit: str
+
+
+def upload(
+    api: HfApi, folder: Path, files: Mapping[str, Digest], target: Target, *, held: Mapping[str, bytes] = MappingProxyType({}),
+    say: Callable[[str], None], attempts: int = ATTEMPTS, timeout: float = TIMEOUT,
+) -> Uploaded:  # fmt: skip
+    """Send ``files`` of ``folder`` and check that they arrived; may be called again at any time, and goes on then.
+
+    A new repository is private until everything is there and verified. Weights that are there and not in ``files`` go.
+
+    Args:
+        api: The client, with its token and endpoint.
+        folder: Where the files are.
+        files: Path in the folder and in the repository, to what it holds.
+        target: Where to.
+        held: Path to content of those files that are sent from memory, whatever ``folder`` holds by then.
+        say: Told of every failure that is tried again.
+        attempts: Of every step.
+        timeout: Seconds in which the Hub has to answer.
+
+    Raises:
+        PushError: It did not work; the message says why, what is there, and how to go on.
+    """
+    with _timeouts(timeout):
+        return _Upload(api, Path(folder), files, held, target, say, attempts).run()
+
+
+class _IncompleteError(Exception):
+    """The client says that it is done, and the Hub has something else."""
+
+
+@dataclass(frozen=True)
+class _Upload:
+    api: HfApi
+    folder: Path
+    files: Mapping[str, Digest]
+    held: Mapping[str, bytes]
+    target: Target
+    say: Callable[[str], None]
+    attempts: int
+
+    def run(self) -> Uploaded:
+        to = self.target
+        user = self._patiently("asking who the token belongs to", self._user)
+        self._patiently(f"looking for {to.repo_id}", self._repository)
+        revision = to.revision or "main"
+        if to.create_pr:
+            revision = self._patiently("opening a pull request", lambda: self._pull_request(user))
+        elif to.revision and not to.revision.startswith("refs/"):
+            self._patiently(
+                f"making branch {revision}", lambda: self.api.create_branch(to.repo_id, branch=revision, exist_ok=True)
+            )
+        commit = self._patiently("uploading", lambda: self._send(revision))
+        if not to.is_pull_request:
+            self._patiently("changing settings", self._settings)
+        if to.tag is not None:
+            self._patiently(f"putting tag {to.tag}", lambda: self._tag(commit))
+        shown = f"discussions/{revision.removeprefix('refs/pr/')}" if "refs/pr/" in revision else f"commit/{commit}"
+        return Uploaded(f"{self.api.endpoint}/{to.repo_id}/{shown}", revision, commit)
+
+    # -- steps; each may be done again ----------------------------------------------------------------------------
+
+    def _user(self) -> str:
+        me = self.api.whoami()
+        if (me.get("auth", {}).get("accessToken") or {}).get("role") == "read":
+            raise PushError("the token may only read; pushing needs one that may write")
+        return str(me["name"])
+
+    def _repository(self) -> None:
+        """It is there, and as closed as it will be, before the first byte is sent."""
+        to = self.target
+        try:
+            found = self.api.model_info(to.repo_id)
+        except RepositoryNotFoundError:
+            if to.is_pull_request:
+                raise PushError(f"{to.repo_id}: no such repository, or the token may not see it") from None
+            self.api.create_repo(to.repo_id, private=True, exist_ok=True)
+            found = self.api.model_info(to.repo_id)
+        if to.is_pull_request:
+            if to.gated and not found.private and not found.gated:
+                raise PushError(
+                    f"readers of the base have to ask for it ({to.gated}), and anybody could read a pull request of "
+                    f"{to.repo_id}: push to a repository that is gated or private"
+                )
+        elif not found.private and (closing := {key: value for key, value in self._changes(found).items() if value}):
+            self.api.update_repo_settings(to.repo_id, **closing)
+
+    def _pull_request(self, user: str) -> str:
+        """Of this very content, if an earlier try opened one; otherwise a new one."""
+        title = f"{self.target.message} ({_name(self.files)})"
+        for found in self.api.get_repo_discussions(self.target.repo_id, discussion_type="pull_request"):
+            if found.title == title and found.author == user and found.status in ("open", "draft"):
+                return f"refs/pr/{found.num}"
+        return f"refs/pr/{self.api.create_pull_request(self.target.repo_id, title=title).num}"
+
+    def _send(self, revision: str) -> str:
+        head = self._head(revision)
+        if not self._differing(head):
+            return head  # nothing to do, or an earlier try landed and its answer was lost
+        added = [CommitOperationAdd(path, self.held.get(path, self.folder / path)) for path in sorted(self.files)]
+        gone = [CommitOperationDelete(path, is_folder=False) for path in self._stale(self._tree(head))]
+        self.api.create_commit(
+            self.target.repo_id, [*gone, *added], commit_message=self.target.message, revision=revision, parent_commit=head
+        )  # fmt: skip
+        head = self._head(revision)
+        if wrong := self._differing(head):
+            raise _IncompleteError(f"{len(wrong)} files differ from what was sent, {wrong[0]} first")
+        return head
+
+    def _settings(self) -> None:
+        """What is opened is opened now, in one call."""
+        if changed := self._changes(self.api.model_info(self.target.repo_id)):
+            self.api.update_repo_settings(self.target.repo_id, **changed)
+
+    def _changes(self, found: Any) -> dict[str, Any]:
+        """Settings that are not yet as asked."""
+        wanted = {"private": self.target.private, "gated": self.target.gated}
+        return {name: value for name, value in wanted.items() if value is not None and value != getattr(found, name)}
+
+    def _tag(self, commit: str) -> None:
+        tag, tags = self.target.tag, self.api.list_repo_refs(self.target.repo_id).tags
+        at = {each.name: each.target_commit for each in tags}.get(str(tag))
+        if at is None:
+            self.api.create_tag(self.target.repo_id, tag=str(tag), revision=commit)
+        elif at != commit:
+            raise PushError(f"tag {tag} is at {at[:12]} already; the upload itself is complete, at {commit[:12]}")
+
+    # -- what is there --------------------------------------------------------------------------------------------
+
+    def _head(self, revision: str) -> str:
+        try:
+            return str(self.api.model_info(self.target.repo_id, revision=revision).sha)
+        except RevisionNotFoundError:
+            if revision.startswith("refs/") and not self.target.create_pr:
+                raise PushError(f"{self.target.repo_id} has no revision {revision}") from None
+            raise
+
+    def _tree(self, commit: str) -> dict[str, RepoFile]:
+        tree = self.api.list_repo_tree(self.target.repo_id, recursive=True, revision=commit)
+        return {each.path: each for each in tree if isinstance(each, RepoFile)}
+
+    def _stale(self, there: Iterable[str]) -> list[str]:
+        """Weights of an earlier upload that are no longer wanted."""
+        return sorted(path for path in there if path not in self.files and path.endswith(WEIGHTS))
+
+    def _differing(self, commit: str) -> list[str]:
+        """Paths that are not yet as they should be, weights too many among them."""
+        there = self._tree(commit)
+        return [path for path, want in self.files.items() if not _same(there.get(path), want)] + self._stale(there)
+
+    # -- patience -------------------------------------------------------------------------------------------------
+
+    def _patiently(self, what: str, step: Callable[[], T]) -> T:
+        wait, reason = 1.0, ""
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return step()
+            except PushError as refusal:
+                refusal.__context__ = None  # the client's own error has the request, and with it the token
+                raise
+            except Exception as error:  # raised below, without that
+                reason = self._reason(error)
+                passing, pause = self._passes(error), min(max(_retry_after(error), wait), LONGEST_WAIT)
+            if not passing:
+                break
+            if attempt < self.attempts:
+                self.say(f"{what}: {reason}; again in {pause:.0f} s")
+                time.sleep(pause)
+                wait *= 2
+        raise PushError(f"{what}: {reason.rstrip('.')}. {self._state()}")
+
+    def _passes(self, error: BaseException) -> bool:
+        """Whether it may be different in a moment."""
+        response, status = _answer(error)
+        if status is not None:
+            elsewhere = response is not None and not str(response.request.url).startswith(self.api.endpoint)
+            return status >= 500 or status in PASSING or (status in (400, 403) and elsewhere)  # a link that ran out
+        lost = (_IncompleteError, json.JSONDecodeError, ConnectionError, TimeoutError, RuntimeError)
+        return (isinstance(error, lost) or _transport(error)) and not isinstance(error, OfflineModeIsEnabled)
+
+    def _reason(self, error: BaseException) -> str:
+        response, status = _answer(error)
+        said = (getattr(error, "server_message", None) or "").split("\n")[0]
+        if status == 401 or isinstance(error, LocalTokenNotFoundError):
+            return TOKEN
+        if status == 403:
+            return f"the token may not write to {self.target.repo_id} (403{f': {said}' if said else ''})"
+        if status == 429:
+            return "too many requests (429)"
+        if status is not None:
+            where = "" if response is None else f" to {response.request.method} {response.request.url.path}"
+            return f"the Hub answered {status}{where}{f': {said}' if said else ''}"
+        if isinstance(error, json.JSONDecodeError):
+            return "the Hub's answer is not JSON"
+        if _transport(error):
+            return f"the connection failed ({type(error).__name__})"
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+    def _state(self) -> str:
+        """What an interrupted upload left, as far as the Hub will say."""
+        again = "The same command goes on from there"
+        if self.target.create_pr:
+            return f"{self.target.repo_id} itself is unchanged. {again}."
+        try:
+            left = self._differing(self._head(self.target.revision or "main"))
+        except Exception:
+            return f"What is at {self.target.repo_id} is not known. {again}."
+        done = len(self.files) - len([path for path in left if path in self.files])
+        return f"{done} of {len(self.files)} files are at {self.target.repo_id}. {again}."
+
+
+def _same(there: RepoFile | None, want: Digest) -> bool:
+    if there is None or there.size != want.bytes:
+        return False
+    return there.lfs.sha256 == want.sha256 if there.lfs is not None else there.blob_id == want.git
+
+
+def _name(files: Mapping[str, Digest]) -> str:
+    """Short, and different for every content."""
+    listed = json.dumps(sorted((path, each.sha256) for path, each in files.items()))
+    return hashlib.sha256(listed.encode()).hexdigest()[:12]
+
+
+# -- errors of the client, which come in many shapes ------------------------------------------------------------------
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: BaseException | None = error
+    while seen is not None:
+        yield seen
+        seen = seen.__cause__
+
+
+def _answer(error: BaseException) -> tuple[Any, int | None]:
+    """The response behind an error, and its status; hf_xet has only the status, as text."""
+    for each in _chain(error):
+        if isinstance(each, HfHubHTTPError):
+            return each.response, each.response.status_code
+        if isinstance(each, ConnectionError) and (
+            match := re.search(r"status (?:client|server) error \((\d{3})", str(each))
+        ):
+            return None, int(match[1])
+    return None, None
+
+
+def _transport(error: BaseException) -> bool:
+    """Of httpx or httpx2, whichever this version of the client stands on."""
+    return any(kind.__name__ == "TransportError" for each in _chain(error) for kind in type(each).__mro__)
+
+
+def _retry_after(error: BaseException) -> float:
+    """Seconds that the Hub asked to wait, 0 if it did not."""
+    response, _ = _answer(error)
+    if response is None:
+        return 0.0
+    limit = re.search(r"\br=0;\s*t=(\d+)", response.headers.get("RateLimit", ""))
+    after = response.headers.get("Retry-After", "")
+    return float(limit[1]) + 1 if limit else float(after) + 1 if after.isdigit() else 0.0
+
+
+@contextmanager
+def _timeouts(seconds: float) -> Iterator[None]:
+    """Let the client, which waits for ever, give up where nothing moves for so long."""
+    before = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)  # there is no public way to ask
+
+    def factory() -> Any:
+        client = before()
+        client.timeout = seconds
+        return client
+
+    set_client_factory(factory)
+    try:
+        yield
+    finally:
+        set_client_factory(before)

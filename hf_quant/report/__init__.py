@@ -1,1 +1,0 @@
-"""What was measured, for people: charts and one page."""

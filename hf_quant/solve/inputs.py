@@ -1,0 +1,145 @@
+"""What the layers of a block are given: which of them are given the same tensor, and statistics of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.core.stats import HELD_ROWS, SAMPLE_ROWS, InputStats
+from hf_quant.errors import HfQuantError
+from hf_quant.nn.experts import stacks
+from hf_quant.solve.block import Block
+from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.ranks import Ranks
+from hf_quant.transforms import weight_of
+
+HELD = 8  # one in so many batches (of an expert's tokens, one in so many rows) is held out, to judge on
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are given the same tensor, by local name; ``source`` is the module that made it."""
+
+    layers: tuple[str, ...]
+    source: str | None
+    experts: bool = False
+
+
+def groups_of(block: Block, batch: Tensor) -> list[Group]:
+    """The layers in the order they run, those that are given the same tensor together."""
+    made_by: list[tuple[Tensor, str]] = []  # tensors are kept, so that no two have the same identity
+    given: list[tuple[Tensor, list[str]]] = []
+    experts: dict[str, list[str]] = {}
+    for name in block.layers:
+        path, _, leaf = block.local(name).rpartition(".")
+        if leaf in stacks(block.module.get_submodule(path)):
+            experts.setdefault(path, []).append(block.local(name))
+
+    def before(name: str) -> Callable[..., None]:
+        def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            names = next((names for tensor, names in given if tensor is args[0]), None)
+            if names is None:
+                given.append((args[0], names := []))
+            if name not in names:
+                names.append(name)
+
+        return look
+
+    def after(name: str) -> Callable[..., None]:
+        return lambda _module, _args, out: made_by.append((out, name)) if isinstance(out, Tensor) else None
+
+    linear = [local for n in block.layers if (local := block.local(n)).rpartition(".")[0] not in experts]
+    handles = [block.module.get_submodule(n).register_forward_pre_hook(before(n)) for n in [*linear, *experts]]
+    handles += [m.register_forward_hook(after(n)) for n, m in block.module.named_modules() if n]
+    with _removed(handles):
+        block.sample(batch)
+    made = []
+    for tensor, names in given:
+        source = next((name for out, name in made_by if out is tensor), None)
+        layers = tuple(name for name in names if name not in experts)
+        made += [Group(layers, source)] if layers else []
+        made += [Group(tuple(experts[name]), None, experts=True) for name in names if name in experts]
+    missing = {*linear, *(n for names in experts.values() for n in names)} - {n for g in made for n in g.layers}
+    if missing:
+        raise HfQuantError(f"{block.name}.{min(missing)} saw no tokens")
+    return made
+
+
+@contextmanager
+def _removed(handles: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _SeenError(Exception):
+    """Everything asked for was seen; the rest of the block need not run."""
+
+
+def inputs_of(block: Block, module: nn.Module, names: list[str], batch: Tensor) -> dict[str, tuple[Tensor, ...]]:
+    """What the modules of those local names are called with; the block is left as soon as that is known."""
+    found: dict[str, list[tuple[Tensor, ...]]] = {}
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            found.setdefault(name, []).append((*args, *kwargs.values()))
+            if len(found) == len(names) and block.rows >= batch.shape[0]:
+                raise _SeenError
+
+        return hook
+
+    handles = [module.get_submodule(n).register_forward_pre_hook(look(n), with_kwargs=True) for n in names]
+    with _removed(handles), suppress(_SeenError):
+        block.run(batch, module, found.clear)
+    return {name: tuple(torch.cat(parts) for parts in zip(*calls, strict=True)) for name, calls in found.items()}
+
+
+def collect(
+    block: Block, part: list[Group], hidden: Activations, mine: list[int], ranks: Ranks, twin: nn.Module | None,
+    original: Activations | None,
+) -> dict[str, InputStats]:  # fmt: skip
+    """Statistics of each group's input, under the name of its first layer."""
+    leaders = [group.layers[0] for group in part]
+    stats = {}
+    for name in leaders:
+        weight = weight_of(block.module.get_submodule(name))
+        stats[name] = InputStats.empty(weight.shape[1], weight.device, drift=twin is not None)
+    judged = max(1, len(hidden) // HELD)
+    rounds = {g.layers[0]: any(block.layers[f"{block.name}.{n}"].activations for n in g.layers) for g in part}
+    for i in mine:
+        seen = inputs_of(block, block.module, leaders, hidden[i])
+        there = {} if twin is None or original is None else inputs_of(block, twin, leaders, original[i])
+        held = i % HELD == HELD - 1 or (1 < len(hidden) < HELD and i == len(hidden) - 1)
+        here, whole = hidden[i].shape[:2].numel(), hidden.states.shape[:2].numel()
+        every = -(-judged * here // min(HELD_ROWS, -(-whole // HELD)))
+        for name in leaders:
+            other = there[name][0] if there else None
+            few = -(-here * len(hidden) // SAMPLE_ROWS) if rounds[name] else 0
+            stats[name].update(seen[name][0], other, held=every if held else 0, sampled=few)
+    for name, each in stats.items():
+        reduce(each, ranks)
+        if not each.peak.isfinite().all():
+            raise HfQuantError(f"{block.name}.{name}: NaN or infinite values among its inputs")
+    return stats
+
+
+def reduce(stats: InputStats, ranks: Ranks) -> None:
+    """Join the statistics of all ranks, in place."""
+    if ranks.world == 1:
+        return
+    ranks.sum_(stats.gram)
+    if stats.drift is not None:
+        ranks.sum_(stats.drift)
+    device = stats.gram.device
+    stats.peak = torch.stack(ranks.every(stats.peak, device)).amax(0)
+    stats.sample = [x for part in ranks.every(stats.sample, device) for x in part]
+    rows, drift_rows = ranks.total(stats.rows, stats.drift_rows)
+    stats.rows, stats.drift_rows = int(rows), int(drift_rows)
+    stats.held = [pair for held in ranks.every(stats.held, device) for pair in held]

@@ -369,7 +369,7 @@ import sys, types
 from pathlib import Path
 sys.modules["fcntl"] = None
 import hf_quant, hf_quant.disk.journal
-from hf_quant import disk
+from hf_quant.disk import atomic
 from hf_quant.errors import HfQuantError
 held = []
 def locking(handle, how, count):

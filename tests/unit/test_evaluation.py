@@ -16,11 +16,12 @@ from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.data import calibration, text
 from hf_quant.data.text import paragraphs, read_text, refuse_overlap, windows
 from hf_quant.errors import HfQuantError
+from hf_quant.evaluation import bootstrap
+from hf_quant.evaluation import reference as reference_module
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.layers import layer_errors
-from hf_quant.evaluation.measure import bootstrap, evaluate, means
-from hf_quant.evaluation.measure import reference as reference_module
+from hf_quant.evaluation.measure import evaluate, means
 from hf_quant.evaluation.reference import Reference, reference
 from hf_quant.evaluation.results import Estimate, Quality, why_no_interval
 from hf_quant.hf import HfQuantConfig, load

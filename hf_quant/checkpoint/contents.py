@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_quant.checkpoint.folder import FIELDS, TORCH, Checkpoint, TensorInfo, read_json
+from hf_quant.checkpoint.config import FIELDS, read_json
+from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.disk.safetensors import TORCH, TensorInfo
 from hf_quant.errors import CheckpointError, FormatError
 from hf_quant.formats import Called, Format, Layer, by_itself, format_of
 from hf_quant.formats.native import wrong_values

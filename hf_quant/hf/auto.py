@@ -15,7 +15,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from hf_quant.checkpoint.folder import check_config, read_config
+from hf_quant.checkpoint.config import check_config, read_config
 from hf_quant.disk.strict_json import shown
 from hf_quant.errors import CheckpointError, HfQuantError, PlanError
 

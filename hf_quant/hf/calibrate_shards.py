@@ -18,12 +18,13 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from hf_quant.checkpoint.folder import Checkpoint, write_tensors
+from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.data.calibration import Calibration
 from hf_quant.disk.atomic import blaming, copy_file, link_file, need_space, write_json
 from hf_quant.disk.journal import Journal, digest, journal
 from hf_quant.disk.memory import free_memory, give_back_memory
+from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import HfQuantError, PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf.auto import class_of, config_of

@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_quant import _autoload
+from hf_quant.checkpoint.config import FIELDS
 from hf_quant.checkpoint.contents import quantization_of
-from hf_quant.checkpoint.folder import FIELDS, INDEX, TORCH, WEIGHTS, Checkpoint
+from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint
+from hf_quant.disk.safetensors import TORCH
 from hf_quant.errors import PlanError
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf.auto import class_of, config_of, hub_options

@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from hf_quant.checkpoint.contents import Contents
-from hf_quant.checkpoint.folder import SIZES, Checkpoint, TensorInfo
+from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.disk.safetensors import SIZES, TensorInfo
 from hf_quant.errors import CheckpointError
 from hf_quant.formats import format_named
 from hf_quant.hf._compat import arrivals

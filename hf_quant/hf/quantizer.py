@@ -16,8 +16,9 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
+from hf_quant.checkpoint.config import check_config
 from hf_quant.checkpoint.contents import Contents
-from hf_quant.checkpoint.folder import Checkpoint, check_config
+from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.data.calibration import Calibration
 from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import CheckpointError, HfQuantError, PlanError, printable

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_quant.checkpoint.folder import INDEX, Checkpoint, read_header, write_tensors
+from hf_quant.checkpoint.folder import INDEX, Checkpoint
 from hf_quant.disk.atomic import write_json
+from hf_quant.disk.safetensors import read_header, write_tensors
 from hf_quant.hf._compat import renamer
 
 BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|position_ids)$")  # that old versions stored

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_quant.checkpoint.contents import Contents, quantization_of
-from hf_quant.checkpoint.folder import INDEX, Checkpoint, write_tensors
+from hf_quant.checkpoint.folder import INDEX, Checkpoint
 from hf_quant.core.tensor import QuantizedTensor, in_order
 from hf_quant.disk.atomic import copy_file, write_json
+from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, SchemeError
 from hf_quant.formats import Format, Layer, format_named
 from hf_quant.formats.gptq import GPTQ

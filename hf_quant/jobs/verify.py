@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_quant.checkpoint.config import read_json
 from hf_quant.checkpoint.contents import Contents
-from hf_quant.checkpoint.folder import INDEX, Checkpoint, read_json
+from hf_quant.checkpoint.folder import INDEX, Checkpoint
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import CheckpointError
 from hf_quant.formats.native import wrong_values

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from hf_quant.checkpoint.folder import read_header
 from hf_quant.disk.digests import Digest, digest, digest_of
+from hf_quant.disk.safetensors import read_header
 from hf_quant.errors import PushError
 from hf_quant.publish import file_kinds
 from hf_quant.publish.decoding import strings_of, views

@@ -13,8 +13,8 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from hf_quant.checkpoint.folder import _inside as inside
 from hf_quant.disk.atomic import write_bytes
+from hf_quant.disk.paths import inside
 from hf_quant.errors import CheckpointError, PushError
 from hf_quant.publish import file_kinds
 

@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_quant.checkpoint.folder import DTYPES, INDEX, WEIGHTS, Checkpoint, TensorInfo, read_header, write_tensors
+from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint
+from hf_quant.disk.safetensors import DTYPES, TensorInfo, read_header, write_tensors
 from hf_quant.errors import CheckpointError
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"

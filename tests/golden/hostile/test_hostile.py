@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from hf_quant.checkpoint.contents import Contents
-from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint, read_header
+from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint
 from hf_quant.core.scheme import QuantScheme
+from hf_quant.disk.safetensors import read_header
 from hf_quant.errors import CheckpointError, FormatError
 from hf_quant.formats import format_named, format_of
 from hf_quant.formats.compressed_tensors import config_of
@@ -102,7 +103,7 @@ def test_header(case: str, tmp_path: Path) -> None:
 
 
 def test_too_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_quant.checkpoint.folder.MAX_TENSORS", 3)
+    monkeypatch.setattr("hf_quant.disk.safetensors.MAX_TENSORS", 3)
     empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     (tmp_path / WEIGHTS).write_bytes(raw({f"w{i}": empty for i in range(4)}, b""))
     with pytest.raises(CheckpointError, match="4 tensors"):

@@ -14,8 +14,10 @@ from click.testing import CliRunner
 from safetensors.torch import save_file
 
 import hf_quant
-from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint, check_config, read_header
+from hf_quant.checkpoint.config import check_config
+from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint
 from hf_quant.cli import main
+from hf_quant.disk.safetensors import read_header
 from hf_quant.disk.strict_json import MAX_VALUES, parsed
 from hf_quant.errors import LONGEST, CheckpointError, DiskError, FormatError, HfQuantError, printable
 from hf_quant.formats import format_of

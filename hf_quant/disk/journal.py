@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_quant.disk.atomic import blaming, locked, make_folder, put
+from hf_quant.disk.atomic import blaming, make_folder, put
+from hf_quant.disk.locks import locked
 from hf_quant.errors import DiskError, HfQuantError
 
 NAME, LOCK = "journal.jsonl", "LOCK"

@@ -21,7 +21,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from hf_quant.data.text import Windows
-from hf_quant.disk.atomic import staged, write_json
+from hf_quant.disk.atomic import write_json
+from hf_quant.disk.folders import staged
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.metrics import BaseTokens
 from hf_quant.evaluation.metrics.kl import log_mass_without

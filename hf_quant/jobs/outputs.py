@@ -16,8 +16,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_quant.disk.atomic import clear, locked, staged
+from hf_quant.disk.folders import clear, staged
 from hf_quant.disk.journal import is_journal
+from hf_quant.disk.locks import locked
 from hf_quant.errors import DiskError, HfQuantError, printable
 
 RECIPE, CONVERSION = "recipe.json", "conversion.json"
@@ -104,7 +105,7 @@ def failed_folder(out: Path) -> Path:
 
 @contextmanager
 def output(out: Path, inputs: Iterable[str | Path] = (), *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` if the body succeeds (`disk.atomic.staged`), where `check_output` allows it.
+    """A folder to write into that becomes ``out`` if the body succeeds (`disk.folders.staged`), where `check_output` allows it.
 
     It is asked again at the end: the folder may have been filled by somebody else in the meantime.
     """

@@ -21,8 +21,9 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from hf_quant.data.calibration import Calibration
-from hf_quant.disk.atomic import blaming, discard, need_space, write_json
+from hf_quant.disk.atomic import blaming, need_space, write_json
 from hf_quant.disk.digests import weight_files
+from hf_quant.disk.folders import discard
 from hf_quant.disk.journal import is_journal, recorded
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.gate import Budget

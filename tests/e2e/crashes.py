@@ -26,7 +26,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from hf_quant.cli import main
-from hf_quant.disk import atomic, journal
+from hf_quant.disk import atomic, folders, journal, locks
 from hf_quant.errors import HfQuantError
 from hf_quant.jobs import quantize as job
 from hf_quant.jobs.outputs import work_folder
@@ -440,7 +440,7 @@ class Wrong:
     Attributes:
         scenario: Name.
         deaf: The sync that is left out.
-        patch: Or what is done otherwise: name and replacement of something in `disk.atomic`, `disk.journal` and `jobs.quantize`, or of `Journal`.
+        patch: Or what is done otherwise: name and replacement of something in `disk` and `jobs.quantize`, or of `Journal`.
     """
 
     scenario: str = "begun and finished"
@@ -451,7 +451,7 @@ class Wrong:
     def active(self) -> Iterator[None]:
         """While the mistake is made."""
         with ExitStack() as stack:
-            for place in (atomic, journal, job, journal.Journal) if self.patch else ():
+            for place in (atomic, folders, locks, journal, job, journal.Journal) if self.patch else ():
                 if hasattr(place, self.patch[0]):
                     stack.enter_context(mock.patch.object(place, *self.patch))
             yield

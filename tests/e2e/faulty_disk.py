@@ -256,7 +256,7 @@ class Disk:
     @contextmanager
     def active(self) -> Iterator[Disk]:
         """Watch; afterwards files that a "killed" process had open are closed, and with them its locks."""
-        from hf_quant.disk import atomic
+        from hf_quant.disk import folders
 
         def no_sendfile(*_: Any) -> int:
             raise OSError(errno.EINVAL, "copied by read and write, where it is seen")
@@ -272,14 +272,14 @@ class Disk:
             "rmdir": lambda p, **where: self._remove(REAL["os.rmdir"], "rmdir", p, **where),
             "mkdir": self._fake_mkdir,
         }  # fmt: skip
-        exchange = atomic._exchange
+        exchange = folders._exchange
         with ExitStack() as stack:
             for name, fake in fakes.items():
                 stack.enter_context(mock.patch.object(os, name, fake))
             stack.enter_context(mock.patch.object(builtins, "open", self._fake_open))
             stack.enter_context(mock.patch.object(io, "open", self._fake_open))
             stack.enter_context(
-                mock.patch.object(atomic, "_exchange", lambda a, b: self._rename(exchange, a, b, "exchange"))
+                mock.patch.object(folders, "_exchange", lambda a, b: self._rename(exchange, a, b, "exchange"))
             )
             try:
                 yield self

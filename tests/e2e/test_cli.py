@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import hf_quant
-import hf_quant.disk.atomic
+import hf_quant.disk.folders
 from hf_quant.cli import main
 from hf_quant.data.text import paragraphs
 
@@ -268,9 +268,9 @@ def test_ladder_of_a_calibrated_method(
     call += ["--max-kl", 0.5, "--json"]
     assert "looks at no text" in run(*call, "--calibration", looked_at, code=2).stderr
     told: list[set[str]] = []
-    real = hf_quant.disk.atomic._swap
+    real = hf_quant.disk.folders._swap
     monkeypatch.setattr(
-        hf_quant.disk.atomic,
+        hf_quant.disk.folders,
         "_swap",
         lambda stage, to: (told.append({p.name for p in stage.iterdir()}) if to == out else None, real(stage, to)),
     )

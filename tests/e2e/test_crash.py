@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_quant.disk import atomic, journal
+from hf_quant.disk import folders, journal
 from hf_quant.jobs import quantize as job
 
 from .crashes import (
@@ -186,7 +186,7 @@ def test_another_process_is_refused_at_any_time(case: Case, tmp_path: Path, monk
     busy: list[str] = []
     for place, name in (
         (job, "_published"), (journal, "put"), (job, "quantize_streaming"), (job, "load"),
-        (job, "_measured"), (atomic, "_swap"), (job, "discard"),
+        (job, "_measured"), (folders, "_swap"), (job, "discard"),
     ):  # fmt: skip
         after(place, name)
     assert quantize(case.model, tmp_path / "q", *case.options).code == 0

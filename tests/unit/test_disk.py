@@ -15,19 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from hf_quant.disk import atomic
-from hf_quant.disk.atomic import (
-    blaming,
-    copy_file,
-    discard,
-    fsync,
-    link_file,
-    locked,
-    need_space,
-    put,
-    staged,
-    write_json,
-)
+from hf_quant.disk import folders
+from hf_quant.disk.atomic import blaming, copy_file, fsync, link_file, need_space, put, write_json
+from hf_quant.disk.folders import discard, staged
+from hf_quant.disk.locks import locked
 from hf_quant.errors import CheckpointError, DiskError, HfQuantError
 
 
@@ -96,7 +87,7 @@ def test_staged_puts_the_old_back_if_the_last_step_fails(tmp_path: Path, monkeyp
             raise OSError("disk full")
         return rename(self, target)
 
-    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
     monkeypatch.setattr(Path, "rename", failing)
     with pytest.raises(OSError, match="disk full"), staged(out, overwrite=True) as stage:
         (stage / "new").write_text("1")
@@ -144,7 +135,7 @@ def test_write_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 HOLD = """
-import sys; from pathlib import Path; from hf_quant.disk.atomic import locked, staged
+import sys; from pathlib import Path; from hf_quant.disk.folders import staged; from hf_quant.disk.locks import locked
 with {}:
     print("in", flush=True); sys.stdin.read()
 """
@@ -193,7 +184,7 @@ def test_stages_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> N
 
 def test_a_swap_that_was_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the system cannot exchange names there is a moment without OUT; whoever comes next puts it back."""
-    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(folders, "_exchange", lambda *_: False)
     out, old, mine = tmp_path / "out", tmp_path / ".out.before-0123abcd", tmp_path / ".out.old"
     mine.mkdir()
     old.mkdir()
@@ -369,7 +360,7 @@ import sys, types
 from pathlib import Path
 sys.modules["fcntl"] = None
 import hf_quant, hf_quant.disk.journal
-from hf_quant.disk import atomic
+from hf_quant.disk import locks
 from hf_quant.errors import HfQuantError
 held = []
 def locking(handle, how, count):
@@ -379,10 +370,10 @@ def locking(handle, how, count):
 sys.modules["msvcrt"] = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
 sys.platform = "win32"
 file = Path(sys.argv[1])
-with atomic.locked(file, Path("OUT")):
+with locks.locked(file, Path("OUT")):
     assert file.read_text().startswith("pid "), file.read_text()
     try:
-        with atomic.locked(file, Path("OUT")):
+        with locks.locked(file, Path("OUT")):
             pass
     except HfQuantError as error:
         print(error)

@@ -10,9 +10,8 @@ in floating point where it says something else.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.core.packing import pack, unpack
-from hf_quant.core.scheme import BITS, MULTIPLE, QuantScheme
+from hf_quant.core.scheme import MULTIPLE, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
@@ -32,7 +31,6 @@ from hf_quant.formats._common import (
     check_input_scale,
     check_scale,
     codes_of,
-    integer,
     is_sequence,
     need,
     order_of,
@@ -42,28 +40,19 @@ from hf_quant.formats._common import (
     settled,
     spread,
 )
+from hf_quant.formats._compressed_tensors_config import (
+    IN_FLOAT,
+    INPUTS,
+    LEGAL,
+    Group,
+    as_glob,
+    check_fields,
+    config_of,
+    read_group,
+)
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
-INPUTS = {  # what our words mean in this format
-    "token": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
-    "tensor": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
-}
-MIXED = "mixed-precision"
-
-
-@dataclass(frozen=True)
-class _Group:
-    """What a config group says of the weights it is for."""
-
-    targets: tuple[str, ...]
-    bits: int
-    group_size: int  # -1 for whole rows
-    symmetric: bool
-    floats: bool  # 8-bit floats, not integers
-    block: tuple[int, int] | None  # rows and columns that share a scale, where more than one row does
-    activations: str | None  # as in a `QuantScheme`
-    note: str  # on activations that stay in floating point, although the config quantizes them
 
 
 @dataclass(frozen=True)
@@ -75,7 +64,7 @@ class CompressedTensors:
         groups: Of the config that it reads by; one that says nothing reads what `write` wrote.
     """
 
-    groups: tuple[_Group, ...] = ()
+    groups: tuple[Group, ...] = ()
 
     suffixes: ClassVar[tuple[str, ...]] = (
         "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", *ACTIVATIONS, "weight",
@@ -85,7 +74,7 @@ class CompressedTensors:
     def of(cls, config: Mapping[str, Any]) -> CompressedTensors | None:
         if config.get("quant_method") != "compressed-tensors":
             return None
-        _only("", config, _ONLY)
+        check_fields("", config, LEGAL)
         sparsity = config.get("sparsity_config") or {}
         if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
             raise refused("sparsity_config", sparsity, "only dense weights are read")
@@ -94,7 +83,7 @@ class CompressedTensors:
             raise refused("config_groups", groups, "must be an object with at least one group")
         if not is_sequence(config.get("ignore") or []):
             raise refused("ignore", config["ignore"], "must be a list of names")
-        made = tuple(_group_read(f"config_groups.{ascii(name)[1:-1]}", group) for name, group in groups.items())
+        made = tuple(read_group(f"config_groups.{ascii(name)[1:-1]}", group) for name, group in groups.items())
         counted = Counter(target for group in made for target in group.targets)
         for target, count in counted.items():
             if count > 1:
@@ -212,7 +201,7 @@ class CompressedTensors:
         default = Counter(schemes.values()).most_common(1)[0][0]
         return config_of(default, {name: scheme for name, scheme in schemes.items() if scheme != default}, left)
 
-    def _layer(self, module: str, group: _Group, own: Mapping[str, Any], value: Value) -> Layer:
+    def _layer(self, module: str, group: Group, own: Mapping[str, Any], value: Value) -> Layer:
         if "weight_packed" in own:
             need(own, "weight_packed", (torch.int32,), (None, None))
             need(own, "weight_shape", SHAPES, (2,))
@@ -245,7 +234,7 @@ class CompressedTensors:
             need(own, "weight_zero_point", (torch.int32, torch.int8))
         return Layer((n, k), scheme, scale.dtype, note)
 
-    def _group(self, names: Sequence[str]) -> _Group:
+    def _group(self, names: Sequence[str]) -> Group:
         """What the config says of a module: a name counts before a pattern, a pattern before a class."""
         if len(self.groups) == 1:  # it has tensors, so what else could they be
             return self.groups[0]
@@ -259,11 +248,11 @@ class CompressedTensors:
         return found
 
     @cached_property
-    def _targets(self) -> tuple[dict[str, _Group], list[_Group], Globs]:
+    def _targets(self) -> tuple[dict[str, Group], list[Group], Globs]:
         """Group of each plain target, and groups of the patterns in the order in which they are tried."""
         named = {target: group for group in self.groups for target in group.targets}
         patterns = sorted(target for target in named if target.startswith("re:"))
-        globs = Globs("config_groups.targets", [_glob("config_groups.targets", target) for target in patterns])
+        globs = Globs("config_groups.targets", [as_glob("config_groups.targets", target) for target in patterns])
         return (
             {target: group for target, group in named.items() if not target.startswith("re:")},
             [named[target] for target in patterns],
@@ -271,7 +260,6 @@ class CompressedTensors:
         )
 
 
-IN_FLOAT = "its activations stay in floating point"
 SHAPES = (torch.int64, torch.int32)
 
 
@@ -370,157 +358,6 @@ def _order(tensors: Mapping[str, Tensor], k: int, groups: int) -> Tensor | None:
     if bool((g_idx == -1).all()):  # how its writers mark that there is no order
         return None
     return order_of("weight_g_idx", g_idx, groups, k // groups)
-
-
-def stored_as(schemes: Iterable[QuantScheme]) -> str:
-    """What the format calls the way `write` stores weights in these schemes, all of them together."""
-    found = {"int-quantized" if scheme.activations else "pack-quantized" for scheme in schemes}
-    return found.pop() if len(found) == 1 else MIXED
-
-
-def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore: Sequence[str]) -> dict[str, Any]:
-    """The ``quantization_config`` of a checkpoint in this format.
-
-    Args:
-        default: Scheme of every linear layer not named below.
-        overrides: Module name, or glob of ``*`` and ``?``, to scheme.
-        ignore: Names or globs of the linear layers left in floating point.
-
-    Raises:
-        FormatError: A glob cannot be said in this vocabulary.
-    """
-    named: dict[QuantScheme, list[str]] = {}
-    for name, scheme in overrides.items():
-        if scheme != default:
-            named.setdefault(scheme, []).append(_target(name))
-    # a name counts before a class wherever it stands; some of transformers looks at the first group only
-    groups = [(default, ["Linear"]), *named.items()]
-    made = {f"group_{i}": _group(scheme, targets) for i, (scheme, targets) in enumerate(groups)}
-    stored = stored_as(scheme for scheme, _ in groups)
-    if stored == MIXED:
-        for (scheme, _), group in zip(groups, made.values(), strict=True):
-            group["format"] = stored_as([scheme])
-    return {
-        "quant_method": "compressed-tensors",
-        "format": stored,
-        "quantization_status": "compressed",
-        "config_groups": made,
-        "ignore": [_target(name) for name in ignore],
-        "kv_cache_scheme": None,
-    }
-
-
-def _group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
-    whole_row = scheme.group_size == -1
-    weights = {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.symmetric,
-        "strategy": "channel" if whole_row else "group",
-        "group_size": None if whole_row else scheme.group_size,
-        "dynamic": False,
-    }
-    inputs = INPUTS[scheme.activations] if scheme.activations else None
-    return {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
-
-
-# field to the values that change nothing here
-_ONLY: dict[str, tuple[Any, ...]] = {
-    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", MIXED),
-    "quantization_status": ("compressed", "frozen", None),
-    "kv_cache_scheme": (None, {}),
-    "transform_config": (None, {}),
-    "moe_sparsity_config": (None,),
-}
-_ONLY_IN_GROUP: dict[str, tuple[Any, ...]] = {
-    "output_activations": (None,),
-    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", None),
-}
-_ONLY_IN_WEIGHTS: dict[str, tuple[Any, ...]] = {
-    "type": ("int", "float", None),
-    "dynamic": (False, None),
-    "symmetric": (True, False, None),
-    "strategy": ("group", "channel", "tensor", "block"),
-}
-
-
-def _only(prefix: str, found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    for name, values in allowed.items():
-        value = found.get(name)
-        if not any(type(value) is type(legal) and value == legal for legal in values):
-            raise refused(f"{prefix}{name}", value, f"only {' or '.join(map(str, values))} is read")
-
-
-def _group_read(where: str, group: Any) -> _Group:
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping):
-        raise refused(f"{where}.weights", weights, "must be an object")
-    _only(f"{where}.", group, _ONLY_IN_GROUP)
-    _only(f"{where}.weights.", weights, _ONLY_IN_WEIGHTS)
-    targets = group.get("targets")
-    if not is_sequence(targets):
-        raise refused(f"{where}.targets", targets, "must be a list of names")
-    floats, strategy, block = weights.get("type") == "float", weights["strategy"], weights.get("block_structure")
-    try:
-        bits = integer(weights, "num_bits", (8,) if floats else BITS, 8 if floats else None)
-        size = integer(weights, "group_size", range(1, 1 << 20)) if strategy == "group" else -1
-    except FormatError as error:
-        raise FormatError(
-            str(error).replace("quantization_config.", f"quantization_config.{where}.weights.")
-        ) from None
-    if floats and strategy == "group":
-        raise refused(f"{where}.weights.strategy", strategy, "of floats only channel, tensor and block are read")
-    if strategy == "block":
-        sizes = isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b < 1 << 20 for b in block)
-        if not floats or not sizes:
-            raise refused(f"{where}.weights.block_structure", block, "only two sizes, and only of floats, are read")
-    shared = (block[0], block[1]) if strategy == "block" and block else None
-    activations, note = _inputs_read(where, group.get("input_activations"), floats)
-    return _Group(tuple(targets), bits, size, weights.get("symmetric") is not False, floats, shared, activations, note)
-
-
-def _inputs_read(where: str, inputs: Any, floats: bool) -> tuple[str | None, str]:
-    """What the config says of activations, and what of that is not followed."""
-    if inputs is None:
-        return None, ""
-    if not isinstance(inputs, Mapping):
-        raise refused(f"{where}.input_activations", inputs, "must be an object")
-    for name, asked in INPUTS.items():
-        if (
-            not floats
-            and all(inputs.get(field, asked[field]) == asked[field] for field in asked)
-            and "strategy" in inputs
-        ):
-            return name, ""
-    return None, IN_FLOAT
-
-
-_PLAIN = re.compile(r"[\w.\-/]+", re.ASCII)
-_TOKEN = re.compile(r"\.\*|\\\.|[\w\-/.]", re.ASCII)  # what a stranger's pattern may be made of; it is never compiled
-
-
-def _target(name: str) -> str:
-    """A module name as it is; a glob as the pattern that matches the same names."""
-    if _PLAIN.fullmatch(name):
-        return name
-    if not re.fullmatch(r"[\w.\-/*?]+", name, re.ASCII):
-        raise FormatError(f"compressed-tensors: modules cannot be named by {ascii(name)[:80]}")
-    spelled = {"*": ".*", "?": ".", ".": r"\."}
-    return "re:" + "".join(spelled.get(letter, letter) for letter in name) + "$"
-
-
-def _glob(field: str, name: str) -> str:
-    """A name as it is; a regular expression only if it is a plain glob: a stranger's could hang the matcher.
-
-    A pattern matches from the start of a name but may end before its end, so without a ``$`` a ``*`` is appended.
-    """
-    pattern = name[3:].removeprefix("^")
-    body = pattern.removesuffix("$")
-    tokens = _TOKEN.findall(body)
-    if "".join(tokens) != body:
-        raise refused(field, name, "of regular expressions only literals, '.', '.*' and '$' at the end are read")
-    made = "".join({".*": "*", ".": "?", r"\.": "."}.get(token, token) for token in tokens)
-    return made if body != pattern or made.endswith("*") else f"{made}*"
 
 
 FORMAT = CompressedTensors

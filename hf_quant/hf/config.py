@@ -16,7 +16,8 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.data.calibration import Source
 from hf_quant.disk.strict_json import shown
 from hf_quant.errors import FormatError, PlanError, SchemeError, printable
-from hf_quant.formats import compressed_tensors, format_of
+from hf_quant.formats import format_of
+from hf_quant.formats._compressed_tensors_config import config_of
 from hf_quant.solve.recipes import Decision
 
 TOKENS = 65536  # calibrated on by default
@@ -186,7 +187,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         overrides = {
             name: QuantScheme.parse(slug) for name, slug in self._both(self.overrides).items() if slug is not None
         }
-        made = compressed_tensors.config_of(self.default_scheme, overrides, self.modules_to_not_convert)
+        made = config_of(self.default_scheme, overrides, self.modules_to_not_convert)
         ours = {"version": self.version, "method": self.method, "share_quantized": self.share_quantized}
         return made | {"hf_quant": ours}  # by this key we know our own checkpoints again
 

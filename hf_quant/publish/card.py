@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import CheckpointError, PushError
 from hf_quant.evaluation.results import interval_shown
-from hf_quant.formats.compressed_tensors import stored_as
+from hf_quant.formats._compressed_tensors_config import stored_as
 from hf_quant.publish import charts, licence
 from hf_quant.publish.facts import read_facts
 from hf_quant.publish.markdown import code, line, md, number, percent, plain, shell_word, size

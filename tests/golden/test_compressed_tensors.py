@@ -17,7 +17,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import format_named, format_of
-from hf_quant.formats.compressed_tensors import config_of
+from hf_quant.formats._compressed_tensors_config import config_of
 from hf_quant.methods import method
 
 FORMAT = format_named("compressed_tensors")

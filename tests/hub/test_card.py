@@ -21,7 +21,7 @@ import hf_quant.publish
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.disk.digests import weight_files
 from hf_quant.errors import HfQuantError, PushError
-from hf_quant.formats.compressed_tensors import config_of
+from hf_quant.formats._compressed_tensors_config import config_of
 from hf_quant.publish import card, licence
 from hf_quant.publish.facts import check_facts
 from hf_quant.publish.source import describe, metadata

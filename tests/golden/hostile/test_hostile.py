@@ -19,7 +19,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.disk.safetensors import read_header
 from hf_quant.errors import CheckpointError, FormatError
 from hf_quant.formats import format_named, format_of
-from hf_quant.formats.compressed_tensors import config_of
+from hf_quant.formats._compressed_tensors_config import config_of
 from hf_quant.methods import method
 
 CONFIG = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 256, "intermediate_size": 96}

@@ -1,0 +1,192 @@
+"""The vocabulary of compressed-tensors' ``quantization_config``: its groups, what they say, and the modules they are for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hf_quant.core.scheme import BITS, QuantScheme
+from hf_quant.errors import FormatError
+from hf_quant.formats._common import (
+    integer,
+    is_sequence,
+    refused,
+)
+
+INPUTS = {  # what our words mean in this format
+    "token": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
+    "tensor": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
+}
+MIXED = "mixed-precision"
+
+
+@dataclass(frozen=True)
+class Group:
+    """What a config group says of the weights it is for."""
+
+    targets: tuple[str, ...]
+    bits: int
+    group_size: int  # -1 for whole rows
+    symmetric: bool
+    floats: bool  # 8-bit floats, not integers
+    block: tuple[int, int] | None  # rows and columns that share a scale, where more than one row does
+    activations: str | None  # as in a `QuantScheme`
+    note: str  # on activations that stay in floating point, although the config quantizes them
+
+
+IN_FLOAT = "its activations stay in floating point"
+
+
+def stored_as(schemes: Iterable[QuantScheme]) -> str:
+    """What the format calls the way `write` stores weights in these schemes, all of them together."""
+    found = {"int-quantized" if scheme.activations else "pack-quantized" for scheme in schemes}
+    return found.pop() if len(found) == 1 else MIXED
+
+
+def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore: Sequence[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of a checkpoint in this format.
+
+    Args:
+        default: Scheme of every linear layer not named below.
+        overrides: Module name, or glob of ``*`` and ``?``, to scheme.
+        ignore: Names or globs of the linear layers left in floating point.
+
+    Raises:
+        FormatError: A glob cannot be said in this vocabulary.
+    """
+    named: dict[QuantScheme, list[str]] = {}
+    for name, scheme in overrides.items():
+        if scheme != default:
+            named.setdefault(scheme, []).append(as_target(name))
+    # a name counts before a class wherever it stands; some of transformers looks at the first group only
+    groups = [(default, ["Linear"]), *named.items()]
+    made = {f"group_{i}": written_group(scheme, targets) for i, (scheme, targets) in enumerate(groups)}
+    stored = stored_as(scheme for scheme, _ in groups)
+    if stored == MIXED:
+        for (scheme, _), group in zip(groups, made.values(), strict=True):
+            group["format"] = stored_as([scheme])
+    return {
+        "quant_method": "compressed-tensors",
+        "format": stored,
+        "quantization_status": "compressed",
+        "config_groups": made,
+        "ignore": [as_target(name) for name in ignore],
+        "kv_cache_scheme": None,
+    }
+
+
+def written_group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
+    whole_row = scheme.group_size == -1
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.symmetric,
+        "strategy": "channel" if whole_row else "group",
+        "group_size": None if whole_row else scheme.group_size,
+        "dynamic": False,
+    }
+    inputs = INPUTS[scheme.activations] if scheme.activations else None
+    return {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
+
+
+# field to the values that change nothing here
+LEGAL: dict[str, tuple[Any, ...]] = {
+    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", MIXED),
+    "quantization_status": ("compressed", "frozen", None),
+    "kv_cache_scheme": (None, {}),
+    "transform_config": (None, {}),
+    "moe_sparsity_config": (None,),
+}
+LEGAL_IN_GROUP: dict[str, tuple[Any, ...]] = {
+    "output_activations": (None,),
+    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", None),
+}
+LEGAL_IN_WEIGHTS: dict[str, tuple[Any, ...]] = {
+    "type": ("int", "float", None),
+    "dynamic": (False, None),
+    "symmetric": (True, False, None),
+    "strategy": ("group", "channel", "tensor", "block"),
+}
+
+
+def check_fields(prefix: str, found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse a field whose value is none of those ``allowed``; ``prefix`` says where the fields stand."""
+    for name, values in allowed.items():
+        value = found.get(name)
+        if not any(type(value) is type(legal) and value == legal for legal in values):
+            raise refused(f"{prefix}{name}", value, f"only {' or '.join(map(str, values))} is read")
+
+
+def read_group(where: str, group: Any) -> Group:
+    """One config group, checked; ``where`` names it in messages."""
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise refused(f"{where}.weights", weights, "must be an object")
+    check_fields(f"{where}.", group, LEGAL_IN_GROUP)
+    check_fields(f"{where}.weights.", weights, LEGAL_IN_WEIGHTS)
+    targets = group.get("targets")
+    if not is_sequence(targets):
+        raise refused(f"{where}.targets", targets, "must be a list of names")
+    floats, strategy, block = weights.get("type") == "float", weights["strategy"], weights.get("block_structure")
+    try:
+        bits = integer(weights, "num_bits", (8,) if floats else BITS, 8 if floats else None)
+        size = integer(weights, "group_size", range(1, 1 << 20)) if strategy == "group" else -1
+    except FormatError as error:
+        raise FormatError(
+            str(error).replace("quantization_config.", f"quantization_config.{where}.weights.")
+        ) from None
+    if floats and strategy == "group":
+        raise refused(f"{where}.weights.strategy", strategy, "of floats only channel, tensor and block are read")
+    if strategy == "block":
+        sizes = isinstance(block, list) and len(block) == 2 and all(type(b) is int and 0 < b < 1 << 20 for b in block)
+        if not floats or not sizes:
+            raise refused(f"{where}.weights.block_structure", block, "only two sizes, and only of floats, are read")
+    shared = (block[0], block[1]) if strategy == "block" and block else None
+    activations, note = _read_inputs(where, group.get("input_activations"), floats)
+    return Group(tuple(targets), bits, size, weights.get("symmetric") is not False, floats, shared, activations, note)
+
+
+def _read_inputs(where: str, inputs: Any, floats: bool) -> tuple[str | None, str]:
+    """What the config says of activations, and what of that is not followed."""
+    if inputs is None:
+        return None, ""
+    if not isinstance(inputs, Mapping):
+        raise refused(f"{where}.input_activations", inputs, "must be an object")
+    for name, asked in INPUTS.items():
+        if (
+            not floats
+            and all(inputs.get(field, asked[field]) == asked[field] for field in asked)
+            and "strategy" in inputs
+        ):
+            return name, ""
+    return None, IN_FLOAT
+
+
+_PLAIN = re.compile(r"[\w.\-/]+", re.ASCII)
+_TOKEN = re.compile(r"\.\*|\\\.|[\w\-/.]", re.ASCII)  # what a stranger's pattern may be made of; it is never compiled
+
+
+def as_target(name: str) -> str:
+    """A module name as it is; a glob as the pattern that matches the same names."""
+    if _PLAIN.fullmatch(name):
+        return name
+    if not re.fullmatch(r"[\w.\-/*?]+", name, re.ASCII):
+        raise FormatError(f"compressed-tensors: modules cannot be named by {ascii(name)[:80]}")
+    spelled = {"*": ".*", "?": ".", ".": r"\."}
+    return "re:" + "".join(spelled.get(letter, letter) for letter in name) + "$"
+
+
+def as_glob(field: str, name: str) -> str:
+    """A name as it is; a regular expression only if it is a plain glob: a stranger's could hang the matcher.
+
+    A pattern matches from the start of a name but may end before its end, so without a ``$`` a ``*`` is appended.
+    """
+    pattern = name[3:].removeprefix("^")
+    body = pattern.removesuffix("$")
+    tokens = _TOKEN.findall(body)
+    if "".join(tokens) != body:
+        raise refused(field, name, "of regular expressions only literals, '.', '.*' and '$' at the end are read")
+    made = "".join({".*": "*", ".": "?", r"\.": "."}.get(token, token) for token in tokens)
+    return made if body != pattern or made.endswith("*") else f"{made}*"

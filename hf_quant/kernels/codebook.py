@@ -9,28 +9,29 @@ from torch import Tensor
 from hf_quant.core.numerics import levels
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import flat, looked_up, multiply, multiply_back
+from hf_quant.kernels._shared.registration import fake, op
 
 
-@ops.op("codebook_linear", ops.codebook)
+@op("codebook_linear", checks.codebook)
 def codebook_linear(x: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """``x [M, K]`` times the portable codes ``[N, K / 2]`` of ``table [16]``: ``[M, N]``."""
     return multiply(x, looked_up(qweight, table), scale, None, 0)
 
 
-@ops.op("codebook_linear_backward", ops.codebook_back)
+@op("codebook_linear_backward", checks.codebook_back)
 def codebook_linear_backward(grad: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``."""
     return multiply_back(grad, looked_up(qweight, table), scale, None, 0, qweight.shape[1] * 2)
 
 
-@ops.fake(codebook_linear)
+@fake(codebook_linear)
 def _(x: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], qweight.shape[0])
 
 
-@ops.fake(codebook_linear_backward)
+@fake(codebook_linear_backward)
 def _(grad: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     return grad.new_empty(grad.shape[0], qweight.shape[1] * 2)
 

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import BLOCK, companions, compute_dtype, flat
 from hf_quant.kernels._shared.private_torch import nobody_looks
+from hf_quant.kernels._shared.registration import fake, op
 
 ROWS, PART = 512, 32  # multiplied together; rounded together, 512 kB of float32 at 4096 columns
 TINY = torch.finfo(torch.float32).tiny * 127
@@ -31,7 +32,7 @@ def _nothing(n: int) -> Tensor:
     return torch.zeros(n, dtype=torch.int32)
 
 
-@ops.op("cpu_int8_linear", ops.int8)
+@op("cpu_int8_linear", checks.int8)
 def cpu_int8_linear(
     x: Tensor, packed: Tensor, scale: Tensor, columns: Tensor | None, input_scale: Tensor | None
 ) -> Tensor:
@@ -83,7 +84,7 @@ def _pack(codes: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(codes, None)
 
 
-@ops.op("cpu_int8_linear_backward", ops.int8_back)
+@op("cpu_int8_linear_backward", checks.int8_back)
 def cpu_int8_linear_backward(grad: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``, as if activations were not rounded."""
     codes = packed.to_dense() if packed.is_mkldnn else packed.T  # [K, N]
@@ -93,12 +94,12 @@ def cpu_int8_linear_backward(grad: Tensor, packed: Tensor, scale: Tensor) -> Ten
     return torch.cat([F.linear(wide, part.to(dtype)) for part in codes.split(step)], 1).to(grad.dtype)
 
 
-@ops.fake(cpu_int8_linear)
+@fake(cpu_int8_linear)
 def _(x: Tensor, packed: Tensor, scale: Tensor, columns: Tensor | None, input_scale: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], scale.shape[0])
 
 
-@ops.fake(cpu_int8_linear_backward)
+@fake(cpu_int8_linear_backward)
 def _(grad: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     k = packed.shape[0] if packed.is_mkldnn else packed.shape[1]
     return grad.new_empty(grad.shape[0], k)

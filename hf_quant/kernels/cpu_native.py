@@ -30,9 +30,10 @@ from hf_quant.kernels._native.compiled import (
     weight_of,
     why_not,
 )
-from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import as_asked, compute_dtype, cpu_multiplies_bf16, flat
 from hf_quant.kernels._shared.private_torch import nobody_looks
+from hf_quant.kernels._shared.registration import FLOATS, Arguments, fake, op
 
 
 def _few_rows(dtype: torch.dtype) -> int:
@@ -51,7 +52,7 @@ def _product(x: Tensor, weight: bytes) -> Tensor:
         x = x.contiguous()
         _cpu.linear(weight, x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, torch.get_num_threads())
         return y
-    ops.Arguments("cpu_native_linear", x).kind("x", x, ops.FLOATS)
+    Arguments("cpu_native_linear", x).kind("x", x, FLOATS)
     wide = x.to(compute_dtype(x))
     with as_asked("cpu"):
         for i, j, w in dequantized(weight, wide.dtype):
@@ -59,7 +60,7 @@ def _product(x: Tensor, weight: bytes) -> Tensor:
     return y
 
 
-@ops.op("cpu_native_linear", ops.native)
+@op("cpu_native_linear", checks.native)
 def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
     """``x [M, K]`` times the packed codes: ``[M, N]``.
 
@@ -74,7 +75,7 @@ def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | No
     return _product(x, described(tiles, scale, zero, bits, n))
 
 
-@ops.fake(cpu_native_linear)
+@fake(cpu_native_linear)
 def _(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
     return x.new_empty(x.shape[0], n)
 

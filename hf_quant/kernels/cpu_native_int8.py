@@ -26,14 +26,15 @@ from hf_quant.kernels._native.compiled import (
     weight_of,
     why_not,
 )
-from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import companions, flat
 from hf_quant.kernels._shared.private_torch import nobody_looks
+from hf_quant.kernels._shared.registration import FLOATS, Arguments, fake, op
 
 
 def _product(x: Tensor, weight: bytes, columns: Tensor | None, ranges: Tensor | None) -> Tensor:
     if x.dtype not in TYPES:
-        ops.Arguments("cpu_native_int8_linear", x).kind("x", x, ops.FLOATS)
+        Arguments("cpu_native_int8_linear", x).kind("x", x, FLOATS)
     wide = x.contiguous() if x.dtype in TYPES else x.float().contiguous()
     m, y = output(wide, weight)
     left = None if columns is None else columns.int()
@@ -46,7 +47,7 @@ def _product(x: Tensor, weight: bytes, columns: Tensor | None, ranges: Tensor | 
     return y.to(x.dtype)
 
 
-@ops.op("cpu_native_int8_linear", ops.native_int8)
+@op("cpu_native_int8_linear", checks.native_int8)
 def cpu_native_int8_linear(
     x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
     bits: int, n: int,
@@ -66,7 +67,7 @@ def cpu_native_int8_linear(
     return _product(x, described(tiles, scale, zero, bits, n), columns, ranges)
 
 
-@ops.fake(cpu_native_int8_linear)
+@fake(cpu_native_int8_linear)
 def _(
     x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
     bits: int, n: int,

@@ -16,8 +16,9 @@ from torch import Tensor
 from hf_quant.core.packing import unpack
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import companions, flat, multiply_back
+from hf_quant.kernels._shared.registration import fake, op
 from hf_quant.kernels._triton.tiles import too_old
 
 FUSED_ROWS = 16  # so many rows are rounded inside the product
@@ -152,7 +153,7 @@ if importlib.util.find_spec("triton"):
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
-@ops.op("triton_int8", ops.triton_int8)
+@op("triton_int8", checks.triton_int8)
 def triton_int8(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: Tensor | None,
     input_scale: Tensor | None,
@@ -195,7 +196,7 @@ def triton_int8(
     return y
 
 
-@ops.fake(triton_int8)
+@fake(triton_int8)
 def _(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: Tensor | None,
     input_scale: Tensor | None,
@@ -203,14 +204,14 @@ def _(
     return x.new_empty(x.shape[0], qweight.shape[0])
 
 
-@ops.op("triton_int8_backward", ops.portable_back)
+@op("triton_int8_backward", checks.portable_back)
 def triton_int8_backward(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``, as if activations were not rounded; dequantized block by block in PyTorch."""
     k = qweight.shape[1] * 8 // bits
     return multiply_back(grad, lambda i, j: unpack(qweight[i:j], bits), scale, zero, 1 << (bits - 1), k)
 
 
-@ops.fake(triton_int8_backward)
+@fake(triton_int8_backward)
 def _(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return grad.new_empty(grad.shape[0], qweight.shape[1] * 8 // bits)
 

@@ -22,8 +22,9 @@ from hf_quant.core.numerics import levels
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import flat
+from hf_quant.kernels._shared.registration import fake, op
 from hf_quant.kernels._shared.routing import back_in_order, cut, each
 from hf_quant.kernels._triton.planar import (
     fields,
@@ -83,7 +84,7 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after
     }  # fmt: skip
 
 
-@ops.op("triton_wna16", ops.wna16)
+@op("triton_wna16", checks.wna16)
 def triton_wna16(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str,
@@ -187,7 +188,7 @@ def _dense(
         yield i, j, w
 
 
-@ops.fake(triton_wna16)
+@fake(triton_wna16)
 def _(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str,
@@ -195,7 +196,7 @@ def _(
     return x.new_empty(x.shape[0], packed.shape[0])
 
 
-@ops.op("triton_wna16_backward", ops.wna16_back)
+@op("triton_wna16_backward", checks.wna16_back)
 def triton_wna16_backward(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, scheme: str, k: int,
@@ -211,7 +212,7 @@ def triton_wna16_backward(
     return out.to(grad.dtype)
 
 
-@ops.fake(triton_wna16_backward)
+@fake(triton_wna16_backward)
 def _(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, scheme: str, k: int,
@@ -234,7 +235,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 triton_wna16.register_autograd(_backward, setup_context=_save)
 
 
-@ops.op("triton_experts", ops.experts)
+@op("triton_experts", checks.experts)
 def triton_experts(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str, ends: Tensor, order: Tensor | None,
@@ -273,7 +274,7 @@ def triton_experts(
     return y
 
 
-@ops.fake(triton_experts)
+@fake(triton_experts)
 def _(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str, ends: Tensor, order: Tensor | None,
@@ -281,7 +282,7 @@ def _(
     return x.new_empty(x.shape[0] if order is None else order.shape[0], packed.shape[1])
 
 
-@ops.op("triton_experts_backward", ops.experts_back)
+@op("triton_experts_backward", checks.experts_back)
 def triton_experts_backward(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, ends: Tensor, scheme: str, k: int,
@@ -293,7 +294,7 @@ def triton_experts_backward(
     return out
 
 
-@ops.fake(triton_experts_backward)
+@fake(triton_experts_backward)
 def _(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, ends: Tensor, scheme: str, k: int,

@@ -22,7 +22,7 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import KernelError
 from hf_quant.kernels import LinearSpec, outlier_linear, select
 from hf_quant.kernels._native import compiled
-from hf_quant.kernels._shared import ops, private_torch
+from hf_quant.kernels._shared import checks, private_torch, registration
 from hf_quant.kernels.cpu_native import BACKEND as CpuNative
 from hf_quant.methods import method
 
@@ -113,15 +113,15 @@ def runs_here(name: str) -> bool:
 
 def test_every_operation_is_in_the_table() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("hf_quant::")}
-    assert registered == {f"hf_quant::{name}" for name in ops.OPS} and len(registered) >= 12
+    assert registered == {f"hf_quant::{name}" for name in registration.OPS} and len(registered) >= 12
 
 
-@pytest.mark.parametrize("name", sorted(ops.OPS))
+@pytest.mark.parametrize("name", sorted(registration.OPS))
 def test_what_must_not_be_given(name: str) -> None:
     if name.startswith("cpu_native") and compiled._cpu is None:
         pytest.skip("not compiled")
     args = arguments(name)
-    call = ops.OPS[name] if runs_here(name) else checked(name)
+    call = registration.OPS[name] if runs_here(name) else checked(name)
     right = call(*args)
     for at, arg in enumerate(args):
         if not isinstance(arg, Tensor) or (arg.dtype is torch.int32 and arg.ndim == 1):  # counters: any number of them
@@ -148,12 +148,12 @@ def test_what_must_not_be_given(name: str) -> None:
 
 def checked(name: str) -> Callable[..., None]:
     """The checks of an operation that does not run here."""
-    checks = {
-        "triton_int8": ops.triton_int8, "triton_int8_backward": ops.portable_back, "triton_wna16": ops.wna16,
-        "triton_wna16_backward": ops.wna16_back, "triton_experts": ops.experts,
-        "triton_experts_backward": ops.experts_back,
+    known = {
+        "triton_int8": checks.triton_int8, "triton_int8_backward": checks.portable_back, "triton_wna16": checks.wna16,
+        "triton_wna16_backward": checks.wna16_back, "triton_experts": checks.experts,
+        "triton_experts_backward": checks.experts_back,
     }  # fmt: skip
-    return lambda *args: checks[name](ops.Arguments(name, args[0]), *args)
+    return lambda *args: known[name](registration.Arguments(name, args[0]), *args)
 
 
 @built
@@ -181,7 +181,7 @@ def checked(name: str) -> Callable[..., None]:
 def test_the_compiled_products(int8: bool, change: dict[str, Any], message: str) -> None:
     if int8 and compiled.built() not in ("vnni", "amx"):
         pytest.skip("no products of bytes")
-    op = ops.OPS["cpu_native_int8_linear" if int8 else "cpu_native_linear"]
+    op = registration.OPS["cpu_native_int8_linear" if int8 else "cpu_native_linear"]
     names = ["x", "tiles", "scale", "zero", *(["columns", "ranges"] if int8 else []), "bits", "n"]
     given = dict(zip(names, arguments(op._name), strict=True))
     for name, what in change.items():
@@ -199,7 +199,7 @@ def test_columns_that_are_not_there(backend: str, columns: list[int]) -> None:
     place = next(i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dtype is torch.int16)
     args[place] = torch.tensor(columns)
     with pytest.raises(KernelError, match=f"{name}: columns names column {columns[-1]}, there are columns 0 to 127"):
-        ops.OPS[name](*args)
+        registration.OPS[name](*args)
 
 
 @built

@@ -20,9 +20,10 @@ from torch import Tensor
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import BackendError, KernelError
 from hf_quant.kernels import LinearSpec
-from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import BLOCK, as_asked, compute_dtype
 from hf_quant.kernels._shared.private_torch import empty_on_cpu
+from hf_quant.kernels._shared.registration import Arguments, fake, op
 
 try:
     from hf_quant.kernels import _cpu as _cpu
@@ -168,7 +169,7 @@ def weight_of(prepared: tuple[Tensor, ...], zero: Tensor | None, bits: int, n: i
     if isinstance(prepared, LaidOut):
         return prepared.weight
     tiles, scale = prepared[:2]
-    ops.native_weight(ops.Arguments("cpu_native_linear", tiles), tiles, scale, zero, bits, n)
+    checks.native_weight(Arguments("cpu_native_linear", tiles), tiles, scale, zero, bits, n)
     return described(tiles, scale, zero, bits, n)
 
 
@@ -184,7 +185,7 @@ def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, T
         yield i, j, w.to(dtype)
 
 
-@ops.op("cpu_native_linear_backward", ops.native_back)
+@op("cpu_native_linear_backward", checks.native_back)
 def backward(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``; blocks of W are added up in float32 at least."""
     dtype = compute_dtype(grad)
@@ -196,6 +197,6 @@ def backward(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bi
     return out.to(grad.dtype)
 
 
-@ops.fake(backward)
+@fake(backward)
 def _(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     return grad.new_empty(grad.shape[0], tiles.shape[1] * 32)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import KernelError
-from hf_quant.kernels._shared.ops import outside
 from hf_quant.kernels._shared.private_torch import refuse_forward_mode
+from hf_quant.kernels._shared.registration import outside
 
 BLOCK = 1 << 20  # weights dequantized together: 4 MB in float32, which stays in a cache
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import compute_dtype, flat
+from hf_quant.kernels._shared.registration import fake, op
 from hf_quant.kernels._triton.tiles import too_old
 
 CHUNK = 1 << 22  # activations gathered together: 16 MB in float32
@@ -50,7 +51,7 @@ def _on_gpu(x: Tensor) -> bool:
     )
 
 
-@ops.op("outlier_rows", ops.outliers)
+@op("outlier_rows", checks.outliers)
 def outlier_rows(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
     """``x [M, K]`` times a matrix with ``R`` weights in each row: ``[M, N]``.
 
@@ -76,19 +77,19 @@ def outlier_rows(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
     return torch.cat(parts).T.to(x.dtype).contiguous()
 
 
-@ops.op("outlier_rows_backward", ops.outliers_back)
+@op("outlier_rows_backward", checks.outliers_back)
 def outlier_rows_backward(grad: Tensor, index: Tensor, value: Tensor, k: int) -> Tensor:
     """``grad [M, N]`` times the same matrix: ``[M, K]``."""
     weight = grad.new_zeros(index.shape[0], k).scatter_(1, index.long(), value.to(grad.dtype))
     return grad @ weight
 
 
-@ops.fake(outlier_rows)
+@fake(outlier_rows)
 def _(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], index.shape[0])
 
 
-@ops.fake(outlier_rows_backward)
+@fake(outlier_rows_backward)
 def _(grad: Tensor, index: Tensor, value: Tensor, k: int) -> Tensor:
     return grad.new_empty(grad.shape[0], k)
 

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from hf_quant.core.numerics import quantize_rows
 from hf_quant.core.scheme import THRESHOLD
-from hf_quant.kernels._shared import ops
+from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import companions, flat
+from hf_quant.kernels._shared.registration import fake, op
 
 if TYPE_CHECKING:
     from hf_quant.core.tensor import QuantizedTensor
     from hf_quant.kernels import LinearBackend, LinearSpec
 
 
-@ops.op("round_activations", ops.rounding)
+@op("round_activations", checks.rounding)
 def round_activations(x: Tensor, columns: Tensor | None, scale: Tensor | None, threshold: float) -> Tensor:
     """``x [M, K]`` on the grid of its INT8 codes; gradients pass straight through.
 
@@ -39,7 +40,7 @@ def round_activations(x: Tensor, columns: Tensor | None, scale: Tensor | None, t
     return made if large is None else torch.where(large, x, made)
 
 
-@ops.fake(round_activations)
+@fake(round_activations)
 def _(x: Tensor, columns: Tensor | None, scale: Tensor | None, threshold: float) -> Tensor:
     return torch.empty_like(x)
 

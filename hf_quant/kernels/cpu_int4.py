@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hf_quant.core.packing import pack, unpack
 from hf_quant.core.tensor import QuantizedTensor
-from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import Codes, cpu_multiplies_bf16, flat, multiply, multiply_back
 from hf_quant.kernels._shared.registration import fake, op

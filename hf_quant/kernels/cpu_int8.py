@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.core.tensor import QuantizedTensor
-from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import BLOCK, companions, compute_dtype, flat
 from hf_quant.kernels._shared.private_torch import nobody_looks

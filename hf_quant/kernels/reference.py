@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.core.tensor import QuantizedTensor
-from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._interface import LinearSpec
 
 
 class Reference:

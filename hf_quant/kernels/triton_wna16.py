@@ -21,7 +21,7 @@ from torch import Tensor
 from hf_quant.core.numerics import levels
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
-from hf_quant.kernels import LinearSpec
+from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import flat
 from hf_quant.kernels._shared.registration import fake, op

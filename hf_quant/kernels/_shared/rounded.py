@@ -19,7 +19,7 @@ from hf_quant.kernels._shared.registration import fake, op
 
 if TYPE_CHECKING:
     from hf_quant.core.tensor import QuantizedTensor
-    from hf_quant.kernels import LinearBackend, LinearSpec
+    from hf_quant.kernels._interface import LinearBackend, LinearSpec
 
 
 @op("round_activations", checks.rounding)

@@ -13,14 +13,15 @@ from hf_quant.data.calibration import Calibration, calibration
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import format_named
 from hf_quant.hf.auto import tokenizer_of
-from hf_quant.hf.calibrate_shards import blocks_of, embed, layers_of, refuse_other_kinds, refuse_outside_blocks
+from hf_quant.hf.blocks import blocks_of, embed, layers_of, refuse_other_kinds, refuse_outside_blocks
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
 from hf_quant.nn._weight import frozen
 from hf_quant.solve.block import Block, Stored
 from hf_quant.solve.hidden_states import Activations
 from hf_quant.solve.ranks import ALONE
-from hf_quant.solve.solve import Recipe, solve
+from hf_quant.solve.result import Recipe
+from hf_quant.solve.solve import solve
 
 CONTEXT = 512
 NARROW = (torch.bfloat16, torch.float16)  # computed with in float32

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hf_quant.checkpoint.folder import Checkpoint
-from hf_quant.core.scheme import QuantScheme
 from hf_quant.data.calibration import Calibration
 from hf_quant.disk.atomic import blaming, copy_file, link_file, need_space, write_json
 from hf_quant.disk.journal import Journal, digest, journal
 from hf_quant.disk.memory import free_memory, give_back_memory
 from hf_quant.disk.safetensors import write_tensors
-from hf_quant.errors import HfQuantError, PlanError
+from hf_quant.errors import HfQuantError
 from hf_quant.formats import format_named
 from hf_quant.hf.auto import class_of, config_of
-from hf_quant.hf.block_calls import Calls, passed_through
+from hf_quant.hf.block_calls import Calls
 from hf_quant.hf.block_files import part_of, take_part
+from hf_quant.hf.blocks import blocks_of, embed, layers_of, refuse_other_kinds, refuse_outside_blocks
 from hf_quant.hf.checkpoint_tensors import Tensors
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.foreign_errors import explained
@@ -38,9 +38,9 @@ from hf_quant.hf.shards import write_index
 from hf_quant.solve.block import Block, Stored
 from hf_quant.solve.hidden_states import Activations
 from hf_quant.solve.ranks import ALONE, Ranks
-from hf_quant.solve.solve import Recipe, Solved, advance, solve
+from hf_quant.solve.result import Recipe, Solved
+from hf_quant.solve.solve import advance, solve
 
-BATCH = 2  # sequences that walk up the model together: larger ones leave the caches, and take memory for nothing
 FAR = 10  # times the median of all blocks' errors: worth a word
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -160,11 +160,6 @@ def _part(index: int) -> str:
     return f"block-{index:05d}.safetensors"
 
 
-def layers_of(plan: Plan, block: str) -> dict[str, QuantScheme]:
-    """The layers of a block that are quantized, in the order of the model."""
-    return {name: scheme for name, scheme in plan.schemes.items() if name.startswith(f"{block}.")}
-
-
 def report(parts: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
     """Say which blocks lost far more than the others, and which experts saw too little."""
     errors = sorted(part["error"] for part in parts)
@@ -210,28 +205,6 @@ def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool) -> _Sour
     return _Source(checkpoint, Tensors(checkpoint, model), model, plan, config, blocks, dtype)
 
 
-def refuse_other_kinds(kind: Any, config: Any, method: str) -> None:
-    """Only decoders are calibrated so far; ``kind`` is the class of the model."""
-    if getattr(config, "is_encoder_decoder", False) or not getattr(kind, "can_generate", bool)():
-        raise HfQuantError(f"{method} calibrates decoder-only models so far, not {kind.__name__}")
-
-
-def refuse_outside_blocks(plan: Plan, blocks: Mapping[str, nn.Module], method: str) -> None:
-    """Output head and embeddings are not calibrated so far."""
-    for name in plan.schemes:
-        if not any(name.startswith(f"{block}.") for block in blocks):
-            raise PlanError(f"{method} calibrates the layers of blocks so far, and {name} is in none")
-
-
-def blocks_of(model: Any) -> dict[str, nn.Module]:
-    """The decoder layers by name, in order."""
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return {f"{name}.{i}": block for i, block in enumerate(module)}
-    raise HfQuantError(f"{type(model).__name__}: no list of {count} blocks found")
-
-
 def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
     """Read the parameters whose names are wanted, in float32: faster than bf16 on most CPUs, and nothing is lost.
 
@@ -274,36 +247,6 @@ def _embed(
         other.copy_from(hidden)
         streams.append(other)
     return streams, calls
-
-
-def embed(
-    base: Any, blocks: Mapping[str, nn.Module], ids: Tensor, file: Path | None, ranks: Ranks
-) -> tuple[Activations, Calls]:
-    """Run a model whose blocks hand on what they are given: what enters the first one, and what each is called with.
-
-    The first block computes once, which shows in what form blocks return hidden states.
-
-    Raises:
-        HfQuantError: A block is called with something else for each batch, or with what another one has computed.
-    """
-    size = next(n for n in range(min(BATCH, max(1, len(ids) // max(2, ranks.world))), 0, -1) if len(ids) % n == 0)
-    made: Activations | None = None
-    wide = base.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.float())
-    try:
-        with passed_through(blocks) as seen:
-            for number, batch in enumerate(ids.split(size)):
-                base(input_ids=batch, use_cache=False)
-                states = seen.entered.pop()
-                made = made or Activations.room((len(ids), *states.shape[1:]), size, torch.float32, file)
-                made.put(number, states)
-            together, seen.calls = seen.calls, {}
-            if size > 1:
-                base(input_ids=ids[:1], use_cache=False)
-    finally:
-        wide.remove()
-    assert made is not None
-    alone = seen.calls or together
-    return made, {name: (call, alone[name]) for name, call in together.items()}
 
 
 def _pass_by(source: _Source, block: Block, file: Path, streams: list[Activations], ranks: Ranks) -> None:

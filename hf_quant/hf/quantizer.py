@@ -26,11 +26,13 @@ from hf_quant.formats import Format, format_named
 from hf_quant.formats.native import in_features, wrong_values
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
 from hf_quant.hf.calibrate_loaded import calibrate, data_for
-from hf_quant.hf.community import Placed, conversions
+from hf_quant.hf.candidates import Candidate, candidates
+from hf_quant.hf.community import Placed
+from hf_quant.hf.foreign_tensors import conversions
 from hf_quant.hf.integrity import check_weights
 from hf_quant.hf.offload import is_away
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
-from hf_quant.hf.plan import Candidate, Plan, candidates, freeze, make_plan
+from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.preflight import COMPANIONS, check_buffers, check_complete, check_rest, examine
 from hf_quant.hf.publishing import guard, release
 from hf_quant.hf.saved_names import settle, state_on_disk, stems

@@ -23,9 +23,9 @@ from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, SchemeError
 from hf_quant.formats import Format, Layer, format_named
 from hf_quant.formats.gptq import GPTQ
+from hf_quant.hf.candidates import candidates
 from hf_quant.hf.community import homes, place
 from hf_quant.hf.loading import skeleton
-from hf_quant.hf.plan import candidates
 from hf_quant.hf.shards import write_index
 from hf_quant.jobs.companions import copy_companions, inside
 from hf_quant.jobs.engines import ENGINES, Verdict

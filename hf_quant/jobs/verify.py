@@ -16,7 +16,8 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import CheckpointError
 from hf_quant.formats.native import wrong_values
 from hf_quant.hf._compat import renamer
-from hf_quant.hf.community import Placed, parameters_of
+from hf_quant.hf.community import Placed
+from hf_quant.hf.foreign_tensors import parameters_of
 from hf_quant.hf.loading import skeleton, stored_in, understood
 from hf_quant.hf.preflight import check_rest, refuse_unexplained
 from hf_quant.hf.quantizer import HfQuantQuantizer

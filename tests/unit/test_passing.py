@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_quant.errors import HfQuantError
 from hf_quant.hf.block_calls import alike, passed_through
-from hf_quant.hf.calibrate_shards import embed
+from hf_quant.hf.blocks import embed
 from hf_quant.solve.block import Block
 from hf_quant.solve.ranks import ALONE
 

@@ -12,7 +12,8 @@ from hf_quant.solve.hidden_states import Activations
 from hf_quant.solve.inputs import collect, groups_of
 from hf_quant.solve.ranks import ALONE
 from hf_quant.solve.recipes import Decision
-from hf_quant.solve.solve import Recipe, solve
+from hf_quant.solve.result import Recipe
+from hf_quant.solve.solve import solve
 
 NOTHING: Any = ((), {})
 

@@ -1,0 +1,179 @@
+"""Tensors of a quantized checkpoint on their way into the model: transformers calls these conversions while it loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.formats import Format
+from hf_quant.hf.community import _NATIVE, PIECES
+from hf_quant.nn import QuantExperts, QuantLinear
+from hf_quant.nn._weight import frozen
+
+
+def conversions(quantizer: Any, fmt: Format, of_model: list[Any]) -> list[Any]:
+    """What transformers must do with the tensors: first ours for stacks, then the model's own, then ours for layers."""
+    pieces = [WeightConverter([f"experts.*.{piece}.weight" for piece, of in PIECES.items() if of == stack], f"experts.{stack}",
+                              [MergeModulelist()]) for stack in dict.fromkeys(PIECES.values())]  # fmt: skip
+    stacks = [made for c in [*of_model, *pieces] if (made := _for_stack(quantizer, fmt, c)) is not None]
+    # a pattern may match from anywhere in a name, and in older versions did not end where it ends: dot and dollar
+    layers = WeightConverter(
+        [_pattern("", local) for local in _longest_first(fmt)], ".weight", [ReadLayer(quantizer, fmt)]
+    )
+    return [*stacks, *of_model, layers]
+
+
+def _for_stack(quantizer: Any, fmt: Format, converter: Any) -> Any:
+    operations = getattr(converter, "operations", [])
+    merges = operations[:1] and type(operations[0]) is MergeModulelist and operations[0].dim == 0
+    joins = not operations[1:] or (type(operations[1]) is Concatenate and operations[1].dim == 1)
+    sources = getattr(converter, "_original_source_patterns", [])
+    bases = [source.removesuffix("$").removesuffix(".weight").removesuffix("\\") for source in sources]
+    if not (merges and joins and len(operations) <= 2 and len(converter._original_target_patterns) == 1):
+        return None
+    if not all(source.removesuffix("$").endswith(".weight") for source in sources):
+        return None
+    patterns = {_pattern(base, local): (i, local) for local in _longest_first(fmt) for i, base in enumerate(bases)}
+    return WeightConverter(list(patterns), converter._original_target_patterns, [ReadStack(quantizer, fmt, patterns)])
+
+
+def _longest_first(fmt: Format) -> list[str]:
+    return sorted(fmt.suffixes, key=len, reverse=True)
+
+
+def _pattern(base: str, local: str) -> str:
+    return rf"{base}\.{re.escape(local)}$"
+
+
+class _Read(ConversionOps):
+    """Carries the quantizer: by the name ``hf_quantizer`` transformers knows to hand tensors over in their own dtype."""
+
+    def __init__(self, quantizer: Any, fmt: Format) -> None:
+        self.hf_quantizer, self.fmt = quantizer, fmt
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Read:
+        return self  # it holds no state, and transformers copies it for every tensor
+
+    def _guarded(self, name: str, read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What ``read`` gives; if it fails, nothing, and the error is raised again after loading.
+
+        From here transformers would only log it, and raise one of its own that names no tensor.
+        """
+        try:
+            return {} if self.hf_quantizer.failure is not None else read()
+        except HfQuantError as error:
+            home = name.removesuffix(".weight")
+            self.hf_quantizer.failure = CheckpointError(f"{self.hf_quantizer.placed.files.get(home, home)}: {error}")
+            return {}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        raise NotImplementedError("saving writes a format of this package")
+
+
+class ReadLayer(_Read):
+    """The tensors of one layer become those of a `QuantLinear`, bit for bit; or its weight, in floating point."""
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Tensor]:
+        tensors = {_local(pattern): v[0] if isinstance(v, list) else v for pattern, v in input_dict.items()}
+        return self._guarded(full_layer_name, lambda: self._read(model, full_layer_name, tensors))
+
+    def _read(self, model: Any, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        path, _sep, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, QuantLinear):
+            return parameters_of(name, self.fmt.read(tensors, module.scheme), module.weight_scale.dtype)
+        plain = path not in self.hf_quantizer.placed.dense  # it may have scales of activations beside it
+        dense = tensors["weight"] if plain else self.fmt.dense(tensors)
+        return {name: frozen(dense.to(getattr(module, leaf).dtype))}
+
+
+class ReadStack(_Read):
+    """The tensors of all experts become a stack of codes; or of weights in floating point."""
+
+    def __init__(self, quantizer: Any, fmt: Format, patterns: Mapping[str, tuple[int, str]]) -> None:
+        super().__init__(quantizer, fmt)
+        self.patterns = patterns  # pattern -> (which of gate and up, local name)
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Tensor]:
+        parts: list[dict[str, list[Tensor]]] = [{} for _ in range(1 + max(i for i, _ in self.patterns.values()))]
+        for pattern, tensors in input_dict.items():
+            i, local = self.patterns[pattern]
+            parts[i][local] = tensors
+        return self._guarded(full_layer_name, lambda: self._read(model, full_layer_name, parts))
+
+    def _read(self, model: Any, name: str, parts: list[dict[str, list[Tensor]]]) -> dict[str, Tensor]:
+        path, _sep, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        scheme = module.schemes.get(leaf) if isinstance(module, QuantExperts) else None
+        experts = getattr(module, leaf).shape[0]
+        made: dict[str, Tensor] = {}
+        for expert in range(experts):
+            own = [{local: tensors[expert] for local, tensors in part.items()} for part in parts]
+            if scheme is None:
+                one = {name: torch.cat([self._dense(each) for each in own])}
+            else:
+                written = _NATIVE.write(_joined([self.fmt.read(each, scheme) for each in own]))
+                one = {name + local.removeprefix("weight"): tensor for local, tensor in written.items()}
+            for full, tensor in one.items():
+                if full not in made:
+                    made[full] = tensor.new_empty((experts, *tensor.shape), dtype=model.get_parameter(full).dtype)
+                made[full][expert] = tensor
+        return {full: frozen(tensor) for full, tensor in made.items()}
+
+    def _dense(self, own: dict[str, Tensor]) -> Tensor:
+        return own["weight"] if list(own) == ["weight"] and own["weight"].dtype.itemsize > 1 else self.fmt.dense(own)
+
+
+def _local(pattern: str) -> str:
+    """What `_pattern` was made of, for a layer."""
+    return pattern[2:-1].replace("\\", "")
+
+
+def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """One matrix of the rows of several; each keeps the order of its columns."""
+    if len(parts) == 1:
+        return parts[0]
+    zero, perm = (
+        None if first is None else torch.cat([getattr(part, name) for part in parts])
+        for name, first in (("zero_point", parts[0].zero_point), ("perm", parts[0].perm))
+    )
+    ranges = [part.input_scale for part in parts if part.input_scale is not None]  # of the same input
+    return QuantizedTensor(
+        torch.cat([part.qweight for part in parts]),
+        torch.cat([part.scale for part in parts]),
+        zero,
+        parts[0].scheme,
+        perm,
+        input_scale=torch.stack(ranges).amax(0) if ranges else None,
+    )
+
+
+def parameters_of(name: str, read: QuantizedTensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
+    """What a layer that was read becomes in the model: ``name`` and its companions, in our own layout.
+
+    Args:
+        name: In full, of the parameter that holds the codes.
+        read: The layer.
+        scale_dtype: Of its scales and of what goes with them, in the model.
+    """
+    zero = (
+        read.zero_point.to(scale_dtype) if read.scheme.real_zero and read.zero_point is not None else read.zero_point
+    )
+    inputs = None if read.input_scale is None else read.input_scale.to(scale_dtype)
+    typed = replace(read, scale=read.scale.to(scale_dtype), zero_point=zero, input_scale=inputs)
+    return {name + local.removeprefix("weight"): frozen(tensor) for local, tensor in _NATIVE.write(typed).items()}

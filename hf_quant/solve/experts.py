@@ -1,0 +1,78 @@
+"""Calibrated quantization of stacked experts, each on the tokens that the router sends to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import InputStats
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.methods import method
+from hf_quant.nn.experts import expert_input, stacks
+from hf_quant.solve.block import Block, put
+from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.inputs import HELD, Group, inputs_of, reduce
+from hf_quant.solve.result import Recipe, Solved, with_range
+
+EXPERT_HELD = 256  # rows of one expert that are held out at most
+STARVED = 32  # an expert that saw fewer tokens is rounded without them
+EXPERTS = 1 << 30  # bytes of statistics of experts collected together; more experts take more passes
+
+
+def solve_experts(
+    block: Block, group: Group, hidden: Activations, mine: list[int], recipe: Recipe, made: Solved
+) -> None:
+    """Each expert on the tokens that are sent to it; the projections into the experts first."""
+    path = group.layers[0].rpartition(".")[0]
+    module: Any = block.module.get_submodule(path)
+    shapes = stacks(module)
+    for local in sorted(group.layers, key=lambda name: list(shapes).index(name.rpartition(".")[2])):
+        name, stack = f"{block.name}.{local}", local.rpartition(".")[2]
+        count, _, k = shapes[stack]
+        step, parts, lost = max(1, EXPERTS // (8 * k * k)), [], []
+        made.experts[name] = []
+        for start in range(0, count, step):
+            some = range(start, min(start + step, count))
+            stats = {e: InputStats.empty(k, getattr(module, stack).device) for e in some}
+            for i in mine:
+                states, chosen, *_ = inputs_of(block, block.module, [path], hidden[i])[path]
+                for e in some:
+                    given = expert_input(module, stack, e, states.reshape(-1, states.shape[-1]), chosen)
+                    stats[e].update(given, held=HELD if stats[e].seen < HELD * EXPERT_HELD else 0)
+            for e in some:
+                reduce(stats[e], recipe.ranks)
+                owner, found = recipe.ranks.owner(e), None
+                if owner == recipe.ranks.rank:
+                    found = _solve_expert(module, stack, e, block.layers[name], stats[e], recipe)
+                quantized, error, notes = recipe.ranks.shared(found, owner)
+                parts.append(quantized)
+                lost.append(error)
+                made.experts[name].append(stats[e].seen)
+                made.note(name, notes)
+        made.codes[name] = QuantizedTensor.stack(parts)
+        if block.layers[name].activations == "tensor":  # an expert that saw little knows little of its range
+            widest = torch.stack([part.input_scale for part in parts if part.input_scale is not None]).amax()
+            made.codes[name] = replace(made.codes[name], input_scale=widest.expand(count, 1).contiguous())
+        if few := [e for e, seen in enumerate(made.experts[name]) if seen < STARVED]:
+            made.starved[name] = few
+        made.errors[name] = sum(lost) / len(lost)
+        put(block, name, made.codes[name].dequantize(torch.float32))
+
+
+def _solve_expert(
+    module: Any, stack: str, expert: int, scheme: QuantScheme, stats: InputStats, recipe: Recipe
+) -> tuple[QuantizedTensor, float, list[str]]:
+    dense: Tensor = getattr(module, stack)[expert]
+    weight = (dense.T if module.is_transposed else dense).contiguous()
+    if stats.seen < STARVED:
+        quantized = method("rtn").quantize(weight, scheme, recipe.dtype)
+        notes = [f"expert {expert} saw {stats.seen} tokens: rounded to nearest"]
+    else:
+        quantized = recipe.decision.solver(scheme).quantize(weight, scheme, recipe.dtype, stats)
+        notes = [f"expert {expert}: {note}" for note in stats.notes]
+    quantized = with_range(quantized, stats.peak)
+    return quantized.cpu(), stats.error(weight, quantized.dequantize(torch.float32)), notes

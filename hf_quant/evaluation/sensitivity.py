@@ -14,7 +14,9 @@ from torch import Tensor
 
 from hf_quant.core.numerics import quantize_rows
 from hf_quant.core.scheme import QuantScheme
+from hf_quant.hf._hooks import replaced
 from hf_quant.methods import Method
+from hf_quant.nn._hooks import GATE
 
 FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q", "k", "v", "query", "key", "value"), "qkv"),
@@ -81,12 +83,9 @@ def _second_rounded(experts: Any) -> Iterator[None]:
         finally:
             handle.remove()
         return
-    plain = experts._apply_gate
-    experts._apply_gate = lambda *args: _rounded_rows(plain(*args))
-    try:
+    gate = getattr(experts, GATE)
+    with replaced(experts, GATE, lambda y: _rounded_rows(gate(y))):
         yield
-    finally:
-        del experts._apply_gate  # the class has it
 
 
 def _is_second_stack(model: Any, name: str) -> bool:

@@ -21,6 +21,7 @@ from hf_quant.evaluation.measure import evaluate, means
 from hf_quant.evaluation.reference import Progress, Reference, reference
 from hf_quant.evaluation.results import Quality
 from hf_quant.hf import load
+from hf_quant.hf._hooks import attention_of
 from hf_quant.hf.auto import class_of, config_of, hub_options
 from hf_quant.hf.loading import skeleton
 
@@ -69,7 +70,7 @@ class Base:
         asked = self.device or "cpu"
         gpu = asked != "cpu" and torch.cuda.is_available()
         device = torch.cuda.get_device_name() if gpu else f"{asked} {torch.backends.cpu.get_cpu_capability()}"
-        attention = getattr(skeleton(self.model, **self._hub()).config, "_attn_implementation", None)
+        attention = attention_of(skeleton(self.model, **self._hub()).config)
         return (
             f"torch {torch.__version__}, transformers {version('transformers')}, {device}, attention {attention}, float32 "
             f"products {torch.get_float32_matmul_precision()}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,23 +18,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from hf_quant.hf._hooks import conversions_of, set_conversions
 from hf_quant.hf.kv_cache import KINDS, QuantCache
-
-
-def download_options() -> Mapping[str, Any]:
-    """What ``from_pretrained`` was told about the Hub (``token``, ``local_files_only``, ...); empty outside of it.
-
-    transformers tells a quantizer only which files it loads. All versions from 5.10 to now keep these options in a local
-    variable of ``from_pretrained``, so that is where they are read.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "from_pretrained":
-            options = frame.f_locals.get("download_kwargs")
-            if isinstance(options, Mapping):
-                return options
-        frame = frame.f_back
-    return {}
 
 
 def updated_conversions(update: Callable[..., list[Any]], conversions: list[Any], model: Any) -> list[Any]:
@@ -97,12 +82,11 @@ def keep_for_saving(model: Any, converters: list[Any] | None) -> None:
     missing after quantizing on load, since the float checkpoint had none. So: the renamings that were used, and all
     the model's own converters.
     """
-    used = getattr(model, "_weight_conversions", None) or []
-    renamings = [c for c in used if not hasattr(c, "operations")]
+    renamings = [c for c in conversions_of(model) if not hasattr(c, "operations")]
     own = [c for c in converters or [] if hasattr(c, "operations")]
     for converter in own:
         converter.operations = [_Merge(op.dim) if type(op) is MergeModulelist else op for op in converter.operations]
-    model._weight_conversions = renamings + own
+    set_conversions(model, renamings + own)
 
 
 class _Merge(MergeModulelist):

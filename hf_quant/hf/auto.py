@@ -96,9 +96,9 @@ def class_of(config: PretrainedConfig, **hub: Any) -> Any:
             f"config.json: architectures: transformers {transformers.__version__} has no model {names[0]}"
         )
     if not hub.get("trust_remote_code"):
-        raise CheckpointError(f"{config._name_or_path}: config.json: {names[0]} {CODE}")
+        raise CheckpointError(f"{config.name_or_path}: config.json: {names[0]} {CODE}")
     options = {name: value for name, value in hub.items() if name != "trust_remote_code"}
-    kind: Any = get_class_from_dynamic_module(references[auto], config._name_or_path, **options)
+    kind: Any = get_class_from_dynamic_module(references[auto], str(config.name_or_path), **options)
     kind.register_for_auto_class(auto)  # `save_pretrained` then takes its code along
     return kind
 

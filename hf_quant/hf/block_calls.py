@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from hf_quant.core.private_torch import tree_leaves
 from hf_quant.errors import HfQuantError
+from hf_quant.hf._hooks import replaced
 from hf_quant.solve.block import Call, states_of
 
 Calls = dict[str, tuple[Call, Call]]  # of each block: for a whole batch, and for one sequence
@@ -74,16 +75,11 @@ def passed_through(blocks: Mapping[str, nn.Module]) -> Iterator[Passing]:
     Raises:
         HfQuantError: A block is called with something else for each batch, or with what another one has computed.
     """
-    seen, before = Passing(), {name: block.__dict__.get("forward") for name, block in blocks.items()}
-    for i, (name, block) in enumerate(blocks.items()):
-        block.forward = seen.stand_in(name, block.forward, first=i == 0)
-    try:
+    seen = Passing()
+    with ExitStack() as stack:
+        for i, (name, block) in enumerate(blocks.items()):
+            stack.enter_context(replaced(block, "forward", seen.stand_in(name, block.forward, first=i == 0)))
         yield seen
-    finally:
-        for name, block in blocks.items():
-            del block.forward
-            if (own := before[name]) is not None:  # as accelerate puts one on a module
-                block.forward = own
 
 
 def alike(one: Any, other: Any) -> bool:

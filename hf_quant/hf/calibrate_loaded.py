@@ -39,7 +39,7 @@ def data_for(config: HfQuantConfig, model: Any) -> Calibration:
     own_code = not type(model).__module__.startswith("transformers.")
     tokenizer, ids = None, isinstance(config.calibration, torch.Tensor)
     with suppress(CheckpointError) if ids else nullcontext():
-        tokenizer = tokenizer_of(model.config._name_or_path, trust_remote_code=own_code)
+        tokenizer = tokenizer_of(model.config.name_or_path, trust_remote_code=own_code)
     if tokenizer is None and not ids:
         raise HfQuantError("calibration: no tokenizer beside the model, pass token ids instead")
     text = model.config.get_text_config()

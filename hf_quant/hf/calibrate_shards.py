@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.core.private_torch import tree_map_only
 from hf_quant.data.calibration import Calibration
 from hf_quant.disk.atomic import blaming, copy_file, link_file, need_space, write_json
 from hf_quant.disk.journal import Journal, digest, journal
@@ -26,6 +26,7 @@ from hf_quant.disk.memory import free_memory, give_back_memory
 from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import HfQuantError
 from hf_quant.formats import format_named
+from hf_quant.hf._hooks import build
 from hf_quant.hf.auto import class_of, config_of
 from hf_quant.hf.block_calls import Calls
 from hf_quant.hf.block_files import part_of, take_part
@@ -196,7 +197,7 @@ def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool) -> _Sour
     refuse_other_kinds(kind, stored, config.method)
     dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
     with explained(str(folder)), init_empty_weights(include_buffers=False):
-        model = kind._from_config(stored, dtype=dtype).eval()
+        model = build(kind, stored, dtype).eval()
     config = copy.deepcopy(config)
     plan = make_plan(model, config)
     blocks = blocks_of(model)

@@ -19,6 +19,7 @@ from hf_quant.errors import CheckpointError
 from hf_quant.formats import Called, Layer, format_named
 from hf_quant.formats._common import refused
 from hf_quant.hf._compat import renamer
+from hf_quant.hf._hooks import may_be_unexpected
 from hf_quant.hf.candidates import Candidate, candidates
 
 _NATIVE = format_named("native")
@@ -227,5 +228,4 @@ def _check_ties(model: Any, placed: Placed, contents: Contents) -> None:
 
 def _may_be_left(model: Any, name: str) -> bool:
     """Whether the model says itself that its checkpoints hold more, for example a draft head."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
-    return any(re.search(pattern, name) for pattern in patterns)
+    return any(re.search(pattern, name) for pattern in may_be_unexpected(model))

@@ -14,6 +14,7 @@ from transformers.core_model_loading import Concatenate, ConversionOps, MergeMod
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import Format
+from hf_quant.hf._hooks import patterns_of
 from hf_quant.hf.community import _NATIVE, PIECES
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
@@ -35,14 +36,14 @@ def _for_stack(quantizer: Any, fmt: Format, converter: Any) -> Any:
     operations = getattr(converter, "operations", [])
     merges = operations[:1] and type(operations[0]) is MergeModulelist and operations[0].dim == 0
     joins = not operations[1:] or (type(operations[1]) is Concatenate and operations[1].dim == 1)
-    sources = getattr(converter, "_original_source_patterns", [])
-    bases = [source.removesuffix("$").removesuffix(".weight").removesuffix("\\") for source in sources]
-    if not (merges and joins and len(operations) <= 2 and len(converter._original_target_patterns) == 1):
+    if not (merges and joins and len(operations) <= 2):
         return None
-    if not all(source.removesuffix("$").endswith(".weight") for source in sources):
+    sources, targets = patterns_of(converter)
+    bases = [source.removesuffix("$").removesuffix(".weight").removesuffix("\\") for source in sources]
+    if len(targets) != 1 or not all(source.removesuffix("$").endswith(".weight") for source in sources):
         return None
     patterns = {_pattern(base, local): (i, local) for local in _longest_first(fmt) for i, base in enumerate(bases)}
-    return WeightConverter(list(patterns), converter._original_target_patterns, [ReadStack(quantizer, fmt, patterns)])
+    return WeightConverter(list(patterns), targets, [ReadStack(quantizer, fmt, patterns)])
 
 
 def _longest_first(fmt: Format) -> list[str]:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import _CACHED_NO_EXIST, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers.utils import logging
 
 from hf_quant.disk.digests import MANIFEST, mismatches, read_manifest
 from hf_quant.errors import CheckpointError, printable
-from hf_quant.hf._compat import download_options
+from hf_quant.hf._hooks import download_options
 
 logger = logging.get_logger(__name__)
 
@@ -59,7 +59,8 @@ def _pulled(folder: Path, ours: bool) -> Path | None:
     repo_id = store.name.removeprefix("models--").replace("--", "/", 1)
     name = (folder.relative_to(snapshot) / MANIFEST).as_posix()
     where: dict[str, Any] = {"revision": snapshot.name, "cache_dir": store.parent}
-    if try_to_load_from_cache(repo_id, name, **where) is _CACHED_NO_EXIST:
+    cached = try_to_load_from_cache(repo_id, name, **where)
+    if cached is not None and not isinstance(cached, str):  # the cache remembers that the Hub has no such file
         return None
     options = download_options()
     offline = bool(options.get("local_files_only")) or constants.HF_HUB_OFFLINE

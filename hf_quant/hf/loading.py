@@ -17,6 +17,7 @@ from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint
 from hf_quant.disk.safetensors import TORCH
 from hf_quant.errors import PlanError
 from hf_quant.hf._compat import recompute_activations
+from hf_quant.hf._hooks import build
 from hf_quant.hf.auto import class_of, config_of, hub_options
 from hf_quant.hf.config import HfQuantConfig, quantized_already, taken_over
 from hf_quant.hf.foreign_errors import explained
@@ -129,8 +130,9 @@ def skeleton(model: str, *, weights: Checkpoint | None = None, **hub: Any) -> An
     dtype = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(types), torch.float32)
     with explained(model), torch.device("meta"):
         kind = class_of(config, **hub)
-        build = kind._from_config if issubclass(kind, PreTrainedModel) else kind.from_config
-        return build(config, dtype=dtype)
+        return (
+            build(kind, config, dtype) if issubclass(kind, PreTrainedModel) else kind.from_config(config, dtype=dtype)
+        )
 
 
 def sample_logits(model: Any) -> Tensor:

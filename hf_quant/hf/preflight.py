@@ -16,6 +16,7 @@ from hf_quant.disk.safetensors import SIZES, TensorInfo
 from hf_quant.errors import CheckpointError
 from hf_quant.formats import format_named
 from hf_quant.hf._compat import arrivals
+from hf_quant.hf._hooks import may_be_missing
 from hf_quant.hf.community import Placed, aliases, as_asked, place
 from hf_quant.hf.config import HfQuantConfig
 
@@ -123,7 +124,7 @@ def check_complete(model: Any, placed: Placed, covered: set[str], names: Iterabl
     covered = covered | {stem + part for stem in stems for part in ("", *COMPANIONS)}
     ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     partners = {a for pair in ties.items() for a in pair if covered & set(pair)}
-    optional = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_missing", None) or ()]
+    optional = [re.compile(pattern) for pattern in may_be_missing(model)]
     for name in [name for name, _ in model.named_parameters()] if names is None else names:
         if name not in covered and name not in partners and not any(pattern.search(name) for pattern in optional):
             raise CheckpointError(f"tensor {name} is missing from the checkpoint")

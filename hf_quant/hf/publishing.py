@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.hub import PushToHubMixin
-
 from hf_quant.errors import PushError
+from hf_quant.hf._hooks import has_adapters, refuse_uploads
 
 HOW = "publish it with model.push_to_hub(...) or hf-quant push, which check what it lost and what goes with it"
 
@@ -31,7 +29,7 @@ def release(model: Any) -> None:
 
 def push_to_hub(model: Any, repo_id: str, **how: Any) -> Any:
     """Of a quantized model; see ``hf_quant.publish.push.push_model``. Of adapters on one, transformers' own."""
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if has_adapters(model):
         return type(model).push_to_hub(model, repo_id, **how)
     publishing = import_module("hf_quant.publish.push")  # which stands above this module
     return str(publishing.push_model(model, repo_id, **how))
@@ -45,21 +43,16 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
     """
     original = type(model).save_pretrained
     asked = inspect.signature(original).bind_partial(model, *args, **kwargs).arguments
-    if asked.get("push_to_hub") and not getattr(model, "_hf_peft_config_loaded", False):
+    if asked.get("push_to_hub") and not has_adapters(model):
         raise PushError(f"save_pretrained(push_to_hub=True) would publish a quantized model unmeasured: {HOW}")
     original(model, *args, **kwargs)
 
 
-def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The one function by which models, pipelines and others of transformers upload a folder, without ours."""
-
-    @wraps(original)
-    def _upload_modified_files(self: Any, working_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_ours(Path(working_dir)):
-            raise PushError(f"{type(self).__name__}.push_to_hub would publish a quantized model unmeasured: {HOW}")
-        return original(self, working_dir, *args, **kwargs)
-
-    return _upload_modified_files
+def _refusal(thing: Any, folder: Path) -> PushError | None:
+    """Why a folder that transformers is about to upload must go another way; None if it may."""
+    if not _is_ours(folder):
+        return None
+    return PushError(f"{type(thing).__name__}.push_to_hub would publish a quantized model unmeasured: {HOW}")
 
 
 def _is_ours(folder: Path) -> bool:
@@ -71,7 +64,4 @@ def _is_ours(folder: Path) -> bool:
     return isinstance(stored, dict) and (stored.get("quant_method") == "hf_quant" or "hf_quant" in stored)
 
 
-if PushToHubMixin._upload_modified_files.__module__ != __name__:
-    PushToHubMixin._upload_modified_files = _refusing(  # type: ignore[method-assign]
-        PushToHubMixin._upload_modified_files
-    )
+refuse_uploads(_refusal)

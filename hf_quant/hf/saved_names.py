@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 
 from hf_quant.errors import PlanError
 from hf_quant.formats import format_named
+from hf_quant.hf._hooks import conversions_of, set_conversions
 from hf_quant.hf.offload import onloaded
 from hf_quant.nn import QuantLinear
 from hf_quant.nn._outside import Outside
@@ -86,11 +87,11 @@ def settle(model: Any, state: Mapping[str, Tensor], coded: Collection[str], conv
     """
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
     problem = ""
-    own = getattr(model, "_weight_conversions", None) or []
+    own = conversions_of(model)
     if model.config.to_dict().get("model_type") != model.config.model_type:
         own = []  # loaded as another kind of model than config.json will say
     for undone in (own, []):
-        model._weight_conversions = undone
+        set_conversions(model, undone)
         try:
             files = revert_weight_conversion(model, dict(shapes))
             return _read_back(model, files, shapes, coded, deepcopy(conversions))

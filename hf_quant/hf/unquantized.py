@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-CONVOLUTIONS = (nn.modules.conv._ConvNd,)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def others(model: Any, known: Collection[str]) -> dict[str, str]:

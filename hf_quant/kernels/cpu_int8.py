@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_quant.core.private_torch import cpu_has, may_skip_dispatcher
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import BLOCK, companions, compute_dtype, flat
-from hf_quant.kernels._shared.private_torch import nobody_looks
 from hf_quant.kernels._shared.registration import fake, op
 
 ROWS, PART = 512, 32  # multiplied together; rounded together, 512 kB of float32 at 4096 columns
@@ -123,8 +123,7 @@ def _why_not_here() -> str | None:
     """Why this processor or build cannot."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.onednn, "qlinear_prepack"):
         return "this build of torch has no oneDNN"
-    probes = ("_is_avx512_vnni_supported", "_is_vnni_supported", "_is_amx_tile_supported")
-    if not any(getattr(torch.cpu, name, lambda: False)() for name in probes):
+    if not cpu_has("avx512_vnni", "vnni", "amx_tile"):
         return "the processor has no int8 products (VNNI): sums of two would overflow 16 bits"
     return None
 
@@ -158,7 +157,7 @@ class CpuInt8:
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         columns = prepared[0] if spec.scheme.outlier_columns else None
         ranges = prepared[-3] if spec.scheme.activations == "tensor" else None
-        product = _product if nobody_looks(x) and x.is_floating_point() else cpu_int8_linear
+        product = _product if may_skip_dispatcher(x) and x.is_floating_point() else cpu_int8_linear
         y = product(flat(x, spec.in_features), prepared[-2], prepared[-1], columns, ranges)
         return y.reshape(*x.shape[:-1], spec.out_features)
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_quant.core.private_torch import may_skip_dispatcher
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._native.compiled import (
@@ -32,7 +33,6 @@ from hf_quant.kernels._native.compiled import (
 )
 from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import as_asked, compute_dtype, cpu_multiplies_bf16, flat
-from hf_quant.kernels._shared.private_torch import nobody_looks
 from hf_quant.kernels._shared.registration import FLOATS, Arguments, fake, op
 
 
@@ -108,7 +108,7 @@ class CpuNative:
         return portable(prepared[0], spec)
 
     def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        direct = nobody_looks(x)
+        direct = may_skip_dispatcher(x)
         if direct and isinstance(prepared, LaidOut):
             return _product(x, prepared.weight)
         tiles, scale, *rest = prepared

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.private_torch import may_skip_dispatcher
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._native.compiled import (
@@ -28,7 +29,6 @@ from hf_quant.kernels._native.compiled import (
 )
 from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import companions, flat
-from hf_quant.kernels._shared.private_torch import nobody_looks
 from hf_quant.kernels._shared.registration import FLOATS, Arguments, fake, op
 
 
@@ -114,7 +114,7 @@ class CpuNativeInt8:
         zero = None if scheme.symmetric else rest.pop(0)
         columns = rest.pop(0) if scheme.outlier_columns else None
         ranges = rest.pop(0) if scheme.activations == "tensor" else None
-        if nobody_looks(x):
+        if may_skip_dispatcher(x):
             return _product(x, weight_of(prepared, zero, scheme.bits, n), columns, ranges)
         y = cpu_native_int8_linear(flat(x, spec.in_features), tiles, scale, zero, columns, ranges, scheme.bits, n)
         return y.reshape(*x.shape[:-1], n)

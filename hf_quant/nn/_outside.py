@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from hf_quant.core.private_torch import tree_map, wrapper_subclass, written_arguments
 from hf_quant.errors import PlanError
 
 # who moves parameters about, or ties them, and so needs the parameter itself
@@ -39,9 +39,10 @@ class FloatWeight(Tensor):
     def __new__(
         cls, read: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> Any:
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        made._read = read
-        return made
+        assert wrapper_subclass is not None
+        weight: Any = wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        weight._read = read
+        return weight
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -49,11 +50,8 @@ class FloatWeight(Tensor):
             return args[0]._again()
         if func is torch.ops.aten.set_.source_Tensor and args[0] is args[1]:
             return args[0]  # parametrizations do that, where nothing has to be changed
-        named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | (kwargs or {})
-        for argument in func._schema.arguments:
-            written = argument.alias_info is not None and argument.alias_info.is_write
-            if written and isinstance(named.get(argument.name), FloatWeight):
-                raise PlanError(READ_ONLY)
+        if any(isinstance(argument, FloatWeight) for argument in written_arguments(func, args, kwargs or {})):
+            raise PlanError(READ_ONLY)
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
 
     def _again(self) -> FloatWeight:
@@ -151,6 +149,8 @@ class Outside(nn.Module):
             return self.float_weight(name)  # what is only looked at disappears from the graph
         if sys._getframe(2).f_globals.get("__name__", "").startswith(MOVERS):
             return self._parameters[name]
+        if wrapper_subclass is None:
+            return self.float_weight(name)
         return FloatWeight(partial(self.float_weight, name), shape, self.compute_dtype, self._codes(name).device)
 
 

@@ -9,10 +9,10 @@ from hf_quant.core.packing import unpack_short
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.formats import format_named
+from hf_quant.nn._hooks import AWAITED, mark_initialized
 from hf_quant.nn._outside import Outside
 
 _NATIVE = format_named("native")
-AWAITED = "awaited"  # true, so that no model fills such a parameter with random numbers; of loaded ones it is True
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -38,7 +38,7 @@ def register(
         if codes or local != "weight":
             full = name + local.removeprefix("weight")
             empty = frozen(torch.empty((*lead, *size), dtype=kind))
-            empty._is_hf_initialized = AWAITED  # type: ignore[attr-defined]
+            mark_initialized(empty, AWAITED)
             module.register_parameter(full, empty)
     # last: some models take the type of a module's first parameter for that of all, and the scales' is the right one
     module._parameters[name] = module._parameters.pop(name)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.nn._hooks import mark_initialized
 from hf_quant.nn._outside import Outside, seen
 from hf_quant.nn._weight import frozen, read, register
 
@@ -37,7 +38,7 @@ class QuantEmbedding(Outside, nn.Embedding):
         if not quantized:
             self.weight = frozen(torch.empty(num_embeddings, embedding_dim, dtype=dtype))
         register(self, "weight", (num_embeddings, embedding_dim), scheme, dtype, codes=quantized)
-        self._is_hf_initialized = True
+        mark_initialized(self)
 
     @property
     def compute_dtype(self) -> torch.dtype:  # type: ignore[override]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.kernels import LinearSpec, back_in_order, by_expert, outlier_linear, select
+from hf_quant.nn._hooks import apply_gate, has_gate_function, mark_initialized
 from hf_quant.nn._outside import Outside, seen
 from hf_quant.nn._repacking import Repacking
 from hf_quant.nn._weight import frozen, read, register
@@ -163,13 +164,13 @@ def _first(module: Any) -> str:
 
 def _activated(module: Any, y: Tensor) -> Tensor:
     """What the second stack is given."""
-    made: Tensor = module._apply_gate(y) if module.has_gate else module.act_fn(y)
-    return made
+    activated: Tensor = apply_gate(module, y) if module.has_gate else module.act_fn(y)
+    return activated
 
 
 def why_not_experts(module: nn.Module) -> str | None:
     """Why a module with stacked weights cannot be run by `QuantExperts`, or None if it can."""
-    if not hasattr(module, "is_transposed") or not hasattr(module, "_apply_gate"):
+    if not hasattr(module, "is_transposed") or not has_gate_function(module):
         return "not one of transformers' standard experts layers"
     if getattr(module, "has_post_expert_norm", False):
         return "it normalizes after each expert"
@@ -224,7 +225,8 @@ def as_quant_experts(
     dtype = module.down_proj.dtype
     assert isinstance(dtype, torch.dtype)
     module.__class__ = _quantized_class(cls)
-    module.schemes, module.compute_dtype, module._is_hf_initialized = schemes, dtype, True  # type: ignore[assignment]
+    module.schemes, module.compute_dtype = schemes, dtype  # type: ignore[assignment]
+    mark_initialized(module)
     for name, scheme in schemes.items():
         register(module, name, shapes[name], scheme, scale_dtypes.get(name, dtype), codes=quantized)
         if scheme.permuted:

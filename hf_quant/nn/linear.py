@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.kernels import LinearSpec, outlier_linear, select
+from hf_quant.nn._hooks import mark_initialized
 from hf_quant.nn._outside import seen
 from hf_quant.nn._repacking import Repacking
 from hf_quant.nn._weight import frozen, read, register
@@ -53,7 +54,7 @@ class QuantLinear(Repacking, nn.Linear):
         register(self, "weight", (out_features, in_features), scheme, scale_dtype or dtype, codes=quantized)
         self.register_parameter("bias", frozen(torch.empty(out_features, dtype=dtype)) if bias else None)
         self.shares_codes = False  # True where the embeddings read the same codes
-        self._is_hf_initialized = True  # or transformers would call normal_() on integer weights it finds missing
+        mark_initialized(self)
 
     @property
     def spec(self) -> LinearSpec:

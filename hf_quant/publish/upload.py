@@ -26,10 +26,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import _http
 
 from hf_quant.disk.digests import Digest
 from hf_quant.errors import PushError
+from hf_quant.hf._hooks import client_factory
 
 T = TypeVar("T")
 ATTEMPTS = 6
@@ -338,7 +338,7 @@ def _retry_after(error: BaseException) -> float:
 @contextmanager
 def _timeouts(seconds: float) -> Iterator[None]:
     """Let the client, which waits for ever, give up where nothing moves for so long."""
-    before = getattr(_http, "_GLOBAL_CLIENT_FACTORY", _http.default_client_factory)  # there is no public way to ask
+    before = client_factory()
 
     def factory() -> Any:
         client = before()

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from hf_quant.core.private_torch import tree_map_only
 from hf_quant.errors import HfQuantError
 
 Value = TypeVar("Value")

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from hf_quant.core.private_torch import tree_leaves, tree_map_only
 from hf_quant.transforms import Stage
 
 CLOSE = 1e-3  # largest change of a token's or a channel's output, relative to its size, that is taken for rounding

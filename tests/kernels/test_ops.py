@@ -22,7 +22,7 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import KernelError
 from hf_quant.kernels import LinearSpec, outlier_linear, select
 from hf_quant.kernels._native import compiled
-from hf_quant.kernels._shared import checks, private_torch, registration
+from hf_quant.kernels._shared import checks, registration
 from hf_quant.kernels.cpu_native import BACKEND as CpuNative
 from hf_quant.methods import method
 
@@ -312,44 +312,6 @@ def test_forward_mode_differentiation_is_refused_and_not_forgotten() -> None:
             backend.linear(x, prepared, spec)  # which has no tangent
         with pytest.raises(KernelError, match="forward-mode differentiation"):
             torch.func.jvp(lambda x: backend.linear(x, prepared, spec), (x,), (direction,))  # noqa: B023
-
-
-PRIVATE = ("_C._len_torch_dispatch_stack", "_C._functorch.peek_interpreter_stack", "_C._is_tracing",
-           "_C._dynamo.guards._empty_strided_cpu", "autograd.forward_ad._current_level")  # fmt: skip
-
-
-@pytest.mark.parametrize("path", PRIVATE)
-def test_pytorch_without_one_of_its_private_functions(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The module that looks them up, made again: the dispatcher is then always asked, and memory comes the usual way."""
-    owner, _, name = path.rpartition(".")
-    monkeypatch.delattr(private_torch.private(owner), name)
-    spec = importlib.util.spec_from_file_location("without", private_torch.__file__)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.nobody_looks(torch.ones(1)) == (name == "_empty_strided_cpu")
-    made = module.empty_on_cpu((2, 3), (3, 1), torch.bfloat16)
-    assert made.shape == (2, 3) and made.stride() == (3, 1) and made.dtype is torch.bfloat16
-
-
-def test_layers_run_without_pytorchs_private_functions() -> None:
-    code = f"""
-import torch, torch._functorch.pyfunctorch
-for path in {PRIVATE[:4]!r}:
-    owner, _, name = path.rpartition(".")
-    part = torch
-    for step in owner.split("."): part = getattr(part, step)
-    delattr(part, name)
-torch.jit.is_tracing = torch._jit_internal.is_tracing = lambda: False
-from hf_quant.nn import QuantLinear
-from hf_quant.core.scheme import QuantScheme
-layer = QuantLinear(64, 32, QuantScheme(4, 32), bias=False, dtype=torch.bfloat16)
-for parameter in layer.parameters(): parameter.data.zero_()
-layer.choose_kernel()
-with torch.no_grad(): print(layer(torch.ones(2, 64, dtype=torch.bfloat16)).shape)
-"""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "torch.Size([2, 32])", done.stderr
 
 
 @built

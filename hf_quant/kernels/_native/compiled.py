@@ -17,12 +17,12 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from hf_quant.core.private_torch import empty_on_cpu
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import BackendError, KernelError
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import BLOCK, as_asked, compute_dtype
-from hf_quant.kernels._shared.private_torch import empty_on_cpu
 from hf_quant.kernels._shared.registration import Arguments, fake, op
 
 try:

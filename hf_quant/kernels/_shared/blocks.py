@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_quant.core.private_torch import cpu_has, refuse_forward_mode
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import KernelError
-from hf_quant.kernels._shared.private_torch import refuse_forward_mode
 from hf_quant.kernels._shared.registration import outside
 
 BLOCK = 1 << 20  # weights dequantized together: 4 MB in float32, which stays in a cache
@@ -23,9 +23,7 @@ Codes = Callable[[int, int], Tensor]  # rows from, to (exclusive) -> [rows, K]: 
 @lru_cache
 def cpu_multiplies_bf16() -> bool:
     """Whether bf16 products are instructions here; without them float32 is two to four times faster."""
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return bool(probe() or amx())
+    return cpu_has("avx512_bf16", "amx_tile")
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from hf_quant.core.private_torch import refuse_forward_mode
 from hf_quant.core.scheme import BITS
 from hf_quant.errors import KernelError
-from hf_quant.kernels._shared.private_torch import refuse_forward_mode
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CODES = (torch.uint8,)

@@ -1,8 +1,9 @@
-"""Makes transformers know ``quant_method: "hf_quant"`` without an ``import hf_quant``; the real classes come at first use.
+"""Registers ``quant_method: "hf_quant"`` in transformers without an ``import hf_quant``; the classes are imported on first use.
 
-transformers looks for no plug-ins, so the wheel names `autoload` in the entry-point group ``torch.backends``. That group
-is meant for device backends: torch calls whatever stands there at the end of ``import torch``. Nothing heavy may be
-imported here, and nothing may be raised. HF_QUANT_AUTOLOAD=0 switches it off, HF_QUANT_DEBUG=1 shows what went wrong.
+transformers has no plug-ins, so the wheel names `autoload` in the entry-point group ``torch.backends``, which is meant for
+device backends: torch calls its members at the end of ``import torch``. This module must import nothing heavy and must not
+raise. HF_QUANT_AUTOLOAD=0 disables it, HF_QUANT_DEBUG=1 shows errors. Seen with torch 2.6 to 2.13 and transformers 5.10.1 to
+5.24; `tests/unit/test_autoload.py` tests every step of it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from typing import Any
 METHOD = "hf_quant"
 AUTO = "transformers.quantizers.auto"
 READABLE = ("auto-round", "awq", "bitsandbytes", "compressed-tensors", "gptq", "hqq", "torchao")  # quant_method
-taken_over: set[str] = set()  # those of them that `hf_quant.take_over` was asked to run
-TARGETS = (AUTO, "transformers.modeling_utils")  # the second, since torch may be imported from inside the first
+taken_over: set[str] = set()  # those for which `hf_quant.take_over` was called
+TARGETS = (AUTO, "transformers.modeling_utils")  # the second one, since torch may be imported from inside the first
 
 
 class _Proxy:
-    """Stands for a class in one of transformers' two mappings, and behaves like it as far as transformers asks."""
+    """Stands for a class in one of transformers' two mappings until it is used."""
 
     def __init__(self, class_name: str) -> None:
         self._class_name = class_name
@@ -33,11 +34,11 @@ class _Proxy:
         try:
             return getattr(import_module("hf_quant.hf"), self._class_name)
         except BaseException:
-            _quietly(_register)  # or else transformers would skip the quantization at the next attempt
+            _quietly(_register)  # otherwise transformers would skip the quantization at the next attempt
             raise
 
     def from_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Config from what stands in config.json."""
+        """The configuration from its form in config.json."""
         return self._real().from_dict(*args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -45,34 +46,34 @@ class _Proxy:
 
 
 class _Finder:
-    """On ``sys.meta_path``: finds nothing itself, but registers as soon as a target has been executed."""
+    """On ``sys.meta_path``: finds no module itself, but registers after a target has been executed."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """What the other finders find; its loader calls `_register` afterwards."""
+        """The spec from the other finders, whose loader calls `_register` afterwards."""
         if name not in TARGETS:
             return None
         others = [finder for finder in sys.meta_path if hasattr(finder, "find_spec") and not _ours(finder)]
-        found = (finder.find_spec(name, path, target) for finder in others)
-        spec = next((spec for spec in found if spec is not None), None)
+        specs = (finder.find_spec(name, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
         _quietly(lambda: _register_after(spec.loader if spec else None))
         return spec
 
 
 def autoload() -> None:
-    """What torch calls; an exception here would break ``import torch``."""
+    """Called by torch; an exception here would break ``import torch``."""
     if os.environ.get("HF_QUANT_AUTOLOAD") != "0":
         _quietly(install)
 
 
 def install() -> None:
-    """Register now if transformers is there, else as soon as it is; as often as one likes."""
+    """Register now if transformers is imported, or else as soon as it is; may be called repeatedly."""
     if not any(map(_ours, sys.meta_path)):
         sys.meta_path.insert(0, _Finder())
     _register()
 
 
 def drop_proxies() -> None:
-    """Make room for the real classes: transformers' decorators refuse a name that is taken."""
+    """Remove the proxies before the real classes are registered: transformers refuses a name that is taken."""
     auto: Any = sys.modules.get(AUTO)
     for mapping in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):
         entries = getattr(auto, mapping, {})
@@ -92,9 +93,9 @@ def _register_after(loader: Any) -> None:
 
 def _register() -> None:
     auto: Any = sys.modules.get(AUTO)
-    if not hasattr(auto, "get_hf_quantizer"):  # absent, or in the middle of its own import
+    if not hasattr(auto, "get_hf_quantizer"):  # not imported, or partly
         return
-    if "hf_quant.hf" not in sys.modules:  # otherwise it registers, or has registered, the real ones
+    if "hf_quant.hf" not in sys.modules:  # that module registers the real classes
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, _Proxy("HfQuantConfig"))
         auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, _Proxy("HfQuantQuantizer"))
     wrapped = auto.AutoHfQuantizer.merge_quantization_configs
@@ -104,22 +105,22 @@ def _register() -> None:
 
 def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
     def merge_quantization_configs(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        """Transformers' own, except for checkpoints of other programs that we wrote or were asked to run.
+        """transformers' own, except for checkpoints of other programs that this package wrote or was asked to run.
 
-        A configuration of ours that says how to quantize is refused for a checkpoint that is quantized already.
+        A configuration of this package that says how to quantize is refused for a checkpoint that is already quantized.
         """
-        asked = quantization_config_from_args
+        requested = quantization_config_from_args
         method = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else METHOD
         if isinstance(method, str) and method != METHOD:
-            wanted = METHOD in quantization_config or method in taken_over
-            if type(asked).__name__ == "HfQuantConfig" or (asked is None and wanted):
+            take_over = METHOD in quantization_config or method in taken_over
+            if type(requested).__name__ == "HfQuantConfig" or (requested is None and take_over):
                 hf = import_module("hf_quant.hf")
-                if asked is None or isinstance(asked, hf.HfQuantConfig):
-                    made = hf.taken_over(quantization_config, getattr(asked, "activations", None))
-                    hf.refuse_requantizing(quantization_config, asked)
-                    return made
-        elif type(asked).__name__ == "HfQuantConfig":
-            import_module("hf_quant.hf").refuse_requantizing(quantization_config, asked)
+                if requested is None or isinstance(requested, hf.HfQuantConfig):
+                    config = hf.taken_over(quantization_config, getattr(requested, "activations", None))
+                    hf.refuse_requantizing(quantization_config, requested)
+                    return config
+        elif type(requested).__name__ == "HfQuantConfig":
+            import_module("hf_quant.hf").refuse_requantizing(quantization_config, requested)
         return original(cls, quantization_config, quantization_config_from_args)
 
     return merge_quantization_configs

@@ -1,16 +1,16 @@
-"""Every error this package raises on purpose."""
+"""All errors that this package raises on purpose."""
 
 LONGEST = 2000  # characters of a message
 
 
 def printable(text: str, longest: int = LONGEST, *, lines: bool = True) -> str:
-    """A stranger's text, safe to show: whatever is not printable becomes an escape, so that it can neither drive a terminal
-    nor hide nor pass for other text.
+    """Text from an untrusted source, safe to show: unprintable characters are escaped, so that it can neither control a terminal nor
+    hide or imitate other text.
 
     Args:
-        text: Anything, also with lone surrogates, as in the name of a file that is not valid UTF-8.
-        longest: More characters than that are cut out of the middle.
-        lines: Whether ends of lines stay what they are; a name has none.
+        text: Any text, also with lone surrogates, as in the name of a file that is not valid UTF-8.
+        longest: Characters beyond that number are cut out of the middle.
+        lines: Whether to keep line breaks, which a name does not have.
     """
     kept = "\n" if lines else ""
     short = _cut(text, longest)
@@ -22,7 +22,7 @@ def _cut(text: str, longest: int) -> str:
 
 
 class HfQuantError(Exception):
-    """Base class: catch this to catch them all. The message is short and printable, whatever names are in it."""
+    """Base class of all errors here. The message is short and printable, whatever names are in it."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
@@ -33,7 +33,7 @@ class SchemeError(HfQuantError, ValueError):
 
 
 class PlanError(HfQuantError, ValueError):
-    """A plan names modules that do not exist, or asks for what cannot be done to them."""
+    """A plan names modules that do not exist, or asks for something that a module does not allow."""
 
 
 class CheckpointError(HfQuantError, ValueError):
@@ -53,12 +53,12 @@ class BackendError(HfQuantError, RuntimeError):
 
 
 class KernelError(HfQuantError, RuntimeError):
-    """A kernel was given a tensor it cannot take; the message names the operation and the tensor."""
+    """A kernel was given an invalid tensor; the message names the operation and the tensor."""
 
 
 class PushError(HfQuantError):
-    """A folder may not be published, or the upload did not end; the message says why and how to go on."""
+    """A folder may not be published, or the upload is incomplete; the message says why and how to continue."""
 
 
 class GateError(PushError):
-    """A model that missed its quality gate, or was never held against one, may not be published."""
+    """A model that failed its quality gate, or was never measured, may not be published."""

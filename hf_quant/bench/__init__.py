@@ -1,1 +1,1 @@
-"""What a user feels: memory, time to load, prefill and decode speed, time to the first token."""
+"""Measures memory, time to load, prefill and decode speed, and time to the first token."""

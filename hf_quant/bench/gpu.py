@@ -1,4 +1,4 @@
-"""Times of linear layers on a GPU, and which tiles are fastest there."""
+"""Times linear layers on a GPU, and finds the fastest tiles there."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from hf_quant.kernels._triton.tiles import Tile, as_list, forget, key, too_old, 
 from hf_quant.nn import QuantLinear
 
 ROWS = (8, 16, 32, 64, 128, 256, 512, 1024)
-CACHES = 4  # times the last cache that the weights of one timing take
-Layer = tuple[QuantScheme, int, int, torch.dtype]  # scheme, N, K, what it computes in
+CACHES = 4  # total size of the weights of one timing, in sizes of the last cache
+Layer = tuple[QuantScheme, int, int, torch.dtype]  # scheme, N, K, dtype of the product
 
 
 def need_gpu() -> torch.device:
     """The current GPU.
 
     Raises:
-        HfQuantError: There is none.
+        HfQuantError: There is no GPU.
     """
     if not torch.cuda.is_available():
         raise HfQuantError("no GPU here: times of its kernels and their tiles can only be found on one")
@@ -35,13 +35,13 @@ def need_gpu() -> torch.device:
 
 
 def copies(nbytes: int) -> int:
-    """Weights of ``nbytes`` that together exceed the last cache several times."""
+    """Number of weights of ``nbytes`` bytes that together exceed the last cache several times."""
     cache = torch.cuda.get_device_properties(need_gpu()).L2_cache_size
     return max(2, -(-CACHES * cache // nbytes))
 
 
 def microseconds(calls: Sequence[Callable[[], Any]], repeats: int = 9) -> float:
-    """Of one call, the median over replays of a CUDA graph of all of them, so that Python does not count."""
+    """Time of one call: the median over replays of a CUDA graph of all calls, so that Python adds nothing."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -62,7 +62,7 @@ def microseconds(calls: Sequence[Callable[[], Any]], repeats: int = 9) -> float:
 
 
 def weight(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torch.device) -> QuantizedTensor:
-    """Random codes ``[n, k]``."""
+    """A weight ``[n, k]`` of random codes."""
     packed = torch.randint(256, (n, scheme.packed_bytes(k)), dtype=torch.uint8, device=device)
     groups = (n, scheme.groups(k))
     scale = (torch.rand(groups, device=device) * 0.01 + 0.01).to(dtype)
@@ -73,28 +73,28 @@ def weight(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torc
 
 
 def candidates(rows: int) -> list[Tile]:
-    """Tiles to try for that many rows of x."""
+    """Tiles to try for ``rows`` rows of x."""
     high = [8, 16, 32] if rows <= 32 else [64, 128]
-    made = []
+    tiles = []
     for m in (m for m in high if m >= min(rows, high[-1]) or m == high[-1]):
         for n, warps in ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8)):
             for stages in (2, 3, 4):
-                made += [Tile(m, n, warps, stages, split) for split in ((1, 2, 4, 8, 16) if rows <= 64 else (1,))]
-    return made
+                tiles += [Tile(m, n, warps, stages, split) for split in ((1, 2, 4, 8, 16) if rows <= 64 else (1,))]
+    return tiles
 
 
 def layers_of(model: nn.Module) -> list[Layer]:
-    """The different linear layers of a model; scheme, shape and dtype, but not zero points, decide on tiles."""
-    found: dict[str, Layer] = {}
+    """The distinct linear layers of a model: tiles depend on scheme, shape and dtype, but not on zero points."""
+    layers: dict[str, Layer] = {}
     for module in model.modules():
         if isinstance(module, QuantLinear):
             scheme, n, k = module.scheme, module.out_features, module.in_features
-            found.setdefault(key(scheme.bits, n, k), (scheme, n, k, module.compute_dtype))
-    return list(found.values())
+            layers.setdefault(key(scheme.bits, n, k), (scheme, n, k, module.compute_dtype))
+    return list(layers.values())
 
 
 def tune(layers: Iterable[Layer]) -> dict[str, Any]:
-    """Try the tiles for every layer, and keep the fastest ones in this machine's cache.
+    """Time all tiles for every layer, and store the fastest ones in the cache of this machine.
 
     Raises:
         HfQuantError: There is no GPU.
@@ -102,21 +102,21 @@ def tune(layers: Iterable[Layer]) -> dict[str, Any]:
     device = need_gpu()
     if (reason := too_old()) is not None:
         raise HfQuantError(f"nothing to tune: the kernel for GPUs {reason}")
-    path, kept = tuned_path(device), tuned(device)
+    path, tuned_tiles = tuned_path(device), tuned(device)
     for scheme, n, k, dtype in layers:
-        kept[key(scheme.bits, n, k)] = _tuned(scheme, n, k, dtype, device)
+        tuned_tiles[key(scheme.bits, n, k)] = _tuned(scheme, n, k, dtype, device)
         make_folder(path.parent)
-        write_json(path, kept)
+        write_json(path, tuned_tiles)
     forget()
-    return kept
+    return tuned_tiles
 
 
 def _tuned(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     from hf_quant.kernels.triton_wna16 import BACKEND, densely, launch
 
     spec, backend = LinearSpec(scheme, n, k, dtype, "cuda"), BACKEND()
-    own = weight(scheme, n, k, dtype, device)
-    prepared = [backend.prepare(own, spec) for _ in range(copies(own.qweight.numel()))]
+    quantized = weight(scheme, n, k, dtype, device)
+    prepared = [backend.prepare(quantized, spec) for _ in range(copies(quantized.qweight.numel()))]
     zero = [p[3] if len(p) == 4 and not scheme.codebook else None for p in prepared]
     table = [p[3] if len(p) == 4 and scheme.codebook else None for p in prepared]
 
@@ -131,15 +131,15 @@ def _tuned(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torc
     tiles: dict[str, list[int]] = {}
     for rows in ROWS:
         x = torch.randn(rows, k, device=device, dtype=dtype)
-        best, found = microseconds([partial(many, x, i) for i in range(len(prepared))]), None
+        fastest_time, fastest = microseconds([partial(many, x, i) for i in range(len(prepared))]), None
         for tile in candidates(rows):
             try:
                 took = microseconds([partial(sparsely, x, tile, i) for i in range(len(prepared))])
-            except Exception:  # too much shared memory, say: no candidate here
+            except Exception:  # the tile needs too much shared memory, for example
                 continue
-            if took < best:
-                best, found = took, tile
-        if found is None and tiles:
+            if took < fastest_time:
+                fastest_time, fastest = took, tile
+        if fastest is None and tiles:
             return {"tiles": tiles, "dense": int(next(reversed(tiles)))}
-        tiles[str(rows)] = as_list(found or Tile(16, 64, 2, 2))
+        tiles[str(rows)] = as_list(fastest or Tile(16, 64, 2, 2))
     return {"tiles": tiles, "dense": ROWS[-1]}

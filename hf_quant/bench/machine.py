@@ -1,4 +1,4 @@
-"""What the numbers are measured on."""
+"""The machine that numbers are measured on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ INFO = Path("/proc/cpuinfo")
 
 
 def cpu_name() -> str:
-    """Of the processor, as Linux has it; elsewhere as Python has it, or at least the architecture."""
+    """Name of the processor from Linux or from Python, or at least its architecture."""
     lines = INFO.read_text().splitlines() if INFO.exists() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""Memory and time to load, each model in a process of its own: nothing that another one left behind is counted."""
+"""Memory and time to load, each model in a separate process, so that memory of an earlier one is not counted."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any
 
 from hf_quant.errors import HfQuantError
 
-EVERY = 0.002  # seconds between two looks
+EVERY = 0.002  # seconds between two samples
 STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Of one model.
+    """Memory and time to load of one model.
 
     Attributes:
-        load_seconds: From the call of ``from_pretrained`` to its return, files in the page cache or not.
-        weight_bytes: Of all parameters and buffers, as they lie in memory.
-        peak_bytes: Highest use while loading and running 128 tokens, over what the process used before; of the device
-            if there is one, else of the process (resident memory).
+        load_seconds: Duration of ``from_pretrained``, whether or not the files are in the page cache.
+        weight_bytes: Size of all parameters and buffers in memory.
+        peak_bytes: Peak use while loading and running 128 tokens, above that of the process before: device memory if there is a
+            device, else resident memory of the process.
         where: ``"process"`` or the device's name.
     """
 
@@ -58,7 +58,7 @@ def measure(model: str, **load: Any) -> Memory:
 
 
 class _Watch(threading.Thread):
-    """Remembers the most memory the process used."""
+    """Records the peak memory of the process."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -70,14 +70,14 @@ class _Watch(threading.Thread):
             self.peak = max(self.peak, _used())
 
     def stop(self) -> int:
-        """Bytes over those at the start."""
+        """Bytes above the use at the start."""
         self.done.set()
         self.join()
         return max(self.peak, _used()) - self.first
 
 
 def _used() -> int:
-    """Bytes of resident memory; where that cannot be read, the most there was so far."""
+    """Bytes of resident memory; where that cannot be read, its peak so far."""
     if STATUS.exists():
         fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
         return int(fields["VmRSS"].split()[0]) * 1024
@@ -95,36 +95,36 @@ def _main(model: str, load: dict[str, Any]) -> None:
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     hub = hub_options(load)
-    class_of(config_of(model, **hub), **hub)  # imports its code before the count starts
+    class_of(config_of(model, **hub), **hub)  # imports code of the checkpoint before measuring starts
     watch = _Watch()
     watch.start()
     start = time.perf_counter()
-    made = load_model(model, **load)
+    loaded = load_model(model, **load)
     seconds = time.perf_counter() - start
-    device = made.device
+    device = loaded.device
     with torch.inference_mode():
-        made(torch.arange(128, device=device)[None] % made.config.get_text_config().vocab_size)
+        loaded(torch.arange(128, device=device)[None] % loaded.config.get_text_config().vocab_size)
     peak = watch.stop()
     if device.type != "cpu":
         peak = torch.get_device_module(device).max_memory_allocated(device)
-    record = Memory(seconds, weight_bytes(made), peak, "process" if device.type == "cpu" else str(device))
+    record = Memory(seconds, weight_bytes(loaded), peak, "process" if device.type == "cpu" else str(device))
     sys.stdout.write(json.dumps(record.to_dict()) + "\n")
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of parameters, buffers, and what kernels laid out anew, each piece of memory counted once."""
+    """Bytes of parameters, buffers and repacked codes, without counting any memory twice."""
     return sum(dict(map(_stored, _tensors(model))).values())
 
 
 def _stored(tensor: Any) -> tuple[int, int]:
-    """Where it is, and its bytes; what oneDNN laid out has no storage to ask."""
+    """Address and bytes of a tensor; tensors in oneDNN's layout have no storage."""
     if tensor.is_mkldnn:
         return id(tensor), tensor.nbytes
     return tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()
 
 
 def _tensors(model: Any) -> list[Any]:
-    """Parameters, buffers, and what kernels laid out anew."""
+    """Parameters, buffers and repacked codes."""
     laid_out = [parts for module in model.modules() for parts in getattr(module, "_repacked", {}).values()]
     return [*model.parameters(), *model.buffers(), *chain.from_iterable(laid_out)]
 

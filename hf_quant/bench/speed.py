@@ -1,4 +1,4 @@
-"""Prefill and decode speed; models that are compared take turns, so that whatever slows the machine slows them all."""
+"""Prefill and decode speed; models take turns, so that a slowdown of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ WARM_UP = 1
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Of one model at one batch size; medians over the repeats.
+    """Speed of one model at one batch size; medians over the repeats.
 
     Attributes:
-        batch: Sequences at once.
-        prompt: Tokens of each prompt.
-        new: Tokens generated for each.
+        batch: Number of sequences.
+        prompt: Tokens in each prompt.
+        new: Tokens generated for each prompt.
         prefill: Prompt tokens per second, all sequences together.
-        decode: Generated tokens per second, all sequences together, the first of each left out.
+        decode: Generated tokens per second, all sequences together, without the first token of each.
         first_token: Seconds from the prompt to the first token.
-        prefill_spread: Interquartile range over the median.
-        decode_spread: Likewise.
-        cache_bytes: Of keys and values at the end, all sequences together.
+        prefill_spread: Interquartile range of ``prefill`` over its median.
+        decode_spread: Interquartile range of ``decode`` over its median.
+        cache_bytes: Size of the keys and values at the end, all sequences together.
     """
 
     batch: int
@@ -50,37 +50,37 @@ class Speed:
 
 @torch.inference_mode()
 def once(model: Any, batch: int, prompt: int, new: int, cache: str | None = None) -> tuple[float, float, int]:
-    """Seconds to the first token, seconds for the ``new - 1`` that follow, greedy with a cache, and its bytes."""
+    """Seconds to the first token, seconds for the ``new - 1`` tokens that follow (greedy, with a cache), and the cache's bytes."""
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
     _wait(model)
     start = time.perf_counter()
-    kept = cache_argument(model, cache)
-    out = model(ids, use_cache=True, logits_to_keep=1, **kept)
+    cache_kwargs = cache_argument(model, cache)
+    out = model(ids, use_cache=True, logits_to_keep=1, **cache_kwargs)
     token = out.logits[:, -1:].argmax(-1)
     _wait(model)
     first = time.perf_counter()
     for _ in range(new - 1):
-        out = model(token, use_cache=True, **kept)
+        out = model(token, use_cache=True, **cache_kwargs)
         token = out.logits[:, -1:].argmax(-1)
     _wait(model)
-    return first - start, time.perf_counter() - first, cache_bytes(next(iter(kept.values())))
+    return first - start, time.perf_counter() - first, cache_bytes(next(iter(cache_kwargs.values())))
 
 
 def compare(
     models: Mapping[str, Any], batches: Sequence[int], *, prompt: int = 128, new: int = 32, repeats: int = 5,
     progress: Callable[[Any], Any] = iter, caches: Mapping[str, str | None] = MappingProxyType({}),
 ) -> dict[str, list[Speed]]:  # fmt: skip
-    """Every model at every batch size.
+    """Measure every model at every batch size.
 
     Args:
-        models: Name to causal language model; all are in memory.
+        models: Name to causal language model, all of them loaded.
         batches: Numbers of sequences.
-        prompt: Tokens of each prompt, random ones.
-        new: Tokens to generate for each, at least 2.
-        repeats: Turns that count; one more comes first, to warm up.
+        prompt: Number of random tokens in each prompt.
+        new: Number of tokens to generate for each, at least 2.
+        repeats: Number of measured turns; a warm-up turn comes first.
         progress: Wraps the list of turns.
-        caches: Name of a model to the kind of its cache: ``"int8"``, ``"int4"``; others have one in floating point.
+        caches: Model name to the kind of its cache, ``"int8"`` or ``"int4"``; others have one in floating point.
     """
     times: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
     for turn, batch in progress([(turn, batch) for batch in batches for turn in range(WARM_UP + repeats)]):

@@ -1,3 +1,3 @@
-"""A folder with a model in it that a stranger may have written: its files, its tensors, its quantized layers.
+"""A folder with a model from an untrusted source: its files, its tensors, its quantized layers.
 
-Nothing here knows transformers; whatever is read is checked first."""
+Nothing here knows transformers; everything is checked before it is used."""

@@ -1,4 +1,4 @@
-"""config.json of a checkpoint: no number in it may make building the model endless, and nothing in it may name foreign code."""
+"""Checks config.json: no number may make building the model endless, and no field may name code elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hf_quant.disk.strict_json import MAX_BYTES, MAX_VALUES, parsed, shown
 from hf_quant.errors import CheckpointError
 
 MAX_CONFIG = 500_000  # values in config.json
-SIZES_OF = {  # field of config.json to the integers it may hold; models without experts say zero of them
+SIZES_OF = {  # fields of config.json and the range of their values; models without experts have zero of them
     "num_hidden_layers": (1, 1000),
     "n_layer": (1, 1000),
     "n_layers": (1, 1000),
@@ -31,23 +31,23 @@ SIZES_OF = {  # field of config.json to the integers it may hold; models without
     "num_local_experts": (0, 2**16),
     "n_routed_experts": (0, 2**16),
 }
-MOST = (  # what other fields with such names may count, where they hold an integer
+MOST = (  # limits of other fields with such names, where they hold an integer
     (re.compile(r"(.*_)?(layers?|depth)"), 1000),
     (re.compile(r"(.*_)?experts"), 2**16),
     (re.compile(r"n_positions|.*max_.*positions?(_embeddings)?"), 2**26),
 )
-INNERMOST = 4  # how deep configs of parts are looked into
+INNERMOST = 4  # depth to which configs of parts are checked
 _PLAIN = re.compile(
     r"[a-z0-9_]+|None|\{.*\}", re.DOTALL
-)  # of how attention is computed; a kernel on the Hub has a slash
-FIELDS = ("quantization_config", "compression_config")  # of config.json; the second in older compressed-tensors
+)  # names of attention implementations; a kernel on the Hub has a slash
+FIELDS = ("quantization_config", "compression_config")  # of config.json; the second one in older compressed-tensors
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """One JSON file of a local folder.
+    """A JSON file of a local folder.
 
     Raises:
-        CheckpointError: It is damaged, too large, or leads out of the folder.
+        CheckpointError: It is damaged, too large, or outside of the folder.
     """
     path = inside(folder, name)
     size = size_of_regular_file(path, name)
@@ -60,7 +60,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a local folder.
 
     Raises:
-        CheckpointError: It is damaged, or a number in it would make building the model endless; the message names the field.
+        CheckpointError: It is damaged, or a number in it would make building the model endless; names the field.
     """
     config = read_json(folder, "config.json")
     check_config(config)
@@ -68,11 +68,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any], where: str = "") -> None:
-    """Refuse numbers that would make building the model endless, and a ``quantization_config`` that is no object.
+    """Refuse numbers that would make building the model endless, and a ``quantization_config`` that is not an object.
 
     Args:
         config: config.json.
-        where: Of an inner config, its name and a dot.
+        where: For an inner config, its name and a dot.
 
     Raises:
         CheckpointError: Names the field.
@@ -95,7 +95,7 @@ def check_config(config: Mapping[str, Any], where: str = "") -> None:
 
 
 def _check_numbers(field: str, value: Any) -> None:
-    """No number is NaN; infinite ones are limits that are none, in some models."""
+    """Refuse NaN; some models have infinite limits."""
     if value != value:
         raise CheckpointError(f"config.json: {shown(field)[1:-1]} is NaN")
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

@@ -1,6 +1,6 @@
-"""What a checkpoint holds: which of its layers are quantized, by whom and how; and reading them one at a time.
+"""The quantized layers of a checkpoint: which they are, their format and schemes; and reading them one at a time.
 
-Everything is learned from config.json, the headers of the weights, and tensors of a few kilobytes.
+All of this is found in config.json, the headers of the weights, and tensors of a few kilobytes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from hf_quant.errors import CheckpointError, FormatError
 from hf_quant.formats import Called, Format, Layer, by_itself, format_of
 from hf_quant.formats.native import wrong_values
 
-QUANTO = "quanto_qmap.json"  # how optimum-quanto says that a checkpoint is its own
-TINY, SMALL = 1 << 12, 1 << 24  # bytes: what is read of a tensor by the way, and to be sure
+QUANTO = "quanto_qmap.json"  # the file by which a checkpoint of optimum-quanto is recognized
+TINY, SMALL = 1 << 12, 1 << 24  # bytes of a tensor that is read in a quick look, and in a thorough one
 
 
-BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}  # where AutoGPTQ and AutoAWQ say it, or said it
+BESIDE = {
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}  # files of AutoGPTQ and AutoAWQ, some of them old
 
 
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The ``quantization_config`` of a local checkpoint, wherever it stands; None if it is not quantized.
+    """The ``quantization_config`` of a local checkpoint, from whichever file has it; None if it is not quantized.
 
     Args:
-        folder: Where it is.
+        folder: The checkpoint.
         config: Its config.json.
     """
     text = config.get("text_config")
@@ -50,30 +53,30 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any
 
 @dataclass(frozen=True)
 class Header:
-    """What a format sees of a tensor that it does not read."""
+    """A tensor of which only the header is known."""
 
     info: TensorInfo
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its axes."""
+        """The shape of the tensor."""
         return self.info.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its type, in torch's words; ``bits8`` for those that no format reads."""
+        """The dtype in torch; ``bits8`` for those that no format reads."""
         return TORCH.get(self.info.dtype, torch.bits8)
 
 
 @dataclass(frozen=True)
 class Contents:
-    """A checkpoint, sorted by layer.
+    """The tensors of a checkpoint, sorted by layer.
 
     Attributes:
         checkpoint: The files.
         format: Name of the format of its quantized layers.
-        layers: Those, by the name of their module.
-        names: For each of them, local name to name of its tensors.
+        layers: The quantized layers, by module name.
+        names: For each of them, local name to full name of its tensors.
     """
 
     checkpoint: Checkpoint
@@ -86,23 +89,23 @@ class Contents:
     def of(
         cls, checkpoint: Checkpoint, stored: Mapping[str, Any], *, thorough: bool = True, called: Called = by_itself
     ) -> Contents:
-        """Sort a checkpoint whose ``quantization_config`` is ``stored``.
+        """Sort the tensors of a checkpoint whose ``quantization_config`` is ``stored``.
 
         Args:
-            checkpoint: Its headers have been checked.
-            stored: Says the format.
-            thorough: Whether to look at tensors of up to 16 MB (g_idx, zero points), or only at those of four kilobytes.
-            called: The names by which ``stored`` may call a module of the file.
+            checkpoint: With checked headers.
+            stored: Names the format.
+            thorough: Whether to read tensors of up to 16 MB (g_idx, zero points), or only up to four kilobytes.
+            called: The names that ``stored`` may use for a module of the file.
 
         Raises:
-            FormatError: The format is not read here, or a field of ``stored`` is not.
-            CheckpointError: Tensors of a layer are missing or contradict each other; the message names file and tensor.
+            FormatError: This package does not read the format, or a field of ``stored``.
+            CheckpointError: Tensors of a layer are missing or contradict each other; names file and tensor.
         """
         name, fmt = format_of(stored)
         names = _by_module(checkpoint.tensors, fmt.suffixes)
         headers = {
-            module: {local: Header(checkpoint.tensors[full]) for local, full in own.items()}
-            for module, own in names.items()
+            module: {local: Header(checkpoint.tensors[full]) for local, full in tensors.items()}
+            for module, tensors in names.items()
         }
         limit = SMALL if thorough else TINY
 
@@ -117,14 +120,14 @@ class Contents:
         return cls(checkpoint, name, fmt, layers, {module: names[module] for module in layers})
 
     def tensors(self, module: str) -> dict[str, Tensor]:
-        """The tensors of one layer, as they are in the file."""
+        """The tensors of one layer, as stored."""
         return {local: self.checkpoint.read(full) for local, full in self.names[module].items()}
 
     def check(self, module: str) -> None:
-        """Check what is small of one layer of our own layout: everything but the codes, any of which are good ones.
+        """Check the small tensors of a layer in our own format. Its codes need no check, since every code is valid.
 
         Raises:
-            CheckpointError: A tensor holds what it must not; the message names file and tensor.
+            CheckpointError: A tensor has an invalid value; names file and tensor.
         """
         layer = self.layers[module]
         if self.format == "native" and layer.scheme is not None:
@@ -139,43 +142,43 @@ class Contents:
         return f"{self.checkpoint.tensors[next(iter(self.names[module].values()))].file.name}: {module}"
 
     def read(self, module: str, *, dense: bool = False) -> QuantizedTensor | Tensor:
-        """One layer: codes where it has a scheme, else its weight in float32, or where ``dense`` asks for that.
+        """One layer: codes if it has a scheme; the weight in float32 if it has none, or for ``dense=True``.
 
         Raises:
-            CheckpointError: A tensor holds what it must not; the message names file and tensor.
+            CheckpointError: A tensor has an invalid value; names file and tensor.
         """
         scheme = self.layers[module].scheme
         try:
-            own = self.tensors(module)
-            return self.fmt.dense(own) if scheme is None or dense else self.fmt.read(own, scheme)
+            tensors = self.tensors(module)
+            return self.fmt.dense(tensors) if scheme is None or dense else self.fmt.read(tensors, scheme)
         except FormatError as error:
             raise CheckpointError(f"{self.where(module)}: {error}") from None
 
     @property
     def rest(self) -> list[str]:
-        """Names of all tensors that belong to no quantized layer."""
-        taken = {full for own in self.names.values() for full in own.values()}
-        return [name for name in self.checkpoint.tensors if name not in taken]
+        """Names of all tensors that do not belong to a quantized layer."""
+        coded = {full for tensors in self.names.values() for full in tensors.values()}
+        return [name for name in self.checkpoint.tensors if name not in coded]
 
 
 def _by_module(tensors: Mapping[str, TensorInfo], suffixes: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Module to local name to name; a stack of experts counts as a module, its codes as ``weight``."""
-    made: dict[str, dict[str, str]] = {}
+    """Module to local name to full name; a stack of experts counts as a module, with its codes as ``weight``."""
+    modules: dict[str, dict[str, str]] = {}
     longest = sorted(suffixes, key=len, reverse=True)
     companions = [suffix.removeprefix("weight") for suffix in longest if suffix.startswith("weight_")]
     for full in tensors:
         suffix = next((s for s in longest if full.endswith(f".{s}")), None)
         if suffix is not None:
-            made.setdefault(full[: -len(suffix) - 1], {})[suffix] = full
+            modules.setdefault(full[: -len(suffix) - 1], {})[suffix] = full
             continue
         for companion in companions:
             stack = full.removesuffix(companion)
             if stack != full and stack in tensors and len(tensors[stack].shape) in (3, 4):
-                made.setdefault(stack, {"weight": stack})[f"weight{companion}"] = full
-    return made
+                modules.setdefault(stack, {"weight": stack})[f"weight{companion}"] = full
+    return modules
 
 
 def _file(checkpoint: Checkpoint, names: Mapping[str, Mapping[str, str]], message: str) -> str:
     """The file of the module that a message starts with."""
-    own = names.get(message.split(":", 1)[0])
-    return f"{checkpoint.tensors[next(iter(own.values()))].file.name}: " if own else ""
+    tensors = names.get(message.split(":", 1)[0])
+    return f"{checkpoint.tensors[next(iter(tensors.values()))].file.name}: " if tensors else ""

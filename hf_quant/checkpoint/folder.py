@@ -1,7 +1,7 @@
-"""Checkpoints on disk: what is in them is checked before anything is allocated.
+"""Checkpoints on disk: their content is checked before memory is allocated.
 
-A checkpoint may come from a stranger. Nothing of it is executed, no path in it may lead out of its folder, and every
-number is checked before it is used. Every refusal is a `CheckpointError` that names the file and the tensor or field.
+A checkpoint may come from an untrusted source. No code in it is executed, no path in it may lead out of its folder, and
+every number is checked before use. Every refusal is a `CheckpointError` that names the file and the tensor or field.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of weights whose headers have been checked.
+    """A folder of weights with checked headers.
 
     Attributes:
-        folder: Where it is.
-        config: config.json; empty where only the weights were asked for.
-        tensors: Every tensor by name.
+        folder: The folder.
+        config: config.json; empty if only the weights were opened.
+        tensors: All tensors by name.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class Checkpoint:
         """Check config.json and every header of a local folder.
 
         Raises:
-            CheckpointError: Something is damaged, contradictory, or leads out of the folder.
+            CheckpointError: A file is damaged, contradictory, or outside of the folder.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -67,10 +67,10 @@ class Checkpoint:
         """Check the headers of files that transformers has already chosen.
 
         Args:
-            files: One file, or all shards of one index; as named, links not followed.
+            files: One file, or all shards of one index, by their paths in the folder; links are not followed.
 
         Raises:
-            CheckpointError: Something is damaged, contradictory, or leads out of the folder.
+            CheckpointError: A file is damaged, contradictory, or outside of the folder.
         """
         files = [Path(file) for file in files]
         if not files:
@@ -94,7 +94,7 @@ class Checkpoint:
         """One tensor, on the CPU.
 
         Raises:
-            CheckpointError: There is none of that name, or the file changed since it was checked.
+            CheckpointError: There is no tensor of that name, or the file has changed since it was checked.
         """
         info = self.tensors.get(name)
         if info is None:
@@ -131,7 +131,7 @@ def _weight_map(folder: Path, index: str) -> dict[str, str]:
 
 
 def _indexed(folder: Path, index: str) -> dict[str, TensorInfo]:
-    """The tensors of all shards of an index, which must say exactly where each one is."""
+    """The tensors of all shards of an index, which must list exactly the tensors of each."""
     weight_map = _weight_map(folder, index)
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(weight_map.values())):
@@ -149,18 +149,18 @@ def _indexed(folder: Path, index: str) -> dict[str, TensorInfo]:
 
 
 def _index_for(folder: Path, names: set[str]) -> str | None:
-    """The index that lists exactly these files; None if there is no index and need be none."""
-    found = sorted(path.name for path in folder.glob("*.safetensors.index*.json"))
-    for index in found:
+    """The index that lists exactly these files; None if there is none and none is needed."""
+    indexes = sorted(path.name for path in folder.glob("*.safetensors.index*.json"))
+    for index in indexes:
         if set(_weight_map(folder, index).values()) == names:
             return index
-    if found and (len(names) > 1 or _NUMBERED.search(min(names))):
-        raise CheckpointError(f"{found[0]}: does not list exactly the files to load, {sorted(names)[:4]}")
+    if indexes and (len(names) > 1 or _NUMBERED.search(min(names))):
+        raise CheckpointError(f"{indexes[0]}: does not list exactly the files to load, {sorted(names)[:4]}")
     return None
 
 
 def _refuse_climbing(files: Sequence[Path]) -> None:
-    """Where the given paths look as if an index led elsewhere, let that index be the one to complain."""
+    """If the paths look as if an index led elsewhere, report the error of that index."""
     for file in files:
         for i, part in enumerate(file.parts):
             folder = Path(*file.parts[:i])

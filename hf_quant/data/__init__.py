@@ -1,3 +1,3 @@
-"""What models are shown, to calibrate them and to measure them: texts, conversations, windows of tokens.
+"""Texts for calibration and measurement: documents, conversations, windows of tokens.
 
 Nothing here knows a model or a scheme."""

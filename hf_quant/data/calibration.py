@@ -1,4 +1,4 @@
-"""Calibration data: text of whatever kind becomes windows of tokens, known by the hash of their ids."""
+"""Calibration data: text in any form becomes windows of tokens, identified by the hash of their ids."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from hf_quant.data.text import SEPARATOR, dataset_rows, document, documents, par
 from hf_quant.errors import HfQuantError
 
 BUNDLED = Path(__file__).parent / "bundled" / "calibration.txt"  # Python's documentation; its licence lies beside it
-FEWEST = 2  # sequences: some are kept to judge on
+FEWEST = 2  # sequences: some are held out
 Source = Tensor | Sequence[str] | str | Path
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Tokens that calibrated methods look at.
+    """Tokens for calibrated methods.
 
     Attributes:
         ids: int64 ``[S, T]``.
-        name: Of the text.
-        paragraphs: Hashes of the text's paragraphs, so that nobody measures on it.
+        name: Name of the text.
+        paragraphs: Hashes of its paragraphs, so that it is not used for measuring too.
     """
 
     ids: Tensor
@@ -36,11 +36,11 @@ class Calibration:
 
     @property
     def sha256(self) -> str:
-        """Identity of the token ids."""
+        """Identifies the token ids."""
         return hashlib.sha256(f"{tuple(self.ids.shape)} ".encode() + self.ids.numpy().tobytes()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """For the recipe: never the text itself."""
+        """For the recipe, without the text."""
         return {
             "name": self.name, "sequences": self.ids.shape[0], "context": self.ids.shape[1],
             "sha256": self.sha256, "paragraphs": self.paragraphs,
@@ -51,39 +51,39 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
     """Windows of ``context`` tokens, about ``tokens`` in all, spread evenly over the text.
 
     Args:
-        source: Token ids ``[S, T]``, taken as they are; texts; a UTF-8 file, or a JSONL file with ``text`` or ``messages`` in
-            each line; a ``datasets`` set as in `text.read_dataset`; None for the text that comes with this package.
-        tokenizer: Of the model; its chat template is applied to ``messages``. May be None where ids are given; otherwise it
-            turns them back into text, so that nobody measures on it.
+        source: Token ids ``[S, T]``, used as they are; texts; a UTF-8 file, or a JSONL file with ``text`` or ``messages`` in each
+            line; a data set as in `text.read_dataset`; None for the bundled text.
+        tokenizer: Of the model; its chat template is applied to ``messages``. May be None if ids are given; otherwise it decodes
+            them, to find out later whether a text for measuring overlaps with them.
         context: Tokens in a window.
-        tokens: How many to take at most, from 1.
-        vocabulary: Of the model: ids must be smaller.
+        tokens: Number of tokens, at least 1.
+        vocabulary: Size of the model's vocabulary, which ids must be below.
 
     Raises:
         HfQuantError: The text is missing, too short or malformed, or an id is out of range; says where.
     """
     if isinstance(source, Tensor):
-        made = Calibration(_ids(source), "token ids", [])
+        data = Calibration(_ids(source), "token ids", [])
     else:
         if type(tokens) is not int or tokens < 1:
             raise HfQuantError(f"calibration_tokens must be a whole number from 1, got {tokens!r}")
         if tokenizer is None:
             raise HfQuantError("calibration: the model has no tokenizer; pass token ids instead")
         name, text = _read(source, tokenizer)
-        made = Calibration(windows(tokenizer, text, context, tokens).ids, name, sorted(paragraphs(text)))
-    low, high = int(made.ids.min()), int(made.ids.max())
+        data = Calibration(windows(tokenizer, text, context, tokens).ids, name, sorted(paragraphs(text)))
+    low, high = int(data.ids.min()), int(data.ids.max())
     if low < 0 or high >= vocabulary:
-        where = (made.ids == (low if low < 0 else high)).nonzero()[0].tolist()
+        where = (data.ids == (low if low < 0 else high)).nonzero()[0].tolist()
         raise HfQuantError(f"calibration: token id {low if low < 0 else high} in sequence {where[0]} at {where[1]} is "
                            f"outside of the vocabulary of {vocabulary}")  # fmt: skip
-    if made.ids.shape[0] < FEWEST:
+    if data.ids.shape[0] < FEWEST:
         raise HfQuantError(
-            f"calibration: {made.ids.shape[0]} sequence of {made.ids.shape[1]} tokens is too little; at least {FEWEST}"
+            f"calibration: {data.ids.shape[0]} sequence of {data.ids.shape[1]} tokens is too little; at least {FEWEST}"
         )
     if isinstance(source, Tensor) and tokenizer is not None:
-        texts = tokenizer.batch_decode(made.ids.tolist(), skip_special_tokens=True)
-        made = replace(made, paragraphs=sorted(paragraphs(SEPARATOR.join(texts))))
-    return made
+        texts = tokenizer.batch_decode(data.ids.tolist(), skip_special_tokens=True)
+        data = replace(data, paragraphs=sorted(paragraphs(SEPARATOR.join(texts))))
+    return data
 
 
 def _ids(source: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def _ids(source: Tensor) -> Tensor:
 
 
 def _read(source: Sequence[str] | str | Path | None, tokenizer: Any) -> tuple[str, str]:
-    """Name and content."""
+    """Name and text."""
     if source is None:
         return "the bundled text (documentation of Python)", read_text(BUNDLED)
     if isinstance(source, str | Path):

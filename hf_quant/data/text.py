@@ -1,4 +1,4 @@
-"""Held-out text as windows of tokens."""
+"""Text as windows of tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_quant.errors import HfQuantError
 
 BUNDLED = Path(__file__).parent / "bundled" / "heldout.txt"  # Python's documentation; its licence lies beside it
 SEPARATOR = "<|endoftext|>"
-PARAGRAPH = 200  # characters; shorter ones (headings, licence lines) say nothing about where a text comes from
+PARAGRAPH = 200  # characters; shorter paragraphs (headings, licence lines) occur in many texts
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Windows:
 
     Attributes:
         ids: int64 ``[W, T]``.
-        document: int64 ``[W, T]``, which document each token comes from.
-        scored: bool ``[W, T - 1]``, whether the prediction of token t + 1 counts; False where windows overlap.
+        document: int64 ``[W, T]``, the number of the document that each token comes from.
+        scored: bool ``[W, T - 1]``, whether the prediction of token t + 1 counts; False for the overlap of windows.
         stride: Tokens from one window to the next.
     """
 
@@ -36,17 +36,17 @@ class Windows:
 
     @property
     def sha256(self) -> str:
-        """Identity of the tokens and of which are scored."""
-        made = hashlib.sha256(f"{tuple(self.ids.shape)} {self.stride} ".encode())
-        made.update(self.ids.numpy().tobytes() + self.scored.numpy().tobytes())
-        return made.hexdigest()
+        """Identifies the tokens and which of them are scored."""
+        digest = hashlib.sha256(f"{tuple(self.ids.shape)} {self.stride} ".encode())
+        digest.update(self.ids.numpy().tobytes() + self.scored.numpy().tobytes())
+        return digest.hexdigest()
 
 
 def read_text(path: Path) -> str:
-    """The file as UTF-8.
+    """The text of a UTF-8 file.
 
     Raises:
-        HfQuantError: It is not; the message names the byte.
+        HfQuantError: It is not UTF-8; names the byte.
     """
     try:
         return path.read_bytes().decode("utf-8-sig")
@@ -55,14 +55,14 @@ def read_text(path: Path) -> str:
 
 
 def dataset_rows(name: str, default_split: str = "test") -> list[Any]:
-    """One column of a ``datasets`` set.
+    """One column of a data set, loaded by ``datasets``.
 
     Args:
-        name: ``ID[:CONFIG][@SPLIT][#COLUMN][~REVISION]``; column ``text``, else ``messages``, where none is named.
-        default_split: Where none is named.
+        name: ``ID[:CONFIG][@SPLIT][#COLUMN][~REVISION]``; the default column is ``text``, or else ``messages``.
+        default_split: The split if ``name`` has none.
 
     Raises:
-        HfQuantError: ``datasets`` is not installed, or there is no such set or column.
+        HfQuantError: ``datasets`` is not installed, or there is no such data set or column.
     """
     try:
         import datasets  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -85,11 +85,11 @@ def dataset_rows(name: str, default_split: str = "test") -> list[Any]:
 
 
 def document(record: Any, tokenizer: Any = None) -> str:
-    """One text: a string, the ``text`` of a record, or its ``messages`` (or a list of messages) as a chat.
+    """One document: a string, the ``text`` of a record, or its ``messages`` (or a list of messages) as a chat.
 
     Args:
-        record: Of a JSON file or a ``datasets`` set.
-        tokenizer: Its chat template is applied to messages; where there is none, their contents are joined by newlines.
+        record: From a JSON file or a data set.
+        tokenizer: Its chat template is applied to messages; without one, their contents are joined by newlines.
 
     Raises:
         ValueError: It has neither text nor messages.
@@ -109,7 +109,7 @@ def document(record: Any, tokenizer: Any = None) -> str:
 
 
 def _without_bos(text: str, tokenizer: Any) -> str:
-    """Most chat templates write the first token out, and the tokenizer would add it once more."""
+    """Most chat templates write the BOS token, which the tokenizer would add a second time."""
     first: str | None = getattr(tokenizer, "bos_token", None)
     if first is None or tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
         return text
@@ -117,10 +117,10 @@ def _without_bos(text: str, tokenizer: Any) -> str:
 
 
 def documents(name: str, rows: Sequence[Any], tokenizer: Any = None) -> str:
-    """The texts of some rows of a ``datasets`` set, as one text; rows that are empty are left out.
+    """The documents in some rows of a data set, joined to one text; empty rows are left out.
 
     Raises:
-        HfQuantError: A row is neither text nor messages; says which.
+        HfQuantError: A row is neither text nor messages; names the row.
     """
     texts = []
     for number, row in enumerate(rows):
@@ -132,17 +132,17 @@ def documents(name: str, rows: Sequence[Any], tokenizer: Any = None) -> str:
 
 
 def read_dataset(name: str) -> str:
-    """The documents of a ``datasets`` set, named as for `dataset_rows`, as one text."""
+    """The documents of a data set, named as in `dataset_rows`, joined to one text."""
     return documents(name, dataset_rows(name))
 
 
 def split(text: str) -> list[str]:
-    """The documents of a text, those that are empty left out."""
+    """The documents of a text, without empty ones."""
     return [document.strip("\n") + "\n" for document in text.split(SEPARATOR) if document.strip()]
 
 
 def halves(text: str) -> tuple[str, str]:
-    """Its documents in two texts of about the same length, documents of every length in both."""
+    """Its documents divided into two texts of about the same length, both with documents of every length."""
     documents = sorted(split(text), key=len, reverse=True)
     one, two = ([d for i, d in enumerate(documents) if i % 4 in pair] for pair in ((0, 3), (1, 2)))
     return SEPARATOR.join(one), SEPARATOR.join(two)
@@ -151,18 +151,18 @@ def halves(text: str) -> tuple[str, str]:
 def windows(
     tokenizer: Any, text: str, context: int, max_tokens: int | None = None, stride: int | None = None
 ) -> Windows:
-    """Cut ``text`` into windows of ``context`` tokens; documents follow one another, the last partial window is left out.
+    """Cut ``text`` into windows of ``context`` tokens. Documents follow one another; an incomplete last window is dropped.
 
     Args:
         tokenizer: Of the base model.
         text: Documents separated by ``<|endoftext|>``.
         context: Tokens in a window.
-        max_tokens: Score about that many at most, in windows spread evenly over the text, so that they come from as many
+        max_tokens: About the number of tokens to score, in windows spread evenly over the text, so that they come from as many
             documents as possible.
-        stride: Tokens from one window to the next; ``context`` where it is None.
+        stride: Tokens from one window to the next; None for ``context``.
 
     Raises:
-        HfQuantError: The text is shorter than one window, or a number makes no sense.
+        HfQuantError: The text is shorter than one window, or a number is out of range.
     """
     stride = context if stride is None else stride
     if context < 2:
@@ -174,36 +174,36 @@ def windows(
     if len(ids) < context:
         raise HfQuantError(f"the text has {len(ids)} tokens, fewer than one window of {context}")
     document = torch.repeat_interleave(torch.arange(len(pieces)), torch.tensor([len(p) for p in pieces]))
-    found = (len(ids) - context) // stride + 1
-    wanted = min(found, max(1, (max_tokens or len(ids)) // stride))
-    chosen = torch.arange(wanted) * found // wanted
-    at = chosen[:, None] * stride + torch.arange(context)
-    scored = torch.ones(wanted, context - 1, dtype=torch.bool)
-    scored[1:, : max(0, context - 1 - stride)] = False  # window 0 is always chosen, and nothing comes before it
-    return Windows(ids[at], document[at], scored, stride)
+    available = (len(ids) - context) // stride + 1
+    count = min(available, max(1, (max_tokens or len(ids)) // stride))
+    chosen = torch.arange(count) * available // count
+    positions = chosen[:, None] * stride + torch.arange(context)
+    scored = torch.ones(count, context - 1, dtype=torch.bool)
+    scored[1:, : max(0, context - 1 - stride)] = False  # the first window overlaps with none
+    return Windows(ids[positions], document[positions], scored, stride)
 
 
 def paragraphs(text: str) -> set[str]:
-    """What tells whether two texts share content: hashes of their longer paragraphs, white space aside."""
+    """Hashes of the longer paragraphs of a text, white space aside: two texts with common hashes share content."""
     text = text.replace("\r\n", "\n")
     cleaned = (" ".join(part.split()) for document in split(text) for part in document.split("\n\n"))
     return {hashlib.sha256(part.encode()).hexdigest()[:16] for part in cleaned if len(part) >= PARAGRAPH}
 
 
 def refuse_overlap(text: str, calibrated_on: Iterable[str]) -> None:
-    """Raise if more than one in a hundred paragraphs of ``text`` were calibrated on.
+    """Refuse a text of which more than one in a hundred paragraphs were calibrated on.
 
     Args:
-        text: To measure on.
+        text: The text to measure on.
         calibrated_on: `paragraphs` of the calibration text, as a recipe stores them.
 
     Raises:
-        HfQuantError: Says how many.
+        HfQuantError: Names the number of shared paragraphs.
     """
-    own = paragraphs(text)
-    shared = len(own & set(calibrated_on))
-    if shared > len(own) / 100:
+    hashes = paragraphs(text)
+    shared = len(hashes & set(calibrated_on))
+    if shared > len(hashes) / 100:
         raise HfQuantError(
-            f"{shared} of {len(own)} paragraphs of the evaluation text were calibrated on: the numbers would flatter the "
+            f"{shared} of {len(hashes)} paragraphs of the evaluation text were calibrated on: the numbers would flatter the "
             "model; measure on another text, or pass --allow-overlap"
         )

@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, and stay: whoever is killed, and if the power fails.
+"""Files that are written completely or not at all, and that survive a kill of the process and a loss of power.
 
-A file is written under another name, synced, and renamed, and then its folder is synced. Nothing is synced a second time
-where that failed, and every error names the file.
+A file is written under a temporary name, synced and renamed, and then its folder is synced. A failed sync is never repeated,
+since the system may have dropped the data. Every error names the file.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from typing import Any
 
 from hf_quant.errors import DiskError
 
-STALE = 3600  # seconds after which a file that is being written belongs to a process that was killed
+STALE = 3600  # seconds after which a temporary file is taken to be that of a killed process
 
 
 def write_json(path: Path, obj: Any) -> None:
-    """Write ``obj`` to ``path``, which at any time holds the old text or the new one, never half of it."""
+    """Write ``obj`` to ``path`` as JSON; at any time the file holds either the old or the new text, complete."""
     text = json.dumps(obj, indent=2) + "\n"
     put(Path(path), lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path``, likewise."""
+    """Write ``data`` to ``path``; at any time the file holds either the old or the new bytes, complete."""
     put(Path(path), lambda draft: draft.write_bytes(data))
 
 
 def put(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` fill another file, and put that in the place of ``path``; when this returns, it stays.
+    """Replace ``path`` by a file that ``write`` fills; when this returns, the new file is on disk.
 
     Args:
-        path: At any time it is what it was, or what is written now, also after a loss of power.
-        write: Writes the file that it is given the path of.
+        path: Holds its old or its new content at any time, also after a loss of power.
+        write: Writes the file at the path that it receives.
 
     Raises:
-        DiskError: Names ``path``, which is what it was.
+        DiskError: Names ``path``, which still has its old content.
     """
     for old in beside(path, r"[0-9]+(-[0-9a-f]{8})?\.tmp"):
         with suppress(OSError):
             if time.time() - old.stat().st_mtime > STALE:
                 old.unlink()
-    draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # threads share the first number
+    draft = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")  # threads share a process id
     try:
         with blaming(path):
             write(draft)
@@ -61,15 +61,15 @@ def put(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def beside(path: Path, ending: str) -> list[Path]:
-    """Hidden files and folders beside ``path`` that are called ``.NAME.`` and then as the pattern ``ending`` says."""
+    """Hidden files and folders beside ``path`` named ``.NAME.`` and then as the pattern ``ending`` says."""
     pattern = re.compile(re.escape(f".{path.name}.") + ending)
     with suppress(OSError):
-        return [each for each in path.parent.iterdir() if pattern.fullmatch(each.name)]
+        return [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
     return []
 
 
 def link_file(source: Path, target: Path) -> None:
-    """Let ``target`` be the same file, or a copy where the file system has no links."""
+    """Make ``target`` a hard link to ``source``, or a copy where the file system has no links."""
     try:
         target.hardlink_to(source)
     except OSError:
@@ -87,10 +87,10 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it; when this returns, they stay.
+    """Make a folder and its parents; when this returns, they are on disk.
 
-    Each is on disk before the next is made, so that it is enough to look one above what is there already: whoever made
-    that may have been killed before it was on disk.
+    Each folder is synced before the next one is made. So it is enough to sync the parent of the first one that exists: the
+    process that made it may have been killed before it was on disk.
     """
     if folder.is_dir():
         with suppress(PermissionError):
@@ -106,7 +106,7 @@ def fsync(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on disk.
 
     Raises:
-        DiskError: Names ``path``. Trying again would tell nothing: the system may have forgotten what it could not write.
+        DiskError: Names ``path``. It is no use to try again: the system may have dropped the data.
     """
     folder = path.is_dir()
     if os.name == "nt" and folder:  # Windows cannot open a folder, and does not need to
@@ -117,16 +117,16 @@ def fsync(path: Path) -> None:
             os.fsync(handle)
     except DiskError as error:
         if not (folder and getattr(error.__cause__, "errno", None) in (errno.EINVAL, errno.ENOTSUP)):
-            raise  # those two: a file system that knows no such thing
+            raise  # the two exceptions are file systems that cannot sync a folder
     finally:
         os.close(handle)
 
 
 def need_space(path: Path, nbytes: int) -> None:
-    """Refuse to begin writing what cannot be finished.
+    """Refuse to write a file that the disk has no room for.
 
     Raises:
-        DiskError: Where ``path`` shall be there are fewer than ``nbytes`` bytes free.
+        DiskError: The disk of ``path`` has fewer than ``nbytes`` bytes free.
     """
     free = shutil.disk_usage(path.parent).free
     if free < nbytes:
@@ -135,19 +135,19 @@ def need_space(path: Path, nbytes: int) -> None:
 
 @contextmanager
 def blaming(path: Path, nbytes: int | None = None) -> Iterator[None]:
-    """Turn an OSError of the body into a `DiskError`: those of read, write and fsync do not say which file it was.
+    """Turn an OSError of the body into a `DiskError` that names the file.
 
     Args:
-        path: What is being read or written.
-        nbytes: How large it will be, where that is known.
+        path: The file that is read or written.
+        nbytes: Its size when complete, if known.
     """
     try:
         yield
     except DiskError:
         raise
     except OSError as error:
-        said = error.strerror or str(error)
+        reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             needed = "" if nbytes is None else f"{nbytes:,} bytes are needed, "
-            said = f"the disk is full: {needed}{shutil.disk_usage(path.parent).free:,} are free ({said})"
-        raise DiskError(f"{path}: {said}") from error
+            reason = f"the disk is full: {needed}{shutil.disk_usage(path.parent).free:,} are free ({reason})"
+        raise DiskError(f"{path}: {reason}") from error

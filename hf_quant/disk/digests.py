@@ -1,4 +1,4 @@
-"""sha256 of files, and the manifest of a published folder that says what they should be."""
+"""SHA-256 of files, and the manifest of a published folder, which lists them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Digest:
-    """What a file holds.
+    """Identifies the content of a file.
 
     Attributes:
-        bytes: Its size.
+        bytes: Size of the file.
         sha256: In hexadecimal.
-        git: sha1 that git gives it, which is all the Hub knows of a small file; empty where nobody computed it.
+        git: SHA-1 of the file as a git blob, which is what the Hub has for small files; empty if it was not computed.
     """
 
     bytes: int
@@ -35,7 +35,7 @@ class Digest:
 
 
 def digest(path: Path) -> Digest:
-    """Of one file, read once."""
+    """The digest of a file, which is read once."""
     size = path.stat().st_size
     sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with path.open("rb") as file:
@@ -46,22 +46,22 @@ def digest(path: Path) -> Digest:
 
 
 def digest_of(data: bytes) -> Digest:
-    """Of a content in memory."""
+    """The digest of bytes in memory."""
     git = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False)
     return Digest(len(data), hashlib.sha256(data).hexdigest(), git.hexdigest())
 
 
 def digests(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
-    """Of several files, on several cores."""
+    """The digests of several files, computed in parallel."""
     names = sorted(names)
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(names, pool.map(lambda name: digest(folder / name), names), strict=True))
 
 
 def weight_files(folder: Path) -> list[dict[str, Any]]:
-    """The safetensors files of ``folder`` for results.json: measured numbers belong to these very bytes."""
-    found = digests(folder, (path.name for path in folder.glob("*.safetensors")))
-    return [{"name": name, "bytes": each.bytes, "sha256": each.sha256} for name, each in found.items()]
+    """The safetensors files of ``folder`` for results.json, since measurements are valid for these very bytes."""
+    files = digests(folder, (path.name for path in folder.glob("*.safetensors")))
+    return [{"name": name, "bytes": file.bytes, "sha256": file.sha256} for name, file in files.items()]
 
 
 def read_manifest(path: Path) -> dict[str, Digest]:
@@ -74,29 +74,29 @@ def read_manifest(path: Path) -> dict[str, Digest]:
         if path.stat().st_size > MAX_BYTES:
             raise CheckpointError(f"{path.name}: more than {MAX_BYTES} bytes")
         stored = json.loads(path.read_text(encoding="utf-8"))
-        made = {name: Digest(each["bytes"], each["sha256"]) for name, each in stored["files"].items()}
+        files = {name: Digest(entry["bytes"], entry["sha256"]) for name, entry in stored["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: not a manifest: {type(error).__name__}: {error}") from None
-    for name, each in made.items():
+    for name, entry in files.items():
         if name.startswith("/") or "\\" in name or ".." in name.split("/"):
             raise CheckpointError(f"{path.name}: {name!r} is not a path inside the folder")
-        if type(each.bytes) is not int or not isinstance(each.sha256, str) or not _SHA256.fullmatch(each.sha256):
+        if type(entry.bytes) is not int or not isinstance(entry.sha256, str) or not _SHA256.fullmatch(entry.sha256):
             raise CheckpointError(f"{path.name}: {name!r} has no size and sha256")
-    return made
+    return files
 
 
 def mismatches(folder: Path, expected: Mapping[str, Digest]) -> list[str]:
-    """A sentence for every file of ``expected`` that is missing from ``folder`` or holds something else."""
-    made, sized = [], []
-    for name, want in sorted(expected.items()):
+    """A sentence for every file of ``expected`` that is missing from ``folder`` or has another content."""
+    problems, sized = [], []
+    for name, wanted in sorted(expected.items()):
         path = folder / name
         if not path.is_file():
-            made.append(f"{name} is missing")
-        elif path.stat().st_size != want.bytes:
-            made.append(f"{name} has {path.stat().st_size} bytes, {MANIFEST} says {want.bytes}")
+            problems.append(f"{name} is missing")
+        elif path.stat().st_size != wanted.bytes:
+            problems.append(f"{name} has {path.stat().st_size} bytes, {MANIFEST} says {wanted.bytes}")
         else:
             sized.append(name)
-    for name, have in digests(folder, sized).items():
-        if have.sha256 != expected[name].sha256:
-            made.append(f"{name} has sha256 {have.sha256}, {MANIFEST} says {expected[name].sha256}")
-    return made
+    for name, actual in digests(folder, sized).items():
+        if actual.sha256 != expected[name].sha256:
+            problems.append(f"{name} has sha256 {actual.sha256}, {MANIFEST} says {expected[name].sha256}")
+    return problems

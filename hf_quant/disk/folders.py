@@ -1,6 +1,6 @@
-"""Folders that appear whole or not at all.
+"""Folders that appear completely or not at all.
 
-A folder is written under another name, synced file by file, and renamed; what a killed process has left is cleared away.
+A folder is written under a temporary name, synced file by file, and renamed; what a killed process has left is removed.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from hf_quant.errors import CheckpointError
 
 @contextmanager
 def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` if the body succeeds, and vanishes if it does not.
+    """A folder to write into: it becomes ``out`` if the body succeeds, and is removed if it fails.
 
-    What processes that were killed have left behind of such folders vanishes too.
+    Such folders that killed processes have left are removed too.
 
     Args:
-        out: Where the result shall be. At any time it is what it was, or whole.
-        overwrite: Whether ``out`` may exist and hold something; all of that is then replaced.
+        out: The result. At any time it is either the old folder or the new one, complete.
+        overwrite: Whether ``out`` may exist and hold files, all of which are replaced.
 
     Raises:
         CheckpointError: ``out`` is a file, or a folder that is not empty and may not be overwritten.
-        DiskError: Names what could not be written.
+        DiskError: Names the file that could not be written.
     """
     out = Path(os.path.realpath(out))
     clear(out)
@@ -45,9 +45,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
     stage, handle = _stage(out)
     try:
         yield stage
-        mode = (
-            stat.S_IMODE(stage.stat().st_mode) & 0o666
-        )  # what the umask leaves; some libraries write for the owner only
+        mode = stat.S_IMODE(stage.stat().st_mode) & 0o666  # as the umask says; some libraries write for the owner only
         for folder, _, files in os.walk(stage, topdown=False):
             for file in files:
                 with blaming(Path(folder, file)):
@@ -56,13 +54,13 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             fsync(Path(folder))
         _swap(stage, out)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)  # after a swap, what was there before
+        shutil.rmtree(stage, ignore_errors=True)  # after a swap it holds the old folder
         if handle is not None:
             os.close(handle)
 
 
 def discard(folder: Path, out: Path) -> None:
-    """Remove a folder beside ``out`` in one step: what is left if that is interrupted, the next `staged` clears away."""
+    """Remove a folder beside ``out`` atomically: what an interrupted removal leaves, the next `staged` removes."""
     aside = _hidden(out)
     with blaming(folder):
         folder.rename(aside)
@@ -75,21 +73,21 @@ def _hidden(out: Path, kind: str = "stage") -> Path:
 
 
 def _stage(out: Path) -> tuple[Path, int | None]:
-    """A new folder, locked for as long as the handle is open: that tells others that it is in use."""
+    """A new folder, locked while the handle is open, so that others can tell that it is in use."""
     while True:
         stage = _hidden(out)
         with blaming(stage):
             stage.mkdir()
         try:
             handle = lock_folder(stage)
-        except (BlockingIOError, FileNotFoundError):  # somebody clears up, and took it for one that was left behind
+        except (BlockingIOError, FileNotFoundError):  # another process took it for an abandoned one
             continue
         if stage.exists():
             return stage, handle
 
 
 def clear(out: Path) -> None:
-    """Remove the stages beside ``out`` that nobody works in, and undo or finish a swap without `_exchange`."""
+    """Remove the abandoned stages beside ``out``, and undo or finish a swap that was made without `_exchange`."""
     for old in beside(out, "before-[0-9a-f]{8}"):
         if not out.exists():
             old.rename(out)
@@ -102,7 +100,7 @@ def clear(out: Path) -> None:
 
 
 def _swap(stage: Path, out: Path) -> None:
-    """Let ``stage`` become ``out``, and leave what was there before, if anything, in its place or nowhere."""
+    """Let ``stage`` become ``out``; an old ``out`` takes its place or is gone."""
     with blaming(out):
         if not out.exists():
             stage.rename(out)
@@ -119,12 +117,12 @@ def _swap(stage: Path, out: Path) -> None:
 
 
 def _exchange(one: Path, two: Path) -> bool:
-    """Let two folders take each other's name in one step; False if this system or file system cannot."""
+    """Let two folders exchange their names atomically; False if this system or file system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if rename is None:
         return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if rename(here, os.fsencode(one), here, os.fsencode(two), exchange) == 0:
+    current_folder, flags = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(current_folder, os.fsencode(one), current_folder, os.fsencode(two), flags) == 0:
         return True
     code = ctypes.get_errno()
     if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):

@@ -1,9 +1,9 @@
-"""Work that survives being killed, and the machine losing power: finished parts, and a journal of them.
+"""Work that survives a kill of the process and a loss of power: finished parts, and a journal of them.
 
-``OUT.work/`` holds a lock, ``journal.jsonl`` and one file a part. A part is written under a temporary name, synced, renamed,
-and the folder synced; then one checksummed line is appended to the journal and synced. That line is the commit: a part
-without it does not count. Whoever goes on begins with a new copy of the journal, without what is damaged: nobody knows
-how much the disk has of a file whose writer was killed, or whose sync failed.
+``OUT.work/`` holds a lock, ``journal.jsonl`` and one file for each part. A part is written under a temporary name, synced and
+renamed, and the folder is synced; then a line with a checksum is appended to the journal and synced. That line is the commit:
+a part without a line does not count. A process that resumes first writes a new copy of the journal without damaged lines,
+since the disk may have any part of a file whose writer was killed or whose sync failed.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ VERSION = 2
 
 @dataclass
 class Journal:
-    """Open, and locked against other processes.
+    """An open journal, locked against other processes.
 
     Attributes:
-        folder: Where everything is.
-        parts: Records of the finished parts, in order; each with ``number`` (its place in that order), ``file`` and
-            ``sha256``, and whatever `add` was given.
-        broken: Whether a line could not be written; nothing is appended to that.
+        folder: ``OUT.work``.
+        parts: Records of the finished parts, in order, each with ``number`` (its index), ``file``, ``sha256`` and what `add` was
+            given.
+        broken: Whether writing a line has failed; nothing is appended after that.
     """
 
     folder: Path
@@ -43,12 +43,12 @@ class Journal:
     broken: bool = False
 
     def add(self, name: str, write: Callable[[Path], None], record: Mapping[str, Any]) -> None:
-        """Commit one part: when this returns, it stays.
+        """Commit a part: when this returns, it is on disk.
 
         Args:
-            name: Of its file.
-            write: Writes the file of that path.
-            record: What to remember about it, for JSON.
+            name: Name of its file.
+            write: Writes the file at the path that it receives.
+            record: What to store about it, as JSON.
 
         Raises:
             DiskError: Names the file.
@@ -63,7 +63,7 @@ class Journal:
         path = self.folder / NAME
         if self.broken:
             raise DiskError(f"{path}: a line could not be written before; begin again")
-        self.broken = True  # until it is known that the line is whole
+        self.broken = True  # until the line is complete
         with blaming(path), path.open("ab") as file:
             file.write(_line(entry))
             file.flush()
@@ -73,12 +73,12 @@ class Journal:
 
 @contextmanager
 def journal(folder: Path, plan: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Journal]:
-    """Begin, or go on where the last process stopped.
+    """Begin a work folder, or resume one.
 
     Args:
         folder: ``OUT.work``.
-        plan: Everything that decides the result; going on under another one would mix two models.
-        say: Told what is redone, and why.
+        plan: All settings that affect the result; resuming with others would mix two models.
+        say: Receives a message about what is redone, and why.
 
     Raises:
         HfQuantError: Another process works there, the journal is damaged, or it belongs to another plan.
@@ -102,12 +102,12 @@ def journal(folder: Path, plan: Mapping[str, Any], say: Callable[[str], None]) -
 
 
 def is_journal(folder: Path) -> bool:
-    """Whether a folder is one of ours."""
+    """Whether a folder is a work folder of this package."""
     return (folder / NAME).is_file()
 
 
 def recorded(folder: Path) -> list[dict[str, Any]]:
-    """Records of the finished parts in a folder, which nobody may be working in; their files are not looked at.
+    """Records of the finished parts in a folder that no process works in; their files are not checked.
 
     Raises:
         HfQuantError: The journal is damaged.
@@ -121,17 +121,17 @@ def digest(path: Path) -> str:
     Raises:
         DiskError: It cannot be read.
     """
-    made = hashlib.sha256()
+    sha256 = hashlib.sha256()
     with blaming(path), path.open("rb") as file:
         while block := file.read(1 << 20):
-            made.update(block)
-    return made.hexdigest()
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def _plain(obj: Mapping[str, Any]) -> dict[str, Any]:
-    """As it is when it was written and read again, the order of keys included."""
-    made: dict[str, Any] = json.loads(json.dumps(obj, sort_keys=True))
-    return made
+    """As JSON gives it back, the order of keys included."""
+    plain: dict[str, Any] = json.loads(json.dumps(obj, sort_keys=True))
+    return plain
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
@@ -140,16 +140,18 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """All entries; what a crash or a loss of power has left of a line behind the last whole one never counted."""
+    """All entries; an incomplete line at the end, from a crash or a loss of power, does not count."""
     if not path.exists():
         return []
     with blaming(path):
         lines = path.read_bytes().split(b"\n")
-    whole = [_entry(line) for line in lines]
-    end = max((i + 1 for i, entry in enumerate(whole[:-1]) if entry is not None), default=0)
-    entries = [entry for entry in whole[:end] if entry is not None]
+    parsed_lines = [_entry(line) for line in lines]
+    end = max((i + 1 for i, entry in enumerate(parsed_lines[:-1]) if entry is not None), default=0)
+    entries = [entry for entry in parsed_lines[:end] if entry is not None]
     if len(entries) < end:
-        raise HfQuantError(f"{path}: line {whole.index(None) + 1} is damaged; delete {path.parent} to begin anew")
+        raise HfQuantError(
+            f"{path}: line {parsed_lines.index(None) + 1} is damaged; delete {path.parent} to begin anew"
+        )
     return entries
 
 
@@ -157,12 +159,12 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     checksum, _, text = line.partition(b" ")
     if checksum != f"{zlib.crc32(text):08x}".encode():
         return None
-    made: dict[str, Any] = json.loads(text)
-    return made
+    entry: dict[str, Any] = json.loads(text)
+    return entry
 
 
 def _in_order(parts: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """The parts, each of which names its place and a file beside the journal."""
+    """The parts, after checking that each names its number and a file beside the journal."""
     for i, part in enumerate(parts):
         name = part.get("file")
         if part.get("number") != i or not isinstance(name, str) or Path(name).name != name:
@@ -171,7 +173,7 @@ def _in_order(parts: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
 
 
 def _sound(folder: Path, parts: list[dict[str, Any]], say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The parts before the first whose file is not what it was: those after it were made with it."""
+    """The parts before the first one whose file is missing or damaged: later parts were computed from it."""
     for i, part in enumerate(parts):
         file = folder / part["file"]
         if not file.is_file() or digest(file) != part["sha256"]:
@@ -181,17 +183,17 @@ def _sound(folder: Path, parts: list[dict[str, Any]], say: Callable[[str], None]
 
 
 def _clear(folder: Path, keep: set[str]) -> None:
-    """Remove what killed processes have left: drafts, parts without a line, and scratch folders."""
-    for each in folder.iterdir():
-        if each.name not in keep:
-            with blaming(each):
-                shutil.rmtree(each) if each.is_dir() else each.unlink()
+    """Remove what killed processes have left: temporary files, parts without a line, and scratch folders."""
+    for leftover in folder.iterdir():
+        if leftover.name not in keep:
+            with blaming(leftover):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def _same(found: Any, plan: Mapping[str, Any], folder: Path) -> None:
-    if found != plan:
-        found = found if isinstance(found, dict) else {}
-        names = sorted(name for name in {*found, *plan} if found.get(name) != plan.get(name))
+def _same(recorded_plan: Any, plan: Mapping[str, Any], folder: Path) -> None:
+    if recorded_plan != plan:
+        recorded_plan = recorded_plan if isinstance(recorded_plan, dict) else {}
+        names = sorted(name for name in {*recorded_plan, *plan} if recorded_plan.get(name) != plan.get(name))
         raise HfQuantError(
             f"{folder} was begun with other settings ({', '.join(names)}); repeat them, or delete it to begin anew"
         )

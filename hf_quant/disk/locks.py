@@ -1,4 +1,8 @@
-"""Locks of processes: on a file of its own, or on a folder for as long as it is in use."""
+"""Locks between processes: on a file, or on a folder while it is in use.
+
+``filelock`` locks files too, but its locks have no owner that a message could name, follow links, and take any file of that
+name for a lock, even one of the user's. It cannot lock a folder that is to be renamed. What needs none of that uses it.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +20,15 @@ from hf_quant.errors import HfQuantError
 
 @contextmanager
 def locked(file: Path, what: Path) -> Iterator[None]:
-    """Keep other processes out; the system lets go of the lock when this one ends, however it ends.
+    """Keep other processes out; the system releases the lock when this process ends, in whatever way.
 
     Args:
-        file: The lock; removed at the end. One that a dead process has left means nothing.
-        what: What it is for, for the message.
+        file: The lock file, removed at the end. One that a dead process has left has no effect.
+        what: What is locked, for the message.
 
     Raises:
-        HfQuantError: Another process, which is named, has the lock; it cannot be had on this file system; or there is
-            something else of that name, which is left alone.
+        HfQuantError: Another process, which is named, has the lock; the file system has no locks; or a file that is no lock has
+            this name, and is left alone.
     """
     make_folder(file.parent)
     handle = _own(file, what)
@@ -40,7 +44,7 @@ def locked(file: Path, what: Path) -> Iterator[None]:
 
 
 def _own(file: Path, what: Path) -> int:
-    """Handle of the lock, once it is ours."""
+    """Handle of the lock file, locked by this process."""
     while True:
         handle = _open_lock(file)
         try:
@@ -58,11 +62,11 @@ def _own(file: Path, what: Path) -> int:
         except OSError as error:
             os.close(handle)
             raise HfQuantError(f"{file}: cannot be locked: {error.strerror}") from None
-        os.close(handle)  # whoever had it removed the file in between
+        os.close(handle)  # the last owner has removed the file in the meantime
 
 
 def _open_lock(file: Path) -> int:
-    """Open the file of a lock, or make it; through no link, since whatever is there will be replaced."""
+    """Open or create a lock file, but through no link, since its content is replaced."""
     if file.is_symlink():
         raise HfQuantError(f"{file}: is a link, and a lock must be a file of its own: remove it")
     with blaming(file):
@@ -70,7 +74,7 @@ def _open_lock(file: Path) -> int:
 
 
 def _refuse_strange_lock(file: Path, handle: int) -> None:
-    """A file that holds anything but the name of a process, or what a loss of power leaves of it, is not a lock."""
+    """A lock holds the name of a process, or what a loss of power leaves of it; any other content is a file of the user."""
     text = os.read(handle, 200).strip(b"\0") if stat.S_ISREG(os.fstat(handle).st_mode) else b"?"
     if text[:4] != b"pid "[: len(text)]:
         raise HfQuantError(f"{file}: is in the way: a lock has to be there, and this is something else; move it away")
@@ -78,10 +82,10 @@ def _refuse_strange_lock(file: Path, handle: int) -> None:
 
 
 def lock_folder(folder: Path) -> int | None:
-    """Lock a folder until the handle is closed; None where folders cannot be locked.
+    """Lock a folder until the handle is closed; None where folders have no locks.
 
     Raises:
-        BlockingIOError: Somebody else has the lock.
+        BlockingIOError: Another process has the lock.
     """
     if os.name == "nt":
         return None
@@ -98,11 +102,11 @@ def lock_folder(folder: Path) -> int | None:
 
 
 def _lock(handle: int) -> None:
-    """Raises BlockingIOError if somebody else has the lock."""
+    """Raises BlockingIOError if another process has the lock."""
     if sys.platform == "win32":
         import msvcrt
 
-        os.lseek(handle, 1 << 30, os.SEEK_SET)  # nobody could read what is locked there
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # a locked range cannot be read by others
         try:
             msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         except PermissionError:

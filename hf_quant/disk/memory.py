@@ -1,4 +1,4 @@
-"""What the process holds of the machine's memory, and what it may still take."""
+"""The memory that this process may still take, and memory that it can return."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ EXHAUSTED = re.compile(
     r"out of memory|can(no|')t allocate memory|can't start new thread|not enough memory|Resource temporarily unavailable",
     re.IGNORECASE,
 )
-CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")  # limits of containers, and which of them are ours
-# limit, use, and what of the use is cache that is given up when memory is asked for: in versions 2 and 1
+CGROUPS, OWN = (
+    Path("/sys/fs/cgroup"),
+    Path("/proc/self/cgroup"),
+)  # limits of containers, and the groups of this process
+# limit, usage, and the part of it that is reclaimable cache: in versions 2 and 1
 FILES = (
     ("memory.max", "memory.current", "inactive_file"),
     ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -23,9 +26,9 @@ FILES = (
 
 
 def free_memory() -> int:
-    """Bytes that could be taken now without swapping, within the limits of the container.
+    """Bytes that could be allocated without swapping, within the limits of the container.
 
-    Files that the system keeps in memory count as free, since they make room.
+    The page cache counts as free, since the system gives it up.
     """
     return max(0, min([psutil.virtual_memory().available, *_left_in_containers()]))
 
@@ -33,7 +36,7 @@ def free_memory() -> int:
 def exhausted(error: BaseException) -> str | None:
     """A sentence if the machine, or a limit on this process, gives no more memory or threads; None for other errors.
 
-    Python has one class for that; libraries in other languages raise what they have, and some of it is no `Exception`.
+    Python has one class for that; libraries in other languages raise their own, some of which are no `Exception`.
     """
     text = str(error)
     if not isinstance(error, MemoryError) and not EXHAUSTED.search(text):
@@ -42,33 +45,33 @@ def exhausted(error: BaseException) -> str | None:
     return f"out of memory, or of threads: the system gives this process no more{about}"
 
 
-def _left_in_containers(root: Path = CGROUPS, own: Path = OWN) -> Iterator[int]:
-    """What each control group that this process is in, and each above it, leaves."""
-    for folder in _groups(root, own):
+def _left_in_containers(root: Path = CGROUPS, membership: Path = OWN) -> Iterator[int]:
+    """The memory that each control group of this process, and each group above it, has left."""
+    for folder in _groups(root, membership):
         for limit, use, cache in FILES:
             allowed, used = _number(folder / limit), _number(folder / use)
             if allowed is not None and used is not None:
                 yield allowed - used + _statistic(folder / "memory.stat", cache)
 
 
-def _groups(root: Path, own: Path) -> list[Path]:
-    """Folders of the groups; in a container the path that the process is told may be one of the machine outside."""
+def _groups(root: Path, membership: Path) -> list[Path]:
+    """Folders of the groups; in a container, the path that the process is told may be one outside of it."""
     try:
-        lines = own.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = membership.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         return []
-    found: list[Path] = []
+    folders: list[Path] = []
     for line in lines:
         kinds, _, path = line.partition(":")[2].partition(":")
         if kinds == "" or "memory" in kinds.split(","):
-            at = PurePosixPath(path.lstrip("/"))
+            group = PurePosixPath(path.lstrip("/"))
             top = root / "memory" if kinds else root
-            found += [top / each for each in (at, *at.parents) if ".." not in each.parts]
-    return list(dict.fromkeys(found))
+            folders += [top / member for member in (group, *group.parents) if ".." not in member.parts]
+    return list(dict.fromkeys(folders))
 
 
 def _number(path: Path) -> int | None:
-    """What is written there; None if that is ``max``, or nothing."""
+    """The number in a file; None if that is ``max`` or there is no file."""
     try:
         return int(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -92,6 +95,6 @@ def _malloc_trim() -> Callable[[int], int] | None:
 
 
 def give_back_memory() -> None:
-    """glibc keeps freed working memory between the codes it hands out: a third more than the model itself."""
+    """Return freed memory to the system: between two codes, glibc keeps a third more than the size of the model."""
     if (trim := _malloc_trim()) is not None:
         trim(0)

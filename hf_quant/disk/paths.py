@@ -1,4 +1,4 @@
-"""Paths in a folder that a stranger may have written: regular files, and no way out of the folder."""
+"""Paths in a folder from an untrusted source: regular files only, and none outside of the folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hf_quant.errors import CheckpointError
 
 
 def size_of_regular_file(path: Path, name: str) -> int:
-    """Size of a regular file; asked before opening, since opening a FIFO would wait for ever."""
+    """Size of a regular file. Called before opening, since opening a FIFO would block."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
@@ -21,10 +21,10 @@ def size_of_regular_file(path: Path, name: str) -> int:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """``folder / name``, which must stay in the folder or be a link as the Hugging Face cache makes them.
+    """``folder / name``, which must stay in the folder or be a link of the Hugging Face cache.
 
-    There ``snapshots/<revision>/<name>`` points to ``blobs/<hash>`` beside ``snapshots``; and since huggingface_hub 2.4 that
-    may point on, to ``blobs/<two digits>/<hash>`` of the whole cache.
+    There ``snapshots/<revision>/<name>`` points to ``blobs/<hash>`` beside ``snapshots``, and since huggingface_hub 2.4 that may
+    point on to ``blobs/<two digits>/<hash>`` of the whole cache.
     """
     path = folder / name
     home, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))

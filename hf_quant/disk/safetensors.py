@@ -1,4 +1,4 @@
-"""The safetensors format: headers are checked before anything is allocated, and files are written without a copy.
+"""The safetensors format: headers are checked before memory is allocated, and files are written without a copy.
 
 Every refusal is a `CheckpointError` that names the file and the tensor.
 """
@@ -47,8 +47,8 @@ class TensorInfo:
     """Where a tensor is and what it looks like, from its file's header.
 
     Attributes:
-        file: The file, as it was named when opening.
-        dtype: In safetensors' spelling, for example ``"BF16"``.
+        file: The file, by the path it was opened with.
+        dtype: As safetensors spells it, for example ``"BF16"``.
         shape: Its shape.
         offset: First byte, from the start of the file.
         nbytes: Size in bytes.
@@ -67,12 +67,12 @@ class TensorInfo:
 
     @property
     def is_float(self) -> bool:
-        """Whether it is of a floating-point type."""
+        """Whether its dtype is a floating-point type."""
         return self.dtype.startswith(("F", "BF"))
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """What is in a safetensors file; the data itself is not read.
+    """The tensors in a safetensors file, from its header; the data is not read.
 
     Args:
         path: A regular file.
@@ -81,7 +81,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         Name to `TensorInfo`, in the order of the header.
 
     Raises:
-        CheckpointError: The file is not exactly what the safetensors format asks for.
+        CheckpointError: The file violates the safetensors format.
     """
     path = Path(path)
     raw, size = _raw_header(path)
@@ -149,15 +149,15 @@ def _integers(value: Any, top: int) -> bool:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, with nothing copied in memory but what is not contiguous.
+    """Write a safetensors file; only tensors that are not contiguous are copied.
 
-    The library's own writer leaves a file of another name behind when it is killed, lets only the owner read what it
-    writes, and does not say which file a disk had no room for.
+    The library's own writer leaves a temporary file behind when it is killed, makes the file readable for its owner only, and
+    does not name the file when the disk is full.
 
     Raises:
         DiskError: Names the file.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that every one is aligned
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # so that all are aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # a single key: the library shuffles several
     end = 0
     for name in order:

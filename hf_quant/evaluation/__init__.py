@@ -1,3 +1,3 @@
-"""What quantization cost: a model is measured beside its base, on the same held-out text.
+"""What quantization costs: a model is measured against its base on the same held-out text.
 
 Nothing here quantizes or publishes."""

@@ -1,4 +1,4 @@
-"""What quantization cost an encoder: cosine similarity of its sentence embeddings, and of its logits, to the base's."""
+"""What quantization costs an encoder: cosine similarity of its sentence embeddings and logits to those of the base."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hf_quant.evaluation.measure import estimate, resampled
 from hf_quant.evaluation.reference import Load, Progress
 from hf_quant.evaluation.results import Quality
 
-SHORTEST = 40  # characters of a paragraph
-POSITIONS = 8  # of a passage, whose logits are compared
+SHORTEST = 40  # characters; shorter paragraphs are headings
+POSITIONS = 8  # positions of a passage at which logits are compared
 
 
 @dataclass(frozen=True)
 class Passages:
-    """Attributes: ids, one ``[1, T]`` each; document: which one each comes from, ``[D]``."""
+    """Attributes: ids, one ``[1, T]`` each; document: ``[D]``, the number of the document that each passage comes from."""
 
     ids: list[Tensor]
     document: Tensor
@@ -35,29 +35,29 @@ class Passages:
 
 
 def passages(tokenizer: Any, text: str, context: int, max_tokens: int | None = None) -> Passages:
-    """Passages of ``text``, cut off at ``context`` tokens, spread evenly over it if ``max_tokens`` limits them.
+    """Passages of ``text``, truncated to ``context`` tokens; ``max_tokens`` picks some, spread evenly over the text.
 
-    A document's passages are its paragraphs, or its lines where it has no empty line. Lines of a text that is one document
-    are documents of their own: such a text is a list of sentences.
+    The passages of a document are its paragraphs, or its lines where it has no empty line. A text of a single document is a
+    list of sentences, so each of its lines counts as a document.
 
     Raises:
-        HfQuantError: There are none.
+        HfQuantError: The text has no passage.
     """
     documents = [_passages_of(document) for document in split(text)]
     if len(documents) == 1 and "\n\n" not in split(text)[0].strip():
         documents = [[line] for line in documents[0]]
-    found = [(i, passage) for i, document in enumerate(documents) for passage in document]
-    if not found:
+    texts = [(i, passage) for i, document in enumerate(documents) for passage in document]
+    if not texts:
         raise HfQuantError(f"the text has no paragraph of {SHORTEST} characters")
-    made = [torch.tensor(tokenizer(p, truncation=True, max_length=context).input_ids)[None] for _, p in found]
-    mean = sum(i.shape[1] for i in made) / len(made)
-    wanted = min(len(made), max(1, int((max_tokens or mean * len(made)) / mean)))
-    chosen = [i * len(made) // wanted for i in range(wanted)]
-    return Passages([made[i] for i in chosen], torch.tensor([found[i][0] for i in chosen]))
+    tokenized = [torch.tensor(tokenizer(p, truncation=True, max_length=context).input_ids)[None] for _, p in texts]
+    mean = sum(i.shape[1] for i in tokenized) / len(tokenized)
+    count = min(len(tokenized), max(1, int((max_tokens or mean * len(tokenized)) / mean)))
+    picked = [i * len(tokenized) // count for i in range(count)]
+    return Passages([tokenized[i] for i in picked], torch.tensor([texts[i][0] for i in picked]))
 
 
 def _passages_of(document: str) -> list[str]:
-    """Paragraphs without the very short ones (headings), or lines."""
+    """The paragraphs except very short ones (headings), or the lines."""
     if "\n\n" in document.strip():
         return [part.strip() for part in document.split("\n\n") if len(part.strip()) >= SHORTEST]
     return [line.strip() for line in document.splitlines() if line.strip()]
@@ -65,25 +65,25 @@ def _passages_of(document: str) -> list[str]:
 
 @torch.inference_mode()
 def outputs(model: Any, texts: Passages, progress: Progress = iter) -> dict[str, list[Tensor]]:
-    """Of each passage: the mean of the last hidden states ``[H]``, and logits ``[<= POSITIONS, V]`` if there are any.
+    """For each passage: the mean of the last hidden states ``[H]``, and logits ``[<= POSITIONS, V]`` if the model has them.
 
     Raises:
         HfQuantError: The model gives NaN or infinite values.
     """
     encoder = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    made: dict[str, list[Tensor]] = {"embedding_cosine": [], "logits_cosine": []}
+    collected: dict[str, list[Tensor]] = {"embedding_cosine": [], "logits_cosine": []}
     for i, ids in enumerate(progress(texts.ids)):
         out = encoder(input_ids=ids.to(model.device), output_hidden_states=True)
         hidden = out.hidden_states[-1] if getattr(out, "last_hidden_state", None) is None else out.last_hidden_state
-        found = {"embedding_cosine": hidden[0].cpu().double().mean(0)}  # float64: what is missing to 1 is looked at
+        batch = {"embedding_cosine": hidden[0].cpu().double().mean(0)}  # float64: what is missing to 1 is looked at
         if getattr(out, "logits", None) is not None:
             logits = out.logits.flatten(0, -2)
-            found["logits_cosine"] = logits[:: -(-len(logits) // POSITIONS)].cpu().double()
-        for name, value in found.items():
+            batch["logits_cosine"] = logits[:: -(-len(logits) // POSITIONS)].cpu().double()
+        for name, value in batch.items():
             if not value.isfinite().all():
                 raise HfQuantError(f"outputs of {type(model).__name__} are not finite in passage {i}")
-            made[name].append(value)
-    return {name: values for name, values in made.items() if values}
+            collected[name].append(value)
+    return {name: values for name, values in collected.items() if values}
 
 
 def _cosines(base: dict[str, list[Tensor]], model: dict[str, list[Tensor]]) -> dict[str, Tensor]:
@@ -96,17 +96,17 @@ def _cosines(base: dict[str, list[Tensor]], model: dict[str, list[Tensor]]) -> d
 
 
 def _cosine(p: Tensor, q: Tensor) -> Tensor:
-    return F.cosine_similarity(p, q, dim=-1).clamp(max=1).mean()  # rounding may go beyond
+    return F.cosine_similarity(p, q, dim=-1).clamp(max=1).mean()  # rounding can exceed 1
 
 
 def base_outputs(load_base: Load, texts: Passages, dtype: torch.dtype, progress: Progress = iter) -> dict[str, Any]:
-    """What `evaluate_encoder` needs of the base, which is dropped before this returns: outputs, dtype and noise."""
-    found = outputs(load_base(dtype), texts, progress)
+    """The outputs, dtype and noise of the base for `evaluate_encoder`; the base is freed before this returns."""
+    exact = outputs(load_base(dtype), texts, progress)
     noise: dict[str, float] = {}
     if dtype is not torch.bfloat16:
-        coarse = _cosines(found, outputs(load_base(torch.bfloat16), texts, progress))
+        coarse = _cosines(exact, outputs(load_base(torch.bfloat16), texts, progress))
         noise = {name: values.mean().item() for name, values in coarse.items()}
-    return {"outputs": found, "dtype": str(dtype).removeprefix("torch."), "noise": noise}
+    return {"outputs": exact, "dtype": str(dtype).removeprefix("torch."), "noise": noise}
 
 
 def evaluate_encoder(
@@ -115,10 +115,10 @@ def evaluate_encoder(
     """Cosine similarities of ``model`` to a base, with intervals over documents.
 
     Args:
-        model: An encoder, or an encoder-decoder, of which only the encoder is run.
+        model: An encoder, or an encoder-decoder model whose encoder is measured.
         base: From `base_outputs`.
         texts: The passages.
-        context: Where they were cut off.
+        context: The length that they were truncated to.
         progress: Wraps the list of passages.
 
     Raises:

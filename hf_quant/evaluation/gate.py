@@ -1,4 +1,4 @@
-"""The quality gate: what a model may cost, and by how much it misses that."""
+"""The quality gate: the largest loss of quality that a model may have, and by how much a model exceeds it."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from hf_quant.evaluation.results import Estimate, Quality
 
 
 def unfavourable(measured: Estimate, sign: int, margin: float = 1.0) -> float:
-    """What a gate judges: the end of the interval where the model is worse, or the value where there is no interval.
+    """The value that a gate judges: the worse end of the confidence interval, or the mean where there is no interval.
 
     Args:
         measured: A value and its interval.
-        sign: 1 where larger is worse, -1 where smaller is.
-        margin: How far beyond: 2 goes twice as far from the value as the interval.
+        sign: 1 where larger is worse, -1 where smaller is worse.
+        margin: Multiplies the distance from the mean to that end.
     """
     end = measured.high if sign > 0 else measured.low
     return measured.value if end is None else measured.value + margin * (end - measured.value)
@@ -23,7 +23,7 @@ def unfavourable(measured: Estimate, sign: int, margin: float = 1.0) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What quantization may cost; None means anything.
+    """Limits of quality loss; None means no limit.
 
     Attributes:
         max_kl: Mean KL divergence to the base, nats per token.
@@ -39,17 +39,17 @@ class Budget:
         return self != Budget()
 
     def misses(self, quality: Quality, margin: float = 1.0) -> list[str]:
-        """A sentence for every number that is out of budget; NaN is, and so is everything where nothing was measured.
+        """A sentence for every metric that exceeds its limit; NaN exceeds it, and so does a model that was not measured.
 
-        What is judged is the unfavourable end of the 95 % interval, so that a model passes if it is better than the budget
-        and not if it was lucky with the text; the value itself where the text has too few documents for an interval.
+        The worse end of the 95 % interval is judged, so that a model passes because it is good and not because the text was
+        easy; the mean is judged where the text has too few documents for an interval.
 
         Args:
             quality: What was measured.
-            margin: How many times the distance from the value to that end is judged.
+            margin: Multiplies the distance from the mean to the judged end.
 
         Raises:
-            HfQuantError: A number was not measured, as for an encoder.
+            HfQuantError: A limited metric was not measured, as KL divergence for an encoder.
         """
         checks = (
             ("kl", "KL", self.max_kl, 0.0, 1),
@@ -58,7 +58,7 @@ class Budget:
         )
         if self and quality.tokens < 1:
             return ["nothing was measured: 0 tokens"]
-        made = []
+        sentences = []
         for name, title, limit, offset, sign in checks:
             if limit is None:
                 continue
@@ -68,15 +68,15 @@ class Budget:
             judged = unfavourable(measured, sign, margin) - offset
             if not sign * judged <= sign * limit:
                 side = "over" if sign > 0 else "under"
-                said = f"{title} {measured.value - offset:.5g}"
+                sentence = f"{title} {measured.value - offset:.5g}"
                 if judged != measured.value - offset:
                     times = "" if margin == 1 else f"{margin:g} times the "
-                    said += f" ({times}95 % interval {'up' if sign > 0 else 'down'} to {judged:.5g})"
-                made.append(f"{said} is {side} the {limit:g} allowed, by {abs(judged - limit):.3g}")
-        return made
+                    sentence += f" ({times}95 % interval {'up' if sign > 0 else 'down'} to {judged:.5g})"
+                sentences.append(f"{sentence} is {side} the {limit:g} allowed, by {abs(judged - limit):.3g}")
+        return sentences
 
     def verdict(self, quality: Quality) -> dict[str, Any]:
-        """For results.json: the budget, whether it was kept, and what missed it."""
+        """For results.json: the limits, whether the model passed, and a sentence for each metric that did not."""
         misses = self.misses(quality)
         budget = {name: limit for name, limit in asdict(self).items() if limit is not None}
         return {"budget": budget, "passed": not misses, "misses": misses}

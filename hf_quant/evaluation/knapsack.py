@@ -1,7 +1,7 @@
-"""One choice for each group, at the least size or the least cost: an exact multiple-choice knapsack.
+"""Picks one option per group at the smallest size or the lowest cost: an exact multiple-choice knapsack.
 
-Dynamic programming over the Pareto frontier (Nemhauser and Ullmann, 1969): after each group only those partial plans are
-kept that no other one beats in both size and cost. Sizes are whole bytes and repeat from block to block, so few are left.
+Dynamic programming over the Pareto frontier (Nemhauser and Ullmann, 1969): after each group, only the partial plans remain
+that no other plan beats in both size and cost. Sizes are whole bytes and repeat from block to block, so few plans remain.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Frontier:
-    """Every plan that is not beaten in both respects, smallest first.
+    """Every plan that no other plan beats in both size and cost, smallest first.
 
     Attributes:
-        size: int64 ``[F]``, rising.
-        cost: float64 ``[F]``, falling.
-        steps: For each group, which partial plan and which choice each plan on the frontier then came from.
+        size: int64 ``[F]``, ascending.
+        cost: float64 ``[F]``, descending.
+        steps: For each group and each plan on the frontier then: the partial plan that it extends, and its choice.
     """
 
     size: Tensor
@@ -28,29 +28,29 @@ class Frontier:
     steps: list[tuple[Tensor, Tensor]]
 
     def smallest(self, budget: float) -> list[int] | None:
-        """The choice for each group that is smallest with a cost of at most ``budget``; None if there is none."""
+        """The choice per group of the smallest plan that costs at most ``budget``; None if there is none."""
         good = (self.cost <= budget).nonzero()
         return self._picks(int(good[0])) if len(good) else None
 
     def cheapest(self, limit: int) -> list[int] | None:
-        """The choice for each group that costs least with a size of at most ``limit``; None if there is none."""
+        """The choice per group of the cheapest plan that is at most ``limit`` large; None if there is none."""
         good = (self.size <= limit).nonzero()
         return self._picks(int(good[-1])) if len(good) else None
 
     def _picks(self, at: int) -> list[int]:
-        made = []
+        picks = []
         for parent, pick in reversed(self.steps):
-            made.append(int(pick[at]))
+            picks.append(int(pick[at]))
             at = int(parent[at])
-        return made[::-1]
+        return picks[::-1]
 
 
 def frontier(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]]) -> Frontier:
-    """All plans worth considering.
+    """The Pareto frontier of all plans.
 
     Args:
-        sizes: Of each choice of each group, bytes.
-        costs: Likewise, not negative.
+        sizes: Bytes of each choice of each group.
+        costs: Cost of each choice of each group, not negative.
     """
     size, cost = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
     steps = []
@@ -61,7 +61,7 @@ def frontier(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]]) -
         order = all_costs.argsort(stable=True)
         order = order[all_sizes[order].argsort(stable=True)]  # by size, then by cost
         best = all_costs[order].cummin(0).values
-        kept = order[torch.cat([torch.tensor([True]), best[1:] < best[:-1]])]
-        size, cost = all_sizes[kept], all_costs[kept]
-        steps.append((kept // choices, kept % choices))
+        efficient = order[torch.cat([torch.tensor([True]), best[1:] < best[:-1]])]
+        size, cost = all_sizes[efficient], all_costs[efficient]
+        steps.append((efficient // choices, efficient % choices))
     return Frontier(size, cost, steps)

@@ -1,8 +1,8 @@
-"""How far each layer is from the base's: the first place to look when a gate is missed.
+"""The quantization error of each layer: the first thing to look at when a model misses its gate.
 
-Weights are compared with the base's, read tensor by tensor. Where a transform rewrote them on purpose (a scale folded into a
-norm, a rotation), that would say nothing: then it is the error of each layer's output that counts, which calibration
-measured and the recipe holds; without a recipe nothing is claimed.
+Weights are compared with those of the base, read tensor by tensor. That means nothing where a transform has rewritten
+weights (a scale folded into a norm, a rotation). The errors of the layers' outputs are reported then, which calibration
+measured and the recipe stores; without a recipe there is no result.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
 from hf_quant.solve.recipes import preset
 
 ROWS = 256
-ROUNDED = 0.01  # of its norm: what storing a float tensor in another dtype may change, and more
+ROUNDED = 0.01  # relative change of a float tensor beyond what storing it in another dtype can cause
 
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
-    """One layer beside the base's.
+    """The quantization error of one layer.
 
     Attributes:
         layer: Its name.
         scheme: What it is quantized with.
-        error: Relative error: the norm of the difference, over the norm of what it should be.
+        error: Relative error: the norm of the difference over the norm of the original.
         sqnr_db: The same in decibels, ``-20 log10(error)``; None where there is no error.
-        of: What is compared: its ``"weights"`` with the base's, or its ``"outputs"`` on calibration data.
+        of: What is compared: ``"weights"`` with those of the base, or ``"outputs"`` on calibration data.
     """
 
     layer: str
@@ -48,15 +48,15 @@ class LayerError:
 
 
 def layer_errors(model: nn.Module, base: Checkpoint, blocks: Sequence[Mapping[str, Any]] = ()) -> list[LayerError]:
-    """Every quantized layer, worst first.
+    """The errors of all quantized layers, largest first.
 
     Args:
         model: Quantized.
         base: The checkpoint it was made from.
-        blocks: Those of its recipe, where it was calibrated: errors of outputs are taken from there.
+        blocks: The blocks of its recipe if it was calibrated, which hold the errors of outputs.
 
     Returns:
-        Nothing where weights were rewritten before they were quantized, and no recipe says what that cost.
+        Empty where weights were rewritten before they were quantized and no recipe has the errors of outputs.
     """
     if blocks:
         return _of_outputs(model, blocks)
@@ -67,7 +67,7 @@ def layer_errors(model: nn.Module, base: Checkpoint, blocks: Sequence[Mapping[st
 def rewritten(model: nn.Module, base: Checkpoint) -> bool:
     """Whether a transform changed weights before they were quantized.
 
-    Its configuration says so; for checkpoints of other programs, norms and biases that are not those of ``base`` do.
+    The configuration says so. In checkpoints of other programs, norms and biases that differ from those of ``base`` say so.
     """
     if _transformed(model):
         return True
@@ -85,11 +85,11 @@ def rewritten(model: nn.Module, base: Checkpoint) -> bool:
 def _transformed(model: Any) -> bool:
     config = getattr(model.config, "quantization_config", None)
     schemes = {module.scheme for module in model.modules() if isinstance(module, QuantLinear)}
-    return isinstance(config, HfQuantConfig) and any(preset(config.method, each).transforms for each in schemes)
+    return isinstance(config, HfQuantConfig) and any(preset(config.method, scheme).transforms for scheme in schemes)
 
 
 def _of_outputs(model: nn.Module, blocks: Sequence[Mapping[str, Any]]) -> list[LayerError]:
-    """From the recipe's squared errors."""
+    """The errors of outputs, from the squared errors in the recipe."""
     schemes = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
@@ -97,35 +97,37 @@ def _of_outputs(model: nn.Module, blocks: Sequence[Mapping[str, Any]]) -> list[L
         elif isinstance(module, QuantExperts):
             schemes |= {f"{name}.{stack}": scheme for stack, scheme in module.schemes.items()}
     errors = {name: error for block in blocks for name, error in block["layers"].items()}
-    made = [
+    layer_errors = [
         _layer_error(name, str(schemes[name]), math.sqrt(error), "outputs")
         for name, error in errors.items()
         if name in schemes and error is not None
     ]
-    return sorted(made, key=lambda each: -each.error)
+    return sorted(layer_errors, key=lambda layer: -layer.error)
 
 
 @torch.inference_mode()
 def _of_weights(model: nn.Module, base: Checkpoint) -> list[LayerError]:
-    """Of the layers that ``base`` holds under the same name; one tensor at a time is read."""
-    made = []
+    """The errors of the layers that ``base`` holds under the same name, with one tensor in memory at a time."""
+    errors = []
     for name, module in model.named_modules():
         if isinstance(module, (QuantLinear, QuantEmbedding)):
             stored = f"{name}.weight"
             if stored in base.tensors:
                 original = base.read(stored)
                 turned = isinstance(module, QuantLinear) and module.conv1d
-                made.append(_error(name, str(module.scheme), original.T if turned else original, module.dequantize()))
+                errors.append(
+                    _error(name, str(module.scheme), original.T if turned else original, module.dequantize())
+                )
         elif isinstance(module, QuantExperts):
             for stack, scheme in module.schemes.items():
                 stored = f"{name}.{stack}"
                 if stored in base.tensors:
-                    made.append(_error(stored, str(scheme), base.read(stored), module.expert_weight(stack)))
-    return sorted(made, key=lambda each: -each.error)
+                    errors.append(_error(stored, str(scheme), base.read(stored), module.expert_weight(stack)))
+    return sorted(errors, key=lambda layer: -layer.error)
 
 
 def _error(name: str, scheme: str, original: Tensor, quantized: Tensor) -> LayerError:
-    """Some rows at a time, since whole matrices in float64 would be the largest things in memory."""
+    """The error in float64, computed a few rows at a time, since a whole matrix in float64 would take the most memory of all."""
     difference = norm = 0.0
     for a, b in zip(original.split(ROWS), quantized.cpu().split(ROWS), strict=True):
         difference += (a.double() - b.double()).square().sum().item()

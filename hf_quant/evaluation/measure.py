@@ -1,6 +1,6 @@
-"""What quantization cost: a model beside its base, on the same held-out text.
+"""Measures a causal language model against its base, on the same held-out text.
 
-The base's outputs are computed once and kept on disk (`reference`), so the two models are never in memory together.
+The outputs of the base are computed once and stored on disk (`reference`), so the two models are never in memory together.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
 
     Args:
         model: A causal language model.
-        reference: The base's word on a text.
+        reference: The stored outputs of the base on a text.
         progress: Wraps the list of batches, for a progress bar.
 
     Raises:
-        HfQuantError: The vocabularies differ, a model is no causal language model, or logits are not finite.
+        HfQuantError: The vocabularies differ, the model is not a causal language model, or logits are not finite.
     """
     values, variances = token_values(model, reference, progress)
-    made, noise = reference.windows, reference.meta["noise"]
-    document = made.document[:, 1:][made.scored]
+    windows, noise = reference.windows, reference.meta["noise"]
+    document = windows.document[:, 1:][windows.scored]
     metrics = {
         name: estimate(
             values[name], document, noise=noise.get(name), ideal=metric.ideal, most=metric.most, finish=metric.finish
@@ -45,17 +45,17 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
         for name, metric in all_metrics().items()
         for q in metric.quantiles
     }
-    tokens = int(made.scored.sum())
+    tokens = int(windows.scored.sum())
     return Quality(
         kind="causal", tokens=tokens, documents=len(document.unique()), resampled=resampled(document),
-        context=made.ids.shape[1], stride=made.stride, text_sha256=made.sha256, dtype=str(model.dtype).removeprefix("torch."),
+        context=windows.ids.shape[1], stride=windows.stride, text_sha256=windows.sha256, dtype=str(model.dtype).removeprefix("torch."),
         base_dtype=reference.meta["base_dtype"], metrics=metrics, quantiles=quantiles,
         kl_error=3 * math.sqrt(variances["kl"].sum().item()) / tokens,
     )  # fmt: skip
 
 
 def means(model: Any, reference: Reference, progress: Progress = iter) -> dict[str, float]:
-    """Every metric's value, without intervals."""
+    """The mean of every metric, without intervals."""
     values, _ = token_values(model, reference, progress)
     return {name: metric.finish(values[name].mean().item()) for name, metric in all_metrics().items()}
 
@@ -68,21 +68,21 @@ def estimate(
 
     Args:
         values: ``[P]``.
-        document: ``[P]``, number of the document that each comes from.
-        noise: What the base's own rounding makes of ``ideal``; None where nobody knows.
+        document: ``[P]``, the number of the document that each value comes from.
+        noise: The same metric for the base in bf16; None if it was not measured.
         ideal: As in `metrics.Metric`.
-        most: Likewise.
-        finish: Likewise.
+        most: As in `metrics.Metric`.
+        finish: As in `metrics.Metric`.
     """
     total, count = sums(values, document)
     value = finish((total.sum() / count.sum()).item())
     if most is None:
-        found = interval(total, count)
-    elif (found := interval(most * count - total, count)) is not None:
-        found = most - found[1], most - found[0]
-    if found is None:
+        ends = interval(total, count)
+    elif (ends := interval(most * count - total, count)) is not None:
+        ends = most - ends[1], most - ends[0]
+    if ends is None:
         return Estimate(value, None, None, noise)
-    low, high = map(finish, found)
+    low, high = map(finish, ends)
     if noise is None or ideal is None:
         return Estimate(value, low, high, noise)
     distance = 0.0 if low <= ideal <= high else min(abs(low - ideal), abs(high - ideal))
@@ -90,7 +90,7 @@ def estimate(
 
 
 def resampled(document: Tensor) -> str | None:
-    """For `Quality`: what intervals are over."""
+    """`Quality.resampled`: the units that the intervals are computed over."""
     return "documents" if len(document.unique()) >= FEWEST_DOCUMENTS else None
 
 
@@ -98,7 +98,7 @@ def resampled(document: Tensor) -> str | None:
 def token_values(
     model: Any, reference: Reference, progress: Progress = iter
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Each metric at each position, float64 ``[P]``, and the variance of those that are estimates, likewise.
+    """Each metric at each position, float64 ``[P]``; and the variance of those that are estimates, float64 ``[P]``.
 
     Raises:
         HfQuantError: As for `evaluate`.
@@ -120,7 +120,9 @@ def token_values(
             values.setdefault(name, []).append(value.double())
             if variance:
                 variances.setdefault(name, []).append(variance[0].double())
-    return {n: torch.cat(each) for n, each in values.items()}, {n: torch.cat(each) for n, each in variances.items()}
+    return {n: torch.cat(chunks) for n, chunks in values.items()}, {
+        n: torch.cat(chunks) for n, chunks in variances.items()
+    }
 
 
 def _require_finite(value: Tensor, title: str, part: Part, first: int) -> None:

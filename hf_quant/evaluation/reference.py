@@ -1,7 +1,7 @@
-"""What the base says of a text, on disk: computed once, a kilobyte or two a token, so that it need not stay in memory.
+"""The base's outputs on a text, stored on disk: computed once, one or two kilobytes a token.
 
-Kept are the base's likeliest tokens, a sample of the others, and nothing else (`metrics.BaseTokens`): for a vocabulary of
-150,000 that is 400 times less than its logits, and KL divergence comes out without bias, with an error that is known.
+Only the most likely tokens and a sample of the others are stored (`metrics.BaseTokens`). For a vocabulary of 150,000 that is
+400 times less than all logits, and the estimate of the KL divergence is unbiased with a known error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.metrics import BaseTokens
 from hf_quant.evaluation.metrics.kl import log_mass_without
 
-VERSION = 2  # of the files: raised whenever they hold other numbers
+VERSION = 2  # of the files: increased whenever their numbers change
 TOP, SAMPLES = 128, 64
 LOGITS = 1 << 26  # bytes of logits in one forward pass, in float32
 META = "meta.json"
@@ -39,7 +39,7 @@ Measure = Callable[[Any, "Reference"], dict[str, float]]
 
 @dataclass(frozen=True)
 class Part:
-    """Some windows with the base's word on them: ids and scored are those of `Windows`."""
+    """Some windows with the base's outputs; ``ids`` and ``scored`` are those of `Windows`."""
 
     ids: Tensor
     scored: Tensor
@@ -47,16 +47,16 @@ class Part:
 
     @property
     def target(self) -> Tensor:
-        """The tokens that came, at the positions that are scored: ``[P]``."""
+        """The tokens that follow in the text, at the scored positions: ``[P]``."""
         return self.ids[:, 1:][self.scored]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A base's cached word on a text.
+    """The stored outputs of a base on a text.
 
     Attributes:
-        folder: Where it is.
+        folder: Where they are stored.
         windows: The text.
         meta: What `META` holds: vocabulary, base_dtype, batch, noise, and a checksum of every part.
     """
@@ -66,10 +66,10 @@ class Reference:
     meta: dict[str, Any]
 
     def __iter__(self) -> Iterator[Part]:
-        """Every part, in order.
+        """The parts, in order.
 
         Raises:
-            HfQuantError: One is damaged.
+            HfQuantError: A part is damaged.
         """
         batch, parts = self.meta["batch"], self.meta["parts"]
         for i, checksum in enumerate(parts):
@@ -84,16 +84,16 @@ def reference(
     load_base: Load, identity: str, windows: Windows, *,
     cache: Path, base_dtype: torch.dtype, noise: Measure | None, say: Callable[[str], None], progress: Progress = iter,
 ) -> Reference:  # fmt: skip
-    """The base's word on ``windows``, from the cache or computed now.
+    """The outputs of the base on ``windows``, read from the cache or computed.
 
     Args:
-        load_base: Loads the base in a dtype; it is dropped before this returns.
-        identity: Of the base: a commit, or a digest of its files; and of what computes it (`Base.circumstances`).
+        load_base: Loads the base in a dtype; the model is freed before this returns.
+        identity: Of the base (a commit, or a digest of its files) and of what computes its outputs (`Base.circumstances`).
         windows: What to measure on.
-        cache: Folder of all references.
+        cache: Folder of all stored outputs.
         base_dtype: What the base computes in.
-        noise: Measures the base in bf16 beside itself; None leaves that out, and so does a base in bf16.
-        say: Told when the cache is no good.
+        noise: Measures the base in bf16 against itself; None skips that, and so does a base in bf16.
+        say: Told if the stored outputs are damaged.
         progress: Wraps lists of batches.
     """
     key = hashlib.sha256(
@@ -102,20 +102,20 @@ def reference(
     folder = cache / key[:32]
     if folder.is_dir():
         try:
-            found = Reference(folder, windows, json.loads((folder / META).read_text()))
-            for _ in found:  # a damaged part would be met after minutes
+            cached = Reference(folder, windows, json.loads((folder / META).read_text()))
+            for _ in cached:  # check all parts now, and not after minutes
                 pass
         except (OSError, ValueError, KeyError, TypeError, HfQuantError) as error:
             say(f"cached outputs of the base are damaged ({error}): computing them again")
             shutil.rmtree(folder, ignore_errors=True)
         else:
-            return found
+            return cached
     with staged(folder, overwrite=True) as stage:
-        made = _compute(load_base(base_dtype), stage, windows, base_dtype, progress)
+        computed = _compute(load_base(base_dtype), stage, windows, base_dtype, progress)
         if noise is not None and base_dtype is not torch.bfloat16:
-            made.meta["noise"] = noise(load_base(torch.bfloat16), made)
-        write_json(stage / META, made.meta)
-    return Reference(folder, windows, made.meta)
+            computed.meta["noise"] = noise(load_base(torch.bfloat16), computed)
+        write_json(stage / META, computed.meta)
+    return Reference(folder, windows, computed.meta)
 
 
 def require_causal(model: Any) -> None:
@@ -145,7 +145,7 @@ def _compute(model: Any, folder: Path, windows: Windows, dtype: torch.dtype, pro
 
 
 def log_probabilities(model: Any, ids: Tensor, scored: Tensor, first: int) -> Tensor:
-    """Of the next token, at the positions scored: float64 ``[P, V]`` on the CPU; -inf for tokens that are ruled out.
+    """Log-probabilities of the next token at the scored positions: float64 ``[P, V]`` on the CPU; -inf for masked tokens.
 
     Args:
         model: A causal language model.
@@ -155,7 +155,7 @@ def log_probabilities(model: Any, ids: Tensor, scored: Tensor, first: int) -> Te
 
     Raises:
         HfQuantError: Logits are not finite (-inf is allowed: it masks a token, as padding of the vocabulary is masked);
-            names the window and the module that made the first such value.
+            names the window and the module that gave the first such value.
     """
     logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]
     bad = (logits.isnan() | (logits == torch.inf) | (logits == -torch.inf).all(-1, True)).flatten(1).any(1).nonzero()
@@ -164,17 +164,17 @@ def log_probabilities(model: Any, ids: Tensor, scored: Tensor, first: int) -> Te
         origin = first_not_finite(model, ids[at : at + 1])
         raise HfQuantError(f"logits of {type(model).__name__} are not finite in window {first + at}: {origin}")
     picked: Tensor = logits[scored.to(logits.device)]
-    return picked.cpu().double().log_softmax(-1)  # there, since not every device knows float64
+    return picked.cpu().double().log_softmax(-1)  # on the CPU, since not every device has float64
 
 
 def first_not_finite(model: Any, ids: Tensor) -> str:
-    """A sentence on which module first gives NaN or infinite values for ``ids``."""
-    found: list[str] = []
+    """A sentence that names the first module whose output for ``ids`` is NaN or infinite."""
+    names: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
         def look(_module: Any, _args: Any, output: Any) -> None:
-            if not found and isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(name)
+            if not names and isinstance(output, Tensor) and not output.isfinite().all():
+                names.append(name)
 
         return look
 
@@ -185,11 +185,11 @@ def first_not_finite(model: Any, ids: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"{found[0]} is the first module whose output is not" if found else "every module's output is"
+    return f"{names[0]} is the first module whose output is not" if names else "every module's output is"
 
 
 def compact(log_p: Tensor, target: Tensor, draw: torch.Generator) -> BaseTokens:
-    """What is kept of the base's log-probabilities ``[P, V]`` (float64), given the tokens that came ``[P]``."""
+    """What is stored of the log-probabilities ``[P, V]`` (float64) of the base, and of the tokens ``[P]`` of the text."""
     vocabulary = log_p.shape[-1]
     top, top_ids = log_p.topk(vocabulary if vocabulary <= TOP + SAMPLES else TOP, -1)
     came = log_p.gather(-1, target[:, None]).squeeze(-1)
@@ -197,17 +197,17 @@ def compact(log_p: Tensor, target: Tensor, draw: torch.Generator) -> BaseTokens:
         nothing, no_mass = top.new_empty(len(top), 0), top.new_full((len(top),), -torch.inf)
         return BaseTokens(top_ids, top, nothing.long(), nothing, no_mass, came)
     mass = log_mass_without(log_p, top_ids)
-    # the logarithm is taken off first, so that a tail of 1e-300 is drawn from like any other
+    # the logarithm is shifted first, so that a tail of 1e-300 can be sampled like any other
     inside = (log_p - mass.clamp(min=torch.finfo(mass.dtype).min)[:, None]).exp_().scatter_(-1, top_ids, 0)
     reached = inside.cumsum_(-1)
     steps = (torch.arange(SAMPLES) + torch.rand(len(top), 1, generator=draw, dtype=torch.float64)) / SAMPLES
-    wanted = (steps * reached[:, -1:]).clamp(min=torch.finfo(torch.float64).tiny)
-    tail_ids = torch.searchsorted(reached, wanted).clamp(max=vocabulary - 1)  # beyond the end where there is no tail
+    targets = (steps * reached[:, -1:]).clamp(min=torch.finfo(torch.float64).tiny)
+    tail_ids = torch.searchsorted(reached, targets).clamp(max=vocabulary - 1)  # past the end where there is no tail
     return BaseTokens(top_ids, top, tail_ids, log_p.gather(-1, tail_ids), mass, came)
 
 
 def _stored(base: BaseTokens) -> dict[str, Tensor]:
-    """In half the space: a logarithm in float32 is good to seven digits, however small the probability."""
+    """In half the space: a logarithm in float32 has seven digits, however small the probability."""
     return {
         name: tensor.float() if tensor.is_floating_point() else tensor.int() for name, tensor in vars(base).items()
     }

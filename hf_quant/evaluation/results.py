@@ -1,4 +1,4 @@
-"""What was measured, as plain records: a card needs no torch to read them. `results.schema.json` documents the JSON."""
+"""Measurements as plain records: a card reads them without torch. `results.schema.json` documents the JSON."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-FEWEST_DOCUMENTS = 20  # for an interval: with fewer it holds the truth less often than it says (benchmarks/results)
+FEWEST_DOCUMENTS = 20  # for an interval: with fewer documents its coverage is below 95 % (benchmarks/results)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """One number with its uncertainty.
+    """A mean with its uncertainty.
 
     Attributes:
-        value: Over all tokens measured.
-        low: Lower end of the 95 % confidence interval; None where there are too few documents for one.
-        high: Upper end, likewise.
-        noise: The same number for the base itself, run in bf16 instead of float32; None if it was not measured.
-        within_noise: Whether the interval reaches what the base's own rounding costs; None without ``noise`` or interval.
+        value: Mean over all tokens.
+        low: Lower end of the 95 % confidence interval; None where there are too few documents.
+        high: Upper end of it; None where there are too few documents.
+        noise: The same metric for the base in bf16 instead of float32; None if it was not measured.
+        within_noise: Whether the interval includes what the base's rounding to bf16 costs; None without ``noise`` or interval.
     """
 
     value: float
@@ -33,22 +33,22 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """A model beside its base, on the same text.
+    """The quality of a model against its base on one text.
 
     Attributes:
         kind: ``"causal"`` (next-token distributions) or ``"encoder"`` (embeddings).
-        tokens: Predictions measured; for encoders, tokens read.
-        documents: Documents of the text they come from.
-        resampled: ``"documents"``, the units of the intervals; None where they are too few for intervals. Records of older
-            versions also have ``"windows"``, whose intervals were too narrow.
+        tokens: Number of predictions measured; for encoders, of tokens read.
+        documents: Number of documents that they come from.
+        resampled: ``"documents"``, the units of the intervals; None where there are too few for intervals. Older records also
+            have ``"windows"``, whose intervals were too narrow.
         context: Tokens in a window.
-        stride: Tokens from one window to the next; the overlap is read and not scored.
-        text_sha256: Of the token ids.
-        dtype: What the model computed in.
-        base_dtype: What the base computed in.
+        stride: Tokens from one window to the next; the overlap is read but not scored.
+        text_sha256: SHA-256 of the token ids.
+        dtype: In which the model computed.
+        base_dtype: In which the base computed.
         metrics: Name of a file in ``evaluation/metrics`` to its estimate.
-        quantiles: For example ``kl_p99``, of the values of single tokens.
-        kl_error: Three standard errors of ``metrics["kl"].value`` from sampling the tail of the base's distributions.
+        quantiles: Quantiles of the values of single tokens, such as ``kl_p99``.
+        kl_error: Three standard errors of ``metrics["kl"].value``, from sampling the tail of the base's distributions.
     """
 
     kind: str
@@ -75,18 +75,18 @@ class Quality:
 
 
 def interval_shown(estimate: Mapping[str, Any], show: Callable[[float], str], between: str = " to ") -> str:
-    """Both ends of an estimate's interval, each as ``show`` writes it; ``-`` where it has none.
+    """Both ends of an interval, formatted by ``show``; ``-`` where there is no interval.
 
     Args:
         estimate: As `Quality.to_dict` stores it.
-        show: Writes a number.
-        between: What stands between the ends.
+        show: Formats a number.
+        between: The text between the ends.
     """
     return "-" if estimate["low"] is None else f"{show(estimate['low'])}{between}{show(estimate['high'])}"
 
 
 def why_no_interval(quality: Mapping[str, Any]) -> str | None:
-    """A sentence on why ``quality`` (as `Quality.to_dict` stores it) has no intervals, or None if it has."""
+    """Why ``quality`` (as `Quality.to_dict` stores it) has no intervals; None if it has some."""
     documents = quality["documents"]
     if quality["resampled"] is not None:
         return None

@@ -1,6 +1,6 @@
-"""What each group of layers costs when it alone is quantized.
+"""The cost of quantizing one group of layers while all others stay in floating point.
 
-Layers that a kernel or a format fuses share one width: query, key and value; gate and up; all experts of a block.
+Layers that a kernel or format fuses share one scheme: query, key and value; gate and up; all experts of a block.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ FUSED = {
 
 
 def groups(names: Iterable[str]) -> dict[str, list[str]]:
-    """Layers that get the same scheme: the group's name to its layers', in order."""
-    made: dict[str, list[str]] = {}
+    """Layers that must share a scheme: name of the group to the names of its layers, in order."""
+    grouped: dict[str, list[str]] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
         if parent.rpartition(".")[2] == "experts":
-            made.setdefault(parent, []).append(name)
+            grouped.setdefault(parent, []).append(name)
         else:
-            made.setdefault(f"{parent}.{FUSED.get(leaf, leaf)}" if leaf in FUSED else name, []).append(name)
-    return made
+            grouped.setdefault(f"{parent}.{FUSED.get(leaf, leaf)}" if leaf in FUSED else name, []).append(name)
+    return grouped
 
 
 @contextmanager
 def rounded(model: Any, names: Sequence[str], scheme: QuantScheme, method: Method) -> Iterator[None]:
-    """Inside, the weights ``names`` of a floating-point ``model``, and what enters them, are what ``scheme`` makes of them."""
+    """Inside, the weights ``names`` of a floating-point ``model``, and their inputs if ``scheme`` says so, are rounded."""
     before = {name: _weight(model, name) for name in names}
-    kept = {name: weight.data for name, (weight, _) in before.items()}
+    originals = {name: weight.data for name, (weight, _) in before.items()}
     with ExitStack() as rounding:
         try:
             for weight, turned in before.values():
@@ -51,17 +51,17 @@ def rounded(model: Any, names: Sequence[str], scheme: QuantScheme, method: Metho
             yield
         finally:
             for name, (weight, _) in before.items():
-                weight.data = kept[name]
+                weight.data = originals[name]
 
 
 def _inputs(model: Any, names: Sequence[str]) -> list[AbstractContextManager[None]]:
-    """One context for each tensor that the weights ``names`` are multiplied by, in which it is rounded to INT8."""
-    found: dict[tuple[int, bool], AbstractContextManager[None]] = {}
+    """Contexts that round the inputs of the weights ``names`` to INT8, one for each input tensor."""
+    contexts: dict[tuple[int, bool], AbstractContextManager[None]] = {}
     for name in names:
         owner, second = _owner(model, name), _is_second_stack(model, name)
-        if (id(owner), second) not in found:  # two stacks that are given the same tensor, which is rounded once
-            found[id(owner), second] = _second_rounded(owner) if second else _input_rounded(owner)
-    return list(found.values())
+        if (id(owner), second) not in contexts:  # two stacks may share an input, which is rounded once
+            contexts[id(owner), second] = _second_rounded(owner) if second else _input_rounded(owner)
+    return list(contexts.values())
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def _input_rounded(layer: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _second_rounded(experts: Any) -> Iterator[None]:
-    """What a layer of stacked experts gives its second stack: its gate's output, or its activation's without a gate."""
+    """Rounds the input of the second stack of an experts layer: the output of the gate, or of the activation without a gate."""
     if not getattr(experts, "has_gate", True):
         handle = experts.act_fn.register_forward_hook(lambda _module, _args, output: _rounded_rows(output))
         try:
@@ -98,25 +98,25 @@ def sensitivities(
     model: Any, layers: Mapping[str, Sequence[str]], schemes: Sequence[QuantScheme], method: Method,
     cost: Callable[[Any], float], progress: Callable[[Any], Any] = iter,
 ) -> dict[str, list[float]]:  # fmt: skip
-    """What each group costs alone, under each scheme.
+    """The cost of each group alone, under each scheme.
 
     Args:
-        model: In floating point; it is the same afterwards.
+        model: In floating point; unchanged afterwards.
         layers: From `groups`.
         schemes: To try.
-        method: How codes are chosen; one that needs no calibration data.
-        cost: Of the model as it is.
+        method: Chooses codes without calibration data.
+        cost: Measures the model.
         progress: Wraps the list of trials.
     """
-    made: dict[str, list[float]] = {name: [] for name in layers}
+    costs: dict[str, list[float]] = {name: [] for name in layers}
     for group, scheme in progress([(group, scheme) for group in layers for scheme in schemes]):
         with rounded(model, layers[group], scheme, method):
-            made[group].append(cost(model))
-    return made
+            costs[group].append(cost(model))
+    return costs
 
 
 def _weight(model: Any, name: str) -> tuple[torch.nn.Parameter, bool]:
-    """The parameter of a layer or stack, and whether it lies ``[K, N]``."""
+    """The parameter of a layer or stack, and whether it is stored ``[K, N]``."""
     parent, _, leaf = name.rpartition(".")
     module = model.get_submodule(parent)
     if isinstance(getattr(module, leaf), torch.nn.Parameter):
@@ -126,7 +126,7 @@ def _weight(model: Any, name: str) -> tuple[torch.nn.Parameter, bool]:
 
 
 def _owner(model: Any, name: str) -> torch.nn.Module:
-    """The module that multiplies by a weight."""
+    """The module that multiplies by the weight ``name``."""
     parent, _, leaf = name.rpartition(".")
     module: torch.nn.Module = model.get_submodule(parent)
     return module if isinstance(getattr(module, leaf), torch.nn.Parameter) else getattr(module, leaf)
@@ -144,10 +144,10 @@ def _rounded_rows(x: Tensor) -> Tensor:
 @torch.inference_mode()
 def _round(weight: Tensor, turned: bool, scheme: QuantScheme, method: Method) -> Tensor:
     stack = weight if weight.dim() == 3 else weight[None]
-    made = torch.empty_like(stack)
+    dense = torch.empty_like(stack)
     for i, matrix in enumerate(stack):
         rows = matrix.T if turned else matrix
         codes = method.quantize(rows.contiguous(), scheme.fitted(rows.shape[1]), torch.bfloat16)
         real = codes.dequantize(weight.dtype)
-        made[i] = real.T if turned else real
-    return made.view_as(weight)
+        dense[i] = real.T if turned else real
+    return dense.view_as(weight)

@@ -16,7 +16,7 @@ def run_tasks(
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        names: Of tasks, as the harness knows them; a path to a task's YAML file is one too.
+        names: Names of tasks, or paths of their YAML files.
         limit: Examples of each task; None for all.
 
     Raises:
@@ -28,10 +28,10 @@ def run_tasks(
     except ImportError as error:
         raise HfQuantError(f"--tasks needs lm-evaluation-harness: pip install 'hf-quant[tasks]' ({error})") from None
     try:
-        found = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(names), limit=limit)
+        report = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(names), limit=limit)
     except KeyError as error:
         raise HfQuantError(f"lm-eval: {error}") from None
-    results: dict[str, dict[str, Any]] = found["results"]
+    results: dict[str, dict[str, Any]] = report["results"]
     return {
         task: {name.partition(",")[0]: value for name, value in row.items() if isinstance(value, float)}
         for task, row in results.items()

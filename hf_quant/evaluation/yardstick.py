@@ -1,4 +1,4 @@
-"""A base model and a held-out text, to hold other models against."""
+"""A base model and a held-out text, which other models are measured against."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Base:
-    """Where the base is and how to run it.
+    """A base model, and how to run it.
 
     Attributes:
         model: Folder or Hub id.
-        revision: Of a Hub model.
-        dtype: What it computes in while it is the yardstick.
+        revision: Commit, branch or tag of a Hub model.
+        dtype: In which it computes.
         device: As ``device_map``.
         trust_remote_code: Whether code in the checkpoint may run.
     """
@@ -48,28 +48,28 @@ class Base:
     trust_remote_code: bool = False
 
     def load(self, dtype: torch.dtype) -> Any:
-        """The model in ``dtype``, ready to be measured."""
+        """Load the model in ``dtype``, for evaluation."""
         return load(
             self.model, dtype=dtype, **self._hub(), **({"device_map": self.device} if self.device else {})
         ).eval()
 
     def identity(self) -> str:
-        """Changes whenever the weights may have."""
+        """A digest that changes whenever the weights may have changed."""
         if not Path(self.model).is_dir():
             return f"{self.model}@{self.commit()}"
-        made = hashlib.sha256()
+        digest = hashlib.sha256()
         for file in sorted(Path(self.model).iterdir()):
             if file.name == "config.json":
-                made.update(file.read_bytes())
+                digest.update(file.read_bytes())
             elif file.suffix == ".safetensors":
-                made.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-        return made.hexdigest()
+                digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+        return digest.hexdigest()
 
     def circumstances(self) -> str:
-        """What else decides the last digits of its outputs: versions, device, precision, and how attention is computed."""
-        asked = self.device or "cpu"
-        gpu = asked != "cpu" and torch.cuda.is_available()
-        device = torch.cuda.get_device_name() if gpu else f"{asked} {torch.backends.cpu.get_cpu_capability()}"
+        """What else affects its outputs: versions, device, precision and the implementation of attention."""
+        wanted_device = self.device or "cpu"
+        gpu = wanted_device != "cpu" and torch.cuda.is_available()
+        device = torch.cuda.get_device_name() if gpu else f"{wanted_device} {torch.backends.cpu.get_cpu_capability()}"
         attention = attention_of(skeleton(self.model, **self._hub()).config)
         return (
             f"torch {torch.__version__}, transformers {version('transformers')}, {device}, attention {attention}, float32 "
@@ -77,13 +77,13 @@ class Base:
         )
 
     def commit(self) -> str | None:
-        """Of a Hub model, the commit that is loaded; None for a folder."""
+        """The commit that is loaded of a Hub model; None for a folder."""
         if Path(self.model).is_dir():
             return None
         return Path(hf_hub_download(self.model, "config.json", revision=self.revision)).parent.name  # in snapshots/
 
     def checkpoint(self) -> Checkpoint:
-        """Its tensors on disk."""
+        """Its checkpoint."""
         if Path(self.model).is_dir():
             return Checkpoint.open(Path(self.model))
         return Checkpoint.open(
@@ -91,12 +91,12 @@ class Base:
         )
 
     def context(self) -> int:
-        """Tokens in a window, where nobody says."""
+        """The default number of tokens in a window."""
         config = config_of(self.model, **self._hub()).get_text_config()
         return min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
 
     def vocabulary(self) -> int:
-        """How many token ids there are."""
+        """The number of token ids."""
         size: int = config_of(self.model, **self._hub()).get_text_config().vocab_size
         return size
 
@@ -112,18 +112,18 @@ class Base:
         max_tokens: int | None = None, noise: bool = True, say: Callable[[str], None] = logger.info, progress: Progress = iter,
         cache: Path | None = None,
     ) -> Reference:  # fmt: skip
-        """Its word on a text, computed now or found in the cache.
+        """Its outputs on a text, computed or read from the cache.
 
         Args:
             tokenizer: Its tokenizer.
             text: Documents, separated by ``<|endoftext|>``.
-            context: Tokens in a window; 512, or as many as there are positions for, where it is None.
+            context: Tokens in a window; None for 512, or for the number of positions if that is smaller.
             stride: Tokens from one window to the next.
-            max_tokens: About that many at most.
-            noise: Measure too what bf16 costs the base.
-            say: Told what is worth knowing.
+            max_tokens: About the number of tokens to score.
+            noise: Also measure the base in bf16.
+            say: Receives messages.
             progress: Wraps lists of batches.
-            cache: Folder of cached outputs; by default inside the Hugging Face one.
+            cache: Folder of stored outputs; None for a folder in the Hugging Face cache.
         """
         return reference(
             self.load, f"{self.identity()} {self.circumstances()}", windows(tokenizer, text, context or self.context(), max_tokens, stride),
@@ -140,25 +140,25 @@ def yardstick(
     context: int | None = None, stride: int | None = None, max_tokens: int | None = None,
     say: Callable[[str], None], progress: Progress = iter, cache: Path | None = None,
 ) -> Callable[[Any], Quality]:  # fmt: skip
-    """A function that measures a model; the base's outputs are computed here, or found in the cache.
+    """A function that measures a model; the outputs of the base are computed here, or read from the cache.
 
     Args:
-        base: What to measure against.
-        tokenizer: Of both.
+        base: The model to measure against.
+        tokenizer: Of both models.
         text: Held-out documents, separated by ``<|endoftext|>``.
-        context: Tokens in a window; 512, or as many as the base has positions for, where it is None.
+        context: Tokens in a window; None for 512, or for the number of positions if that is smaller.
         stride: Tokens from one window to the next.
-        max_tokens: Measure about that many at most.
-        say: Told what is worth knowing.
+        max_tokens: About the number of tokens to score.
+        say: Receives messages.
         progress: Wraps lists of batches.
-        cache: Folder of cached outputs; by default inside the Hugging Face one.
+        cache: Folder of stored outputs; None for a folder in the Hugging Face cache.
     """
     if not base.causal():
         context = context or base.context()
         texts = passages(tokenizer, text, context, max_tokens)
-        found = base_outputs(base.load, texts, base.dtype, progress)
-        return lambda model: evaluate_encoder(model, found, texts, context, progress)
-    made = base.reference(
+        base_result = base_outputs(base.load, texts, base.dtype, progress)
+        return lambda model: evaluate_encoder(model, base_result, texts, context, progress)
+    base_outputs_on_disk = base.reference(
         tokenizer, text, context=context, stride=stride, max_tokens=max_tokens, say=say, progress=progress, cache=cache
     )
-    return lambda model: evaluate(model, made, progress)
+    return lambda model: evaluate(model, base_outputs_on_disk, progress)

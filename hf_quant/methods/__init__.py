@@ -15,10 +15,10 @@ from hf_quant.core.tensor import QuantizedTensor
 
 @runtime_checkable
 class Method(Protocol):
-    """Turns one weight matrix into codes. Instances are frozen dataclasses of hyperparameters.
+    """Quantizes one weight matrix. Instances are frozen dataclasses of hyperparameters.
 
     Attributes:
-        calibrated: Whether it needs to have seen the layer's inputs.
+        calibrated: Whether it needs statistics of the layer's inputs.
     """
 
     calibrated: ClassVar[bool]
@@ -26,7 +26,7 @@ class Method(Protocol):
     def quantize(
         self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, stats: InputStats | None = None
     ) -> QuantizedTensor:
-        """Quantize ``weight`` ``[N, K]``, leaving it untouched; scales are stored in ``dtype``.
+        """Quantize ``weight`` ``[N, K]``, which is not changed; scales are stored in ``dtype``.
 
         Raises:
             HfQuantError: The method is calibrated, and there are no statistics.
@@ -36,5 +36,5 @@ class Method(Protocol):
 
 def method(name: str, **hyperparameters: object) -> Method:
     """Build a method by file name: ``method("rtn", steps=0)``."""
-    made: Method = _plugins.load("methods", name).METHOD(**hyperparameters)
-    return made
+    loaded: Method = _plugins.load("methods", name).METHOD(**hyperparameters)
+    return loaded

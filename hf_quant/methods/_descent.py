@@ -1,4 +1,4 @@
-"""Coordinate descent on codes and scales that a method has chosen: CDQuant (arXiv:2406.17542), with scales as coordinates."""
+"""Coordinate descent over the codes and scales of any method: CDQuant (arXiv:2406.17542), extended to scales."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ def descend(
     W: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, H: Tensor, scheme: QuantScheme, dtype: torch.dtype,
     sweeps: int, free: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """Lower ``tr((Q - W) H (Q - W)^T)``, in place; no step ever raises it but for the rounding of scales to ``dtype``.
+    """Lower ``tr((Q - W) H (Q - W)^T)``, in place. Only the rounding of scales to ``dtype`` can raise it.
 
-    Everything is transposed, so that a column of weights is contiguous.
+    All matrices are transposed, so that a column of weights is contiguous.
 
     Args:
-        W: float32 ``[K, N]``, what is approximated.
-        codes: float32 ``[K, N]``, changed.
-        scale: float32 ``[G, N]``, changed.
+        W: float32 ``[K, N]``, the weights to approximate.
+        codes: float32 ``[K, N]``, changed in place.
+        scale: float32 ``[G, N]``, changed in place.
         zero: float32 ``[G, N]``.
-        H: float32 ``[K, K]``; its scale does not matter.
-        scheme: Of the codes.
-        dtype: What scales are stored in.
-        sweeps: How often every scale and every column is visited.
-        free: bool ``[K, N]``, which weights are outliers, and float32 ``[K, N]``, their values, changed; no outliers: None.
+        H: float32 ``[K, K]``, up to a factor.
+        scheme: Scheme of the codes.
+        dtype: The dtype of stored scales.
+        sweeps: Number of passes over all scales and columns.
+        free: Mask of the outliers, bool ``[K, N]``, and their values, float32 ``[K, N]``, changed in place; None without outliers.
     """
     G, size = scale.shape[0], W.shape[0] // scale.shape[0]
     Q = ((codes.view(G, size, -1) - zero[:, None]) * scale[:, None]).view_as(W)
     if free is not None:
         Q = torch.where(free[0], free[1], Q)
-    slope = H @ (Q - W)  # half the gradient, kept up to date
+    slope = H @ (Q - W)  # half the gradient, updated with every change
     for _ in range(sweeps):
         for g in H.diagonal().view(G, size).sum(1).argsort(descending=True, stable=True).tolist():
             now = slice(g * size, (g + 1) * size)
@@ -44,7 +44,7 @@ def _rescale(
     now: slice, g: int, codes: Tensor, scale: Tensor, zero: Tensor, slope: Tensor, H: Tensor, dtype: torch.dtype,
     free: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    """The best scale of one group for the codes as they are; returns the change of its weights."""
+    """The best scale of one group for fixed codes; returns the change of its weights."""
     steps = codes[now] - zero[g]
     if free is not None:
         steps = steps.masked_fill(free[0][now], 0)
@@ -60,7 +60,7 @@ def _recode(
     now: slice, g: int, codes: Tensor, scale: Tensor, zero: Tensor, slope: Tensor, H: Tensor, scheme: QuantScheme,
     free: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    """The best code of one column after the other, all else as it is; returns the change of the group's weights."""
+    """The best codes of one column after the other, all else fixed; returns the change of the group's weights."""
     local, block = slope[now].clone(), H[now, now]
     moved = torch.zeros_like(local)
     for j in range(block.shape[0]):

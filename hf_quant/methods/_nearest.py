@@ -1,4 +1,4 @@
-"""Rounding to nearest: what every method starts from, and what it must not lose to."""
+"""Rounding to nearest: the start of every method, and the result that a method must improve on."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.methods._outliers import outlier_index, outlier_mask
 
-CHUNK = 1 << 20  # weights searched together: bounds the float32 working memory to a few tens of MB
+CHUNK = 1 << 20  # weights searched together: limits the float32 working memory to a few tens of MB
 
 
 def nearest(
     weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, steps: int, least: float,
     importance: Tensor | None = None, columns: Tensor | None = None,
 ) -> QuantizedTensor:  # fmt: skip
-    """Each weight goes to its nearest code, on the grid with the least squared error.
+    """Round each weight to its nearest code, on the grid with the least squared error.
 
     Args:
         weight: ``[N, K]``.
-        scheme: Of the codes.
-        dtype: What scales are stored in.
-        steps: Ranges tried per group, from the full one down to ``least`` of it; 0 is plain min/max rounding.
+        scheme: Scheme of the codes.
+        dtype: The dtype of stored scales.
+        steps: Ranges tried for each group, from the full one down to ``least`` of it; 0 is plain min/max rounding.
         least: Smallest share of the range tried.
-        importance: ``[K]``, the mean square of each input; None where none was seen.
-        columns: int64 ``[C]``, the outlier columns; None: they are chosen here, where the scheme has some.
+        importance: ``[K]``, mean square of each input; None without inputs.
+        columns: int64 ``[C]``, the outlier columns; None to choose them here, if the scheme has some.
     """
-    if scheme.outliers and scheme.outlier_columns and columns is None:  # all rows share them
+    if scheme.outliers and scheme.outlier_columns and columns is None:  # shared by all rows
         columns = outlier_index(weight.float(), scheme, dtype, importance, steps, least, importance)
 
     def rows(part: Tensor) -> QuantizedTensor:
@@ -56,40 +56,45 @@ def best(
     weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, steps: int, least: float, stats: InputStats,
     columns: Tensor | None = None,
 ) -> QuantizedTensor:  # fmt: skip
-    """`nearest`, with the inputs' importance where that loses least on the inputs seen; without it, or with plain min/max
-    rounding, elsewhere."""
+    """`nearest`, weighted by the importance of inputs or not, or plain min/max rounding: the one with the least error on the
+    inputs seen."""
     importance = stats.importance.to(weight.device)
     weighed = nearest(weight, scheme, dtype, steps, least, importance, columns)
     if weighed.outliers is not None and scheme.outlier_columns:
         columns = weighed.outliers.index.long()
-    searched, minmax = (nearest(weight, scheme, dtype, each, least, None, columns) for each in (steps, 0))
+    searched, minmax = (
+        nearest(weight, scheme, dtype, steps_tried, least, None, columns) for steps_tried in (steps, 0)
+    )
     return better(weight, stats, weighed, searched, minmax)
 
 
 def better(weight: Tensor, stats: InputStats, tried: QuantizedTensor, *others: QuantizedTensor) -> QuantizedTensor:
-    """``tried``, but for the rows that lose more than those of another; all of another if it wins on the rows held out.
+    """``tried``, with the rows of another candidate where those have less error; or another candidate with less error on held-out rows.
 
-    All have the same outlier columns, if any.
+    All of them have the same outlier columns, if any.
     """
     if not stats.rows:
         return tried
-    kept, lost = tried, stats.row_errors(weight, tried.dequantize(torch.float32))
+    chosen, errors_chosen = tried, stats.row_errors(weight, tried.dequantize(torch.float32))
     for other in others:
         errors = stats.row_errors(weight, other.dequantize(torch.float32))
-        worse = ~(lost <= errors)
+        worse = ~(errors_chosen <= errors)
         if bool(worse.any()):
-            kept, lost = _rows(worse, other, kept), torch.where(worse, errors, lost)
+            chosen, errors_chosen = _rows(worse, other, chosen), torch.where(worse, errors, errors_chosen)
     if not stats.held:
-        return kept
-    held = {i: stats.held_error(weight, each.dequantize(torch.float32)) for i, each in enumerate((kept, *others))}
-    return (kept, *others)[min(held, key=lambda i: (isnan(held[i]), held[i]))]
+        return chosen
+    held = {
+        i: stats.held_error(weight, candidate.dequantize(torch.float32))
+        for i, candidate in enumerate((chosen, *others))
+    }
+    return (chosen, *others)[min(held, key=lambda i: (isnan(held[i]), held[i]))]
 
 
-def _rows(here: Tensor, one: QuantizedTensor, other: QuantizedTensor) -> QuantizedTensor:
-    """The rows of ``one`` where ``here [N]`` says so, else of ``other``."""
+def _rows(use_second: Tensor, one: QuantizedTensor, other: QuantizedTensor) -> QuantizedTensor:
+    """The rows of ``one`` where ``use_second [N]`` is true, and of ``other`` elsewhere."""
 
     def choose(first: Tensor, second: Tensor) -> Tensor:
-        return torch.where(here[:, None], first, second)
+        return torch.where(use_second[:, None], first, second)
 
     zero = None
     if one.zero_point is not None and other.zero_point is not None:

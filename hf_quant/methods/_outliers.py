@@ -1,4 +1,4 @@
-"""Which weights are kept in floating point: those that save the most error, not the largest ones."""
+"""Chooses the weights that stay in floating point: those that save the most error, not the largest ones."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ def outlier_index(
     weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, importance: Tensor | None, steps: int, least: float,
     inputs: Tensor | None = None,
 ) -> Tensor | None:  # fmt: skip
-    """int64 ``[C]`` or ``[N, R]``, ascending; None where the scheme has no outliers.
+    """Indices of the outliers, int64 ``[C]`` or ``[N, R]``, ascending; None if the scheme has none.
 
-    The cost of a weight is its error on the grid that fits the others: a large one widens the grid of its whole group, so
-    its own error on the grid that fits all would tell nothing. Where activations are rounded too, columns are chosen for
-    their sake, as in LLM.int8 (arXiv:2208.07339): a large input widens the grid of all others in its row.
+    The cost of a weight is its error on the grid that fits the other weights: a large weight widens the grid of its whole group,
+    so its error on that wider grid would mean nothing. Where activations are rounded too, columns are chosen by their inputs, as
+    in LLM.int8 (arXiv:2208.07339): a large input widens the grid of all others in its row.
 
     Args:
         weight: float32 ``[N, K]``.
         scheme: How many, and of which kind.
         dtype: What scales are stored in.
-        importance: ``[K]``, what an error in each column costs; None for the same everywhere.
-        steps: Of the search for the grid the error is judged on.
-        least: Likewise.
-        inputs: ``[K]``, the mean square of each input; None where none was seen.
+        importance: ``[K]``, cost of an error in each column; None for equal costs.
+        steps: Ranges tried for the grid.
+        least: Smallest share of the range tried.
+        inputs: ``[K]``, mean square of each input; None without inputs.
     """
     count = scheme.outlier_count(weight.shape[1])
     if not count:
@@ -50,6 +50,6 @@ def _most(cost: Tensor, scheme: QuantScheme, count: int) -> Tensor:
 
 
 def outlier_mask(index: Tensor, shape: torch.Size) -> Tensor:
-    """bool ``[N, K]``: where the outliers are."""
+    """Mask of the outliers, bool ``[N, K]``."""
     mask = torch.zeros(shape, dtype=torch.bool, device=index.device)
     return mask.index_fill_(1, index, True) if index.ndim == 1 else mask.scatter_(1, index, True)

@@ -18,22 +18,22 @@ from hf_quant.methods._descent import descend
 from hf_quant.methods._nearest import best, better
 from hf_quant.methods._outliers import outlier_index, outlier_mask
 
-BLOCK = 128  # columns whose errors are passed on to all later ones together: changes speed, not the result
+BLOCK = 128  # columns whose errors are passed to later ones in one product: affects speed, not the result
 
 
 @dataclass(frozen=True)
 class GPTQ:
-    """Quantize columns one after the other; push the error of each into those still to come.
+    """Quantizes one column after the other, and passes the error of each on to the columns that follow.
 
-    Groups are taken whole, the one with the strongest inputs first, and so are the columns within each: the order of
-    activations, with groups that stay contiguous, so that nothing has to be permuted at run time. A group's scale and zero
-    point are searched when its turn comes, so they see every earlier update, with each column's squared error weighed by
-    what is left of the Hessian. Rows that lose more than rounding to nearest (constant ones, for example, which leave no code
-    to make up with), and layers that do on the rows held out, are rounded to nearest.
+    Groups are taken as a whole, the one with the strongest inputs first, and within a group the columns likewise: the order of
+    activations, but with contiguous groups, so that nothing is permuted at run time. The scale and zero point of a group are
+    searched when its first column is quantized, after all earlier updates, with the squared error of each column weighted by the
+    remaining Hessian. Rows with more error than rounding to nearest (such as constant rows, whose codes cannot compensate) are
+    rounded to nearest, and so are layers with more error on held-out rows.
 
     Args:
-        sweeps: Of coordinate descent over scales and codes afterwards.
-        steps: Ranges tried per group, from the full one down to ``least`` of it.
+        sweeps: Passes of coordinate descent over scales and codes afterwards.
+        steps: Ranges tried for each group, from the full one down to ``least`` of it.
         least: Smallest share of the range tried.
     """
 
@@ -53,7 +53,9 @@ class GPTQ:
         G = scheme.groups(k)
         order = self._order(stats.gram.diagonal(), G)
         U = self._factor(order, stats)
-        importance = U.diagonal().square().reciprocal()  # of each column's error, given that later ones make up for it
+        importance = (
+            U.diagonal().square().reciprocal()
+        )  # of the error of each column, after later ones have compensated for it
         W = weight.float().T[order]  # [K, N], a copy
         index = outlier_index(W.T, scheme, dtype, importance, self.steps, self.least, stats.importance[order])
         free = None if index is None else outlier_mask(index, weight.shape).T
@@ -71,23 +73,23 @@ class GPTQ:
             columns = values[0].sum(1).nonzero().flatten() if scheme.outlier_columns else None
             where = values[0].T.nonzero()[:, 1].view(n, -1) if columns is None else columns
             outliers = Outliers.gather(values[1].T, where, dtype)
-        made = QuantizedTensor.from_codes(
+        quantized = QuantizedTensor.from_codes(
             codes.T.to(torch.uint8), scale.T.to(dtype).contiguous(), zero.T.contiguous(), scheme, outliers
         )
-        return better(weight, stats, made, best(weight, scheme, dtype, self.steps, self.least, stats, columns))
+        return better(weight, stats, quantized, best(weight, scheme, dtype, self.steps, self.least, stats, columns))
 
     def _greedy(
         self, W: Tensor, U: Tensor, importance: Tensor, scheme: QuantScheme, dtype: torch.dtype, free: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Algorithm 1 of the paper, with columns in the order they are taken.
+        """Algorithm 1 of the paper, on columns in the chosen order.
 
         Args:
-            W: float32 ``[K, N]``, changed: what is left of it are the values of the outliers.
+            W: float32 ``[K, N]``, changed in place; afterwards it has the values of the outliers.
             U: float32 ``[K, K]``, the upper Cholesky factor of the inverse of the damped Hessian.
-            importance: float32 ``[K]``, weight of each column's squared error in the search for a grid.
-            scheme: Of the codes.
-            dtype: What scales are stored in.
-            free: bool ``[K, N]``, where outliers are; None for none.
+            importance: float32 ``[K]``, weight of the squared error of each column in the search for a grid.
+            scheme: Scheme of the codes.
+            dtype: The dtype of stored scales.
+            free: bool ``[K, N]``, mask of the outliers; None without outliers.
 
         Returns:
             Codes ``[K, N]``, scales and zero points ``[G, N]``, all float32.
@@ -116,14 +118,14 @@ class GPTQ:
         return codes, scale, zero
 
     def _order(self, diagonal: Tensor, groups: int) -> Tensor:
-        """Columns in the order they are quantized: int64 ``[K]``."""
+        """The columns in the order they are quantized: int64 ``[K]``."""
         by_group = diagonal.view(groups, -1)
         first = by_group.sum(1).argsort(descending=True, stable=True)
         inside = by_group.argsort(dim=1, descending=True, stable=True)[first]
         return (inside + first[:, None] * by_group.shape[1]).flatten()
 
     def _factor(self, order: Tensor, stats: InputStats) -> Tensor:
-        """float32 ``[K, K]``: the upper Cholesky factor of the inverse of the damped Hessian; the identity if there is none."""
+        """Upper Cholesky factor of the inverse of the damped Hessian, float32 ``[K, K]``; the identity if there is none."""
         upper = stats.upper(order)
         if upper is not None:
             return upper
@@ -132,7 +134,7 @@ class GPTQ:
 
 
 def _blocks(k: int, size: int) -> Iterator[tuple[int, int]]:
-    """Ranges of at most `BLOCK` columns, none of which reaches over the end of a group of ``size``."""
+    """Ranges of at most `BLOCK` columns, each within a group of ``size`` columns."""
     for group in range(0, k, size):
         for start in range(group, group + size, BLOCK):
             yield start, min(start + BLOCK, group + size)

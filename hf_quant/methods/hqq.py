@@ -15,23 +15,23 @@ from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.methods._nearest import best, better
 from hf_quant.methods._outliers import outlier_index, outlier_mask
 
-CHUNK = 1 << 20  # weights worked on together
-STEPS, LEAST = 20, 0.6  # of the search for the grid that rounding to nearest takes
+CHUNK = 1 << 20  # weights that are optimized together
+STEPS, LEAST = 20, 0.6  # of the search for the grid of rounding to nearest
 
 
 @dataclass(frozen=True)
 class HQQ:
-    """Minimizes ``sum |w - w_q|^p`` for p < 1, which forgives the few large errors that outliers cause.
+    """Minimizes ``sum |w - w_q|^p`` for p < 1, which tolerates the few large errors of outliers.
 
-    Half-quadratic splitting: ``e``, the error that is forgiven, by shrinking ``w - w_q``; then scale and zero point by
-    least squares for ``w - e``. The paper moves only the zero point, which is real there and a whole number here, so the
-    scale moves too, and each group keeps its best round.
+    Half-quadratic splitting: ``e``, the tolerated error, is ``w - w_q`` after shrinkage; then scale and zero point are the least-squares
+    solution for ``w - e``. The paper changes only the zero point, which is real there and an integer here, so the scale changes
+    too, and each group keeps its best iteration.
 
     Args:
-        p: Norm of the error.
-        beta: Weight of the split, multiplied by ``kappa`` each round.
+        p: Exponent of the error.
+        beta: Weight of the splitting, multiplied by ``kappa`` in each iteration.
         kappa: See ``beta``.
-        rounds: At most.
+        rounds: Largest number of iterations.
     """
 
     calibrated: ClassVar[bool] = False
@@ -48,11 +48,11 @@ class HQQ:
         if scheme.outliers and scheme.outlier_columns:
             columns = outlier_index(weight.float(), scheme, dtype, None, STEPS, LEAST, inputs)
         parts = (self._rows(part, scheme, dtype, columns) for part in weight.split(max(1, CHUNK // weight.shape[1])))
-        made = QuantizedTensor.of_rows(parts, weight.shape[0])
+        quantized = QuantizedTensor.of_rows(parts, weight.shape[0])
         return (
-            made
+            quantized
             if stats is None
-            else better(weight, stats, made, best(weight, scheme, dtype, STEPS, LEAST, stats, columns))
+            else better(weight, stats, quantized, best(weight, scheme, dtype, STEPS, LEAST, stats, columns))
         )
 
     def _rows(self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, index: Tensor | None) -> QuantizedTensor:
@@ -68,8 +68,8 @@ class HQQ:
         return QuantizedTensor.from_codes(codes, scale.squeeze(-1).to(dtype), zero.squeeze(-1), scheme, outliers)
 
     def _fit(self, W: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        kept = search(W, scheme, dtype, STEPS, LEAST)  # rounding to nearest, which nothing may lose to
-        least = self._lost(W - dequantize(quantize(W, *kept, scheme.qmax), *kept))
+        best_fit = search(W, scheme, dtype, STEPS, LEAST)  # rounding to nearest, which the result must improve on
+        least = self._lost(W - dequantize(quantize(W, *best_fit, scheme.qmax), *best_fit))
         scale, zero = minmax(W, scheme)
         scale, beta = floored(scale, dtype), self.beta
         for _ in range(self.rounds):
@@ -79,7 +79,7 @@ class HQQ:
             lost = self._lost(off)
             gained = lost < least
             least = torch.where(gained, lost, least)
-            kept = torch.where(gained, scale, kept[0]), torch.where(gained, zero, kept[1])
+            best_fit = torch.where(gained, scale, best_fit[0]), torch.where(gained, zero, best_fit[1])
             e = off.sign() * (size - size.clamp(min=1e-8).pow(self.p - 1) / beta).clamp(min=0)
             beta *= self.kappa
             steps = codes - zero
@@ -87,7 +87,7 @@ class HQQ:
             scale = floored(torch.where(fitted > 0, fitted, scale), dtype)
             if not scheme.symmetric:
                 zero = (codes - (W - e) / scale).mean(-1, keepdim=True).round().clamp(0, scheme.qmax)
-        return kept
+        return best_fit
 
     def _lost(self, off: Tensor) -> Tensor:
         return off.abs().pow(self.p).sum(-1, keepdim=True)

@@ -17,10 +17,10 @@ from hf_quant.methods._nearest import best, nearest
 
 @dataclass(frozen=True)
 class RTN:
-    """Each weight goes to its nearest code; needs no data, and weighs columns by their inputs where that helps.
+    """Rounds each weight to its nearest code; works without data, and weights columns by their inputs where that helps.
 
     Args:
-        steps: Ranges tried per group, from the full one down to ``least`` of it; 0 is plain min/max rounding.
+        steps: Ranges tried for each group, from the full one down to ``least`` of it; 0 is plain min/max rounding.
         least: Smallest share of the range tried.
     """
 

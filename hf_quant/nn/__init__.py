@@ -1,4 +1,4 @@
-"""Modules that stand in for those of ``torch.nn``, and for stacked experts."""
+"""Quantized modules in place of those of ``torch.nn``, and of stacked experts."""
 
 from hf_quant.nn.embedding import QuantEmbedding as QuantEmbedding
 from hf_quant.nn.experts import QuantExperts as QuantExperts

@@ -1,7 +1,7 @@
-"""What code outside of this package sees of a weight that is codes: a float tensor that cannot be written to.
+"""A float view of quantized weights for code outside of this package, which can be read but not written.
 
-Models look at ``module.weight.dtype`` to cast what they give to the module, and some compute with ``module.weight`` themselves.
-The parameter of that name holds codes, which would make both wrong without an error.
+Models read ``module.weight.dtype`` to cast inputs, and some compute with ``module.weight`` directly. The parameter of that name
+holds codes, which would give wrong results without an error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_quant.core.private_torch import tree_map, wrapper_subclass, written_arguments
 from hf_quant.errors import PlanError
 
-# who moves parameters about, or ties them, and so needs the parameter itself
+# modules that move or tie parameters, and need the parameter itself
 MOVERS = ("torch.nn.modules.module", "accelerate.")
 READ_ONLY = (
     "the weights of this layer are codes, which cannot be written to: model.dequantize() gives a model of ordinary layers, "
@@ -27,10 +27,10 @@ READ_ONLY = (
 
 
 class FloatWeight(Tensor):
-    """Looks like the float weight; it is dequantized only when something is computed with it.
+    """Looks like the float weight, but is dequantized only when an operation uses it.
 
     Raises:
-        PlanError: Something is written to it.
+        PlanError: An operation writes to it.
     """
 
     _read: Callable[[], Tensor]
@@ -49,7 +49,7 @@ class FloatWeight(Tensor):
         if func is torch.ops.aten.detach.default:
             return args[0]._again()
         if func is torch.ops.aten.set_.source_Tensor and args[0] is args[1]:
-            return args[0]  # parametrizations do that, where nothing has to be changed
+            return args[0]  # parametrizations do that, without changing anything
         if any(isinstance(argument, FloatWeight) for argument in written_arguments(func, args, kwargs or {})):
             raise PlanError(READ_ONLY)
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
@@ -59,7 +59,7 @@ class FloatWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """The same; PEFT merges adapters by setting it."""
+        """The tensor itself; PEFT merges adapters by assigning to it."""
         return self._again()
 
     @data.setter
@@ -81,33 +81,33 @@ def _dense(value: Any) -> Any:
 
 
 class Outside(nn.Module):
-    """A module whose codes look like float weights from outside, once `finished` was called."""
+    """A module whose codes look like float weights from outside, after `finished` was called."""
 
     compute_dtype: torch.dtype
     _finished: bool = False
     _held: dict[str, nn.Parameter] = {}  # noqa: RUF012  codes in whose place a parametrization stands; replaced, never changed
 
     def float_shape(self, name: str) -> tuple[int, ...] | None:
-        """Shape of the float weight that the parameter of that name stands for; None if it holds no codes."""
+        """Shape of the float weight that a parameter encodes; None if the parameter holds no codes."""
         raise NotImplementedError
 
     def float_weight(self, name: str) -> Tensor:
-        """That weight, in that shape, in the type the module computes in."""
+        """That weight, in that shape, in the dtype that the module computes in."""
         raise NotImplementedError
 
     def finished(self) -> None:
-        """From now on the codes are hidden; until then transformers' loader has to see them."""
+        """Hide the codes from now on; before, transformers' loader has to see them."""
         self._finished = True
         for name in list(self._parameters):
             self._count(name)
 
     def _codes(self, name: str) -> nn.Parameter:
-        """The parameter itself."""
+        """The parameter itself, with the codes."""
         parameter = self._parameters.get(name)
         return self._held[name] if parameter is None else parameter
 
     def _count(self, name: str) -> None:
-        """Let the parameters of this layer add up to those of the float one, for all who count them (transformers, PEFT)."""
+        """Make the sizes of this layer's parameters add up to those of the float layer, for code that counts them (transformers, PEFT)."""
         shape = self.float_shape(name) if self._finished else None
         if shape is not None:
             others = [p for n, p in self._parameters.items() if n.startswith(f"{name}_") and n != f"{name}_bias"]
@@ -115,11 +115,11 @@ class Outside(nn.Module):
             self._codes(name).numel = partial(int, total)  # type: ignore[method-assign]
 
     def adapted(self, name: str) -> bool:
-        """Whether the weight is replaced by a function of it, as PEFT's adapters of stacked experts are."""
+        """Whether the weight is parametrized, as by PEFT's adapters of stacked experts."""
         return name in self._held
 
     def __delattr__(self, name: str) -> None:
-        """``torch.nn.utils.parametrize`` takes the weight away, and gives it back to `register_buffer`."""
+        """``torch.nn.utils.parametrize`` deletes the weight, and passes it to `register_buffer`."""
         if self._finished and name in self._parameters and self.float_shape(name) is not None:
             self._held = {**self._held, name: self._codes(name)}
             del self._parameters[name]
@@ -139,14 +139,14 @@ class Outside(nn.Module):
         super().register_parameter(name, param)
 
     def _seen(self, name: str) -> Any:
-        """What ``module.name`` gives."""
+        """The value of ``module.name``."""
         if name not in self._parameters:
             raise AttributeError(name)
         shape = self.float_shape(name) if self._finished else None
         if shape is None:
             return self._parameters[name]
         if torch.compiler.is_compiling():
-            return self.float_weight(name)  # what is only looked at disappears from the graph
+            return self.float_weight(name)  # unused results disappear from the graph
         if sys._getframe(2).f_globals.get("__name__", "").startswith(MOVERS):
             return self._parameters[name]
         if wrapper_subclass is None:
@@ -155,5 +155,5 @@ class Outside(nn.Module):
 
 
 def seen(name: str) -> Any:
-    """A property for the class of an `Outside` module, in place of the parameter ``name``."""
+    """A property of an `Outside` class that stands for the parameter ``name``."""
     return property(lambda module: module._seen(name), doc="The weight as code outside of this package sees it.")

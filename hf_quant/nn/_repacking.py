@@ -84,8 +84,8 @@ class Repacking(Outside):
 
     def _finer(self) -> list[nn.Parameter]:
         """Scales finer than what the module computes in, and what goes with them."""
-        own = [name for name in self._schemes() if getattr(self, f"{name}_scale").dtype != self.compute_dtype]
-        names = [name + local.removeprefix("weight") for name in own for local in _NATIVE.suffixes]
+        finer = [name for name in self._schemes() if getattr(self, f"{name}_scale").dtype != self.compute_dtype]
+        names = [name + local.removeprefix("weight") for name in finer for local in _NATIVE.suffixes]
         return [parameter for name in names if (parameter := self._parameters.get(name)) is not None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -93,10 +93,10 @@ class Repacking(Outside):
         self._unpack()
         scale = getattr(self, f"{next(iter(self._schemes()))}_scale")
         cast = fn(scale.new_empty(0, dtype=self.compute_dtype)).dtype
-        kept = [(parameter, parameter.data) for parameter in self._finer()]
+        unchanged = [(parameter, parameter.data) for parameter in self._finer()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.compute_dtype = cast
-        for parameter, tensor in kept:
+        for parameter, tensor in unchanged:
             if parameter.dtype != tensor.dtype:
                 parameter.data = tensor.to(parameter.device)
         if chosen:

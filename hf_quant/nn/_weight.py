@@ -51,23 +51,23 @@ def read(
 
     ``index`` picks one of a stack, or rows by their numbers; what has a single axis belongs to all rows.
     """
-    found: dict[str, Tensor] = {}
+    parts: dict[str, Tensor] = {}
     for local in _NATIVE.suffixes:
         tensor = (
             module._codes(name) if local == "weight" else module._parameters.get(name + local.removeprefix("weight"))
         )
         if tensor is not None:
-            found[local] = tensor if index is None or tensor.ndim == 1 else _picked(tensor, index)
-    codes, outliers = found["weight"], None
-    if "weight_outlier_index" in found:
-        outliers = Outliers(found["weight_outlier_index"], found["weight_outlier_value"])
+            parts[local] = tensor if index is None or tensor.ndim == 1 else _picked(tensor, index)
+    codes, outliers = parts["weight"], None
+    if "weight_outlier_index" in parts:
+        outliers = Outliers(parts["weight_outlier_index"], parts["weight_outlier_value"])
     if qweight is None:
         qweight = codes.flatten(-2) if scheme.bits == 8 else codes
-    scale, zero = found["weight_scale"], found.get("weight_zero_point")
+    scale, zero = parts["weight_scale"], parts.get("weight_zero_point")
     if zero is not None and not scheme.real_zero:
         zero = unpack_short(zero, scheme.bits, scale.shape[-1])
     return QuantizedTensor(
-        qweight, scale, zero, scheme, found.get("weight_perm"), outliers, found.get("weight_input_scale")
+        qweight, scale, zero, scheme, parts.get("weight_perm"), outliers, parts.get("weight_input_scale")
     )
 
 

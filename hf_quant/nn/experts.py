@@ -1,4 +1,4 @@
-"""Mixture-of-experts layers that keep all experts in stacked 3-D parameters."""
+"""Mixture-of-experts layers whose experts are stacked 3-D parameters."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from hf_quant.nn._outside import Outside, seen
 from hf_quant.nn._repacking import Repacking
 from hf_quant.nn._weight import frozen, read, register
 
-STACKED = ("gate_up_proj", "up_proj", "down_proj")  # what transformers calls the stacks, where a layer has them
+STACKED = ("gate_up_proj", "up_proj", "down_proj")  # names of the stacks in transformers, as far as a layer has them
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 class QuantExperts(Repacking):
-    """Mixed into a model's own experts class, whose gate, activation and flags stay as they are.
+    """Mixed into a model's experts class, whose gate, activation and flags it uses.
 
-    Every stack ``[E, N, K]`` becomes codes ``[E, N, K / 8 * bits]`` with ``_scale`` and other companions beside it;
-    transposed stacks ``[E, K, N]`` (gpt-oss) are turned while they are quantized.
+    Every stack ``[E, N, K]`` becomes codes ``[E, N, K / 8 * bits]`` with ``_scale`` and other companions; transposed stacks
+    ``[E, K, N]`` (gpt-oss) are transposed when they are quantized.
 
-    Where a kernel multiplies whole stacks (`kernels.LinearBackend`), `choose_kernel` lays them out for it, and tokens are sorted
-    by expert on the device; elsewhere one expert is multiplied after the other.
+    If a kernel can multiply whole stacks (`kernels.LinearBackend`), `choose_kernel` repacks them for it, and tokens are sorted by
+    expert on the device; otherwise one expert is multiplied after the other.
     """
 
     schemes: dict[str, QuantScheme]
@@ -39,7 +39,7 @@ class QuantExperts(Repacking):
     is_transposed: bool
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """For copies and pickles: this class is made when it is needed and cannot be imported by its name."""
+        """For copies and pickles: this class is created at run time and cannot be imported by its name."""
         return _blank, (self.float_class,), self.__getstate__()
 
     def choose_kernel(self) -> None:
@@ -50,7 +50,9 @@ class QuantExperts(Repacking):
         backends = [select(spec, repacking=not self.keeps_layout) for spec in self._specs.values()]
         self._backend = backends[0]
         coded = {_first(self), "down_proj"} <= self.schemes.keys()
-        ordered = not any(scheme.permuted for scheme in self.schemes.values())  # else x differs from expert to expert
+        ordered = not any(
+            scheme.permuted for scheme in self.schemes.values()
+        )  # else every expert permutes x differently
         if coded and ordered and len(set(map(type, backends))) == 1 and hasattr(self._backend, "experts"):
             for name in self.schemes:
                 self._repack(name)
@@ -70,7 +72,7 @@ class QuantExperts(Repacking):
         return self.expert_weight(name, self.compute_dtype)
 
     def _stored(self, name: str) -> LinearSpec:
-        """Of one expert, as the portable codes tell: parallel loading may have left a part of the stack."""
+        """The spec of one expert, from the shapes of the codes: with expert parallelism, only a part of the stack is loaded."""
         scheme, scale = self.schemes[name], getattr(self, f"{name}_scale")
         columns = self._codes(name)[0, 0].numel() * 8 // scheme.bits
         return LinearSpec(scheme, scale.shape[1], columns, self.compute_dtype, scale.device.type)
@@ -84,7 +86,7 @@ class QuantExperts(Repacking):
         return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
 
     def _product(self, x: Tensor, weight: QuantizedTensor) -> Tensor:
-        if weight.perm is not None:  # gate and up have an order of their own each
+        if weight.perm is not None:  # gate and up may have different orders
             parts = [_rows(weight, part, len(weight.perm)) for part in range(len(weight.perm))]
             return torch.cat([self._product(x[:, order], w) for order, w in zip(weight.perm, parts, strict=True)], -1)
         spec = LinearSpec(weight.scheme, weight.scale.shape[0], weight.in_features, self.compute_dtype, x.device.type)
@@ -102,7 +104,7 @@ class QuantExperts(Repacking):
         out = torch.zeros_like(states)
         hit = torch.unique(chosen).tolist()
         for expert in hit:
-            if expert >= self.num_experts:  # where expert parallelism sends tokens of other ranks
+            if expert >= self.num_experts:  # marks tokens of other ranks in expert parallelism
                 continue
             token, choice = torch.where(chosen == expert)
             hidden = _activated(self, self._project(_first(self), expert, states[token]))
@@ -114,11 +116,11 @@ class QuantExperts(Repacking):
         ends, order = by_expert(chosen, self.num_experts)
         hidden = _activated(self, self._stack(_first(self), states, ends, order))
         y = back_in_order(self._stack("down_proj", hidden, ends, None), order).unflatten(0, chosen.shape)
-        # in the order of the choices: the same bits every time
+        # added in a fixed order, so that results are reproducible
         return (y * weights[..., None]).sum(1).to(states.dtype)
 
     def _stack(self, name: str, x: Tensor, ends: Tensor, order: Tensor | None) -> Tensor:
-        """The rows that `by_expert` sorted times the stack of that name."""
+        """The rows that `by_expert` sorted, times the stack of that name."""
         backend: Any = self._backend
         bias = getattr(self, f"{name}_bias") if self.has_bias else None
         spec, outliers = self._specs[name], None
@@ -128,7 +130,7 @@ class QuantExperts(Repacking):
         return y
 
     def expert_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The float stack of that name, in the shape the model's own class holds it."""
+        """The float stack of that name, in the layout of the model's own class."""
         dense = self._quantized(name).dequantize(dtype)
         return dense.transpose(-1, -2).contiguous() if self.is_transposed else dense
 
@@ -139,37 +141,37 @@ class QuantExperts(Repacking):
 
 
 def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """`QuantExperts` with the model's own experts class."""
+    """`QuantExperts` mixed into a model's experts class."""
     if cls not in _CLASSES:
         _CLASSES[cls] = type("Quant" + cls.__name__, (QuantExperts, cls), {name: seen(name) for name in STACKED})
     return _CLASSES[cls]
 
 
 def _blank(cls: type[nn.Module]) -> nn.Module:
-    """Experts that hold nothing yet, as ``pickle`` makes an object before it gives it a state."""
-    made = _quantized_class(cls)
-    return made.__new__(made)
+    """An uninitialized experts layer, which ``pickle`` then gives a state."""
+    quantized_class = _quantized_class(cls)
+    return quantized_class.__new__(quantized_class)
 
 
 def _rows(weight: QuantizedTensor, part: int, parts: int) -> QuantizedTensor:
-    """The rows of one of equal parts, their columns in the order they are stored in."""
+    """One of ``parts`` equal parts of the rows, with the columns in stored order."""
     zero = None if weight.zero_point is None else weight.zero_point.chunk(parts)[part]
     return QuantizedTensor(weight.qweight.chunk(parts)[part], weight.scale.chunk(parts)[part], zero, weight.scheme)
 
 
 def _first(module: Any) -> str:
-    """The stack that is given what the layer is given."""
+    """Name of the stack that multiplies the input of the layer."""
     return "gate_up_proj" if module.has_gate else "up_proj"
 
 
 def _activated(module: Any, y: Tensor) -> Tensor:
-    """What the second stack is given."""
+    """The input of the second stack."""
     activated: Tensor = apply_gate(module, y) if module.has_gate else module.act_fn(y)
     return activated
 
 
 def why_not_experts(module: nn.Module) -> str | None:
-    """Why a module with stacked weights cannot be run by `QuantExperts`, or None if it can."""
+    """Why `QuantExperts` cannot run a module with stacked weights; None if it can."""
     if not hasattr(module, "is_transposed") or not has_gate_function(module):
         return "not one of transformers' standard experts layers"
     if getattr(module, "has_post_expert_norm", False):
@@ -178,24 +180,24 @@ def why_not_experts(module: nn.Module) -> str | None:
 
 
 def stacks(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Name to ``(E, N, K)`` of the stacked weights of an experts layer; empty if it is none."""
-    found: dict[str, tuple[int, int, int]] = {}
+    """Name to ``(E, N, K)`` of the stacked weights of an experts layer; empty if ``module`` is no such layer."""
+    shapes: dict[str, tuple[int, int, int]] = {}
     for name in STACKED:
         weight: Any = module._parameters.get(name)
         if weight is not None and weight.ndim == 3:
             e, n, k = weight.shape
-            found[name] = (e, k, n) if getattr(module, "is_transposed", False) else (e, n, k)
-    return found if "down_proj" in found else {}
+            shapes[name] = (e, k, n) if getattr(module, "is_transposed", False) else (e, n, k)
+    return shapes if "down_proj" in shapes else {}
 
 
 def expert_input(module: Any, name: str, expert: int, states: Tensor, chosen: Tensor) -> Tensor:
-    """What the stack ``name`` of a float experts layer is given for one expert: ``[tokens, K]``.
+    """The input of the stack ``name`` of a float experts layer for one expert: ``[tokens, K]``.
 
     Args:
         module: The model's own experts layer.
-        name: Of the stack.
-        expert: Its number.
-        states: ``[M, K]``, what the layer is given.
+        name: Name of the stack.
+        expert: Number of the expert.
+        states: ``[M, K]``, input of the layer.
         chosen: int64 ``[M, top_k]``, the experts of each token.
     """
     x = states[torch.where(chosen == expert)[0]]
@@ -216,7 +218,7 @@ def as_quant_experts(
     quantized: bool,
     scale_dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
 ) -> None:
-    """Make ``module`` a `QuantExperts` in place, its parameters empty codes (or, not ``quantized``, placeholders).
+    """Turn ``module`` into a `QuantExperts`, in place. Its parameters are empty: codes, or float placeholders.
 
     ``scale_dtypes`` names the stacks whose scales have another dtype than the module computes in.
     """

@@ -99,9 +99,9 @@ class QuantLinear(Repacking, nn.Linear):
             x = x.index_select(-1, self.weight_perm[0])
         fused = getattr(self._backend, "fused", None)
         if fused is not None:
-            own = Outliers(self.weight_outlier_index, self.weight_outlier_value) if self.scheme.outliers else None
-            made: Tensor = fused(x, prepared, spec, self.bias, own)
-            return made
+            outliers = Outliers(self.weight_outlier_index, self.weight_outlier_value) if self.scheme.outliers else None
+            output: Tensor = fused(x, prepared, spec, self.bias, outliers)
+            return output
         y = self._backend.linear(x, prepared, spec)
         if self.scheme.outliers:
             y = y + outlier_linear(x, self.weight_outlier_index, self.weight_outlier_value)

@@ -44,13 +44,13 @@ def facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def pictures(results: Mapping[str, Any]) -> dict[str, bytes]:
     """PNG by name, for what was measured; empty without matplotlib."""
-    made: dict[str, bytes] = {}
+    images: dict[str, bytes] = {}
     if charts.available() is None:
         if results.get("ladder"):
-            made["ladder.png"] = charts.size_and_kl(results["ladder"], dark=False)
+            images["ladder.png"] = charts.size_and_kl(results["ladder"], dark=False)
         if results.get("layers"):
-            made["layers.png"] = charts.layers(results["layers"], dark=False)
-    return made
+            images["layers.png"] = charts.layers(results["layers"], dark=False)
+    return images
 
 
 # -- what comes out ---------------------------------------------------------------------------------------------------
@@ -103,29 +103,29 @@ def _render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collec
 def card_data(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata: what the Hub can derive itself, such as tags, is left to it."""
     source = recipe["source"]
-    made: dict[str, Any] = {
+    data: dict[str, Any] = {
         key: source[key] for key in ("license", "license_name", "license_link", "language") if key in source
     }
-    made |= {"library_name": "transformers"}
-    made |= {"pipeline_tag": source["pipeline_tag"]} if "pipeline_tag" in source else {}
+    data |= {"library_name": "transformers"}
+    data |= {"pipeline_tag": source["pipeline_tag"]} if "pipeline_tag" in source else {}
     if "/" in str(source.get("model")):
-        made |= {"base_model": source["model"], "base_model_relation": "quantized"}
+        data |= {"base_model": source["model"], "base_model_relation": "quantized"}
     if recipe.get("gated", source.get("gated")):
-        made |= {key: value for key, value in source.items() if key.startswith("extra_gated_")}
+        data |= {key: value for key, value in source.items() if key.startswith("extra_gated_")}
     if results.get("quality"):
-        made["model-index"] = _model_index(recipe, results["quality"])
-    return made
+        data["model-index"] = _model_index(recipe, results["quality"])
+    return data
 
 
 def _model_index(recipe: Mapping[str, Any], quality: Mapping[str, Any]) -> list[dict[str, Any]]:
     causal = quality["kind"] == "causal"
     metrics = [
         {
-            "type": "kl_divergence" if name == "kl" else name, "value": each["value"],
+            "type": "kl_divergence" if name == "kl" else name, "value": metric["value"],
             "name": TITLES.get(name, (name,))[0]
-            + ("" if each["low"] is None else f" (95 % interval {interval_shown(each, '{:.5g}'.format)})"),
+            + ("" if metric["low"] is None else f" (95 % interval {interval_shown(metric, '{:.5g}'.format)})"),
         }
-        for name, each in quality["metrics"].items() if name != "base_perplexity"
+        for name, metric in quality["metrics"].items() if name != "base_perplexity"
     ]  # fmt: skip
     task = {"type": "text-generation", "name": "Text generation"} if causal else {"type": "feature-extraction"}
     dataset = {"type": "text", "name": f"held-out text, sha256 of the token ids {quality['text_sha256'][:12]}"}
@@ -163,27 +163,29 @@ def problems(folder: Path) -> list[str]:
     if not path.is_file():
         return [f"{CARD} is missing; hf-quant card build writes it"]
     text = path.read_text(encoding="utf-8", errors="replace")
-    drawn = [each.name for each in (folder / ASSETS).glob("*.png")]
-    made = [] if text == render(recipe, results, drawn) else [f"{CARD} is not what recipe.json and results.json give"]
-    return made + metadata_problems(metadata(text))
+    drawn = [image.name for image in (folder / ASSETS).glob("*.png")]
+    complaints = (
+        [] if text == render(recipe, results, drawn) else [f"{CARD} is not what recipe.json and results.json give"]
+    )
+    return complaints + metadata_problems(metadata(text))
 
 
 def metadata_problems(data: Mapping[str, Any]) -> list[str]:
     """What the Hub would not take, or would not understand, in a card's metadata."""
-    made = [] if data else ["the metadata is empty or not YAML"]
+    complaints = [] if data else ["the metadata is empty or not YAML"]
     if "license" in data and str(data["license"]) not in licence.KNOWN:
-        made.append(f"license: the Hub does not know {data['license']!r}")
+        complaints.append(f"license: the Hub does not know {data['license']!r}")
     if data.get("license") == "other" and not data.get("license_name"):
-        made.append("license: other needs license_name")
+        complaints.append("license: other needs license_name")
     for key in ("language", "tags", "datasets", "base_model"):
         value = data.get(key, [])
-        if not all(isinstance(each, str) for each in (value if isinstance(value, list) else [value])):
-            made.append(f"{key}: must be a string or a list of strings")
+        if not all(isinstance(item, str) for item in (value if isinstance(value, list) else [value])):
+            complaints.append(f"{key}: must be a string or a list of strings")
     if ("base_model" in data) != ("base_model_relation" in data):
-        made.append("base_model and base_model_relation go together")
+        complaints.append("base_model and base_model_relation go together")
     for model in data.get("model-index", []):
         for result in model.get("results", []):
             for metric in result.get("metrics", []):
                 if not isinstance(metric.get("value"), (int, float)) or "type" not in metric:
-                    made.append(f"model-index: {metric} has no type or no number")
-    return made
+                    complaints.append(f"model-index: {metric} has no type or no number")
+    return complaints

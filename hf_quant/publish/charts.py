@@ -114,7 +114,7 @@ def layers(errors: list[dict[str, Any]], dark: bool) -> bytes:
         errors: ``layers`` of results.json.
         dark: For dark ground.
     """
-    places = {each["layer"]: _place(each["layer"].removesuffix(".weight")) for each in errors}
+    places = {layer["layer"]: _place(layer["layer"].removesuffix(".weight")) for layer in errors}
     blocks = sorted({block for block, _ in places.values()})
     kinds = sorted(
         {kind for _, kind in places.values()}, key=lambda kind: (kind not in ORDER, ORDER.get(kind, 0), kind)
@@ -123,17 +123,17 @@ def layers(errors: list[dict[str, Any]], dark: bool) -> bytes:
     def draw(figure: Any, ink: str) -> None:
         axes = figure.add_subplot()
         grid = [[float("nan")] * len(kinds) for _ in blocks]
-        for each in errors:
-            block, kind = places[each["layer"]]
-            grid[blocks.index(block)][kinds.index(kind)] = 100 * each["error"]
+        for layer in errors:
+            block, kind = places[layer["layer"]]
+            grid[blocks.index(block)][kinds.index(kind)] = 100 * layer["error"]
         image = axes.imshow(grid, aspect="auto", cmap="viridis", vmin=0)
-        top = max(100 * each["error"] for each in errors)
-        for each in errors if len(blocks) <= 40 else []:
-            block, kind = places[each["layer"]]
-            match = re.match(r"W(\d+)", each["scheme"])
+        top = max(100 * layer["error"] for layer in errors)
+        for layer in errors if len(blocks) <= 40 else []:
+            block, kind = places[layer["layer"]]
+            match = re.match(r"W(\d+)", layer["scheme"])
             axes.text(
                 kinds.index(kind), blocks.index(block), match[1] if match else "", ha="center", va="center", fontsize=8,
-                color="black" if 100 * each["error"] > 0.6 * top else "white",
+                color="black" if 100 * layer["error"] > 0.6 * top else "white",
             )  # fmt: skip
         axes.set_xticks(range(len(kinds)), [kind.replace("_proj", "") for kind in kinds], rotation=35, ha="right")
         axes.set_yticks(range(len(blocks)), blocks) if len(blocks) <= 40 else None
@@ -180,6 +180,6 @@ def _png(draw: Callable[[Any, str], None], dark: bool, size: tuple[float, float]
     with rc_context(colors):
         figure = Figure(figsize=size, dpi=150, layout="constrained")
         draw(figure, ink)
-        made = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(made)
-    return made.getvalue()
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

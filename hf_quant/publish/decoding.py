@@ -47,13 +47,13 @@ def views(name: str, data: bytes) -> Iterator[str]:
         yield (text := data.decode("utf-8", "replace"))
         strings = text.splitlines()
     known = {string for string in strings if len(string) >= SHORTEST}
-    found = sorted(known)
+    pending = sorted(known)
     for _ in range(DEEPEST):
-        if not found:
+        if not pending:
             return
-        yield "\n".join(found)
-        new = {other for string in found if _ENCODED.search(string) for other in _decoded(string)}
-        found = sorted(other for other in new - known if len(other) >= SHORTEST)
+        yield "\n".join(pending)
+        new = {other for string in pending if _ENCODED.search(string) for other in _decoded(string)}
+        pending = sorted(other for other in new - known if len(other) >= SHORTEST)
         known |= new
 
 
@@ -87,8 +87,8 @@ def _json(data: bytes) -> list[str]:
     """Strings of a JSON text, and ``key=value`` where both are strings; of keys that are there twice, both."""
     strings: list[str] = []
 
-    def pairs(found: list[tuple[str, Any]]) -> None:
-        for key, value in found:
+    def pairs(members: list[tuple[str, Any]]) -> None:
+        for key, value in members:
             strings.append(key)
             if isinstance(value, str):
                 strings.append(f"{key}={value}")
@@ -98,8 +98,8 @@ def _json(data: bytes) -> list[str]:
         if isinstance(value, str):
             strings.append(value)
         elif isinstance(value, list):
-            for each in value:
-                keep(each)
+            for item in value:
+                keep(item)
 
     keep(json.loads(data.decode("utf-8-sig"), object_pairs_hook=pairs))
     return strings
@@ -136,8 +136,8 @@ def _base64(text: str) -> Iterator[str]:
     for match in _BASE64.finditer(text):
         word = match[0].rstrip("=").replace("-", "+").replace("_", "/")
         try:
-            found = base64.b64decode(word + "=" * (-len(word) % 4))
+            decoded = base64.b64decode(word + "=" * (-len(word) % 4))
         except binascii.Error:
             continue
-        if len(found) >= SHORTEST and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in found):
-            yield found.decode("ascii")
+        if len(decoded) >= SHORTEST and all(32 <= byte < 127 or byte in b"\t\n\r" for byte in decoded):
+            yield decoded.decode("ascii")

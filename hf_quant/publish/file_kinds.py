@@ -69,8 +69,8 @@ def why_not(name: str, data: bytes) -> str | None:
     if (refusal := why_not_named(name)) is not None:
         return refusal
     if PICTURES.fullmatch(name):
-        whole = data.startswith(_PNG[0]) and data.find(_PNG[1]) + len(_PNG[1]) == len(data)
-        return None if whole else "not a picture, as its name says"
+        complete = data.startswith(_PNG[0]) and data.find(_PNG[1]) + len(_PNG[1]) == len(data)
+        return None if complete else "not a picture, as its name says"
     if _suffix(name) in SENTENCEPIECE and data.startswith(b"\n"):  # the first field, which is the vocabulary
         return None
     return _why_not_text(name, data)

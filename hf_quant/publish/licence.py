@@ -142,8 +142,8 @@ def attribution(source: Mapping[str, Any]) -> str | None:
 
 
 def _name(source: Mapping[str, Any]) -> str:
-    given = str(source.get("license") or "")
-    return str(source.get("license_name") or given).lower() if given == "other" else given
+    identifier = str(source.get("license") or "")
+    return str(source.get("license_name") or identifier).lower() if identifier == "other" else identifier
 
 
 def _wants_llama(name: str) -> bool:

@@ -19,8 +19,8 @@ VERSION = 1
 def manifest_of(files: Mapping[str, Digest]) -> bytes:
     """The text of a manifest for ``files``; the card is left out, since people edit it on the Hub."""
     listed = {
-        name: {"bytes": each.bytes, "sha256": each.sha256}
-        for name, each in sorted(files.items()) if name not in (CARD, MANIFEST)
+        name: {"bytes": digest.bytes, "sha256": digest.sha256}
+        for name, digest in sorted(files.items()) if name not in (CARD, MANIFEST)
     }  # fmt: skip
     return (json.dumps({"version": VERSION, "files": listed}, indent=2) + "\n").encode()
 

@@ -63,7 +63,7 @@ class Publication:
     @property
     def bytes(self) -> int:
         """Of all files."""
-        return sum(each.bytes for each in self.content.files.values())
+        return sum(digest.bytes for digest in self.content.files.values())
 
 
 def prepare(
@@ -93,9 +93,9 @@ def prepare(
     if not _REPO_ID.fullmatch(target.repo_id):
         raise PushError(f"{target.repo_id!r} is not owner/name")
     recipe, results = card.facts(folder)
-    found = snapshot(folder)
-    card.check_replaceable(found.held.get(card.CARD))
-    _check_weights(found, results)
+    snapshot_of_folder = snapshot(folder)
+    card.check_replaceable(snapshot_of_folder.held.get(card.CARD))
+    _check_weights(snapshot_of_folder, results)
     results = _gated(folder, recipe, results, budget or Budget(), allow_failed_gate)
     source = _source(folder, recipe["source"], api, base_model, license)
     if (refusal := licence.why_not(source, target.repo_id)) is not None:
@@ -103,10 +103,10 @@ def prepare(
     gate: Any = source.get("gated", False) if gated == "inherit" else False if gated == "off" else gated
     target = replace(target, gated=gate or (None if gated == "inherit" else False))
     recipe = recipe | {"source": source, "repo_id": target.repo_id, "gated": gate}
-    written = _written(found, recipe, results) | _notices(found, source, api, say)
+    written = _written(snapshot_of_folder, recipe, results) | _notices(snapshot_of_folder, source, api, say)
     if problems := card.metadata_problems(metadata(written[card.CARD].decode())):
         raise PushError(f"{card.CARD}: {'; '.join(problems)}")
-    content = found.plus(written)
+    content = snapshot_of_folder.plus(written)
     look_through(content, _tokens(api))
     return Publication(folder, target, content, frozenset(written), source)
 
@@ -226,17 +226,17 @@ def _differs(model: Any, again: Any) -> str | None:
 # -- what has to be true ----------------------------------------------------------------------------------------------
 
 
-def _check_weights(found: Snapshot, results: Mapping[str, Any]) -> None:
+def _check_weights(checked: Snapshot, results: Mapping[str, Any]) -> None:
     """The checkpoint is whole, and is the one that was measured."""
-    Checkpoint.open(found.folder)
+    Checkpoint.open(checked.folder)
     files = [
-        {"name": name, "bytes": each.bytes, "sha256": each.sha256}
-        for name, each in sorted(found.weights.items()) if "/" not in name
+        {"name": name, "bytes": digest.bytes, "sha256": digest.sha256}
+        for name, digest in sorted(checked.weights.items()) if "/" not in name
     ]  # fmt: skip
     if results and results.get("files") != files:
         raise PushError(
-            f"{found.folder}: results.json was not measured on these weights; measure them with hf-quant eval "
-            f"{found.folder.name} --base MODEL --max-kl 0.02"
+            f"{checked.folder}: results.json was not measured on these weights; measure them with hf-quant eval "
+            f"{checked.folder.name} --base MODEL --max-kl 0.02"
         )
 
 
@@ -289,31 +289,33 @@ def _source(
 
 def _check_base(folder: Path, base: str, api: HfApi) -> None:
     stated = model_type(base, api)
-    own = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if stated is not None and stated != own:
-        raise PushError(f"{base} is a {stated} model and {folder} a {own} model: it was not made from that")
+    model_type_here = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if stated is not None and stated != model_type_here:
+        raise PushError(
+            f"{base} is a {stated} model and {folder} a {model_type_here} model: it was not made from that"
+        )
 
 
-def _written(found: Snapshot, recipe: dict[str, Any], results: dict[str, Any]) -> dict[str, bytes]:
+def _written(checked: Snapshot, recipe: dict[str, Any], results: dict[str, Any]) -> dict[str, bytes]:
     """What is written anew: the card and what it is made from, and settings without the traces of this machine."""
     drawn = card.pictures(results)
     written = {f"{card.ASSETS}/{name}": data for name, data in drawn.items()}
     written |= {"recipe.json": _json(recipe), card.CARD: card.render(recipe, results, drawn).encode()}
     if results:
         written["results.json"] = _json(results)
-    if "tokenizer_config.json" in found.held:
-        settings = json.loads(found.held["tokenizer_config.json"])
+    if "tokenizer_config.json" in checked.held:
+        settings = json.loads(checked.held["tokenizer_config.json"])
         if isinstance(settings, dict) and settings.keys() & set(LOCAL):
             written["tokenizer_config.json"] = _json({k: v for k, v in settings.items() if k not in LOCAL})
     return written
 
 
-def _notices(found: Snapshot, source: Mapping[str, Any], api: HfApi, say: Callable[[str], None]) -> dict[str, bytes]:
+def _notices(checked: Snapshot, source: Mapping[str, Any], api: HfApi, say: Callable[[str], None]) -> dict[str, bytes]:
     """Licence texts and notices of a base on the Hub that the folder lacks, and the line that its licence asks for."""
     line = licence.notice(source)
     generated = f"{line}\n".encode() if line is not None else None
     theirs = notices(source["model"], source.get("revision"), api, say) if _is_id(source) else {}
-    known = {name for name, data in found.held.items() if name != NOTICE or data != generated}
+    known = {name for name, data in checked.held.items() if name != NOTICE or data != generated}
     new = {name: data for name, data in theirs.items() if name not in known}
     if generated is not None and NOTICE not in known:
         before = new.get(NOTICE, b"")

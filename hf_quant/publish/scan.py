@@ -109,10 +109,10 @@ def _refusal(path: Path, name: str) -> str | None:
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
     try:
-        found = path.lstat()
+        status = path.lstat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _header(path: Path) -> bytes:
@@ -125,12 +125,12 @@ def _header(path: Path) -> bytes:
 
 
 def look_through(
-    found: Snapshot, secrets: Iterable[str] = (), known: Mapping[str, bytes] = MappingProxyType({})
+    checked: Snapshot, secrets: Iterable[str] = (), known: Mapping[str, bytes] = MappingProxyType({})
 ) -> None:
     """Refuse what is of no published kind, holds a secret, or names a folder of this machine.
 
     Args:
-        found: Everything that is to be uploaded; of weights, the names and metadata are looked at.
+        checked: Everything that is to be uploaded; of weights, the names and metadata are looked at.
         secrets: Words that must not be found, such as the token in use.
         known: Contents that this function has looked through before; the same object is not looked through again.
 
@@ -138,11 +138,11 @@ def look_through(
         PushError: Names the file and what kind of thing is in it, never the thing.
     """
     words = {secret: "the token in use" for secret in secrets if secret}
-    words |= dict.fromkeys(_places(found.folder), "the name of a folder of this machine")
-    for name, data in {**found.held, **found.headers}.items():
+    words |= dict.fromkeys(_places(checked.folder), "the name of a folder of this machine")
+    for name, data in {**checked.held, **checked.headers}.items():
         if known.get(name) is data:
             continue
-        if name in found.held and (refusal := file_kinds.why_not(name, data)) is not None:
+        if name in checked.held and (refusal := file_kinds.why_not(name, data)) is not None:
             raise PushError(f"{name}: {refusal}; it is not published")
         if (kind := _private(name, data, words)) is not None:
             raise PushError(f"{name}: holds {kind}")

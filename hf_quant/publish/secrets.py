@@ -117,10 +117,10 @@ def _detectors() -> tuple[tuple[str, Callable[[str], Iterator[str]]], ...]:
         from detect_secrets.plugins.base import RegexBasedDetector
     except ImportError:
         return ()
-    found: dict[str, Any] = get_mapping_from_secret_type_to_class()
+    plugins: dict[str, Any] = get_mapping_from_secret_type_to_class()
     return tuple(
         (kind, plugin().analyze_string)
-        for kind, plugin in sorted(found.items())
+        for kind, plugin in sorted(plugins.items())
         if issubclass(plugin, RegexBasedDetector) and plugin.__name__ not in GUESSING
     )
 

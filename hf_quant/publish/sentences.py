@@ -61,19 +61,19 @@ def verdict(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """One sentence: how small it became, and what that cost."""
     schemes, base = Counter(recipe["schemes"].values()), _base_link(recipe["source"])
     what = code(next(iter(schemes))) if len(schemes) == 1 else f"a mix of {', '.join(map(code, sorted(schemes)))}"
-    made = f"{base} in {what}"
+    text = f"{base} in {what}"
     if "bytes" in results:
-        made += f": **{size(results['bytes'])} in place of {size(results['base_bytes'])}**"
+        text += f": **{size(results['bytes'])} in place of {size(results['base_bytes'])}**"
     kl, top1 = (((results.get("quality") or {}).get("metrics") or {}).get(name) for name in ("kl", "top1"))
     if kl is None or top1 is None:
-        return f"{made}. What that cost: {'see below' if results.get('quality') else MISSING}."
-    made += f". It diverges from the base by **{number(kl['value'])} nats per token**"
-    made += "" if kl["low"] is None else f" [{interval_shown(kl, number, ', ')}]"
-    made += f" and has the same most likely token **{percent(top1['value'])}** of the time"
+        return f"{text}. What that cost: {'see below' if results.get('quality') else MISSING}."
+    text += f". It diverges from the base by **{number(kl['value'])} nats per token**"
+    text += "" if kl["low"] is None else f" [{interval_shown(kl, number, ', ')}]"
+    text += f" and has the same most likely token **{percent(top1['value'])}** of the time"
     within = "which cannot be told from the base's own rounding" if kl["within_noise"] else ""
-    kept = "inside the budget it was given" if (results.get("gate") or {}).get("passed") else ""
-    rest = [each for each in (within, kept) if each]
-    return made + (f", {', '.join(rest)}." if rest else ".")
+    budget = "inside the budget it was given" if (results.get("gate") or {}).get("passed") else ""
+    remarks = [remark for remark in (within, budget) if remark]
+    return text + (f", {', '.join(remarks)}." if remarks else ".")
 
 
 def _base_link(source: Mapping[str, Any]) -> str:
@@ -92,10 +92,12 @@ def method(recipe: Mapping[str, Any]) -> str:
     """What was done to a weight, one step after the other, and for which bits if not for all."""
     steps = recipe.get("steps") or {"": [{"name": recipe["method"]}]}
     chains: dict[str, list[str]] = {}
-    for bits, each in steps.items():
-        chains.setdefault(", then ".join(STEPS.get(s["name"], code(s["name"])) for s in each), []).append(bits)
-    made = [chain if len(chains) == 1 else f"{', '.join(bits)}: {chain}" for chain, bits in chains.items()]
-    return "; ".join(made) + ("" if recipe.get("calibration") else ", without data")
+    for bits, steps_of_bits in steps.items():
+        chains.setdefault(", then ".join(STEPS.get(s["name"], code(s["name"])) for s in steps_of_bits), []).append(
+            bits
+        )
+    descriptions = [chain if len(chains) == 1 else f"{', '.join(bits)}: {chain}" for chain, bits in chains.items()]
+    return "; ".join(descriptions) + ("" if recipe.get("calibration") else ", without data")
 
 
 def format(recipe: Mapping[str, Any]) -> str:
@@ -141,59 +143,61 @@ def quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """A row for each metric: title, value, interval, noise of the base."""
     rows: list[tuple[str, ...]] = []
     for name in sorted(quality["metrics"], key=lambda n: list(TITLES).index(n) if n in TITLES else len(TITLES)):
-        each, (title, kind) = quality["metrics"][name], TITLES.get(name, (name, "number"))
+        metric, (title, kind) = quality["metrics"][name], TITLES.get(name, (name, "number"))
         shown = {"percent": percent, "perplexity": "{:.3f}".format, "ratio": "{:.4f}".format}.get(kind, number)
-        noise = "-" if each["noise"] is None or name == "base_perplexity" else shown(each["noise"])
-        within = " (within noise)" if each["within_noise"] else ""
-        rows.append((md(title), shown(each["value"]) + within, interval_shown(each, shown), noise))
+        noise = "-" if metric["noise"] is None or name == "base_perplexity" else shown(metric["noise"])
+        within = " (within noise)" if metric["within_noise"] else ""
+        rows.append((md(title), shown(metric["value"]) + within, interval_shown(metric, shown), noise))
     rows += [(md(TITLES.get(n, (n,))[0]), number(value), "-", "-") for n, value in quality["quantiles"].items()]
     return rows
 
 
 def by_reason(named: Mapping[str, str]) -> dict[str, list[str]]:
     """Reason to the names that have it."""
-    made: dict[str, list[str]] = {}
+    names_of: dict[str, list[str]] = {}
     for name, reason in named.items():
-        made.setdefault(reason.partition(";")[0], []).append(name)
-    return made
+        names_of.setdefault(reason.partition(";")[0], []).append(name)
+    return names_of
 
 
 def command(recipe: Mapping[str, Any]) -> str:
     """What makes the same weights again."""
-    source, asked, calibration = recipe["source"], recipe.get("asked") or {}, recipe.get("calibration")
+    source, settings, calibration = recipe["source"], recipe.get("asked") or {}, recipe.get("calibration")
     words = ["hf-quant", "quantize", str(source["model"]), "-o", "OUT", "--scheme", recipe["scheme"]]
     words += ["--method", recipe["method"], "--format", recipe["format"]]
     words += ["--dtype", recipe["dtype"]] if "dtype" in recipe else []
     words += ["--revision", source["revision"]] if source.get("revision") else []
-    words += ["--lm-head"] if asked.get("quantize_lm_head") else []
-    words += ["--embeddings"] if asked.get("quantize_embeddings") else []
-    for name, slug in (asked.get("overrides") or {}).items():
+    words += ["--lm-head"] if settings.get("quantize_lm_head") else []
+    words += ["--embeddings"] if settings.get("quantize_embeddings") else []
+    for name, slug in (settings.get("overrides") or {}).items():
         words += ["--override", f"{name}={slug or 'float'}"] if slug != recipe["scheme"] else []
-    for glob in asked.get("modules_to_not_convert") or []:
+    for glob in settings.get("modules_to_not_convert") or []:
         words += ["--ignore", glob]
     if calibration:
         words += ["--calibration", calibration["name"]] if calibration["name"] not in FOUND else []
         words += ["--calibration-tokens", str(calibration["sequences"] * calibration["context"])]
-    return " ".join(f"\\\n  {each}" if each == "--override" else shell_word(each) for each in words)
+    return " ".join(f"\\\n  {word}" if word == "--override" else shell_word(word) for word in words)
 
 
 def limits(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
     """What a reader should know before using it."""
-    made, quality = [], results.get("quality")
+    sentences, quality = [], results.get("quality")
     if quality:
-        made.append(
+        sentences.append(
             f"Measured on {quality['tokens']:,} tokens of one text: other languages and domains, and contexts longer than "
             f"{quality['context']} tokens, were not."
         )
     if not results.get("tasks"):
-        made.append("No benchmark tasks were run.")
+        sentences.append("No benchmark tasks were run.")
     if results.get("parameters", SMALL) < SMALL:
-        made.append(
+        sentences.append(
             f"With {results['parameters'] / 1e6:.1f}M parameters it is small: small models lose more by quantization."
         )
-    made.append("Safety and alignment were not evaluated again; what the base's card says of them may no longer hold.")
-    made.append("Intended uses are those of the base, as far as the numbers above allow them.")
-    return made
+    sentences.append(
+        "Safety and alignment were not evaluated again; what the base's card says of them may no longer hold."
+    )
+    sentences.append("Intended uses are those of the base, as far as the numbers above allow them.")
+    return sentences
 
 
 def licence(source: Mapping[str, Any]) -> str:

@@ -27,10 +27,10 @@ def metadata(card: str) -> dict[str, Any]:
     """The YAML at the head of a card; empty if there is none, or it is not a mapping."""
     match = _HEAD.match(card)
     try:
-        found = yaml.safe_load(match[1]) if match else None
+        data = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return data if isinstance(data, dict) else {}
 
 
 def describe(model: str, revision: str | None = None, api: HfApi | None = None) -> dict[str, Any]:
@@ -50,10 +50,10 @@ def describe(model: str, revision: str | None = None, api: HfApi | None = None) 
         text = card.read_text(encoding="utf-8", errors="replace") if readable else ""
         return {"model": Path(model).resolve().name, "revision": None} | _inherited(metadata(text))
     at = f" at {revision}" if revision else ""
-    found = _asked(f"the base {model}{at}", lambda: (api or HfApi()).model_info(model, revision=revision))
-    card_data: Any = found.card_data  # its methods have no annotations
-    made = {"model": found.id, "revision": found.sha} | _inherited(card_data.to_dict() if card_data else {})
-    return made | ({"gated": found.gated} if found.gated else {})
+    info = _asked(f"the base {model}{at}", lambda: (api or HfApi()).model_info(model, revision=revision))
+    card_data: Any = info.card_data  # its methods have no annotations
+    description = {"model": info.id, "revision": info.sha} | _inherited(card_data.to_dict() if card_data else {})
+    return description | ({"gated": info.gated} if info.gated else {})
 
 
 def _asked(what: str, ask: Callable[[], T]) -> T:
@@ -69,15 +69,15 @@ def _asked(what: str, ask: Callable[[], T]) -> T:
 
 def _inherited(card: Mapping[str, Any]) -> dict[str, Any]:
     """Only what is known to be harmless: a stranger's card may hold anything."""
-    found = {key: card[key] for key in card if key in INHERITED or str(key).startswith("extra_gated_")}
-    made: dict[str, Any] = json.loads(json.dumps(found, default=str))  # YAML knows dates, recipe.json does not
-    return {key: value for key, value in sorted(made.items()) if value is not None}
+    inherited = {key: card[key] for key in card if key in INHERITED or str(key).startswith("extra_gated_")}
+    plain: dict[str, Any] = json.loads(json.dumps(inherited, default=str))  # YAML knows dates, recipe.json does not
+    return {key: value for key, value in sorted(plain.items()) if value is not None}
 
 
 def model_type(model: str, api: HfApi) -> str | None:
     """Of a model on the Hub, from its config.json; None if that does not say."""
-    found = _asked(f"the base {model}", lambda: api.model_info(model)).config or {}
-    return found.get("model_type")
+    config = _asked(f"the base {model}", lambda: api.model_info(model)).config or {}
+    return config.get("model_type")
 
 
 def copy_notices(
@@ -94,11 +94,11 @@ def copy_notices(
     Raises:
         PushError: The Hub has no such model, or does not answer.
     """
-    found = notices(model, revision, say=say)
-    for name, data in found.items():
+    files = notices(model, revision, say=say)
+    for name, data in files.items():
         if not (folder / name).exists():
             write_bytes(folder / name, data)
-    return list(found)
+    return list(files)
 
 
 def notices(
@@ -106,16 +106,16 @@ def notices(
 ) -> dict[str, bytes]:
     """Name and content of the licence texts and notices at the top of the base's folder; arguments as above."""
     if Path(model).is_dir():
-        paths = {each.name: each for each in sorted(Path(model).iterdir()) if _wanted(each.name) and each.is_file()}
+        paths = {file.name: file for file in sorted(Path(model).iterdir()) if _wanted(file.name) and file.is_file()}
     else:
         client = api or HfApi()
         listed = _asked(f"the base {model}", lambda: client.model_info(model, revision=revision)).siblings or []
         get = partial(client.hf_hub_download, model, revision=revision)
         paths = {
             name: Path(_asked(f"{name} of {model}", partial(get, name)))
-            for name in sorted(each.rfilename for each in listed) if _wanted(name)
+            for name in sorted(file.rfilename for file in listed) if _wanted(name)
         }  # fmt: skip
-    found = {}
+    contents = {}
     for name, path in paths.items():
         if Path(model).is_dir() and (refusal := _outside(Path(model), name)):
             say(f"{name}: {refusal}, so it is not copied")
@@ -124,8 +124,8 @@ def notices(
         if (refusal := file_kinds.why_not(name, data)) is not None:
             say(f"{name} of {model}: {refusal}, so it is not copied")
             continue
-        found[name] = data
-    return found
+        contents[name] = data
+    return contents
 
 
 def _wanted(name: str) -> bool:

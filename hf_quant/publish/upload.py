@@ -147,27 +147,27 @@ class _Upload:
         """It is there, and as closed as it will be, before the first byte is sent."""
         to = self.target
         try:
-            found = self.api.model_info(to.repo_id)
+            info = self.api.model_info(to.repo_id)
         except RepositoryNotFoundError:
             if to.is_pull_request:
                 raise PushError(f"{to.repo_id}: no such repository, or the token may not see it") from None
             self.api.create_repo(to.repo_id, private=True, exist_ok=True)
-            found = self.api.model_info(to.repo_id)
+            info = self.api.model_info(to.repo_id)
         if to.is_pull_request:
-            if to.gated and not found.private and not found.gated:
+            if to.gated and not info.private and not info.gated:
                 raise PushError(
                     f"readers of the base have to ask for it ({to.gated}), and anybody could read a pull request of "
                     f"{to.repo_id}: push to a repository that is gated or private"
                 )
-        elif not found.private and (closing := {key: value for key, value in self._changes(found).items() if value}):
+        elif not info.private and (closing := {key: value for key, value in self._changes(info).items() if value}):
             self.api.update_repo_settings(to.repo_id, **closing)
 
     def _pull_request(self, user: str) -> str:
         """Of this very content, if an earlier try opened one; otherwise a new one."""
         title = f"{self.target.message} ({_name(self.files)})"
-        for found in self.api.get_repo_discussions(self.target.repo_id, discussion_type="pull_request"):
-            if found.title == title and found.author == user and found.status in ("open", "draft"):
-                return f"refs/pr/{found.num}"
+        for discussion in self.api.get_repo_discussions(self.target.repo_id, discussion_type="pull_request"):
+            if discussion.title == title and discussion.author == user and discussion.status in ("open", "draft"):
+                return f"refs/pr/{discussion.num}"
         return f"refs/pr/{self.api.create_pull_request(self.target.repo_id, title=title).num}"
 
     def _send(self, revision: str) -> str:
@@ -189,14 +189,14 @@ class _Upload:
         if changed := self._changes(self.api.model_info(self.target.repo_id)):
             self.api.update_repo_settings(self.target.repo_id, **changed)
 
-    def _changes(self, found: Any) -> dict[str, Any]:
+    def _changes(self, info: Any) -> dict[str, Any]:
         """Settings that are not yet as asked."""
-        wanted = {"private": self.target.private, "gated": self.target.gated}
-        return {name: value for name, value in wanted.items() if value is not None and value != getattr(found, name)}
+        settings = {"private": self.target.private, "gated": self.target.gated}
+        return {name: value for name, value in settings.items() if value is not None and value != getattr(info, name)}
 
     def _tag(self, commit: str) -> None:
         tag, tags = self.target.tag, self.api.list_repo_refs(self.target.repo_id).tags
-        at = {each.name: each.target_commit for each in tags}.get(str(tag))
+        at = {tag_info.name: tag_info.target_commit for tag_info in tags}.get(str(tag))
         if at is None:
             self.api.create_tag(self.target.repo_id, tag=str(tag), revision=commit)
         elif at != commit:
@@ -214,16 +214,16 @@ class _Upload:
 
     def _tree(self, commit: str) -> dict[str, RepoFile]:
         tree = self.api.list_repo_tree(self.target.repo_id, recursive=True, revision=commit)
-        return {each.path: each for each in tree if isinstance(each, RepoFile)}
+        return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
-    def _stale(self, there: Iterable[str]) -> list[str]:
+    def _stale(self, paths: Iterable[str]) -> list[str]:
         """Weights of an earlier upload that are no longer wanted."""
-        return sorted(path for path in there if path not in self.files and path.endswith(WEIGHTS))
+        return sorted(path for path in paths if path not in self.files and path.endswith(WEIGHTS))
 
     def _differing(self, commit: str) -> list[str]:
         """Paths that are not yet as they should be, weights too many among them."""
-        there = self._tree(commit)
-        return [path for path, want in self.files.items() if not _same(there.get(path), want)] + self._stale(there)
+        tree = self._tree(commit)
+        return [path for path, digest in self.files.items() if not _same(tree.get(path), digest)] + self._stale(tree)
 
     # -- patience -------------------------------------------------------------------------------------------------
 
@@ -257,16 +257,16 @@ class _Upload:
 
     def _reason(self, error: BaseException) -> str:
         response, status = _answer(error)
-        said = (getattr(error, "server_message", None) or "").split("\n")[0]
+        detail = (getattr(error, "server_message", None) or "").split("\n")[0]
         if status == 401 or isinstance(error, LocalTokenNotFoundError):
             return TOKEN
         if status == 403:
-            return f"the token may not write to {self.target.repo_id} (403{f': {said}' if said else ''})"
+            return f"the token may not write to {self.target.repo_id} (403{f': {detail}' if detail else ''})"
         if status == 429:
             return "too many requests (429)"
         if status is not None:
             where = "" if response is None else f" to {response.request.method} {response.request.url.path}"
-            return f"the Hub answered {status}{where}{f': {said}' if said else ''}"
+            return f"the Hub answered {status}{where}{f': {detail}' if detail else ''}"
         if isinstance(error, json.JSONDecodeError):
             return "the Hub's answer is not JSON"
         if _transport(error):
@@ -286,15 +286,15 @@ class _Upload:
         return f"{done} of {len(self.files)} files are at {self.target.repo_id}. {again}."
 
 
-def _same(there: RepoFile | None, want: Digest) -> bool:
-    if there is None or there.size != want.bytes:
+def _same(entry: RepoFile | None, digest: Digest) -> bool:
+    if entry is None or entry.size != digest.bytes:
         return False
-    return there.lfs.sha256 == want.sha256 if there.lfs is not None else there.blob_id == want.git
+    return entry.lfs.sha256 == digest.sha256 if entry.lfs is not None else entry.blob_id == digest.git
 
 
 def _name(files: Mapping[str, Digest]) -> str:
     """Short, and different for every content."""
-    listed = json.dumps(sorted((path, each.sha256) for path, each in files.items()))
+    listed = json.dumps(sorted((path, digest.sha256) for path, digest in files.items()))
     return hashlib.sha256(listed.encode()).hexdigest()[:12]
 
 
@@ -310,11 +310,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _answer(error: BaseException) -> tuple[Any, int | None]:
     """The response behind an error, and its status; hf_xet has only the status, as text."""
-    for each in _chain(error):
-        if isinstance(each, HfHubHTTPError):
-            return each.response, each.response.status_code
-        if isinstance(each, ConnectionError) and (
-            match := re.search(r"status (?:client|server) error \((\d{3})", str(each))
+    for cause in _chain(error):
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response, cause.response.status_code
+        if isinstance(cause, ConnectionError) and (
+            match := re.search(r"status (?:client|server) error \((\d{3})", str(cause))
         ):
             return None, int(match[1])
     return None, None
@@ -322,7 +322,7 @@ def _answer(error: BaseException) -> tuple[Any, int | None]:
 
 def _transport(error: BaseException) -> bool:
     """Of httpx or httpx2, whichever this version of the client stands on."""
-    return any(kind.__name__ == "TransportError" for each in _chain(error) for kind in type(each).__mro__)
+    return any(kind.__name__ == "TransportError" for cause in _chain(error) for kind in type(cause).__mro__)
 
 
 def _retry_after(error: BaseException) -> float:

@@ -1,3 +1,3 @@
-"""Calibrated quantization of one block at a time: the choice of steps, what a block is given, and its codes.
+"""Calibrated quantization of one block at a time: the choice of steps, the inputs of its layers, and their codes.
 
-Blocks are modules that come from above; nothing here knows transformers or reads a checkpoint."""
+Blocks are modules from layers above; nothing here knows transformers or reads a checkpoint."""

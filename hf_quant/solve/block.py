@@ -1,4 +1,4 @@
-"""One decoder layer while it is worked on: what it computes, and how codes take the place of its weights."""
+"""One decoder layer during calibration: running it, and replacing its weights by quantized ones."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Stored:
-    """A block's parameters as the checkpoint of the float model has them, by full name.
+    """The parameters of a block in the checkpoint of the float model, by full name.
 
     Attributes:
-        dtype: Tells what one is stored in, quantized or not.
-        read: Reads one.
+        dtype: The dtype that a parameter is stored in, quantized or not.
+        read: Reads a parameter.
     """
 
     dtype: Callable[[str], torch.dtype]
@@ -33,16 +33,16 @@ class Stored:
 
 @dataclass
 class Block:
-    """One decoder layer.
+    """One decoder layer during calibration.
 
     Attributes:
         name: ``"model.layers.3"``.
-        module: In memory while it is worked on.
+        module: The layer, in memory.
         layers: Full name of each linear layer (or stack of experts) to quantize, to its scheme.
-        call: What the block takes besides hidden states; the same for all batches.
-        alone: What it takes beside those of one sequence.
-        rows: Sequences that are run together; one at a time once memory ran out.
-        stored: What its parameters are in the checkpoint; None where they are what the module holds.
+        call: Its arguments besides hidden states, for a whole batch; the same for all batches.
+        alone: Its arguments besides hidden states, for a batch of one sequence.
+        rows: Largest number of sequences to run together; 1 after memory has run out.
+        stored: Its parameters in the checkpoint; None if they are stored as the module holds them.
     """
 
     name: str
@@ -54,28 +54,31 @@ class Block:
     stored: Stored | None = None
 
     def local(self, layer: str) -> str:
-        """A layer's name inside the block."""
+        """The name of a layer within the block."""
         return layer.removeprefix(f"{self.name}.")
 
     def stored_in(self, parameter: str) -> torch.dtype:
-        """What a parameter, by its name inside the block, is stored in where it is not quantized."""
+        """The dtype that a parameter, by its name within the block, is stored in if it is not quantized."""
         name = f"{self.name}.{parameter}"
         return self.stored.dtype(name) if self.stored is not None else torch.float32
 
     def run(self, hidden: Tensor, module: nn.Module | None = None, again: Callable[[], None] | None = None) -> Tensor:
-        """The block's output.
+        """The output of the block.
+
+        ``accelerate.utils.find_executable_batch_size`` is not used: it hides the error of the last attempt, and would begin anew
+        with every batch, where ``rows`` stays small for the rest of the block.
 
         Args:
-            hidden: ``[B, T, d]``, as is the output.
-            module: Stands in for the block's own; None for that.
-            again: Called when memory ran out within the run and it starts anew, one sequence at a time: what hooks have
-                gathered so far would otherwise be gathered twice.
+            hidden: ``[B, T, d]``; the output has the same shape.
+            module: To run in place of `module`, if given.
+            again: Called when memory has run out and the run is repeated one sequence at a time, so that hooks can drop what they
+                have collected.
         """
         while True:
             try:
                 parts = hidden.split(self.rows) if self.rows < len(hidden) else [hidden]
-                made = [self._run(part, module or self.module) for part in parts]
-                return made[0] if len(made) == 1 else torch.cat(made)
+                outputs = [self._run(part, module or self.module) for part in parts]
+                return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
             except RuntimeError as error:
                 if not _out_of_memory(error) or min(self.rows, len(hidden)) == 1:
                     raise
@@ -94,7 +97,7 @@ class Block:
 
 
 def states_of(name: str, out: Any) -> Tensor:
-    """The hidden states among what a block returns: all of it, or the first of several things.
+    """The hidden states in the output of a block: the output itself, or its first element.
 
     Raises:
         HfQuantError: There are none; names the block.
@@ -108,13 +111,13 @@ def states_of(name: str, out: Any) -> Tensor:
 
 
 def use(block: Block, codes: Mapping[str, QuantizedTensor]) -> None:
-    """Let the block's layers compute with what their codes mean."""
+    """Replace the weights of layers by their dequantized codes."""
     for name, quantized in codes.items():
         put(block, name, quantized.dequantize(torch.float32))
 
 
 def put(block: Block, name: str, real: Tensor) -> None:
-    """Replace the weight of one layer, or a stack, by ``real`` ``[N, K]`` or ``[E, N, K]``."""
+    """Replace the weight of a layer, or a stack of experts, by ``real`` ``[N, K]`` or ``[E, N, K]``."""
     local = block.local(name)
     path, _, leaf = local.rpartition(".")
     parent: Any = block.module.get_submodule(path)

@@ -18,15 +18,15 @@ from hf_quant.solve.hidden_states import Activations
 from hf_quant.solve.inputs import HELD, Group, inputs_of, reduce
 from hf_quant.solve.result import Recipe, Solved, with_range
 
-EXPERT_HELD = 256  # rows of one expert that are held out at most
-STARVED = 32  # an expert that saw fewer tokens is rounded without them
-EXPERTS = 1 << 30  # bytes of statistics of experts collected together; more experts take more passes
+EXPERT_HELD = 256  # largest number of rows of one expert that are held out
+STARVED = 32  # an expert with fewer tokens is rounded to nearest without data
+EXPERTS = 1 << 30  # bytes of statistics of experts collected in one pass; more experts take more passes
 
 
 def solve_experts(
-    block: Block, group: Group, hidden: Activations, mine: list[int], recipe: Recipe, made: Solved
+    block: Block, group: Group, hidden: Activations, mine: list[int], recipe: Recipe, solved: Solved
 ) -> None:
-    """Each expert on the tokens that are sent to it; the projections into the experts first."""
+    """Quantize all experts, each on the tokens that are sent to it; the projections into the experts first."""
     path = group.layers[0].rpartition(".")[0]
     module: Any = block.module.get_submodule(path)
     shapes = stacks(module)
@@ -34,33 +34,35 @@ def solve_experts(
         name, stack = f"{block.name}.{local}", local.rpartition(".")[2]
         count, _, k = shapes[stack]
         step, parts, lost = max(1, EXPERTS // (8 * k * k)), [], []
-        made.experts[name] = []
+        solved.experts[name] = []
         for start in range(0, count, step):
-            some = range(start, min(start + step, count))
-            stats = {e: InputStats.empty(k, getattr(module, stack).device) for e in some}
+            chunk = range(start, min(start + step, count))
+            stats = {e: InputStats.empty(k, getattr(module, stack).device) for e in chunk}
             for i in mine:
                 states, chosen, *_ = inputs_of(block, block.module, [path], hidden[i])[path]
-                for e in some:
-                    given = expert_input(module, stack, e, states.reshape(-1, states.shape[-1]), chosen)
-                    stats[e].update(given, held=HELD if stats[e].seen < HELD * EXPERT_HELD else 0)
-            for e in some:
+                for e in chunk:
+                    inputs = expert_input(module, stack, e, states.reshape(-1, states.shape[-1]), chosen)
+                    stats[e].update(inputs, held=HELD if stats[e].seen < HELD * EXPERT_HELD else 0)
+            for e in chunk:
                 reduce(stats[e], recipe.ranks)
-                owner, found = recipe.ranks.owner(e), None
+                owner, solution = recipe.ranks.owner(e), None
                 if owner == recipe.ranks.rank:
-                    found = _solve_expert(module, stack, e, block.layers[name], stats[e], recipe)
-                quantized, error, notes = recipe.ranks.shared(found, owner)
+                    solution = _solve_expert(module, stack, e, block.layers[name], stats[e], recipe)
+                quantized, error, notes = recipe.ranks.shared(solution, owner)
                 parts.append(quantized)
                 lost.append(error)
-                made.experts[name].append(stats[e].seen)
-                made.note(name, notes)
-        made.codes[name] = QuantizedTensor.stack(parts)
-        if block.layers[name].activations == "tensor":  # an expert that saw little knows little of its range
+                solved.experts[name].append(stats[e].seen)
+                solved.note(name, notes)
+        solved.codes[name] = QuantizedTensor.stack(parts)
+        if (
+            block.layers[name].activations == "tensor"
+        ):  # an expert with few tokens has not seen the range of its inputs
             widest = torch.stack([part.input_scale for part in parts if part.input_scale is not None]).amax()
-            made.codes[name] = replace(made.codes[name], input_scale=widest.expand(count, 1).contiguous())
-        if few := [e for e, seen in enumerate(made.experts[name]) if seen < STARVED]:
-            made.starved[name] = few
-        made.errors[name] = sum(lost) / len(lost)
-        put(block, name, made.codes[name].dequantize(torch.float32))
+            solved.codes[name] = replace(solved.codes[name], input_scale=widest.expand(count, 1).contiguous())
+        if few := [e for e, seen in enumerate(solved.experts[name]) if seen < STARVED]:
+            solved.starved[name] = few
+        solved.errors[name] = sum(lost) / len(lost)
+        put(block, name, solved.codes[name].dequantize(torch.float32))
 
 
 def _solve_expert(

@@ -1,4 +1,4 @@
-"""The hidden states that walk up a model: in memory, or in a file that the system keeps out of the way."""
+"""The hidden states of all calibration sequences at one depth of the model, in memory or in a mapped file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_quant.disk.atomic import blaming
 
 @dataclass(frozen=True)
 class Activations:
-    """``[S, T, d]``, some sequences at a time.
+    """Hidden states ``[S, T, d]``, read and replaced in batches.
 
     Attributes:
         states: All of them.
@@ -26,7 +26,7 @@ class Activations:
 
     @classmethod
     def room(cls, shape: tuple[int, int, int], size: int, dtype: torch.dtype, file: Path | None) -> Activations:
-        """Nothing yet; in ``file`` (mapped, so its pages are not this process's memory) or, where it is None, in memory.
+        """Uninitialized states, in memory, or in ``file``, which is mapped and so does not count as memory of this process.
 
         Raises:
             DiskError: The disk is full.
@@ -35,8 +35,8 @@ class Activations:
         if file is None:
             return cls(torch.empty(shape, dtype=dtype), size)
         nbytes = count * dtype.itemsize
-        with blaming(file, nbytes), file.open("wb") as made:
-            _reserve(made.fileno(), nbytes)
+        with blaming(file, nbytes), file.open("wb") as handle:
+            _reserve(handle.fileno(), nbytes)
         return cls(torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape), size)
 
     def __len__(self) -> int:
@@ -52,13 +52,13 @@ class Activations:
         self.states[number * self.size : (number + 1) * self.size] = batch
 
     def copy_from(self, other: Activations) -> None:
-        """Take over all states of another one."""
+        """Copy all states of another one."""
         for number in range(len(self)):
             self.put(number, other[number])
 
 
 def _reserve(handle: int, size: int) -> None:
-    """Claim the disk space now: running out of it while pages are written back kills the process."""
+    """Allocate the disk space now: if the disk is full when mapped pages are written, the process is killed."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(handle, 0, size)
     else:

@@ -1,4 +1,4 @@
-"""What the layers of a block are given: which of them are given the same tensor, and statistics of it."""
+"""The inputs of the layers of a block: which layers share an input, and its statistics."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hf_quant.solve.hidden_states import Activations
 from hf_quant.solve.ranks import Ranks
 from hf_quant.transforms import weight_of
 
-HELD = 8  # one in so many batches (of an expert's tokens, one in so many rows) is held out, to judge on
+HELD = 8  # one in so many batches (for an expert: one in so many rows) is held out
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that are given the same tensor, by local name; ``source`` is the module that made it."""
+    """Layers that share an input, by local name; ``source`` is the module whose output that is."""
 
     layers: tuple[str, ...]
     source: str | None
@@ -31,9 +31,9 @@ class Group:
 
 
 def groups_of(block: Block, batch: Tensor) -> list[Group]:
-    """The layers in the order they run, those that are given the same tensor together."""
-    made_by: list[tuple[Tensor, str]] = []  # tensors are kept, so that no two have the same identity
-    given: list[tuple[Tensor, list[str]]] = []
+    """The layers in the order they run; those that share an input are one group."""
+    made_by: list[tuple[Tensor, str]] = []  # keeps tensors alive, so that no two have the same identity
+    consumers: list[tuple[Tensor, list[str]]] = []
     experts: dict[str, list[str]] = {}
     for name in block.layers:
         path, _, leaf = block.local(name).rpartition(".")
@@ -42,9 +42,9 @@ def groups_of(block: Block, batch: Tensor) -> list[Group]:
 
     def before(name: str) -> Callable[..., None]:
         def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            names = next((names for tensor, names in given if tensor is args[0]), None)
+            names = next((names for tensor, names in consumers if tensor is args[0]), None)
             if names is None:
-                given.append((args[0], names := []))
+                consumers.append((args[0], names := []))
             if name not in names:
                 names.append(name)
 
@@ -58,16 +58,16 @@ def groups_of(block: Block, batch: Tensor) -> list[Group]:
     handles += [m.register_forward_hook(after(n)) for n, m in block.module.named_modules() if n]
     with _removed(handles):
         block.sample(batch)
-    made = []
-    for tensor, names in given:
+    groups = []
+    for tensor, names in consumers:
         source = next((name for out, name in made_by if out is tensor), None)
         layers = tuple(name for name in names if name not in experts)
-        made += [Group(layers, source)] if layers else []
-        made += [Group(tuple(experts[name]), None, experts=True) for name in names if name in experts]
-    missing = {*linear, *(n for names in experts.values() for n in names)} - {n for g in made for n in g.layers}
+        groups += [Group(layers, source)] if layers else []
+        groups += [Group(tuple(experts[name]), None, experts=True) for name in names if name in experts]
+    missing = {*linear, *(n for names in experts.values() for n in names)} - {n for g in groups for n in g.layers}
     if missing:
         raise HfQuantError(f"{block.name}.{min(missing)} saw no tokens")
-    return made
+    return groups
 
 
 @contextmanager
@@ -80,32 +80,32 @@ def _removed(handles: list[Any]) -> Iterator[None]:
 
 
 class _SeenError(Exception):
-    """Everything asked for was seen; the rest of the block need not run."""
+    """Ends the run of a block early, when all inputs have been seen."""
 
 
 def inputs_of(block: Block, module: nn.Module, names: list[str], batch: Tensor) -> dict[str, tuple[Tensor, ...]]:
-    """What the modules of those local names are called with; the block is left as soon as that is known."""
-    found: dict[str, list[tuple[Tensor, ...]]] = {}
+    """The arguments of modules, by local name; the block is not run any further than needed."""
+    by_module: dict[str, list[tuple[Tensor, ...]]] = {}
 
     def look(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            found.setdefault(name, []).append((*args, *kwargs.values()))
-            if len(found) == len(names) and block.rows >= batch.shape[0]:
+            by_module.setdefault(name, []).append((*args, *kwargs.values()))
+            if len(by_module) == len(names) and block.rows >= batch.shape[0]:
                 raise _SeenError
 
         return hook
 
     handles = [module.get_submodule(n).register_forward_pre_hook(look(n), with_kwargs=True) for n in names]
     with _removed(handles), suppress(_SeenError):
-        block.run(batch, module, found.clear)
-    return {name: tuple(torch.cat(parts) for parts in zip(*calls, strict=True)) for name, calls in found.items()}
+        block.run(batch, module, by_module.clear)
+    return {name: tuple(torch.cat(parts) for parts in zip(*calls, strict=True)) for name, calls in by_module.items()}
 
 
 def collect(
     block: Block, part: list[Group], hidden: Activations, mine: list[int], ranks: Ranks, twin: nn.Module | None,
     original: Activations | None,
 ) -> dict[str, InputStats]:  # fmt: skip
-    """Statistics of each group's input, under the name of its first layer."""
+    """Statistics of the input of each group, by the name of its first layer."""
     leaders = [group.layers[0] for group in part]
     stats = {}
     for name in leaders:
@@ -115,23 +115,23 @@ def collect(
     rounds = {g.layers[0]: any(block.layers[f"{block.name}.{n}"].activations for n in g.layers) for g in part}
     for i in mine:
         seen = inputs_of(block, block.module, leaders, hidden[i])
-        there = {} if twin is None or original is None else inputs_of(block, twin, leaders, original[i])
+        original_inputs = {} if twin is None or original is None else inputs_of(block, twin, leaders, original[i])
         held = i % HELD == HELD - 1 or (1 < len(hidden) < HELD and i == len(hidden) - 1)
-        here, whole = hidden[i].shape[:2].numel(), hidden.states.shape[:2].numel()
-        every = -(-judged * here // min(HELD_ROWS, -(-whole // HELD)))
+        tokens, all_tokens = hidden[i].shape[:2].numel(), hidden.states.shape[:2].numel()
+        every = -(-judged * tokens // min(HELD_ROWS, -(-all_tokens // HELD)))
         for name in leaders:
-            other = there[name][0] if there else None
-            few = -(-here * len(hidden) // SAMPLE_ROWS) if rounds[name] else 0
+            other = original_inputs[name][0] if original_inputs else None
+            few = -(-tokens * len(hidden) // SAMPLE_ROWS) if rounds[name] else 0
             stats[name].update(seen[name][0], other, held=every if held else 0, sampled=few)
-    for name, each in stats.items():
-        reduce(each, ranks)
-        if not each.peak.isfinite().all():
+    for name, stats_of_group in stats.items():
+        reduce(stats_of_group, ranks)
+        if not stats_of_group.peak.isfinite().all():
             raise HfQuantError(f"{block.name}.{name}: NaN or infinite values among its inputs")
     return stats
 
 
 def reduce(stats: InputStats, ranks: Ranks) -> None:
-    """Join the statistics of all ranks, in place."""
+    """Combine the statistics of all ranks, in place."""
     if ranks.world == 1:
         return
     ranks.sum_(stats.gram)

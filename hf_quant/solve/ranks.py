@@ -1,4 +1,4 @@
-"""Several processes that share one job: each sees some of the batches, and solves some of the layers."""
+"""Several processes that share one job: each runs some of the batches and solves some of the layers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from hf_quant.core.private_torch import tree_map_only
 from hf_quant.errors import HfQuantError
 
 Value = TypeVar("Value")
-MINUTES = 30  # that one process waits for the others within a block: the largest layers take a few
-PATIENCE = timedelta(days=1)  # between models, while the first process measures
+MINUTES = 30  # that a process waits for the others within a block; the largest layers take a few minutes
+PATIENCE = timedelta(days=1)  # for the time between models, while the first process measures
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others; alone by default.
+    """This process among the others; by default it is the only one.
 
     Attributes:
-        rank: 0 to ``world - 1``; rank 0 writes.
-        world: How many processes there are.
-        patient: Group of the same processes that waits for as long as measuring a model takes; None if they are alone.
+        rank: 0 to ``world - 1``; rank 0 writes the output.
+        world: Number of processes.
+        patient: A process group with a long timeout, for while a model is measured; None for a single process.
 
     Raises:
-        HfQuantError: From every method, where the other processes do not answer in time, or have ended.
+        HfQuantError: From every method, if other processes have ended or do not answer in time.
     """
 
     rank: int = 0
@@ -39,10 +39,10 @@ class Ranks:
 
     @classmethod
     def found(cls, minutes: float = MINUTES) -> Ranks:
-        """Of the process group that ``torchrun`` or ``accelerate launch`` announced; it is made here if need be.
+        """The ranks of the process group of ``torchrun`` or ``accelerate launch``, which is initialized if needed.
 
         Args:
-            minutes: How long one process waits for an answer of the others before it gives up.
+            minutes: How long a process waits for the others.
         """
         if not dist.is_available():
             return cls()
@@ -55,36 +55,36 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this process writes the output."""
         return self.rank == 0
 
     def owner(self, number: int) -> int:
-        """Which rank does the piece of work of that number."""
+        """The rank that does a piece of work, by its number."""
         return number % self.world
 
     def sum_(self, tensor: Tensor) -> None:
-        """Add up over all ranks, in place."""
+        """Sum over all ranks, in place."""
         if self.world > 1:
             with self._answered():
                 dist.all_reduce(tensor)
 
     def total(self, *numbers: float) -> list[float]:
-        """Each number added up over all ranks."""
+        """The sum of each number over all ranks."""
         sums = torch.tensor(numbers, dtype=torch.float64)
         self.sum_(sums)
         return sums.tolist()
 
     def every(self, value: Value, device: torch.device | str = "cpu") -> list[Value]:
-        """The value of each rank, in order; tensors in it come to ``device``, wherever the other ranks have theirs."""
+        """The values of all ranks, in order, with their tensors moved to ``device``."""
         if self.world == 1:
             return [value]
-        found: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.world
         with self._answered():
-            dist.all_gather_object(found, _on("cpu", value))
-        return [_on(device, each) for each in found]
+            dist.all_gather_object(values, _on("cpu", value))
+        return [_on(device, value_of_rank) for value_of_rank in values]
 
     def shared(self, value: Value | None, owner: int = 0) -> Value:
-        """What ``owner`` passes, on every rank; tensors in it come to main memory where there are several ranks."""
+        """The value of rank ``owner``, on all ranks; its tensors are moved to main memory if there are several ranks."""
         if self.world == 1:
             assert value is not None
             return value
@@ -95,7 +95,7 @@ class Ranks:
         return shared
 
     def barrier(self, *, patient: bool = False) -> None:
-        """Wait until all ranks are here; ``patient`` where one of them may have been measuring a model for hours."""
+        """Wait for all ranks; ``patient`` if one of them may have been measuring a model for hours."""
         if self.world > 1 and patient:
             with self._answered():
                 dist.barrier(self.patient)

@@ -1,6 +1,6 @@
-"""What the names a user gives as ``method`` stand for: transforms, then a method, for each width.
+"""Presets: the transforms and the method that a user's ``method`` stands for, for each width.
 
-`Decision` answers this once for a whole model. Everybody else is handed the answer, and the recipe records what came of it.
+A `Decision` is made once for a whole model and passed on; the recipe records it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hf_quant import _plugins
 from hf_quant.core.scheme import BITS, QuantScheme
 from hf_quant.errors import PlanError
 
-if TYPE_CHECKING:  # a name can be checked before torch is imported
+if TYPE_CHECKING:  # names can be checked before torch is imported
     from hf_quant.methods import Method
     from hf_quant.transforms import Transform
 
@@ -27,7 +27,7 @@ class Preset:
     Attributes:
         method: Name of a file in ``hf_quant/methods``.
         transforms: Names of files in ``hf_quant/transforms``, in the order they are applied.
-        options: Hyperparameters of the method that differ from its defaults.
+        options: Hyperparameters of the method that are not its defaults.
     """
 
     method: str
@@ -36,7 +36,7 @@ class Preset:
 
     @property
     def calibrated(self) -> bool:
-        """Whether calibration data is needed."""
+        """Whether it needs calibration data."""
         return bool(self.transforms) or self.solver().calibrated
 
     def solver(self) -> Method:
@@ -46,9 +46,9 @@ class Preset:
         return method(self.method, **self.options)
 
 
-SCALED = Preset("rtn", ("awq",))  # all that 8 bits need, and that much they do where a model has outlier channels
+SCALED = Preset("rtn", ("awq",))  # enough for 8 bits, and needed there where a model has outlier channels
 BEST = Preset("gptq", ("awq", "drift"), {"sweeps": 2})
-INT8 = Preset("gptq", ("smoothquant",))  # of weights that meet INT8 activations
+INT8 = Preset("gptq", ("smoothquant",))  # for weights that are multiplied by INT8 activations
 PRESETS: dict[str, dict[int, Preset]] = {
     "awq": dict.fromkeys(BITS, SCALED),
     "calibrated": {8: SCALED, 4: BEST, 3: BEST, 2: BEST},
@@ -56,10 +56,10 @@ PRESETS: dict[str, dict[int, Preset]] = {
 
 
 def preset(name: str, scheme: QuantScheme) -> Preset:
-    """What ``name`` means for ``scheme``: a preset, a method, or a chain such as ``"awq+drift+gptq"``.
+    """The preset of a scheme for ``name``: a preset, a method, or a chain such as ``"awq+drift+gptq"``.
 
     Raises:
-        PlanError: There is nothing of that name.
+        PlanError: Nothing has that name.
     """
     if not isinstance(name, str):
         raise PlanError(f"method must be a name, got {name!r}")
@@ -78,11 +78,11 @@ def preset(name: str, scheme: QuantScheme) -> Preset:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a method means for the layers of one model: made once, after the plan.
+    """What a method means for the layers of one model, decided once after the plan.
 
     Attributes:
-        method: As the user named it.
-        presets: What it means for each scheme of the plan.
+        method: The name that the user gave.
+        presets: For each scheme of the plan, the transforms and the method.
     """
 
     method: str
@@ -90,7 +90,7 @@ class Decision:
 
     @classmethod
     def of(cls, method: str, schemes: Iterable[QuantScheme]) -> Decision:
-        """Decide for every one of ``schemes``.
+        """The decision for all of ``schemes``.
 
         Raises:
             PlanError: There is no method of that name.
@@ -99,15 +99,15 @@ class Decision:
 
     @property
     def calibrated(self) -> bool:
-        """Whether calibration data is needed for any layer."""
-        return any(each.calibrated for each in self.presets.values())
+        """Whether any layer needs calibration data."""
+        return any(preset.calibrated for preset in self.presets.values())
 
     def needs_twin(self, schemes: Iterable[QuantScheme]) -> bool:
-        """Whether the activations of the float model are needed for layers of these schemes."""
+        """Whether layers of these schemes need the hidden states of the float model."""
         return any(_transform(name).needs_twin for scheme in schemes for name in self.presets[scheme].transforms)
 
     def staged(self, schemes: Iterable[QuantScheme]) -> bool:
-        """Whether layers of these schemes see what quantizing those before them did; plain methods need one pass for all."""
+        """Whether layers of these schemes are calibrated on the outputs of quantized ones; plain methods need a single pass."""
         return any(self.presets[scheme].transforms for scheme in schemes)
 
     def solver(self, scheme: QuantScheme) -> Method:
@@ -115,11 +115,11 @@ class Decision:
         return self.presets[scheme].solver()
 
     def transforms(self, layers: Mapping[str, QuantScheme]) -> list[tuple[str, Transform, dict[str, QuantScheme]]]:
-        """What is done to layers that are given the same tensor.
+        """The transforms of layers that share an input.
 
-        A transform that scales the columns they share needs all of them, and weighs each by its own scheme. Where presets
-        differ, only those of one preset scale: of the layers with INT8 activations if there are any, since what they ask
-        for weighs both sides of the product.
+        A transform that scales the shared columns changes all of these layers, and weighs each by its own scheme. Where the
+        presets of the layers differ, only one of them scales: that of the layers with INT8 activations if there are some, since it
+        weighs both sides of the product.
 
         Args:
             layers: Name to scheme.
@@ -130,65 +130,65 @@ class Decision:
         chosen: dict[str, dict[str, QuantScheme]] = {}
         scaling: Preset | None = None
         for name, scheme in sorted(layers.items(), key=lambda item: item[1].activations is None):
-            asked = self.presets[scheme]
-            shared = [step for step in asked.transforms if _transform(step).shared]
-            scaling = scaling or (asked if shared else None)
-            for step in asked.transforms:
+            preset = self.presets[scheme]
+            shared = [step for step in preset.transforms if _transform(step).shared]
+            scaling = scaling or (preset if shared else None)
+            for step in preset.transforms:
                 if step not in shared:
                     chosen.setdefault(step, {})[name] = scheme
-                elif asked == scaling:
+                elif preset == scaling:
                     chosen.setdefault(step, dict(layers))
         return [
-            (step, _transform(step), {n: s for n, s in layers.items() if n in own}) for step, own in chosen.items()
+            (step, _transform(step), {n: s for n, s in layers.items() if n in group}) for step, group in chosen.items()
         ]
 
     def asked(self) -> dict[str, list[dict[str, Any]]]:
-        """What shall be done to layers of each kind of scheme, in order, with all hyperparameters."""
+        """The planned steps for each kind of scheme, in order, with all hyperparameters."""
         return {
             kind(scheme): [
-                *({"name": name, **_fields(_transform(name))} for name in each.transforms),
-                {"name": each.method, **_fields(each.solver())},
+                *({"name": name, **_fields(_transform(name))} for name in preset.transforms),
+                {"name": preset.method, **_fields(preset.solver())},
             ]
-            for scheme, each in self.presets.items()
+            for scheme, preset in self.presets.items()
         }
 
     def steps(
         self, layers: Mapping[str, QuantScheme], done: Mapping[str, Sequence[str]]
     ) -> dict[str, list[dict[str, Any]]]:
-        """What was done, for the recipe.
+        """The steps that were done, for the recipe.
 
         Args:
-            layers: Every quantized layer to its scheme.
-            done: Layers to the names of the steps that changed them, in order; all others were only rounded.
+            layers: All quantized layers and their schemes.
+            done: Layer to the names of the steps that changed it, in order; layers that are not in it were only rounded.
 
         Returns:
-            For each kind of scheme: the steps in order, each with its name, all hyperparameters and the number of layers.
+            For each kind of scheme, its steps in order, each with name, hyperparameters and number of layers.
         """
         counts: dict[str, Counter[str]] = {}
         for layer, scheme in sorted(layers.items(), key=lambda item: str(item[1])):
             counts.setdefault(kind(scheme), Counter()).update([*done.get(layer, []), self.presets[scheme].method])
-        made = {}
-        for scheme, own in self.presets.items():
+        by_kind = {}
+        for scheme, preset in self.presets.items():
             count = counts.get(kind(scheme), Counter())
-            names = dict.fromkeys(name for each in self.presets.values() for name in each.transforms if count[name])
+            names = dict.fromkeys(name for other in self.presets.values() for name in other.transforms if count[name])
             transforms = [{"name": name, **_fields(_transform(name)), "layers": count[name]} for name in names]
-            last = {"name": own.method, **_fields(own.solver()), "layers": count[own.method]}
-            made[kind(scheme)] = [*transforms, last]
-        return {name: made[name] for name in counts}
+            last = {"name": preset.method, **_fields(preset.solver()), "layers": count[preset.method]}
+            by_kind[kind(scheme)] = [*transforms, last]
+        return {name: by_kind[name] for name in counts}
 
     def skipped(self, layers: Mapping[str, QuantScheme], done: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-        """For each kind of scheme, the transforms that should have changed its layers and changed none, if there are any."""
-        asked: dict[str, dict[str, None]] = {}
+        """For each kind of scheme, the planned transforms that changed none of its layers."""
+        planned: dict[str, dict[str, None]] = {}
         changed: dict[str, set[str]] = {}
         for layer, scheme in sorted(layers.items(), key=lambda item: str(item[1])):
-            asked.setdefault(kind(scheme), {}).update(dict.fromkeys(self.presets[scheme].transforms))
+            planned.setdefault(kind(scheme), {}).update(dict.fromkeys(self.presets[scheme].transforms))
             changed.setdefault(kind(scheme), set()).update(done.get(layer, []))
-        missing = {name: [step for step in steps if step not in changed[name]] for name, steps in asked.items()}
+        missing = {name: [step for step in steps if step not in changed[name]] for name, steps in planned.items()}
         return {name: steps for name, steps in missing.items() if steps}
 
 
 def kind(scheme: QuantScheme) -> str:
-    """What layers of a scheme are called in a recipe: ``"4 bits"``."""
+    """The kind of a scheme in a recipe: ``"4 bits"``."""
     return f"{scheme.bits} bits" + (", INT8 activations" if scheme.activations else "")
 
 
@@ -199,5 +199,5 @@ def _transform(name: str) -> Transform:
     return transform(name)
 
 
-def _fields(each: Any) -> dict[str, Any]:
-    return asdict(each)
+def _fields(component: Any) -> dict[str, Any]:
+    return asdict(component)

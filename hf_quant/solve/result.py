@@ -1,4 +1,4 @@
-"""How a block is to be quantized, and what became of it."""
+"""How to quantize a block, and the result."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from hf_quant.solve.recipes import Decision
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the weights of a block become codes.
+    """How the weights of a block are quantized.
 
     Attributes:
-        decision: For each scheme, what is done to the weights, stage by stage, and how codes are chosen.
-        dtype: What scales are stored in.
-        ranks: Who works on it.
+        decision: The transforms and the method for each scheme.
+        dtype: The dtype of stored scales.
+        ranks: The processes that work on it.
     """
 
     decision: Decision
@@ -33,17 +33,17 @@ class Recipe:
 
 @dataclass
 class Solved:
-    """What became of one block.
+    """The result of one block.
 
     Attributes:
         codes: Full name of each layer to its codes.
-        errors: To the squared error of the layer's output over its squared output, on what it was asked to give.
+        errors: Full name of each layer to the squared error of its output over its squared output, on calibration data.
         steps: Full name of each layer to the transforms that changed it, in order.
-        notes: Of layers, stages and experts: what is worth reporting.
-        error: Of the block's output likewise, all its layers quantized: beside the float block on the same inputs or,
-            where the float model's activations are followed, beside those.
-        experts: Full name of each stack to the tokens that each of its experts saw.
-        starved: Full name of each stack to those experts that saw too few, and were rounded without them.
+        notes: Remarks to report, by layer, stage or expert.
+        error: Squared error over squared output of the whole block. The reference is the float block on the same inputs or, if the
+            float model's hidden states are followed, on those.
+        experts: Full name of each stack to the number of tokens of each expert.
+        starved: Full name of each stack to the experts with too few tokens, which were rounded to nearest without data.
     """
 
     codes: dict[str, QuantizedTensor] = field(default_factory=dict)
@@ -56,29 +56,29 @@ class Solved:
 
     @property
     def sqnr_db(self) -> float | None:
-        """Signal to quantization noise of the block's output; None where there is no noise."""
+        """Signal-to-quantization-noise ratio of the block's output; None without noise."""
         return -10 * math.log10(self.error) if self.error else None
 
     def record(self, block: str) -> dict[str, Any]:
-        """For journal and recipe."""
+        """For the journal and the recipe."""
         return {
             "block": block, "error": self.error, "sqnr_db": self.sqnr_db, "layers": self.errors, "steps": self.steps,
             "notes": self.notes, "experts": self.experts, "starved": self.starved,
         }  # fmt: skip
 
     def note(self, name: str, lines: Iterable[str]) -> None:
-        """Remember ``lines`` about a layer."""
+        """Add remarks about a layer."""
         new = [line for line in lines if line not in self.notes.get(name, [])]
         if new:
             self.notes.setdefault(name, []).extend(new)
 
 
 def with_range(quantized: QuantizedTensor, peak: Tensor) -> QuantizedTensor:
-    """The same with one scale for all activations, where its scheme wants that: the largest value seen becomes 127.
+    """``quantized`` with one scale for all activations, if its scheme has static activations.
 
     Args:
         quantized: A layer.
-        peak: ``[K]``, the largest magnitude of each of its inputs.
+        peak: ``[K]``, the largest magnitude of each input; the largest of all maps to 127.
     """
     if quantized.scheme.activations != "tensor":
         return quantized

@@ -1,4 +1,4 @@
-"""Transforms: what is done to a block's weights before they are rounded. One file each; any of them goes with any method."""
+"""Transforms: how the weights of a block are changed before rounding. One file each; any transform goes with any method."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from hf_quant.core.tensor import QuantizedTensor
 
 @dataclass
 class Stage:
-    """The layers of one block that are given the same tensor, about to be quantized.
+    """The layers of a block that share an input, before they are quantized.
 
     Attributes:
-        block: Its layers of earlier stages are quantized already.
-        twin: The same block in floating point; None where no transform asks for it.
+        block: The block; its layers of earlier stages are already quantized.
+        twin: The same block in floating point; None if no transform needs it.
         layers: Local name of each layer of this stage, to its scheme.
-        stats: Of the input they share.
-        source: Local name of the module whose output that input is; None if it is no module's.
-        codes: Of the block's layers quantized so far, by local name.
+        stats: Statistics of the shared input.
+        source: Local name of the module whose output the input is; None if it is not the output of a module.
+        codes: Codes of the layers quantized so far, by local name.
         probe: Runs one of the two blocks on a few tokens.
-        stored: Tells what a parameter of that local name is stored in, where it is not quantized.
-        notes: What is worth reporting.
+        stored: The dtype that a parameter, by local name, is stored in if it is not quantized.
+        notes: Remarks to report.
     """
 
     block: nn.Module
@@ -43,42 +43,42 @@ class Stage:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """Both, where there are two."""
+        """The block, and its twin if there is one."""
         return [self.block] if self.twin is None else [self.block, self.twin]
 
     def weight(self, name: str) -> Tensor:
-        """``[N, K]`` of a layer of this block, in its dtype."""
+        """The weight ``[N, K]`` of a layer of this block, in its dtype."""
         return weight_of(self.block.get_submodule(name))
 
 
 @runtime_checkable
 class Transform(Protocol):
-    """Rewrites weights of a stage (and of what comes before it). Instances are frozen dataclasses of hyperparameters.
+    """Rewrites the weights of a stage and of the module before it. Instances are frozen dataclasses of hyperparameters.
 
     Attributes:
-        needs_twin: Whether it looks at the float model's own activations.
-        shared: Whether it scales columns that all layers of a stage share, and so changes them all.
+        needs_twin: Whether it needs the hidden states of the float model.
+        shared: Whether it scales columns that all layers of a stage share, and so changes all of them.
     """
 
     needs_twin: ClassVar[bool]
     shared: ClassVar[bool]
 
     def apply(self, stage: Stage) -> list[str]:
-        """Change the weights of ``stage.block`` and, so that both stay comparable, of ``stage.twin``.
+        """Change the weights of ``stage.block``, and in the same way those of ``stage.twin``.
 
         Returns:
-            Local names of the layers whose own function it changed; none where it was better to do nothing, or not possible.
+            Local names of the layers that now compute another function; empty if nothing was changed.
         """
         ...
 
 
 def transform(name: str, **hyperparameters: object) -> Transform:
     """Build a transform by file name: ``transform("awq")``."""
-    made: Transform = _plugins.load("transforms", name).TRANSFORM(**hyperparameters)
-    return made
+    loaded: Transform = _plugins.load("transforms", name).TRANSFORM(**hyperparameters)
+    return loaded
 
 
 def weight_of(module: Any) -> Tensor:
-    """``[N, K]``, a view; also of a ``Conv1D``, which holds its transpose."""
+    """The weight ``[N, K]`` of a layer, as a view; a ``Conv1D`` stores its transpose."""
     weight: Tensor = module.weight.data
     return weight if isinstance(module, nn.Linear) else weight.T

@@ -1,7 +1,7 @@
-"""Scaling the input columns of a stage, and taking the scales back where that input is made: the function stays.
+"""Multiplies the input columns of a stage by scales and divides the producer of that input, so that the function stays the same.
 
-Scales are powers of two, so that dividing a layer's rows or the scales of codes by them is exact in any floating-point
-format. What a norm's weight cannot take of them as it is stored, the columns take.
+Scales are powers of two, so that dividing weights or the scales of codes by them is exact in any floating-point format.
+Where the stored weight of a norm cannot represent its quotient, the columns are scaled by what it can represent.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ PAIRS = {
     "down_proj": "up_proj",
     "w2": "w3",
     "out_proj": "v_proj",
-}  # consumer: producer, row by row
+}  # consumer: producer of its input, whose rows are the columns of the consumer
 
 
 def powers_of_two(scales: Tensor) -> Tensor:
-    """The nearest ones, within 2^-12 .. 2^12 of each other's middle."""
+    """The nearest powers of two, within 2^-12 .. 2^12 of the geometric mean."""
     log = scales.clamp(min=1e-30).log2()
     return torch.exp2((log - log.median()).round().clamp(-12, 12))
 
 
 def fold(stage: Stage, scales: Tensor) -> str | None:
-    """Multiply the stage's columns by ``scales [K]`` and divide what makes its input, in both blocks.
+    """Multiply the columns of a stage by ``scales [K]`` and divide the producer of its input, in both blocks.
 
     Returns:
-        None, or a sentence why not; then nothing has changed.
+        None, or the reason why it is not possible; then nothing has changed.
     """
     producer = _producer(stage)
     if producer is None:
@@ -46,37 +46,37 @@ def fold(stage: Stage, scales: Tensor) -> str | None:
     if shared is None:
         return f"{producer} has fewer rows than this has columns"
     norm = stage.block.get_submodule(producer).weight.ndim == 1
-    taken = _into_norm(stage, producer, shared) if norm else _into_layer(stage, producer, shared)
-    if isinstance(taken, str):
-        return f"{producer} {taken}"
+    folded = _into_norm(stage, producer, shared) if norm else _into_layer(stage, producer, shared)
+    if isinstance(folded, str):
+        return f"{producer} {folded}"
     other = changed(
-        stage, producer, lambda out: out / taken.rows.to(out), stage.layers, lambda x: x * taken.columns.to(x)
+        stage, producer, lambda out: out / folded.rows.to(out), stage.layers, lambda x: x * folded.columns.to(x)
     )
     if other is not None:
         return f"the output of {producer} is used elsewhere too{f', by {other}' if other else ''}"
     for block in stage.blocks:
         module: Any = block.get_submodule(producer)
-        module.weight.data.copy_(taken.weight)
-        if taken.bias is not None:
-            module.bias.data.copy_(taken.bias)
+        module.weight.data.copy_(folded.weight)
+        if folded.bias is not None:
+            module.bias.data.copy_(folded.bias)
         for name in stage.layers:
-            weight_of(block.get_submodule(name)).mul_(taken.columns)
-    if taken.codes is not None:
-        stage.codes[producer] = taken.codes
-    _rescale(stage, taken.columns)
+            weight_of(block.get_submodule(name)).mul_(folded.columns)
+    if folded.codes is not None:
+        stage.codes[producer] = folded.codes
+    _rescale(stage, folded.columns)
     return None
 
 
 @dataclass(frozen=True)
 class _Taken:
-    """What becomes of a producer.
+    """The new weights of a producer.
 
     Attributes:
-        rows: What its output is divided by, one number for each of its rows.
+        rows: What each row of its output is divided by.
         columns: float32 ``[K]``, what the columns of the stage are multiplied by.
-        weight: Its new weight, as the module holds it.
-        bias: Its new bias; None where it has none.
-        codes: Its new codes; None where it has none.
+        weight: Its new weight, in the layout of the module.
+        bias: Its new bias; None if it has none.
+        codes: Its new codes; None if it has none.
     """
 
     rows: Tensor
@@ -87,7 +87,7 @@ class _Taken:
 
 
 def _producer(stage: Stage) -> str | None:
-    """Local name of a norm, or of a layer whose rows are the stage's columns."""
+    """Local name of the norm, or of the layer, whose output is the stage's input."""
     width = stage.stats.gram.shape[0]
     if stage.source is not None:
         weight = getattr(stage.block.get_submodule(stage.source), "weight", None)
@@ -96,11 +96,11 @@ def _producer(stage: Stage) -> str | None:
     first = next(iter(stage.layers))
     path, _, leaf = first.rpartition(".")
     name = f"{path}.{PAIRS.get(leaf)}".lstrip(".")
-    return name if any(name == found for found, _ in stage.block.named_modules()) else None
+    return name if any(name == module_name for module_name, _ in stage.block.named_modules()) else None
 
 
 def _shared(stage: Stage, producer: str, scales: Tensor) -> Tensor | None:
-    """Where several heads read the same rows (grouped-query attention), one scale for all of them."""
+    """One scale for all heads that read the same rows (grouped-query attention)."""
     module: Any = stage.block.get_submodule(producer)
     rows = module.weight.shape[0] if module.weight.ndim == 1 else weight_of(module).shape[0]
     if rows == scales.numel():
@@ -114,9 +114,9 @@ def _shared(stage: Stage, producer: str, scales: Tensor) -> Tensor | None:
 
 
 def _into_norm(stage: Stage, producer: str, scales: Tensor) -> _Taken | str:
-    """A norm that multiplies by ``c + weight``, whichever c: 1 in Gemma's, 0 in most others.
+    """For a norm that multiplies by ``c + weight``: c is 1 in Gemma and 0 in most other models.
 
-    The weight is rounded to what it is stored in; the columns take what that cannot hold.
+    The weight is rounded to the dtype it is stored in; the columns take the rest of the scale.
     """
     module: Any = stage.block.get_submodule(producer)
     weight, bias, call = module.weight.data.clone(), getattr(module, "bias", None), call_of(stage, producer)
@@ -126,8 +126,8 @@ def _into_norm(stage: Stage, producer: str, scales: Tensor) -> _Taken | str:
     gain = weight + offset
     rounded = (gain / scales.to(gain) - offset).to(stage.stored(f"{producer}.weight")).to(weight)
     share = gain / (rounded + offset)
-    kept = ~((share > scales / 2) & (share < scales * 2))  # a gain of zero, or one too small for the type
-    rounded, share = torch.where(kept, weight, rounded), torch.where(kept, torch.ones_like(share), share)
+    unchanged = ~((share > scales / 2) & (share < scales * 2))  # a gain of zero, or one too small for the type
+    rounded, share = torch.where(unchanged, weight, rounded), torch.where(unchanged, torch.ones_like(share), share)
     moved = None if bias is None else (bias.data / share).to(stage.stored(f"{producer}.bias")).to(bias.data)
     before, old = call(), None if bias is None else bias.data.clone()
     _set(module, rounded, moved)
@@ -139,18 +139,18 @@ def _into_norm(stage: Stage, producer: str, scales: Tensor) -> _Taken | str:
 
 
 def _offset(module: Any, call: Callable[[], Any]) -> float | None:
-    """The c of a norm's ``c + weight``, as its output shows; None where it computes in another way."""
+    """The c of a norm's ``c + weight``, found from its output; None if it computes something else."""
     weight, bias = module.weight.data.clone(), getattr(module, "bias", None)
     old = None if bias is None else bias.data.clone()
-    made = []
+    outputs = []
     for tried in (torch.zeros_like(weight), torch.ones_like(weight), weight):
         _set(module, tried, None if old is None else torch.zeros_like(old))
-        made.append(call())
+        outputs.append(call())
     _set(module, weight, old)
-    if not all(isinstance(out, Tensor) for out in made):
+    if not all(isinstance(out, Tensor) for out in outputs):
         return None
-    zero, one, out = made
-    unit = one - zero  # what the weight is multiplied with
+    zero, one, out = outputs
+    unit = one - zero  # the factor of the weight
     size = float(unit.double().square().sum())
     offset = float(round(float((unit * zero).sum(dtype=torch.float64)) / size)) if size > 0 else 0.0
     return offset if size > 0 and close(unit * (weight + offset), out) and close(unit * (1 + offset), one) else None
@@ -163,21 +163,21 @@ def _set(module: Any, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def _into_layer(stage: Stage, producer: str, scales: Tensor) -> _Taken | str:
-    """A linear layer, its rows divided; so are the scales of its codes, if it has been quantized."""
+    """For a linear layer: its rows are divided, and the scales of its codes if it has been quantized."""
     module: Any = stage.block.get_submodule(producer)
-    own = _per_row(scales, weight_of(module).shape[0], stage.block.get_submodule(producer.rpartition(".")[0]))
+    row_scales = _per_row(scales, weight_of(module).shape[0], stage.block.get_submodule(producer.rpartition(".")[0]))
     bias, codes = getattr(module, "bias", None), stage.codes.get(producer)
     if codes is not None:
-        codes = _divided(codes, own)
-        exact = _exact(stage.codes[producer].scale, codes.scale, own[:, None])
+        codes = _divided(codes, row_scales)
+        exact = _exact(stage.codes[producer].scale, codes.scale, row_scales[:, None])
     else:
         dtype = stage.stored(f"{producer}.weight")
         stored = weight_of(module).to(dtype)
-        exact = _exact(stored, (stored.float() / own[:, None]).to(dtype), own[:, None])
+        exact = _exact(stored, (stored.float() / row_scales[:, None]).to(dtype), row_scales[:, None])
     if not exact:
         return "is stored in a type that cannot hold it divided by the scales"
-    weight = module.weight.data / (own[:, None] if isinstance(module, nn.Linear) else own)
-    return _Taken(own, scales, weight, None if bias is None else bias.data / own, codes)
+    weight = module.weight.data / (row_scales[:, None] if isinstance(module, nn.Linear) else row_scales)
+    return _Taken(row_scales, scales, weight, None if bias is None else bias.data / row_scales, codes)
 
 
 def _exact(before: Tensor, after: Tensor, by: Tensor) -> bool:
@@ -191,16 +191,16 @@ def _per_row(scales: Tensor, rows: int, parent: nn.Module) -> Tensor:
     return scales.view(rows // head, -1, head)[:, 0].reshape(-1)
 
 
-def _divided(codes: QuantizedTensor, own: Tensor) -> QuantizedTensor:
-    """Rows of codes divided by powers of two: only their scales and outliers change."""
+def _divided(codes: QuantizedTensor, row_scales: Tensor) -> QuantizedTensor:
+    """Codes with their rows divided by powers of two, which changes only scales and outliers."""
     outliers = codes.outliers
     if outliers is not None:
-        outliers = replace(outliers, value=outliers.value / own[:, None].to(outliers.value))
-    return replace(codes, scale=codes.scale / own[:, None].to(codes.scale), outliers=outliers)
+        outliers = replace(outliers, value=outliers.value / row_scales[:, None].to(outliers.value))
+    return replace(codes, scale=codes.scale / row_scales[:, None].to(codes.scale), outliers=outliers)
 
 
 def _rescale(stage: Stage, scales: Tensor) -> None:
-    """The statistics of inputs that are divided by ``scales``."""
+    """Adapt the statistics of an input that is divided by ``scales``."""
     stats = stage.stats
     both = (scales[:, None] * scales).to(stats.gram.dtype)
     stats.gram.div_(both)
@@ -213,13 +213,13 @@ def _rescale(stage: Stage, scales: Tensor) -> None:
 
 
 def rounding_error(weights: list[tuple[Tensor, QuantScheme]], gram: Tensor, scales: Tensor, steps: int) -> float:
-    """Squared output error of layers that share their input, rounded to nearest with their columns scaled.
+    """Squared output error of layers that share an input, rounded to nearest with scaled columns.
 
     Args:
-        weights: float32 ``[N, K]`` each, with its scheme.
-        gram: float32 ``[K, K]``, of the inputs before they are divided by the scales.
+        weights: float32 ``[N, K]``, with its scheme, for each layer.
+        gram: float32 ``[K, K]``, Gram matrix of the inputs without the scales.
         scales: float32 ``[K]``.
-        steps: Of the search for each group's range.
+        steps: Ranges tried for each group.
     """
     total = 0.0
     for W, scheme in weights:

@@ -1,7 +1,7 @@
-"""Does a block still compute the same? Judged at every module that has weights, token by token and channel by channel.
+"""Tests whether a block still computes the same, at every module that has weights, for each token and each channel.
 
-The output of the whole block would not do: one massive activation (usual on the first token of real models, Sun et al.,
-arXiv:2402.17762) makes any change of all the other tokens look small.
+The output of the whole block would not show it: one massive activation (as the first token of real models has, Sun et al.,
+arXiv:2402.17762) makes any change of all other tokens look small.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from torch import Tensor, nn
 from hf_quant.core.private_torch import tree_leaves, tree_map_only
 from hf_quant.transforms import Stage
 
-CLOSE = 1e-3  # largest change of a token's or a channel's output, relative to its size, that is taken for rounding
+CLOSE = 1e-3  # largest relative change of the output of a token or a channel that counts as rounding
 Rewrite = Callable[[Tensor], Tensor]
 
 
 def changed(stage: Stage, producer: str, output: Rewrite, consumers: Collection[str], inputs: Rewrite) -> str | None:
-    """What else reads the output of ``producer``, so that rewriting it would not stay between it and ``consumers``.
+    """The first module outside of ``consumers`` that reads the output of ``producer``.
 
-    Nothing is changed but what the modules are given, while the block runs on a few tokens.
+    Only inputs and outputs are rewritten, while the block runs on a few tokens; no weight changes.
 
     Args:
-        stage: Whose block is looked at, the float one if there are two.
+        stage: Its block is run, or the float one if there are two.
         producer: Local name of a module.
-        output: Rewrites its output.
-        consumers: Local names of modules that are meant to read it.
-        inputs: Takes that back at their input.
+        output: Rewrites the output of the producer.
+        consumers: Local names of the modules that should be the only ones to read it.
+        inputs: Undoes ``output`` at the inputs of the consumers.
 
     Returns:
-        Local name of a module whose output changes, ``""`` for the block itself; None if there is none.
+        Local name of a module whose output changes, ``""`` for the block itself; None if none changes.
     """
     judge = stage.twin if stage.twin is not None else stage.block
-    own = {id(parameter) for parameter in judge.get_submodule(producer).parameters()}
-    names = [n for n, m in judge.named_modules() if {id(p) for p in m.parameters()} - own]
+    producer_parameters = {id(parameter) for parameter in judge.get_submodule(producer).parameters()}
+    names = [n for n, m in judge.named_modules() if {id(p) for p in m.parameters()} - producer_parameters]
     before = _outputs(stage, judge, names)
     hooks = [judge.get_submodule(producer).register_forward_hook(lambda _m, _a, out: _rewritten(out, output))]
     hooks += [
@@ -49,7 +49,7 @@ def changed(stage: Stage, producer: str, output: Rewrite, consumers: Collection[
 
 
 def call_of(stage: Stage, name: str) -> Callable[[], Any]:
-    """Repeats the first call that a module gets while its block runs on a few tokens."""
+    """A function that repeats the first call of a module, recorded while its block runs on a few tokens."""
     module, seen = stage.block.get_submodule(name), []
 
     def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -62,25 +62,25 @@ def call_of(stage: Stage, name: str) -> Callable[[], Any]:
 
 
 def close(one: Tensor, other: Tensor) -> bool:
-    """Whether every row and every column ``[..., K]`` changes by no more than rounding does; NaN is never close."""
+    """Whether no row and no column of ``[..., K]`` changes by more than rounding; NaN is never close."""
     if one.shape != other.shape:
         return False
     if not one.is_floating_point():
         return bool((one == other).all())
-    rows, others = (each.float().reshape(-1, each.shape[-1] if each.ndim else 1) for each in (one, other))
+    rows, others = (outputs.float().reshape(-1, outputs.shape[-1] if outputs.ndim else 1) for outputs in (one, other))
     off = others - rows
     return all(bool((off.norm(dim=axis) <= CLOSE * rows.norm(dim=axis)).all()) for axis in (0, 1))
 
 
 def _outputs(stage: Stage, judge: nn.Module, names: Collection[str]) -> dict[str, list[Tensor]]:
-    """What modules return, call by call."""
+    """The outputs of modules in each of their calls."""
     seen: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
             made = [
                 leaf.clone() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)
-            ]  # others may add to it in place
+            ]  # cloned, since a later module may add to it in place
             seen.setdefault(name, []).extend(made)
 
         return hook

@@ -1,4 +1,4 @@
-"""AWQ: activation-aware weight quantization (arXiv:2306.00978): columns that matter get a larger share of the grid."""
+"""AWQ, activation-aware weight quantization (arXiv:2306.00978): columns with large inputs get a larger share of the grid."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hf_quant.transforms._fold import fold, powers_of_two, rounding_error
 
 @dataclass(frozen=True)
 class AWQ:
-    """Scale input columns by ``rms(x)^a / rms(w)^b``, with the a and b that lose least when the weights are rounded.
+    """Scales input columns by ``rms(x)^a / rms(w)^b``, with the a and b that lose least when the weights are rounded.
 
     Args:
-        grid: The pairs tried besides leaving everything as it is.
-        steps: Of the search for each group's range; clipping is part of it.
-        gain: Share of the error that has to be saved.
+        grid: Pairs (a, b) to try besides no scaling.
+        steps: Ranges tried for each group, so that clipping is part of the search.
+        gain: Share of the error that scaling has to save.
     """
 
     needs_twin: ClassVar[bool] = False

@@ -1,5 +1,5 @@
-"""Targets from the float model: each layer makes up for what was lost before it. GPTAQ (arXiv:2504.02692), Qronos
-(arXiv:2505.11695)."""
+"""Targets from the float model: each layer compensates for the error of the layers before it. GPTAQ (arXiv:2504.02692),
+Qronos (arXiv:2505.11695)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hf_quant.transforms import Stage
 
 @dataclass(frozen=True)
 class Drift:
-    """Moves each weight to `InputStats.target`, as far as that helps on the rows held out. Changes the function, on purpose."""
+    """Moves each weight towards `InputStats.target` as far as that helps on held-out rows, and so changes the function."""
 
     needs_twin: ClassVar[bool] = True
     shared: ClassVar[bool] = False

@@ -17,7 +17,7 @@ VALUES, OUTPUT = "v_proj", ("o_proj", "out_proj")
 
 @dataclass(frozen=True)
 class Hadamard:
-    """Applied when the values' layer is about to be quantized: its rows are rotated, the output layer's columns back."""
+    """Applied to the layer of the values: its rows are rotated, and the columns of the output layer are rotated back."""
 
     needs_twin: ClassVar[bool] = False
     shared: ClassVar[bool] = False
@@ -43,15 +43,15 @@ class Hadamard:
 
 
 def hadamard(size: int) -> Tensor:
-    """Sylvester's, orthogonal: float32 ``[size, size]``, a power of two."""
-    made = torch.ones(1, 1)
-    while made.shape[0] < size:
-        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
-    return made / size**0.5
+    """Sylvester's matrix, orthogonal: float32 ``[size, size]``, for a power of two."""
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
 
 
 def _by_head(x: Tensor, H: Tensor) -> Tensor:
-    """``x [..., heads * size]`` with every head's part multiplied by ``H`` from the right."""
+    """``x [..., heads * size]`` with the part of each head multiplied by ``H`` from the right."""
     return (x.unflatten(-1, (-1, H.shape[0])) @ H.to(x)).flatten(-2)
 
 

@@ -1,4 +1,4 @@
-"""SmoothQuant (arXiv:2211.10438): moves what is hard to round from the activations into the weights."""
+"""SmoothQuant (arXiv:2211.10438): moves the difficulty of rounding from activations to weights."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hf_quant.transforms._fold import fold, powers_of_two, rounding_error
 
 @dataclass(frozen=True)
 class SmoothQuant:
-    """Scale input columns by ``size(x)^alpha / max|w|^(1 - alpha)``.
+    """Scales input columns by ``size(x)^alpha / max|w|^(1 - alpha)``.
 
-    Where activations are rounded, alpha is searched for each stage, together with what the size of an input is (its largest
-    value, as in the paper, or its root mean square): what is kept loses least when both sides are rounded, on rows that were
-    seen. Elsewhere the root mean square and ``alpha`` count, where rounding the weights loses less for it.
+    Where activations are rounded, each stage searches for the alpha, and for the size of an input (its maximum, as in the paper,
+    or its root mean square), with the least output error when both sides are rounded, on the rows seen. Elsewhere the root mean
+    square and the fixed ``alpha`` are used, if that reduces the error of rounding the weights.
 
     Args:
-        alpha: How much of the difficulty moves; 0.5 shares it.
-        grid: Alphas searched, besides leaving everything as it is.
-        steps: Of the search for the range of a row of weights.
-        gain: Share of the error that has to be saved.
+        alpha: Share of the difficulty that moves; 0.5 divides it equally.
+        grid: Alphas to try besides no scaling.
+        steps: Ranges tried for each row of weights.
+        gain: Share of the error that scaling has to save.
     """
 
     needs_twin: ClassVar[bool] = False
@@ -52,14 +52,14 @@ class SmoothQuant:
         return list(stage.layers)
 
     def _fixed(self, stage: Stage, scales: Tensor) -> Tensor | None:
-        """``scales``; None if they do not save enough."""
+        """``scales``; None if they save too little."""
         weights = [(stage.weight(name).float(), scheme) for name, scheme in stage.layers.items()]
         gram = (stage.stats.gram / max(1, stage.stats.rows)).float()
         plain, lost = (rounding_error(weights, gram, s, self.steps) for s in (torch.ones_like(scales), scales))
         return scales if lost < (1 - self.gain) * plain else None
 
     def _search(self, stage: Stage, sizes: list[Tensor], columns: Tensor) -> Tensor | None:
-        """The scales that lose least; None if none saves enough."""
+        """The scales with the least error; None if none saves enough."""
         x = torch.cat(stage.stats.sample)
         weights = [(stage.weight(name).float(), scheme) for name, scheme in stage.layers.items()]
         limit, best, chosen = (1 - self.gain) * self._lost(x, weights, torch.ones_like(columns)), None, 0.0
@@ -74,26 +74,28 @@ class SmoothQuant:
         return best
 
     def _lost(self, x: Tensor, weights: list[tuple[Tensor, QuantScheme]], scales: Tensor) -> float:
-        """Squared error of all layers' outputs, activations and weights rounded."""
+        """Squared error of the outputs of all layers with rounded activations and weights."""
         total, rounded = 0.0, {}
         for W, scheme in weights:
             if scheme.activations not in rounded:
                 rounded[scheme.activations] = _inputs(x / scales, scheme)
             groups = (W * scales).unflatten(1, (scheme.groups(W.shape[1]), -1))
             scale, zero = search(groups, scheme, torch.float32, self.steps, 0.6)
-            made = dequantize(quantize(groups, scale, zero, scheme.qmax), scale, zero).flatten(1)
-            total += (rounded[scheme.activations] @ made.T - x @ W.T).square().sum(dtype=torch.float64).item()
+            rounded_weight = dequantize(quantize(groups, scale, zero, scheme.qmax), scale, zero).flatten(1)
+            total += (
+                (rounded[scheme.activations] @ rounded_weight.T - x @ W.T).square().sum(dtype=torch.float64).item()
+            )
         return total
 
 
 def _inputs(x: Tensor, scheme: QuantScheme) -> Tensor:
-    """What the kernel multiplies in place of ``x [n, K]``."""
+    """The rounded activations that a kernel multiplies in place of ``x [n, K]``."""
     if scheme.activations is None:
         return x
-    if scheme.outlier_columns:  # those stay as they are
-        kept = x.square().mean(0).topk(scheme.outlier_count(x.shape[1])).indices
-        codes, scale = quantize_rows(x.index_fill(1, kept, 0))
-        return (codes * scale).index_copy_(1, kept, x[:, kept])
+    if scheme.outlier_columns:  # not rounded
+        outlier_columns = x.square().mean(0).topk(scheme.outlier_count(x.shape[1])).indices
+        codes, scale = quantize_rows(x.index_fill(1, outlier_columns, 0))
+        return (codes * scale).index_copy_(1, outlier_columns, x[:, outlier_columns])
     codes, scale = quantize_rows(x, x.abs().amax() / 127 if scheme.activations == "tensor" else None)
     return codes * scale
 

@@ -1,4 +1,4 @@
-"""What is measured of every token: one file each, whose ``METRIC`` says how."""
+"""What is measured for every token: one file a metric, each with a ``METRIC``."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from hf_quant import _plugins
 
 @dataclass(frozen=True)
 class BaseTokens:
-    """The base's next-token distributions at P positions, compactly (V: vocabulary).
+    """The next-token distributions of the base at P positions, compressed (V: size of the vocabulary).
 
-    The k likeliest tokens are kept exactly. Of the rest (the tail), m tokens are drawn in proportion to their probability by
-    systematic sampling (one random offset, then even steps through the tail's cumulative probability, in the order of the
-    token ids): sums over the tail are then estimated without bias. Where the vocabulary is small, k = V and m = 0.
+    The k most likely tokens are exact. Of the rest (the tail), m tokens are drawn in proportion to their probability by
+    systematic sampling (a random offset, then even steps through the cumulative probability of the tail, in the order of the
+    token ids), so that sums over the tail are estimated without bias. For a small vocabulary k = V and m = 0.
 
     Attributes:
-        top_ids: int64 ``[P, k]``, likeliest first.
-        top: float64 ``[P, k]``, their log-probabilities; -inf for tokens that the base rules out.
+        top_ids: int64 ``[P, k]``, most likely first.
+        top: float64 ``[P, k]``, their log-probabilities; -inf for masked tokens.
         tail_ids: int64 ``[P, m]``.
         tail: float64 ``[P, m]``, their log-probabilities.
-        tail_mass: float64 ``[P]``, logarithm of the total probability of the tail; -inf where there is none.
-        target: float64 ``[P]``, log-probability of the token that came.
+        tail_mass: float64 ``[P]``, logarithm of the total probability of the tail; -inf without a tail.
+        target: float64 ``[P]``, log-probability of the next token of the text.
     """
 
     top_ids: Tensor
@@ -38,16 +38,16 @@ class BaseTokens:
 
 @dataclass(frozen=True)
 class Metric:
-    """How to measure one thing.
+    """How to measure one property.
 
     Attributes:
-        title: For a table.
-        measure: From the base's tokens, the model's log-probabilities ``[P, V]`` (float64) and the tokens that came ``[P]``
-            to one value for each position, ``[P]``; or to two: values that are estimates, and the variance of each.
-        ideal: What a model that equals its base has; None where that depends on the text.
-        finish: What the mean over positions becomes (the exponential, for perplexity).
-        quantiles: Those of the single values worth reporting, 0 to 1.
-        most: The largest value there can be: its interval is that of what is missing to it. None where there is none.
+        title: For tables.
+        measure: From the base's distributions, the model's log-probabilities ``[P, V]`` (float64) and the next tokens ``[P]`` to a
+            value per position, ``[P]``; or to a pair: estimated values and their variances.
+        ideal: The value of a model that equals its base; None where that depends on the text.
+        finish: Applied to the mean over positions (the exponential, for perplexity).
+        quantiles: Quantiles to report of the values of single tokens, 0 to 1.
+        most: The largest possible value; the interval is then computed for its difference from that. None if it is unbounded.
     """
 
     title: str
@@ -59,10 +59,10 @@ class Metric:
 
 
 def exponential(mean: float) -> float:
-    """``e`` to the power of ``mean``; 1e304 stands for whatever is larger than that, since JSON knows no infinity."""
+    """``e`` to the power of ``mean``, at most 1e304, since JSON has no infinity."""
     return math.exp(min(mean, 700.0))
 
 
 def all_metrics() -> dict[str, Metric]:
-    """Every metric there is, by file name."""
+    """All metrics, by file name."""
     return {name: _plugins.load("evaluation.metrics", name).METRIC for name in _plugins.names("evaluation.metrics")}

@@ -1,4 +1,4 @@
-"""The base's own perplexity on the same tokens."""
+"""Perplexity of the base on the same tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hf_quant.evaluation.metrics import BaseTokens, Metric, exponential
 
 
 def negative_log_likelihood(base: BaseTokens, log_q: Tensor, target: Tensor) -> Tensor:
-    """Of each position, nats."""
+    """For each position, in nats."""
     return -base.target
 
 

@@ -1,7 +1,7 @@
 """KL divergence of the model's next-token distribution from the base's: ``sum_i p_i log(p_i / q_i)``.
 
-Everything is in log space and float64: a trained model is often so certain of a token that what the others weigh together
-is far below the spacing of the numbers around 1, and a difference such as ``1 - sum`` would hold nothing but rounding.
+All in log space and float64: a trained model is often so certain of one token that the probability of all others is far below
+the spacing of floating-point numbers around 1, and a difference such as ``1 - sum`` would be only rounding error.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from hf_quant.evaluation.metrics import BaseTokens, Metric
 
 
 def kl(base: BaseTokens, log_q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each position, nats, and the variance of that from sampling the tail.
+    """For each position, in nats, with the variance that comes from sampling the tail.
 
-    The value is not negative, and infinite where the model rules out a token that the base does not.
+    The value is never negative, and infinite where the model masks a token that the base does not.
 
-    By the chain rule: the divergence between the likeliest tokens and one bucket for the tail, which is exact, plus the
-    tail's mass times the divergence inside the tail, which is estimated (`inside_the_tail`).
+    By the chain rule: the divergence between the most likely tokens and a bucket for the tail, which is exact, plus the
+    probability of the tail times the divergence within the tail, which is estimated (`inside_the_tail`).
     """
     value = _terms(base.top, log_q.gather(-1, base.top_ids)).sum(-1)
     if not base.tail.shape[-1]:
@@ -29,24 +29,24 @@ def kl(base: BaseTokens, log_q: Tensor, target: Tensor) -> tuple[Tensor, Tensor]
 
 
 def inside_the_tail(base: BaseTokens, log_q: Tensor, rest: Tensor) -> Tensor:
-    """What each token drawn from the tail says that the divergence inside the tail adds: ``[P, m]``.
+    """The estimate of the divergence within the tail from each sampled token: ``[P, m]``.
 
-    Its mean is without bias, since the tokens were drawn by p; ``r - 1 - log r`` (r = q/p, both normalized over the tail)
-    is never negative and varies by the square of ``log r``, where ``-log r`` alone varies by ``log r`` (the estimator k3
-    of Schulman, http://joschu.net/blog/kl-approx.html).
+    It is unbiased, since the tokens were drawn from p. ``r - 1 - log r`` (r = q/p, both normalized over the tail) is never
+    negative and varies with the square of ``log r``, where ``-log r`` alone varies with ``log r`` (the estimator k3 of Schulman,
+    http://joschu.net/blog/kl-approx.html).
 
     Args:
-        base: The base's tokens.
+        base: The base's distributions.
         log_q: The model's log-probabilities ``[P, V]``.
-        rest: Logarithm of what the model gives the tail in all, ``[P]``.
+        rest: Logarithm of the probability that the model gives the tail, ``[P]``.
     """
     log_r = (log_q.gather(-1, base.tail_ids) - rest[:, None]) - (base.tail - base.tail_mass[:, None])
     value = base.tail_mass.exp()[:, None] * (torch.expm1(log_r) - log_r).clamp(min=0)
-    return value.where(base.tail_mass[:, None] > -torch.inf, 0)  # there is no tail, and what was drawn means nothing
+    return value.where(base.tail_mass[:, None] > -torch.inf, 0)  # without a tail, the samples have no meaning
 
 
 def _variance_of_mean(samples: Tensor) -> Tensor:
-    """Of a systematic sample ``[P, m]``: ``[P]``.
+    """For a systematic sample ``[P, m]``: ``[P]``.
 
     From successive differences, since neighbours in a systematic sample are not independent (Wolter, "An Investigation of
     Some Estimators of Variance for Systematic Sampling", 1984, its second estimator).
@@ -55,12 +55,12 @@ def _variance_of_mean(samples: Tensor) -> Tensor:
 
 
 def log_mass_without(log_p: Tensor, ids: Tensor) -> Tensor:
-    """Logarithm of what all tokens but ``ids`` ``[P, k]`` weigh together, from log-probabilities ``[P, V]``: ``[P]``."""
+    """Logarithm of the total probability of all tokens but ``ids`` ``[P, k]``, from log-probabilities ``[P, V]``: ``[P]``."""
     return log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
 
 
 def _terms(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """``p log(p/q) - p + q``: adds up to the same as ``p log(p/q)``, and no term is negative."""
+    """``p log(p/q) - p + q``: the sum is that of ``p log(p/q)``, and no term is negative."""
     p, q, log_ratio = log_p.exp(), log_q.exp(), log_p - log_q
     close = p * (torch.expm1(-log_ratio) + log_ratio)  # does not cancel where p and q are close
     far = p * log_ratio - p + q  # does not overflow where they are not

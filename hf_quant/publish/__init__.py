@@ -1,3 +1,3 @@
-"""Publishing: the card, what may be published, the upload, and checking what was pulled.
+"""Publishing: the model card, checks of what may be published, the upload, and checks of what was downloaded.
 
-Nothing here measures or quantizes; it reads what the other folders have written down."""
+Nothing here measures or quantizes; all facts come from the files that other folders have written."""

@@ -1,4 +1,8 @@
-"""A model card in which every number was measured: written from recipe.json and results.json, and from nothing else."""
+"""A model card whose numbers are all measured: it is rendered from recipe.json and results.json alone.
+
+``huggingface_hub.ModelCardData`` and ``EvalResult`` are not used: a published card is compared byte for
+byte with what its facts give, and these classes put the fields into an order of their own.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +25,17 @@ from hf_quant.publish.source import metadata
 
 CARD, ASSETS = "README.md", "assets"
 MARK = "<sub>Written by hf-quant from `recipe.json` and `results.json`"  # the last line of the template
-SHOWN = 12  # layers, of those farthest from the base
+SHOWN = 12  # layers with the largest errors
 
 
-# -- what goes in -----------------------------------------------------------------------------------------------------
+# -- facts ------------------------------------------------------------------------------------------------------------
 
 
 def facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """recipe.json and results.json of a folder; the second may be missing.
+    """recipe.json and results.json of a folder; the second one may be missing.
 
     Raises:
-        PushError: There is no recipe, or one of them is damaged; the message names the field.
+        PushError: There is no recipe, or one of them is damaged; names the field.
     """
     try:
         recipe, results = read_facts(folder, "recipe"), read_facts(folder, "results")
@@ -43,7 +47,7 @@ def facts(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def pictures(results: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG by name, for what was measured; empty without matplotlib."""
+    """PNG images by name, of what was measured; empty without matplotlib."""
     images: dict[str, bytes] = {}
     if charts.available() is None:
         if results.get("ladder"):
@@ -53,19 +57,19 @@ def pictures(results: Mapping[str, Any]) -> dict[str, bytes]:
     return images
 
 
-# -- what comes out ---------------------------------------------------------------------------------------------------
+# -- rendering --------------------------------------------------------------------------------------------------------
 
 
 def render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collection[str] = ()) -> str:
-    """The card.
+    """The text of the card.
 
     Args:
         recipe: How the model was made.
         results: What was measured.
-        drawn: Names of the `pictures` that lie in ``assets``.
+        drawn: Names of the `pictures` in ``assets``.
 
     Raises:
-        CheckpointError: A field that the others call for is missing; names it.
+        CheckpointError: A field is missing that others require; names it.
     """
     try:
         return _render(recipe, results, drawn)
@@ -101,7 +105,7 @@ def _render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collec
 
 
 def card_data(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata: what the Hub can derive itself, such as tags, is left to it."""
+    """The metadata, without what the Hub derives itself, such as tags."""
     source = recipe["source"]
     data: dict[str, Any] = {
         key: source[key] for key in ("license", "license_name", "license_link", "language") if key in source
@@ -138,10 +142,10 @@ def _model_index(recipe: Mapping[str, Any], quality: Mapping[str, Any]) -> list[
 
 
 def check_replaceable(card: bytes | None) -> None:
-    """Refuse to replace a card that somebody wrote by hand.
+    """Refuse to replace a card that was written by hand.
 
     Args:
-        card: What README.md holds; None if there is none.
+        card: Content of README.md; None if there is none.
 
     Raises:
         PushError: It was not written by this package.
@@ -153,10 +157,10 @@ def check_replaceable(card: bytes | None) -> None:
 
 
 def problems(folder: Path) -> list[str]:
-    """What is wrong with the card in ``folder``, checked without the Hub; empty if nothing is.
+    """Problems of the card in ``folder``, found without the Hub; empty if there are none.
 
     Raises:
-        PushError: There are no facts to hold it against.
+        PushError: The folder has no facts to compare it with.
     """
     recipe, results = facts(folder)
     path = folder / CARD
@@ -171,7 +175,7 @@ def problems(folder: Path) -> list[str]:
 
 
 def metadata_problems(data: Mapping[str, Any]) -> list[str]:
-    """What the Hub would not take, or would not understand, in a card's metadata."""
+    """Problems that the Hub would have with a card's metadata."""
     complaints = [] if data else ["the metadata is empty or not YAML"]
     if "license" in data and str(data["license"]) not in licence.KNOWN:
         complaints.append(f"license: the Hub does not know {data['license']!r}")

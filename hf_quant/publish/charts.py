@@ -1,4 +1,4 @@
-"""Charts of a walk down the ladder, as PNG, on light and on dark ground. Needs matplotlib (``hf-quant[report]``)."""
+"""Charts of a ladder and of layer errors, as PNG for light and dark backgrounds. Needs matplotlib (``hf-quant[report]``)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_quant.errors import HfQuantError
 
-INK = {False: ("#1f2328", "#ffffff", "#d0d7de"), True: ("#e6edf3", "#0d1117", "#30363d")}  # text, ground, lines
+INK = {False: ("#1f2328", "#ffffff", "#d0d7de"), True: ("#e6edf3", "#0d1117", "#30363d")}  # text, background, lines
 ORDER = {
     kind: i for i, kind in enumerate(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 }
@@ -26,11 +26,11 @@ def available() -> str | None:
 
 
 def size_and_kl(walk: dict[str, Any], dark: bool) -> bytes:
-    """Size against KL divergence, each model with its speed; what is out of bounds in red.
+    """Size against KL divergence, with the speed of each model; models out of budget are red.
 
     Args:
         walk: ladder.json.
-        dark: For dark ground.
+        dark: For a dark background.
     """
 
     def draw(figure: Any, ink: str) -> None:
@@ -48,7 +48,7 @@ def size_and_kl(walk: dict[str, Any], dark: bool) -> bytes:
         for rung in _labelled(rungs, walk):
             label = f"{rung['name']}, {rung['speed']['decode']:.0f} tokens/s"
             point = (rung["bytes"] / 1e6, max(rung["quality"]["metrics"]["kl"]["value"], 1e-7))
-            right, below = rung["bytes"] > middle, rung["name"] == "mixed"  # which lies close to a rung
+            right, below = rung["bytes"] > middle, rung["name"] == "mixed"  # which is close to another point
             axes.annotate(
                 label, point, xytext=(-9 if right else 9, -14 if below else 8), textcoords="offset points", fontsize=9,
                 color=ink, ha="right" if right else "left",
@@ -74,11 +74,11 @@ def size_and_kl(walk: dict[str, Any], dark: bool) -> bytes:
 
 
 def sensitivity(walk: dict[str, Any], dark: bool) -> bytes:
-    """What each group costs alone: block by kind of layer, one panel a width.
+    """The cost of each group alone: block by kind of layer, with one panel for each width.
 
     Args:
         walk: ladder.json, with sensitivities.
-        dark: For dark ground.
+        dark: For a dark background.
     """
     from matplotlib.colors import LogNorm
 
@@ -108,11 +108,11 @@ def sensitivity(walk: dict[str, Any], dark: bool) -> bytes:
 
 
 def layers(errors: list[dict[str, Any]], dark: bool) -> bytes:
-    """How far each layer's weights are from the base's: block by kind of layer, with the bits it has.
+    """The error of each layer, with its bits: block by kind of layer.
 
     Args:
         errors: ``layers`` of results.json.
-        dark: For dark ground.
+        dark: For a dark background.
     """
     places = {layer["layer"]: _place(layer["layer"].removesuffix(".weight")) for layer in errors}
     blocks = sorted({block for block, _ in places.values()})
@@ -151,14 +151,14 @@ def _is_chosen(rung: dict[str, Any], walk: dict[str, Any]) -> bool:
 
 
 def _labelled(rungs: list[dict[str, Any]], walk: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every uniform rung, and of the mixed ones only the chosen or the last: they lie close together."""
+    """All uniform rungs, and of the mixed ones the chosen or the last one: they are close together."""
     mixed = [rung for rung in rungs if rung["name"] == "mixed"]
     shown = next((rung for rung in mixed if _is_chosen(rung, walk)), mixed[-1] if mixed else None)
     return [rung for rung in rungs if rung["name"] != "mixed" or rung is shown]
 
 
 def _place(group: str) -> tuple[int, str]:
-    """Number of the block (-1 outside of blocks) and what comes after the block's name."""
+    """Number of the block (-1 outside of blocks) and the name within the block."""
     match = re.search(r"\.(\d+)\.(.+)$", group)
     if match is None:
         return -1, group

@@ -1,4 +1,4 @@
-"""Every text that a reader of a file could see: its own, the strings of its JSON or YAML, and what escapes stand for."""
+"""All texts that a reader of a file could see: the text itself, the strings of its JSON or YAML, and their decoded values."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import yaml
 from hf_quant.errors import PushError
 from hf_quant.publish.secrets import SHORTEST
 
-DEEPEST = 4  # encodings around each other
+DEEPEST = 4  # nested encodings
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|x([0-9a-fA-F]{2})|(.))", re.DOTALL)
 _LETTERS = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "v": "\v", "0": "\0", "a": "\a", "e": "\x1b"}
 _INVISIBLE = re.compile(
@@ -30,17 +30,17 @@ _FRONT = re.compile(r"\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
 
 
 def views(name: str, data: bytes) -> Iterator[str]:
-    """The text of a file, and what its strings stand for once escapes and encodings are taken off, one after the other.
+    """The text of a file, and its strings with one layer of escapes or encoding removed after the other.
 
     Args:
-        name: Of the file; its suffix says how it is read.
-        data: All of it, or of a safetensors file what is before the tensors.
+        name: Name of the file, whose suffix tells its type.
+        data: Its content, or of a safetensors file the part before the tensors.
 
     Yields:
-        Texts in which the strings stand line by line; those that say nothing new are left out.
+        Texts with one string a line, without strings that came before.
 
     Raises:
-        PushError: It is not the JSON or YAML that its name says.
+        PushError: It is not valid JSON or YAML, as its name says.
     """
     strings = strings_of(name, data)
     if strings is None:
@@ -58,10 +58,10 @@ def views(name: str, data: bytes) -> Iterator[str]:
 
 
 def strings_of(name: str, data: bytes) -> list[str] | None:
-    """Every string of a JSON or YAML file, decoded, keys too; None for other files.
+    """All strings of a JSON or YAML file, decoded, keys included; None for other files.
 
     Raises:
-        PushError: It is not what its name says.
+        PushError: It is not valid JSON or YAML, as its name says.
     """
     suffix = PurePath(name).suffix.lower()
     try:
@@ -84,7 +84,7 @@ def strings_of(name: str, data: bytes) -> list[str] | None:
 
 
 def _json(data: bytes) -> list[str]:
-    """Strings of a JSON text, and ``key=value`` where both are strings; of keys that are there twice, both."""
+    """Strings of a JSON text, and ``key=value`` where both are strings; duplicate keys are included."""
     strings: list[str] = []
 
     def pairs(members: list[tuple[str, Any]]) -> None:
@@ -106,13 +106,13 @@ def _json(data: bytes) -> list[str]:
 
 
 def _yaml(text: str) -> list[str]:
-    """Scalars of a YAML text, decoded and folded; nothing is built from them, so nothing runs."""
+    """Scalars of a YAML text, decoded and folded; no objects are built, so no code runs."""
     events = yaml.parse(text, Loader=yaml.SafeLoader)
     return [text, *(event.value for event in events if isinstance(event, yaml.ScalarEvent))]
 
 
 def _decoded(text: str) -> Iterator[str]:
-    """What ``text`` stands for in each of the encodings that it could be in."""
+    """``text`` decoded from each encoding that it could be in."""
     if "\\" in text:
         yield _ESCAPE.sub(_letter, text)
     if "%" in text:
@@ -132,7 +132,7 @@ def _letter(match: re.Match[str]) -> str:
 
 
 def _base64(text: str) -> Iterator[str]:
-    """What is readable once decoded."""
+    """The decoded text, if it is readable."""
     for match in _BASE64.finditer(text):
         word = match[0].rstrip("=").replace("-", "+").replace("_", "/")
         try:

@@ -1,4 +1,4 @@
-"""recipe.json, results.json and ladder.json as people may have edited them: read, and held against their schemas."""
+"""recipe.json, results.json and ladder.json, which people may have edited: read, and validated against their schemas."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LONGEST = 200  # characters of a message about one field
 
 
 def read_facts(folder: Path, kind: str) -> dict[str, Any] | None:
-    """One of the files that say how a model was made and what was measured of it; None if the folder has none.
+    """One of the files that record how a model was made and measured; None if the folder does not have it.
 
     Args:
-        folder: Of the model, or of a ladder.
+        folder: The folder of a model, or of a ladder.
         kind: One of `KINDS`.
 
     Raises:
-        CheckpointError: It is damaged, or a field is not what its schema says; the message names the field.
+        CheckpointError: It is damaged, or a field violates the schema; names the field.
     """
     path = Path(folder) / f"{kind}.json"
     if not path.is_file():
@@ -33,7 +33,9 @@ def read_facts(folder: Path, kind: str) -> dict[str, Any] | None:
         record = json.loads(
             path.read_text(encoding="utf-8"), parse_int=_integer, parse_float=_number, parse_constant=_constant
         )
-        json.dumps(record, ensure_ascii=False).encode()  # half a character, as in "\\ud800", cannot be written again
+        json.dumps(
+            record, ensure_ascii=False
+        ).encode()  # a lone surrogate, as in "\\ud800", could not be written again
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: {_short(error)}") from None
     check_facts(record, kind)
@@ -41,7 +43,7 @@ def read_facts(folder: Path, kind: str) -> dict[str, Any] | None:
 
 
 def check_facts(record: Any, kind: str) -> None:
-    """Hold what was read against the schema of its ``kind``.
+    """Validate a record against the schema of its ``kind``.
 
     Raises:
         CheckpointError: Names the field.
@@ -99,5 +101,5 @@ def _constant(text: str) -> NoReturn:
 
 
 def _short(text: object) -> str:
-    """A stranger's text, short and printable."""
+    """Text from an untrusted source, short and printable."""
     return printable(str(text), LONGEST, lines=False)

@@ -1,4 +1,4 @@
-"""What kinds of files can be published: those that nobody needs to trust. Whatever is not listed here is refused."""
+"""The kinds of files that can be published: those that need no trust. Every other kind is refused."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pickletools
 import re
 from pathlib import PurePosixPath
 
-LARGEST = 200_000_000  # bytes of a file that is not weights: it is read whole
+LARGEST = 200_000_000  # bytes of a file other than weights, which is read completely
 WEIGHTS = ".safetensors"
 TEXT = {".json", ".jsonl", ".md", ".txt", ".jinja", ".yaml", ".yml", ".tiktoken", ".bpe"}
 SENTENCEPIECE = {".model", ".spm"}
@@ -24,7 +24,7 @@ _RUNS = {
         "not safetensors": ".h5 .hdf5 .msgpack .onnx .pb .tflite .gguf .keras .mar",
     }.items()
     for suffix in suffixes.split()
-}  # only for the words of the refusal: what is in neither list is refused too
+}  # only for the wording of a refusal: unlisted kinds are refused too
 _BEGINS = {
     b"\x80": "a pickle, which runs code when it is loaded", b"PK": "a zip archive, as torch.save writes",
     b"\x7fELF": "a program", b"MZ": "a program", b"#!": "a program", b"\x1f\x8b": "an archive, which nobody looks through",
@@ -38,19 +38,19 @@ _CALLS = {
     "NEWOBJ_EX",
     "REDUCE",
     "BUILD",
-}  # what runs code in a pickle
+}  # opcodes that run code in a pickle
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0e-\x1f\x7f]")
 _PNG = (b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82")
 
 
 def is_notice(name: str) -> bool:
-    """Whether a file at the top of a model's folder is a licence text or notice that a copy has to carry on."""
+    """Whether a file at the top of a model's folder is a licence text or notice that copies have to include."""
     match = NOTICE.fullmatch(name)
     return match is not None and _suffix(name) in ("", ".txt", ".md")
 
 
 def why_not_named(name: str) -> str | None:
-    """Why no file of this name can be published, whatever is in it; None if one can."""
+    """Why no file of this name can be published; None if one can."""
     suffix = _suffix(name)
     if suffix == WEIGHTS or suffix in TEXT or suffix in SENTENCEPIECE or PICTURES.fullmatch(name):
         return None
@@ -60,18 +60,18 @@ def why_not_named(name: str) -> str | None:
 
 
 def why_not(name: str, data: bytes) -> str | None:
-    """Why this file, which is not weights, cannot be published; None if it can.
+    """Why this file, which holds no weights, cannot be published; None if it can.
 
     Args:
         name: Path in the folder, with slashes.
-        data: All of it.
+        data: Its content.
     """
     if (refusal := why_not_named(name)) is not None:
         return refusal
     if PICTURES.fullmatch(name):
         complete = data.startswith(_PNG[0]) and data.find(_PNG[1]) + len(_PNG[1]) == len(data)
         return None if complete else "not a picture, as its name says"
-    if _suffix(name) in SENTENCEPIECE and data.startswith(b"\n"):  # the first field, which is the vocabulary
+    if _suffix(name) in SENTENCEPIECE and data.startswith(b"\n"):  # the vocabulary is the first field
         return None
     return _why_not_text(name, data)
 
@@ -100,17 +100,17 @@ def _why_not_text(name: str, data: bytes) -> str | None:
 
 
 def _is_pickle(data: bytes) -> bool:
-    """Whether it is a whole pickle, of whatever protocol, that calls something; the first ones are plain text."""
+    """Whether it is a complete pickle of any protocol that calls something; protocol 0 is plain text."""
     names = set()
     try:
         for opcode, _, _ in pickletools.genops(data):
             names.add(opcode.name)
-    except Exception:  # it is none, and says so in many ways
+    except Exception:  # not a pickle, which is reported in many ways
         return False
     return bool(names & _CALLS)
 
 
 def _suffix(name: str) -> str:
-    """In lower case; that of a version number, as in ``LICENSE-2.0``, is none."""
+    """The suffix in lower case; a version number, as in ``LICENSE-2.0``, is not a suffix."""
     suffix = PurePosixPath(name).suffix.lower()
     return "" if re.fullmatch(r"\.\d+", suffix) else suffix

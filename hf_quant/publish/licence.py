@@ -1,4 +1,4 @@
-"""What a base's licence asks of a quantized copy: a reading of the licences' texts, not legal advice."""
+"""What a base's licence requires of a quantized copy: our reading of the texts, not legal advice."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-# what the Hub accepts under ``license``
+# values that the Hub accepts for ``license``
 # https://huggingface.co/docs/hub/repositories-licenses
 KNOWN = frozenset(
     [
@@ -99,10 +99,10 @@ _LLAMA = re.compile(r"llama[-_ ]?(\d(?:\.\d)?)")
 
 
 def why_not(source: Mapping[str, Any], repo_id: str) -> str | None:
-    """Why a quantized copy may not be published as ``repo_id``, or None.
+    """Why a quantized copy may not be published as ``repo_id``; None if it may.
 
     Args:
-        source: Of recipe.json, with the licence fields of the base's card.
+        source: From recipe.json, with the licence fields of the base's card.
         repo_id: ``owner/name``.
     """
     base, licence = source.get("model", "the base"), source.get("license")
@@ -123,7 +123,7 @@ def why_not(source: Mapping[str, Any], repo_id: str) -> str | None:
 
 
 def notice(source: Mapping[str, Any]) -> str | None:
-    """A line that the licence wants in a file called NOTICE, or None."""
+    """A line that the licence requires in a file called NOTICE, or None."""
     name = _name(source)
     if match := _LLAMA.match(name):
         family = "LLAMA" if match[1] == "2" else "Llama"
@@ -137,7 +137,7 @@ def notice(source: Mapping[str, Any]) -> str | None:
 
 
 def attribution(source: Mapping[str, Any]) -> str | None:
-    """Words that the licence wants to be shown, or None."""
+    """Words that the licence requires to be displayed, or None."""
     return "Built with Llama" if _wants_llama(_name(source)) else None
 
 
@@ -147,6 +147,6 @@ def _name(source: Mapping[str, Any]) -> str:
 
 
 def _wants_llama(name: str) -> bool:
-    """From version 3 on."""
+    """Llama licences from version 3 on."""
     match = _LLAMA.match(name)
     return match is not None and match[1] != "2"

@@ -1,4 +1,4 @@
-"""manifest.json: what a published folder holds, so that whoever pulls it can tell whether it is the same."""
+"""manifest.json lists the files of a published folder, so that a download can be compared with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VERSION = 1
 
 
 def manifest_of(files: Mapping[str, Digest]) -> bytes:
-    """The text of a manifest for ``files``; the card is left out, since people edit it on the Hub."""
+    """The text of a manifest for ``files``, without the card, which people edit on the Hub."""
     listed = {
         name: {"bytes": digest.bytes, "sha256": digest.sha256}
         for name, digest in sorted(files.items()) if name not in (CARD, MANIFEST)
@@ -26,10 +26,10 @@ def manifest_of(files: Mapping[str, Digest]) -> bytes:
 
 
 def verify_folder(folder: Path) -> int:
-    """Check every file of the folder's manifest; returns how many there are.
+    """Check every file of the folder's manifest; returns their number.
 
     Raises:
-        CheckpointError: There is no manifest, weights are not in it, or a file is missing or holds something else.
+        CheckpointError: There is no manifest, weights are missing from it, or a file is missing or differs.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -45,7 +45,7 @@ def verify_folder(folder: Path) -> int:
 
 
 def verify_repo(repo_id: str, revision: str | None = None, token: str | None = None) -> int:
-    """Download what is not yet in the cache, and check every file of the manifest; returns how many there are.
+    """Download what is not in the cache, and check every file of the manifest; returns their number.
 
     Raises:
         CheckpointError: As `verify_folder`.

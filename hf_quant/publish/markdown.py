@@ -1,4 +1,4 @@
-"""Text from elsewhere in Markdown and in a shell, where it must stay text; and numbers as people read them."""
+"""Escapes text for Markdown and the shell, and formats numbers for people."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shlex
 
 
 def shell_word(text: object) -> str:
-    """One word for a shell, on one line, whatever is in it."""
+    """One shell word, on one line."""
     word = str(text)
     if word.isprintable():
         return shlex.quote(word)
@@ -18,7 +18,7 @@ def shell_word(text: object) -> str:
 
 
 def md(text: object) -> str:
-    """Text in which Markdown and HTML see nothing but text."""
+    """Text with all Markdown and HTML escaped."""
     return re.sub(r"([\\`*_\[\]<>|#~$])", r"\\\1", line(text))
 
 
@@ -28,17 +28,17 @@ def code(text: object) -> str:
 
 
 def line(text: object) -> str:
-    """Text on one line, without what a terminal or reader would obey instead of showing it."""
+    """Text on one line, without control characters."""
     return " ".join("".join(c if c.isprintable() or c.isspace() else " " for c in str(text)).split())
 
 
 def plain(text: object) -> str:
-    """A Hub id or path without anything that ends a link or a string."""
+    """A Hub id or path, without characters that end a link or a string."""
     return re.sub(r"[^\w./-]", "", str(text), flags=re.ASCII)
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Bytes in a suitable unit."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6)):
         if count >= factor:
             return f"{count / factor:.{2 if unit == 'GB' else 1}f} {unit}"
@@ -46,10 +46,10 @@ def size(count: float) -> str:
 
 
 def percent(share: float, form: str = "%.1f") -> str:
-    """A share of one as a percentage."""
+    """A share as a percentage."""
     return f"{form % (100 * share)} %"
 
 
 def number(value: float) -> str:
-    """Four digits."""
+    """A number with four digits."""
     return f"{value:.4g}"

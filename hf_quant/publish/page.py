@@ -1,4 +1,4 @@
-"""One self-contained page about a folder: what it holds, what it cost, how it was made. Nothing is fetched to read it."""
+"""A self-contained HTML page about a folder: its content, its quality, and how it was made. It loads nothing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ TITLES = {
     "perplexity_ratio": "perplexity over the base's", "top1": "top-1 agreement",
     "embedding_cosine": "cosine of embeddings", "logits_cosine": "cosine of logits",
 }  # fmt: skip
-MARK = "hf-quant report"  # by this a page is known again as ours
-SHOWN = 12  # layers, of those farthest from the base
+MARK = "hf-quant report"  # identifies pages of this package
+SHOWN = 12  # layers with the largest errors
 
 
 def page(folder: Path) -> str:
-    """HTML from results.json, ladder.json and recipe.json in ``folder``, whichever there are.
+    """HTML from results.json, ladder.json and recipe.json in ``folder``, as far as they exist.
 
     Raises:
         HfQuantError: There is neither results.json nor ladder.json, or one is damaged.
@@ -49,7 +49,7 @@ def page(folder: Path) -> str:
 
 
 def why_not(out: Path) -> str | None:
-    """Why a page cannot be written to ``out``, in words: something is there that is no page of ours. None if it can."""
+    """Why a page cannot be written to ``out``: a file is there that is not a page of this package. None if it can."""
     if not out.exists() and not out.is_symlink():
         return None
     if not out.is_file():
@@ -61,6 +61,6 @@ def why_not(out: Path) -> str | None:
 
 
 def _both(draw: Any, ladder: dict[str, Any]) -> tuple[str, str]:
-    """The chart for light and for dark ground, as the text of a data URL."""
+    """The chart for light and for dark backgrounds, as data URLs."""
     light, dark = (base64.b64encode(draw(ladder, dark)).decode() for dark in (False, True))
     return light, dark

@@ -1,4 +1,4 @@
-"""Publishing a folder: what may not go is refused before anything is sent, and what goes is checked when it is there."""
+"""Publishes a folder: all checks come before anything is sent, and what has arrived is verified."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from hf_quant.publish.source import describe, metadata, model_type, notices
 from hf_quant.publish.upload import Target, Uploaded, upload
 
 Gated = Literal["inherit", "auto", "manual", "off"]
-CLOSE = 0.02  # relative error of a layer's output beside plain products: bfloat16 and its sums cost 0.003
+CLOSE = 0.02  # relative error of a layer's output against the plain product: rounding to bfloat16 causes 0.003
 NOTICE = "NOTICE"
 LOCAL = (
     "is_local",
     "local_files_only",
-)  # what transformers writes into tokenizer_config.json of where it was read from
+)  # fields that transformers writes into tokenizer_config.json, which name its source
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Publication:
-    """A folder that may be published.
+    """A folder that passed all checks.
 
     Attributes:
-        folder: Where it is.
-        target: Where it goes.
-        content: Of all files that go, the manifest not.
-        written: Names of those that are written into the folder: card, pictures, recipe.json, results.json, notices.
-        source: What the base says about itself.
+        folder: The folder.
+        target: Where it is published.
+        content: All files that are published, except the manifest.
+        written: Names of the files that are written into the folder: card, pictures, recipe.json, results.json, notices.
+        source: The base model, as recipe.json describes it.
     """
 
     folder: Path
@@ -57,12 +57,12 @@ class Publication:
 
     @property
     def names(self) -> list[str]:
-        """Of all files."""
+        """Names of all files."""
         return self.content.names
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """Total size of all files."""
         return sum(digest.bytes for digest in self.content.files.values())
 
 
@@ -71,22 +71,22 @@ def prepare(
     allow_failed_gate: bool = False, base_model: str | None = None, license: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Publication:  # fmt: skip
-    """Check everything that can be checked without running the model or writing anything.
+    """Make all checks that need neither run the model nor write a file.
 
     Args:
-        folder: Made by ``hf-quant quantize`` or ``ladder``.
-        target: Where it shall go; its ``gated`` is decided here.
-        api: The client; asked about the base.
-        gated: Whether readers have to ask: as for the base, or so.
-        budget: What quantization may cost, besides what it was held against before.
-        allow_failed_gate: Publish although the gate was missed; the card begins with it.
-        base_model: Hub id of the base, where the model was made from a folder.
-        license: Of the base, where its card names none.
-        say: Told of notices of the base that cannot be carried on.
+        folder: From ``hf-quant quantize`` or ``ladder``.
+        target: Where to publish it; its ``gated`` is decided here.
+        api: The client, which is asked about the base.
+        gated: Whether readers have to ask for access: as for the base, or a fixed choice.
+        budget: Limits of quality loss, besides those of earlier checks.
+        allow_failed_gate: Publish a model that failed its gate; the card begins with that.
+        base_model: Hub id of the base, if the model was made from a folder.
+        license: Licence of the base, if its card has none.
+        say: Receives messages about notices of the base that are left out.
 
     Raises:
-        PushError: Something forbids publishing it.
-        GateError: Its quality does, or nobody measured it.
+        PushError: The folder may not be published.
+        GateError: Its quality is too low, or was not measured.
         CheckpointError: The checkpoint is damaged.
     """
     folder = Path(folder)
@@ -114,13 +114,13 @@ def prepare(
 def publish(
     ready: Publication, api: HfApi, *, model: Any = None, say: Callable[[str], None] = print, **patience: Any
 ) -> Uploaded:
-    """Run the model once more from its files, write what is missing, upload, verify.
+    """Run the model loaded from its files, write the missing files, upload everything and verify it.
 
     Args:
         ready: From `prepare`.
         api: The client, with the token to push with.
-        model: If the push began with a model in memory: it must be what is in the folder.
-        say: Told what goes on.
+        model: The model in memory that the push began with, if any: the folder must have the same weights.
+        say: Receives messages about progress.
         patience: ``attempts`` and ``timeout`` of `upload`.
 
     Raises:
@@ -150,30 +150,30 @@ def push_model(
     budget: Budget | None = None, gated: Gated = "inherit", tag: str | None = None, base_model: str | None = None,
     license: str | None = None, say: Callable[[str], None] = print, **unknown: Any,
 ) -> str:  # fmt: skip
-    """``model.push_to_hub``: publish the folder that the model was loaded from, if the model still is what is there.
+    """``model.push_to_hub``: publish the folder that the model was loaded from, if the model is unchanged.
 
     Args:
         model: Loaded by ``from_pretrained`` from a folder that ``hf-quant quantize`` or ``ladder`` wrote.
         repo_id: ``owner/name``.
-        commit_message: Of the commit.
-        private: None leaves an old repository as it is, and a new one private.
-        token: As for the client.
+        commit_message: Message of the commit.
+        private: None leaves an existing repository as it is, and makes a new one private.
+        token: As for the Hub's client.
         revision: Branch.
-        create_pr: As a pull request.
+        create_pr: Whether to open a pull request.
         allow_failed_gate: As in `prepare`.
         budget: As in `prepare`.
         gated: As in `prepare`.
-        tag: Put on the commit.
+        tag: Tag for the commit.
         base_model: As in `prepare`.
         license: As in `prepare`.
-        say: Told what goes on.
-        unknown: What transformers' own takes besides; refused, since files go as they were measured.
+        say: Receives messages about progress.
+        unknown: Further arguments of transformers' own method; refused, since files are published as measured.
 
     Returns:
-        Where it is to be seen.
+        The URL of the commit.
 
     Raises:
-        PushError: It may not be published, or could not be; nothing is sent then, or the message says what was.
+        PushError: It may not be published, or the upload failed; the message says what has been sent.
     """
     if unknown:
         raise PushError(
@@ -196,10 +196,10 @@ def push_model(
 
 
 def check_runs(folder: Path, recipe: Mapping[str, Any], model: Any = None) -> None:
-    """Load ``folder`` and run it: its layers are those of ``recipe`` and ``model``, and its kernels compute what it holds.
+    """Load ``folder`` and run it: its layers must be those of ``recipe`` and ``model``, and its kernels must be correct.
 
     Raises:
-        PushError: They are not, or a kernel computes something else than the product with the weights dequantized.
+        PushError: A layer differs, or a kernel differs from the product with dequantized weights.
     """
     again = load(str(folder)).eval()
     if {name: str(scheme) for name, scheme in again.hf_quantizer.plan.schemes.items()} != recipe["schemes"]:
@@ -215,7 +215,7 @@ def check_runs(folder: Path, recipe: Mapping[str, Any], model: Any = None) -> No
 
 
 def _differs(model: Any, again: Any) -> str | None:
-    """The first tensor that is not the same in both, or None."""
+    """The first tensor that differs, or None."""
     mine, stored = model.state_dict(), again.state_dict()
     for name in sorted(mine.keys() | stored.keys()):
         if name not in mine or name not in stored or not torch.equal(mine[name].cpu(), stored[name].cpu()):
@@ -223,11 +223,11 @@ def _differs(model: Any, again: Any) -> str | None:
     return None
 
 
-# -- what has to be true ----------------------------------------------------------------------------------------------
+# -- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _check_weights(checked: Snapshot, results: Mapping[str, Any]) -> None:
-    """The checkpoint is whole, and is the one that was measured."""
+    """Check that the checkpoint is complete, and the one that was measured."""
     Checkpoint.open(checked.folder)
     files = [
         {"name": name, "bytes": digest.bytes, "sha256": digest.sha256}
@@ -243,7 +243,7 @@ def _check_weights(checked: Snapshot, results: Mapping[str, Any]) -> None:
 def _gated(
     folder: Path, recipe: Mapping[str, Any], results: dict[str, Any], budget: Budget, allow: bool
 ) -> dict[str, Any]:
-    """The results, with the verdict of the gate worked out again from what was measured."""
+    """The results, with a new verdict of the gate on the measurements."""
     quality, known = results.get("quality"), (results.get("gate") or {}).get("budget") or {}
     reason = None
     if quality is None:
@@ -275,10 +275,10 @@ def _is_id(source: Mapping[str, Any]) -> bool:
 def _source(
     folder: Path, known: Mapping[str, Any], api: HfApi, base_model: str | None, license: str | None
 ) -> dict[str, Any]:
-    """What the base says, asked again where it is on the Hub; ``license`` only fills a gap."""
+    """The facts about the base, asked again if it is on the Hub; ``license`` is used if its card has none."""
     source = dict(known)
     if base_model is not None:
-        source |= describe(base_model, None, api) | {"revision": None}  # which commit it was, nobody recorded
+        source |= describe(base_model, None, api) | {"revision": None}  # the commit was not recorded
         _check_base(folder, base_model, api)
     elif _is_id(source):
         source |= describe(str(source["model"]), source.get("revision"), api)
@@ -297,7 +297,7 @@ def _check_base(folder: Path, base: str, api: HfApi) -> None:
 
 
 def _written(checked: Snapshot, recipe: dict[str, Any], results: dict[str, Any]) -> dict[str, bytes]:
-    """What is written anew: the card and what it is made from, and settings without the traces of this machine."""
+    """New files: the card, the facts that it is rendered from, and settings without traces of this machine."""
     drawn = card.pictures(results)
     written = {f"{card.ASSETS}/{name}": data for name, data in drawn.items()}
     written |= {"recipe.json": _json(recipe), card.CARD: card.render(recipe, results, drawn).encode()}
@@ -311,7 +311,7 @@ def _written(checked: Snapshot, recipe: dict[str, Any], results: dict[str, Any])
 
 
 def _notices(checked: Snapshot, source: Mapping[str, Any], api: HfApi, say: Callable[[str], None]) -> dict[str, bytes]:
-    """Licence texts and notices of a base on the Hub that the folder lacks, and the line that its licence asks for."""
+    """Licence texts and notices of a base on the Hub that the folder lacks, and the line that its licence requires."""
     line = licence.notice(source)
     generated = f"{line}\n".encode() if line is not None else None
     theirs = notices(source["model"], source.get("revision"), api, say) if _is_id(source) else {}

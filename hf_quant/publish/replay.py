@@ -1,7 +1,7 @@
-"""Every quantized layer once by its kernel and once plainly, on the same inputs: what a kernel gets wrong shows there.
+"""Runs every quantized layer with its kernel and with plain products on the same inputs, which shows errors of a kernel.
 
-Logits do not tell it: one value that falls on the other side of a step of an INT8 grid changes everything after it, so
-that two kernels without a fault can be far apart at the end of a model whose activations have outliers.
+Logits do not show them: one value that is rounded to the next step of an INT8 grid changes everything after it, so two correct
+kernels can give very different logits for a model whose activations have outliers.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
 
 @torch.no_grad()
 def replay(model: Any) -> tuple[Tensor, dict[str, float]]:
-    """Logits of a few tokens, and how far each layer's output was from the plain one on the inputs it had.
+    """Logits of a few tokens, and the difference of each layer's output from the plain product on the same inputs.
 
     Args:
-        model: Quantized; its kernels are as they were afterwards.
+        model: Quantized; unchanged afterwards.
 
     Returns:
-        Logits, and name of the layer to relative error, the norm of the difference over that of the plain output.
+        Logits, and name of the layer to relative error: the norm of the difference over that of the plain output.
     """
     inputs: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
     layers = {
@@ -58,7 +58,7 @@ def _error(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> float:
 
 
 def _linear(layer: QuantLinear, x: Tensor) -> Tensor:
-    """``F.linear`` with the layer's weight dequantized, in float32; activations rounded as its scheme says."""
+    """``F.linear`` with the layer's dequantized weight, in float32, and activations rounded as its scheme says."""
     if layer.scheme.activations is not None:
         columns = layer.weight_outlier_index if layer.scheme.outlier_columns else None
         scale = layer.weight_input_scale if layer.scheme.activations == "tensor" else None
@@ -69,7 +69,7 @@ def _linear(layer: QuantLinear, x: Tensor) -> Tensor:
 
 
 def _by_reference(module: Any, args: tuple[Any, ...]) -> Tensor:
-    """The module's own output where it multiplies by dequantized weights."""
+    """The output of the module with dequantized weights."""
     with _backend("reference"):
         module.choose_kernel()
         output: Tensor = module(*args)

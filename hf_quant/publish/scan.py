@@ -1,4 +1,4 @@
-"""What is published, byte for byte, and what must not be in it: secrets, names of this machine, anything that runs."""
+"""The exact content that is published, and a search for what must not be in it: secrets, names of this machine, code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_quant.publish import file_kinds
 from hf_quant.publish.decoding import strings_of, views
 from hf_quant.publish.secrets import secret_in
 
-STAYS = {"report.html"}  # what our own commands put beside a model for people, and nobody has to pull
+STAYS = {"report.html"}  # written by this package for people beside a model, and not published
 _NAME = re.compile(r"[\w+ ().-]+(/[\w+ ().-]+)*", re.ASCII)
 _PATH = re.compile(r"(?:/[\w.+ -]+){2,}/?|[A-Za-z]:[\\/].+|\\\\[\w.-]+\\.+|~[\w.-]*/.+", re.ASCII)
 _VOCABULARY = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens_map|tekken)[\w.-]*\.json")
@@ -25,14 +25,14 @@ _VOCABULARY = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens_map|tekk
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The content of everything that is uploaded: what was looked through is what goes, whatever happens to the folder.
+    """The content of everything that is uploaded: changes in the folder after the checks have no effect on it.
 
     Attributes:
         folder: Where the files are.
-        held: Path in the folder to the whole content of each file that is not weights.
-        weights: Path to digest of each safetensors file, which is too large to hold.
-        stamps: Path to what the file system says of each of them: another stamp means another content.
-        headers: Path to what is before the tensors in each of them.
+        held: Path in the folder to the content of each file that does not hold weights.
+        weights: Path to digest of each safetensors file, which is too large to keep in memory.
+        stamps: Path to the file system's metadata of each of them, which changes with the content.
+        headers: Path to the part before the tensors of each of them.
     """
 
     folder: Path
@@ -43,20 +43,20 @@ class Snapshot:
 
     @property
     def names(self) -> list[str]:
-        """Of all files."""
+        """Names of all files."""
         return sorted([*self.held, *self.weights])
 
     @property
     def files(self) -> dict[str, Digest]:
-        """Path to what it holds, of all files."""
+        """Path to digest of all files."""
         return dict(self.weights) | {name: digest_of(data) for name, data in self.held.items()}
 
     def plus(self, written: Mapping[str, bytes]) -> Snapshot:
-        """The same with other files, or other contents of them."""
+        """The same snapshot with files added or replaced."""
         return replace(self, held={**self.held, **written})
 
     def check_unchanged(self, written: Iterable[str] = ()) -> None:
-        """Refuse where a file of the folder, those ``written`` aside, is no longer what was looked through.
+        """Refuse if a file of the folder, except those ``written``, has changed since the snapshot.
 
         Raises:
             PushError: Names the file.
@@ -71,11 +71,11 @@ class Snapshot:
 
 
 def snapshot(folder: Path) -> Snapshot:
-    """Read everything that ``folder`` would publish; hidden files and what is in `STAYS` stay here.
+    """Read everything in ``folder`` that would be published; hidden files and those in `STAYS` are left out.
 
     Raises:
-        PushError: There is a link, a file of a kind that is not published, or a name that the Hub would not take.
-        CheckpointError: A safetensors file is not exactly what the format asks for.
+        PushError: There is a link, a file of a kind that is not published, or a name that the Hub does not allow.
+        CheckpointError: A safetensors file violates the format.
     """
     held: dict[str, bytes] = {}
     weights, stamps, headers = {}, {}, {}
@@ -95,7 +95,7 @@ def snapshot(folder: Path) -> Snapshot:
 
 
 def _refusal(path: Path, name: str) -> str | None:
-    """Why nothing of this name is read."""
+    """Why a file of this name is not read."""
     if path.is_symlink() or not path.is_file():
         return "not a regular file"
     if not _NAME.fullmatch(name):
@@ -121,21 +121,21 @@ def _header(path: Path) -> bytes:
         return start + file.read(struct.unpack("<Q", start)[0])
 
 
-# -- looking through --------------------------------------------------------------------------------------------------
+# -- search -----------------------------------------------------------------------------------------------------------
 
 
 def look_through(
     checked: Snapshot, secrets: Iterable[str] = (), known: Mapping[str, bytes] = MappingProxyType({})
 ) -> None:
-    """Refuse what is of no published kind, holds a secret, or names a folder of this machine.
+    """Refuse files of a kind that is not published, secrets, and names of folders of this machine.
 
     Args:
-        checked: Everything that is to be uploaded; of weights, the names and metadata are looked at.
-        secrets: Words that must not be found, such as the token in use.
-        known: Contents that this function has looked through before; the same object is not looked through again.
+        checked: Everything that would be uploaded; of weights, names and metadata are searched.
+        secrets: Strings that must not occur, such as the token in use.
+        known: Contents that were searched before; the same object is not searched again.
 
     Raises:
-        PushError: Names the file and what kind of thing is in it, never the thing.
+        PushError: Names the file and the kind of secret, but not the secret.
     """
     words = {secret: "the token in use" for secret in secrets if secret}
     words |= dict.fromkeys(_places(checked.folder), "the name of a folder of this machine")
@@ -149,7 +149,7 @@ def look_through(
 
 
 def _private(name: str, data: bytes, words: Mapping[str, str]) -> str | None:
-    """What is in a file that nobody else should read, or None."""
+    """The kind of private content in a file, or None."""
     if not _VOCABULARY.fullmatch(Path(name).name) and Path(name).suffix.lower() == ".json":
         for string in strings_of(name, data) or []:
             if _PATH.fullmatch(string):
@@ -164,6 +164,6 @@ def _private(name: str, data: bytes, words: Mapping[str, str]) -> str | None:
 
 
 def _places(folder: Path) -> set[str]:
-    """Folders of this machine that nothing published should name; one as short as ``/tmp`` says nothing."""
+    """Folders of this machine that must not be named in what is published; ``/tmp`` and the like identify nothing."""
     places = {str(folder.resolve().parent), str(Path.cwd())}
     return {place for place in places if place.count(os.sep) >= 2} | {f"{Path.home()}{os.sep}"} - {os.sep * 2}

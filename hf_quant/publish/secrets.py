@@ -1,8 +1,7 @@
-"""What a secret looks like: patterns of this package, and those of detect-secrets where it is installed.
+"""Patterns of secrets: those of this package, and those of detect-secrets if it is installed.
 
-The patterns of this package are the floor and hold everywhere; ``hf-quant[publish]`` adds the services that only
-detect-secrets knows. A pattern begins with fixed letters, or has a boundary before them, so that neither the words of a
-vocabulary nor a long base64 text can look like a secret by chance.
+The patterns of this package apply everywhere; ``hf-quant[publish]`` adds the services that only detect-secrets knows. A pattern
+begins with fixed letters or with a boundary, so that neither words of a vocabulary nor long base64 texts match by chance.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-SHORTEST = 8  # characters of a string that could be, or name, something private
-# detectors of detect-secrets that guess: any assignment to a word like "token", any address, any capital word in AP
+SHORTEST = 8  # characters of a string that could be private
+# detectors of detect-secrets that guess: any assignment to a word like "token", any address, any capitalized word
 GUESSING = {"KeywordDetector", "IPPublicDetector", "ArtifactoryDetector"}
-AROUND = 80  # characters beside a long word that tell what it is, such as the name that it is assigned to
+AROUND = 80  # characters before a long word that can identify it, such as the name that it is assigned to
 _LONG = re.compile(r"(?=[A-Za-z_/+=.:-]{0,40}\d)[A-Za-z0-9_/+=.:-]{20,}")
-_WORD = r"(?<![A-Za-z0-9+/])"  # a boundary that no position inside of base64 has
+_WORD = r"(?<![A-Za-z0-9+/])"  # a boundary that does not occur within base64
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,10 @@ class Rule:
     """One kind of secret.
 
     Attributes:
-        kind: What a refusal calls it.
-        hints: A text without any of these words, in lower case, holds none; looking for words is much faster.
-        pattern: What it looks like.
-        name: What has to be before it, for values that are secret only by their name; these must look random too.
+        kind: Its name in a refusal.
+        hints: A text without any of these words, in lower case, has no match; this test is much faster.
+        pattern: Matches it.
+        name: Must come before it, for values that only their name makes secret; these must look random too.
     """
 
     kind: str
@@ -40,7 +39,7 @@ class Rule:
     name: re.Pattern[str] | None = None
 
     def finds(self, text: str, lower: str) -> bool:
-        """Whether ``text`` holds one; ``lower`` is the same in lower case."""
+        """Whether ``text`` contains one; ``lower`` is ``text`` in lower case."""
         if not any(hint in lower for hint in self.hints):
             return False
         if self.name is None:
@@ -90,13 +89,13 @@ RULES = (
 
 
 def secret_in(text: str) -> str | None:
-    """What kind of secret ``text`` holds, or None."""
+    """The kind of secret in ``text``, or None."""
     lower = text.lower()
     for rule in RULES:
         if rule.finds(text, lower):
             return rule.kind
     if detectors := _detectors():
-        for match in _LONG.finditer(text):  # their patterns one by one over a whole vocabulary would take minutes
+        for match in _LONG.finditer(text):  # all patterns over a whole vocabulary would take minutes
             around = text[max(match.start() - AROUND, 0) : match.end() + AROUND]
             for kind, analyze in detectors:
                 if any(True for line in around.splitlines() for _ in analyze(line)):
@@ -105,13 +104,13 @@ def secret_in(text: str) -> str | None:
 
 
 def library() -> str | None:
-    """How to have secrets of more services found, or None where detect-secrets is installed."""
+    """How to search for secrets of more services; None if detect-secrets is installed."""
     return None if _detectors() else "pip install 'hf-quant[publish]' finds the keys of more services"
 
 
 @lru_cache(maxsize=1)
 def _detectors() -> tuple[tuple[str, Callable[[str], Iterator[str]]], ...]:
-    """Name and function of each detector of detect-secrets that is exact enough; none where it is not installed."""
+    """Name and function of each detector of detect-secrets that is exact enough; none if it is not installed."""
     try:
         from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
         from detect_secrets.plugins.base import RegexBasedDetector

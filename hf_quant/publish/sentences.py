@@ -1,4 +1,4 @@
-"""The sentences and rows of a model card, each from what recipe.json and results.json say."""
+"""The sentences and table rows of a model card, from recipe.json and results.json."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = {
     "hadamard": "Hadamard rotation of values ([QuaRot](https://arxiv.org/abs/2404.00456))",
     "drift": "targets from the float model ([GPTAQ](https://arxiv.org/abs/2504.02692))",
 }
-FOUND = ("calibration.txt", "the bundled text (documentation of Python)")  # without being named
+FOUND = ("calibration.txt", "the bundled text (documentation of Python)")  # used without an option
 TITLES = {
     "kl": ("KL divergence to the base, nats per token", "number"),
     "kl_p50": ("KL divergence, median over tokens", "number"),
@@ -38,7 +38,7 @@ TITLES = {
 
 
 def title(recipe: Mapping[str, Any]) -> str:
-    """Heading of the card: the repository, or the base and what it was quantized to."""
+    """Title of the card: the repository, or the base and its quantization."""
     if recipe.get("repo_id"):
         return str(recipe["repo_id"]).rpartition("/")[2]
     schemes = set(recipe["schemes"].values())
@@ -46,7 +46,7 @@ def title(recipe: Mapping[str, Any]) -> str:
 
 
 def warning(results: Mapping[str, Any]) -> str | None:
-    """What `--allow-failed-gate` has to say first."""
+    """The first lines of a card published with `--allow-failed-gate`."""
     gate = results.get("gate")
     if not results.get("allow_failed_gate"):
         return None
@@ -58,7 +58,7 @@ def warning(results: Mapping[str, Any]) -> str | None:
 
 
 def verdict(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """One sentence: how small it became, and what that cost."""
+    """One sentence: how small the model is, and its loss of quality."""
     schemes, base = Counter(recipe["schemes"].values()), _base_link(recipe["source"])
     what = code(next(iter(schemes))) if len(schemes) == 1 else f"a mix of {', '.join(map(code, sorted(schemes)))}"
     text = f"{base} in {what}"
@@ -82,14 +82,14 @@ def _base_link(source: Mapping[str, Any]) -> str:
 
 
 def base(source: Mapping[str, Any]) -> str:
-    """The base, and the commit of it."""
+    """The base and its commit."""
     if "/" not in str(source["model"]):
         return f"{_base_link(source)}, a local folder"
     return _base_link(source) + (f" at {code(source['revision'])}" if source.get("revision") else "")
 
 
 def method(recipe: Mapping[str, Any]) -> str:
-    """What was done to a weight, one step after the other, and for which bits if not for all."""
+    """The quantization steps in order, for each width if they differ."""
     steps = recipe.get("steps") or {"": [{"name": recipe["method"]}]}
     chains: dict[str, list[str]] = {}
     for bits, steps_of_bits in steps.items():
@@ -101,15 +101,18 @@ def method(recipe: Mapping[str, Any]) -> str:
 
 
 def format(recipe: Mapping[str, Any]) -> str:
-    """In which format the weights are stored."""
+    """The format of the weights."""
     if recipe["format"] == "compressed_tensors":
-        slugs = {recipe["scheme"], *recipe["schemes"].values()}  # its config names the default, used or not
+        slugs = {
+            recipe["scheme"],
+            *recipe["schemes"].values(),
+        }  # the config has the default scheme even if no layer uses it
         return f"compressed-tensors, {code(stored_as(map(QuantScheme.parse, slugs)))}"
     return code(recipe["format"]) + (" of hf-quant" if recipe["format"] == "native" else "")
 
 
 def loading(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """The lines of Python that load it."""
+    """The lines of Python that load the model."""
     where = json.dumps(plain(recipe.get("repo_id") or "path/to/this/folder"))
     kind = (results.get("quality") or {}).get("kind")
     if kind is None:
@@ -122,7 +125,7 @@ def loading(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 
 def elsewhere(recipe: Mapping[str, Any]) -> str:
-    """What reads it without this package; nothing is said to work that was not tried."""
+    """Programs that load it without this package; only those that were tested."""
     tried = "vLLM, SGLang and other engines: not checked with this model."
     if recipe["format"] == "native":
         return (
@@ -161,7 +164,7 @@ def by_reason(named: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def command(recipe: Mapping[str, Any]) -> str:
-    """What makes the same weights again."""
+    """The command that produces the same weights."""
     source, settings, calibration = recipe["source"], recipe.get("asked") or {}, recipe.get("calibration")
     words = ["hf-quant", "quantize", str(source["model"]), "-o", "OUT", "--scheme", recipe["scheme"]]
     words += ["--method", recipe["method"], "--format", recipe["format"]]
@@ -180,7 +183,7 @@ def command(recipe: Mapping[str, Any]) -> str:
 
 
 def limits(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
-    """What a reader should know before using it."""
+    """What readers should know before they use the model."""
     sentences, quality = [], results.get("quality")
     if quality:
         sentences.append(
@@ -201,7 +204,7 @@ def limits(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
 
 
 def licence(source: Mapping[str, Any]) -> str:
-    """What the card says of the licence."""
+    """The sentences about the licence."""
     name = source.get("license_name") if source.get("license") == "other" else source.get("license")
     if not name:
         return "The base names no licence."

@@ -1,4 +1,4 @@
-"""What a base model says about itself: name, licence, gate. A copy of it has to say the same."""
+"""Facts about a base model from the Hub: name, licence, gate. A copy has to state the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _HEAD = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 
 
 def metadata(card: str) -> dict[str, Any]:
-    """The YAML at the head of a card; empty if there is none, or it is not a mapping."""
+    """The YAML at the top of a card; empty if there is none, or it is not a mapping."""
     match = _HEAD.match(card)
     try:
         data = yaml.safe_load(match[1]) if match else None
@@ -34,11 +34,11 @@ def metadata(card: str) -> dict[str, Any]:
 
 
 def describe(model: str, revision: str | None = None, api: HfApi | None = None) -> dict[str, Any]:
-    """For ``source`` in recipe.json: id as the Hub spells it, commit, and what a card inherits.
+    """The base for ``source`` in recipe.json: its id as the Hub spells it, commit, and inherited fields of the card.
 
     Args:
         model: Folder or Hub id.
-        revision: Of a Hub model.
+        revision: Commit, branch or tag of a Hub model.
         api: The client to ask.
 
     Raises:
@@ -51,31 +51,31 @@ def describe(model: str, revision: str | None = None, api: HfApi | None = None) 
         return {"model": Path(model).resolve().name, "revision": None} | _inherited(metadata(text))
     at = f" at {revision}" if revision else ""
     info = _asked(f"the base {model}{at}", lambda: (api or HfApi()).model_info(model, revision=revision))
-    card_data: Any = info.card_data  # its methods have no annotations
+    card_data: Any = info.card_data  # its methods are not annotated
     description = {"model": info.id, "revision": info.sha} | _inherited(card_data.to_dict() if card_data else {})
     return description | ({"gated": info.gated} if info.gated else {})
 
 
 def _asked(what: str, ask: Callable[[], T]) -> T:
-    """The Hub's answer, or an error without the request, which holds the token."""
+    """The Hub's answer; errors omit the request, which contains the token."""
     try:
         return ask()
     except (RepositoryNotFoundError, RevisionNotFoundError):
         reason = "is not on the Hub, or the token may not see it"
-    except Exception as error:  # the client lets through whatever its transport raises
+    except Exception as error:  # the client passes on any error of its transport
         reason = f"cannot be read now: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     raise PushError(f"{what} {reason}")
 
 
 def _inherited(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Only what is known to be harmless: a stranger's card may hold anything."""
+    """Only harmless fields, since the card may come from an untrusted source."""
     inherited = {key: card[key] for key in card if key in INHERITED or str(key).startswith("extra_gated_")}
     plain: dict[str, Any] = json.loads(json.dumps(inherited, default=str))  # YAML knows dates, recipe.json does not
     return {key: value for key, value in sorted(plain.items()) if value is not None}
 
 
 def model_type(model: str, api: HfApi) -> str | None:
-    """Of a model on the Hub, from its config.json; None if that does not say."""
+    """``model_type`` of a model on the Hub, from its config.json; None if it has none."""
     config = _asked(f"the base {model}", lambda: api.model_info(model)).config or {}
     return config.get("model_type")
 
@@ -83,13 +83,13 @@ def model_type(model: str, api: HfApi) -> str | None:
 def copy_notices(
     model: str, revision: str | None, folder: Path, say: Callable[[str], None] = lambda line: None
 ) -> list[str]:
-    """Copy licence texts and notices of the base into ``folder``, which must carry them on; returns their names.
+    """Copy licence texts and notices of the base into ``folder``, as licences require; returns their names.
 
     Args:
         model: Folder or Hub id.
-        revision: Of a Hub model.
-        folder: Where they go; what is there already stays.
-        say: Told of those that are left out.
+        revision: Commit, branch or tag of a Hub model.
+        folder: Where to copy them; existing files stay.
+        say: Receives messages about files that are left out.
 
     Raises:
         PushError: The Hub has no such model, or does not answer.
@@ -104,7 +104,7 @@ def copy_notices(
 def notices(
     model: str, revision: str | None, api: HfApi | None = None, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, bytes]:
-    """Name and content of the licence texts and notices at the top of the base's folder; arguments as above."""
+    """Name and content of the licence texts and notices at the top of the base's folder; arguments as in `copy_notices`."""
     if Path(model).is_dir():
         paths = {file.name: file for file in sorted(Path(model).iterdir()) if _wanted(file.name) and file.is_file()}
     else:
@@ -133,7 +133,7 @@ def _wanted(name: str) -> bool:
 
 
 def _outside(folder: Path, name: str) -> str | None:
-    """Why a file of a local base is not read: it is a link to what the folder does not hold."""
+    """Why a file of a local base is not read: it is a link to a place outside of the folder."""
     try:
         inside(folder, name)
     except CheckpointError:

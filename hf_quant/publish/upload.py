@@ -1,8 +1,8 @@
-"""An upload that ends complete and verified, or with a sentence that says what is there and how to go on.
+"""Uploads a folder: the result is complete and verified, or an error says what has arrived and how to continue.
 
-The client retries some steps and not others, waits for ever where nothing answers, and sends a commit again whose answer
-was lost. So every step here is done again after what may pass, each try begins with a look at what the Hub has, a commit
-names its parent, and a pull request is opened before anything is sent to it.
+The Hub's client retries only some steps, waits forever if the Hub does not answer, and repeats a commit whose answer was
+lost. Here every step is repeated after a temporary failure, every attempt first checks what the Hub has, a commit names its
+parent, and a pull request is opened before anything is sent to it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from hf_quant.hf._hooks import client_factory
 
 T = TypeVar("T")
 ATTEMPTS = 6
-TIMEOUT = 120.0  # seconds without a byte; the Hub may think that long about a large commit
+TIMEOUT = 120.0  # seconds without a byte; the Hub may take that long to process a large commit
 LONGEST_WAIT = 310.0  # seconds; the Hub counts requests in windows of 300
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 PASSING = {404, 408, 409, 412, 425, 429}  # 404: a repository that was created a moment ago may be unknown elsewhere
@@ -42,16 +42,16 @@ TOKEN = "there is no token, or the Hub does not accept it; log in with: hf auth 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a folder goes.
+    """Where to upload a folder.
 
     Attributes:
         repo_id: ``owner/name``.
-        private: What the repository is afterwards; None leaves an old one as it is, and a new one private.
-        gated: Likewise; None leaves it as it is.
-        create_pr: Send it as a pull request; the repository itself is left alone.
-        revision: Branch, or ``refs/pr/N``; made if it is not there.
-        tag: Put on the commit.
-        message: Of the commit, and title of the pull request.
+        private: Visibility of the repository afterwards; None leaves an existing one as it is, and makes a new one private.
+        gated: Whether readers have to ask for access; None leaves it as it is.
+        create_pr: Open a pull request; the settings of the repository stay as they are.
+        revision: Branch, which is created if necessary, or ``refs/pr/N``.
+        tag: Tag for the commit.
+        message: Message of the commit, and title of the pull request.
     """
 
     repo_id: str
@@ -64,13 +64,13 @@ class Target:
 
     @property
     def is_pull_request(self) -> bool:
-        """Whether it goes beside a repository that may be somebody else's, whose settings are left alone."""
+        """Whether it goes to a pull request; the repository may be another user's, so its settings stay as they are."""
         return self.create_pr or (self.revision or "").startswith("refs/pr/")
 
 
 @dataclass(frozen=True)
 class Uploaded:
-    """What is on the Hub now: ``commit`` at ``revision``, to be seen at ``url``."""
+    """The result of an upload: ``commit`` at ``revision``, with its ``url``."""
 
     url: str
     revision: str
@@ -81,29 +81,29 @@ def upload(
     api: HfApi, folder: Path, files: Mapping[str, Digest], target: Target, *, held: Mapping[str, bytes] = MappingProxyType({}),
     say: Callable[[str], None], attempts: int = ATTEMPTS, timeout: float = TIMEOUT,
 ) -> Uploaded:  # fmt: skip
-    """Send ``files`` of ``folder`` and check that they arrived; may be called again at any time, and goes on then.
+    """Upload ``files`` of ``folder`` and verify them; a repeated call resumes an interrupted upload.
 
-    A new repository is private until everything is there and verified. Weights that are there and not in ``files`` go.
+    A new repository is private until everything is verified. Weights on the Hub that are not in ``files`` are deleted.
 
     Args:
         api: The client, with its token and endpoint.
-        folder: Where the files are.
-        files: Path in the folder and in the repository, to what it holds.
-        target: Where to.
-        held: Path to content of those files that are sent from memory, whatever ``folder`` holds by then.
-        say: Told of every failure that is tried again.
-        attempts: Of every step.
-        timeout: Seconds in which the Hub has to answer.
+        folder: The folder.
+        files: Path in the folder and in the repository, to the digest of the file.
+        target: Where to upload.
+        held: Path to content of the files that are sent from memory and not from ``folder``.
+        say: Receives a message about every failure that is retried.
+        attempts: Number of attempts for each step.
+        timeout: Seconds to wait for an answer of the Hub.
 
     Raises:
-        PushError: It did not work; the message says why, what is there, and how to go on.
+        PushError: The upload failed; the message says why, what has arrived, and how to continue.
     """
     with _timeouts(timeout):
         return _Upload(api, Path(folder), files, held, target, say, attempts).run()
 
 
 class _IncompleteError(Exception):
-    """The client says that it is done, and the Hub has something else."""
+    """The client reports success, but the Hub has other files."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class _Upload:
         shown = f"discussions/{revision.removeprefix('refs/pr/')}" if "refs/pr/" in revision else f"commit/{commit}"
         return Uploaded(f"{self.api.endpoint}/{to.repo_id}/{shown}", revision, commit)
 
-    # -- steps; each may be done again ----------------------------------------------------------------------------
+    # -- steps, which may be repeated -----------------------------------------------------------------------------
 
     def _user(self) -> str:
         me = self.api.whoami()
@@ -144,7 +144,7 @@ class _Upload:
         return str(me["name"])
 
     def _repository(self) -> None:
-        """It is there, and as closed as it will be, before the first byte is sent."""
+        """Create the repository, and restrict access to it, before the first byte is sent."""
         to = self.target
         try:
             info = self.api.model_info(to.repo_id)
@@ -163,7 +163,7 @@ class _Upload:
             self.api.update_repo_settings(to.repo_id, **closing)
 
     def _pull_request(self, user: str) -> str:
-        """Of this very content, if an earlier try opened one; otherwise a new one."""
+        """The pull request for this content, which an earlier attempt may have opened."""
         title = f"{self.target.message} ({_name(self.files)})"
         for discussion in self.api.get_repo_discussions(self.target.repo_id, discussion_type="pull_request"):
             if discussion.title == title and discussion.author == user and discussion.status in ("open", "draft"):
@@ -173,7 +173,7 @@ class _Upload:
     def _send(self, revision: str) -> str:
         head = self._head(revision)
         if not self._differing(head):
-            return head  # nothing to do, or an earlier try landed and its answer was lost
+            return head  # nothing to do, or the answer to an earlier attempt was lost
         added = [CommitOperationAdd(path, self.held.get(path, self.folder / path)) for path in sorted(self.files)]
         gone = [CommitOperationDelete(path, is_folder=False) for path in self._stale(self._tree(head))]
         self.api.create_commit(
@@ -185,12 +185,12 @@ class _Upload:
         return head
 
     def _settings(self) -> None:
-        """What is opened is opened now, in one call."""
+        """Open access to the repository, in one call."""
         if changed := self._changes(self.api.model_info(self.target.repo_id)):
             self.api.update_repo_settings(self.target.repo_id, **changed)
 
     def _changes(self, info: Any) -> dict[str, Any]:
-        """Settings that are not yet as asked."""
+        """Settings that differ from the target."""
         settings = {"private": self.target.private, "gated": self.target.gated}
         return {name: value for name, value in settings.items() if value is not None and value != getattr(info, name)}
 
@@ -202,7 +202,7 @@ class _Upload:
         elif at != commit:
             raise PushError(f"tag {tag} is at {at[:12]} already; the upload itself is complete, at {commit[:12]}")
 
-    # -- what is there --------------------------------------------------------------------------------------------
+    # -- content of the repository --------------------------------------------------------------------------------
 
     def _head(self, revision: str) -> str:
         try:
@@ -217,15 +217,15 @@ class _Upload:
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def _stale(self, paths: Iterable[str]) -> list[str]:
-        """Weights of an earlier upload that are no longer wanted."""
+        """Weights of an earlier upload that are to be deleted."""
         return sorted(path for path in paths if path not in self.files and path.endswith(WEIGHTS))
 
     def _differing(self, commit: str) -> list[str]:
-        """Paths that are not yet as they should be, weights too many among them."""
+        """Paths that differ from the target, including weights that are to be deleted."""
         tree = self._tree(commit)
         return [path for path, digest in self.files.items() if not _same(tree.get(path), digest)] + self._stale(tree)
 
-    # -- patience -------------------------------------------------------------------------------------------------
+    # -- retries --------------------------------------------------------------------------------------------------
 
     def _patiently(self, what: str, step: Callable[[], T]) -> T:
         wait, reason = 1.0, ""
@@ -233,9 +233,9 @@ class _Upload:
             try:
                 return step()
             except PushError as refusal:
-                refusal.__context__ = None  # the client's own error has the request, and with it the token
+                refusal.__context__ = None  # the client's error contains the request with the token
                 raise
-            except Exception as error:  # raised below, without that
+            except Exception as error:  # raised below, without the request
                 reason = self._reason(error)
                 passing, pause = self._passes(error), min(max(_retry_after(error), wait), LONGEST_WAIT)
             if not passing:
@@ -247,11 +247,11 @@ class _Upload:
         raise PushError(f"{what}: {reason.rstrip('.')}. {self._state()}")
 
     def _passes(self, error: BaseException) -> bool:
-        """Whether it may be different in a moment."""
+        """Whether the failure may be temporary."""
         response, status = _answer(error)
         if status is not None:
             elsewhere = response is not None and not str(response.request.url).startswith(self.api.endpoint)
-            return status >= 500 or status in PASSING or (status in (400, 403) and elsewhere)  # a link that ran out
+            return status >= 500 or status in PASSING or (status in (400, 403) and elsewhere)  # an expired link
         lost = (_IncompleteError, json.JSONDecodeError, ConnectionError, TimeoutError, RuntimeError)
         return (isinstance(error, lost) or _transport(error)) and not isinstance(error, OfflineModeIsEnabled)
 
@@ -274,7 +274,7 @@ class _Upload:
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
     def _state(self) -> str:
-        """What an interrupted upload left, as far as the Hub will say."""
+        """What an interrupted upload has left, as far as the Hub answers."""
         again = "The same command goes on from there"
         if self.target.create_pr:
             return f"{self.target.repo_id} itself is unchanged. {again}."
@@ -293,12 +293,12 @@ def _same(entry: RepoFile | None, digest: Digest) -> bool:
 
 
 def _name(files: Mapping[str, Digest]) -> str:
-    """Short, and different for every content."""
+    """A short name that identifies the content."""
     listed = json.dumps(sorted((path, digest.sha256) for path, digest in files.items()))
     return hashlib.sha256(listed.encode()).hexdigest()[:12]
 
 
-# -- errors of the client, which come in many shapes ------------------------------------------------------------------
+# -- errors of the client ---------------------------------------------------------------------------------------------
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -309,7 +309,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _answer(error: BaseException) -> tuple[Any, int | None]:
-    """The response behind an error, and its status; hf_xet has only the status, as text."""
+    """The response and its status in an error of the client; hf_xet gives only the status, as text."""
     for cause in _chain(error):
         if isinstance(cause, HfHubHTTPError):
             return cause.response, cause.response.status_code
@@ -321,12 +321,12 @@ def _answer(error: BaseException) -> tuple[Any, int | None]:
 
 
 def _transport(error: BaseException) -> bool:
-    """Of httpx or httpx2, whichever this version of the client stands on."""
+    """Whether it is an error of the transport, which is httpx or httpx2, depending on the version of the client."""
     return any(kind.__name__ == "TransportError" for cause in _chain(error) for kind in type(cause).__mro__)
 
 
 def _retry_after(error: BaseException) -> float:
-    """Seconds that the Hub asked to wait, 0 if it did not."""
+    """Seconds that the Hub asks to wait; 0 if it does not."""
     response, _ = _answer(error)
     if response is None:
         return 0.0
@@ -337,7 +337,7 @@ def _retry_after(error: BaseException) -> float:
 
 @contextmanager
 def _timeouts(seconds: float) -> Iterator[None]:
-    """Let the client, which waits for ever, give up where nothing moves for so long."""
+    """Give the client, which waits forever by default, a timeout for reads and writes."""
     before = client_factory()
 
     def factory() -> Any:

@@ -78,7 +78,7 @@ def raised_by_us(error: BaseException) -> bool:
     return "/hf_quant/" in traceback.extract_tb(error.__traceback__)[-1].filename
 
 
-def _wrong_message(text: str) -> str:
+def wrong_message(text: str) -> str:
     if len(text) < 15:
         return f"message says too little: {text!r}"
     if len(text) > LONGEST + 200:
@@ -94,7 +94,7 @@ def command(words: list[str]) -> Outcome:
     text = done.stderr if done.exit_code else done.stdout
     if done.exit_code not in (0, 1, 2):
         return Outcome("fault", fault=f"exit code {done.exit_code}: {done.stderr[-300:]}")
-    if not text.replace("\n", "").isprintable() or (done.exit_code and (wrong := _wrong_message(text))):
+    if not text.replace("\n", "").isprintable() or (done.exit_code and (wrong := wrong_message(text))):
         return Outcome("fault", fault=f"{text[:300]!a}" if not done.exit_code else wrong)
     return Outcome("refused" if done.exit_code else "ok")
 
@@ -144,7 +144,7 @@ def _judged(error: HfQuantError) -> Outcome:
     cause = error.__cause__
     if cause is not None and not isinstance(cause, HfQuantError | OSError) and raised_by_us(cause):
         return Outcome("fault", fault=f"{type(cause).__name__} at {ours(cause)} hides behind {str(error)[:200]!a}")
-    wrong = _wrong_message(str(error))
+    wrong = wrong_message(str(error))
     return Outcome("fault", fault=wrong) if wrong else Outcome("refused")
 
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 
@@ -17,19 +17,26 @@ import click
 import torch
 
 from hf_quant import _plugins
-from tests.fuzz import records
+from tests.fuzz import operations, records
 from tests.fuzz.entrances import ENTRANCES, faults
 from tests.fuzz.mutate import spoil
 from tests.fuzz.originals import make_own, names, original
 
 BATCH = 100  # cases in one process, so that what they leave behind in memory goes
 CHUNK = 500  # cases between two signs of life
+OPERATIONS = 2  # the number of a case of operations, modulo 5
 SILENCE = 300  # seconds without a case done, after which a process is taken for hung
 
 
 def one(case: int, home: Path) -> Iterator[str]:
-    """The faults of one case; ``home`` as for `make_own`. Each tenth is one of records, the others of checkpoints."""
+    """The faults of one case; ``home`` as for `make_own`.
+
+    Each tenth is one of records, each fifth one of operations, the others are of checkpoints.
+    """
     chance = Random(case)
+    if case % 5 == OPERATIONS:
+        yield from operations.faults(chance)
+        return
     good = chance.choice(names(home))
     folder = Path(tempfile.mkdtemp(dir=home))
     try:
@@ -45,21 +52,21 @@ def one(case: int, home: Path) -> Iterator[str]:
         shutil.rmtree(folder)
 
 
-def many(first: int, last: int, home: Path) -> Iterator[tuple[int, str]]:
-    """Case and fault, for all faults of the cases from ``first`` to before ``last``."""
-    case = first
-    while case < last:
-        case = yield from _batch(case, min(case + BATCH, last), home)
+def many(cases: Sequence[int], home: Path) -> Iterator[tuple[int, str]]:
+    """Case and fault, for all faults of the cases."""
+    done = 0
+    while done < len(cases):
+        done += yield from _batch(cases[done : done + BATCH], home)
 
 
-def _batch(first: int, last: int, home: Path) -> Iterator[tuple[int, str]]:
-    """Run cases in one forked process; returns the first one that is still to be run."""
+def _batch(cases: Sequence[int], home: Path) -> Iterator[tuple[int, str]]:
+    """Run cases in one forked process; returns how many of them are over."""
     fork = multiprocessing.get_context("fork")
     reports, sender = fork.Pipe(duplex=False)
-    process = fork.Process(target=_work, args=(first, last, home, sender))
+    process = fork.Process(target=_work, args=(cases, home, sender))
     process.start()
     sender.close()
-    done, case = False, first
+    done, case = False, cases[0]
     try:
         while not done and reports.poll(SILENCE):
             done, case, fault = reports.recv()
@@ -71,21 +78,21 @@ def _batch(first: int, last: int, home: Path) -> Iterator[tuple[int, str]]:
         process.kill()
     process.join()
     if done:
-        return last
+        return len(cases)
     yield case, f"the process died, with exit code {process.exitcode}"
-    return case + 1
+    return cases.index(case) + 1
 
 
-def _work(first: int, last: int, home: Path, sender: multiprocessing.connection.Connection) -> None:
+def _work(cases: Sequence[int], home: Path, sender: multiprocessing.connection.Connection) -> None:
     """In the forked process: say which case begins, and what is wrong with it."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stderr.fileno())
     torch.set_num_threads(1)  # the threads of a pool do not come along into a fork, and would be waited for
-    for case in range(first, last):
+    for case in cases:
         sender.send((False, case, ""))
         for fault in one(case, home):
             sender.send((False, case, fault))
-    sender.send((True, last, ""))
+    sender.send((True, case, ""))
     os._exit(0)  # nothing that a case left behind may run
 
 
@@ -112,7 +119,7 @@ def report(first: int, last: int, out: Path | None) -> int:
     with tempfile.TemporaryDirectory(prefix="hf-quant-fuzz-", dir=shared if shared.is_dir() else None) as home:
         prepared(Path(home))
         for chunk in range(first, last, CHUNK):
-            for case, fault in many(chunk, min(chunk + CHUNK, last), Path(home)):
+            for case, fault in many(range(chunk, min(chunk + CHUNK, last)), Path(home)):
                 found += 1
                 line = json.dumps({"case": case, "fault": fault})
                 click.echo(line)
@@ -121,5 +128,5 @@ def report(first: int, last: int, out: Path | None) -> int:
                         file.write(line + "\n")
             click.echo(f"up to {min(chunk + CHUNK, last)}: {found} faults", err=True)
     took = time.monotonic() - start
-    click.echo(f"{last - first} checkpoints through {len(ENTRANCES)} entrances: {found} faults, {took:.0f} s")
+    click.echo(f"{last - first} cases: {found} faults, {took:.0f} s")
     return found

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,78 +15,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_quant import _plugins
-from hf_quant.core.numerics import levels
 from hf_quant.core.scheme import QuantScheme
-from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import KernelError
-from hf_quant.kernels import LinearSpec, outlier_linear, select
+from hf_quant.kernels import outlier_linear, select
 from hf_quant.kernels._native import compiled
-from hf_quant.kernels._shared import checks, registration
+from hf_quant.kernels._shared import registration
 from hf_quant.kernels.cpu_native import BACKEND as CpuNative
-from hf_quant.methods import method
+from tests.kernels.operations import K, M, N, arguments, called, checked, spec_of, weight
 
-for _name in _plugins.names("kernels"):
-    if not _name.startswith("triton") or importlib.util.find_spec("triton"):
-        _plugins.load("kernels", _name)
-
-N, K, M = 48, 128, 3
 built = pytest.mark.skipif(compiled._cpu is None, reason="not compiled")
-
-
-def weight(slug: str = "W4A16-g32", n: int = N, dtype: torch.dtype = torch.bfloat16) -> QuantizedTensor:
-    scheme = QuantScheme.parse(slug)
-    plain = method("rtn", steps=0).quantize(torch.randn(n, K), replace(scheme, codebook=None), dtype)
-    return replace(plain, scheme=scheme)
-
-
-def arguments(name: str) -> tuple[Any, ...]:
-    """What the operation may be given."""
-    w, x, grad = weight("W4A16-g32-asym"), torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
-    row = torch.tensor([3, 5, 100], dtype=torch.int16)
-    index, value = row.expand(N, 3).contiguous(), torch.randn(N, 3).bfloat16()
-    first = grad if name.endswith("_backward") else x
-    kind = name.removesuffix("_backward").removesuffix("_linear")
-    if kind in ("dequant", "triton_int8"):
-        more = () if first is grad or kind == "dequant" else (row, torch.tensor([0.1]))
-        return (first, w.qweight, w.scale, w.zero_point, 4, *more)
-    if kind == "codebook":
-        return first, w.qweight, w.scale, levels("nf4", torch.device("cpu"))
-    if kind == "cpu_int4":
-        planes, params, *rest = _plugins.load("kernels", kind).BACKEND().prepare(w, spec_of(w))
-        return (grad, planes, *rest, 8) if first is grad else (x, planes, params, *rest, 32, 8)
-    if kind == "cpu_int8":
-        codes, scale = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N)
-        return (grad, codes, scale) if first is grad else (x, codes, scale, row, torch.tensor([0.1]))
-    if kind.startswith("cpu_native"):
-        tiles, scale, zero = (part.clone() for part in CpuNative().prepare(w, spec_of(w)))  # not in a large page
-        if first is grad:
-            return grad, tiles, scale, zero, 4
-        more = (row, torch.tensor([0.1])) if kind == "cpu_native_int8" else ()
-        return (x, tiles, scale, zero, *more, 4, N)
-    if kind == "outlier_rows":
-        return (grad, index, value, K) if first is grad else (x, index, value)
-    if kind == "round_activations":
-        return x, row, torch.tensor([0.1]), 0.0
-    return in_planes(w, first, grad, index, value, name)
-
-
-def in_planes(
-    w: QuantizedTensor, first: Tensor, grad: Tensor, index: Tensor, value: Tensor, name: str
-) -> tuple[Any, ...]:
-    stacked = "experts" in name
-    packed, counters, scale, zero = _plugins.load("kernels", "triton_wna16").BACKEND().prepare(w, spec_of(w))
-    parts = [scale, zero, None, grad[0].clone(), index, value]
-    if stacked:
-        packed, *parts = (None if part is None else torch.stack([part, part]) for part in (packed, *parts))
-    scale, zero, table, bias, index, value = parts
-    more = (torch.tensor([1, M]), None) if stacked else ()
-    if first is grad:
-        return (grad, packed, scale, zero, table, index, value, *more[:1], "W4A16-g32-asym", K)
-    return (first, packed, counters, scale, zero, table, bias, index, value, "W4A16-g32-asym", *more)
-
-
-def spec_of(w: QuantizedTensor, device: str = "cpu") -> LinearSpec:
-    return LinearSpec(w.scheme, w.scale.shape[0], w.in_features, torch.bfloat16, device)
 
 
 def spoilt(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -107,10 +43,6 @@ def spoilt(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "long", torch.cat([tensor, tensor], axis)
 
 
-def runs_here(name: str) -> bool:
-    return not name.startswith("triton")
-
-
 def test_every_operation_is_in_the_table() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("hf_quant::")}
     assert registered == {f"hf_quant::{name}" for name in registration.OPS} and len(registered) >= 12
@@ -121,7 +53,7 @@ def test_what_must_not_be_given(name: str) -> None:
     if name.startswith("cpu_native") and compiled._cpu is None:
         pytest.skip("not compiled")
     args = arguments(name)
-    call = registration.OPS[name] if runs_here(name) else checked(name)
+    call = called(name)
     right = call(*args)
     for at, arg in enumerate(args):
         if not isinstance(arg, Tensor) or (arg.dtype is torch.int32 and arg.ndim == 1):  # counters: any number of them
@@ -146,14 +78,45 @@ def test_what_must_not_be_given(name: str) -> None:
             assert right is None or torch.equal(got, right)
 
 
-def checked(name: str) -> Callable[..., None]:
-    """The checks of an operation that does not run here."""
-    known = {
-        "triton_int8": checks.triton_int8, "triton_int8_backward": checks.portable_back, "triton_wna16": checks.wna16,
-        "triton_wna16_backward": checks.wna16_back, "triton_experts": checks.experts,
-        "triton_experts_backward": checks.experts_back,
-    }  # fmt: skip
-    return lambda *args: known[name](registration.Arguments(name, args[0]), *args)
+@pytest.mark.parametrize(
+    ("name", "at", "wrong", "message"),
+    [
+        ("codebook_linear_backward", 1, None, "qweight is None, must be a tensor"),
+        ("dequant_linear", 2, None, "scale is None, must be a tensor"),
+        ("outlier_rows_backward", 3, 2**62, "k must be from 1 to 2147483647, got 4611686018427387904"),
+        ("outlier_rows_backward", 3, 0, "k must be from 1 to"),
+        ("triton_wna16_backward", 8, 0, "k must be from 1 to"),
+        ("triton_experts_backward", 9, 2**62, "k must be from 1 to"),
+        ("cpu_int4_linear", 6, 2**40, "fixed must be from 0 to 255, got 1099511627776"),
+        ("cpu_int4_linear_backward", 4, -1, "fixed must be from 0 to 255, got -1"),
+        ("round_activations", 3, float("nan"), "threshold must be 0 or above, got nan"),
+        ("round_activations", 3, -1.0, "threshold must be 0 or above, got -1.0"),
+    ],
+)
+def test_no_tensor_and_numbers_out_of_range(name: str, at: int, wrong: Any, message: str) -> None:
+    args = arguments(name)
+    with pytest.raises(KernelError, match=f"^{name}: {message}"):
+        called(name)(*args[:at], wrong, *args[at + 1 :])
+
+
+def test_planes_of_no_columns() -> None:
+    x, *rest = arguments("triton_wna16", "W4A16-g-1")
+    with pytest.raises(KernelError, match="columns of x must be from 1 to 2147483647, got 0"):
+        checked("triton_wna16")(x[:, :0], *rest)
+
+
+@pytest.mark.parametrize("name", ["cpu_int8_linear", "cpu_int8_linear_backward"])
+def test_a_packed_weight_of_other_numbers(name: str) -> None:
+    first, packed, *rest = arguments(name)
+    with pytest.raises(KernelError, match=f"^{name}: packed is torch.float32"):
+        registration.OPS[name](first, packed.T.float().contiguous().to_mkldnn(), *rest)
+
+
+@built
+def test_a_gradient_without_columns() -> None:
+    grad, *rest = arguments("cpu_native_linear_backward")
+    with pytest.raises(KernelError, match="grad has no columns"):
+        torch.ops.hf_quant.cpu_native_linear_backward(grad[:, :0], *rest)
 
 
 @built

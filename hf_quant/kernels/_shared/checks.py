@@ -11,6 +11,7 @@ from hf_quant.kernels._triton.planar import layout, parsed
 
 SCALES = (torch.float32, torch.bfloat16)  # what the compiled products read
 ZEROS = (torch.uint8, *FLOATS)
+MOST_COLUMNS = 2**31 - 1  # their numbers are int32 in kernels
 
 
 # ---- portable codes
@@ -74,6 +75,7 @@ def int4(
     group_size: int, fixed: int,
 ) -> None:  # fmt: skip
     """See `cpu_int4.cpu_int4_linear`."""
+    a.number("fixed", fixed, 0, 255)
     p, n, half = a.axes("planes", planes, "[P, N, K / 2]", 3)
     a.rows(x, 2 * half)
     _planes(a, p, n, half, planes, scale, zero)
@@ -85,6 +87,7 @@ def int4(
 
 def int4_back(a: Arguments, grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, fixed: int) -> None:
     """``grad [M, N]`` and the weight of `int4`."""
+    a.number("fixed", fixed, 0, 255)
     p, n, half = a.axes("planes", planes, "[P, N, K / 2]", 3)
     _gradient(a, grad, n)
     _planes(a, p, n, half, planes, scale, zero)
@@ -122,8 +125,8 @@ def _packed(a: Arguments, packed: Tensor, scale: Tensor) -> int:
     (n,) = a.axes("scale", scale, "[N]", 1)
     if packed.is_mkldnn:  # oneDNN's own layout, of the transposed weight
         k, rows = a.axes("packed", packed, "[K, N]", 2)
-        if rows != n:
-            a.refuse(f"packed has shape {[k, rows]}, must be [K, N] with N = {n}")
+        if rows != n or packed.dtype is not torch.int8:
+            a.refuse(f"packed is {packed.dtype} {[k, rows]}, must be torch.int8 [K, N] with N = {n}")
     else:
         _, k = a.axes("packed", packed, "[N, K]", 2)
         a.tensor("packed", packed, "[N, K]", (n, k), (torch.int8,), contiguous=True)
@@ -153,7 +156,10 @@ def native_int8(
 def native_back(a: Arguments, grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> None:
     """``grad [M, N]`` and the weight of `native`."""
     a.kind("grad", grad, FLOATS)
-    native_weight(a, tiles, scale, zero, bits, a.axes("grad", grad, "[M, N]", 2)[1])
+    _, n = a.axes("grad", grad, "[M, N]", 2)
+    if not n:
+        a.refuse("grad has no columns")
+    native_weight(a, tiles, scale, zero, bits, n)
 
 
 def native_weight(a: Arguments, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> int:
@@ -188,6 +194,7 @@ def outliers(a: Arguments, x: Tensor, index: Tensor, value: Tensor) -> None:
 
 def outliers_back(a: Arguments, grad: Tensor, index: Tensor, value: Tensor, k: int) -> None:
     """``grad [M, N]`` and the weight of `outliers`."""
+    a.number("k", k, 1, MOST_COLUMNS)
     _outliers(a, index, value, k)
     _gradient(a, grad, index.shape[0])
 
@@ -203,6 +210,8 @@ def rounding(a: Arguments, x: Tensor, columns: Tensor | None, scale: Tensor | No
     a.kind("x", x, FLOATS)
     a.columns(columns, a.axes("x", x, "[M, K]", 2)[1])
     a.input_scale(scale, "scale")
+    if not threshold >= 0:
+        a.refuse(f"threshold must be 0 or above, got {threshold}")
 
 
 # ---- Triton
@@ -226,6 +235,7 @@ def wna16(
     """See `triton_wna16.triton_wna16`."""
     a.kind("x", x, FLOATS)
     _, k = a.axes("x", x, "[M, K]", 2)
+    a.number("columns of x", k, 1, MOST_COLUMNS)
     n, _ = a.axes("packed", packed, "[N, words]", 2)
     a.tensor("bias", bias, "[N]", (n,), FLOATS)
     a.tensor("counters", counters, "[tiles]", tuple(counters.shape[:1]), (torch.int32,), contiguous=True)
@@ -237,6 +247,7 @@ def wna16_back(
     index: Tensor | None, value: Tensor | None, scheme: str, k: int,
 ) -> None:  # fmt: skip
     """``grad [M, N]`` and the weight of `wna16`."""
+    a.number("k", k, 1, MOST_COLUMNS)
     n, _ = a.axes("packed", packed, "[N, words]", 2)
     _gradient(a, grad, n)
     _words(a, (), n, k, packed, scale, zero, table, index, value, scheme)
@@ -249,6 +260,7 @@ def experts(
     """See `triton_wna16.triton_experts`."""
     a.kind("x", x, FLOATS)
     m, k = a.axes("x", x, "[M, K]", 2)
+    a.number("columns of x", k, 1, MOST_COLUMNS)
     e, n, _ = a.axes("packed", packed, "[E, N, words]", 3)
     a.tensor("bias", bias, "[E, N]", (e, n), FLOATS)
     a.tensor("counters", counters, "[tiles]", tuple(counters.shape[:1]), (torch.int32,), contiguous=True)
@@ -264,6 +276,7 @@ def experts_back(
     index: Tensor | None, value: Tensor | None, ends: Tensor, scheme: str, k: int,
 ) -> None:  # fmt: skip
     """``grad [rows, N]`` and the weights of `experts`."""
+    a.number("k", k, 1, MOST_COLUMNS)
     e, n, _ = a.axes("packed", packed, "[E, N, words]", 3)
     _gradient(a, grad, n)
     a.tensor("ends", ends, "[E]", (e,), (torch.int64,), contiguous=True)
@@ -279,7 +292,7 @@ def _words(
         scheme = parsed(slug)
         groups, width = layout(scheme, k)
     except SchemeError as error:
-        a.refuse(str(error))
+        a.refuse(f"scheme: {error}")
     e = "E, " if lead else ""
     a.tensor("packed", packed, f"[{e}N, words]", (*lead, n, width), (torch.int16,), contiguous=True)
     a.tensor("scale", scale, f"[{e}G, N]", (*lead, groups, n), FLOATS, contiguous=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any, NoReturn
 
 import torch
@@ -83,6 +84,11 @@ class Arguments:
         if bits not in allowed:
             self.refuse(f"bits must be one of {', '.join(map(str, allowed))}, got {bits}")
 
+    def number(self, name: str, value: float, least: int, most: int) -> None:
+        """Check a number, which must be from ``least`` to ``most``."""
+        if not least <= value <= most:
+            self.refuse(f"{name} must be from {least} to {most}, got {value}")
+
     def groups(self, groups: int, columns: int, multiple: int = 1) -> None:
         """Check that so many groups share out ``columns``, each a multiple of ``multiple``."""
         if groups < 1 or columns < 1 or columns % groups or columns // groups % multiple:
@@ -125,8 +131,15 @@ def op(name: str, check: Check) -> Callable[[Callable[..., Tensor]], Any]:
     """Registers a function as ``torch.ops.hf_quant.<name>``; ``check`` sees its arguments first, after an `Arguments`."""
 
     def register(function: Callable[..., Tensor]) -> Any:
+        required = [
+            (i, p.name) for i, p in enumerate(signature(function).parameters.values()) if p.annotation == "Tensor"
+        ]
+
         @wraps(function)
         def checked(*args: Any) -> Tensor:
+            for i, argument in required:
+                if args[i] is None:  # which PyTorch lets pass
+                    raise KernelError(f"{name}: {argument} is None, must be a tensor")
             refuse_forward_mode(args[0])
             check(Arguments(name, args[0]), *args)
             return function(*args)

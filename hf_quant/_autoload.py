@@ -20,7 +20,7 @@ from typing import Any
 METHOD = "hf_quant"
 AUTO = "transformers.quantizers.auto"
 READABLE = ("auto-round", "awq", "bitsandbytes", "compressed-tensors", "gptq", "hqq", "torchao")  # quant_method
-taken_over: set[str] = set()  # those for which `hf_quant.take_over` was called
+taken_over = set(os.environ.get("HF_QUANT_TAKE_OVER", "").replace(",", " ").split())  # see `hf_quant.take_over`
 TARGETS = (AUTO, "transformers.modeling_utils")  # the second one, since torch may be imported from inside the first
 
 
@@ -98,32 +98,70 @@ def _register() -> None:
     if "hf_quant.hf" not in sys.modules:  # that module registers the real classes
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, _Proxy("HfQuantConfig"))
         auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, _Proxy("HfQuantQuantizer"))
-    wrapped = auto.AutoHfQuantizer.merge_quantization_configs
-    if wrapped.__module__ != __name__:
-        auto.AutoHfQuantizer.merge_quantization_configs = classmethod(_taking_over(wrapped.__func__))
+    _wrap(auto.AutoHfQuantizer, "merge_quantization_configs", _taking_over)
+    _wrap(auto.AutoQuantizationConfig, "from_dict", _without_its_package)
+
+
+def _wrap(owner: type, name: str, by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(owner, name)
+    if original.__module__ != __name__:
+        setattr(owner, name, classmethod(by(original.__func__)))
 
 
 def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
     def merge_quantization_configs(cls: type, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-        """transformers' own, except for checkpoints of other programs that this package wrote or was asked to run.
+        """transformers' own, except for checkpoints in other formats that this package wrote or was asked to run.
 
         A configuration of this package that says how to quantize is refused for a checkpoint that is already quantized.
         """
-        requested = quantization_config_from_args
-        method = quantization_config.get("quant_method") if isinstance(quantization_config, dict) else METHOD
-        if isinstance(method, str) and method != METHOD:
-            take_over = METHOD in quantization_config or method in taken_over
-            if type(requested).__name__ == "HfQuantConfig" or (requested is None and take_over):
+        stored, requested = quantization_config, quantization_config_from_args
+        of_this_package = type(requested).__name__ == "HfQuantConfig"
+        if _foreign(stored):
+            if of_this_package or (_to_take_over(stored) and (requested is None or _repeats(requested, stored))):
                 hf = import_module("hf_quant.hf")
-                if requested is None or isinstance(requested, hf.HfQuantConfig):
-                    config = hf.taken_over(quantization_config, getattr(requested, "activations", None))
-                    hf.refuse_requantizing(quantization_config, requested)
+                if not of_this_package:
+                    return hf.taken_over(stored, None)
+                if isinstance(requested, hf.HfQuantConfig):
+                    config = hf.taken_over(stored, requested.activations)
+                    hf.refuse_requantizing(stored, requested)
                     return config
-        elif type(requested).__name__ == "HfQuantConfig":
-            import_module("hf_quant.hf").refuse_requantizing(quantization_config, requested)
-        return original(cls, quantization_config, quantization_config_from_args)
+        elif of_this_package:
+            import_module("hf_quant.hf").refuse_requantizing(stored, requested)
+        return original(cls, stored, requested)
 
     return merge_quantization_configs
+
+
+def _without_its_package(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_dict(cls: type, quantization_config_dict: Any) -> Any:
+        """transformers' own, which may need the package of the format; this package's own where that is missing."""
+        try:
+            return original(cls, quantization_config_dict)
+        except ImportError:
+            if not (_foreign(quantization_config_dict) and _to_take_over(quantization_config_dict)):
+                raise
+            return import_module("hf_quant.hf").taken_over(quantization_config_dict, None)
+
+    return from_dict
+
+
+def _foreign(stored: Any) -> bool:
+    method = stored.get("quant_method") if isinstance(stored, dict) else METHOD
+    return isinstance(method, str) and method != METHOD
+
+
+def _to_take_over(stored: dict[str, Any]) -> bool:
+    if unknown := sorted(taken_over - set(READABLE)):
+        sentence = f"HF_QUANT_TAKE_OVER: {unknown[0]!r} is not one of {', '.join(READABLE)}"
+        raise import_module("hf_quant.errors").PlanError(sentence)
+    return METHOD in stored or stored["quant_method"] in taken_over
+
+
+def _repeats(requested: Any, stored: dict[str, Any]) -> bool:
+    """Whether a caller passes on the configuration of the checkpoint, as lm-evaluation-harness does."""
+    auto: Any = sys.modules[AUTO]
+    same = auto.AutoQuantizationConfig.from_dict(dict(stored))
+    return type(same) is type(requested) and vars(same) == vars(requested)
 
 
 def _ours(thing: object) -> bool:

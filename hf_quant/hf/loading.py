@@ -83,6 +83,8 @@ def understood(stored: Mapping[str, Any]) -> HfQuantConfig:
 def take_over(*methods: str) -> None:
     """From now on, in this program, run checkpoints of these kinds even where ``from_pretrained`` is not asked to.
 
+    ``HF_QUANT_TAKE_OVER="gptq,awq"`` in the environment says the same to a program whose code is not at hand.
+
     Args:
         methods: As ``quant_method`` in their config.json: ``"gptq"``, ``"awq"``, ``"compressed-tensors"``,
             ``"bitsandbytes"``, ``"hqq"``, ``"auto-round"``, ``"torchao"``. None: stop it.

@@ -6,7 +6,7 @@ Nothing is rounded again. What the other format cannot hold exactly is refused b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from hf_quant.formats import Format, Layer, format_named
 from hf_quant.formats.gptq import GPTQ
 from hf_quant.hf.candidates import candidates
 from hf_quant.hf.community import homes, place
+from hf_quant.hf.config import VERSION
 from hf_quant.hf.loading import skeleton
 from hf_quant.hf.shards import write_index
 from hf_quant.jobs.companions import copy_companions, inside
@@ -170,7 +171,17 @@ def _job(contents: Contents, to: str) -> _Job:
             raise FormatError(f"--to native: {next(iter(dense))}: {next(iter(dense.values()))}")
         schemes = {at[name]: scheme for name, scheme in schemes.items()}
         left = [name for name in found if name not in schemes]
-    return _Job(contents, to, fmt, torch.float32, frozenset(), fmt.config(schemes, sorted(left)))
+        return _Job(contents, to, fmt, torch.float32, frozenset(), fmt.config(schemes, sorted(left)))
+    config = fmt.config(schemes, sorted(left)) | {"hf_quant": _known(contents)}
+    return _Job(contents, to, fmt, torch.float32, frozenset(), config)
+
+
+def _known(contents: Contents) -> dict[str, Any]:
+    """The entry by which a checkpoint in another format is known as ours, so that it runs here wherever it is loaded."""
+    stored = quantization_of(contents.checkpoint.folder, contents.checkpoint.config) or {}
+    ours = stored if stored.get("quant_method") == "hf_quant" else stored.get("hf_quant")
+    said = ours if isinstance(ours, Mapping) else {}
+    return {"version": VERSION} | {name: said[name] for name in ("method", "share_quantized") if name in said}
 
 
 def _is_linear(name: str, checkpoint: Checkpoint) -> bool:

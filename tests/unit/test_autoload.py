@@ -32,6 +32,7 @@ import torch, transformers.modeling_utils
 from transformers.quantizers import auto
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 class HfQuantConfig(QuantizationConfigMixin):
+    activations = None
     def __init__(self, **fields): self.__dict__ |= fields
 class HfQuantQuantizer:
     def __init__(self, config, **kwargs): self.config = config
@@ -159,9 +160,18 @@ print(outcome(gptq, asked) == ("taken over", "gptq"))
 print(type(outcome(plain, None)).__name__)  # never silently
 print(outcome(gptq, None) != ("taken over", "gptq"))
 print(merge(quantization_config=ours, quantization_config_from_args=None) == done)
+print(outcome({"quant_method": "awq"}, None) == ("taken over", "awq"))  # as the environment says
 _autoload.taken_over.add("gptq")
 print(outcome(gptq, None) == ("taken over", "gptq"), outcome(plain, None) != done)
 print(outcome(gptq, Theirs("hf_quant")) != ("taken over", "gptq"))  # somebody else's config is theirs to answer
+print(outcome(gptq, auto.AutoQuantizationConfig.from_dict(gptq)) == ("taken over", "gptq"))  # says nothing else
+print(outcome(gptq, auto.AutoQuantizationConfig.from_dict(gptq | {"bits": 8})) != ("taken over", "gptq"))
+_autoload.taken_over.add("gtpq")
+try: merge(gptq, None)
+except ValueError as error: print(error)
 """
-    lines = python(site, STUB + code).splitlines()
-    assert lines == ["True True True", "True", "CompressedTensorsConfig", "True", "True", "True True", "True"]
+    *lines, refusal = python(site, STUB + code, HF_QUANT_TAKE_OVER="awq").splitlines()
+    assert lines == [
+        "True True True", "True", "CompressedTensorsConfig", "True", "True", "True", "True True", *["True"] * 3
+    ]  # fmt: skip
+    assert refusal.startswith("HF_QUANT_TAKE_OVER: 'gtpq' is not one of")

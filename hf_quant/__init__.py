@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from hf_quant.hf import HfQuantConfig as HfQuantConfig
     from hf_quant.hf import QuantCache as QuantCache
     from hf_quant.hf import load as load
+    from hf_quant.hf import merge_adapters as merge_adapters
     from hf_quant.hf import prepare_for_training as prepare_for_training
     from hf_quant.hf import take_over as take_over
 
 __version__ = "0.1.0"
-__all__ = ["HfQuantConfig", "QuantCache", "load", "prepare_for_training", "take_over"]
+__all__ = ["HfQuantConfig", "QuantCache", "load", "merge_adapters", "prepare_for_training", "take_over"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -40,10 +40,17 @@ class Outliers:
 
     def add_to(self, weight: Tensor) -> Tensor:
         """``weight`` ``[..., N, K]`` with the outliers added, in place."""
+        return weight.scatter_add_(-1, self._by_row(), self.value.to(weight.dtype))
+
+    def taken_from(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The values of ``weight`` ``[..., N, K]`` at these positions, and the weight with zeros there."""
+        index = self._by_row()
+        return weight.gather(-1, index).to(self.value.dtype), weight.scatter(-1, index, 0)
+
+    def _by_row(self) -> Tensor:
+        """Columns as int64, for each row of its own."""
         index = self.index.long()
-        if index.ndim < weight.ndim:
-            index = index[..., None, :].expand(self.value.shape)
-        return weight.scatter_add_(-1, index, self.value.to(weight.dtype))
+        return index if index.ndim == self.value.ndim else index[..., None, :].expand(self.value.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +163,25 @@ class QuantizedTensor:
             return self.zero_point
         return torch.full_like(self.scale, self.scheme.zero, dtype=torch.uint8)
 
+    def nearest_to(self, weight: Tensor) -> QuantizedTensor:
+        """The codes nearest to ``weight`` ``[..., N, K]``, with the scales, zero points and outlier positions of this tensor.
+
+        What `dequantize` gives in float32 becomes the same codes again.
+        """
+        wide = weight.float() if self.perm is None else as_stored(weight.float(), self.perm)
+        outliers = None
+        if self.outliers is not None:
+            value, wide = self.outliers.taken_from(wide)
+            outliers = Outliers(self.outliers.index, value)
+        scale = self.scale.float()[..., None]
+        real = (wide.unflatten(-1, (scale.shape[-2], -1)) / scale).nan_to_num_()  # a scale may be zero
+        if self.scheme.codebook is None:
+            codes = real.add_(self.zeros().float()[..., None]).round_().clamp_(0, self.scheme.qmax)
+        else:
+            codes = (real[..., None] - levels(self.scheme.codebook, real.device)).abs_().argmin(-1)
+        packed = pack(codes.to(torch.uint8).flatten(-2), self.scheme.bits)
+        return replace(self, qweight=packed, outliers=outliers)
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weights ``[..., N, K]``, computed in float32 (float64 if asked for) and rounded once to ``dtype``."""
         wide = torch.float64 if dtype is torch.float64 else torch.float32
@@ -169,6 +195,12 @@ class QuantizedTensor:
             made = self.outliers.add_to(made)
         made = made.to(dtype or self.scale.dtype)
         return made if self.perm is None else in_order(made, self.perm)
+
+
+def as_stored(weight: Tensor, perm: Tensor) -> Tensor:
+    """Inverse of `in_order`: ``[..., N, K]`` with its columns in the order of the codes."""
+    parts = weight.unflatten(-2, (perm.shape[-2], -1))
+    return parts.gather(-1, perm.long().unsqueeze(-2).expand_as(parts)).flatten(-3, -2)
 
 
 def in_order(columns: Tensor, perm: Tensor) -> Tensor:

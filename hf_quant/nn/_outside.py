@@ -22,7 +22,8 @@ from hf_quant.errors import PlanError
 MOVERS = ("torch.nn.modules.module", "accelerate.")
 READ_ONLY = (
     "the weights of this layer are codes, which cannot be written to: model.dequantize() gives a model of ordinary layers, "
-    "to merge adapters into or to edit, and to save and quantize again"
+    "to merge adapters into or to edit, and to save and quantize again; hf_quant.merge_adapters(model) merges PEFT's adapters "
+    "into the codes"
 )
 
 
@@ -34,14 +35,16 @@ class FloatWeight(Tensor):
     """
 
     _read: Callable[[], Tensor]
+    _write: Callable[[Tensor], None] | None
 
     @staticmethod
     def __new__(
-        cls, read: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> Any:
+        cls, read: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+        write: Callable[[Tensor], None] | None = None,
+    ) -> Any:  # fmt: skip
         assert wrapper_subclass is not None
         weight: Any = wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        weight._read = read
+        weight._read, weight._write = read, write
         return weight
 
     @classmethod
@@ -55,7 +58,7 @@ class FloatWeight(Tensor):
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
 
     def _again(self) -> FloatWeight:
-        return FloatWeight(self._read, tuple(self.shape), self.dtype, self.device)
+        return FloatWeight(self._read, tuple(self.shape), self.dtype, self.device, self._write)
 
     @property
     def data(self) -> Tensor:
@@ -64,7 +67,9 @@ class FloatWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise PlanError(READ_ONLY)
+        if self._write is None:
+            raise PlanError(READ_ONLY)
+        self._write(value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self._read()
@@ -85,14 +90,15 @@ class Outside(nn.Module):
 
     compute_dtype: torch.dtype
     _finished: bool = False
+    rewrite: Callable[[str, Tensor], None] | None = None  # receives new float weights while they may be set
     _held: dict[str, nn.Parameter] = {}  # noqa: RUF012  codes in whose place a parametrization stands; replaced, never changed
 
     def float_shape(self, name: str) -> tuple[int, ...] | None:
         """Shape of the float weight that a parameter encodes; None if the parameter holds no codes."""
         raise NotImplementedError
 
-    def float_weight(self, name: str) -> Tensor:
-        """That weight, in that shape, in the dtype that the module computes in."""
+    def float_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """That weight, in that shape, in ``dtype`` or else the dtype that the module computes in."""
         raise NotImplementedError
 
     def finished(self) -> None:
@@ -151,7 +157,9 @@ class Outside(nn.Module):
             return self._parameters[name]
         if wrapper_subclass is None:
             return self.float_weight(name)
-        return FloatWeight(partial(self.float_weight, name), shape, self.compute_dtype, self._codes(name).device)
+        dtype = torch.float32 if self.rewrite else self.compute_dtype  # the new weight is rounded once, to codes
+        write = partial(self.rewrite, name) if self.rewrite else None
+        return FloatWeight(partial(self.float_weight, name, dtype), shape, dtype, self._codes(name).device, write)
 
 
 def seen(name: str) -> Any:

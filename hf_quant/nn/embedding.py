@@ -48,8 +48,8 @@ class QuantEmbedding(Outside, nn.Embedding):
     def float_shape(self, name: str) -> tuple[int, ...] | None:
         return (self.num_embeddings, self.embedding_dim) if name == "weight" else None
 
-    def float_weight(self, name: str) -> Tensor:
-        return self.dequantize(self.compute_dtype)
+    def float_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.dequantize(dtype or self.compute_dtype)
 
     def quantized_weight(self) -> QuantizedTensor:
         """Codes, scales and zero points in the portable layout."""

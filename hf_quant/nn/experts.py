@@ -68,8 +68,8 @@ class QuantExperts(Repacking):
         k = (self._specs[name] if self._emptied(name) else self._stored(name)).in_features
         return (experts, k, n) if self.is_transposed else (experts, n, k)
 
-    def float_weight(self, name: str) -> Tensor:
-        return self.expert_weight(name, self.compute_dtype)
+    def float_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self.expert_weight(name, dtype or self.compute_dtype)
 
     def _stored(self, name: str) -> LinearSpec:
         """The spec of one expert, from the shapes of the codes: with expert parallelism, only a part of the stack is loaded."""

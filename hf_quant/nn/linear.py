@@ -81,8 +81,8 @@ class QuantLinear(Repacking, nn.Linear):
         n, k = self.out_features, self.in_features
         return (k, n) if self.conv1d else (n, k)
 
-    def float_weight(self, name: str) -> Tensor:
-        weight = self.dequantize(self.compute_dtype)
+    def float_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        weight = self.dequantize(dtype or self.compute_dtype)
         return weight.T if self.conv1d else weight
 
     def _schemes(self) -> Mapping[str, QuantScheme]:

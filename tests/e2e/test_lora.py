@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_quant import HfQuantConfig, prepare_for_training
+from hf_quant import HfQuantConfig, merge_adapters, prepare_for_training
 from hf_quant.errors import PlanError
 
 from .conftest import CAUSAL, IDS
@@ -81,3 +81,56 @@ def test_the_share_that_is_trained(zoo: Any) -> None:
         model = peft.get_peft_model(CAUSAL.from_pretrained(folder, **quantization), config)
         shares.append(model.get_nb_trainable_parameters())
     assert shares[0] == shares[1]
+
+
+LINEAR = {"r": 4, "lora_alpha": 64, "target_modules": "all-linear"}
+MERGED = {
+    "lora": ("llama", "W4A16-g32-asym", LINEAR),
+    "dora": ("llama", "W3A16-g32", LINEAR | {"use_dora": True}),
+    "rslora, outliers": ("llama", "W2A16-g32-asym-o5%", LINEAR | {"use_rslora": True}),
+    "conv1d, bias": ("gpt2", "W8A16-g32", LINEAR | {"lora_bias": True, "target_modules": ["c_attn", "c_fc"]}),
+    "experts": ("mixtral", "W4A16-g32", {"r": 4, "lora_alpha": 64, "target_modules": [], "target_parameters": STACKS}),
+    "transposed experts": ("gpt-oss", "W4A16-g32", {"r": 4, "target_modules": [], "target_parameters": STACKS}),
+    "embeddings": ("llama", "W4A16-g32", {"r": 4, "lora_alpha": 64, "target_modules": ["embed_tokens", "lm_head"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # of the float twin of GPT-2
+@pytest.mark.parametrize("case", MERGED)
+def test_merging_onto_the_grid(zoo: Any, case: str) -> None:
+    name, scheme, options = MERGED[case]
+    table = {"quantize_embeddings": True, "quantize_lm_head": True} if case == "embeddings" else {}
+
+    def load() -> Any:
+        config = HfQuantConfig(scheme, **table)
+        return CAUSAL.from_pretrained(zoo(name)[1], dtype=torch.float32, quantization_config=config)
+
+    def adapted(model: Any) -> Any:
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+
+    untouched, lost = merge_adapters(adapted(load()))
+    assert lost and set(lost.values()) == {0.0}, "adapters that change nothing change no code"
+    assert torch.equal(run(untouched), run(load()))
+    trained, before = train(adapted(prepare_for_training(load())), steps=2), load().dequantize().state_dict()
+    twin = adapted(load().dequantize())
+    twin.load_state_dict({n: p for n, p in trained.state_dict().items() if "lora_" in n}, strict=False)
+    expected = twin.merge_and_unload().state_dict()
+    merged, lost = merge_adapters(trained)
+    made = merged.dequantize().state_dict()
+    assert made.keys() == expected.keys()
+    for layer, share in lost.items():
+        weight = layer if layer in made else f"{layer}.weight"
+        change, error = (expected[weight] - other[weight] for other in (before, made))
+        assert float(error.norm() / change.norm()) == pytest.approx(share, rel=1e-3)
+        assert share < 1
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+def test_a_table_with_two_uses_is_not_merged_into(zoo: Any) -> None:
+    config = HfQuantConfig("W4A16-g32", quantize_lm_head=True)
+    model = CAUSAL.from_pretrained(zoo("llama-tied")[1], dtype=torch.float32, quantization_config=config)
+    with pytest.raises(PlanError, match="no adapters; peft"):
+        merge_adapters(model)
+    adapters = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(PlanError, match=r"lm_head: .* the embeddings and the output head"):
+        merge_adapters(peft.get_peft_model(model, adapters))

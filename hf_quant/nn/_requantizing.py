@@ -1,0 +1,34 @@
+"""New codes for a weight that has changed, on the grid that it has."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hf_quant.formats import format_named
+from hf_quant.nn._repacking import Repacking
+from hf_quant.nn.embedding import QuantEmbedding
+
+_NATIVE = format_named("native")
+
+
+def requantize(module: Repacking | QuantEmbedding, name: str, weight: Tensor) -> None:
+    """Give a parameter that holds codes those nearest to ``weight``; scales, zero points and positions of outliers stay.
+
+    Args:
+        module: A quantized module.
+        name: Of the parameter.
+        weight: Floating point, in the shape of ``module.float_shape(name)``.
+    """
+    held = module.quantized_weight() if isinstance(module, QuantEmbedding) else module._quantized(name)
+    turned = getattr(module, "conv1d", False) or getattr(module, "is_transposed", False)
+    made = held.nearest_to(weight.transpose(-1, -2) if turned else weight)
+    written = _NATIVE.write(made)
+    if isinstance(module, Repacking):
+        module._unpack()
+    for local in ("weight", "weight_outlier_value"):
+        if local in written:
+            parameter = module._parameters[name + local.removeprefix("weight")]
+            assert parameter is not None
+            parameter.data = written[local]
+    if isinstance(module, Repacking):
+        module.choose_kernel()

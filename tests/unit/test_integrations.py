@@ -1,0 +1,42 @@
+"""Integrations use the public names of this package, which knows none of them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hf_quant
+
+ROOT = Path(__file__).parents[2]
+HOSTS = sorted(file.parent for file in (ROOT / "integrations").glob("*/requirements.txt"))
+
+
+def used(file: Path) -> Iterator[str]:
+    """Every module that a file imports and every name it takes from one, dotted: ``hf_quant.load``."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            yield f"{node.value.id}.{node.attr}"
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
+def test_a_host_uses_public_names_only(host: Path) -> None:
+    public = {"hf_quant", *(f"hf_quant.{name}" for name in hf_quant.__all__)}
+    files = [host.parent / "conftest.py", *host.rglob("*.py")]
+    assert any(file.name.startswith("test_") for file in files) and (host / "README.md").is_file()
+    for file in files:
+        taken = {name for name in used(file) if name.partition(".")[0] == "hf_quant"}
+        assert taken <= public, f"{file}: {sorted(taken - public)}"
+
+
+def test_the_package_knows_no_integration() -> None:
+    assert HOSTS
+    for file in (ROOT / "hf_quant").rglob("*.py"):
+        roots = {name.partition(".")[0] for name in used(file)}
+        assert not [root for root in roots if root == "integrations" or root.startswith("hf_quant_")], file

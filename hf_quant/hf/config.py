@@ -29,6 +29,8 @@ UNSTORED = (
     "dequantize",
     "given",
     "files",
+    "training",
+    "saves_training",
 )  # the text may be private; the recipe has its hash
 SAVED = ("auto", "native", "compressed_tensors")  # what save_pretrained and hf-quant quantize write
 VERSION = 1  # of this configuration's meaning
@@ -67,6 +69,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         activations: Of a checkpoint that another program quantized: ``"float"`` runs its layers against activations in
             floating point, ``"int8"`` as that program would (for LLM.int8 with its threshold of 6). None follows the config
             of compressed-tensors, and keeps floating point for LLM.int8, which is more exact.
+        training: Whether the model shall train: its weights stay in floating point, and the forward pass rounds them.
+            ``save_pretrained`` then writes what ``training=False`` would have: the quantized model.
         version: Of this configuration's meaning; a newer one is refused, not guessed at.
         share_quantized: Filled in after quantizing: share of the parameters that became codes.
 
@@ -92,6 +96,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         calibration: Source | None = None,
         calibration_tokens: int = TOKENS,
         activations: str | None = None,
+        training: bool = False,
         version: int = VERSION,
         share_quantized: float | None = None,
         quant_method: str = "hf_quant",
@@ -105,7 +110,7 @@ class HfQuantConfig(QuantizationConfigMixin):
             "scheme": scheme, "bits": bits, "group_size": group_size, "symmetric": symmetric, "overrides": overrides or None,
             "method": None if method == "rtn" else method, "modules_to_not_convert": modules_to_not_convert or None,
             "quantize_lm_head": quantize_lm_head or None, "quantize_embeddings": quantize_embeddings or None,
-            "format": None if format == "auto" else format,
+            "format": None if format == "auto" else format, "training": training or None,
         }  # fmt: skip
         self.given = tuple(
             name for name, value in says.items() if value is not None
@@ -128,6 +133,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         if activations not in ("float", "int8", None):
             raise PlanError(f"quantization_config.activations {activations!r}: must be 'float', 'int8' or None")
         self.activations = activations
+        self.training: bool = _typed("training", training, bool)
+        self.saves_training = False  # while a training is saved that shall go on
         for name in self.modules_to_not_convert:
             _typed("modules_to_not_convert", name, str)
         for glob, slug in self.overrides.items():
@@ -180,8 +187,8 @@ class HfQuantConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: compressed-tensors' own vocabulary where that is the format."""
-        if self.format != "compressed_tensors":
-            return {name: value for name, value in self.__dict__.items() if name not in UNSTORED} | {
+        if self.format != "compressed_tensors" or self.saves_training:
+            return ({"training": True} if self.saves_training else {}) | {name: value for name, value in self.__dict__.items() if name not in UNSTORED} | {
                 "overrides": self._both(self.overrides)
             }
         overrides = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,7 @@ from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.preflight import COMPANIONS, check_buffers, check_complete, check_rest, examine
 from hf_quant.hf.publishing import guard, release
 from hf_quant.hf.saved_names import settle, state_on_disk, stems
+from hf_quant.hf.trainable import make_trainable, refuse_untrainable, save_trainable
 from hf_quant.hf.sizes import report_own_sizes, report_true_sizes
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
 from hf_quant.nn._outside import Outside
@@ -67,11 +69,17 @@ class HfQuantQuantizer(HfQuantizer):
     _dtypes: Mapping[str, torch.dtype] = MappingProxyType({})  # what floats of a quantized checkpoint shall be
     failure: HfQuantError | None = None  # met in a conversion, where transformers would bury it in a log table
     _converters: list[Any] | None = None
+    saving: tuple[dict[str, Tensor], set[str]] | None = None  # what a trainable model is saved as, and which of it is codes
 
     @property
     def calibrates(self) -> bool:
         """Whether the model is quantized after it was loaded, on what goes through it."""
         return not self.pre_quantized and self.plan.decision.calibrated
+
+    @property
+    def trains(self) -> bool:
+        """Whether the model trains, with float weights that the forward pass rounds."""
+        return self.quantization_config.training
 
     # -- before loading -------------------------------------------------------------------------------------------
 
@@ -110,6 +118,10 @@ class HfQuantQuantizer(HfQuantizer):
         checkpoint = Checkpoint.of_files([Path(file) for file in checkpoint_files]) if checkpoint_files else None
         contents: Contents | None = None
         with torch.device("cpu"):  # transformers calls this where everything is made on meta
+            if self.pre_quantized and self.trains:
+                self.plan = make_plan(model, config, frozen=True)
+                make_trainable(model, self.plan)
+                return None
             if self.pre_quantized and checkpoint is not None:
                 check_buffers(model, checkpoint.tensors)
                 ours = config.stored is None or "hf_quant" in config.stored
@@ -125,7 +137,9 @@ class HfQuantQuantizer(HfQuantizer):
                     planned = [n if found[n].kind == "experts" else f"{n}.weight" for n in self.plan.schemes]
                     covered = check_rest(model, checkpoint, checkpoint.tensors, set(planned))
                     check_complete(model, self.placed, covered, planned)
-        if self.calibrates:  # once the weights are there
+        if self.trains:
+            refuse_untrainable(self.plan)
+        if self.calibrates or self.trains:  # once the weights are there
             freeze(config, self.plan)
             return None
         self._put_in_place(model, found)
@@ -204,7 +218,7 @@ class HfQuantQuantizer(HfQuantizer):
     # -- while loading --------------------------------------------------------------------------------------------
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        if self.pre_quantized:
+        if self.pre_quantized or self.trains:
             return False
         path, _sep, leaf = param_name.rpartition(".")
         module = model.get_submodule(path)
@@ -226,7 +240,7 @@ class HfQuantQuantizer(HfQuantizer):
         self._converters = updated_conversions(super().update_weight_conversions, weight_conversions, model)
         if self._reader is not None:
             return conversions(self, self._reader, weight_conversions)
-        if self.pre_quantized or self.calibrates:
+        if self.pre_quantized or self.calibrates or self.trains:
             return self._converters
         return [KeepApart.instead_of(c, self) for c in self._converters]
 
@@ -237,9 +251,14 @@ class HfQuantQuantizer(HfQuantizer):
             raise self.failure
         if self.calibrates:
             self._calibrate(model)
+        if self.trains and not self.pre_quantized:
+            make_trainable(model, self.plan)
+        if self.calibrates or self.trains:
             fresh = get_model_conversion_mapping(model)  # while it loaded, stacks had no scales that belong to them
             self._converters = updated_conversions(super().update_weight_conversions, fresh, model)
         keep_for_saving(model, self._converters)
+        if self.trains:
+            return self._finish_trainable(model)
         self._cast(model)
         dispatched = len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1
         for name, module in model.named_modules():
@@ -249,6 +268,13 @@ class HfQuantQuantizer(HfQuantizer):
         report_true_sizes(model)
         guard(model)  # transformers' own ways would publish it unmeasured
         give_back_memory()
+        logger.info(self.plan.summary())
+        return model
+
+    def _finish_trainable(self, model: Any) -> Any:
+        self._check_values(model, dispatched=False)
+        guard(model)
+        model.save_pretrained = partial(save_trainable, model)
         logger.info(self.plan.summary())
         return model
 
@@ -341,7 +367,9 @@ class HfQuantQuantizer(HfQuantizer):
     # -- saving and leaving ---------------------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        state, coded = state_on_disk(model, self.quantization_config.format)
+        if self.quantization_config.saves_training and self.saving is not None:
+            return self.saving[0], {}
+        state, coded = self.saving or state_on_disk(model, self.quantization_config.format)
         fresh = get_model_conversion_mapping(model)  # as it will be on loading; it may have been another for the base
         if self.quantization_config.format != "compressed_tensors":
             fresh = updated_conversions(super().update_weight_conversions, fresh, model)
@@ -355,6 +383,10 @@ class HfQuantQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return self.trains
 
     @property
     def is_compileable(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -97,20 +97,9 @@ class QuantExperts(Repacking):
         return y
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        how = self._at_once if self._repacked and not self._held else self._one_by_one
-        return how(hidden_states, top_k_index, top_k_weights)
-
-    def _one_by_one(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        out = torch.zeros_like(states)
-        hit = torch.unique(chosen).tolist()
-        for expert in hit:
-            if expert >= self.num_experts:  # marks tokens of other ranks in expert parallelism
-                continue
-            token, choice = torch.where(chosen == expert)
-            hidden = _activated(self, self._project(_first(self), expert, states[token]))
-            y = self._project("down_proj", expert, hidden) * weights[token, choice, None]
-            out.index_add_(0, token, y.to(out.dtype))
-        return out
+        if self._repacked and not self._held:
+            return self._at_once(hidden_states, top_k_index, top_k_weights)
+        return one_by_one(self, self._project, hidden_states, top_k_index, top_k_weights)
 
     def _at_once(self, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         ends, order = by_expert(chosen, self.num_experts)
@@ -138,6 +127,29 @@ class QuantExperts(Repacking):
     def float_class(self) -> type[nn.Module]:
         """The model's own experts class."""
         return next(c for c in type(self).__mro__ if issubclass(c, nn.Module) and not issubclass(c, Outside))
+
+
+def one_by_one(
+    module: Any, project: Callable[[str, int, Tensor], Tensor], states: Tensor, chosen: Tensor, weights: Tensor
+) -> Tensor:
+    """The output of an experts layer, one expert multiplied after the other.
+
+    Args:
+        module: The layer, for its gate and activation.
+        project: The product of rows with one expert of the stack of a name: ``project(name, expert, x)``.
+        states: ``[M, K]``.
+        chosen: int64 ``[M, top_k]``, the experts of each row.
+        weights: ``[M, top_k]``, of their outputs.
+    """
+    out = torch.zeros_like(states)
+    for expert in torch.unique(chosen).tolist():
+        if expert >= module.num_experts:  # where expert parallelism sends tokens of other ranks
+            continue
+        token, choice = torch.where(chosen == expert)
+        hidden = _activated(module, project(_first(module), expert, states[token]))
+        y = project("down_proj", expert, hidden) * weights[token, choice, None]
+        out.index_add_(0, token, y.to(out.dtype))
+    return out
 
 
 def _quantized_class(cls: type[nn.Module]) -> type[nn.Module]:

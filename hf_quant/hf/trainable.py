@@ -1,0 +1,184 @@
+"""The trainable form of a model: what ``HfQuantConfig(..., training=True)`` makes of it, and how it is saved.
+
+``save_pretrained`` writes the quantized model. Only into a folder called ``checkpoint-N``, as ``Trainer`` names what it resumes
+from, it writes the float weights and the trained scales and offsets.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.disk.atomic import write_json
+from hf_quant.errors import PlanError
+from hf_quant.formats import format_named
+from hf_quant.hf import publishing
+from hf_quant.hf.plan import Plan
+from hf_quant.methods import Method
+from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
+from hf_quant.training import FakeQuantEmbedding, FakeQuantLinear, why_not
+from hf_quant.training.experts import as_fake_quant_experts
+from hf_quant.training.modules import SUFFIXES, FakeQuant
+
+RESUMABLE = re.compile(r"checkpoint-\d+")  # transformers' PREFIX_CHECKPOINT_DIR
+
+
+def refuse_untrainable(plan: Plan) -> None:
+    """Refuse a plan with a scheme that cannot be trained.
+
+    Raises:
+        PlanError: Names a layer and what works.
+    """
+    for name, scheme in plan.schemes.items():
+        if (reason := why_not(scheme)) is not None:
+            raise PlanError(f"training: {name}: {reason}")
+
+
+@torch.no_grad()
+def make_trainable(model: Any, plan: Plan) -> None:
+    """Let every layer of ``plan`` train, in place.
+
+    Args:
+        model: In floating point: its weights stay what they are. Layers that are quantized already, as calibrated methods
+            leave them, begin from their codes. On the meta device, where the checkpoint of a training is about to be loaded.
+        plan: What becomes of it.
+
+    Raises:
+        PlanError: The model is spread over several devices.
+    """
+    if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
+        raise PlanError("training: a model spread over devices by device_map cannot be trained; DDP and FSDP can")
+    made: dict[int, nn.Module] = {}  # by the weight: what shares it shares what is made of it
+    stacks: dict[str, dict[str, QuantizedTensor]] = {}
+    for name, scheme in plan.schemes.items():
+        path, _, leaf = name.rpartition(".")
+        parent, solver = model.get_submodule(path), plan.decision.solver(scheme)
+        if leaf in parent._parameters:
+            stacks.setdefault(path, {})[leaf] = _start_of_stack(parent, leaf, scheme, solver)
+            continue
+        old = model.get_submodule(name)
+        new = _trainable(old, scheme, solver)
+        first = made.setdefault(id(old._parameters["weight"]), new)
+        for suffix in SUFFIXES:
+            new.register_parameter(f"weight{suffix}", first._parameters[f"weight{suffix}"])
+        model.set_submodule(name, new.train(old.training))
+    for path, starts in stacks.items():
+        as_fake_quant_experts(model.get_submodule(path), starts)
+    if plan.tied:
+        _tie(model)
+
+
+def _trainable(old: Any, scheme: QuantScheme, solver: Method) -> FakeQuantLinear | FakeQuantEmbedding:
+    if isinstance(old, QuantLinear | QuantEmbedding):  # by a calibrated method, whose codes are the beginning
+        start, dtype = old.quantized_weight(), old.compute_dtype
+        turned = isinstance(old, QuantLinear) and old.conv1d
+        weight = start.dequantize(torch.float32)
+        weight = weight.T.contiguous() if turned else weight
+    else:
+        weight, dtype = old.weight, old.weight.dtype
+        turned = not isinstance(old, nn.Linear | nn.Embedding)
+        start = _start(weight.T if turned else weight, scheme, solver)
+    if isinstance(old, nn.Embedding):
+        return FakeQuantEmbedding(weight, start, padding_idx=old.padding_idx, dtype=dtype)
+    return FakeQuantLinear(weight, start, bias=old.bias, dtype=dtype, conv1d=turned)
+
+
+def _start_of_stack(module: Any, name: str, scheme: QuantScheme, solver: Method) -> QuantizedTensor:
+    if isinstance(module, QuantExperts):
+        raise PlanError("training: stacked experts begin from plain rounding: method='rtn'")
+    stack = module._parameters[name]
+    parts = (each.T if module.is_transposed else each for each in stack.unbind(0))
+    return QuantizedTensor.stack([_start(part, scheme, solver) for part in parts])
+
+
+def _start(weight: Tensor, scheme: QuantScheme, solver: Method) -> QuantizedTensor:
+    """The weight ``[N, K]`` quantized; without values if it has none."""
+    if weight.device.type != "meta":
+        return solver.quantize(weight, scheme, weight.dtype)
+    scale = weight.new_empty(weight.shape[0], scheme.groups(weight.shape[1]))
+    return QuantizedTensor(weight, scale, None if scheme.symmetric else scale, scheme)
+
+
+def _tie(model: Any) -> None:
+    """Tell transformers that scales and offsets are shared where weights are."""
+    ties = model.all_tied_weights_keys
+    for target, source in list(ties.items()):
+        head = model.get_submodule(target.rpartition(".")[0])
+        if isinstance(head, FakeQuant) and target.endswith(".weight"):
+            for suffix in SUFFIXES[1:]:
+                if head._parameters.get(f"weight{suffix}") is not None:
+                    ties[target + suffix] = source + suffix
+
+
+def save_trainable(model: Any, save_directory: Any, *args: Any, state_dict: Any = None, **kwargs: Any) -> None:
+    """Transformers' own, of the quantized model; of the trainable one into a folder called ``checkpoint-N``.
+
+    Args:
+        model: Trainable.
+        save_directory: Where to.
+        args: As for transformers' own.
+        state_dict: Of the trainable model, where its parameters are spread over processes.
+        kwargs: As for transformers' own.
+    """
+    quantizer = model.hf_quantizer
+    resumable = RESUMABLE.fullmatch(Path(save_directory).name) is not None
+    state = model.state_dict() if state_dict is None else state_dict
+    quantizer.saving = (dict(state), set()) if resumable else quantized_state(model, state, quantizer.plan.format)
+    quantizer.quantization_config.saves_training = resumable
+    if resumable:  # Trainer loads it into the model as it is
+        kwargs["save_original_format"] = False
+    try:
+        publishing.save_pretrained(model, save_directory, *args, **kwargs)
+    finally:
+        quantizer.saving, quantizer.quantization_config.saves_training = None, False
+    if kwargs.get("is_main_process", True):
+        _name_dtype(Path(save_directory) / "config.json", model)
+
+
+def _name_dtype(config: Path, model: Any) -> None:
+    """Transformers takes the dtype of the first parameter for the model's; those that train are in float32."""
+    dtype = next(module.compute_dtype for module in model.modules() if isinstance(module, FakeQuant))
+    written = json.loads(config.read_text(encoding="utf-8"))
+    write_json(config, written | {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def quantized_state(model: Any, state: Mapping[str, Tensor], format: str) -> tuple[dict[str, Tensor], set[str]]:
+    """What is written of a trainable model, by the names of its modules; and which of it is codes and their companions.
+
+    Args:
+        model: Trainable.
+        state: Its ``state_dict()``; ``DTensor`` are gathered, so all processes must call this.
+        format: In which.
+    """
+    made, coded = {name: _whole(tensor) for name, tensor in state.items()}, set()
+    for path, module in model.named_modules():
+        for name in module.trained() if isinstance(module, FakeQuant) else ():
+            full = f"{path}.{name}"
+            values = {suffix: made.pop(full + suffix) for suffix in SUFFIXES if full + suffix in made}
+            if not values or full in model.all_tied_weights_keys:  # another process, or module, has it
+                continue
+            fmt = format_named(format if isinstance(module, FakeQuantLinear) else "native")
+            for local, tensor in fmt.write(module.quantized(name, values)).items():
+                coded.add(_stored_name(full, local))
+                made[_stored_name(full, local)] = tensor
+    return made, coded
+
+
+def _stored_name(name: str, local: str) -> str:
+    """Of ``weight_scale`` and others that belong to the parameter of that name."""
+    path, _, leaf = name.rpartition(".")
+    return f"{path}.{local}" if leaf == "weight" else name + local.removeprefix("weight")
+
+
+def _whole(tensor: Any) -> Tensor:
+    gather = getattr(tensor, "full_tensor", None)
+    made: Tensor = tensor if gather is None else gather()
+    return made.detach()

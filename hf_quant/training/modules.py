@@ -1,0 +1,173 @@
+"""Modules whose float weights are rounded in the forward pass: what `QuantLinear` and `QuantEmbedding` are while they train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.core.numerics import floored
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.training.fake_quantize import codes, fake_quant_linear, fake_quantize, grid, round_rows
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+MASTER = torch.float32  # of everything that is trained
+SUFFIXES = ("", "_scale", "_offset")  # of the parameters of one weight
+
+
+def why_not(scheme: QuantScheme) -> str | None:
+    """Why a scheme cannot be trained, in words; None if it can."""
+    if scheme.foreign:
+        return f"{scheme}: {scheme.foreign}"
+    if scheme.outliers:
+        return f"{scheme}: weights kept in floating point beside the codes cannot be trained; {scheme.bits} bits without outliers can"
+    if scheme.activations not in (None, "token"):
+        return f"{scheme}: activations are trained with a scale for each row (W8A8, W4A8-g128), not with fixed scales or a threshold"
+    return None
+
+
+class FakeQuant(nn.Module):
+    """A module that trains one float weight ``NAME [..., N, K]``, ``NAME_scale`` and ``NAME_offset`` ``[..., N, G]``.
+
+    All three stay in float32 whatever the model is cast to: an update is often smaller than what a shorter type can hold.
+
+    Attributes:
+        compute_dtype: What the module computes in, and what scales are rounded to, since they will be stored in it.
+    """
+
+    compute_dtype: torch.dtype
+
+    def trained(self) -> dict[str, QuantScheme]:
+        """Scheme of each weight, by the name of its parameter."""
+        raise NotImplementedError
+
+    def quantized(self, name: str, values: dict[str, Tensor] | None = None) -> QuantizedTensor:
+        """The codes of a weight, as they are stored.
+
+        Args:
+            name: Of its parameter.
+            values: The parameters by their suffixes (`SUFFIXES`), where they are not the module's own: gathered from several processes.
+        """
+        values = self.values(name) if values is None else values
+        scheme, weight, scale, offset = self.trained()[name], values[""], values["_scale"], values.get("_offset")
+        made = codes(self._by_rows(weight), scale, offset, scheme.bits, self.compute_dtype)
+        _, zero = grid(scale, offset, scheme.bits, self.compute_dtype)
+        stored = floored(scale, self.compute_dtype).to(self.compute_dtype)
+        return QuantizedTensor.from_codes(made, stored, zero.squeeze(-1), scheme)
+
+    def values(self, name: str) -> dict[str, Tensor]:
+        """The parameters of a weight, by their suffixes."""
+        found = {suffix: self._parameters.get(name + suffix) for suffix in SUFFIXES}
+        return {suffix: parameter.detach() for suffix, parameter in found.items() if parameter is not None}
+
+    def _by_rows(self, weight: Tensor) -> Tensor:
+        """``[..., N, K]`` of a parameter that is shaped as the model's own class has it."""
+        return weight
+
+    def _register(self, name: str, weight: Tensor, scale: Tensor, zero: Tensor | None) -> None:
+        """Parameters that begin as ``weight`` on the grid of a quantized one; ``zero`` is its zero point."""
+        self.register_parameter(name, nn.Parameter(weight.to(MASTER)))
+        self.register_parameter(f"{name}_scale", nn.Parameter(scale.to(MASTER)))
+        offset = None if zero is None else nn.Parameter(zero.to(MASTER) * scale.to(MASTER))
+        self.register_parameter(f"{name}_offset", offset)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        own = [self._parameters.get(name + suffix) for name in self.trained() for suffix in SUFFIXES]
+        kept = [(parameter, parameter.data) for parameter in own if parameter is not None]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=kept[0][1].device)).dtype
+        for parameter, data in kept:
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        return self
+
+
+class FakeQuantLinear(FakeQuant, nn.Linear):
+    """In place of ``nn.Linear(in_features, out_features)``, and of GPT-2's ``Conv1D``, whose weight is ``[K, N]``.
+
+    Args:
+        weight: As the module that it takes the place of has it.
+        start: The weight quantized, from which scales and zero points begin.
+        bias: Of that module.
+        dtype: What it computes in.
+        conv1d: Whether it stands in for a ``Conv1D``.
+    """
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    weight_offset: nn.Parameter | None
+
+    def __init__(
+        self, weight: Tensor, start: QuantizedTensor, *, bias: nn.Parameter | None, dtype: torch.dtype, conv1d: bool = False
+    ) -> None:  # fmt: skip
+        nn.Module.__init__(self)
+        self.scheme, self.conv1d, self.compute_dtype = start.scheme, conv1d, dtype
+        self.out_features, self.in_features = weight.shape[::-1] if conv1d else weight.shape
+        self._register("weight", weight, start.scale, start.zero_point)
+        self.register_parameter("bias", bias)
+
+    def trained(self) -> dict[str, QuantScheme]:
+        return {"weight": self.scheme}
+
+    def _by_rows(self, weight: Tensor) -> Tensor:
+        return weight.T if self.conv1d else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = seen(x, self.scheme)
+        y = fake_quant_linear(
+            x, self._by_rows(self.weight), self.weight_scale, self.weight_offset, self.scheme, self.compute_dtype
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"
+
+
+class FakeQuantEmbedding(FakeQuant, nn.Embedding):
+    """In place of ``nn.Embedding(V, K)``: only the rows looked up are rounded.
+
+    Args:
+        weight: ``[V, K]``.
+        start: The weight quantized, from which scales and zero points begin.
+        padding_idx: Row that gets no gradient.
+        dtype: Of the rows returned.
+    """
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+    weight_offset: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, start: QuantizedTensor, *, padding_idx: int | None, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx, self.scheme, self.compute_dtype = padding_idx, start.scheme, dtype
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self._register("weight", weight, start.scale, start.zero_point)
+
+    def trained(self) -> dict[str, QuantScheme]:
+        return {"weight": self.scheme}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight, scale = self._rows(ids, self.weight), self._rows(ids, self.weight_scale)
+        offset = None if self.weight_offset is None else self._rows(ids, self.weight_offset)
+        return fake_quantize(weight, scale, offset, self.scheme, self.compute_dtype, self.compute_dtype)
+
+    def _rows(self, ids: Tensor, table: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, table, self.padding_idx)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
+
+
+def seen(x: Tensor, scheme: QuantScheme) -> Tensor:
+    """What a layer multiplies: ``x`` in the dtype of autocast, rounded to INT8 where the scheme says so."""
+    if scheme.activations is not None:
+        x = round_rows(x)
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x

@@ -19,6 +19,7 @@ from hf_quant.errors import FormatError, PlanError, SchemeError, printable
 from hf_quant.formats import format_of
 from hf_quant.formats._compressed_tensors_config import config_of
 from hf_quant.solve.recipes import Decision
+from hf_quant.training import why_not
 
 TOKENS = 65536  # calibrated on by default
 UNSTORED = (
@@ -142,6 +143,8 @@ class HfQuantConfig(QuantizationConfigMixin):
                 _parsed(f"overrides[{glob!r}]", slug)
         self.calibration, self.calibration_tokens = calibration, calibration_tokens
         self._check_ranges()
+        if training:
+            self._check_trainable()
         if self.format not in SAVED:
             raise PlanError(
                 f"quantization_config.format {format!r}: a model is saved as {' or '.join(SAVED[1:])}; hf-quant convert "
@@ -170,6 +173,12 @@ class HfQuantConfig(QuantizationConfigMixin):
                 "method='calibrated', or another that does"
             )
 
+    def _check_trainable(self) -> None:
+        """Refuse schemes that cannot be trained."""
+        for scheme in self._decision().presets:
+            if (reason := why_not(scheme)) is not None:
+                raise PlanError(f"training: {scheme}: {reason}")
+
     def _decision(self) -> Decision:
         """Of the schemes named here; the plan's own decision is about those that layers really have."""
         overrides = [QuantScheme.parse(slug) for slug in self.overrides.values() if slug is not None]
@@ -188,9 +197,11 @@ class HfQuantConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: compressed-tensors' own vocabulary where that is the format."""
         if self.format != "compressed_tensors" or self.saves_training:
-            return ({"training": True} if self.saves_training else {}) | {name: value for name, value in self.__dict__.items() if name not in UNSTORED} | {
-                "overrides": self._both(self.overrides)
-            }
+            return (
+                ({"training": True} if self.saves_training else {})
+                | {name: value for name, value in self.__dict__.items() if name not in UNSTORED}
+                | {"overrides": self._both(self.overrides)}
+            )
         overrides = {
             name: QuantScheme.parse(slug) for name, slug in self._both(self.overrides).items() if slug is not None
         }

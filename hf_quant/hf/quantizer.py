@@ -37,8 +37,8 @@ from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.preflight import COMPANIONS, check_buffers, check_complete, check_rest, examine
 from hf_quant.hf.publishing import guard, release
 from hf_quant.hf.saved_names import settle, state_on_disk, stems
-from hf_quant.hf.trainable import make_trainable, refuse_untrainable, save_trainable
 from hf_quant.hf.sizes import report_own_sizes, report_true_sizes
+from hf_quant.hf.trainable import make_trainable, save_trainable
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
 from hf_quant.nn._outside import Outside
 from hf_quant.nn._weight import frozen
@@ -69,7 +69,9 @@ class HfQuantQuantizer(HfQuantizer):
     _dtypes: Mapping[str, torch.dtype] = MappingProxyType({})  # what floats of a quantized checkpoint shall be
     failure: HfQuantError | None = None  # met in a conversion, where transformers would bury it in a log table
     _converters: list[Any] | None = None
-    saving: tuple[dict[str, Tensor], set[str]] | None = None  # what a trainable model is saved as, and which of it is codes
+    saving: tuple[dict[str, Tensor], set[str]] | None = (
+        None  # what a trainable model is saved as, and which of it is codes
+    )
 
     @property
     def calibrates(self) -> bool:
@@ -137,8 +139,6 @@ class HfQuantQuantizer(HfQuantizer):
                     planned = [n if found[n].kind == "experts" else f"{n}.weight" for n in self.plan.schemes]
                     covered = check_rest(model, checkpoint, checkpoint.tensors, set(planned))
                     check_complete(model, self.placed, covered, planned)
-        if self.trains:
-            refuse_untrainable(self.plan)
         if self.calibrates or self.trains:  # once the weights are there
             freeze(config, self.plan)
             return None

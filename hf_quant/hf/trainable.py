@@ -24,22 +24,11 @@ from hf_quant.hf import publishing
 from hf_quant.hf.plan import Plan
 from hf_quant.methods import Method
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
-from hf_quant.training import FakeQuantEmbedding, FakeQuantLinear, why_not
+from hf_quant.training import FakeQuantEmbedding, FakeQuantLinear
 from hf_quant.training.experts import as_fake_quant_experts
 from hf_quant.training.modules import SUFFIXES, FakeQuant
 
 RESUMABLE = re.compile(r"checkpoint-\d+")  # transformers' PREFIX_CHECKPOINT_DIR
-
-
-def refuse_untrainable(plan: Plan) -> None:
-    """Refuse a plan with a scheme that cannot be trained.
-
-    Raises:
-        PlanError: Names a layer and what works.
-    """
-    for name, scheme in plan.schemes.items():
-        if (reason := why_not(scheme)) is not None:
-            raise PlanError(f"training: {name}: {reason}")
 
 
 @torch.no_grad()
@@ -139,8 +128,8 @@ def save_trainable(model: Any, save_directory: Any, *args: Any, state_dict: Any 
         publishing.save_pretrained(model, save_directory, *args, **kwargs)
     finally:
         quantizer.saving, quantizer.quantization_config.saves_training = None, False
-    if kwargs.get("is_main_process", True):
-        _name_dtype(Path(save_directory) / "config.json", model)
+    if (written := Path(save_directory) / "config.json").is_file() and kwargs.get("is_main_process", True):
+        _name_dtype(written, model)
 
 
 def _name_dtype(config: Path, model: Any) -> None:

@@ -10,7 +10,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.nn.experts import one_by_one
 from hf_quant.training.fake_quantize import fake_quant_linear
-from hf_quant.training.modules import SUFFIXES, FakeQuant, seen
+from hf_quant.training.modules import SUFFIXES, FakeQuant, refuse_cast, seen
 
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -30,14 +30,17 @@ class FakeQuantExperts(FakeQuant):
         return weight.transpose(-1, -2) if self.is_transposed else weight
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        for name in self.schemes:
+            refuse_cast(getattr(self, name))
         # all experts at once: taken one by one, each would give back a gradient of the size of the whole stack
         parts = {name: self._experts(name) for name in ("gate_up_proj", "up_proj", "down_proj") if hasattr(self, name)}
 
         def project(name: str, expert: int, x: Tensor) -> Tensor:
-            scheme, (weight, scale, offset) = self.schemes.get(name), parts[name][expert]
-            if scheme is None:
+            weight, scale, offset = parts[name][expert]
+            if scale is None:
                 y = nn.functional.linear(x, weight)
             else:
+                scheme = self.schemes[name]
                 y = fake_quant_linear(seen(x, scheme), weight, scale, offset, scheme, self.compute_dtype)
             return y + getattr(self, f"{name}_bias")[expert] if self.has_bias else y
 

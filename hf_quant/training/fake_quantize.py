@@ -87,7 +87,7 @@ class _RoundRows(torch.autograd.Function):
         return (codes * scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
@@ -100,7 +100,7 @@ class _FakeQuantize(torch.autograd.Function):
         return _rounded(weight, scale, offset, bits, dtype).to(out)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, scale, offset = ctx.saved_tensors
         return *_gradients(grad, weight, scale, offset, ctx.bits, ctx.dtype), None, None, None
 
@@ -114,7 +114,7 @@ class _FakeQuantLinear(torch.autograd.Function):
         return F.linear(x, _rounded(weight, scale, offset, bits, dtype).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, offset = ctx.saved_tensors
         to_x = to_weight = to_scale = to_offset = None
         if ctx.needs_input_grad[0]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from hf_quant.core.numerics import floored
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import PlanError
 from hf_quant.training.fake_quantize import codes, fake_quant_linear, fake_quantize, grid, round_rows
 
 if TYPE_CHECKING:
@@ -23,12 +25,17 @@ SUFFIXES = ("", "_scale", "_offset")  # of the parameters of one weight
 def why_not(scheme: QuantScheme) -> str | None:
     """Why a scheme cannot be trained, in words; None if it can."""
     if scheme.foreign:
-        return f"{scheme}: {scheme.foreign}"
+        return scheme.foreign
     if scheme.outliers:
-        return f"{scheme}: weights kept in floating point beside the codes cannot be trained; {scheme.bits} bits without outliers can"
+        return f"weights kept in floating point beside the codes cannot be trained; {_simpler(scheme)} can"
     if scheme.activations not in (None, "token"):
-        return f"{scheme}: activations are trained with a scale for each row (W8A8, W4A8-g128), not with fixed scales or a threshold"
+        return f"fixed scales and thresholds of activations cannot be trained; {_simpler(scheme)} can"
     return None
+
+
+def _simpler(scheme: QuantScheme) -> QuantScheme:
+    """What can be trained in its place."""
+    return replace(scheme, outliers=0.0, outlier_columns=False, activations=scheme.activations and "token")
 
 
 class FakeQuant(nn.Module):
@@ -118,6 +125,7 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
         return weight.T if self.conv1d else weight
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_cast(self.weight)
         x = seen(x, self.scheme)
         y = fake_quant_linear(
             x, self._by_rows(self.weight), self.weight_scale, self.weight_offset, self.scheme, self.compute_dtype
@@ -153,6 +161,7 @@ class FakeQuantEmbedding(FakeQuant, nn.Embedding):
         return {"weight": self.scheme}
 
     def forward(self, ids: Tensor) -> Tensor:
+        refuse_cast(self.weight)
         weight, scale = self._rows(ids, self.weight), self._rows(ids, self.weight_scale)
         offset = None if self.weight_offset is None else self._rows(ids, self.weight_offset)
         return fake_quantize(weight, scale, offset, self.scheme, self.compute_dtype, self.compute_dtype)
@@ -162,6 +171,19 @@ class FakeQuantEmbedding(FakeQuant, nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
+
+
+def refuse_cast(weight: Tensor) -> None:
+    """Refuse a float weight that something has rounded: other codes would be trained than those that are saved.
+
+    Raises:
+        PlanError: It is not in float32.
+    """
+    if weight.dtype != MASTER:
+        raise PlanError(
+            f"training: the float weights must stay in float32 and are {weight.dtype}: leave param_dtype of FSDP's mixed precision "
+            "out, and use autocast (bf16=True) to compute in less"
+        )
 
 
 def seen(x: Tensor, scheme: QuantScheme) -> Tensor:

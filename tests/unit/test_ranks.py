@@ -3,54 +3,24 @@
 from __future__ import annotations
 
 import os
-import traceback
-import warnings
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import transformers as tf
 
 from hf_quant import HfQuantConfig
 from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.core.stats import InputStats
 from hf_quant.data.calibration import Calibration
-from hf_quant.errors import HfQuantError
 from hf_quant.hf.calibrate_shards import Settings, quantize_streaming
 from hf_quant.solve.block import Block
 from hf_quant.solve.inputs import reduce
 from hf_quant.solve.ranks import Ranks
+from tests.processes import together
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-
-
-def together(work: Callable[[Ranks], Any], folder: Path, world: int = 3, seconds: float = 60) -> list[Any]:
-    """What ``work`` gives in each of ``world`` processes; one that raises gives the error's text."""
-    children = []
-    for rank in range(world):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of threads: a child has but one
-            child = os.fork()
-        if child == 0:
-            try:
-                torch.set_num_threads(1)
-                wait = timedelta(seconds=seconds)
-                dist.init_process_group("gloo", f"file://{folder}/store", timeout=wait, rank=rank, world_size=world)
-                result = work(Ranks(rank, world, dist.new_group(backend="gloo")))
-            except HfQuantError as error:
-                result = str(error)
-            except BaseException:
-                result = traceback.format_exc()
-            torch.save(result, folder / f"{rank}.pt")
-            os._exit(0)
-        children.append(child)
-    for child in children:
-        os.waitpid(child, 0)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 
 def test_values_come_from_every_rank(tmp_path: Path) -> None:

@@ -1,0 +1,212 @@
+"""Quantization-aware training: whatever trains a transformers model trains one, and what is saved is what was trained."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from hf_quant import HfQuantConfig
+from hf_quant.errors import PlanError
+from hf_quant.hf._compat import recompute_activations
+from hf_quant.nn import QuantLinear
+from hf_quant.training import FakeQuantLinear
+from tests.processes import together
+
+from .conftest import IDS
+
+# in a process that imports transformers alone
+AGAIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    expected, ids = torch.load(f"{folder}.pt")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, expected), folder
+assert "hf_quant.hf" in sys.modules
+"""
+ROWS = torch.arange(8 * 16).view(8, 16) * 7 % 251 + 1
+
+
+def trainable(folder: Path, scheme: str = "W4A16-g32", **how: Any) -> Any:
+    options = {"dtype": how.pop("dtype")} if "dtype" in how else {}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=HfQuantConfig(scheme, training=True, **how), **options
+    )
+
+
+def trainer(model: Any, out: Path, steps: int, **how: Any) -> Trainer:
+    rows = [{"input_ids": row, "labels": row} for row in ROWS]
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 4, "learning_rate": 2e-3, "logging_steps": 1, "report_to": [],
+        "use_cpu": True, "save_strategy": "no", "disable_tqdm": True, "seed": 3,
+    }  # fmt: skip
+    return Trainer(model, TrainingArguments(str(out), max_steps=steps, **settings | how), train_dataset=rows)
+
+
+def losses(run: Trainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        made: Tensor = model.eval()(IDS).logits
+    return made
+
+
+@pytest.mark.parametrize(("arch", "scheme", "how", "format"), [
+    ("llama", "W4A16-g32", {}, "compressed_tensors"),
+    ("llama", "W2A16-g32-asym", {}, "native"),
+    ("llama", "W4A8-g32", {"dtype": torch.float32}, "native"),
+    ("llama-tied", "W8A8", {"quantize_embeddings": True, "modules_to_not_convert": ["down_proj"]}, "native"),
+    ("gpt2", "W3A16-g64-asym", {}, "native"),
+    ("qwen3-moe", "W4A16-g32-asym", {}, "native"),
+])  # fmt: skip
+def test_what_is_saved_is_what_was_trained(
+    zoo: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, scheme: str, how: dict[str, Any], format: str
+) -> None:
+    model = trainable(zoo(arch)[1], scheme, **how)
+    before = logits(model)
+    run = trainer(model, tmp_path / "run", 12)
+    run.train()
+    assert losses(run)[-1] < 0.95 * losses(run)[0]
+    run.save_model(str(tmp_path / "saved"))
+    monkeypatch.setenv("HF_QUANT_BACKEND", "reference")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.hf_quantizer.plan.format == format and not again.hf_quantizer.is_qat_trainable
+    assert any(isinstance(module, QuantLinear) for module in again.modules())
+    assert again.dtype == how.get("dtype", torch.bfloat16)
+    expected = logits(model)
+    assert torch.equal(logits(again), expected) and not torch.equal(before, expected)
+
+
+def test_a_new_process_computes_the_same(zoo: Any, tmp_path: Path) -> None:
+    folders = []
+    for scheme in ("W4A16-g32", "W2A16-g32-asym"):
+        model = trainable(zoo("llama")[1], scheme)
+        trainer(model, tmp_path / "run", 2).train()
+        folders.append(str(tmp_path / scheme))
+        model.save_pretrained(folders[-1])
+        torch.save((logits(model), IDS), f"{folders[-1]}.pt")
+    environment = os.environ | {"HF_QUANT_BACKEND": "reference", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", AGAIN, *folders],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_that_is_resumed_ends_like_one_that_was_not(zoo: Any, tmp_path: Path) -> None:
+    """In bf16 by autocast, with activations computed again; and a checkpoint is a model of its own."""
+    how = {"bf16": True, "save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+
+    def run(name: str, steps: int, **resume: Any) -> Any:
+        model = trainable(zoo("llama")[1], "W2A16-g32-asym")
+        recompute_activations(model)
+        trainer(model, tmp_path / name, steps, **how).train(**resume)
+        return model
+
+    whole = run("one", 6)
+    run("two", 3)
+    rest = run("two", 6, resume_from_checkpoint=str(tmp_path / "two" / "checkpoint-3"))
+    for name, expected in whole.state_dict().items():
+        assert torch.equal(rest.state_dict()[name], expected), name
+    third = AutoModelForCausalLM.from_pretrained(tmp_path / "two" / "checkpoint-6")
+    assert third.hf_quantizer.is_qat_trainable and third.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+    assert torch.equal(logits(third), logits(whole))
+    for number, model in enumerate((whole, rest, third)):
+        model.save_pretrained(tmp_path / f"saved-{number}")
+    assert len({(tmp_path / f"saved-{number}" / "model.safetensors").read_bytes() for number in range(3)}) == 1
+
+
+def test_training_begins_from_the_codes_of_a_calibrated_method(zoo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_QUANT_BACKEND", "reference")
+    made = [
+        AutoModelForCausalLM.from_pretrained(
+            zoo("gpt2")[1],
+            quantization_config=HfQuantConfig("W3A16-g32-asym", method="gptq", calibration=ROWS, training=each),
+        )
+        for each in (True, False)
+    ]
+    trained, coded = (model.transformer.h[1].mlp.c_fc for model in made)
+    assert torch.equal(trained.quantized("weight").qweight, coded.quantized_weight().qweight)
+    assert torch.equal(logits(made[0]), logits(made[1]))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own compiler does it
+def test_compiled(zoo: Any) -> None:
+    one, other = trainable(zoo("llama")[1], "W4A8-g32"), trainable(zoo("llama")[1], "W4A8-g32")
+    compiled = torch.compile(other, backend="aot_eager")
+    for model in (one, compiled):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(theirs.grad, mine.grad, rtol=2e-2, atol=1e-3)
+
+
+def test_two_processes_train_like_one(zoo: Any, tmp_path: Path) -> None:
+    """DDP and FSDP2, each process with half of the rows."""
+    folder = zoo("llama")[1]
+
+    def step(model: Any, rows: Tensor) -> None:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        for _ in range(2):
+            model(input_ids=rows, labels=rows).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def work(ranks: Any) -> list[dict[str, Tensor]]:
+        from torch.distributed.fsdp import fully_shard
+
+        rows, made = ROWS.chunk(2)[ranks.rank], []
+        model = trainable(folder, "W2A16-g32-asym", dtype=torch.float32)
+        step(torch.nn.parallel.DistributedDataParallel(model), rows)
+        made.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        model = trainable(folder, "W2A16-g32-asym", dtype=torch.float32)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        step(model, rows)
+        model.save_pretrained(tmp_path / f"sharded-{ranks.rank}")
+        made.append(
+            {name: getattr(tensor, "full_tensor", lambda t=tensor: t)() for name, tensor in model.state_dict().items()}
+        )
+        dist.barrier()
+        return made
+
+    results = together(work, tmp_path, world=2)
+    assert not any(isinstance(result, str) for result in results), results
+    alone = trainable(folder, "W2A16-g32-asym", dtype=torch.float32)
+    step(alone, ROWS)
+    for result in results:
+        for state in result:
+            for name, expected in alone.state_dict().items():
+                torch.testing.assert_close(state[name], expected, rtol=1e-4, atol=1e-5)
+    sharded = AutoModelForCausalLM.from_pretrained(tmp_path / "sharded-0")
+    torch.testing.assert_close(logits(sharded), logits(alone), rtol=2e-2, atol=2e-2)
+
+
+def test_what_cannot_be_trained_is_refused(zoo: Any, tmp_path: Path) -> None:
+    folder = zoo("llama")[1]
+    with pytest.raises(PlanError, match=r"W4A16-g32-o1%.*W4A16-g32 can"):
+        trainable(folder, "W4A16-g32-o1%")
+    coded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=HfQuantConfig("W4A16-g32"))
+    assert not any(isinstance(module, FakeQuantLinear) for module in coded.modules())
+    with pytest.raises(ValueError, match="fine-tuning on purely quantized"):
+        trainer(coded, tmp_path, 1)
+    coded.save_pretrained(tmp_path / "coded")
+    with pytest.raises(PlanError, match="the checkpoint is quantized already"):
+        trainable(tmp_path / "coded")

@@ -70,7 +70,7 @@ import sys, torch
 from pathlib import Path
 from hf_quant import HfQuantConfig
 from hf_quant.data.calibration import Calibration
-from hf_quant.jobs.quantize import Job, compress
+from hf_quant.jobs.compress import Job, compress
 source, out, tokens, method = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 ids = torch.randint(0, 32000, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
 say = lambda line: print(line, file=sys.stderr, flush=True)

@@ -86,8 +86,8 @@ def command(
     from hf_quant.evaluation.yardstick import Base
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
-    from hf_quant.jobs.ladder import Ladder, Limits, rungs
-    from hf_quant.jobs.quantize import Job, compress
+    from hf_quant.jobs.compress import Job, compress
+    from hf_quant.jobs.walk import Ladder, Limits, rungs
 
     from_hub, shown = hub(revision, trust_remote_code), bars(quiet or as_json)
     refuse_quantized(model, **from_hub)
@@ -146,7 +146,7 @@ def _say_what_missed(record: dict[str, Any], folder: Path | None) -> None:
 
 
 def _slugs(group_size: int, asym: bool, int8_activations: bool) -> list[str]:
-    """Of the rungs, as `hf_quant.jobs.ladder.rungs` makes them; no torch is needed to know whether text is looked at."""
+    """Of the rungs, as `hf_quant.jobs.walk.rungs` makes them; no torch is needed to know whether text is looked at."""
     from hf_quant.core.scheme import QuantScheme
 
     plain = [str(QuantScheme(bits, group_size, not asym)) for bits in (8, 4, 3, 2)]

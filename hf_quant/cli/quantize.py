@@ -83,7 +83,7 @@ def command(
     from hf_quant.data.text import refuse_overlap
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
-    from hf_quant.jobs.quantize import Job, compress
+    from hf_quant.jobs.compress import Job, compress
     from hf_quant.solve.ranks import Ranks
 
     plans, gate = configs(slugs, **options), budget(max_kl, max_ppl_increase, min_top1)

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from hf_quant.cli import main
 from hf_quant.disk import atomic, folders, journal, locks
 from hf_quant.errors import HfQuantError
-from hf_quant.jobs import quantize as job
+from hf_quant.jobs import compress as job
 from hf_quant.jobs.outputs import work_folder
 
 from .faulty_disk import Disk, Killed, Op, restore, states
@@ -440,7 +440,7 @@ class Wrong:
     Attributes:
         scenario: Name.
         deaf: The sync that is left out.
-        patch: Or what is done otherwise: name and replacement of something in `disk` and `jobs.quantize`, or of `Journal`.
+        patch: Or what is done otherwise: name and replacement of something in `disk` and `jobs.compress`, or of `Journal`.
     """
 
     scenario: str = "begun and finished"

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hf_quant.disk import folders, journal
-from hf_quant.jobs import quantize as job
+from hf_quant.jobs import compress as job
 
 from .crashes import (
     FEW,

@@ -20,7 +20,7 @@ from hf_quant.evaluation.results import Estimate, Quality
 from hf_quant.evaluation.sensitivity import groups, rounded, sensitivities
 from hf_quant.hf import HfQuantConfig
 from hf_quant.hf.plan import make_plan
-from hf_quant.jobs.ladder import MIXED, Ladder, Limits, Rung, Walk, _rounding, _Table
+from hf_quant.jobs.walk import MIXED, Ladder, Limits, Rung, Walk, _rounding, _Table
 from hf_quant.methods import method
 from hf_quant.publish import charts
 

@@ -27,7 +27,7 @@ from hf_quant.hf import HfQuantConfig
 from hf_quant.hf.auto import hub_options
 from hf_quant.hf.candidates import candidates
 from hf_quant.hf.loading import plan_of
-from hf_quant.jobs.quantize import Job
+from hf_quant.jobs.compress import Job
 from hf_quant.methods import Method, method
 from hf_quant.solve.recipes import preset
 

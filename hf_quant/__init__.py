@@ -1,4 +1,13 @@
-"""Group-wise INT8/4/3/2 quantization for transformers models: quantize, measure, save, load."""
+"""Group-wise INT8/4/3/2 quantization for transformers models: quantize, measure, save, load.
+
+What `__all__` lists is public, and nothing else is. The functions do what the commands of the same name do, with the same
+options, and return what ``--json`` prints as a typed result::
+
+    import hf_quant as hq
+
+    done = hq.quantize("examples/ref-llama-16m", "small", scheme="W4A16-g128", max_kl=0.05)
+    model = hq.load(str(done.folder))
+"""
 
 from __future__ import annotations
 
@@ -6,19 +15,77 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_quant.errors import HfQuantError as HfQuantError
     from hf_quant.hf import HfQuantConfig as HfQuantConfig
     from hf_quant.hf import QuantCache as QuantCache
     from hf_quant.hf import load as load
     from hf_quant.hf import merge_adapters as merge_adapters
     from hf_quant.hf import prepare_for_training as prepare_for_training
     from hf_quant.hf import take_over as take_over
+    from hf_quant.jobs.convert import ConvertResult as ConvertResult
+    from hf_quant.jobs.convert import convert as convert
+    from hf_quant.jobs.evaluate import EvaluateResult as EvaluateResult
+    from hf_quant.jobs.evaluate import evaluate as evaluate
+    from hf_quant.jobs.ladder import LadderResult as LadderResult
+    from hf_quant.jobs.ladder import ladder as ladder
+    from hf_quant.jobs.plan import PlannedModel as PlannedModel
+    from hf_quant.jobs.plan import PlanResult as PlanResult
+    from hf_quant.jobs.plan import plan as plan
+    from hf_quant.jobs.push import PushResult as PushResult
+    from hf_quant.jobs.push import push as push
+    from hf_quant.jobs.quantize import QuantizedModel as QuantizedModel
+    from hf_quant.jobs.quantize import QuantizeResult as QuantizeResult
+    from hf_quant.jobs.quantize import quantize as quantize
+    from hf_quant.jobs.verify import VerifyResult as VerifyResult
+    from hf_quant.jobs.verify import verify as verify
 
 __version__ = "0.1.0"
-__all__ = ["HfQuantConfig", "QuantCache", "load", "merge_adapters", "prepare_for_training", "take_over"]
+__all__ = [
+    "ConvertResult",
+    "EvaluateResult",
+    "HfQuantConfig",
+    "HfQuantError",
+    "LadderResult",
+    "PlanResult",
+    "PlannedModel",
+    "PushResult",
+    "QuantCache",
+    "QuantizeResult",
+    "QuantizedModel",
+    "VerifyResult",
+    "convert",
+    "evaluate",
+    "ladder",
+    "load",
+    "merge_adapters",
+    "plan",
+    "prepare_for_training",
+    "push",
+    "quantize",
+    "take_over",
+    "verify",
+]
+_HOMES = {
+    "errors": ("HfQuantError",),
+    "hf": ("HfQuantConfig", "QuantCache", "load", "merge_adapters", "prepare_for_training", "take_over"),
+    "jobs.convert": ("ConvertResult", "convert"),
+    "jobs.evaluate": ("EvaluateResult", "evaluate"),
+    "jobs.ladder": ("LadderResult", "ladder"),
+    "jobs.plan": ("PlanResult", "PlannedModel", "plan"),
+    "jobs.push": ("PushResult", "push"),
+    "jobs.quantize": ("QuantizeResult", "QuantizedModel", "quantize"),
+    "jobs.verify": ("VerifyResult", "verify"),
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import torch and transformers only when something of theirs is asked for."""
-    if name in __all__:
-        return getattr(import_module("hf_quant.hf"), name)
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"hf_quant.{home}"), name)
     raise AttributeError(f"module 'hf_quant' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion in a notebook."""
+    return [*__all__, "__version__"]

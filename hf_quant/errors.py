@@ -32,6 +32,10 @@ class SchemeError(HfQuantError, ValueError):
     """A scheme is impossible, or does not fit the tensor it is applied to."""
 
 
+class OptionError(HfQuantError, ValueError):
+    """Options contradict each other, or one has a value that it cannot have."""
+
+
 class PlanError(HfQuantError, ValueError):
     """A plan names modules that do not exist, or asks for something that a module does not allow."""
 

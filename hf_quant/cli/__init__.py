@@ -17,7 +17,7 @@ from typing import Any
 import click
 
 from hf_quant import __version__, _plugins
-from hf_quant.errors import GateError, HfQuantError, PlanError, SchemeError, printable
+from hf_quant.errors import GateError, HfQuantError, OptionError, PlanError, SchemeError, printable
 
 
 class _Commands(click.Group):
@@ -42,7 +42,7 @@ class _Commands(click.Group):
                 return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except (SchemeError, PlanError) as error:
+        except (SchemeError, PlanError, OptionError) as error:
             _report(error, 2)
         except GateError as error:
             _report(error, 3)

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hf_quant.errors import HfQuantError
+from hf_quant.jobs.options import DTYPES, check_model, size_in_bytes
 
 if TYPE_CHECKING:  # it became generic in click 8.2
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-DTYPES = {
-    "auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16",
-    "float16": "float16", "fp16": "float16", "half": "float16",
-}  # fmt: skip
-WANTED = "name the folder of a Hugging Face model (config.json and safetensors), or a Hub id such as owner/name"
 FORMATS = ("auto", "native", "compressed_tensors")
 
 
@@ -31,12 +24,7 @@ class Size(ParamType):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
-        if match is None or match[2] not in UNITS:
-            self.fail(f"{value!r} is not a size; write for example 4GB, 512MiB or 2000000", param, ctx)
-        return int(float(match[1]) * UNITS[match[2]])
+        return int(_checked(self, lambda: size_in_bytes(value), param, ctx))
 
 
 class Share(ParamType):
@@ -147,34 +135,4 @@ class Model(ParamType):
     name = "model"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        path = Path(str(value))
-        if path.is_file():
-            raise HfQuantError(f"{value}: {_of_file(path)}")
-        if path.is_dir():
-            if not (path / "config.json").is_file():
-                raise HfQuantError(f"{value}: {_of_folder(path)}")
-        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(value)) or str(value).startswith("."):
-            raise HfQuantError(f"{value}: no such folder")
-        return str(value)
-
-
-def _of_file(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return f"a GGUF file, which hf-quant does not read; {WANTED}"
-    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
-        return f"a single file; name the folder that holds it, {path.parent}"
-    return f"a file, not a model; {WANTED}"
-
-
-def _of_folder(folder: Path) -> str:
-    if (folder / "adapter_config.json").is_file():
-        return (
-            "an adapter (PEFT), not a whole model; merge it into its base first: "
-            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
-        )
-    if (folder / "model_index.json").is_file():
-        parts = sorted(p.parent.name for p in folder.glob("*/config.json"))
-        return f"a diffusers pipeline; name one of its transformers models, a folder in it ({', '.join(parts)})"
-    if any(folder.glob("*.gguf")):
-        return f"GGUF files, which hf-quant does not read; {WANTED}"
-    return f"no config.json in this folder; {WANTED}"
+        return check_model(str(value))

@@ -7,9 +7,13 @@ from typing import Any
 
 import click
 
-from hf_quant.cli._common import bars, emit, hub, output_options, say, store_results, table
+from hf_quant.cli._common import bars, emit, output_options, say
 from hf_quant.cli._types import DTYPE, Model
 from hf_quant.errors import HfQuantError
+from hf_quant.jobs.options import hub
+from hf_quant.jobs.progress import Reporter, reporting
+from hf_quant.jobs.results import table
+from hf_quant.jobs.stored import store_results
 
 FEW = 3  # repeats, at least
 
@@ -36,38 +40,56 @@ def command(
     device: str | None, kv_cache: str | None, tune: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure memory, time to load, and prefill and decode speed of MODEL."""
-    from tqdm import tqdm
-
-    from hf_quant import load
-    from hf_quant.bench import gpu, memory, speed
-
-    if tune:
-        gpu.need_gpu()
-        tiles = gpu.tune(gpu.layers_of(load(model, dtype=dtype, device_map=device or "cuda")))
-        lines = [f"{name}: dense from {own['dense'] + 1} rows" for name, own in tiles.items()]
-        emit(as_json, quiet, record={"tiles": tiles}, essential=str(len(tiles)), human="\n".join(lines))
-        return
-    shown = bars(quiet or as_json)
     how = {"dtype": dtype} | hub(None, trust_remote_code) | ({"device_map": device} if device else {})
-    names = {"base": base, "model": model} if base else {"model": model}
-    say("memory and time to load", quiet)
+    with reporting(bars(quiet or as_json), lambda line: say(line, quiet)) as report:
+        if tune:
+            tiles = _tuned(model, dtype, device)
+            lines = [f"{name}: dense from {own['dense'] + 1} rows" for name, own in tiles.items()]
+            emit(as_json, quiet, record={"tiles": tiles}, essential=str(len(tiles)), human="\n".join(lines))
+            return
+        names = {"base": base, "model": model} if base else {"model": model}
+        record = _measured(names, how, batch, kv_cache, prompt_tokens, new_tokens, repeats, report)
+        store_results(Path(model), {"bench": record}, report.say)
+    decode = record["model"]["speed"][0]["decode"]
+    emit(as_json, quiet, record=record, essential=f"{decode:.4g}", human=_human(record, list(names)))
+
+
+def _tuned(model: str, dtype: str, device: str | None) -> dict[str, Any]:
+    from hf_quant.bench import gpu
+    from hf_quant.hf import load
+
+    gpu.need_gpu()
+    return gpu.tune(gpu.layers_of(load(model, dtype=dtype, device_map=device or "cuda")))
+
+
+def _measured(
+    names: dict[str, str], how: dict[str, Any], batch: tuple[int, ...], kv_cache: str | None, prompt: int, new: int,
+    repeats: int, report: Reporter,
+) -> dict[str, Any]:  # fmt: skip
+    from hf_quant.bench import memory, speed
+    from hf_quant.hf import load
+
+    report.say("memory and time to load")
     record: dict[str, Any] = {role: memory.measure(name, **how).to_dict() for role, name in names.items()}
     models = {role: load(name, **how).eval() for role, name in names.items()}
-    for role, each in models.items():
-        if not each.can_generate() or each.config.is_encoder_decoder:
-            raise HfQuantError(f"{names[role]}: bench measures causal language models, not {type(each).__name__}")
+    for role, model in models.items():
+        if not model.can_generate() or model.config.is_encoder_decoder:
+            raise HfQuantError(f"{names[role]}: bench measures causal language models, not {type(model).__name__}")
     speeds = speed.compare(
-        models, batch, caches={"model": kv_cache}, prompt=prompt_tokens, new=new_tokens, repeats=repeats,
-        progress=lambda turns: tqdm(turns, desc="speed", disable=not shown),
-    )  # fmt: skip
-    for role, found in speeds.items():
-        record[role]["speed"] = [each.to_dict() for each in found]
+        models,
+        batch,
+        caches={"model": kv_cache},
+        prompt=prompt,
+        new=new,
+        repeats=repeats,
+        progress=report.over("speed"),
+    )
+    for role, measured in speeds.items():
+        record[role]["speed"] = [rate.to_dict() for rate in measured]
     record["kv_cache"] = kv_cache or "float"
-    record["slower"] = _slower(record) if base else []
+    record["slower"] = _slower(record) if "base" in names else []
     record["machine"] = _machine()
-    store_results(Path(model), {"bench": record}, lambda line: say(line, quiet))
-    first = speeds["model"][0]
-    emit(as_json, quiet, record=record, essential=f"{first.decode:.4g}", human=_human(record, list(names)))
+    return record
 
 
 def _slower(record: dict[str, Any]) -> list[str]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from hf_quant.cli._common import emit, output_options, say, table
+from hf_quant.cli._common import bars, emit, output_options, say
 from hf_quant.cli._types import Model
 from hf_quant.jobs.outputs import check_output
 
@@ -31,29 +30,16 @@ def command(
 
     Every layer is read back from disk and compared before the result appears.
     """
-    check_output(Path(output), [folder], overwrite=overwrite)
+    check_output(Path(output), [folder], overwrite=overwrite)  # before torch is imported
 
-    from tqdm import tqdm
-
-    from hf_quant.cli._common import bars
     from hf_quant.jobs.convert import convert
 
-    if tp != 1 and target is None:
-        raise click.UsageError("--tp says how --target splits the layers: name a --target")
-    shown = bars(quiet or as_json)
     done = convert(
-        Path(folder), to, Path(output), target=target, tp=tp, overwrite=overwrite,
-        progress=lambda files: tqdm(files, desc="files", disable=not shown), say=say,
-    )  # fmt: skip
-    record: dict[str, Any] = {
-        "from": done.source, "to": to, "folder": output, "layers": done.layers,
-        "bytes_before": done.bytes_before, "bytes_after": done.bytes_after, "identical": True,
-    }  # fmt: skip
-    if done.verdict is not None:
-        record |= {"target": target, "tp": tp, "kernels": done.verdict.kernels}
-        say("\n".join(f"{target}: {line}" for line in done.verdict.lines()), quiet or as_json)
-    human = table(("field", "value"), [(name, str(value)) for name, value in record.items()])
-    emit(as_json, quiet, record=record, essential=output, human=human)
+        folder, output, to=to, target=target, tp=tp, overwrite=overwrite, progress=bars(quiet or as_json), say=say
+    )
+    for line in done.footnotes():
+        say(line, quiet or as_json)
+    emit(as_json, quiet, record=done.to_dict(), essential=output, human=done.table())
 
 
 COMMAND = command

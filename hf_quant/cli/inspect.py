@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_quant.cli._common import emit, output_options, table
+from hf_quant.cli._common import emit, output_options
 from hf_quant.cli._types import Model
 from hf_quant.errors import CheckpointError, printable
+from hf_quant.jobs.results import table
 
 if TYPE_CHECKING:
     from hf_quant.checkpoint.contents import Contents

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import click
 
-from hf_quant.cli._common import bars, emit, output_options, table
+from hf_quant.cli._common import bars, emit, output_options, say
 from hf_quant.cli._types import Model
 
 
@@ -21,31 +18,10 @@ def command(model: str, revision: str | None, as_json: bool, quiet: bool) -> Non
 
     Whatever is wrong is named, and the exit code is 1. One layer is in memory at a time, and nothing is executed.
     """
-    shown = bars(quiet or as_json)
-    record = _folder(Path(model), shown) if Path(model).is_dir() else _repository(model, revision)
-    human = table(("field", "value"), [(name, str(value)) for name, value in record.items()])
-    emit(as_json, quiet, record=record, essential="sound", human=human)
-
-
-def _repository(model: str, revision: str | None) -> dict[str, Any]:
-    from hf_quant.publish.manifest import verify_repo
-
-    return {"sound": True, "files": verify_repo(model, revision)}
-
-
-def _folder(folder: Path, shown: bool) -> dict[str, Any]:
-    from tqdm import tqdm
-
-    from hf_quant.disk.digests import MANIFEST
     from hf_quant.jobs.verify import verify
-    from hf_quant.publish.manifest import verify_folder
 
-    files = verify_folder(folder) if (folder / MANIFEST).is_file() else None
-    done = verify(folder, progress=lambda layers: tqdm(layers, desc="layers", disable=not shown))
-    return {
-        "sound": True, "files": files, "format": done.format, "layers_quantized": done.layers, "tensors": done.tensors,
-        "bytes": done.size, "notes": done.notes,
-    }  # fmt: skip
+    done = verify(model, revision=revision, progress=bars(quiet or as_json), say=lambda line: say(line, quiet))
+    emit(as_json, quiet, record=done.to_dict(), essential="sound", human=done.table())
 
 
 COMMAND = command

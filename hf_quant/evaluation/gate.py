@@ -22,6 +22,21 @@ def unfavourable(measured: Estimate, sign: int, margin: float = 1.0) -> float:
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """Whether a model kept its budget, as results.json holds it.
+
+    Attributes:
+        budget: Name of a limit of `Budget` to its value; only those that are set.
+        passed: Whether all of them were kept.
+        misses: A sentence for each that was not.
+    """
+
+    budget: dict[str, float]
+    passed: bool
+    misses: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Budget:
     """Limits of quality loss; None means no limit.
 

@@ -6,21 +6,21 @@ Nothing is rounded again. What the other format cannot hold exactly is refused b
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import logging
 
 from hf_quant.checkpoint.contents import Contents, quantization_of
 from hf_quant.checkpoint.folder import INDEX, Checkpoint
 from hf_quant.core.tensor import QuantizedTensor, in_order
 from hf_quant.disk.atomic import copy_file, write_json
 from hf_quant.disk.safetensors import write_tensors
-from hf_quant.errors import CheckpointError, FormatError, HfQuantError, SchemeError
+from hf_quant.errors import CheckpointError, FormatError, HfQuantError, OptionError, SchemeError
 from hf_quant.formats import Format, Layer, format_named
 from hf_quant.formats.gptq import GPTQ
 from hf_quant.hf.candidates import candidates
@@ -30,30 +30,62 @@ from hf_quant.hf.loading import skeleton
 from hf_quant.hf.shards import write_index
 from hf_quant.jobs.companions import copy_companions, inside
 from hf_quant.jobs.engines import ENGINES, Verdict
-from hf_quant.jobs.outputs import CONVERSION, RECIPE, check_output, claimed, output, record
+from hf_quant.jobs.options import check_model
+from hf_quant.jobs.outputs import CONVERSION, RECIPE, check_output, claimed, record
+from hf_quant.jobs.outputs import output as output_folder
+from hf_quant.jobs.progress import Bar, Say, reporting
+from hf_quant.jobs.results import Result, Row, fields
 
 KINDS = {"native": "native", "compressed-tensors": "compressed_tensors", "gptq": "gptq", "awq": "awq", "dense": None}
-logger = logging.get_logger(__name__)
 NARROW = ("gptq", "awq")  # whose readers hold scales in 16 bits
 
 
-@dataclass(frozen=True)
-class Conversion:
-    """What was done.
+@dataclass(frozen=True, repr=False)
+class ConvertResult(Result):
+    """What `convert` wrote.
 
     Attributes:
         source: Format it came in.
-        layers: Number of quantized layers.
+        to: Kind of what was written.
+        folder: Where it is.
+        layers: Number of quantized layers; each was read back and compared.
         bytes_before: Of all weight files.
         bytes_after: The same, afterwards.
-        verdict: What the engine that was asked for will do with it; None if none was.
+        target: The engine that was asked for; None if none was.
+        tp: GPUs that it splits each layer over.
+        verdict: What that engine will do with it.
     """
 
     source: str
+    to: str
+    folder: Path
     layers: int
     bytes_before: int
     bytes_after: int
-    verdict: Verdict | None
+    target: str | None = None
+    tp: int = 1
+    verdict: Verdict | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "from": self.source, "to": self.to, "folder": str(self.folder), "layers": self.layers,
+            "bytes_before": self.bytes_before, "bytes_after": self.bytes_after, "identical": True,
+        }  # fmt: skip
+        if self.verdict is not None:
+            record |= {"target": self.target, "tp": self.tp, "kernels": self.verdict.kernels}
+        return record
+
+    def title(self) -> str:
+        return (
+            f"{self.source} converted to {self.to}, in {self.folder}: {self.bytes_before / 1e6:.1f} MB became "
+            f"{self.bytes_after / 1e6:.1f} MB"
+        )
+
+    def rows(self) -> Iterator[Row]:
+        return fields(self.to_dict())
+
+    def footnotes(self) -> list[str]:
+        return [f"{self.target}: {line}" for line in self.verdict.lines()] if self.verdict is not None else []
 
 
 @dataclass(frozen=True)
@@ -80,43 +112,52 @@ def open_quantized(folder: Path, *, thorough: bool = True) -> Contents:
 
 
 def convert(
-    folder: Path, to: str, out: Path, *, target: str | None = None, tp: int = 1, overwrite: bool = False,
-    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter, say: Callable[[str], None] = logger.warning,
-) -> Conversion:  # fmt: skip
-    """Write the checkpoint in ``folder`` to ``out`` in another format, with the same codes.
+    folder: str | os.PathLike[str], output: str | os.PathLike[str], *, to: str, target: str | None = None, tp: int = 1,
+    overwrite: bool = False, progress: bool | Bar = False, say: Say | None = None,
+) -> ConvertResult:  # fmt: skip
+    """Write a quantized checkpoint in another format, with the same codes; ``hf-quant convert``.
+
+    Every layer is read back from disk and compared before the result appears.
 
     Args:
         folder: A quantized checkpoint, in any format that is read here.
+        output: Folder of the result; it becomes a complete checkpoint, or is not there.
         to: One of `KINDS`; ``"dense"`` for floating point in the dtype of config.json.
-        out: Becomes a complete checkpoint, or is not there.
         target: An engine (`engines.ENGINES`) that must be able to run the result.
         tp: GPUs that it splits each layer over.
-        overwrite: Whether ``out`` may exist, if hf-quant wrote it.
-        progress: Wraps the list of files.
-        say: Told what is worth knowing.
+        overwrite: Whether ``output`` may exist, if hf-quant wrote it.
+        progress: As for `quantize`.
+        say: As for `quantize`.
 
     Raises:
-        HfQuantError: ``out`` may not be written (`hf_quant.jobs.outputs.check_output`), or another process is writing it.
+        OptionError: There is no such kind or engine; or ``tp`` is given without a ``target``.
+        HfQuantError: ``output`` may not be written (`hf_quant.jobs.outputs.check_output`), or another process is writing it.
         FormatError: The other format cannot hold a layer exactly, or the engine cannot run it.
         CheckpointError: The source is damaged; or what was written does not read back as it was.
     """
     if to not in KINDS:
-        raise HfQuantError(f"--to {to}: there is {', '.join(KINDS)}")
-    check_output(out, [folder], overwrite=overwrite)
-    contents = open_quantized(folder)
+        raise OptionError(f"--to {to}: there is {', '.join(KINDS)}")
+    if target is not None and target not in ENGINES:
+        raise OptionError(f"--target {target}: there is {', '.join(ENGINES)}")
+    if tp != 1 and target is None:
+        raise OptionError("--tp says how --target splits the layers: name a --target")
+    source, out = Path(check_model(folder)), Path(output)
+    check_output(out, [source], overwrite=overwrite)
+    contents = open_quantized(source)
     verdict = ENGINES[target](KINDS[to] or to, contents.layers, tp) if target else None
     if verdict is not None and verdict.refused:
         raise FormatError(f"{target}: " + "; ".join(verdict.lines()[len(verdict.kernels) :]))
     job = _job(contents, to)
-    with claimed(out), output(out, [folder], overwrite=overwrite) as stage:
+    with reporting(progress, say) as report, claimed(out), output_folder(out, [source], overwrite=overwrite) as stage:
         files = sorted({info.file for info in contents.checkpoint.tensors.values()})
         where: dict[str, str] = {}
-        for file in progress(files):
+        for file in report.bar(files, "files"):
             where |= dict.fromkeys(_write(job, file, stage), file.name)
-        _rest(job, stage, where, say)
+        _rest(job, stage, where, report.say)
         _compare(job, stage)
         size = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
-    return Conversion(contents.format, len(contents.layers), sum(f.stat().st_size for f in files), size, verdict)
+    before = sum(file.stat().st_size for file in files)
+    return ConvertResult(contents.format, to, out, len(contents.layers), before, size, target, tp, verdict)
 
 
 def why_not(contents: Contents, to: str) -> dict[str, list[str]]:

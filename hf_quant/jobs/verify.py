@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_quant.checkpoint.config import read_json
 from hf_quant.checkpoint.contents import Contents
 from hf_quant.checkpoint.folder import INDEX, Checkpoint
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.disk.digests import MANIFEST
 from hf_quant.errors import CheckpointError
 from hf_quant.formats.native import wrong_values
 from hf_quant.hf._compat import renamer
@@ -21,29 +23,82 @@ from hf_quant.hf.foreign_tensors import parameters_of
 from hf_quant.hf.loading import skeleton, stored_in, understood
 from hf_quant.hf.preflight import check_rest, refuse_unexplained
 from hf_quant.hf.quantizer import HfQuantQuantizer
+from hf_quant.jobs.options import check_model
+from hf_quant.jobs.progress import Bar, Say, reporting
+from hf_quant.jobs.results import Result, Row, fields
+from hf_quant.publish.manifest import verify_folder, verify_repo
+
+NOT_QUANTIZED = "not quantized"
 
 
-@dataclass(frozen=True)
-class Verified:
-    """What was looked at.
+@dataclass(frozen=True, repr=False)
+class VerifyResult(Result):
+    """What `verify` looked at; all of it is sound, or else there is an error and no result.
 
     Attributes:
-        format: Of the quantized layers; ``"not quantized"`` if there are none.
-        layers: Number of those.
+        model: Folder or Hub id.
+        files: Number of files whose sha256 is that of the manifest; None where there is no manifest.
+        format: Of the quantized layers, `NOT_QUANTIZED` if there are none; None for a Hub id, like all below.
+        layers_quantized: Number of those.
         tensors: Number of all tensors.
-        size: Bytes of all tensors.
+        bytes: Of all tensors.
         notes: What of the checkpoint is read to floating point or left out.
     """
 
-    format: str
-    layers: int
-    tensors: int
-    size: int
-    notes: list[str]
+    model: str
+    files: int | None
+    format: str | None = None
+    layers_quantized: int | None = None
+    tensors: int | None = None
+    bytes: int | None = None
+    notes: Sequence[str] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"sound": True, "files": self.files}
+        if self.format is not None:
+            record |= {
+                "format": self.format, "layers_quantized": self.layers_quantized, "tensors": self.tensors,
+                "bytes": self.bytes, "notes": list(self.notes),
+            }  # fmt: skip
+        return record
+
+    def title(self) -> str:
+        size = "" if self.bytes is None else f", {self.bytes / 1e6:.1f} MB"
+        return f"{self.model} is sound{size}"
+
+    def rows(self) -> Iterator[Row]:
+        return fields(self.to_dict())
 
 
-def verify(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Verified:
-    """Check a local checkpoint.
+def verify(
+    model: str | os.PathLike[str], *, revision: str | None = None, progress: bool | Bar = False, say: Say | None = None
+) -> VerifyResult:
+    """Make every check of a checkpoint, without loading the model; ``hf-quant verify``.
+
+    Every file of its manifest is compared with the sha256 there; of a folder also headers, shapes, scales, zero points,
+    orders of columns, and that all numbers are finite. One layer is in memory at a time, and nothing is executed.
+
+    Args:
+        model: Folder, or Hub id of a model that ``hf-quant push`` published.
+        revision: Of a Hub model.
+        progress: As for `quantize`.
+        say: As for `quantize`.
+
+    Raises:
+        CheckpointError: The first thing that is wrong; the message names file and tensor or field.
+        HfQuantError: There is no such model.
+    """
+    model = check_model(model)
+    with reporting(progress, say) as report:
+        if not Path(model).is_dir():
+            return VerifyResult(model, verify_repo(model, revision))
+        files = verify_folder(Path(model)) if (Path(model) / MANIFEST).is_file() else None
+        found = check_tensors(Path(model), report.over("layers"))
+    return replace(found, files=files)
+
+
+def check_tensors(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> VerifyResult:
+    """Check config.json, headers and every tensor of a local checkpoint.
 
     Args:
         folder: Where it is.
@@ -62,7 +117,7 @@ def verify(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = it
         refuse_unexplained(checkpoint)
         check_rest(model, checkpoint, checkpoint.tensors)
         _check_numbers(model, checkpoint, progress(list(checkpoint.tensors)))
-        return Verified("not quantized", 0, len(checkpoint.tensors), size, [])
+        return VerifyResult(str(folder), None, NOT_QUANTIZED, 0, len(checkpoint.tensors), size)
     quantizer = HfQuantQuantizer(understood(stored), pre_quantized=True)
     files = sorted({str(info.file) for info in checkpoint.tensors.values()})
     contents = quantizer.prepare(model, files)  # what loading does first
@@ -72,7 +127,7 @@ def verify(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = it
             _check_layer(model, contents, quantizer.placed, module)
     _check_numbers(model, checkpoint, contents.rest)
     notes = sorted({*quantizer.placed.notes, *quantizer.placed.dense.values()})
-    return Verified(contents.format, len(contents.layers), len(checkpoint.tensors), size, notes)
+    return VerifyResult(str(folder), None, contents.format, len(contents.layers), len(checkpoint.tensors), size, notes)
 
 
 def _check_layer(model: Any, contents: Contents, placed: Placed, module: str) -> None:

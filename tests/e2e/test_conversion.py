@@ -131,12 +131,12 @@ def test_every_architecture_through_gptq_and_back_to_floats(zoo: Any, tmp_path: 
     config = hf_quant.HfQuantConfig(scheme, format="native")
     model = arch.auto.from_pretrained(folder, quantization_config=config)
     model.save_pretrained(tmp_path / "native")
-    convert(tmp_path / "native", "gptq", tmp_path / "gptq")
+    convert(tmp_path / "native", tmp_path / "gptq", to="gptq")
     asked = hf_quant.HfQuantConfig()
     again, info = arch.auto.from_pretrained(tmp_path / "gptq", quantization_config=asked, output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert torch.equal(arch.run(again), arch.run(model))
-    convert(tmp_path / "gptq", "dense", tmp_path / "dense")
+    convert(tmp_path / "gptq", tmp_path / "dense", to="dense")
     plain, info = arch.auto.from_pretrained(tmp_path / "dense", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     torch.testing.assert_close(arch.run(plain), arch.run(model.dequantize()), rtol=1e-2, atol=1e-2)
@@ -148,10 +148,10 @@ def test_stacks_that_cannot_be_taken_apart_are_refused(zoo: Any, tmp_path: Path)
         tmp_path / "q"
     )
     with pytest.raises(FormatError, match="stacked"):
-        convert(tmp_path / "q", "gptq", tmp_path / "gptq")
-    convert(tmp_path / "q", "native", tmp_path / "n")
+        convert(tmp_path / "q", tmp_path / "gptq", to="gptq")
+    convert(tmp_path / "q", tmp_path / "n", to="native")
     models = [arch.auto.from_pretrained(tmp_path / name) for name in ("q", "n")]
     assert torch.equal(*map(arch.run, models))
-    convert(tmp_path / "q", "dense", tmp_path / "dense")
+    convert(tmp_path / "q", tmp_path / "dense", to="dense")
     plain = arch.run(arch.auto.from_pretrained(tmp_path / "dense"))
     torch.testing.assert_close(plain, arch.run(models[0].dequantize()), rtol=1e-2, atol=1e-2)

@@ -84,7 +84,7 @@ def test_schemes_belong_to_layers_by_either_name(
     again = arch.auto.from_pretrained(tmp_path)
     assert again.hf_quantizer.plan.schemes == model.hf_quantizer.plan.schemes
     assert torch.equal(arch.run(again), arch.run(model))
-    assert verify(tmp_path).layers == len(model.hf_quantizer.plan.schemes)
+    assert verify(tmp_path).layers_quantized == len(model.hf_quantizer.plan.schemes)
     named = json.dumps(json.loads((tmp_path / "config.json").read_text())["quantization_config"])
     for prefix in ("model.language_model.layers", "language_model.model.layers"):
         assert f'"{prefix}.0.mlp.down_proj"' in named

@@ -114,13 +114,15 @@ def test_saved_by_us_it_loads_again_with_the_same_bits(name: str, tmp_path: Path
     again, info = CAUSAL.from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert torch.equal(logits(again), logits(model))
-    assert verify(tmp_path).layers == len(open_quantized(FIXTURES / name).layers) - ("hqq-4bit-mixtral" in name)
+    assert verify(tmp_path).layers_quantized == len(open_quantized(FIXTURES / name).layers) - (
+        "hqq-4bit-mixtral" in name
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_verify_finds_nothing_wrong(name: str) -> None:
     done = verify(FIXTURES / name)
-    assert done.layers == len(expected(name)["layers"]) and done.format in name.replace(
+    assert done.layers_quantized == len(expected(name)["layers"]) and done.format in name.replace(
         "ct-", "compressed_tensors"
     ) + (" gptq awq bitsandbytes")
 
@@ -143,7 +145,7 @@ def test_biases_of_quantized_layers_are_kept(name: str, tmp_path: Path) -> None:
         assert torch.equal(model.get_parameter(bias), stored)
     assert not torch.equal(logits(model), logits(loaded(FIXTURES / name, dtype=torch.float16)))
     if name.startswith("gptq"):
-        convert(tmp_path / "q", "native", tmp_path / "n")
+        convert(tmp_path / "q", tmp_path / "n", to="native")
         again = hf_quant.load(str(tmp_path / "n"), attn_implementation="eager", dtype=torch.float16)
         assert torch.equal(logits(again), logits(model))
 
@@ -225,7 +227,7 @@ def codes_of(folder: Path) -> dict[str, list[torch.Tensor]]:
 def test_a_round_trip_through_every_format_changes_nothing(name: str, tmp_path: Path) -> None:
     before, at = codes_of(FIXTURES / name), FIXTURES / name
     for i, to in enumerate(["native", "gptq", "compressed-tensors", "awq", "native", "compressed-tensors"]):
-        convert(at, to, tmp_path / f"{i}-{to}")
+        convert(at, tmp_path / f"{i}-{to}", to=to)
         at = tmp_path / f"{i}-{to}"
         after = codes_of(at)
         assert after.keys() == before.keys()
@@ -242,7 +244,7 @@ def test_a_round_trip_through_every_format_changes_nothing(name: str, tmp_path: 
 def test_reordered_columns_survive_gptq_and_native_and_are_refused_elsewhere(name: str, tmp_path: Path) -> None:
     before = open_quantized(FIXTURES / name)
     for to in ("native", "gptq"):
-        convert(FIXTURES / name, to, tmp_path / to)
+        convert(FIXTURES / name, tmp_path / to, to=to)
         after = open_quantized(tmp_path / to)
         for layer in before.layers:
             one, other = before.read(layer), after.read(layer)
@@ -252,7 +254,7 @@ def test_reordered_columns_survive_gptq_and_native_and_are_refused_elsewhere(nam
         assert torch.equal(logits(loaded(tmp_path / to)), logits(loaded(FIXTURES / name)))
     for to in ("awq", "compressed-tensors"):
         with pytest.raises(hf_quant.errors.FormatError, match="order"):
-            convert(FIXTURES / name, to, tmp_path / to)
+            convert(FIXTURES / name, tmp_path / to, to=to)
         assert not (tmp_path / to).exists()
 
 
@@ -260,7 +262,7 @@ def test_reordered_columns_survive_gptq_and_native_and_are_refused_elsewhere(nam
 @pytest.mark.parametrize("to", list(KINDS))
 def test_every_conversion_is_exact_or_refused_in_a_sentence(name: str, to: str, tmp_path: Path) -> None:
     try:
-        done = convert(FIXTURES / name, to, tmp_path / "out")
+        done = convert(FIXTURES / name, tmp_path / "out", to=to)
     except hf_quant.errors.FormatError as error:
         assert to != "dense" and str(error).startswith(f"--to {to}: ") and len(str(error).split()) > 6
         assert not (tmp_path / "out").exists()
@@ -281,8 +283,8 @@ def test_shards_stay_shards(tmp_path: Path) -> None:
     model = loaded(FIXTURES / "gptq-4bit-moe")
     model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
-    convert(tmp_path / "many", "gptq", tmp_path / "gptq")
+    convert(tmp_path / "many", tmp_path / "gptq", to="gptq")
     names = {path.name for path in (tmp_path / "many").glob("*.safetensors")}
     assert {path.name for path in (tmp_path / "gptq").glob("*.safetensors")} == names
-    assert verify(tmp_path / "gptq").layers == len(open_quantized(FIXTURES / "gptq-4bit-moe").layers)
+    assert verify(tmp_path / "gptq").layers_quantized == len(open_quantized(FIXTURES / "gptq-4bit-moe").layers)
     assert torch.equal(logits(loaded(tmp_path / "gptq")), logits(model))

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
-from hf_quant.cli.ladder import _finish
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.data.text import halves, split
 from hf_quant.errors import DiskError
@@ -20,6 +19,7 @@ from hf_quant.evaluation.results import Estimate, Quality
 from hf_quant.evaluation.sensitivity import groups, rounded, sensitivities
 from hf_quant.hf import HfQuantConfig
 from hf_quant.hf.plan import make_plan
+from hf_quant.jobs.ladder import _finish
 from hf_quant.jobs.walk import MIXED, Ladder, Limits, Rung, Walk, _rounding, _Table
 from hf_quant.methods import method
 from hf_quant.publish import charts
@@ -248,5 +248,5 @@ def test_a_full_disk_is_told_with_the_picture(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(charts, "size_and_kl", lambda *_: b"picture")
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(DiskError, match=r"size_and_kl-light\.png"):
-        _finish(tmp_path, {"sensitivity": {"kl": {}}}, {"folder": "x", "quality": None}, False, True)
+        _finish(tmp_path, {"sensitivity": {"kl": {}}}, {"folder": "x", "quality": None}, False, print)
     assert [file.name for file in tmp_path.iterdir()] == ["ladder.json"]

@@ -10,10 +10,11 @@ import pytest
 from click.testing import CliRunner
 
 from hf_quant.cli import main
-from hf_quant.cli._common import emit, say, table
-from hf_quant.cli.push import _plan
+from hf_quant.cli._common import emit, say
 from hf_quant.errors import LONGEST, printable
 from hf_quant.jobs.outputs import shown
+from hf_quant.jobs.push import PushResult
+from hf_quant.jobs.results import table
 
 EVIL = "a\x1b[31m\x07\r\u202e\u200b\x9b\udcff"
 ESCAPED = r"a\x1b[31m\x07\r\u202e\u200b\x9b\udcff"
@@ -64,9 +65,6 @@ def test_results(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 def test_plan_of_a_push() -> None:
     """A name with an end of line in it is one file, not two."""
-    record = {
-        "repo_id": "a/b", "private": None, "gated": None, "create_pr": False, "revision": EVIL, "base": f"x\n{EVIL}",
-        "license": EVIL, "files": [f"{EVIL}\nREADME.md", "config.json"], "bytes": 1,
-    }  # fmt: skip
-    lines = _plan(record).split("\n")
-    assert len(lines) == 5 and all(line.isprintable() for line in lines), lines
+    files = (f"{EVIL}\nREADME.md", "config.json")
+    lines = repr(PushResult("a/b", None, None, False, EVIL, None, f"x\n{EVIL}", EVIL, files, 1)).split("\n")
+    assert len(lines) == 6 and all(line.isprintable() for line in lines), lines

@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_quant.disk.atomic
 from hf_quant.checkpoint.folder import Checkpoint
-from hf_quant.cli._common import store_results
-from hf_quant.cli.eval import _base_of
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
+from hf_quant.jobs.evaluate import _base_of
+from hf_quant.jobs.stored import store_results
 
 
 def measured(tokens: int, kl: float, resampled: str | None = "documents") -> dict[str, Any]:

@@ -128,7 +128,7 @@ def test_what_is_sound_loads_under_every_name(scheme: str, quantized: Any, tmp_p
         assert layers.self_attn.q_proj.scheme.bits == 8
         assert torch.equal(layers.mlp.up_proj.dequantize(), expected.mlp.up_proj.dequantize())
         assert torch.equal(layers.self_attn.q_proj.dequantize(), expected.self_attn.q_proj.dequantize())
-    assert verify(other).layers == verify(folder).layers == 7
+    assert verify(other).layers_quantized == verify(folder).layers_quantized == 7
 
 
 def test_one_layer_under_two_names(quantized: Any, tmp_path: Path) -> None:
@@ -171,8 +171,8 @@ def test_codes_are_never_taken_for_weights(method: str | None, quantized: Any, t
 @pytest.mark.parametrize("tied", [False, True])
 def test_our_own_embeddings_and_tied_heads(tied: bool, quantized: Any, tmp_path: Path) -> None:
     folder = quantized("W4A16-g32", tied=tied, **BOTH)
-    assert verify(folder).layers == (8 if tied else 9)
-    convert(folder, "native", tmp_path / "native")
+    assert verify(folder).layers_quantized == (8 if tied else 9)
+    convert(folder, tmp_path / "native", to="native")
     before, after = hf_quant.load(str(folder)), hf_quant.load(str(tmp_path / "native"))
     assert torch.equal(before.lm_head.dequantize(), after.lm_head.dequantize())
     assert torch.equal(before.model.embed_tokens.dequantize(), after.model.embed_tokens.dequantize())

@@ -1,0 +1,227 @@
+"""Measure a model against the one it was made from."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.jobs.options import budget, check_model, hub
+from hf_quant.jobs.progress import Bar, Say, reporting
+from hf_quant.jobs.results import Result, Row
+from hf_quant.jobs.stored import store_results
+from hf_quant.jobs.texts import Measuring, check_overlap, missed
+
+if TYPE_CHECKING:
+    from hf_quant.evaluation.gate import Gate
+    from hf_quant.evaluation.layers import LayerError
+    from hf_quant.evaluation.results import Estimate, Quality
+
+KV_CACHES = ("int8", "int4")
+
+
+@dataclass(frozen=True, repr=False)
+class EvaluateResult(Result):
+    """What `evaluate` measured.
+
+    Attributes:
+        model: What was measured: a folder or a Hub id.
+        base: What it was measured against.
+        text: Name of what it was measured on.
+        quality: KL divergence, perplexity, top-1 agreement; of an encoder, distances of its embeddings.
+        layers: Relative error of each quantized layer, worst first.
+        gate: Whether the quality is inside the budget; None without a budget.
+        kv_cache: Kind of the cache of keys and values, and its bytes; None for the model's own.
+        tasks: Task of lm-evaluation-harness to its numbers; empty if none were asked for.
+    """
+
+    model: str
+    base: str
+    text: str
+    quality: Quality
+    layers: Sequence[LayerError]
+    gate: Gate | None = None
+    kv_cache: Mapping[str, Any] | None = None
+    tasks: Mapping[str, Mapping[str, float]] | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether it is inside its budget; True if it has none."""
+        return self.gate is None or self.gate.passed
+
+    @property
+    def main(self) -> Estimate:
+        """The measure that counts most: of a causal language model its KL divergence, in nats per token."""
+        metrics = self.quality.metrics
+        return next(iter(metrics.values())) if self.quality.kind == "encoder" else metrics["kl"]
+
+    def to_dict(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"quality": self.quality.to_dict()}
+        if self.kv_cache is not None:
+            record["kv_cache"] = dict(self.kv_cache)
+        if self.gate is not None:
+            record["gate"] = asdict(self.gate)
+        record["layers"] = [layer.to_dict() for layer in self.layers]
+        if self.tasks is not None:
+            record["tasks"] = {name: dict(numbers) for name, numbers in self.tasks.items()}
+        return record
+
+    def title(self) -> str:
+        return f"{self.model} against {self.base}, measured on {self.quality.tokens:,} tokens of {self.text}"
+
+    def head(self) -> Row:
+        return ("measure", "value", "95 % interval", "base in bf16")
+
+    def rows(self) -> Iterator[Row]:
+        for name, estimate in self.quality.metrics.items():
+            noise = "-"
+            if estimate.noise is not None:
+                noise = f"{estimate.noise:.5g}" + (" (within)" if estimate.within_noise else "")
+            interval = "-" if estimate.low is None else f"{estimate.low:.5g} .. {estimate.high:.5g}"
+            yield name, f"{estimate.value:.5g}", interval, noise
+        for name, value in self.quality.quantiles.items():
+            yield name, f"{value:.5g}", "-", "-"
+
+    def footnotes(self) -> Iterator[str]:
+        from hf_quant.evaluation.results import why_no_interval
+
+        if (reason := why_no_interval(self.quality.to_dict())) is not None:
+            yield reason
+        for task, numbers in (self.tasks or {}).items():
+            yield from (f"{task}: {name} {value:.4g}" for name, value in numbers.items())
+
+    def misses(self) -> list[str]:
+        """Sentences on what missed the gate, and on the layers to look at first; empty if nothing did."""
+        return missed(self.gate.misses if self.gate else (), self.layers)
+
+
+def evaluate(
+    model: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None, device: str | None = None,
+    kv_cache: str | None = None, tasks: str | Sequence[str] | None = None,
+    text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
+    max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
+    max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
+    trust_remote_code: bool = False, progress: bool | Bar = False, say: Say | None = None,
+) -> EvaluateResult:  # fmt: skip
+    """Measure a model against the model it was made from; ``hf-quant eval``.
+
+    What is measured of a folder is added to its results.json, but for what a ``kv_cache`` costs.
+
+    Args:
+        model: Folder or Hub id.
+        base: The model it was made from; None: the one that its recipe.json names.
+        device: Where to run both, such as ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        kv_cache: ``"int8"`` or ``"int4"``: measure it with keys and values kept like that.
+        tasks: Tasks of lm-evaluation-harness too: a list, or names separated by commas.
+        text: As for `quantize`, like the next six; all of it is measured unless ``max_tokens`` says otherwise.
+        dataset: ``datasets`` set to measure on, in place of ``text``.
+        context: Tokens in a window.
+        stride: Tokens from one window to the next.
+        max_tokens: Measure about that many at most.
+        base_dtype: What the base computes in.
+        allow_overlap: Measure even on text that was calibrated on.
+        max_kl: Gate: KL divergence to the base, nats per token.
+        max_ppl_increase: Gate: perplexity over the base's minus one.
+        min_top1: Gate: share of predictions whose likeliest token is the base's.
+        trust_remote_code: Run code that the checkpoints bring along.
+        progress: As for `quantize`.
+        say: As for `quantize`.
+
+    Raises:
+        OptionError: Options contradict each other, or make no sense.
+        HfQuantError: The two models cannot be compared, or something in one of them is not as it must be.
+    """
+    model, base = check_model(model), None if base is None else check_model(base)
+    how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap)
+    limits = budget(max_kl, max_ppl_increase, min_top1)
+    if kv_cache is not None and kv_cache not in KV_CACHES:
+        raise OptionError(f"--kv-cache {kv_cache!r} is not one of {', '.join(KV_CACHES)}")
+
+    from hf_quant.checkpoint.folder import Checkpoint
+    from hf_quant.evaluation.gate import Gate
+    from hf_quant.evaluation.layers import layer_errors
+    from hf_quant.evaluation.yardstick import Base
+    from hf_quant.hf import load
+    from hf_quant.hf.auto import tokenizer_of
+
+    recipe = _recipe(model)
+    base, revision = _base_of(model, recipe, base)
+    from_hub, of_base = hub(None, trust_remote_code), hub(revision, trust_remote_code)
+    name, content = how.find(model, base)
+    if not allow_overlap:
+        check_overlap(model, content)
+    for folder in (Path(model), Path(base)):
+        if folder.is_dir():
+            Checkpoint.open(folder)
+    with reporting(progress, say) as report:
+        tokenizer = tokenizer_of(base, **of_base)
+        _same_tokenizer(model, tokenizer, from_hub)
+        report.say(f"measuring {model} against {base} on {name}")
+        measure = how.yardstick(base, content, tokenizer, report, device=device, **of_base)
+        loaded = load(model, **from_hub, **({"device_map": device} if device else {})).eval()
+        measured = _cached(loaded, kv_cache) if kv_cache else loaded
+        quality = measure(measured)
+        done = EvaluateResult(
+            model, base, name, quality,
+            layer_errors(loaded, Base(base, **of_base).checkpoint(), recipe.get("blocks") or ()),
+            Gate(**limits.verdict(quality)) if limits else None,
+            {"kind": kv_cache, "bytes": measured.nbytes} if kv_cache else None,
+            _tasks(loaded, tokenizer, tasks) if tasks else None,
+        )  # fmt: skip
+        if not kv_cache:  # results.json is about the model alone
+            store_results(Path(model), done.to_dict(), report.say)
+    return done
+
+
+def _cached(model: Any, kind: str) -> Any:
+    from hf_quant.evaluation.cached import Cached
+
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise HfQuantError(f"--kv-cache: {type(model).__name__} is no causal language model, so it keeps none")
+    return Cached(model, kind)
+
+
+def _tasks(model: Any, tokenizer: Any, tasks: str | Sequence[str]) -> dict[str, dict[str, float]]:
+    from hf_quant.evaluation.tasks import run_tasks
+
+    return run_tasks(model, tokenizer, tasks.split(",") if isinstance(tasks, str) else list(tasks))
+
+
+def _recipe(model: str) -> dict[str, Any]:
+    """What ``model`` says of how it was made; empty where it says nothing."""
+    file = Path(model) / "recipe.json"
+    if not file.is_file():
+        return {}
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HfQuantError(f"{file}: {error}") from None
+    if not isinstance(stored, dict) or not isinstance(stored.get("source", {}), dict):
+        raise HfQuantError(f"{file}: is not a recipe: an object with the object source was expected")
+    return stored
+
+
+def _base_of(model: str, recipe: dict[str, Any], named: str | None) -> tuple[str, str | None]:
+    """The base ``named``, or else the one of the recipe; and its commit, where the recipe knows it."""
+    source = recipe.get("source", {})
+    base = named or source.get("model")
+    if base is None:
+        raise HfQuantError(f"{model} does not say what it was made from: name it with --base")
+    if Path(base).is_dir():
+        return str(base), None
+    if named is None and "/" not in base:
+        raise HfQuantError(f"{model} was made from a folder called {base!r}: say where it is with --base")
+    return str(base), source.get("revision") if base == source.get("model") else None
+
+
+def _same_tokenizer(model: str, base: Any, from_hub: dict[str, Any]) -> None:
+    from hf_quant.hf.auto import tokenizer_of
+
+    if any((Path(model) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        own = tokenizer_of(model, **from_hub)
+        if own is not None and base is not None and own.get_vocab() != base.get_vocab():
+            raise HfQuantError(f"the tokenizer of {model} differs from the base's: their numbers cannot be compared")

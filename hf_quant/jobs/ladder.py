@@ -1,0 +1,303 @@
+"""The smallest model inside a quality budget, or the best one inside a size: walk, choose, write, measure again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.jobs.options import budget, check_model, dtype_named, hub, size_in_bytes
+from hf_quant.jobs.outputs import check_places
+from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
+from hf_quant.jobs.results import Result, Row
+from hf_quant.jobs.texts import (
+    CALIBRATION,
+    Measuring,
+    calibration_for,
+    find_calibration,
+    find_text,
+    measured_on,
+    needs_calibration,
+)
+
+if TYPE_CHECKING:
+    from hf_quant.evaluation.results import Quality
+    from hf_quant.evaluation.yardstick import Base
+    from hf_quant.jobs.walk import Rung
+
+TOKENS, TRIAL_TOKENS = 32768, 4096
+
+
+@dataclass(frozen=True, repr=False)
+class LadderResult(Result):
+    """What `ladder` measured and chose.
+
+    Attributes:
+        model: The base: a folder or a Hub id.
+        rungs: All models that were measured, in that order; the base first.
+        chosen: Name of the one that was written; None if none is inside the limits.
+        folder: Where it is; its name ends in ``-failed`` if it is out of the budget on documents that chose nothing.
+        passed: Whether there is a chosen model, inside the budget on those documents too.
+        text: Name of what was measured on.
+        held_back: The chosen model measured on documents that chose nothing; None where there are too few.
+        record: As ladder.json holds it.
+    """
+
+    model: str
+    rungs: Sequence[Rung]
+    chosen: str | None
+    folder: Path | None
+    passed: bool
+    text: str
+    held_back: Quality | None
+    record: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.record)
+
+    def title(self) -> str:
+        if self.folder is None:
+            return f"{self.model} down the precision ladder: no rung is inside the limits"
+        return f"{self.model} down the precision ladder: {self.chosen}, in {self.folder}"
+
+    def head(self) -> Row:
+        return ("model", "MB", "bits/weight", "KL (nats)", "95 % interval", "perplexity", "top-1", "tokens/s", "")
+
+    def rows(self) -> Iterator[Row]:
+        """Largest first; the base in bf16 has the noise floor for its quality."""
+        for rung in sorted(self.rungs, key=lambda rung: -rung.bytes):
+            quality = rung.quality or self.rungs[1].quality
+            assert quality is not None
+            kl, perplexity, top1 = (quality.metrics[name] for name in ("kl", "perplexity", "top1"))
+            if rung.quality is None:
+                shown = _shown(kl.noise, "noise floor", perplexity.noise, top1.noise)
+            else:
+                interval = "-" if kl.low is None else f"{kl.low:.5f}..{kl.high:.5f}"
+                shown = _shown(kl.value, interval, perplexity.value, top1.value)
+            size = (f"{rung.bytes / 1e6:.1f}", f"{rung.bits_per_weight:.2f}")
+            yield rung.name, *size, *shown, f"{rung.speed.decode:.0f}", self._mark(rung)
+
+    def _mark(self, rung: Rung) -> str:
+        if rung.name == self.chosen and rung.bytes == self.record.get("chosen_bytes"):
+            return "chosen"
+        return "out" if rung.misses else ""
+
+    def footnotes(self) -> Iterator[str]:
+        assert self.rungs[1].quality is not None
+        yield measured_on(self.rungs[1].quality, self.text)
+        if self.folder is None:
+            yield "no rung is inside the limits"
+            return
+        yield f"chosen: {self.chosen}, in {self.folder.name}"
+        if self.held_back is not None:
+            kl = self.held_back.metrics["kl"]
+            interval = "-" if kl.low is None else f"{kl.low:.5f}..{kl.high:.5f}"
+            yield (
+                f"measured again on {self.held_back.tokens:,} tokens of {self.held_back.documents} documents that chose "
+                f"nothing: KL {kl.value:.5f} ({interval})"
+            )
+
+    def misses(self) -> list[str]:
+        """Sentences on what is out of the limits."""
+        lines = [f"{rung.name}: {miss}" for rung in self.rungs for miss in rung.misses]
+        if self.folder is not None and self.held_back is not None and not self.passed:
+            lines.append(f"{self.folder}: on documents that chose nothing, {self.chosen} is out of the budget")
+        return lines
+
+
+def _shown(kl: float | None, interval: str, perplexity: float | None, top1: float | None) -> tuple[str, str, str, str]:
+    if kl is None or perplexity is None or top1 is None:
+        return "-", "-", "-", "-"
+    return f"{kl:.5f}", interval, f"{perplexity:.3f}", f"{top1:.1%}"
+
+
+def ladder(
+    model: str | os.PathLike[str], output: str | os.PathLike[str], *, max_size: int | str | None = None,
+    max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
+    group_size: int = 128, asym: bool = False, int8_activations: bool = False, method: str = "rtn", ignore: Sequence[str] = (),
+    lm_head: bool = False, embeddings: bool = False,
+    calibration: str | None = None, calibration_tokens: int = 65536, max_memory: int | str | None = None,
+    text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
+    max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
+    trial_text: str | None = None, trial_tokens: int = TRIAL_TOKENS,
+    dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
+    max_shard_size: int | str = "5GB", overwrite: bool = False, progress: bool | Bar = False, say: Say | None = None,
+) -> LadderResult:  # fmt: skip
+    """Walk a model down the precision ladder and write the smallest one inside the budget; ``hf-quant ladder``.
+
+    Without a quality limit it is the best one inside ``max_size``. If none is inside the limits, ``passed`` is False and
+    ``folder`` None; nothing is written then.
+
+    Args:
+        model: Folder or Hub id of a causal language model.
+        output: Folder of the chosen model.
+        max_size: Bytes of all weights, also as ``"4GB"``.
+        max_kl: KL divergence to the base, nats per token.
+        max_ppl_increase: Perplexity over the base's minus one, such as 0.01.
+        min_top1: Share of predictions whose likeliest token is the base's, such as 0.95.
+        group_size: Columns that share a scale.
+        asym: With zero points.
+        int8_activations: W8A8 and W4A8 on the way down, for speed in prefill and batches.
+        method: How codes are chosen.
+        ignore: Globs of layers to leave in floating point.
+        lm_head: Quantize the output head too.
+        embeddings: Quantize the input embeddings too.
+        calibration: As for `quantize`, like the next two.
+        calibration_tokens: How many tokens calibrated methods look at.
+        max_memory: Bytes that hidden states may take before they go to disk.
+        text: As for `quantize`, like the next six.
+        dataset: ``datasets`` set to measure on, in place of ``text``.
+        context: Tokens in a window.
+        stride: Tokens from one window to the next.
+        max_tokens: Measure about that many at most; default: 32768.
+        base_dtype: What the base computes in while it is the yardstick.
+        allow_overlap: Measure even on text that was calibrated on.
+        trial_text: UTF-8 file that sensitivities are measured on; None: calibration.txt beside the model.
+        trial_tokens: How many of its tokens.
+        dtype: What the models compute in.
+        device: Where to run.
+        revision: Of a Hub model.
+        trust_remote_code: Run code that the checkpoint brings along.
+        max_shard_size: Largest file of weights.
+        overwrite: Replace a folder that hf-quant wrote.
+        progress: As for `quantize`.
+        say: As for `quantize`.
+
+    Raises:
+        OptionError: Nothing says what to keep; or options contradict each other.
+        HfQuantError: The output may not be written, or something in the model is not as it must be.
+    """
+    model, out = check_model(model), Path(output)
+    gate = budget(max_kl, max_ppl_increase, min_top1)
+    size = None if max_size is None else size_in_bytes(max_size)
+    if not gate and size is None:
+        raise OptionError("say what to keep: --max-kl, --max-ppl-increase, --min-top1 or --max-size")
+    source = find_calibration(calibration, model)
+    calibrated = needs_calibration(method, _slugs(group_size, asym, int8_activations), calibration)
+    how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
+    inputs = list(filter(None, (text, dataset, trial_text, calibration)))
+    shard, memory = size_in_bytes(max_shard_size), None if max_memory is None else size_in_bytes(max_memory)
+    given = (
+        {"dtype": dtype_named(dtype)} | ({"device_map": device} if device else {}) | hub(revision, trust_remote_code)
+    )
+    check_places([out], [model, *inputs], overwrite=overwrite, gate=bool(gate))
+
+    from hf_quant.data.text import refuse_overlap
+    from hf_quant.evaluation.results import Quality
+    from hf_quant.hf.auto import tokenizer_of
+    from hf_quant.hf.loading import refuse_quantized
+    from hf_quant.jobs.compress import Job, compress
+    from hf_quant.jobs.walk import Ladder, Limits, rungs
+
+    from_hub = hub(revision, trust_remote_code)
+    refuse_quantized(model, **from_hub)
+    base = _base(model, base_dtype, device, from_hub)
+    with reporting(progress, say) as report:
+        name, whole = how.find(model)
+        choosing, held_back = _parts(whole, report)
+        tokenizer = tokenizer_of(model, **from_hub)
+        looked_at = calibration_for(model, source, calibration_tokens, tokenizer, from_hub) if calibrated else None
+        if looked_at is not None and not allow_overlap:
+            refuse_overlap(whole, looked_at.paragraphs)
+
+        def measure_on(part: str) -> Any:
+            return how.yardstick(model, part, tokenizer, report, device=device, **from_hub)
+
+        limits = Limits(gate, size, 2.0 if held_back else 1.0)
+        job = Job(
+            model, given, shard, overwrite, report.say, tokenizer, gate, measure_on(choosing), looked_at,
+            report.over("blocks"), memory, inputs=inputs,
+        )  # fmt: skip
+        options = {
+            "method": method, "modules_to_not_convert": list(ignore), "quantize_lm_head": lm_head,
+            "quantize_embeddings": embeddings,
+        } | ({} if looked_at is None else {"calibration": looked_at.ids})  # fmt: skip
+        walk = Ladder(
+            job, limits, rungs(group_size, not asym, int8_activations), options, base.load,
+            lambda: _trial(base, tokenizer, choosing, trial_text, trial_tokens, report), report.over("sensitivity"),
+        ).walk()  # fmt: skip
+        record = walk.to_dict() | {"limits": asdict(gate) | {"max_size": size}, "held_back": None}
+        folder = None
+        if walk.chosen is not None:
+            assert walk.chosen.config is not None
+            record["chosen_bytes"] = walk.chosen.bytes
+            last = replace(
+                job, finish=lambda stage, row: _finish(stage, record, row, held_back is not None, report.say)
+            )
+            if held_back is not None:
+                last = replace(last, measure=measure_on(held_back))
+            folder = out.with_name(compress(last, walk.chosen.config, out)["folder"])
+    again = record["held_back"]
+    return LadderResult(
+        model, walk.rungs, record["chosen"], folder, folder is not None and folder.name == out.name, name,
+        None if again is None else Quality.from_dict(again), record,
+    )  # fmt: skip
+
+
+def _base(model: str, dtype: str, device: str | None, from_hub: dict[str, Any]) -> Base:
+    import torch
+
+    from hf_quant.evaluation.yardstick import Base
+
+    base = Base(model, dtype=getattr(torch, dtype), device=device, **from_hub)
+    if not base.causal():
+        raise HfQuantError(
+            f"{model} is no causal language model, and the ladder goes by its predictions: use quantize"
+        )
+    return base
+
+
+def _slugs(group_size: int, asym: bool, int8_activations: bool) -> list[str]:
+    """Of the rungs, as `hf_quant.jobs.walk.rungs` makes them; no torch is needed to know whether text is looked at."""
+    from hf_quant.core.scheme import QuantScheme
+
+    plain = [str(QuantScheme(bits, group_size, not asym)) for bits in (8, 4, 3, 2)]
+    return [*plain, "W8A8"] if int8_activations else plain
+
+
+def _parts(text: str, report: Reporter) -> tuple[str, str | None]:
+    """Documents that choose, and documents that are held back to measure what was chosen."""
+    from hf_quant.data.text import halves, split
+    from hf_quant.evaluation.results import FEWEST_DOCUMENTS
+
+    documents = len(split(text))
+    if documents >= 2 * FEWEST_DOCUMENTS:
+        return halves(text)
+    report.say(
+        f"the text has {documents} documents: with fewer than {2 * FEWEST_DOCUMENTS} none are held back, so the model is "
+        "chosen and measured on the same ones, which flatters it"
+    )
+    return text, None
+
+
+def _finish(stage: Path, record: dict[str, Any], row: dict[str, Any], held_back: bool, say: Say) -> dict[str, Any]:
+    """Write the walk and its pictures beside the model before that appears; returns what results.json holds of it."""
+    from hf_quant.disk.atomic import write_bytes, write_json
+    from hf_quant.publish import charts
+
+    record |= {"folder": row["folder"], "held_back": row["quality"] if held_back else None}
+    write_json(stage / "ladder.json", record)
+    if (reason := charts.available()) is not None:
+        say(reason)
+    else:
+        for name, draw in (("size_and_kl", charts.size_and_kl), ("sensitivity", charts.sensitivity)):
+            if name != "sensitivity" or record["sensitivity"]["kl"]:
+                for dark in (False, True):
+                    write_bytes(stage / f"{name}-{'dark' if dark else 'light'}.png", draw(record, dark))
+    return {"ladder": {key: record[key] for key in ("rungs", "chosen", "chosen_bytes", "limits", "held_back")}}
+
+
+def _trial(
+    base: Base, tokenizer: Any, measured_text: str, trial_text: str | None, tokens: int, report: Reporter
+) -> Any:
+    """The base's outputs on a text that the result is not measured on, if there is one."""
+    from hf_quant.data.text import read_text
+
+    beside = Path(base.model) / CALIBRATION
+    file = find_text(trial_text) or (beside if beside.is_file() else None)
+    if file is None:
+        report.say("sensitivities are measured on the held-out text itself: --trial-text names another")
+    return base.reference(tokenizer, read_text(file) if file else measured_text, max_tokens=tokens, noise=False)

@@ -1,0 +1,167 @@
+"""What a caller may ask for. Everything here is checked without torch, so that wrong options are refused at once."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_quant.errors import HfQuantError, OptionError
+
+if TYPE_CHECKING:
+    from hf_quant.evaluation.gate import Budget
+    from hf_quant.hf import HfQuantConfig
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+DTYPES = {
+    "auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16",
+    "float16": "float16", "fp16": "float16", "half": "float16",
+}  # fmt: skip
+WANTED = "name the folder of a Hugging Face model (config.json and safetensors), or a Hub id such as owner/name"
+
+
+def check_model(model: str | os.PathLike[str]) -> str:
+    """The folder or Hub id of a model, as a string.
+
+    Raises:
+        HfQuantError: It is neither; the message says what it is, and what to do about it.
+    """
+    name = os.fspath(model)
+    path = Path(name)
+    if path.is_file():
+        raise HfQuantError(f"{name}: {_of_file(path)}")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise HfQuantError(f"{name}: {_of_folder(path)}")
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise HfQuantError(f"{name}: no such folder")
+    return name
+
+
+def _of_file(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return f"a GGUF file, which hf-quant does not read; {WANTED}"
+    if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
+        return f"a single file; name the folder that holds it, {path.parent}"
+    return f"a file, not a model; {WANTED}"
+
+
+def _of_folder(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return (
+            "an adapter (PEFT), not a whole model; merge it into its base first: "
+            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+        )
+    if (folder / "model_index.json").is_file():
+        parts = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        return f"a diffusers pipeline; name one of its transformers models, a folder in it ({', '.join(parts)})"
+    if any(folder.glob("*.gguf")):
+        return f"GGUF files, which hf-quant does not read; {WANTED}"
+    return f"no config.json in this folder; {WANTED}"
+
+
+def size_in_bytes(value: int | str) -> int:
+    """Bytes of a size such as ``"4GB"``, ``"512MiB"``, ``"4G"``, or a plain number.
+
+    Raises:
+        OptionError: It is no size.
+    """
+    if isinstance(value, int):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
+    if match is None or match[2] not in UNITS:
+        raise OptionError(f"{value!r} is not a size; write for example 4GB, 512MiB or 2000000")
+    return int(float(match[1]) * UNITS[match[2]])
+
+
+def dtype_named(dtype: object) -> str:
+    """Full name of a type that models compute in, from that, a short one (``"bf16"``) or a ``torch.dtype``.
+
+    Raises:
+        OptionError: There is no such type.
+    """
+    name = DTYPES.get(str(dtype).removeprefix("torch.").lower())
+    if name is None:
+        raise OptionError(f"{dtype!r} is not one of {', '.join(dict.fromkeys(DTYPES.values()))}")
+    return name
+
+
+def schemes(
+    scheme: str | Sequence[str] | None, bits: int | None, group_size: int | None, asym: bool
+) -> tuple[str, ...]:
+    """Slugs of the schemes that were asked for, either by name or by their parts.
+
+    Raises:
+        SchemeError: One of them is impossible.
+        OptionError: A scheme is named twice, or in both ways.
+    """
+    from hf_quant.core.scheme import QuantScheme
+
+    named = (scheme,) if isinstance(scheme, str) else tuple(scheme or ())
+    if not named:
+        return (str(QuantScheme(4 if bits is None else bits, 128 if group_size is None else group_size, not asym)),)
+    given = {"--bits": bits is not None, "--group-size": group_size is not None, "--asym": asym}
+    if also := [option for option, is_given in given.items() if is_given]:
+        raise OptionError(f"--scheme {named[0]} says all that {also[0]} would: give one of them")
+    slugs = tuple(str(QuantScheme.parse(name)) for name in named)
+    if len(set(slugs)) < len(slugs):
+        raise OptionError("--scheme: one of them is given twice")
+    return slugs
+
+
+def overrides(override: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Glob to slug; ``"float"`` and None both leave a layer in floating point.
+
+    Raises:
+        SchemeError: One of the schemes is impossible.
+    """
+    from hf_quant.core.scheme import QuantScheme
+
+    return {
+        glob: None if slug in (None, "float") else str(QuantScheme.parse(str(slug))) for glob, slug in override.items()
+    }
+
+
+def configs(
+    slugs: Sequence[str], *, method: str, format: str, ignore: Sequence[str], override: Mapping[str, str | None],
+    lm_head: bool, embeddings: bool,
+) -> list[HfQuantConfig]:  # fmt: skip
+    """One configuration for every scheme that was asked for."""
+    from hf_quant.hf import HfQuantConfig
+
+    return [
+        HfQuantConfig(
+            slug,
+            method=method,
+            format=format.replace("-", "_"),
+            overrides=overrides(override),
+            modules_to_not_convert=list(ignore),
+            quantize_lm_head=lm_head,
+            quantize_embeddings=embeddings,
+        )
+        for slug in slugs
+    ]
+
+
+def budget(max_kl: float | None, max_ppl_increase: float | None, min_top1: float | None) -> Budget:
+    """What quantization may cost, from the three options that say it.
+
+    Raises:
+        OptionError: A limit is negative or not finite, or more agreement is asked for than there can be.
+    """
+    from hf_quant.evaluation.gate import Budget
+
+    for name, limit in (("max_kl", max_kl), ("max_ppl_increase", max_ppl_increase), ("min_top1", min_top1)):
+        if limit is not None and not 0 <= limit < math.inf:
+            raise OptionError(f"{name}: {limit!r} is not a number from 0")
+    if min_top1 is not None and min_top1 > 1:
+        raise OptionError(f"min_top1: {min_top1!r} is more than 100%; write 0.95 for 95%")
+    return Budget(max_kl, max_ppl_increase, min_top1)
+
+
+def hub(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """Where a model comes from and whether its code may run, as arguments of ``from_pretrained``."""
+    return ({"revision": revision} if revision else {}) | ({"trust_remote_code": True} if trust_remote_code else {})

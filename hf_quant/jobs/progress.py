@@ -1,0 +1,82 @@
+"""How a long job tells of itself: bars and messages, shown only where the caller asks for them."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+Bar = Callable[[Iterable[Any], str], Iterable[Any]]
+Say = Callable[[str], None]
+logger = logging.getLogger("hf_quant")
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Where a job's progress and messages go.
+
+    Attributes:
+        bar: Wraps the items that a job walks through, given what they are, such as ``"blocks"``.
+        say: Is told what is worth knowing.
+    """
+
+    bar: Bar
+    say: Say
+
+    def over(self, what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
+        """`bar` for one kind of items."""
+        return lambda items: self.bar(items, what)
+
+
+@contextmanager
+def reporting(progress: bool | Bar, say: Say | None) -> Iterator[Reporter]:
+    """Report as the caller wishes; the bars of transformers and of the Hub's client are shown only if ours are.
+
+    Args:
+        progress: True for bars in the terminal or notebook, False for none, or a function of its own as in `Reporter`.
+        say: As in `Reporter`; None passes messages to the logger ``hf_quant``, at level INFO.
+    """
+    bar = progress if callable(progress) else _bars if progress else _no_bars
+    with _their_bars(shown=progress is True):
+        yield Reporter(bar, say or logger.info)
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory so far; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _no_bars(items: Iterable[Any], what: str) -> Iterable[Any]:
+    return items
+
+
+def _bars(items: Iterable[Any], what: str) -> Iterable[Any]:
+    from tqdm.auto import tqdm
+
+    with tqdm(items, desc=what) as bar:
+        for item in bar:
+            yield item
+            if what == "blocks":
+                bar.set_postfix_str(f"peak {peak_memory() / 1e9:.1f} GB")
+
+
+@contextmanager
+def _their_bars(*, shown: bool) -> Iterator[None]:
+    from transformers.utils import logging as theirs
+
+    if shown or not theirs.is_progress_bar_enabled():
+        yield
+        return
+    theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        theirs.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,177 @@
+"""Which texts a model is calibrated and measured on, and the measuring itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.jobs.progress import Reporter
+
+if TYPE_CHECKING:
+    from hf_quant.data.calibration import Calibration
+    from hf_quant.evaluation.results import Quality
+
+TEXT, CALIBRATION = "heldout.txt", "calibration.txt"  # what a model's folder may bring along
+BASE_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What to measure on, and how.
+
+    Attributes:
+        text: UTF-8 file; None for heldout.txt beside the model or its base, or else a text that comes with this package.
+        dataset: ``ID[:CONFIG][@SPLIT][#COLUMN]`` of a ``datasets`` set, in place of ``text``.
+        context: Tokens in a window; None for 512, or what the model allows.
+        stride: Tokens from one window to the next; None for ``context``.
+        max_tokens: About that many are measured at most; None for all.
+        base_dtype: What the base computes in while it is the yardstick.
+        allow_overlap: Measure even on text that was calibrated on.
+
+    Raises:
+        OptionError: Two of them contradict each other.
+        HfQuantError: There is no such file.
+    """
+
+    text: str | None
+    dataset: str | None
+    context: int | None
+    stride: int | None
+    max_tokens: int | None
+    base_dtype: str
+    allow_overlap: bool
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.dataset is not None:
+            raise OptionError("--text and --dataset name two texts to measure on: give one of them")
+        if self.stride is not None and self.context is not None and self.stride > self.context:
+            raise OptionError(f"--stride {self.stride} is more than --context {self.context}")
+        for name, value, least in (("context", self.context, 2), ("stride", self.stride, 1)):
+            if value is not None and value < least:
+                raise OptionError(f"--{name} {value}: must be at least {least}")
+        if self.base_dtype not in BASE_DTYPES:
+            raise OptionError(f"--base-dtype {self.base_dtype!r} is not one of {', '.join(BASE_DTYPES)}")
+        find_text(self.text)
+
+    def beside(self, *folders: str) -> tuple[str, str] | None:
+        """Name and content of the text to measure on: the one named, or the one in ``folders``; None if there is none."""
+        from hf_quant.data.text import read_dataset, read_text
+
+        if self.dataset is not None:
+            return self.dataset, read_dataset(self.dataset)
+        file = find_text(self.text, *folders)
+        return None if file is None else (file.name, read_text(file))
+
+    def find(self, *folders: str) -> tuple[str, str]:
+        """The same, or else the bundled text."""
+        from hf_quant.data.text import BUNDLED, read_text
+
+        return self.beside(*folders) or ("the bundled text (documentation of Python)", read_text(BUNDLED))
+
+    def yardstick(
+        self,
+        base: str,
+        text: str,
+        tokenizer: Any,
+        report: Reporter,
+        *,
+        device: str | None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Callable[[Any], Quality]:
+        """Measures models against ``base``; its outputs are computed here, unless they are cached."""
+        import torch
+
+        from hf_quant.evaluation.yardstick import Base, yardstick
+
+        if tokenizer is None:
+            raise HfQuantError(f"{base} has no tokenizer, so nothing can be measured: --no-eval leaves it out")
+        return yardstick(
+            Base(base, revision, getattr(torch, self.base_dtype), device, trust_remote_code), tokenizer, text,
+            context=self.context, stride=self.stride, max_tokens=self.max_tokens, say=report.say,
+            progress=report.over("measuring"),
+        )  # fmt: skip
+
+
+def find_text(text: str | None, *folders: str) -> Path | None:
+    """The file asked for, else the held-out text in one of the folders."""
+    if text is not None:
+        if not Path(text).is_file():
+            raise HfQuantError(f"{text}: no such file")
+        return Path(text)
+    return next((path for folder in folders if (path := Path(folder) / TEXT).is_file()), None)
+
+
+def check_overlap(folder: str, text: str) -> None:
+    """Refuse ``text`` if the recipe in ``folder`` says that its model was calibrated on it."""
+    from hf_quant.data.text import refuse_overlap
+
+    recipe = Path(folder) / "recipe.json"
+    if recipe.is_file():
+        refuse_overlap(text, (json.loads(recipe.read_text()).get("calibration") or {}).get("paragraphs", []))
+
+
+def find_calibration(text: str | None, model: str) -> str | None:
+    """The calibration text asked for, else the one beside the model, else None for the bundled one.
+
+    Raises:
+        HfQuantError: What is asked for looks like a file, and there is none.
+    """
+    if text is None:
+        beside = Path(model) / CALIBRATION
+        return str(beside) if beside.is_file() else None
+    if Path(text).is_dir() or (Path(text).suffix in (".txt", ".jsonl", ".json", ".md") and not Path(text).is_file()):
+        raise HfQuantError(f"--calibration {text}: no such file")
+    return text
+
+
+def needs_calibration(method: str, slugs: Iterable[str], calibration: str | None) -> bool:
+    """Whether the method needs calibration data for one of the schemes.
+
+    Raises:
+        OptionError: Calibration data are named, and nothing would look at them.
+    """
+    from hf_quant.core.scheme import QuantScheme
+    from hf_quant.solve.recipes import preset
+
+    calibrated = any(preset(method, QuantScheme.parse(slug)).calibrated for slug in slugs)
+    if calibration is not None and not calibrated:
+        raise OptionError(f"--calibration: --method {method} looks at no text")
+    return calibrated
+
+
+def calibration_for(
+    model: str, source: str | None, tokens: int, tokenizer: Any, from_hub: dict[str, Any]
+) -> Calibration:
+    """What calibrated methods look at."""
+    from hf_quant.data.calibration import calibration
+    from hf_quant.evaluation.yardstick import Base
+
+    base = Base(model, **from_hub)
+    return calibration(source, tokenizer, base.context(), tokens, base.vocabulary())
+
+
+def measured_on(quality: Quality, name: str) -> str:
+    """A sentence on the text that a quality was measured on."""
+    from hf_quant.evaluation.results import why_no_interval
+
+    reason = why_no_interval(quality.to_dict())
+    return f"measured on {quality.tokens:,} held-out tokens of {name}" + (f"; {reason}" if reason else "")
+
+
+def missed(misses: Sequence[str], layers: Sequence[Any]) -> list[str]:
+    """Sentences on what missed the gate, and on the layers to look at first."""
+    lines = [f"gate missed: {miss}" for miss in misses]
+    if lines and layers:
+        worst = ", ".join(f"{layer.layer} ({layer.error:.1%})" for layer in layers[:3])
+        lost = (
+            "layers whose outputs lose most"
+            if layers[0].of == "outputs"
+            else "layers farthest from the base's weights"
+        )
+        lines.append(f"{lost}: {worst}")
+    return lines

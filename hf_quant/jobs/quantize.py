@@ -238,7 +238,7 @@ def quantize(
         slugs, method=method, format=format, ignore=ignore, override=other, lm_head=lm_head, embeddings=embeddings
     )
     from_hub, ranks = hub(revision, trust_remote_code), Ranks.found()
-    with reporting(progress and ranks.first, say if ranks.first else _silent) as report:
+    with reporting(progress if ranks.first else False, say if ranks.first else _silent) as report:
         _check_folder(model, report)
         refuse_quantized(model, **from_hub)
         tokenizer = tokenizer_of(model, **from_hub)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 IDS = torch.arange(1, 17)[None]
 SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -86,3 +87,22 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return ZOO[name], made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a byte-level tokenizer and a held-out text beside it."""
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("tiny") / "tiny"
+    config = tf.LlamaConfig(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(out)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
+    (out / "heldout.txt").write_text("some words to measure on, again and again\n" * 40)
+    return out

@@ -9,11 +9,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import hf_quant
 import hf_quant.disk.folders
@@ -24,22 +22,9 @@ REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tiny: Path) -> Path:
     """A tiny model with a byte-level tokenizer and a held-out text beside it."""
-    torch.manual_seed(0)
-    out = tmp_path_factory.mktemp("cli") / "tiny"
-    config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, initializer_range=0.2,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(out)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(out)
-    (out / "heldout.txt").write_text("some words to measure on, again and again\n" * 40)
-    return out
+    return tiny
 
 
 def run(*args: Any, code: int = 0) -> Result:

@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hf_quant import _upwards
+
 if TYPE_CHECKING:
     from hf_quant.errors import HfQuantError as HfQuantError
     from hf_quant.hf import HfQuantConfig as HfQuantConfig
@@ -89,3 +91,12 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """The public names, for completion in a notebook."""
     return [*__all__, "__version__"]
+
+
+def _push_model(*args: Any, **options: Any) -> str:
+    link: str = import_module("hf_quant.publish.push").push_model(*args, **options)
+    return link
+
+
+_upwards.push_model = _push_model
+_upwards.transformers_plugin = lambda: import_module("hf_quant.hf")

@@ -12,10 +12,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from hf_quant import _upwards
 
 METHOD = "hf_quant"
 AUTO = "transformers.quantizers.auto"
@@ -32,7 +33,7 @@ class _Proxy:
 
     def _real(self) -> Any:
         try:
-            return getattr(import_module("hf_quant.hf"), self._class_name)
+            return getattr(_upwards.transformers_plugin(), self._class_name)
         except BaseException:
             _quietly(_register)  # otherwise transformers would skip the quantization at the next attempt
             raise
@@ -118,7 +119,7 @@ def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
         of_this_package = type(requested).__name__ == "HfQuantConfig"
         if _foreign(stored):
             if of_this_package or (_to_take_over(stored) and (requested is None or _repeats(requested, stored))):
-                hf = import_module("hf_quant.hf")
+                hf = _upwards.transformers_plugin()
                 if not of_this_package:
                     return hf.taken_over(stored, None)
                 if isinstance(requested, hf.HfQuantConfig):
@@ -126,7 +127,7 @@ def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
                     hf.refuse_requantizing(stored, requested)
                     return config
         elif of_this_package:
-            import_module("hf_quant.hf").refuse_requantizing(stored, requested)
+            _upwards.transformers_plugin().refuse_requantizing(stored, requested)
         return original(cls, stored, requested)
 
     return merge_quantization_configs
@@ -140,7 +141,7 @@ def _without_its_package(original: Callable[..., Any]) -> Callable[..., Any]:
         except ImportError:
             if not (_foreign(quantization_config_dict) and _to_take_over(quantization_config_dict)):
                 raise
-            return import_module("hf_quant.hf").taken_over(quantization_config_dict, None)
+            return _upwards.transformers_plugin().taken_over(quantization_config_dict, None)
 
     return from_dict
 
@@ -152,8 +153,9 @@ def _foreign(stored: Any) -> bool:
 
 def _to_take_over(stored: dict[str, Any]) -> bool:
     if unknown := sorted(taken_over - set(READABLE)):
-        sentence = f"HF_QUANT_TAKE_OVER: {unknown[0]!r} is not one of {', '.join(READABLE)}"
-        raise import_module("hf_quant.errors").PlanError(sentence)
+        from hf_quant.errors import PlanError
+
+        raise PlanError(f"HF_QUANT_TAKE_OVER: {unknown[0]!r} is not one of {', '.join(READABLE)}")
     return METHOD in stored or stored["quant_method"] in taken_over
 
 

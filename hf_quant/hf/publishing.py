@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from hf_quant import _upwards
 from hf_quant.errors import PushError
 from hf_quant.hf._hooks import has_adapters, refuse_uploads
 
@@ -31,8 +31,7 @@ def push_to_hub(model: Any, repo_id: str, **how: Any) -> Any:
     """Of a quantized model; see ``hf_quant.publish.push.push_model``. Of adapters on one, transformers' own."""
     if has_adapters(model):
         return type(model).push_to_hub(model, repo_id, **how)
-    publishing = import_module("hf_quant.publish.push")  # which stands above this module
-    return str(publishing.push_model(model, repo_id, **how))
+    return _upwards.push_model(model, repo_id, **how)
 
 
 def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from hf_quant.checkpoint.config import FIELDS, read_json
 from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.core.layout import wrong_values
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.safetensors import TORCH, TensorInfo
 from hf_quant.errors import CheckpointError, FormatError
 from hf_quant.formats import Called, Format, Layer, by_itself, format_of
-from hf_quant.formats.native import wrong_values
 
 QUANTO = "quanto_qmap.json"  # the file by which a checkpoint of optimum-quanto is recognized
 TINY, SMALL = 1 << 12, 1 << 24  # bytes of a tensor that is read in a quick look, and in a thorough one

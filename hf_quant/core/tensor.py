@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_quant.core.layout import WEIGHT, index_dtype, part_name
 from hf_quant.core.numerics import levels
-from hf_quant.core.packing import pack, unpack
+from hf_quant.core.packing import pack, pack_short, unpack, unpack_short
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import SchemeError
-
-
-def index_dtype(columns: int) -> torch.dtype:
-    """What numbers of that many columns are stored in: int16, or int32 where they do not fit."""
-    return torch.int16 if columns <= 1 << 15 else torch.int32
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +81,41 @@ class QuantizedTensor:
             raise SchemeError(f"in_features must be a multiple of 32, got {codes.shape[-1]}")
         zero = None if scheme.symmetric else zero_point.to(torch.uint8)
         return cls(pack(codes, scheme.bits), scale, zero, scheme, outliers=outliers)
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+        """Inverse of `parts`, of parts that are right (`layout.wrong_shape`); codes of 8 bits may also be flat, ``[..., N, K]``."""
+        codes, scale, zero = parts[WEIGHT], parts["weight_scale"], parts.get("weight_zero_point")
+        if zero is not None and not scheme.real_zero:
+            zero = unpack_short(zero, scheme.bits, scale.shape[-1])
+        outliers = None
+        if scheme.outliers and "weight_outlier_index" in parts:
+            outliers = Outliers(parts["weight_outlier_index"], parts["weight_outlier_value"])
+        return cls(
+            codes if codes.ndim == scale.ndim else codes.flatten(-2), scale, zero, scheme, parts.get("weight_perm"),
+            outliers, parts.get("weight_input_scale"),
+        )  # fmt: skip
+
+    def parts(self, name: str = WEIGHT) -> dict[str, Tensor]:
+        """The tensors that a module or a checkpoint of this package holds, as `core.layout` says; codes are not copied.
+
+        Args:
+            name: Of the codes; the other names follow from it.
+        """
+        parts = {
+            WEIGHT: self.qweight.unflatten(-1, (-1, 4)) if self.scheme.bits == 8 else self.qweight,
+            "weight_scale": self.scale,
+        }
+        if self.zero_point is not None:
+            real = self.scheme.real_zero
+            parts["weight_zero_point"] = self.zero_point if real else pack_short(self.zero_point, self.scheme.bits)
+        if self.perm is not None:
+            parts["weight_perm"] = self.perm
+        if self.outliers is not None:
+            parts |= {"weight_outlier_index": self.outliers.index, "weight_outlier_value": self.outliers.value}
+        if self.input_scale is not None:
+            parts["weight_input_scale"] = self.input_scale
+        return {part_name(name, part): tensor for part, tensor in parts.items()}
 
     @classmethod
     def of_rows(cls, parts: Iterator[QuantizedTensor], n: int) -> QuantizedTensor:

@@ -14,23 +14,10 @@ import torch
 from torch import Tensor
 
 from hf_quant import _plugins
+from hf_quant.core.layout import Shaped
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
-
-
-class Shaped(Protocol):
-    """What a header tells of a tensor; a tensor tells it too."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """Its axes."""
-        ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Its type."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_quant.core.layout import Shaped
 from hf_quant.core.packing import pack
 from hf_quant.core.scheme import MULTIPLE, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
-from hf_quant.formats import Shaped
 
 MAX_GLOBS = 200
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_quant.core.layout import part_name
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.formats import Format
 from hf_quant.hf.checkpoint_tensors import Tensors
@@ -60,4 +61,4 @@ def _stored_name(block: Block, layer: str, local: str) -> str:
     """Of one tensor of a layer, whose format calls it ``local``; stacks of experts are parameters, not modules."""
     path, _, leaf = block.local(layer).rpartition(".")
     stacked = leaf in stacks(block.module.get_submodule(path))
-    return layer + local.removeprefix("weight") if stacked else f"{layer}.{local}"
+    return part_name(layer, local) if stacked else f"{layer}.{local}"

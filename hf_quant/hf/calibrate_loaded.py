@@ -11,7 +11,6 @@ from torch import nn
 
 from hf_quant.data.calibration import Calibration, calibration
 from hf_quant.errors import CheckpointError, HfQuantError
-from hf_quant.formats import format_named
 from hf_quant.hf.auto import tokenizer_of
 from hf_quant.hf.blocks import blocks_of, embed, layers_of, refuse_other_kinds, refuse_outside_blocks
 from hf_quant.hf.config import HfQuantConfig
@@ -51,7 +50,7 @@ def data_for(config: HfQuantConfig, model: Any) -> Calibration:
 class Place(Protocol):
     """Puts the codes of a layer, or of a stack of experts, into the model."""
 
-    def __call__(self, layer: str, tensors: dict[str, nn.Parameter]) -> None: ...
+    def __call__(self, layer: str, parts: dict[str, nn.Parameter]) -> None: ...
 
 
 @torch.inference_mode()
@@ -63,7 +62,7 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
         plan: What becomes of it.
         config: How.
         data: What to look at.
-        place: Called with the name of each layer and its tensors in the native layout; puts them into the model.
+        place: Called with the name of each layer and its parts (`core.layout`); puts them into the model.
 
     Returns:
         A record of each block.
@@ -71,7 +70,7 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     refuse_other_kinds(type(model), model.config, config.method)
     blocks, base = blocks_of(model), model.base_model
     refuse_outside_blocks(plan, blocks, config.method)
-    recipe, native, records = Recipe(plan.decision, model.dtype), format_named("native"), []
+    recipe, records = Recipe(plan.decision, model.dtype), []
     inside = tuple(f"{name}." for name in blocks)
     outside = [
         m for n, m in model.named_modules() if not f"{n}.".startswith(inside) and not isinstance(m, nn.Embedding)
@@ -89,7 +88,7 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
         with _in_float32(list(module.parameters())):
             solved = solve(block, streams[0], recipe, *streams[1:])
         for layer, codes in solved.codes.items():
-            place(layer, {local: frozen(tensor) for local, tensor in native.write(codes).items()})
+            place(layer, {part: frozen(tensor) for part, tensor in codes.parts().items()})
         records.append(solved.record(name))
     return records
 

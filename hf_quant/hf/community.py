@@ -16,13 +16,12 @@ import torch
 from hf_quant.checkpoint.contents import Contents
 from hf_quant.core.scheme import THRESHOLD, QuantScheme
 from hf_quant.errors import CheckpointError
-from hf_quant.formats import Called, Layer, format_named
+from hf_quant.formats import Called, Layer
 from hf_quant.formats._common import refused
 from hf_quant.hf._compat import renamer
 from hf_quant.hf._hooks import may_be_unexpected
 from hf_quant.hf.candidates import Candidate, candidates
 
-_NATIVE = format_named("native")
 # how programs that take transformers 5 stacks apart call the pieces, whatever the model's own checkpoints call them
 PIECES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 _NUMBER = re.compile(r"\.experts\.(\d+)\.")

@@ -15,7 +15,7 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import Format
 from hf_quant.hf._hooks import patterns_of
-from hf_quant.hf.community import _NATIVE, PIECES
+from hf_quant.hf.community import PIECES
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
 
@@ -128,8 +128,7 @@ class ReadStack(_Read):
             if scheme is None:
                 one = {name: torch.cat([self._dense(each) for each in own])}
             else:
-                written = _NATIVE.write(_joined([self.fmt.read(each, scheme) for each in own]))
-                one = {name + local.removeprefix("weight"): tensor for local, tensor in written.items()}
+                one = _joined([self.fmt.read(each, scheme) for each in own]).parts(name)
             for full, tensor in one.items():
                 if full not in made:
                     made[full] = tensor.new_empty((experts, *tensor.shape), dtype=model.get_parameter(full).dtype)
@@ -177,4 +176,4 @@ def parameters_of(name: str, read: QuantizedTensor, scale_dtype: torch.dtype) ->
     )
     inputs = None if read.input_scale is None else read.input_scale.to(scale_dtype)
     typed = replace(read, scale=read.scale.to(scale_dtype), zero_point=zero, input_scale=inputs)
-    return {name + local.removeprefix("weight"): frozen(tensor) for local, tensor in _NATIVE.write(typed).items()}
+    return {part: frozen(tensor) for part, tensor in typed.parts(name).items()}

@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 
+from hf_quant.core.layout import part_name
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import CheckpointError, HfQuantError
-from hf_quant.formats import format_named
 from hf_quant.hf.plan import Plan
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
-
-_NATIVE = format_named("native")
 
 
 class Quantizer(Protocol):
@@ -109,7 +107,7 @@ class QuantizeOnLoad(ConversionOps):
         except HfQuantError as error:  # raised again after loading: from here transformers would only log it
             self.quantizer.failure = error
             return {name: frozen(torch.empty(0))}
-        return {name + local.removeprefix("weight"): frozen(part) for local, part in parts.items()}
+        return {part_name(name, part): frozen(tensor) for part, tensor in parts.items()}
 
     def _quantized(self, name: str, leaf: str, value: Tensor | Apart, module: Any) -> dict[str, Tensor]:
         placeholder = getattr(module, leaf)
@@ -143,7 +141,7 @@ class QuantizeOnLoad(ConversionOps):
             if bad:
                 raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")
         solver = self.quantizer.plan.decision.solver(scheme)
-        return _NATIVE.write(solver.quantize(weight, scheme, dtype))
+        return solver.quantize(weight, scheme, dtype).parts()
 
     @property
     def reverse_op(self) -> ConversionOps:

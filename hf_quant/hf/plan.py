@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from hf_quant.core.layout import bytes_of
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import CheckpointError, PlanError, SchemeError
 from hf_quant.formats import format_named
@@ -304,14 +304,10 @@ def _sizes(model: Any, found: dict[str, Candidate], draft: _Draft, tied: bool) -
             before.pop(id(model.get_parameter(target)), None)
     bytes_float = sum(p.numel() * p.element_size() for p in before.values())
     bytes_quantized, params_quantized = bytes_float, 0
-    native = format_named("native")
     for name, scheme in draft.schemes.items():
         if tied and f"{name}.weight" in ties:
             continue
-        *lead, n, k = found[name].shape
-        weight = model.get_parameter(name if lead else f"{name}.weight")
-        layout = native.layout((n, k), scheme, weight.dtype).values()
-        bytes_quantized += math.prod(lead) * sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout)
-        bytes_quantized -= weight.numel() * weight.element_size()
+        weight = model.get_parameter(name if found[name].kind == "experts" else f"{name}.weight")
+        bytes_quantized += bytes_of(found[name].shape, scheme, weight.dtype) - weight.numel() * weight.element_size()
         params_quantized += weight.numel()
     return sum(p.numel() for p in before.values()), params_quantized, bytes_float, bytes_quantized

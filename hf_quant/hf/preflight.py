@@ -12,15 +12,14 @@ from typing import Any
 
 from hf_quant.checkpoint.contents import Contents
 from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.core.layout import COMPANIONS
 from hf_quant.disk.safetensors import SIZES, TensorInfo
 from hf_quant.errors import CheckpointError
-from hf_quant.formats import format_named
 from hf_quant.hf._compat import arrivals
 from hf_quant.hf._hooks import may_be_missing
 from hf_quant.hf.community import Placed, aliases, as_asked, place
 from hf_quant.hf.config import HfQuantConfig
 
-COMPANIONS = tuple(name.removeprefix("weight") for name in format_named("native").suffixes if name != "weight")
 # what only quantized layers have: GPTQ and AWQ, compressed-tensors, HQQ, optimum-quanto, bitsandbytes
 CODES = (".qweight", ".weight_packed", ".W_q", ".weight._data", ".weight.absmax", ".weight.quant_map", ".SCB")
 MOST_BUFFERS = 1 << 28  # bytes besides the size of the file that tables made from config.json may take

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
+from hf_quant.core.layout import PARTS, part_name
 from hf_quant.errors import PlanError
 from hf_quant.formats import format_named
 from hf_quant.hf._hooks import conversions_of, set_conversions
@@ -44,7 +45,7 @@ def state_on_disk(model: Any, format: str) -> tuple[dict[str, Tensor], set[str]]
         if not isinstance(module, Outside):
             continue
         own = {
-            n for p in list(module._parameters) if module.float_shape(p) is not None for n in companions(f"{name}.{p}")
+            n for p in list(module._parameters) if module.float_shape(p) is not None for n in all_names(f"{name}.{p}")
         }
         if format == "native" or not isinstance(module, QuantLinear):
             coded |= own & state.keys()
@@ -59,9 +60,9 @@ def state_on_disk(model: Any, format: str) -> tuple[dict[str, Tensor], set[str]]
     return state, coded
 
 
-def companions(name: str) -> list[str]:
-    """Names of all that may belong to codes of that name, themselves included."""
-    return [name + local.removeprefix("weight") for local in format_named("native").suffixes]
+def all_names(codes: str) -> list[str]:
+    """Names of all parts that a weight may have whose codes have that name."""
+    return [part_name(codes, part) for part in PARTS]
 
 
 def stems(files: Mapping[str, str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_quant.checkpoint.contents import Contents, quantization_of
 from hf_quant.checkpoint.folder import INDEX, Checkpoint
+from hf_quant.core.layout import part_name
 from hf_quant.core.tensor import QuantizedTensor, in_order
 from hf_quant.disk.atomic import copy_file, write_json
 from hf_quant.disk.safetensors import write_tensors
@@ -270,9 +271,7 @@ def _layer(job: _Job, module: str) -> dict[str, Tensor]:
     if job.to in NARROW and read.scale.dtype is torch.float32:
         read = _narrowed(module, read, job.to)
     written = job.fmt.write(read)
-    if stack:
-        return {module + local.removeprefix("weight"): tensor for local, tensor in written.items()}
-    return {f"{module}.{local}": tensor for local, tensor in written.items()}
+    return {part_name(module, local) if stack else f"{module}.{local}": tensor for local, tensor in written.items()}
 
 
 def _float(job: _Job, module: str, read: QuantizedTensor | Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Tensor
 from hf_quant.checkpoint.config import read_json
 from hf_quant.checkpoint.contents import Contents
 from hf_quant.checkpoint.folder import INDEX, Checkpoint
+from hf_quant.core.layout import wrong_values
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.digests import MANIFEST
 from hf_quant.errors import CheckpointError
-from hf_quant.formats.native import wrong_values
 from hf_quant.hf._compat import renamer
 from hf_quant.hf.community import Placed
 from hf_quant.hf.foreign_tensors import parameters_of

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hf_quant.bench.speed import Speed, compare
+from hf_quant.core.layout import bytes_of
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.evaluation.gate import Budget, unfavourable
 from hf_quant.evaluation.knapsack import Frontier, frontier
@@ -22,7 +23,6 @@ from hf_quant.evaluation.measure import means
 from hf_quant.evaluation.reference import Load, Progress, Reference
 from hf_quant.evaluation.results import Quality
 from hf_quant.evaluation.sensitivity import groups, sensitivities
-from hf_quant.formats import format_named
 from hf_quant.hf import HfQuantConfig
 from hf_quant.hf.auto import hub_options
 from hf_quant.hf.candidates import candidates
@@ -255,7 +255,10 @@ class Ladder:
         choices = [*(s for s in self.schemes if s.bits == 8 and s not in tried), *tried]
         shapes = {name: each.shape for name, each in candidates(skeleton).items()}
         sizes = [
-            [sum(_bytes(shapes[name], s.fitted(shapes[name][-1]), skeleton.dtype) for name in names) for s in choices]
+            [
+                sum(bytes_of(shapes[name], s.fitted(shapes[name][-1]), skeleton.dtype) for name in names)
+                for s in choices
+            ]
             for names in layers.values()
         ]
         costs = [self._costs(found, group, choices) for group in layers]
@@ -302,12 +305,6 @@ def _rounding(config: HfQuantConfig) -> Method:
     """
     chosen = preset(config.method, config.default_scheme)
     return method("rtn") if chosen.calibrated or chosen.transforms else chosen.solver()
-
-
-def _bytes(shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype) -> int:
-    *stack, n, k = shape
-    layout = format_named("native").layout((n, k), scheme, dtype).values()
-    return math.prod(stack) * sum(math.prod(size) * kind.itemsize for size, kind in layout)
 
 
 def _speed(model: Any) -> Speed:

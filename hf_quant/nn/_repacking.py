@@ -9,9 +9,9 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from hf_quant.core.layout import PARTS, WEIGHT, part_name
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
-from hf_quant.formats import format_named
 from hf_quant.kernels import LinearBackend, LinearSpec
 from hf_quant.nn._outside import Outside
 from hf_quant.nn._weight import frozen, read
@@ -19,7 +19,6 @@ from hf_quant.nn._weight import frozen, read
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_NATIVE = format_named("native")
 _handed: WeakKeyDictionary[Any, list[Tensor]] = WeakKeyDictionary()
 
 
@@ -75,7 +74,7 @@ class Repacking(Outside):
         """The parameters that `_repack` emptied, as they were."""
         for name in self._repacked:
             if self._emptied(name):
-                yield name, _NATIVE.write(self._quantized(name))["weight"]
+                yield name, self._quantized(name).parts()[WEIGHT]
 
     def _unpack(self) -> None:
         for name, codes in self._portable():
@@ -85,7 +84,7 @@ class Repacking(Outside):
     def _finer(self) -> list[nn.Parameter]:
         """Scales finer than what the module computes in, and what goes with them."""
         finer = [name for name in self._schemes() if getattr(self, f"{name}_scale").dtype != self.compute_dtype]
-        names = [name + local.removeprefix("weight") for name in finer for local in _NATIVE.suffixes]
+        names = [part_name(name, part) for name in finer for part in PARTS]
         return [parameter for name in names if (parameter := self._parameters.get(name)) is not None]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

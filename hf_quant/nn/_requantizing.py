@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hf_quant.formats import format_named
+from hf_quant.core.layout import WEIGHT, part_name
 from hf_quant.nn._repacking import Repacking
 from hf_quant.nn.embedding import QuantEmbedding
-
-_NATIVE = format_named("native")
 
 
 def requantize(module: Repacking | QuantEmbedding, name: str, weight: Tensor) -> None:
@@ -22,13 +20,13 @@ def requantize(module: Repacking | QuantEmbedding, name: str, weight: Tensor) ->
     held = module.quantized_weight() if isinstance(module, QuantEmbedding) else module._quantized(name)
     turned = getattr(module, "conv1d", False) or getattr(module, "is_transposed", False)
     made = held.nearest_to(weight.transpose(-1, -2) if turned else weight)
-    written = _NATIVE.write(made)
+    parts = made.parts()
     if isinstance(module, Repacking):
         module._unpack()
-    for local in ("weight", "weight_outlier_value"):
-        if local in written:
-            parameter = module._parameters[name + local.removeprefix("weight")]
+    for part in (WEIGHT, "weight_outlier_value"):
+        if part in parts:
+            parameter = module._parameters[part_name(name, part)]
             assert parameter is not None
-            parameter.data = written[local]
+            parameter.data = parts[part]
     if isinstance(module, Repacking):
         module.choose_kernel()

@@ -1,18 +1,15 @@
-"""The parameters every quantized module holds, under the names and shapes of `formats.native`."""
+"""The parameters every quantized module holds, under the names and shapes of `core.layout`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from hf_quant.core.packing import unpack_short
+from hf_quant.core.layout import PARTS, WEIGHT, part_name, shapes_of
 from hf_quant.core.scheme import QuantScheme
-from hf_quant.core.tensor import Outliers, QuantizedTensor
-from hf_quant.formats import format_named
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.nn._hooks import AWAITED, mark_initialized
 from hf_quant.nn._outside import Outside
-
-_NATIVE = format_named("native")
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -33,13 +30,11 @@ def register(
 
     ``dtype`` is that of the scales, which keep it whatever the module computes in. ``codes=False`` leaves ``name`` as it is: a float placeholder that the loader replaces by codes.
     """
-    *lead, n, k = shape
-    for local, (size, kind) in _NATIVE.layout((n, k), scheme, dtype).items():
-        if codes or local != "weight":
-            full = name + local.removeprefix("weight")
-            empty = frozen(torch.empty((*lead, *size), dtype=kind))
+    for part, (size, kind) in shapes_of(shape, scheme, dtype).items():
+        if codes or part != WEIGHT:
+            empty = frozen(torch.empty(size, dtype=kind))
             mark_initialized(empty, AWAITED)
-            module.register_parameter(full, empty)
+            module.register_parameter(part_name(name, part), empty)
     # last: some models take the type of a module's first parameter for that of all, and the scales' is the right one
     module._parameters[name] = module._parameters.pop(name)
 
@@ -51,24 +46,13 @@ def read(
 
     ``index`` picks one of a stack, or rows by their numbers; what has a single axis belongs to all rows.
     """
-    parts: dict[str, Tensor] = {}
-    for local in _NATIVE.suffixes:
-        tensor = (
-            module._codes(name) if local == "weight" else module._parameters.get(name + local.removeprefix("weight"))
-        )
-        if tensor is not None:
-            parts[local] = tensor if index is None or tensor.ndim == 1 else _picked(tensor, index)
-    codes, outliers = parts["weight"], None
-    if "weight_outlier_index" in parts:
-        outliers = Outliers(parts["weight_outlier_index"], parts["weight_outlier_value"])
-    if qweight is None:
-        qweight = codes.flatten(-2) if scheme.bits == 8 else codes
-    scale, zero = parts["weight_scale"], parts.get("weight_zero_point")
-    if zero is not None and not scheme.real_zero:
-        zero = unpack_short(zero, scheme.bits, scale.shape[-1])
-    return QuantizedTensor(
-        qweight, scale, zero, scheme, parts.get("weight_perm"), outliers, parts.get("weight_input_scale")
-    )
+    parts: dict[str, Tensor] = {WEIGHT: module._codes(name) if qweight is None else qweight}
+    for part in PARTS[1:]:
+        if (tensor := module._parameters.get(part_name(name, part))) is not None:
+            parts[part] = tensor
+    if index is not None:
+        parts = {part: tensor if tensor.ndim == 1 else _picked(tensor, index) for part, tensor in parts.items()}
+    return QuantizedTensor.from_parts(parts, scheme)
 
 
 def _picked(tensor: Tensor, index: int | Tensor) -> Tensor:

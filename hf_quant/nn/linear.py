@@ -19,7 +19,7 @@ from hf_quant.nn._weight import frozen, read, register
 class QuantLinear(Repacking, nn.Linear):
     """Drop-in for ``nn.Linear(in_features, out_features)``; a subclass, so that PEFT trains adapters on top of it.
 
-    The parameters are those of `formats.native`; `choose_kernel` is called once after loading and after every move. After
+    The parameters are those of `core.layout`; `choose_kernel` is called once after loading and after every move. After
     `finished`, code outside of this package sees ``weight`` as a float tensor.
 
     Args:

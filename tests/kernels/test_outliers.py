@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_quant.core.tensor import Outliers, index_dtype
+from hf_quant.core.layout import index_dtype
+from hf_quant.core.tensor import Outliers
 from hf_quant.kernels import outlier_linear
 from hf_quant.kernels._shared import outliers as module
 

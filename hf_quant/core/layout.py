@@ -1,0 +1,170 @@
+"""The parts of a `QuantizedTensor` as modules hold them in memory: their names, shapes and dtypes, and checks of their values.
+
+A weight ``[N, K]`` in G groups a row; a stack of weights has its leading axes before all of these:
+
+| part | dtype | shape |
+|---|---|---|
+| ``weight`` | uint8 | ``[N, K / 8 * bits]``; in 8 bits ``[N, K / 4, 4]`` |
+| ``weight_scale`` | floating point | ``[N, G]`` |
+| ``weight_zero_point`` | uint8, packed like codes | ``[N, ceil(G * bits / 8)]``; real zero points: ``[N, G]``, dtype of the scale |
+| ``weight_perm`` | int32 | ``[1, K]``: column j of the codes is column ``perm[j]`` of the weight |
+| ``weight_outlier_index`` | `index_dtype` | ``[C]`` for whole columns, ``[N, C]`` for columns of each row |
+| ``weight_outlier_value`` | dtype of the scale | ``[N, C]`` |
+| ``weight_input_scale`` | dtype of the scale | ``[1]``: one static scale for all activations |
+
+The codes are called ``weight`` and have another shape than the float weight, so that transformers without this package
+refuses such a checkpoint for a shape mismatch; under a name of their own it would warn and run on random weights.
+A parameter of another name, such as a stack of experts, takes the place of ``weight`` in all of these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.errors import SchemeError
+
+WEIGHT = "weight"
+PARTS = (
+    WEIGHT, "weight_scale", "weight_zero_point", "weight_perm", "weight_outlier_index", "weight_outlier_value",
+    "weight_input_scale",
+)  # fmt: skip
+COMPANIONS = tuple(part.removeprefix(WEIGHT) for part in PARTS[1:])  # what is appended to the name of the codes
+
+Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class Shaped(Protocol):
+    """What a header tells of a tensor; a tensor tells it too."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Its axes."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its type."""
+        ...
+
+
+def part_name(codes: str, part: str) -> str:
+    """Name of a part whose codes are called ``codes``: ``part_name("down_proj", "weight_scale") == "down_proj_scale"``."""
+    return codes + part.removeprefix(WEIGHT)
+
+
+def index_dtype(columns: int) -> torch.dtype:
+    """The dtype in which the numbers of that many columns are stored: int16, or int32 where they do not fit."""
+    return torch.int16 if columns <= 1 << 15 else torch.int32
+
+
+def shapes_of(shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype) -> Shapes:
+    """Part to (shape, dtype) for a weight ``[..., N, K]`` in ``scheme`` with scales in ``dtype``.
+
+    Raises:
+        SchemeError: The groups of the scheme do not divide K.
+    """
+    *lead, n, k = shape
+    groups, outliers = scheme.groups(k), scheme.outlier_count(k)
+    codes = (n, k // 4, 4) if scheme.bits == 8 else (n, scheme.packed_bytes(k))
+    shapes: Shapes = {WEIGHT: (codes, torch.uint8), "weight_scale": ((n, groups), dtype)}
+    if not scheme.symmetric:
+        packed = ((n, scheme.zero_bytes(k)), torch.uint8)
+        shapes["weight_zero_point"] = ((n, groups), dtype) if scheme.real_zero else packed
+    if scheme.permuted:
+        shapes["weight_perm"] = ((1, k), torch.int32)
+    if outliers:
+        shapes["weight_outlier_index"] = ((outliers,) if scheme.outlier_columns else (n, outliers), index_dtype(k))
+        shapes["weight_outlier_value"] = ((n, outliers), dtype)
+    if scheme.activations == "tensor":
+        shapes["weight_input_scale"] = ((1,), dtype)
+    return {part: ((*lead, *size), kind) for part, (size, kind) in shapes.items()}
+
+
+def bytes_of(shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype) -> int:
+    """Bytes of all parts of a weight ``[..., N, K]``; arguments and errors as of `shapes_of`."""
+    return sum(torch.Size(size).numel() * kind.itemsize for size, kind in shapes_of(shape, scheme, dtype).values())
+
+
+def in_features(codes: Shaped, scheme: QuantScheme) -> int:
+    """K, which the width of the codes tells."""
+    stored: int = codes.shape[-2] * codes.shape[-1] if scheme.bits == 8 else codes.shape[-1]
+    return stored * 8 // scheme.bits
+
+
+def wrong_shape(parts: Mapping[str, Shaped], scheme: QuantScheme) -> str | None:
+    """A sentence on the first part that has not the shape or dtype that the scheme asks for; None if all have."""
+    if missing := next((part for part in PARTS[:2] if part not in parts), None):
+        return f"{missing} is missing"
+    weight, scale = parts[WEIGHT], parts["weight_scale"]
+    if len(scale.shape) < 2 or len(weight.shape) != len(scale.shape) + (scheme.bits == 8):
+        return f"weight has shape {list(weight.shape)} and weight_scale {list(scale.shape)}: not those of {scheme}"
+    *lead, n, _groups = scale.shape
+    k = in_features(weight, scheme)
+    if not n or not k:
+        return f"weight has shape {list(weight.shape)}: it is empty"
+    try:
+        scheme.fitted(k)  # refuses rows that fill no words
+        expected = shapes_of((n, k), scheme, scale.dtype)
+    except SchemeError as error:
+        return f"weight has shape {list(weight.shape)}: {error}"
+    for part in (*expected, *parts):
+        if (part in expected) != (part in parts):
+            return f"{part} is {'missing' if part in expected else 'not part'} of {scheme}"
+        shape, dtype = expected[part]
+        wanted = [[*lead, *shape]] + ([[*lead, 2, k]] if lead and part == "weight_perm" else [])  # of gate and up
+        if list(parts[part].shape) not in wanted:
+            return f"{part} has shape {list(parts[part].shape)}, expected {wanted[0]} for {[n, k]} in {scheme}"
+        if parts[part].dtype is not dtype:
+            return f"{part} has dtype {_short(parts[part].dtype)}, expected {_short(dtype)} for {scheme}"
+    return None
+
+
+def wrong_values(parts: Mapping[str, Tensor], scheme: QuantScheme, columns: int) -> str | None:
+    """A sentence on a value that no kernel may meet among the parts beside the codes; None if there is none.
+
+    Args:
+        parts: Of one layer or a stack; the codes need not be there, since all of their values are legal.
+        scheme: Of the layer.
+        columns: K.
+    """
+    scale = parts["weight_scale"]
+    # codes of other programs only: blocks of zeros have a scale of zero there, and AutoRound makes negative scales
+    good = scale.isfinite() if scheme.foreign else scale.isfinite() & (scale != 0)
+    if not bool(good.all()):
+        return f"weight_scale: {int((~good).sum())} scales are zero or not finite numbers"
+    largest = 1 if scheme.codebook else scheme.zero if scheme.symmetric else scheme.qmax
+    if (
+        not scheme.real_zero
+        and scale.numel()
+        and float(scale.abs().max()) * largest > 2 * torch.finfo(scale.dtype).max
+    ):
+        return f"weight_scale: weights of {float(scale.abs().max()):g} times {largest} are too large for {_short(scale.dtype)}"
+    for part in ("weight_zero_point", "weight_outlier_value"):
+        if part in parts and parts[part].is_floating_point() and not bool(parts[part].isfinite().all()):
+            return f"{part}: some are not finite numbers"
+    ranges = parts.get("weight_input_scale")
+    if ranges is not None and not bool((ranges.isfinite() & (ranges > 0)).all()):
+        return "weight_input_scale: must be a finite number above zero"
+    perm, index = parts.get("weight_perm"), parts.get("weight_outlier_index")
+    if perm is not None and not bool((perm.sort(-1).values == torch.arange(columns, device=perm.device)).all()):
+        return f"weight_perm: not an order of {columns} columns"
+    return None if index is None or not index.numel() else _wrong_index(index, columns)
+
+
+def _wrong_index(index: Tensor, columns: int) -> str | None:
+    """A kernel reads activations at these places, and writes zeros over them."""
+    least, most = int(index.min()), int(index.max())
+    if least < 0 or most >= columns:
+        return f"weight_outlier_index reaches from {least} to {most}, outside of {columns} columns"
+    if bool((index.diff() <= 0).any()):
+        return "weight_outlier_index: the columns of a row must ascend, each standing once"
+    return None
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

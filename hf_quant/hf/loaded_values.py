@@ -1,0 +1,90 @@
+"""Checks of the values that arrived in a model, after transformers has loaded it and before a kernel meets them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_quant.core.layout import PARTS, WEIGHT, in_features, part_name, wrong_values
+from hf_quant.errors import CheckpointError
+from hf_quant.hf._hooks import may_be_missing
+from hf_quant.hf.community import Placed
+from hf_quant.nn import QuantExperts
+from hf_quant.nn._hooks import is_initialized
+
+CHUNK = 1 << 24  # values looked at together
+
+
+def check_complete_module(name: str, module: nn.Module) -> None:
+    """Every parameter of a quantized module that is in memory came from the checkpoint.
+
+    Raises:
+        CheckpointError: Names the first that did not.
+    """
+    for local, parameter in sorted(module.named_parameters(recurse=False)):  # a weight before its scale
+        if parameter.device.type != "meta" and not is_initialized(parameter):
+            raise CheckpointError(f"tensor {name}.{local} is missing from the checkpoint")
+
+
+def check_codes(name: str, module: Any, placed: Placed, *, pre_quantized: bool) -> None:
+    """Check what a kernel will meet; of parameters that stay on disk, check that their file was examined.
+
+    Args:
+        name: Of the module.
+        module: Quantized.
+        placed: The layers of the checkpoint.
+        pre_quantized: Whether the codes come from a checkpoint.
+
+    Raises:
+        CheckpointError: Names the layer and its file.
+    """
+    schemes = module.schemes if isinstance(module, QuantExperts) else {WEIGHT: module.scheme}
+    for codes, scheme in schemes.items():
+        full = name if codes == WEIGHT else f"{name}.{codes}"
+        parts = {part: getattr(module, part_name(codes, part), None) for part in PARTS}
+        held = {part: tensor for part, tensor in parts.items() if tensor is not None}
+        wrong: str | None = None
+        if not any(tensor.device.type == "meta" for tensor in held.values()):
+            wrong = wrong_values(held, scheme, in_features(held[WEIGHT], scheme))
+        elif pre_quantized and full not in placed.schemes:
+            wrong = "lies on disk and was not checked"
+        if wrong is not None:
+            raise CheckpointError(f"{placed.files.get(full, full)}: {wrong}")
+
+
+def check_floats(model: Any, *, from_checkpoint: bool) -> None:
+    """Every floating-point parameter in memory is finite and, where wanted, came from the checkpoint.
+
+    Args:
+        model: Loaded.
+        from_checkpoint: Whether each parameter must be in the checkpoint, unless the model says that some need not.
+
+    Raises:
+        CheckpointError: Names the first that is not.
+    """
+    required = from_checkpoint and not may_be_missing(model)
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            continue
+        repacked = 0 in parameter.shape
+        if required and not repacked and not is_initialized(parameter):
+            raise CheckpointError(f"tensor {name} is missing from the checkpoint")
+        if not parameter.is_floating_point():
+            continue
+        chunks = parameter.detach().flatten().split(CHUNK)  # a sum in float32 makes a copy in float32
+        if not math.isfinite(sum(chunk.sum(dtype=torch.float32) for chunk in chunks)):
+            bad = int((~parameter.isfinite()).sum())
+            if bad:
+                raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")
+
+
+def cast(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Before 5.21 transformers leaves floats of a quantized checkpoint in their own dtype where it renames them."""
+    for name, parameter in model.named_parameters():
+        expected = dtypes.get(name, parameter.dtype)
+        if parameter.device.type != "meta" and parameter.dtype != expected:
+            parameter.data = parameter.data.to(expected)

@@ -1,0 +1,157 @@
+"""Quantized modules take the place of float modules in a model, and float modules theirs again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_quant.core.layout import COMPANIONS, WEIGHT, part_name
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.hf.candidates import Candidate
+from hf_quant.hf.plan import Plan
+from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
+from hf_quant.nn._hooks import mark_initialized
+from hf_quant.nn._weight import frozen
+from hf_quant.nn.experts import stacks
+
+
+@dataclass(frozen=True)
+class Modules:
+    """Builds the quantized modules of a plan.
+
+    Attributes:
+        plan: Which modules and stacks get which scheme.
+        scale_dtypes: Layer to the dtype of its scales in the checkpoint, where there is one.
+    """
+
+    plan: Plan
+    scale_dtypes: Mapping[str, torch.dtype]
+
+    def put_in_place(self, model: Any, found: Mapping[str, Candidate], *, quantized: bool) -> None:
+        """Replace every module of the plan by a quantized one, whose parameters are empty.
+
+        Args:
+            model: In floating point.
+            found: Its candidates.
+            quantized: Whether the parameters will be codes; if not, they are placeholders that loading quantizes.
+        """
+        for name in self.plan.schemes:
+            if found[name].kind != "experts":
+                self._replace(model, name, quantized)
+        for name in dict.fromkeys(n.rpartition(".")[0] for n in self.plan.schemes if found[n].kind == "experts"):
+            self._replace_experts(model, name, quantized)
+        if self.plan.tied:
+            self._tie_companions(model)
+
+    def place(self, model: Any, layer: str, parts: Mapping[str, nn.Parameter]) -> None:
+        """Put the codes of one layer, or of one stack of experts, into a float model.
+
+        Args:
+            model: Its module is replaced if it is still in floating point.
+            layer: Name of the module, or full name of the stack.
+            parts: As in `core.layout`.
+        """
+        path, _, leaf = layer.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in stacks(module) or isinstance(module, QuantExperts):
+            if not isinstance(module, QuantExperts):
+                self._replace_experts(model, path, quantized=True)
+            codes = leaf
+        else:
+            bias = module.get_submodule(leaf).bias
+            self._replace(model, layer, quantized=True)
+            module, codes = model.get_submodule(layer), WEIGHT
+            module.bias = bias
+        for part, tensor in parts.items():
+            mark_initialized(tensor)
+            module.register_parameter(part_name(codes, part), tensor)
+
+    def _replace(self, model: Any, name: str, quantized: bool) -> None:
+        old, scheme = model.get_submodule(name), self.plan.schemes[name]
+        new: nn.Module
+        with torch.device("meta"):
+            if isinstance(old, nn.Embedding):
+                new = QuantEmbedding(
+                    old.num_embeddings, old.embedding_dim, scheme,
+                    padding_idx=old.padding_idx, dtype=old.weight.dtype, quantized=quantized,
+                )  # fmt: skip
+            else:
+                k, n = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else old.weight.shape
+                new = QuantLinear(
+                    k, n, scheme, bias=old.bias is not None, dtype=old.weight.dtype, quantized=quantized,
+                    scale_dtype=self._scale_dtype(name, old.weight.dtype), conv1d=not isinstance(old, nn.Linear),
+                )  # fmt: skip
+        new.train(old.training)
+        model.set_submodule(name, new)
+
+    def _replace_experts(self, model: Any, name: str, quantized: bool) -> None:
+        """All stacks of one experts layer; its own class stays part of the new one."""
+        stack_schemes: dict[str, QuantScheme] = {
+            full.removeprefix(f"{name}."): scheme
+            for full, scheme in self.plan.schemes.items()
+            if full.startswith(f"{name}.")
+        }
+        finer = {stack: self._scale_dtype(f"{name}.{stack}", model.dtype) for stack in stack_schemes}
+        with torch.device("meta"):
+            as_quant_experts(
+                model.get_submodule(name), stack_schemes, quantized=quantized,
+                scale_dtypes={stack: dtype for stack, dtype in finer.items() if dtype is not None},
+            )  # fmt: skip
+
+    def _scale_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype | None:
+        """The dtype of a layer's scales in the checkpoint, if ``dtype`` cannot hold all their values."""
+        stored = self.scale_dtypes.get(name)
+        return stored if stored is not None and torch.promote_types(stored, dtype) != dtype else None
+
+    def _tie_companions(self, model: Any) -> None:
+        ties = model.all_tied_weights_keys
+        for target, source in list(ties.items()):
+            if not target.endswith(".weight"):
+                continue  # a bias
+            name = target.removesuffix(".weight")
+            head = model.get_submodule(name)
+            if isinstance(head, QuantLinear) and name in self.plan.schemes:
+                head.shares_codes = True
+                for companion in COMPANIONS:
+                    if getattr(head, f"{WEIGHT}{companion}", None) is not None:
+                        ties[target + companion] = source + companion
+
+
+def to_float(model: Any, dtype: torch.dtype | None) -> None:
+    """Replace every quantized module by the float module that it stands in for.
+
+    Args:
+        model: Quantized, with all codes in memory.
+        dtype: Of the weights; None for that of each layer's scales.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantExperts):
+            module._unpack()
+            for stack in list(module.schemes):
+                dense = module.expert_weight(stack, dtype)
+                for companion in ("", *COMPANIONS):
+                    module._parameters.pop(stack + companion, None)
+                module._parameters[stack] = frozen(dense)
+            module.__class__ = module.float_class  # type: ignore[assignment]
+        elif isinstance(module, (QuantLinear, QuantEmbedding)):
+            model.set_submodule(name, _float_module(module, dtype))
+
+
+def _float_module(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None) -> nn.Module:
+    weight = module.dequantize(dtype)
+    n, k = weight.shape
+    if isinstance(module, QuantEmbedding):
+        return nn.Embedding(n, k, module.padding_idx, _weight=weight, _freeze=True)
+    dense: nn.Module
+    with torch.device("meta"):
+        conv1d: Any = Conv1D  # transformers leaves its __init__ untyped
+        dense = conv1d(n, k) if module.conv1d else nn.Linear(k, n, bias=module.bias is not None)
+    dense.weight = frozen(weight.T.contiguous() if module.conv1d else weight)
+    if module.bias is not None:
+        dense.bias = frozen(module.bias.to(weight.dtype))
+    return dense

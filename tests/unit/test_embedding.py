@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_quant.core import tensor
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.formats import format_named
 from hf_quant.methods import method
-from hf_quant.nn import QuantEmbedding, _weight
+from hf_quant.nn import QuantEmbedding
 from hf_quant.nn._weight import frozen
 
 ROWS, WIDTH = 50, 96
@@ -18,8 +19,8 @@ def table(slug: str) -> QuantEmbedding:
     scheme = QuantScheme.parse(slug)
     made = QuantEmbedding(ROWS, WIDTH, scheme, padding_idx=None, dtype=torch.bfloat16)
     weight = method("rtn", steps=0).quantize(torch.randn(ROWS, WIDTH), scheme, torch.bfloat16)
-    for name, tensor in format_named("native").write(weight).items():
-        setattr(made, name, frozen(tensor))
+    for name, part in format_named("native").write(weight).items():
+        setattr(made, name, frozen(part))
     return made
 
 
@@ -42,12 +43,12 @@ def test_what_is_no_row_raises_as_a_float_table_does(slug: str, ids: list[list[f
 
 
 def test_a_lookup_unpacks_no_other_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    unpack, seen = _weight.unpack_short, []
+    unpack, seen = tensor.unpack_short, []
 
     def watched(packed: Tensor, bits: int, count: int) -> Tensor:
         seen.append(packed.shape[:-1])
         return unpack(packed, bits, count)
 
-    monkeypatch.setattr(_weight, "unpack_short", watched)
+    monkeypatch.setattr(tensor, "unpack_short", watched)
     table("W4A16-g32-asym")(torch.tensor([[3, 1, 3]]))
     assert seen == [(1, 3)]

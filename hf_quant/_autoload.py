@@ -101,12 +101,14 @@ def _register() -> None:
         auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, _Proxy("HfQuantQuantizer"))
     _wrap(auto.AutoHfQuantizer, "merge_quantization_configs", _taking_over)
     _wrap(auto.AutoQuantizationConfig, "from_dict", _without_its_package)
+    _wrap(auto.AutoHfQuantizer, "supports_quant_method", _supporting)
 
 
 def _wrap(owner: type, name: str, by: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     original = getattr(owner, name)
     if original.__module__ != __name__:
-        setattr(owner, name, classmethod(by(original.__func__)))
+        function = getattr(original, "__func__", lambda _cls, *args: original(*args))  # a static method is one itself
+        setattr(owner, name, classmethod(by(function)))
 
 
 def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -144,6 +146,14 @@ def _without_its_package(original: Callable[..., Any]) -> Callable[..., Any]:
             return _upwards.transformers_plugin().taken_over(quantization_config_dict, None)
 
     return from_dict
+
+
+def _supporting(original: Callable[..., Any]) -> Callable[..., Any]:
+    def supports_quant_method(cls: type, quantization_config_dict: Any) -> Any:
+        """transformers' own, and every format that this package wrote: a plug-in's format has a name of its own."""
+        return METHOD in quantization_config_dict or original(cls, quantization_config_dict)
+
+    return supports_quant_method
 
 
 def _foreign(stored: Any) -> bool:

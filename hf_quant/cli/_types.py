@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from hf_quant import _plugins
 from hf_quant.errors import HfQuantError
 from hf_quant.jobs.options import DTYPES, check_model, size_in_bytes
 
@@ -114,7 +115,17 @@ def _checked(kind: ParamType, read: Any, param: click.Parameter | None, ctx: cli
 
 
 DTYPE = Named(DTYPES)
-FORMAT = Named({name: name for name in FORMATS} | {name.replace("_", "-"): name for name in FORMATS})
+
+
+class Format(Named):
+    """A format that a model can be saved in. Those of other packages are known by name, and judged when they are loaded."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        name = str(value).lower().replace("-", "_")
+        return name if name in _plugins.names("formats") else super().convert(value, param, ctx)
+
+
+FORMAT = Format({name: name for name in FORMATS} | {name.replace("_", "-"): name for name in FORMATS})
 
 
 class Override(ParamType):

@@ -10,12 +10,12 @@ from hf_quant.cli._common import bars, emit, output_options, say
 from hf_quant.cli._types import Model
 from hf_quant.jobs.outputs import check_output
 
-KINDS = ("native", "compressed-tensors", "gptq", "awq", "dense")
-
 
 @click.command()
 @click.argument("folder", type=Model())
-@click.option("--to", required=True, type=click.Choice(KINDS), help="What to write; dense: floating point.")
+@click.option(
+    "--to", required=True, metavar="FORMAT", help="native, compressed-tensors, gptq, awq, or dense: floating point."
+)
 @click.option("-o", "--output", required=True, help="Folder of the result.")
 @click.option(
     "--target", type=click.Choice(["vllm"]), help="Refuse what this engine cannot run, and say which kernel will."

@@ -6,7 +6,7 @@ the layout, and finds the quantized layers of a checkpoint in its headers (`Form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -49,7 +49,17 @@ def by_itself(module: str) -> Sequence[str]:
 
 @runtime_checkable
 class Format(Protocol):
-    """Reads, and mostly writes, the tensors of one linear layer, under their local names."""
+    """Reads, and mostly writes, the tensors of one linear layer, under their local names.
+
+    A format may also have these attributes of its class:
+
+    * ``writes = False``: it only reads (`formats._common.ReadOnly`).
+    * ``narrow_scales = True``: its readers hold scales in 16 bits.
+    * ``to_write(schemes)``: the format that can hold these schemes, where there are several variants.
+    * ``of_plan(default, overrides, left)``: the ``quantization_config`` of a model that is quantized with the scheme
+      ``default`` but for the globs in ``overrides`` (glob to scheme) and ``left`` (in floating point). With it
+      ``save_pretrained`` writes this format, too; None where that is `HfQuantConfig` as it is.
+    """
 
     suffixes: ClassVar[tuple[str, ...]]
 
@@ -113,6 +123,23 @@ class Format(Protocol):
 def format_named(name: str) -> Format:
     """The format in the file of that name: ``format_named("native")``."""
     made: Format = _plugins.load("formats", name).FORMAT()
+    return made
+
+
+def can_save(name: str) -> bool:
+    """Whether ``save_pretrained`` can write the format of that name."""
+    return name in _plugins.names("formats") and hasattr(_plugins.load("formats", name).FORMAT, "of_plan")
+
+
+def writable() -> list[str]:
+    """Names of the formats that can be written."""
+    return [n for n in _plugins.names("formats") if getattr(_plugins.load("formats", n).FORMAT, "writes", True)]
+
+
+def format_to_write(name: str, schemes: Collection[QuantScheme]) -> Format:
+    """The format of that name, in the variant that can hold these schemes."""
+    loaded = _plugins.load("formats", name).FORMAT
+    made: Format = loaded.to_write(schemes) if hasattr(loaded, "to_write") else loaded()
     return made
 
 

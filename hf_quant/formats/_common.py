@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import translate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 class ReadOnly:
     """The half of a `Format` that is not there, for formats that are read and run but not written."""
+
+    writes: ClassVar[bool] = False
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         """Always a reason."""

@@ -41,6 +41,7 @@ class AWQ:
     symmetric: bool = False
 
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
+    narrow_scales: ClassVar[bool] = True
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> AWQ | None:

@@ -69,6 +69,7 @@ class CompressedTensors:
     suffixes: ClassVar[tuple[str, ...]] = (
         "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", *ACTIVATIONS, "weight",
     )  # fmt: skip
+    of_plan = staticmethod(config_of)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> CompressedTensors | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,6 +64,12 @@ class GPTQ:
     mixed: bool = False
 
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
+    narrow_scales: ClassVar[bool] = True
+
+    @classmethod
+    def to_write(cls, schemes: Collection[QuantScheme]) -> GPTQ:
+        """Version 2 where there are zero points: version 1 has no word for zero."""
+        return cls(v2=not all(scheme.symmetric for scheme in schemes))
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> GPTQ | None:

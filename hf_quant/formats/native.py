@@ -30,6 +30,7 @@ class Native:
     schemes: tuple[tuple[str, QuantScheme], ...] = ()
 
     suffixes: ClassVar[tuple[str, ...]] = PARTS
+    of_plan: ClassVar[None] = None  # it is `HfQuantConfig` as it is
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Native | None:

@@ -16,8 +16,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.data.calibration import Source
 from hf_quant.disk.strict_json import shown
 from hf_quant.errors import FormatError, PlanError, SchemeError, printable
-from hf_quant.formats import format_of
-from hf_quant.formats._compressed_tensors_config import config_of
+from hf_quant.formats import can_save, format_named, format_of, writable
 from hf_quant.solve.recipes import Decision
 from hf_quant.training import why_not
 
@@ -33,7 +32,6 @@ UNSTORED = (
     "training",
     "saves_training",
 )  # the text may be private; the recipe has its hash
-SAVED = ("auto", "native", "compressed_tensors")  # what save_pretrained and hf-quant quantize write
 VERSION = 1  # of this configuration's meaning
 OTHER_NAMES = {  # of the same things in other packages
     "load_in_4bit": "bits=4", "load_in_8bit": "bits=8", "wbits": "bits", "w_bit": "bits", "nbits": "bits",
@@ -145,9 +143,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         self._check_ranges()
         if training:
             self._check_trainable()
-        if self.format not in SAVED:
+        if self.format != "auto" and not can_save(self.format):
             raise PlanError(
-                f"quantization_config.format {format!r}: a model is saved as {' or '.join(SAVED[1:])}; hf-quant convert "
+                f"quantization_config.format {format!r}: a model is saved as {' or '.join(filter(can_save, writable()))}; hf-quant convert "
                 "writes other formats"
             )
         if share_quantized is not None and (
@@ -195,8 +193,13 @@ class HfQuantConfig(QuantizationConfigMixin):
         return QuantScheme.parse(self.scheme)
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json: compressed-tensors' own vocabulary where that is the format."""
-        if self.format != "compressed_tensors" or self.saves_training:
+        """What goes into config.json: the format's own vocabulary where it has one."""
+        of_plan = (
+            None
+            if self.format == "auto" or self.saves_training
+            else getattr(format_named(self.format), "of_plan", None)
+        )
+        if of_plan is None:
             return (
                 ({"training": True} if self.saves_training else {})
                 | {name: value for name, value in self.__dict__.items() if name not in UNSTORED}
@@ -205,7 +208,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         overrides = {
             name: QuantScheme.parse(slug) for name, slug in self._both(self.overrides).items() if slug is not None
         }
-        made = config_of(self.default_scheme, overrides, self.modules_to_not_convert)
+        made = of_plan(self.default_scheme, overrides, self.modules_to_not_convert)
         ours = {"version": self.version, "method": self.method, "share_quantized": self.share_quantized}
         return made | {"hf_quant": ours}  # by this key we know our own checkpoints again
 

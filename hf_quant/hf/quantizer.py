@@ -258,7 +258,7 @@ class HfQuantQuantizer(HfQuantizer):
             return self.saving[0], {}
         state, coded = self.saving or state_on_disk(model, self.quantization_config.format)
         fresh = get_model_conversion_mapping(model)  # as it will be on loading; it may have been another for the base
-        if self.quantization_config.format != "compressed_tensors":
+        if self.quantization_config.format == "native":
             fresh = updated_conversions(super().update_weight_conversions, fresh, model)
         files = settle(model, state, coded, fresh)
         self.quantization_config.files = stems(files)

@@ -22,8 +22,7 @@ from hf_quant.core.tensor import QuantizedTensor, in_order
 from hf_quant.disk.atomic import copy_file, write_json
 from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, OptionError, SchemeError
-from hf_quant.formats import Format, Layer, format_named
-from hf_quant.formats.gptq import GPTQ
+from hf_quant.formats import Format, Layer, format_to_write, writable
 from hf_quant.hf.candidates import candidates
 from hf_quant.hf.community import homes, place
 from hf_quant.hf.config import VERSION
@@ -37,8 +36,7 @@ from hf_quant.jobs.outputs import output as output_folder
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row, fields
 
-KINDS = {"native": "native", "compressed-tensors": "compressed_tensors", "gptq": "gptq", "awq": "awq", "dense": None}
-NARROW = ("gptq", "awq")  # whose readers hold scales in 16 bits
+DENSE = "dense"  # floating point
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,6 +97,15 @@ class _Job:
     config: dict[str, Any] | None
 
 
+def kinds() -> list[str]:
+    """What a checkpoint can be converted to: every format that can be written, and `DENSE`."""
+    return [*(name.replace("_", "-") for name in writable()), DENSE]
+
+
+def _format_name(to: str) -> str:
+    return to.replace("-", "_")
+
+
 def open_quantized(folder: Path, *, thorough: bool = True) -> Contents:
     """The contents of a local checkpoint that is quantized.
 
@@ -123,7 +130,7 @@ def convert(
     Args:
         folder: A quantized checkpoint, in any format that is read here.
         output: Folder of the result; it becomes a complete checkpoint, or is not there.
-        to: One of `KINDS`; ``"dense"`` for floating point in the dtype of config.json.
+        to: One of `kinds`; ``"dense"`` for floating point in the dtype of config.json.
         target: An engine (`engines.ENGINES`) that must be able to run the result.
         tp: GPUs that it splits each layer over.
         overwrite: Whether ``output`` may exist, if hf-quant wrote it.
@@ -136,8 +143,8 @@ def convert(
         FormatError: The other format cannot hold a layer exactly, or the engine cannot run it.
         CheckpointError: The source is damaged; or what was written does not read back as it was.
     """
-    if to not in KINDS:
-        raise OptionError(f"--to {to}: there is {', '.join(KINDS)}")
+    if to not in kinds():
+        raise OptionError(f"--to {to}: there is {', '.join(kinds())}")
     if target is not None and target not in ENGINES:
         raise OptionError(f"--target {target}: there is {', '.join(ENGINES)}")
     if tp != 1 and target is None:
@@ -145,7 +152,7 @@ def convert(
     source, out = Path(check_model(folder)), Path(output)
     check_output(out, [source], overwrite=overwrite)
     contents = open_quantized(source)
-    verdict = ENGINES[target](KINDS[to] or to, contents.layers, tp) if target else None
+    verdict = ENGINES[target](_format_name(to), contents.layers, tp) if target else None
     if verdict is not None and verdict.refused:
         raise FormatError(f"{target}: " + "; ".join(verdict.lines()[len(verdict.kernels) :]))
     job = _job(contents, to)
@@ -164,7 +171,7 @@ def convert(
 def why_not(contents: Contents, to: str) -> dict[str, list[str]]:
     """Why a format cannot hold the layers of a checkpoint exactly: sentence to layers; empty if it can."""
     reasons: dict[str, list[str]] = {}
-    if to != "dense":
+    if to != DENSE:
         fmt = _writer(contents, to)
         for name, layer in contents.layers.items():
             if (reason := _refusal(fmt, layer, to)) is not None:
@@ -187,11 +194,7 @@ def _refusal(fmt: Format, layer: Layer, to: str) -> str | None:
 
 
 def _writer(contents: Contents, to: str) -> Format:
-    name = KINDS[to]
-    assert name is not None
-    if name == "gptq":  # version 2 where there are zero points: version 1 has no word for zero
-        return GPTQ(v2=any(layer.scheme and not layer.scheme.symmetric for layer in contents.layers.values()))
-    return format_named(name)
+    return format_to_write(_format_name(to), [layer.scheme for layer in contents.layers.values() if layer.scheme])
 
 
 def _job(contents: Contents, to: str) -> _Job:
@@ -201,10 +204,10 @@ def _job(contents: Contents, to: str) -> _Job:
         raise FormatError(f"--to {to}: {names[0]}{f' and {others} more layers' if others else ''}: {reason}")
     schemes = {name: layer.scheme for name, layer in contents.layers.items() if layer.scheme is not None}
     left = [n.removesuffix(".weight") for n in contents.rest if _is_linear(n, contents.checkpoint)]
-    if to in ("native", "dense"):  # these speak of the layers as the model does
+    if to in ("native", DENSE):  # these speak of the layers as the model does
         model = skeleton(str(contents.checkpoint.folder))
         found, at = candidates(model), homes(model, contents)
-    if to == "dense":
+    if to == DENSE:
         turned = {name for name, home in at.items() if home in found and _turned(model, home, found[home].kind)}
         return _Job(contents, to, None, _dtype(contents), frozenset(turned), None)
     fmt = _writer(contents, to)
@@ -268,7 +271,7 @@ def _layer(job: _Job, module: str) -> dict[str, Tensor]:
     if job.fmt is None:
         return {stem: _float(job, module, read)}
     assert isinstance(read, QuantizedTensor)
-    if job.to in NARROW and read.scale.dtype is torch.float32:
+    if getattr(job.fmt, "narrow_scales", False) and read.scale.dtype is torch.float32:
         read = _narrowed(module, read, job.to)
     written = job.fmt.write(read)
     return {part_name(module, local) if stack else f"{module}.{local}": tensor for local, tensor in written.items()}

@@ -19,7 +19,7 @@ from hf_quant.jobs.plan import plan
 def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Say what quantizing MODEL would give, without reading its weights."""
     done = plan(model, **options)
-    human = "\n\n".join([done.table(), *done.footnotes()])
+    human = "\n".join([done.table(), "", *done.footnotes()])
     essential = f"{done.plans[0].bytes_after / 1e6:.1f}"
     emit(as_json, quiet, record=done.to_dict(), essential=essential, human=human)
 

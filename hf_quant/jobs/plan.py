@@ -43,7 +43,7 @@ class PlannedModel:
         kv_cache_bytes_int8: The same in INT8.
         kv_cache_bytes_int4: The same in INT4.
         advice: Sentences on whether to do it.
-        summary: One sentence on the layers.
+        summary: A few lines on the layers.
     """
 
     scheme: str
@@ -95,7 +95,8 @@ class PlanResult(Result):
             )  # fmt: skip
 
     def footnotes(self) -> Iterator[str]:
-        yield from (f"{plan.scheme}: {plan.summary}" for plan in self.plans)
+        for plan in self.plans:
+            yield from f"{plan.scheme}: {plan.summary}".split("\n")
         yield from sorted({line for plan in self.plans for line in plan.advice})
 
 

@@ -1,6 +1,7 @@
 """What is promised of the model under examples/, on a part of its held-out text."""
 
 import math
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,3 +73,13 @@ def test_the_cache_against_full_logits(reference: Reference, rungs: dict[int, Qu
     assert abs(kl(got) - exact) <= got.kl_error
     for name, values in (("perplexity", nll), ("base_perplexity", base_nll)):
         assert got.metrics[name].value == pytest.approx(math.exp(sum(values) / len(values)), rel=1e-4)
+
+
+def test_the_example_of_the_python_api(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["python_api.py", str(tmp_path)])
+    runpy.run_path(str(MODEL.parent / "python_api.py"))
+    said = capsys.readouterr().out
+    assert "W4A16-g128" in said and "KL divergence 0.0" in said and "is sound" in said and "LlamaForCausalLM in" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"int4", "gptq"}

@@ -81,5 +81,7 @@ def test_the_example_of_the_python_api(
     monkeypatch.setattr("sys.argv", ["python_api.py", str(tmp_path)])
     runpy.run_path(str(MODEL.parent / "python_api.py"))
     said = capsys.readouterr().out
-    assert "W4A16-g128" in said and "KL divergence 0.0" in said and "is sound" in said and "LlamaForCausalLM in" in said
+    assert (
+        "W4A16-g128" in said and "KL divergence 0.0" in said and "is sound" in said and "LlamaForCausalLM in" in said
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"int4", "gptq"}

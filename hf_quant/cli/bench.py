@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,9 +11,9 @@ from hf_quant.cli._common import bars, emit, output_options, say
 from hf_quant.cli._types import DTYPE, Model
 from hf_quant.errors import HfQuantError
 from hf_quant.jobs.options import hub
-from hf_quant.jobs.progress import Reporter, reporting
-from hf_quant.jobs.results import table
-from hf_quant.jobs.stored import store_results
+
+if TYPE_CHECKING:
+    from hf_quant.jobs.progress import Reporter
 
 FEW = 3  # repeats, at least
 
@@ -40,6 +40,9 @@ def command(
     device: str | None, kv_cache: str | None, tune: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure memory, time to load, and prefill and decode speed of MODEL."""
+    from hf_quant.jobs.progress import reporting
+    from hf_quant.jobs.stored import store_results
+
     how = {"dtype": dtype} | hub(None, trust_remote_code) | ({"device_map": device} if device else {})
     with reporting(bars(quiet or as_json), lambda line: say(line, quiet)) as report:
         if tune:
@@ -118,6 +121,8 @@ def _machine() -> dict[str, Any]:
 
 
 def _human(record: dict[str, Any], roles: list[str]) -> str:
+    from hf_quant.jobs.results import table
+
     head = ("", "weights MB", "peak MB", "load s")
     sizes = [
         (

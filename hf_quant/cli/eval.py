@@ -9,14 +9,15 @@ import click
 
 from hf_quant.cli._common import bars, emit, gate_options, measure_options, output_options, say
 from hf_quant.cli._types import Model
-from hf_quant.jobs.evaluate import KV_CACHES, evaluate
 
 
 @click.command()
 @click.argument("model", type=Model())
 @click.option("--base", type=Model(), help="The model it was made from; default: the one its recipe.json names.")
 @click.option("--device", help="Where to run both: cpu, cuda, auto, ...")
-@click.option("--kv-cache", type=click.Choice(KV_CACHES), help="Measure it with keys and values kept like that.")
+@click.option(
+    "--kv-cache", type=click.Choice(["int8", "int4"]), help="Measure it with keys and values kept like that."
+)
 @click.option("--tasks", help="Tasks of lm-evaluation-harness too, separated by commas.")
 @measure_options
 @gate_options
@@ -24,6 +25,8 @@ from hf_quant.jobs.evaluate import KV_CACHES, evaluate
 @output_options
 def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Measure MODEL against the model it was made from: KL divergence, perplexity, top-1 agreement."""
+    from hf_quant.jobs.evaluate import evaluate
+
     done = evaluate(model, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
     human = "\n".join([done.table(), *done.footnotes()])
     emit(as_json, quiet, record=done.to_dict(), essential=f"{done.main.value:.6g}", human=human)

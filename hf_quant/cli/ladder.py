@@ -18,7 +18,6 @@ from hf_quant.cli._common import (
     say,
 )
 from hf_quant.cli._types import DTYPE, Method, Model, Size
-from hf_quant.jobs.ladder import TRIAL_TOKENS, ladder
 
 
 @click.command()
@@ -38,9 +37,7 @@ from hf_quant.jobs.ladder import TRIAL_TOKENS, ladder
 @calibration_options
 @measure_options
 @click.option("--trial-text", help="UTF-8 file for sensitivities; default: calibration.txt beside the model.")
-@click.option(
-    "--trial-tokens", type=click.IntRange(1), default=TRIAL_TOKENS, show_default=True, help="How much of it."
-)
+@click.option("--trial-tokens", type=click.IntRange(1), default=4096, show_default=True, help="How much of it.")
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="What the models compute in.")
 @click.option("--device", help="Where to run: cpu, cuda, auto, ...")
 @model_options
@@ -49,6 +46,8 @@ from hf_quant.jobs.ladder import TRIAL_TOKENS, ladder
 @output_options
 def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Walk MODEL down the precision ladder and keep the smallest one inside the budget."""
+    from hf_quant.jobs.ladder import ladder
+
     done = ladder(model, output, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
     human = "\n".join([done.table(), "", *done.footnotes()])
     emit(as_json, quiet, record=done.to_dict(), essential=str(done.folder or ""), human=human)

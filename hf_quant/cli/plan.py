@@ -8,7 +8,6 @@ import click
 
 from hf_quant.cli._common import emit, model_options, output_options, scheme_options
 from hf_quant.cli._types import Model
-from hf_quant.jobs.plan import plan
 
 
 @click.command()
@@ -18,6 +17,8 @@ from hf_quant.jobs.plan import plan
 @output_options
 def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Say what quantizing MODEL would give, without reading its weights."""
+    from hf_quant.jobs.plan import plan
+
     done = plan(model, **options)
     human = "\n".join([done.table(), "", *done.footnotes()])
     essential = f"{done.plans[0].bytes_after / 1e6:.1f}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hf_quant.cli._common import bars, emit, gate_options, output_options, say
-from hf_quant.jobs.push import PushResult, push
+
+if TYPE_CHECKING:
+    from hf_quant.jobs.push import PushResult
 
 
 @click.command()
@@ -30,6 +32,7 @@ from hf_quant.jobs.push import PushResult, push
 @output_options
 def command(folder: Path, repo_id: str, dry_run: bool, yes: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Publish FOLDER as REPO_ID: with a card of what was measured, and only if that is inside its budget."""
+    from hf_quant.jobs.push import push
 
     def confirmed(planned: PushResult) -> bool:
         say(repr(planned), quiet or as_json)

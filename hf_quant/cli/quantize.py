@@ -19,8 +19,6 @@ from hf_quant.cli._common import (
     scheme_options,
 )
 from hf_quant.cli._types import DTYPE, Model, Size
-from hf_quant.jobs.quantize import quantize
-from hf_quant.jobs.texts import measured_on
 
 
 @click.command()
@@ -44,6 +42,9 @@ from hf_quant.jobs.texts import measured_on
 @output_options
 def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Quantize MODEL, a folder or a Hub id."""
+    from hf_quant.jobs.quantize import quantize
+    from hf_quant.jobs.texts import measured_on
+
     done = quantize(model, output, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
     if not done.results:  # another process shows the result
         return

@@ -36,11 +36,13 @@ class Journal:
         parts: Records of the finished parts, in order, each with ``number`` (its index), ``file``, ``sha256`` and what `add` was
             given.
         broken: Whether writing a line has failed; nothing is appended after that.
+        plan: All settings that affect the result.
     """
 
     folder: Path
     parts: list[dict[str, Any]] = field(default_factory=list)
     broken: bool = False
+    plan: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, write: Callable[[Path], None], record: Mapping[str, Any]) -> None:
         """Commit a part: when this returns, it is on disk.
@@ -58,6 +60,25 @@ class Journal:
         entry = _plain(dict(record) | {"number": len(self.parts), "file": name, "sha256": digest(path)})
         self._append(entry)
         self.parts.append(entry)
+
+    def replace(self, name: str, write: Callable[[Path], None], record: Mapping[str, Any]) -> None:
+        """Commit a part in place of all before it; at any time, the old one or the new one is on disk and counts.
+
+        Args:
+            name: Name of its file, another than before.
+            write: Writes the file at the path that it receives.
+            record: What to store about it, as JSON.
+
+        Raises:
+            DiskError: Names the file.
+        """
+        path = self.folder / name
+        put(path, write)
+        entry = _plain(dict(record) | {"number": 0, "file": name, "sha256": digest(path)})
+        put(self.folder / NAME, lambda draft: draft.write_bytes(_line({"plan": self.plan}) + _line(entry)))
+        for part in self.parts:
+            (self.folder / part["file"]).unlink(missing_ok=True)
+        self.parts = [entry]
 
     def _append(self, entry: Mapping[str, Any]) -> None:
         path = self.folder / NAME
@@ -98,7 +119,7 @@ def journal(folder: Path, plan: Mapping[str, Any], say: Callable[[str], None]) -
         _clear(folder, {NAME, LOCK, *(part["file"] for part in parts)})
         lines = b"".join(map(_line, [{"plan": plan}, *parts]))
         put(path, lambda draft: draft.write_bytes(lines))
-        yield Journal(folder, parts)
+        yield Journal(folder, parts, plan=plan)
 
 
 def is_journal(folder: Path) -> bool:

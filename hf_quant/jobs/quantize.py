@@ -257,7 +257,9 @@ def quantize(
             model, {"dtype": kind} | ({"device_map": device} if device else {}) | from_hub, shard, overwrite, report.say,
             tokenizer, gate, measure, looked_at, report.over("blocks"), memory, ranks, inputs,
         )  # fmt: skip
-        with _resumable({out: plan.scheme for plan, out in zip(plans, outs, strict=True)}, report):
+        with resumable(
+            {out: plan.scheme for plan, out in zip(plans, outs, strict=True)}, "the finished blocks", report
+        ):
             records = [compress(job, plan, out) for plan, out in zip(plans, outs, strict=True)]
         if not ranks.first:
             return QuantizeResult(model, ())
@@ -271,8 +273,14 @@ def _silent(_line: str) -> None:
 
 
 @contextmanager
-def _resumable(schemes: dict[Path, str], report: Reporter) -> Iterator[None]:
-    """Whoever stops this, or has no disk left, is told how to go on; what is whole already would be refused then."""
+def resumable(schemes: dict[Path, str], what: str, report: Reporter) -> Iterator[None]:
+    """Whoever stops this, or has no disk left, is told how to go on; what is whole already would be refused then.
+
+    Args:
+        schemes: Output folders, and the scheme of each.
+        what: What the work folders hold.
+        report: Told how.
+    """
     from hf_quant.disk.journal import is_journal
 
     try:
@@ -281,7 +289,7 @@ def _resumable(schemes: dict[Path, str], report: Reporter) -> Iterator[None]:
         for out, scheme in schemes.items():
             if is_journal(work_folder(out)):
                 only = f" with --scheme {scheme} -o {out}" if len(schemes) > 1 else ""
-                report.say(f"{work_folder(out)} holds the finished blocks: the same command{only} goes on from there")
+                report.say(f"{work_folder(out)} holds {what}: the same command{only} goes on from there")
         raise
 
 

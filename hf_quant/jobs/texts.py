@@ -107,12 +107,14 @@ def find_text(text: str | None, *folders: str) -> Path | None:
 
 
 def check_overlap(folder: str, text: str) -> None:
-    """Refuse ``text`` if the recipe in ``folder`` says that its model was calibrated on it."""
+    """Refuse ``text`` if the recipe in ``folder`` says that its model was calibrated or trained on it."""
     from hf_quant.data.text import refuse_overlap
 
     recipe = Path(folder) / "recipe.json"
     if recipe.is_file():
-        refuse_overlap(text, (json.loads(recipe.read_text()).get("calibration") or {}).get("paragraphs", []))
+        stored = json.loads(recipe.read_text())
+        texts = [stored.get("calibration"), (stored.get("training") or {}).get("text")]
+        refuse_overlap(text, [paragraph for each in texts if each for paragraph in each.get("paragraphs", [])])
 
 
 def find_calibration(text: str | None, model: str) -> str | None:

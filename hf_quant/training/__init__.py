@@ -1,5 +1,6 @@
 """Quantization-aware training: float weights whose rounded values the forward pass uses."""
 
+from hf_quant.training.distillation import Distillation as Distillation
 from hf_quant.training.experts import FakeQuantExperts as FakeQuantExperts
 from hf_quant.training.modules import FakeQuantEmbedding as FakeQuantEmbedding
 from hf_quant.training.modules import FakeQuantLinear as FakeQuantLinear

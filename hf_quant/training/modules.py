@@ -68,9 +68,13 @@ class FakeQuant(nn.Module):
         return QuantizedTensor.from_codes(made, stored, zero.squeeze(-1), scheme)
 
     def values(self, name: str) -> dict[str, Tensor]:
+        """The values of a weight's parameters, by their suffixes."""
+        return {suffix: parameter.detach() for suffix, parameter in self.parameters_of(name).items()}
+
+    def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of a weight, by their suffixes."""
         found = {suffix: self._parameters.get(name + suffix) for suffix in SUFFIXES}
-        return {suffix: parameter.detach() for suffix, parameter in found.items() if parameter is not None}
+        return {suffix: parameter for suffix, parameter in found.items() if parameter is not None}
 
     def _by_rows(self, weight: Tensor) -> Tensor:
         """``[..., N, K]`` of a parameter that is shaped as the model's own class has it."""
@@ -84,8 +88,8 @@ class FakeQuant(nn.Module):
         self.register_parameter(f"{name}_offset", offset)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        own = [self._parameters.get(name + suffix) for name in self.trained() for suffix in SUFFIXES]
-        kept = [(parameter, parameter.data) for parameter in own if parameter is not None]
+        own = [parameter for name in self.trained() for parameter in self.parameters_of(name).values()]
+        kept = [(parameter, parameter.data) for parameter in own]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=kept[0][1].device)).dtype
         for parameter, data in kept:

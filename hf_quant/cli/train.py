@@ -1,0 +1,80 @@
+"""``hf-quant train``: the weights of a model learn to be rounded, and the result is an ordinary quantized model."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from hf_quant.cli._common import (
+    bars,
+    emit,
+    gate_options,
+    measure_options,
+    model_options,
+    output_options,
+    say,
+    scheme_options,
+)
+from hf_quant.cli._types import DTYPE, Model, Size
+from hf_quant.jobs.texts import measured_on
+from hf_quant.jobs.train import train
+
+
+@click.command()
+@click.argument("model", type=Model())
+@click.option("-o", "--output", required=True, help="Folder of the result.")
+@click.option(
+    "--data",
+    required=True,
+    metavar="TEXT",
+    help="What to train on: a UTF-8 or JSONL file, or ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set.",
+)
+@click.option(
+    "--teacher",
+    metavar="MODEL",
+    help="Whose distributions of tokens are learned; default: those of MODEL itself. none: the text is learned.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Updates of the weights; default: one epoch.")
+@click.option("--epochs", type=float, help="Times that the text is seen, in place of --steps.")
+@click.option("--lr", type=float, default=1e-4, show_default=True, help="Learning rate of AdamW.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows of text in an update.")
+@click.option(
+    "--train-context", type=click.IntRange(2), help="Tokens in a window of it; default: 512, or what the model allows."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the windows.")
+@click.option(
+    "--checkpoint-minutes",
+    type=click.FloatRange(0),
+    default=5.0,
+    show_default=True,
+    help="From one checkpoint to the next; the same command goes on from the last.",
+)
+@scheme_options
+@click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="What the model computes in.")
+@click.option("--device", help="Where to train: cpu, cuda, ...")
+@model_options
+@click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
+@click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
+@measure_options
+@gate_options
+@output_options
+def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Train MODEL, a folder or a Hub id, with its weights rounded to a scheme.
+
+    --method names how the codes are chosen that training begins from.
+    """
+    done = train(model, output, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
+    made = done.results[0]
+    human = done.table()
+    if made.quality is not None and done.text is not None:
+        human += f"\n\n{measured_on(made.quality, done.text)}"
+    emit(as_json, quiet, record=done.to_dict(), essential=str(made.folder), human=human)
+    for line in made.footnotes():
+        say(line)
+    if not done.passed:
+        sys.exit(3)
+
+
+COMMAND = command

@@ -1,0 +1,167 @@
+"""Train a model with its weights rounded, write it quantized into a folder, and measure what that cost."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.jobs.options import budget, check_model, configs, dtype_named, hub, overrides, schemes, size_in_bytes
+from hf_quant.jobs.outputs import check_places
+from hf_quant.jobs.progress import Bar, Say, reporting
+from hf_quant.jobs.quantize import TOKENS, QuantizedModel, QuantizeResult, resumable
+from hf_quant.jobs.texts import Measuring
+
+if TYPE_CHECKING:
+    from hf_quant.data.calibration import Calibration
+    from hf_quant.evaluation.yardstick import Base
+
+
+def train(
+    model: str | os.PathLike[str], output: str | os.PathLike[str], *, data: str, teacher: str | None = None,
+    steps: int | None = None, epochs: float | None = None, lr: float = 1e-4, batch: int = 8, train_context: int | None = None,
+    seed: int = 0, checkpoint_minutes: float = 5.0, scheme: str | Sequence[str] | None = None,
+    bits: int | None = None, group_size: int | None = None, asym: bool = False, method: str = "rtn", format: str = "auto",
+    ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
+    dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
+    max_shard_size: int | str = "5GB", overwrite: bool = False,
+    text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
+    max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
+    max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
+    progress: bool | Bar = False, say: Say | None = None,
+) -> QuantizeResult:  # fmt: skip
+    """Train a model with its weights rounded to a scheme, and write it quantized into a folder; ``hf-quant train``.
+
+    What is trained are the weights that are rounded, their scales and zero points; everything else stays as it is. The same call
+    goes on with a training that was stopped, and ends with the bytes of one that was not.
+
+    Args:
+        model: Folder or Hub id, in floating point.
+        output: Folder of the result; checkpoints lie beside it in ``OUTPUT.work`` until it is there.
+        data: What to train on: a UTF-8 or JSONL file, or ``ID[:CONFIG][@SPLIT][#COLUMN]`` of a ``datasets`` set.
+        teacher: Folder or Hub id of the model whose distributions of next tokens are learned; None: of ``model`` itself.
+            ``"none"``: the text is learned.
+        steps: Updates of the weights.
+        epochs: Times that the text is seen, in place of ``steps``; default: 1.
+        lr: Learning rate of AdamW, which rises in the first steps and then falls along a cosine.
+        batch: Windows of text in an update.
+        train_context: Tokens in a window; default: 512, or what the model allows.
+        seed: Of the order of the windows.
+        checkpoint_minutes: From one checkpoint to the next.
+        scheme: As for `quantize`; one of them.
+        bits: Likewise.
+        group_size: Likewise.
+        asym: Likewise.
+        method: How the codes are chosen that training begins from; calibrated methods look at the first tokens of ``data``.
+        format: As for `quantize`, like all that follow.
+        ignore: Globs of layers to leave in floating point.
+        override: Glob to another scheme; None or ``"float"`` leaves layers in floating point.
+        lm_head: Quantize the output head too.
+        embeddings: Quantize the input embeddings too.
+        dtype: What the model computes in; the weights that are trained are in float32.
+        device: Where to train.
+        revision: Of a Hub model.
+        trust_remote_code: Run code that the checkpoint brings along.
+        max_shard_size: Largest file of weights, in bytes or as ``"5GB"``.
+        overwrite: Replace a folder that hf-quant wrote.
+        text: UTF-8 file to measure on; None: heldout.txt beside the model, else a text that comes with this package.
+        dataset: ``datasets`` set to measure on, in place of ``text``.
+        context: Tokens in a window that is measured.
+        stride: Tokens from one window to the next.
+        max_tokens: Measure about that many at most; default: 32768.
+        base_dtype: What the base computes in while it is the yardstick.
+        allow_overlap: Measure even on text that was trained on.
+        max_kl: Gate: KL divergence to the base, nats per token.
+        max_ppl_increase: Gate: perplexity over the base's minus one.
+        min_top1: Gate: share of predictions whose likeliest token is the base's.
+        progress: True for progress bars; or a function that wraps the items of a step, given them and the step's name.
+        say: Is told what is worth knowing; None passes it to the logger ``hf_quant``.
+
+    Raises:
+        OptionError: Options contradict each other, or make no sense; the scheme cannot be trained.
+        PlanError: The teacher has another vocabulary, or the model cannot be quantized like that.
+        HfQuantError: The text is too short or is measured on too, losses are not finite, or the output may not be written.
+    """
+    model, slugs, out = check_model(model), schemes(scheme, bits, group_size, asym), Path(output)
+    gate, other = budget(max_kl, max_ppl_increase, min_top1), overrides(override or {})
+    _check_options(slugs, [*slugs, *filter(None, other.values())], steps, epochs, lr, batch, train_context)
+    how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
+    kind, shard, inputs = dtype_named(dtype), size_in_bytes(max_shard_size), list(filter(None, (text, dataset, data)))
+    check_places([out], [model, *inputs], overwrite=overwrite, gate=bool(gate))
+
+    from hf_quant.data.calibration import calibration
+    from hf_quant.evaluation.yardstick import Base
+    from hf_quant.hf.auto import tokenizer_of
+    from hf_quant.hf.loading import refuse_quantized
+    from hf_quant.jobs.compress import Job
+    from hf_quant.jobs.training import Training, train_model
+    from hf_quant.training.loop import Settings
+
+    (plan,) = configs(
+        slugs, method="rtn", format=format, ignore=ignore, override=other, lm_head=lm_head, embeddings=embeddings
+    )
+    from_hub = hub(revision, trust_remote_code)
+    with reporting(progress, say) as report:
+        refuse_quantized(model, **from_hub)
+        tokenizer = tokenizer_of(model, **from_hub)
+        if tokenizer is None:
+            raise HfQuantError(f"{model}: no tokenizer found, and training begins with text")
+        base = Base(model, revision, device=device, trust_remote_code=trust_remote_code)
+        learned = calibration(data, tokenizer, train_context or base.context(), sys.maxsize, base.vocabulary())
+        name, held_out = how.find(model)
+        if not allow_overlap:
+            _refuse_overlap(data, learned, held_out)
+        measure = how.yardstick(model, held_out, tokenizer, report, device=device, **from_hub)
+        updates = steps or math.ceil((epochs or 1) * len(learned.ids) / batch)
+        report.say(f"{updates} steps of {batch * learned.ids.shape[1]:,} tokens of {learned.name}")
+        training = Training(
+            learned, Settings(updates, batch, lr, seed=seed), _teacher(teacher, base), method, 60 * checkpoint_minutes,
+            report.over("training"),
+        )  # fmt: skip
+        given = {"dtype": kind} | ({"device_map": device} if device else {}) | from_hub
+        job = Job(model, given, shard, overwrite, report.say, tokenizer, gate, measure, inputs=inputs)
+        with resumable({out: plan.scheme}, "the last checkpoint", report):
+            record = train_model(job, training, plan, out)
+    return QuantizeResult(model, [QuantizedModel.of(record, out)], name)
+
+
+def _check_options(
+    schemes: Sequence[str], slugs: Sequence[str], steps: int | None, epochs: float | None, lr: float, batch: int,
+    train_context: int | None,
+) -> None:  # fmt: skip
+    from hf_quant.core.scheme import QuantScheme
+    from hf_quant.training import why_not
+
+    if len(schemes) > 1:
+        raise OptionError("--scheme: one training has one scheme")
+    if steps is not None and epochs is not None:
+        raise OptionError("--steps and --epochs both say how long: give one of them")
+    for name, value, least in (("steps", steps, 1), ("batch", batch, 1), ("train-context", train_context, 2)):
+        if value is not None and value < least:
+            raise OptionError(f"--{name} {value}: must be at least {least}")
+    for name, number in (("lr", lr), ("epochs", epochs)):
+        if number is not None and not 0 < number < math.inf:
+            raise OptionError(f"--{name} {number}: must be a number above 0")
+    for slug in slugs:
+        if (reason := why_not(QuantScheme.parse(slug))) is not None:
+            raise OptionError(f"{slug}: {reason}")
+
+
+def _refuse_overlap(data: str, learned: Calibration, held_out: str) -> None:
+    from hf_quant.data.text import read_text, refuse_overlap
+
+    if Path(data).is_file() and read_text(Path(data)) == held_out:  # its paragraphs may be too short to be compared
+        raise HfQuantError(f"--data {data} is the text that is measured on: the numbers would flatter the model")
+    refuse_overlap(held_out, learned.paragraphs)
+
+
+def _teacher(teacher: str | None, base: Base) -> Base | None:
+    """The base itself where nobody says; None where the text is to be learned."""
+    if teacher == "none":
+        return None
+    return base if teacher is None else replace(base, model=check_model(teacher), revision=None)

@@ -1,0 +1,190 @@
+"""One model, one scheme: train the model rounded to it, then do what `compress` does with a result."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_quant.data.calibration import Calibration
+from hf_quant.disk.atomic import write_json
+from hf_quant.disk.folders import discard
+from hf_quant.disk.journal import is_journal, journal
+from hf_quant.errors import PlanError
+from hf_quant.evaluation.reference import Progress
+from hf_quant.evaluation.yardstick import Base
+from hf_quant.hf import HfQuantConfig, load
+from hf_quant.hf.auto import hub_options, tokenizer_of
+from hf_quant.jobs.compress import Job, compress
+from hf_quant.jobs.outputs import RECIPE, work_folder
+from hf_quant.training.distillation import divergence
+from hf_quant.training.loop import Loss, Settings, State, Steps
+
+CALIBRATED_ON = 65536  # tokens of the training text, where training begins from the codes of a calibrated method
+
+
+@dataclass(frozen=True)
+class Training:
+    """What to train on, and how.
+
+    Attributes:
+        text: What to train on.
+        settings: How.
+        teacher: The model whose distributions are learned; None learns the text itself.
+        start: Method whose codes training begins from.
+        seconds: From one checkpoint to the next.
+        watch: Wraps the states of a training, which know how many there will be, for a progress bar.
+    """
+
+    text: Calibration
+    settings: Settings
+    teacher: Base | None
+    start: str = "rtn"
+    seconds: float = 300.0
+    watch: Progress = iter
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the recipe."""
+        return {
+            "loss": "cross-entropy with the text" if self.teacher is None else "KL divergence to the teacher",
+            "teacher": None if self.teacher is None else Path(self.teacher.model).name,
+            "start": self.start, "settings": self.settings.to_dict(), "text": self.text.to_dict(),
+        }  # fmt: skip
+
+
+def train_model(job: Job, training: Training, config: HfQuantConfig, out: Path) -> dict[str, Any]:
+    """Train with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate.
+
+    Args:
+        job: As for `hf_quant.jobs.compress.compress`.
+        training: What to train on, and how.
+        config: The scheme, and the layers that have it; ``method`` is left at its default.
+        out: The folder that shall appear. Checkpoints lie in ``out.work`` until it does.
+
+    Raises:
+        HfQuantError: As `compress`, or the training cannot go on; says why.
+    """
+    refuse_other_vocabulary(job, training.teacher)
+    own = {each.name: getattr(job, each.name) for each in fields(Job)}
+    made = _TrainJob(**own | {"overwrite": job.overwrite or _appeared(out, training)}, training=training, out=out)
+    row = compress(replace(made, finish=made.finished), config, out)
+    if is_journal(work_folder(out)):
+        discard(work_folder(out), out)
+    return row
+
+
+@dataclass(frozen=True)
+class _TrainJob(Job):
+    """A `Job` whose model is trained, of one output folder."""
+
+    training: Training = field(kw_only=True)
+    out: Path = field(kw_only=True)
+    became: dict[str, Any] = field(default_factory=dict)  # of the training, for the recipe
+
+    def quantized(self, config: HfQuantConfig) -> Any:
+        """The trained model, quantized, in memory."""
+        training, work = self.training, work_folder(self.out)
+        with journal(work, self._plan(config), self.say) as log:
+            model = self._trainable(config)
+            if (count := len(training.text.ids) // training.settings.batch) < 1:
+                raise PlanError(f"{training.text.name}: {len(training.text.ids)} windows are fewer than one batch")
+            loss = text_loss if training.teacher is None else distilled(training.teacher.load(model.dtype))
+            steps = Steps(model, training.text.ids, loss, training.settings, log, training.seconds, self.say)
+            *_, state = training.watch(steps)
+            self.became.update(
+                tokens=len(state.losses) * training.settings.batch * training.text.ids.shape[1], epochs=state.step / count,
+                losses=_ends(state), skipped=state.skipped, learning_rates=state.rates,
+            )  # fmt: skip
+            with tempfile.TemporaryDirectory(dir=work) as folder:
+                model.save_pretrained(folder)
+                plan, dtype = model.hf_quantizer.plan, model.config.dtype
+                del model
+                made = load(folder, dtype=dtype, **self.options("device_map", "trust_remote_code")).eval()
+                made.hf_quantizer.plan = plan
+                return made
+
+    def _trainable(self, config: HfQuantConfig) -> Any:
+        ids = self.training.text.ids
+        asked = HfQuantConfig(
+            config.scheme, method=self.training.start, overrides=config.overrides, format=config.format, training=True,
+            modules_to_not_convert=config.modules_to_not_convert, quantize_lm_head=config.quantize_lm_head,
+            quantize_embeddings=config.quantize_embeddings, calibration=ids[: max(2, CALIBRATED_ON // ids.shape[1])],
+        )  # fmt: skip
+        return load(self.model, quantization_config=asked, **self.load)
+
+    def _plan(self, config: HfQuantConfig) -> dict[str, Any]:
+        """All that decides what becomes of a training."""
+        base, teacher = self.base(), self.training.teacher
+        return self.training.to_dict() | {
+            "config": config.to_dict(), "dtype": str(self.load.get("dtype")), "base": base.identity(),
+            "circumstances": base.circumstances(), "identity": None if teacher is None else teacher.identity(),
+        }  # fmt: skip
+
+    def finished(self, stage: Path, row: dict[str, Any]) -> dict[str, Any]:
+        """Write into the recipe what was trained."""
+        recipe = json.loads((stage / RECIPE).read_text(encoding="utf-8"))
+        write_json(stage / RECIPE, recipe | {"training": self.training.to_dict() | self.became})
+        return self.finish(stage, row)
+
+
+def refuse_other_vocabulary(job: Job, teacher: Base | None) -> None:
+    """Refuse a teacher that numbers tokens in another way.
+
+    Raises:
+        PlanError: Says how the vocabularies differ.
+    """
+    if teacher is None or teacher.model == job.model:
+        return
+    own, other = job.base().vocabulary(), teacher.vocabulary()
+    if own != other:
+        raise PlanError(f"teacher {teacher.model}: a vocabulary of {other} tokens, and the model has one of {own}")
+    tokenizers = [job.tokenizer, tokenizer_of(teacher.model, **hub_options(vars(teacher)))]
+    if None not in tokenizers and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise PlanError(f"teacher {teacher.model}: its tokenizer has other tokens than that of the model")
+
+
+def text_loss(model: Any, rows: Tensor) -> Tensor:
+    """Mean cross-entropy of the next tokens of ``rows [B, T]``, in nats."""
+    rows = rows.to(model.device)
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+
+
+def distilled(teacher: Any) -> Loss:
+    """A loss: the mean KL divergence from the teacher, per token in nats."""
+
+    def loss(model: Any, rows: Tensor) -> Tensor:
+        rows = rows.to(model.device)
+        with torch.no_grad():
+            expected = teacher(input_ids=rows.to(teacher.device), use_cache=False).logits[:, :-1].to(model.device)
+        return divergence(model(input_ids=rows, use_cache=False).logits[:, :-1], expected).mean()
+
+    return loss
+
+
+def _ends(state: State) -> dict[str, float | None]:
+    """Mean loss of the first and of the last twentieth of the steps."""
+    count = max(1, len(state.losses) // 20)
+    parts = {"first": state.losses[:count], "last": state.losses[-count:]}
+    finite = {name: [loss for loss in losses if math.isfinite(loss)] for name, losses in parts.items()}
+    return {name: sum(losses) / len(losses) if losses else None for name, losses in finite.items()}
+
+
+def _appeared(out: Path, training: Training) -> bool:
+    """Whether ``out`` is the result of this training already: its process was killed before it could remove the checkpoints."""
+    try:
+        recipe: Mapping[str, Any] = json.loads((out / RECIPE).read_text(encoding="utf-8"))
+        stored = recipe["training"]
+        return is_journal(work_folder(out)) and all(
+            stored[name] == value for name, value in training.to_dict().items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,76 @@
+"""Distillation: a model learns the distributions of next tokens that a teacher gives (arXiv:1503.02531)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.errors import PlanError
+
+IGNORED = -100  # a label that is not scored, in transformers
+STUDENTS = ("labels", "num_items_in_batch", "use_cache", "past_key_values", "cache")  # what only the student is given
+
+
+class Distillation:
+    """The KL divergence from the teacher to the student, for ``Trainer(model=student, compute_loss_func=Distillation(student, teacher))``.
+
+    Only the student trains. The teacher sees what the student was given last, so each needs a loss of its own where several
+    students have one teacher.
+
+    Args:
+        student: A causal language model of transformers.
+        teacher: Another one with the same vocabulary, on the same device.
+        temperature: Logits of both are divided by it, and the loss is multiplied by its square.
+
+    Raises:
+        PlanError: The vocabularies differ, or the temperature is not a positive number.
+    """
+
+    def __init__(self, student: Any, teacher: Any, *, temperature: float = 1.0) -> None:
+        if not temperature > 0:
+            raise PlanError(f"distillation: the temperature must be more than 0, got {temperature!r}")
+        sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+        if sizes[0] != sizes[1]:
+            raise PlanError(
+                f"distillation: the teacher has a vocabulary of {sizes[1]} tokens and the model one of {sizes[0]}: choose a teacher "
+                "with the same tokenizer"
+            )
+        self.teacher, self.temperature = teacher.eval().requires_grad_(False), temperature
+        self._given: dict[str, Any] = {}
+        student.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, _student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._given = {name: value for name, value in kwargs.items() if name not in STUDENTS}
+        if args:
+            self._given["input_ids"] = args[0]
+
+    def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The divergence per token that is scored, in nats.
+
+        Args:
+            outputs: Of the student, with ``logits [B, T, V]``.
+            labels: int64 ``[B, T]``, of which -100 is not scored; None scores all tokens.
+            num_items_in_batch: What the sum is divided by, where batches are accumulated; None for the tokens scored here.
+        """
+        with torch.no_grad():
+            expected = self.teacher(**self._given, use_cache=False).logits
+        given = outputs.logits[:, :-1]
+        scored = torch.ones_like(given[..., 0], dtype=torch.bool) if labels is None else labels[:, 1:] != IGNORED
+        total = divergence(given[scored], expected[:, :-1][scored], self.temperature).sum()
+        return total / (scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def divergence(given: Tensor, expected: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL divergence of two distributions of next tokens, in log space: nats ``[P]``, float32 or wider.
+
+    Args:
+        given: Logits of the student ``[P, V]``.
+        expected: Logits of the teacher ``[P, V]``; -inf for tokens that it rules out.
+        temperature: Of both; the result is multiplied by its square, so that gradients keep their size.
+    """
+    wide = torch.promote_types(given.dtype, torch.float32)
+    log_q, log_p = ((logits.to(wide) / temperature).log_softmax(-1) for logits in (given, expected))
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1) * temperature**2

@@ -1,0 +1,210 @@
+"""Training that can be killed at any time: what it continues from is on disk, and it ends with the same bytes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.disk.journal import Journal
+from hf_quant.errors import HfQuantError
+from hf_quant.training.modules import FakeQuant
+
+Loss = Callable[[Any, Tensor], Tensor]  # of a model and some windows [B, T]: the mean per token
+PATIENCE = 3  # losses in a row that are not finite
+LAST = 0.05  # share of the learning rate that is left at the end (EfficientQAT, arXiv:2407.11062)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes:
+        steps: Updates of the weights.
+        batch: Windows of text in each.
+        lr: Learning rate of AdamW, of weights, scales and offsets alike; it falls along a cosine.
+        warmup: Share of the steps in which it rises to that.
+        clip: Norm that the gradient is cut down to.
+        seed: Of the order of the windows, and of dropout.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: float = 0.05
+    clip: float = 1.0
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        rising = max(1, round(self.warmup * self.steps))
+        if step < rising:
+            return self.lr * (step + 1) / rising
+        done = (step - rising) / max(1, self.steps - rising)
+        return self.lr * (LAST + (1 - LAST) * (1 + math.cos(math.pi * done)) / 2)
+
+    def windows(self, step: int, count: int) -> Tensor:
+        """Numbers of the windows of a step, of ``count``: each comes once before any comes again."""
+        at = range(step * self.batch, (step + 1) * self.batch)
+        orders = {epoch: self._order(epoch, count) for epoch in {i // count for i in at}}
+        return torch.stack([orders[i // count][i % count] for i in at])
+
+    def _order(self, epoch: int, count: int) -> Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + 7919 * epoch))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What must be the same for a training to go on: all but the learning rate."""
+        return {name: value for name, value in asdict(self).items() if name != "lr"}
+
+
+@dataclass
+class State:
+    """Where a training is.
+
+    Attributes:
+        step: Steps that are done.
+        losses: Of each of them; NaN of those that were skipped.
+        rates: Steps from which a learning rate held, and that rate: a training may go on with another.
+    """
+
+    step: int
+    losses: list[float]
+    rates: list[tuple[int, float]]
+
+    @property
+    def skipped(self) -> int:
+        """Steps whose loss or gradient was not finite."""
+        return sum(not math.isfinite(loss) for loss in self.losses)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A training of the rounded weights of a model, and of nothing else of it; iterating trains, and yields the state after each step.
+
+    Attributes:
+        model: Trainable (`hf_quant.training.FakeQuant`).
+        ids: int64 ``[S, T]``.
+        loss: Mean loss per token of some windows ``[B, T]``.
+        settings: How.
+        journal: Of the work folder; a training that is in it goes on.
+        seconds: From one checkpoint to the next; 0 writes one after every step.
+        say: Is told of the loss ten times, and of each step that is skipped.
+    """
+
+    model: nn.Module
+    ids: Tensor
+    loss: Loss
+    settings: Settings
+    journal: Journal
+    seconds: float
+    say: Callable[[str], None]
+
+    def __len__(self) -> int:
+        return self.settings.steps - self._done() + 1
+
+    def _done(self) -> int:
+        return int(self.journal.parts[-1]["step"]) if self.journal.parts else 0
+
+    def __iter__(self) -> Iterator[State]:
+        """The first state is that before any step, or of a training that goes on.
+
+        Raises:
+            HfQuantError: The loss or its gradient was not finite several times in a row.
+        """
+        settings, parameters = self.settings, _trained(self.model)
+        optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        torch.manual_seed(settings.seed)
+        state = _restore(self.journal, parameters, optimizer)
+        if not state.rates or state.rates[-1][1] != settings.lr:
+            state.rates.append((state.step, settings.lr))
+        yield state
+        self.model.train()
+        written = time.monotonic()
+        while state.step < settings.steps:
+            rows = self.ids[settings.windows(state.step, len(self.ids))]
+            state.losses.append(_update(self.model, rows, self.loss, optimizer, settings, state.step))
+            state.step += 1
+            if not math.isfinite(state.losses[-1]):
+                _refuse_divergence(state, self.journal, self.say)
+            elif time.monotonic() - written >= self.seconds or state.step == settings.steps:
+                _write(self.journal, state, parameters, optimizer)
+                written = time.monotonic()
+            if state.step % max(1, settings.steps // 10) == 0:
+                self.say(f"step {state.step} of {settings.steps}: loss {state.losses[-1]:.4f}")
+            yield state
+        self.model.eval()
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name, what is shared once; everything else is frozen."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, FakeQuant):
+            for values in map(module.parameters_of, module.trained()):
+                for parameter in values.values():
+                    parameter.requires_grad_(True)
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _update(
+    model: nn.Module, rows: Tensor, loss: Loss, optimizer: torch.optim.Optimizer,
+    settings: Settings, step: int,
+) -> float:  # fmt: skip
+    """One step; returns its loss, or NaN where that or the gradient was not finite and nothing was changed."""
+    optimizer.param_groups[0]["lr"] = settings.rate(step)
+    made = loss(model, rows)
+    value = made.item()
+    if math.isfinite(value):
+        made.backward()
+        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], settings.clip)
+        value = value if bool(norm.isfinite()) else math.nan
+    if math.isfinite(value):
+        optimizer.step()
+    optimizer.zero_grad()
+    return value if math.isfinite(value) else math.nan
+
+
+def _refuse_divergence(state: State, journal: Journal, say: Callable[[str], None]) -> None:
+    say(f"step {state.step}: the loss or its gradient is not finite, so the step is skipped")
+    if len(state.losses) >= PATIENCE and not any(map(math.isfinite, state.losses[-PATIENCE:])):
+        raise HfQuantError(
+            f"training: the loss or its gradient was not finite in {PATIENCE} steps in a row, up to step {state.step}; "
+            f"{journal.folder} holds the last good state, from which a lower learning rate can go on"
+        )
+
+
+def _write(
+    journal: Journal, state: State, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    content = {
+        "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
+        "optimizer": optimizer.state_dict(),
+        "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())],
+        "losses": state.losses, "rates": state.rates,
+    }  # fmt: skip
+    journal.replace(f"step-{state.step:08d}.pt", lambda draft: torch.save(content, draft), {"step": state.step})
+
+
+def _restore(journal: Journal, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
+    """Go on from the last checkpoint, if there is one."""
+    if not journal.parts:
+        return State(0, [], [])
+    stored: Any = torch.load(_file(journal), map_location="cpu", weights_only=True)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(stored["parameters"][name])
+    optimizer.load_state_dict(stored["optimizer"])
+    torch.set_rng_state(stored["random"][0])
+    if torch.cuda.is_available() and len(stored["random"]) > 1:
+        torch.cuda.set_rng_state_all(stored["random"][1:])
+    return State(journal.parts[-1]["step"], stored["losses"], stored["rates"])
+
+
+def _file(journal: Journal) -> Path:
+    return journal.folder / str(journal.parts[-1]["file"])

@@ -38,12 +38,15 @@ if TYPE_CHECKING:
     from hf_quant.jobs.quantize import QuantizedModel as QuantizedModel
     from hf_quant.jobs.quantize import QuantizeResult as QuantizeResult
     from hf_quant.jobs.quantize import quantize as quantize
+    from hf_quant.jobs.train import train as train
     from hf_quant.jobs.verify import VerifyResult as VerifyResult
     from hf_quant.jobs.verify import verify as verify
+    from hf_quant.training import Distillation as Distillation
 
 __version__ = "0.1.0"
 __all__ = [
     "ConvertResult",
+    "Distillation",
     "EvaluateResult",
     "HfQuantConfig",
     "HfQuantError",
@@ -65,6 +68,7 @@ __all__ = [
     "push",
     "quantize",
     "take_over",
+    "train",
     "verify",
 ]
 _HOMES = {
@@ -76,7 +80,9 @@ _HOMES = {
     "jobs.plan": ("PlanResult", "PlannedModel", "plan"),
     "jobs.push": ("PushResult", "push"),
     "jobs.quantize": ("QuantizeResult", "QuantizedModel", "quantize"),
+    "jobs.train": ("train",),
     "jobs.verify": ("VerifyResult", "verify"),
+    "training": ("Distillation",),
 }
 
 

@@ -1,0 +1,178 @@
+"""``hf-quant train``: what it writes, what it refuses, and that it can be stopped at any time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from hf_quant.cli import main
+from hf_quant.disk import journal
+from hf_quant.jobs.outputs import work_folder
+from hf_quant.training import loop
+from tests.yardsticks import make
+
+FEW = (
+    "--steps",
+    "6",
+    "--batch",
+    "2",
+    "--train-context",
+    "32",
+    "--max-tokens",
+    "256",
+    "--checkpoint-minutes",
+    "0",
+    "--lr",
+    "1e-3",
+)
+W2 = ("--scheme", "W2A16-g32-asym")
+
+
+@pytest.fixture(scope="module")
+def peaked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make("peaked", tmp_path_factory.mktemp("train") / "peaked")
+
+
+def train(model: Path, out: Path, *args: Any, data: Path | None = None, code: int = 0) -> Result:
+    data = data or model / "calibration.txt"
+    result = CliRunner().invoke(main, ["train", str(model), "-o", str(out), "--data", str(data), *map(str, args)])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["peaked", "outliers"])
+def test_training_loses_less_than_rounding(kind: str, peaked: Path, tmp_path: Path) -> None:
+    model = peaked if kind == "peaked" else make(kind, tmp_path.parent / "outliers")
+    scheme = ("--scheme", "W2A16-g64-asym", "--max-tokens", "1024", "--json")
+    rounded = CliRunner().invoke(
+        main, ["quantize", str(model), "-o", str(tmp_path / "rtn"), *scheme, "--max-kl", "99"]
+    )
+    before = json.loads(rounded.stdout)["results"][0]
+    steps = ("--steps", "40", "--batch", "4", "--train-context", "64", "--lr", "2e-3")
+    after = json.loads(train(model, tmp_path / "trained", *scheme, *steps).stdout)["results"][0]
+    assert after["bytes"] == before["bytes"]
+    assert after["quality"]["metrics"]["kl"]["value"] < 0.7 * before["quality"]["metrics"]["kl"]["value"]
+    recipe = json.loads((tmp_path / "trained" / "recipe.json").read_text())["training"]
+    assert recipe["loss"] == "KL divergence to the teacher" and recipe["tokens"] == 40 * 4 * 64
+    assert recipe["losses"]["last"] < recipe["losses"]["first"] and recipe["text"]["name"] == "calibration.txt"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn", "trained"]  # no checkpoint is left
+
+
+def test_a_gate_that_is_missed(peaked: Path, tmp_path: Path) -> None:
+    said = train(peaked, tmp_path / "out", *W2, *FEW, "--teacher", "none", "--max-kl", "1e-9", code=3)
+    assert "gate missed" in said.stderr and not (tmp_path / "out").exists()
+    recipe = json.loads((tmp_path / "out-failed" / "recipe.json").read_text())
+    assert recipe["training"]["teacher"] is None and recipe["training"]["loss"] == "cross-entropy with the text"
+
+
+class Stopped(BaseException):
+    """A kill, as far as one process can feel it."""
+
+
+def test_a_training_that_is_killed_ends_with_the_same_bytes(
+    peaked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(peaked, tmp_path / "whole", *W2, *FEW)
+    expected, left = weights(tmp_path / "whole"), iter((1, 2, 3, 1))
+
+    def stopping(original: Any, after: int) -> Any:
+        calls = iter(range(after))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(calls, None) is None:
+                raise Stopped
+            return original(*args, **kwargs)
+
+        return call
+
+    out, steps = tmp_path / "out", []
+    for place, name in ((loop, "_update"), (journal, "put"), (journal, "put"), (loop, "_write")):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, stopping(getattr(place, name), next(left)))
+            with pytest.raises(Stopped):
+                train(peaked, out, *W2, *FEW)
+        assert not out.exists()
+        steps.append(max((part["step"] for part in journal.recorded(work_folder(out))), default=0))
+    assert steps == sorted(steps) and 0 < steps[-1] < 6
+    said = train(peaked, out, *W2, *FEW, "--batch", "3", code=1)
+    assert "begun with other settings (settings)" in said.stderr
+    train(peaked, out, *W2, *FEW)
+    assert weights(out) == expected and not work_folder(out).exists()
+
+
+def test_it_appeared_but_its_checkpoints_were_not_removed(
+    peaked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_quant.jobs import training as job
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "discard", lambda *_: (_ for _ in ()).throw(Stopped))
+        with pytest.raises(Stopped):
+            train(peaked, tmp_path / "out", *W2, *FEW)
+    expected = weights(tmp_path / "out")
+    train(peaked, tmp_path / "out", *W2, *FEW)
+    assert weights(tmp_path / "out") == expected and not work_folder(tmp_path / "out").exists()
+
+
+def test_losses_that_are_not_finite(peaked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step is skipped; several in a row end the training, and a lower learning rate goes on from the last good state."""
+    original = loop._update
+
+    def broken(*steps: int) -> Any:
+        def update(model: Any, rows: Any, loss: Any, *args: Any) -> float:
+            wrong = args[-1] in steps
+            return original(model, rows, (lambda *given: loss(*given) * torch.nan) if wrong else loss, *args)
+
+        return update
+
+    monkeypatch.setattr(loop, "_update", broken(1))
+    said = train(peaked, tmp_path / "one", *W2, *FEW)
+    assert "step 2: the loss or its gradient is not finite, so the step is skipped" in said.stderr
+    assert json.loads((tmp_path / "one" / "recipe.json").read_text())["training"]["skipped"] == 1
+    monkeypatch.setattr(loop, "_update", broken(2, 3, 4))
+    said = train(peaked, tmp_path / "many", *W2, *FEW, code=1)
+    assert "not finite in 3 steps in a row, up to step 5" in said.stderr and "lower learning rate" in said.stderr
+    assert journal.recorded(work_folder(tmp_path / "many"))[0]["step"] == 2
+    monkeypatch.setattr(loop, "_update", original)
+    train(peaked, tmp_path / "many", *W2, *FEW, "--lr", "1e-4")
+    recipe = json.loads((tmp_path / "many" / "recipe.json").read_text())["training"]
+    assert recipe["learning_rates"] == [[0, 1e-3], [2, 1e-4]] and recipe["skipped"] == 0
+
+
+def test_what_cannot_be_trained_is_refused(peaked: Path, tmp_path: Path) -> None:
+    def refused(message: str, *args: Any, model: Path = peaked, data: Path | None = None, code: int = 1) -> None:
+        said = train(model, tmp_path / "out", *args, data=data, code=code)
+        assert message in " ".join(said.stderr.split()), said.stderr
+        assert not (tmp_path / "out").exists()
+
+    (tmp_path / "short.txt").write_text("three words only")
+    long = [" ".join(f"word-{i}-{j}" for j in range(40)) for i in range(9)]
+    (tmp_path / "long.txt").write_text("\n\n".join(long))
+    (tmp_path / "part.txt").write_text("\n\n".join(long[3:]))
+    refused("6 of 9 paragraphs", *W2, *FEW, "--text", tmp_path / "long.txt", data=tmp_path / "part.txt")
+    refused("is the text that is measured on", *W2, *FEW, data=peaked / "heldout.txt")
+    refused("fewer than one window of 32", *W2, *FEW, data=tmp_path / "short.txt")
+    refused("W4A16-g32 can", "--scheme", "W4A16-g32-o1%", *FEW, code=2)
+    refused("one training has one scheme", *W2, "--scheme", "W4A16-g32", *FEW, code=2)
+    refused("--steps and --epochs", *W2, *FEW, "--epochs", "1", code=2)
+    other = tmp_path / "other"
+    shutil.copytree(peaked, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+    refused("a vocabulary of 1000 tokens, and the model has one of 512", *W2, *FEW, "--teacher", other, code=2)
+    train(peaked, tmp_path / "coded", *W2, *FEW, data=tmp_path / "long.txt")
+    refused("quantized already", *W2, *FEW, model=tmp_path / "coded", data=peaked / "calibration.txt", code=2)
+    said = CliRunner().invoke(
+        main, ["eval", str(tmp_path / "coded"), "--base", str(peaked), "--text", str(tmp_path / "long.txt")]
+    )
+    assert said.exit_code == 1 and "9 of 9 paragraphs" in said.stderr

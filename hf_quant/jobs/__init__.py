@@ -1,3 +1,5 @@
-"""What a command does, callable from Python: quantize, convert, verify, search for a mixture of widths.
+"""What a command does, callable from Python: quantize, evaluate, ladder, convert, verify, push and plan.
 
-Nothing here parses arguments or prints; that is in `cli`."""
+The file of that name holds the function, which `hf_quant` makes public, and its result. Nothing here parses a command line,
+prints or exits; that is in `cli`. Options are checked before anything heavy is imported, which is why functions import.
+"""

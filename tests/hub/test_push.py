@@ -55,6 +55,9 @@ def held(folder: Path) -> dict[str, bytes]:
 def test_push(hub: FakeHub, push: Push, folder: Path) -> None:
     before = held(folder)
     plan = json.loads(run("push", folder, TO, "--dry-run", "--json").stdout)
+    planned, asked = hf_quant.push(folder, TO, dry_run=True), []
+    assert planned.to_dict() == plan and planned.url is None and "private if it is new" in repr(planned)
+    assert hf_quant.push(folder, TO, confirm=lambda result: bool(asked.append(result))) == planned == asked[0]
     assert held(folder) == before and not hub.repos, "a dry run leaves everything as it is"
     made = json.loads(push("--public", "--tag", "v1", "--json").stdout)
     repo, tree = hub.repo(TO), hub.files(TO)

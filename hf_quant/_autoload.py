@@ -20,7 +20,6 @@ from hf_quant import _upwards
 
 METHOD = "hf_quant"
 AUTO = "transformers.quantizers.auto"
-READABLE = ("auto-round", "awq", "bitsandbytes", "compressed-tensors", "gptq", "hqq", "torchao")  # quant_method
 taken_over = set(os.environ.get("HF_QUANT_TAKE_OVER", "").replace(",", " ").split())  # see `hf_quant.take_over`
 TARGETS = (AUTO, "transformers.modeling_utils")  # the second one, since torch may be imported from inside the first
 
@@ -162,10 +161,11 @@ def _foreign(stored: Any) -> bool:
 
 
 def _to_take_over(stored: dict[str, Any]) -> bool:
-    if unknown := sorted(taken_over - set(READABLE)):
+    known = _upwards.transformers_plugin().known_methods() if taken_over else []
+    if unknown := sorted(taken_over - set(known)):
         from hf_quant.errors import PlanError
 
-        raise PlanError(f"HF_QUANT_TAKE_OVER: {unknown[0]!r} is not one of {', '.join(READABLE)}")
+        raise PlanError(f"HF_QUANT_TAKE_OVER: {unknown[0]!r} is not one of {', '.join(known)}")
     return METHOD in stored or stored["quant_method"] in taken_over
 
 

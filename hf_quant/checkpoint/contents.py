@@ -19,16 +19,9 @@ from hf_quant.core.layout import wrong_values
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.safetensors import TORCH, TensorInfo
 from hf_quant.errors import CheckpointError, FormatError
-from hf_quant.formats import Called, Format, Layer, by_itself, format_of
+from hf_quant.formats import Called, Format, Layer, by_itself, format_of, formats
 
-QUANTO = "quanto_qmap.json"  # the file by which a checkpoint of optimum-quanto is recognized
 TINY, SMALL = 1 << 12, 1 << 24  # bytes of a tensor that is read in a quick look, and in a thorough one
-
-
-BESIDE = {
-    "quantize_config.json": "gptq",
-    "quant_config.json": "awq",
-}  # files of AutoGPTQ and AutoAWQ, some of them old
 
 
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -43,11 +36,11 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any
         for field in FIELDS:
             if (stored := part.get(field)) is not None:
                 return stored
-    if (folder / QUANTO).is_file():
-        return {"quant_method": "quanto"}
-    for name, method in BESIDE.items():
-        if (folder / name).is_file():
-            return {"quant_method": method} | read_json(folder, name)
+    for fmt in formats().values():
+        if fmt.marker_file is not None and (folder / fmt.marker_file).is_file():
+            return {"quant_method": fmt.label}
+        if fmt.config_file is not None and (folder / fmt.config_file).is_file():
+            return {"quant_method": fmt.label} | read_json(folder, fmt.config_file)
     return None
 
 
@@ -130,7 +123,7 @@ class Contents:
             CheckpointError: A tensor has an invalid value; names file and tensor.
         """
         layer = self.layers[module]
-        if self.format == "native" and layer.scheme is not None:
+        if self.fmt.in_memory and layer.scheme is not None:
             small = {
                 local: self.checkpoint.read(full) for local, full in self.names[module].items() if local != "weight"
             }

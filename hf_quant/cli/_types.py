@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_quant import _plugins
 from hf_quant.errors import HfQuantError
 from hf_quant.jobs.options import DTYPES, check_model, size_in_bytes
 
@@ -15,8 +14,6 @@ if TYPE_CHECKING:  # it became generic in click 8.2
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType
-
-FORMATS = ("auto", "native", "compressed_tensors")
 
 
 class Size(ParamType):
@@ -117,15 +114,20 @@ def _checked(kind: ParamType, read: Any, param: click.Parameter | None, ctx: cli
 DTYPE = Named(DTYPES)
 
 
-class Format(Named):
-    """A format that a model can be saved in. Those of other packages are known by name, and judged when they are loaded."""
+class Format(ParamType):
+    """``auto``, or a format that ``save_pretrained`` writes, by its name or its label."""
+
+    name = "format"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value == "auto":
+            return "auto"
+        from hf_quant.formats import saved_formats
+
         name = str(value).lower().replace("-", "_")
-        return name if name in _plugins.names("formats") else super().convert(value, param, ctx)
-
-
-FORMAT = Format({name: name for name in FORMATS} | {name.replace("_", "-"): name for name in FORMATS})
+        if name not in saved_formats():
+            self.fail(f"{value!r} is not one of auto, {', '.join(saved_formats())}", param, ctx)
+        return name
 
 
 class Override(ParamType):

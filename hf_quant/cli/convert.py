@@ -14,7 +14,7 @@ from hf_quant.jobs.outputs import check_output
 @click.command()
 @click.argument("folder", type=Model())
 @click.option(
-    "--to", required=True, metavar="FORMAT", help="native, compressed-tensors, gptq, awq, or dense: floating point."
+    "--to", required=True, metavar="FORMAT", help="native, compressed-tensors, gptq or awq; dense: floating point."
 )
 @click.option("-o", "--output", required=True, help="Folder of the result.")
 @click.option(

@@ -36,7 +36,7 @@ def command(model: str, as_json: bool, quiet: bool) -> None:
         sizes[info.dtype] += info.nbytes
     left = _left(checkpoint, contents)
     record: dict[str, Any] = {
-        "format": _format(stored),
+        "format": _format(stored, contents),
         **_layers(contents),
         "matrices_in_floating_point": len(left),
         "left": left,
@@ -87,12 +87,11 @@ def _shown(names: list[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def _format(stored: Any) -> str:
-    if not stored:
+def _format(stored: Any, contents: Contents | None) -> str:
+    if not stored or contents is None:
         return "not quantized"
-    method = str(stored.get("quant_method", "unknown"))
-    said = {"hf_quant": "format", "gptq": "checkpoint_format", "awq": "version", "auto-round": "packing_format"}
-    return printable(f"{method} {stored.get(said.get(method, 'format')) or ''}".strip(), 100)
+    variant = next((stored[field] for field in contents.fmt.variant_fields if stored.get(field)), "")
+    return printable(f"{stored.get('quant_method', 'unknown')} {variant}".strip(), 100)
 
 
 COMMAND = command

@@ -6,8 +6,9 @@ the layout, and finds the quantized layers of a checkpoint in its headers (`Form
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -47,19 +48,87 @@ def by_itself(module: str) -> Sequence[str]:
     return (module,)
 
 
-@runtime_checkable
-class Format(Protocol):
-    """Reads, and mostly writes, the tensors of one linear layer, under their local names.
+class Traits(Protocol):
+    """What the rest of the package asks of a format besides the tensors of one layer; a format overrides what differs.
 
-    A format may also have these attributes of its class:
-
-    * ``writes = False``: it only reads (`formats._common.ReadOnly`).
-    * ``narrow_scales = True``: its readers hold scales in 16 bits.
-    * ``to_write(schemes)``: the format that can hold these schemes, where there are several variants.
-    * ``of_plan(default, overrides, left)``: the ``quantization_config`` of a model that is quantized with the scheme
-      ``default`` but for the globs in ``overrides`` (glob to scheme) and ``left`` (in floating point). With it
-      ``save_pretrained`` writes this format, too; None where that is `HfQuantConfig` as it is.
+    Attributes:
+        label: What users call it.
+        in_memory: Whether its tensors are the parameters of a model, as `core.layout` describes them. Such a format also holds
+            embeddings and stacks of experts, and names layers as the model does.
+        saved: Whether ``save_pretrained`` writes it.
+        automatic: Whether it is preferred where the user leaves the choice open.
+        converted_to: Whether ``hf-quant convert`` writes it.
+        scales_16bit: Whether its readers need scales of 16 bits.
+        methods: Values of ``quant_method`` in config.json by which its checkpoints are recognized.
+        variant_fields: Fields of a ``quantization_config`` that tell its variants apart; the first that is there counts.
+        config_file: Name of a file beside the weights where its programs write the ``quantization_config``.
+        marker_file: Name of a file that says, by being there, that the checkpoint has this format.
+        vllm: Whether vLLM reads it.
+        vllm_int8: Whether vLLM reads its layers with INT8 activations.
     """
+
+    label: ClassVar[str]
+    in_memory: ClassVar[bool] = False
+    saved: ClassVar[bool] = False
+    automatic: ClassVar[bool] = False
+    converted_to: ClassVar[bool] = False
+    scales_16bit: ClassVar[bool] = False
+    methods: ClassVar[tuple[str, ...]] = ()
+    variant_fields: ClassVar[tuple[str, ...]] = ("format",)
+    config_file: ClassVar[str | None] = None
+    marker_file: ClassVar[str | None] = None
+    vllm: ClassVar[bool] = False
+    vllm_int8: ClassVar[bool] = False
+
+    @classmethod
+    def writer(cls, schemes: Iterable[QuantScheme]) -> Format:
+        """The variant of the format that is written for layers of these schemes."""
+        fmt: Format = cls()  # type: ignore[assignment]
+        return fmt
+
+    def config_of_plan(
+        self, default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore: Sequence[str]
+    ) -> dict[str, Any]:
+        """The ``quantization_config`` of a model that ``save_pretrained`` writes; only where `saved` and not `in_memory`.
+
+        Args:
+            default: Scheme of every linear layer not named below.
+            overrides: Module name, or glob of ``*`` and ``?``, to scheme.
+            ignore: Names or globs of the linear layers left in floating point.
+
+        Raises:
+            FormatError: The format cannot express a glob.
+        """
+        raise FormatError(f"{self.label}: save_pretrained does not write it")
+
+    def int8_activations(self, config: Mapping[str, Any], scheme: QuantScheme) -> QuantScheme:
+        """``scheme`` with activations as the program that wrote ``config`` rounds them.
+
+        Raises:
+            FormatError: It rounds them in a way that is not known here.
+        """
+        return scheme
+
+    def description(self, schemes: Iterable[QuantScheme]) -> str:
+        """What a model card calls the format of weights in ``schemes``; Markdown."""
+        return f"`{self.label}`"
+
+    def elsewhere(self, schemes: Iterable[QuantScheme]) -> str:
+        """A sentence for the model card on what programs other than hf-quant do with it; empty if none was tried."""
+        return ""
+
+    def vllm_refusal(self, scheme: QuantScheme, *, marlin: bool) -> str | None:
+        """Why vLLM refuses this format with ``scheme``, in a way that it would not refuse others; ``marlin``: whether Marlin has the group size."""
+        return None
+
+    def vllm_kernel(self, scheme: QuantScheme, *, marlin: bool) -> str | None:
+        """The kernel that vLLM has for this format alone; None where all formats share its kernels."""
+        return None
+
+
+@runtime_checkable
+class Format(Traits, Protocol):
+    """Reads, and mostly writes, the tensors of one linear layer, under their local names."""
 
     suffixes: ClassVar[tuple[str, ...]]
 
@@ -126,23 +195,6 @@ def format_named(name: str) -> Format:
     return made
 
 
-def can_save(name: str) -> bool:
-    """Whether ``save_pretrained`` can write the format of that name."""
-    return name in _plugins.names("formats") and hasattr(_plugins.load("formats", name).FORMAT, "of_plan")
-
-
-def writable() -> list[str]:
-    """Names of the formats that can be written."""
-    return [n for n in _plugins.names("formats") if getattr(_plugins.load("formats", n).FORMAT, "writes", True)]
-
-
-def format_to_write(name: str, schemes: Collection[QuantScheme]) -> Format:
-    """The format of that name, in the variant that can hold these schemes."""
-    loaded = _plugins.load("formats", name).FORMAT
-    made: Format = loaded.to_write(schemes) if hasattr(loaded, "to_write") else loaded()
-    return made
-
-
 def format_of(config: Mapping[str, Any]) -> tuple[str, Format]:
     """Name of the format that a ``quantization_config`` speaks of, and that format.
 
@@ -155,3 +207,33 @@ def format_of(config: Mapping[str, Any]) -> tuple[str, Format]:
         if found is not None:
             return name, found
     raise FormatError(f"quantization_config.quant_method {ascii(method)[:80]}: no format reads it")
+
+
+def formats() -> Mapping[str, Format]:
+    """Name to every format there is."""
+    return _formats(tuple(_plugins.names("formats")))
+
+
+@lru_cache
+def _formats(names: tuple[str, ...]) -> Mapping[str, Format]:
+    return {name: format_named(name) for name in names}
+
+
+def in_memory_format() -> str:
+    """Name of the format that stores a model as it is in memory, and so holds every plan."""
+    return next(name for name, fmt in formats().items() if fmt.in_memory)
+
+
+def saved_formats() -> list[str]:
+    """Names of the formats that ``save_pretrained`` writes, the one that holds every plan first."""
+    return sorted((name for name, fmt in formats().items() if fmt.saved), key=lambda name: name != in_memory_format())
+
+
+def conversion_targets() -> dict[str, str]:
+    """Label to name of the formats that ``hf-quant convert`` writes."""
+    return {fmt.label: name for name, fmt in formats().items() if fmt.converted_to}
+
+
+def known_methods() -> list[str]:
+    """Values of ``quant_method`` by which checkpoints of other programs are recognized."""
+    return sorted({method for fmt in formats().values() if not fmt.in_memory for method in fmt.methods})

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import translate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +17,14 @@ from hf_quant.core.packing import pack
 from hf_quant.core.scheme import MULTIPLE, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
+from hf_quant.formats import Traits
 
 MAX_GLOBS = 200
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class ReadOnly:
+class ReadOnly(Traits):
     """The half of a `Format` that is not there, for formats that are read and run but not written."""
-
-    writes: ClassVar[bool] = False
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         """Always a reason."""

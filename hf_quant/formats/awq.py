@@ -17,7 +17,7 @@ from hf_quant.core.packing import pack, unpack
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
-from hf_quant.formats import Called, Headers, Layer, Value, by_itself
+from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
 from hf_quant.formats._common import FLOATS, check_scale, group_of, integer, need, refused, scheme_for, settled, spread
 
 ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # which of eight columns each nibble of a GEMM word holds
@@ -25,7 +25,7 @@ VERSIONS = ("gemm", "gemv", "gemv_fast")
 
 
 @dataclass(frozen=True)
-class AWQ:
+class AWQ(Traits):
     """GEMM: qweight int32 ``[K, N / 8]``, scales ``[G, N]``, qzeros int32 ``[G, N / 8]``.
 
     GEMV: qweight int32 ``[N, K / 8]``, scales ``[N, G']``, qzeros int32 ``[N, G' / 8]``, with G rounded up to G'.
@@ -40,8 +40,14 @@ class AWQ:
     group_size: int = 0
     symmetric: bool = False
 
+    label: ClassVar[str] = "awq"
+    methods: ClassVar[tuple[str, ...]] = ("awq", "auto-round")
+    converted_to: ClassVar[bool] = True
+    scales_16bit: ClassVar[bool] = True
+    variant_fields: ClassVar[tuple[str, ...]] = ("packing_format", "version")
+    config_file: ClassVar[str | None] = "quant_config.json"  # of AutoAWQ
+    vllm: ClassVar[bool] = True
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
-    narrow_scales: ClassVar[bool] = True
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> AWQ | None:
@@ -63,6 +69,9 @@ class AWQ:
         if type(zeros) is not bool:
             raise refused("zero_point", zeros, "must be true or false")
         return cls(version, size, not zeros)
+
+    def vllm_kernel(self, scheme: QuantScheme, *, marlin: bool) -> str | None:
+        return "Marlin" if marlin and not scheme.symmetric else "AWQ kernel"
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         if scheme.activations:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_quant.core.numerics import levels
-from hf_quant.core.scheme import CODEBOOKS, QuantScheme
+from hf_quant.core.scheme import CODEBOOKS, THRESHOLD, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
@@ -43,6 +43,8 @@ class _State:
 class BitsAndBytes(ReadOnly):
     """weight uint8 ``[N * K / 2, 1]`` with weight.absmax, weight.quant_map, ...; or weight int8 ``[N, K]`` with SCB ``[N]``."""
 
+    label: ClassVar[str] = "bitsandbytes"
+    methods: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     suffixes: ClassVar[tuple[str, ...]] = (
         *(f"{STATE}{name}" for name in CODEBOOKS), "weight.nested_quant_map", "weight.nested_absmax", "weight.quant_map",
         "weight.absmax", "weight_format", "SCB", "weight",
@@ -58,6 +60,13 @@ class BitsAndBytes(ReadOnly):
         if not (config.get("load_in_4bit") or config.get("load_in_8bit")):
             raise refused("load_in_4bit", config.get("load_in_4bit"), "it or load_in_8bit must be true")
         return cls()
+
+    def int8_activations(self, config: Mapping[str, Any], scheme: QuantScheme) -> QuantScheme:
+        threshold = config.get("llm_int8_threshold", THRESHOLD)
+        rounding = {0.0: "token", THRESHOLD: "threshold"}.get(threshold) if type(threshold) in (int, float) else None
+        if rounding is None:
+            raise refused("llm_int8_threshold", threshold, f"activations='int8' knows {THRESHOLD} and 0 only")
+        return replace(scheme, activations=rounding) if scheme.bits == 8 else scheme
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
         if "SCB" in tensors:

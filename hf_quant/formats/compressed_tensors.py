@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from hf_quant.core.packing import pack, unpack
 from hf_quant.core.scheme import MULTIPLE, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
-from hf_quant.formats import Called, Headers, Layer, Value, by_itself
+from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
 from hf_quant.formats._common import (
     FLOATS,
     Globs,
@@ -49,6 +49,7 @@ from hf_quant.formats._compressed_tensors_config import (
     check_fields,
     config_of,
     read_group,
+    stored_as,
 )
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -56,7 +57,7 @@ ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_p
 
 
 @dataclass(frozen=True)
-class CompressedTensors:
+class CompressedTensors(Traits):
     """weight_packed int32 ``[N, K / 32 * bits]``, weight_scale ``[N, G]``, weight_shape int64 ``[2]``, and for asymmetric
     schemes weight_zero_point int32 ``[ceil(N * bits / 32), G]``, packed along N.
 
@@ -66,10 +67,16 @@ class CompressedTensors:
 
     groups: tuple[Group, ...] = ()
 
+    label: ClassVar[str] = "compressed-tensors"
+    methods: ClassVar[tuple[str, ...]] = ("compressed-tensors",)
+    saved: ClassVar[bool] = True
+    automatic: ClassVar[bool] = True
+    converted_to: ClassVar[bool] = True
+    vllm: ClassVar[bool] = True
+    vllm_int8: ClassVar[bool] = True
     suffixes: ClassVar[tuple[str, ...]] = (
         "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", *ACTIVATIONS, "weight",
     )  # fmt: skip
-    of_plan = staticmethod(config_of)
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> CompressedTensors | None:
@@ -90,6 +97,20 @@ class CompressedTensors:
             if count > 1:
                 raise refused("config_groups.targets", target, "two groups have it")
         return cls(made)
+
+    def config_of_plan(
+        self, default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore: Sequence[str]
+    ) -> dict[str, Any]:
+        return config_of(default, overrides, ignore)
+
+    def description(self, schemes: Iterable[QuantScheme]) -> str:
+        return f"{self.label}, `{stored_as(schemes)}`"
+
+    def elsewhere(self, schemes: Iterable[QuantScheme]) -> str:
+        lines = "and the same lines."
+        if not all(scheme.symmetric for scheme in schemes):
+            lines = "and `from_pretrained(..., quantization_config=CompressedTensorsConfig(dequantize=True))`."
+        return f"Without hf-quant: `pip install compressed-tensors`, {lines}"
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         if scheme.codebook or scheme.real_zero:

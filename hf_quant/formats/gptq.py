@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from hf_quant.core.packing import pack, unpack
 from hf_quant.core.scheme import BITS, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
-from hf_quant.formats import Called, Headers, Layer, Value, by_itself
+from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
 from hf_quant.formats._common import (
     FLOATS,
     check_scale,
@@ -44,7 +44,7 @@ AUTO_ROUND = {  # packing_format to version 2
 
 
 @dataclass(frozen=True)
-class GPTQ:
+class GPTQ(Traits):
     """qweight int32 ``[K * bits / 32, N]``, scales ``[G, N]``, qzeros int32 ``[G, N * bits / 32]``, g_idx int32 ``[K]``.
 
     Args:
@@ -63,13 +63,14 @@ class GPTQ:
     desc_act: bool = False
     mixed: bool = False
 
+    label: ClassVar[str] = "gptq"
+    methods: ClassVar[tuple[str, ...]] = ("gptq", "auto-round")
+    converted_to: ClassVar[bool] = True
+    scales_16bit: ClassVar[bool] = True
+    variant_fields: ClassVar[tuple[str, ...]] = ("packing_format", "checkpoint_format")
+    config_file: ClassVar[str | None] = "quantize_config.json"  # of AutoGPTQ
+    vllm: ClassVar[bool] = True
     suffixes: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales", "g_idx")
-    narrow_scales: ClassVar[bool] = True
-
-    @classmethod
-    def to_write(cls, schemes: Collection[QuantScheme]) -> GPTQ:
-        """Version 2 where there are zero points: version 1 has no word for zero."""
-        return cls(v2=not all(scheme.symmetric for scheme in schemes))
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> GPTQ | None:
@@ -93,6 +94,16 @@ class GPTQ:
         desc_act = desc_act and not config.get("static_groups")
         mixed = bool(config.get("dynamic") or config.get("extra_config"))
         return cls(v2, integer(config, "bits", BITS), size, symmetric is not False, bool(desc_act), mixed)
+
+    @classmethod
+    def writer(cls, schemes: Iterable[QuantScheme]) -> GPTQ:
+        """Version 2 if there are zero points: version 1 cannot express a zero point of zero."""
+        return cls(v2=not all(scheme.symmetric for scheme in schemes))
+
+    def vllm_refusal(self, scheme: QuantScheme, *, marlin: bool) -> str | None:
+        if scheme.bits not in (4, 8) or not scheme.symmetric:
+            return f"GPTQ of 4 and 8 bits without zero points only, not {scheme}; compressed-tensors holds zero points"
+        return None if marlin else f"GPTQ in groups of 32, 64, 128 or a row, not of {scheme.group_size}"
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         if scheme.activations:

@@ -46,6 +46,8 @@ class _Facts:
 class HQQ(ReadOnly):
     """W_q ``[rows, G]`` or ``[rows, size]``, scale and zero ``[G, 1]`` or ``[1, G]``, and a dozen scalars."""
 
+    label: ClassVar[str] = "hqq"
+    methods: ClassVar[tuple[str, ...]] = ("hqq",)
     suffixes: ClassVar[tuple[str, ...]] = ("W_q", "scale", "zero", "shape", *NUMBERS, *FLAGS, *IGNORED)
 
     @classmethod

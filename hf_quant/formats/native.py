@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -15,12 +15,12 @@ from hf_quant.core.layout import PARTS, in_features, shapes_of, wrong_shape, wro
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError, SchemeError
-from hf_quant.formats import Called, Headers, Layer, Value, by_itself
+from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
 from hf_quant.formats._common import FLOATS, Globs, is_sequence, need, refused
 
 
 @dataclass(frozen=True)
-class Native:
+class Native(Traits):
     """Reads and writes the parts that `core.layout` describes.
 
     Args:
@@ -29,8 +29,12 @@ class Native:
 
     schemes: tuple[tuple[str, QuantScheme], ...] = ()
 
+    label: ClassVar[str] = "native"
+    methods: ClassVar[tuple[str, ...]] = ("hf_quant",)
+    in_memory: ClassVar[bool] = True
+    saved: ClassVar[bool] = True
+    converted_to: ClassVar[bool] = True
     suffixes: ClassVar[tuple[str, ...]] = PARTS
-    of_plan: ClassVar[None] = None  # it is `HfQuantConfig` as it is
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Native | None:
@@ -46,6 +50,15 @@ class Native:
             return cls((*made, ("*", _default(config))))
         except SchemeError as error:
             raise FormatError(f"quantization_config: {error}") from None
+
+    def description(self, schemes: Iterable[QuantScheme]) -> str:
+        return f"`{self.label}` of hf-quant"
+
+    def elsewhere(self, schemes: Iterable[QuantScheme]) -> str:
+        return (
+            "Without hf-quant, transformers refuses it with a shape mismatch. `model.dequantize()` gives the "
+            "floating-point model back."
+        )
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         return None
@@ -93,7 +106,7 @@ class Native:
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
         default = Counter(schemes.values()).most_common(1)[0][0]
         return {
-            "quant_method": "hf_quant", "version": 1, "format": "native", "scheme": str(default),
+            "quant_method": "hf_quant", "version": 1, "format": self.label, "scheme": str(default),
             "overrides": {name: str(scheme) for name, scheme in schemes.items() if scheme != default},
             "modules_to_not_convert": list(left),
         }  # fmt: skip

@@ -22,6 +22,8 @@ from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, need, scheme
 class Quanto(ReadOnly):
     """weight._data int8 ``[N, K]``, weight._scale ``[N, 1]``; scales of activations, which stay in floating point."""
 
+    label: ClassVar[str] = "quanto"
+    marker_file: ClassVar[str | None] = "quanto_qmap.json"
     suffixes: ClassVar[tuple[str, ...]] = (
         "weight._data._data", "weight._data", "weight._scale", "weight._shift", "input_scale", "output_scale",
     )  # fmt: skip

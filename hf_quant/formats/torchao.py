@@ -40,6 +40,8 @@ class TorchAO(ReadOnly):
     bits: int = 8
     symmetric: bool = True
 
+    label: ClassVar[str] = "torchao"
+    methods: ClassVar[tuple[str, ...]] = ("torchao",)
     suffixes: ClassVar[tuple[str, ...]] = ("_weight_zero_point", "_weight_qdata", "_weight_scale")
 
     @classmethod

@@ -4,7 +4,8 @@ from hf_quant import _autoload
 
 _autoload.drop_proxies()
 
-from hf_quant.hf.adapters import merge_adapters as merge_adapters  # noqa: E402  (the proxies must be gone before this)
+from hf_quant.formats import known_methods as known_methods  # noqa: E402  (the proxies must be gone before this)
+from hf_quant.hf.adapters import merge_adapters as merge_adapters  # noqa: E402
 from hf_quant.hf.config import HfQuantConfig as HfQuantConfig  # noqa: E402
 from hf_quant.hf.config import refuse_requantizing as refuse_requantizing  # noqa: E402
 from hf_quant.hf.config import taken_over as taken_over  # noqa: E402

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from hf_quant.checkpoint.contents import Contents
-from hf_quant.core.scheme import THRESHOLD, QuantScheme
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import CheckpointError
-from hf_quant.formats import Called, Layer
-from hf_quant.formats._common import refused
+from hf_quant.formats import Called, Format, Layer
 from hf_quant.hf._compat import renamer
 from hf_quant.hf._hooks import may_be_unexpected
 from hf_quant.hf.candidates import Candidate, candidates
@@ -113,7 +112,7 @@ def place(model: Any, contents: Contents) -> Placed:
             placed.dense[home.removesuffix(".weight")] = f"{leaf}: the model keeps this weight in floating point"
     _check_bias(model, contents)
     _check_ties(model, placed, contents)
-    if contents.format == "native" and placed.dense:  # its tensors go into the model as they are
+    if contents.fmt.in_memory and placed.dense:  # its tensors go into the model as they are
         home, reason = next(iter(placed.dense.items()))
         raise CheckpointError(f"{placed.files[home]}: {reason}")
     return placed
@@ -133,12 +132,13 @@ def aliases(model: Any) -> Called:
 
 
 def as_asked(
-    schemes: Mapping[str, QuantScheme], stored: Mapping[str, Any], activations: str | None
+    schemes: Mapping[str, QuantScheme], fmt: Format, stored: Mapping[str, Any], activations: str | None
 ) -> dict[str, QuantScheme]:
     """The schemes of a checkpoint with its activations in floating point, or in INT8 as its own program has them.
 
     Args:
         schemes: As its format tells them.
+        fmt: Its format.
         stored: Its ``quantization_config``.
         activations: See `HfQuantConfig`.
 
@@ -147,18 +147,14 @@ def as_asked(
     """
     if activations == "float":
         return {name: scheme.weights for name, scheme in schemes.items()}
-    if activations is None or stored.get("quant_method") != "bitsandbytes":
+    if activations is None:
         return dict(schemes)
-    threshold = stored.get("llm_int8_threshold", THRESHOLD)
-    how = {0.0: "token", THRESHOLD: "threshold"}.get(threshold) if type(threshold) in (int, float) else None
-    if how is None:
-        raise refused("llm_int8_threshold", threshold, f"activations='int8' knows {THRESHOLD} and 0 only")
-    return {name: replace(s, activations=how) if s.bits == 8 else s for name, s in schemes.items()}
+    return {name: fmt.int8_activations(stored, scheme) for name, scheme in schemes.items()}
 
 
 def _place_one(placed: Placed, home: str, at: Candidate, layers: dict[str, Layer], contents: Contents) -> None:
     first, *others = layers
-    if at.kind == "embedding" and contents.format != "native":
+    if at.kind == "embedding" and not contents.fmt.in_memory:
         raise CheckpointError(f"{contents.where(first)}: embeddings that other programs quantized are not read")
     if at.kind == "experts" and len(layers[first].shape) == 2:
         _check_stack(home, at, layers, contents)
@@ -220,7 +216,7 @@ def _check_ties(model: Any, placed: Placed, contents: Contents) -> None:
             continue
         other = next(name for name in names if name not in coded)
         stored = stored or {rename(name)[0] for name in contents.rest}
-        if contents.format != "native" or f"{other}.weight" in stored or other not in candidates(model):
+        if not contents.fmt.in_memory or f"{other}.weight" in stored or other not in candidates(model):
             raise CheckpointError(f"{placed.files[coded[0]]} is quantized, but config.json ties it to {other}")
         placed.schemes[other] = placed.schemes[coded[0]]
 

@@ -16,7 +16,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.data.calibration import Source
 from hf_quant.disk.strict_json import shown
 from hf_quant.errors import FormatError, PlanError, SchemeError, printable
-from hf_quant.formats import can_save, format_named, format_of, writable
+from hf_quant.formats import format_of, formats, saved_formats
 from hf_quant.solve.recipes import Decision
 from hf_quant.training import why_not
 
@@ -32,6 +32,7 @@ UNSTORED = (
     "training",
     "saves_training",
 )  # the text may be private; the recipe has its hash
+AUTO = "auto"  # compressed-tensors where it can hold the plan
 VERSION = 1  # of this configuration's meaning
 OTHER_NAMES = {  # of the same things in other packages
     "load_in_4bit": "bits=4", "load_in_8bit": "bits=8", "wbits": "bits", "w_bit": "bits", "nbits": "bits",
@@ -143,9 +144,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         self._check_ranges()
         if training:
             self._check_trainable()
-        if self.format != "auto" and not can_save(self.format):
+        if self.format != AUTO and self.format not in saved_formats():
             raise PlanError(
-                f"quantization_config.format {format!r}: a model is saved as {' or '.join(filter(can_save, writable()))}; hf-quant convert "
+                f"quantization_config.format {format!r}: a model is saved as {' or '.join(saved_formats())}; hf-quant convert "
                 "writes other formats"
             )
         if share_quantized is not None and (
@@ -193,13 +194,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         return QuantScheme.parse(self.scheme)
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json: the format's own vocabulary where it has one."""
-        of_plan = (
-            None
-            if self.format == "auto" or self.saves_training
-            else getattr(format_named(self.format), "of_plan", None)
-        )
-        if of_plan is None:
+        """What goes into config.json: in the vocabulary of the format."""
+        fmt = None if self.format == AUTO else formats()[self.format]
+        if fmt is None or fmt.in_memory or self.saves_training:
             return (
                 ({"training": True} if self.saves_training else {})
                 | {name: value for name, value in self.__dict__.items() if name not in UNSTORED}
@@ -208,7 +205,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         overrides = {
             name: QuantScheme.parse(slug) for name, slug in self._both(self.overrides).items() if slug is not None
         }
-        made = of_plan(self.default_scheme, overrides, self.modules_to_not_convert)
+        made = fmt.config_of_plan(self.default_scheme, overrides, self.modules_to_not_convert)
         ours = {"version": self.version, "method": self.method, "share_quantized": self.share_quantized}
         return made | {"hf_quant": ours}  # by this key we know our own checkpoints again
 

@@ -16,6 +16,7 @@ from hf_quant.checkpoint.contents import quantization_of
 from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint
 from hf_quant.disk.safetensors import TORCH
 from hf_quant.errors import PlanError
+from hf_quant.formats import known_methods
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf._hooks import build
 from hf_quant.hf.auto import class_of, config_of, hub_options
@@ -92,9 +93,9 @@ def take_over(*methods: str) -> None:
     Raises:
         PlanError: There is no such kind.
     """
-    unknown = sorted(set(methods) - set(_autoload.READABLE))
+    unknown = sorted(set(methods) - set(known_methods()))
     if unknown:
-        raise PlanError(f"take_over: {unknown[0]!r} is not one of {', '.join(_autoload.READABLE)}")
+        raise PlanError(f"take_over: {unknown[0]!r} is not one of {', '.join(known_methods())}")
     _autoload.taken_over.clear()
     _autoload.taken_over.update(methods)
 

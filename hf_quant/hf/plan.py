@@ -11,9 +11,9 @@ from typing import Any
 from hf_quant.core.layout import bytes_of
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import CheckpointError, PlanError, SchemeError
-from hf_quant.formats import format_named
+from hf_quant.formats import Format, formats, in_memory_format, saved_formats
 from hf_quant.hf.candidates import Candidate, candidates
-from hf_quant.hf.config import HfQuantConfig
+from hf_quant.hf.config import AUTO, HfQuantConfig
 from hf_quant.hf.unquantized import others
 from hf_quant.solve.recipes import Decision
 
@@ -278,21 +278,28 @@ def _tie(model: Any, found: dict[str, Candidate], draft: _Draft) -> bool:
 
 
 def _format(asked: str, found: dict[str, Candidate], draft: _Draft) -> tuple[str, str]:
-    reasons = []
-    fmt = format_named("compressed_tensors" if asked == "auto" else asked)
-    for name, scheme in draft.schemes.items():
-        reason = fmt.why_not(scheme)
-        if reason is None and asked != "native" and found[name].kind != "linear":
-            reason = f"it holds plain linear layers only, and {name} is {found[name].kind}"
-        if reason is not None:
-            reasons.append(reason)
-    if asked != "auto":
-        if reasons:
-            raise PlanError(f"format {asked} cannot hold this plan: {reasons[0]}")
+    """Name of the format to save in, and why; ``"auto"`` prefers formats that other software reads too."""
+    if asked != AUTO:
+        if (reason := _unfit(formats()[asked], found, draft)) is not None:
+            raise PlanError(f"format {asked} cannot hold this plan: {reason}")
         return asked, "as asked"
-    if reasons:
-        return "native", f"compressed-tensors cannot: {reasons[0]}"
-    return "compressed_tensors", "other software reads it too"
+    preferred = [name for name in saved_formats() if formats()[name].automatic]
+    reasons = {name: _unfit(formats()[name], found, draft) for name in preferred}
+    if fitting := next((name for name, reason in reasons.items() if reason is None), None):
+        return fitting, "other software reads it too"
+    return in_memory_format(), "; ".join(
+        f"{formats()[name].label} cannot: {reason}" for name, reason in reasons.items()
+    )
+
+
+def _unfit(fmt: Format, found: dict[str, Candidate], draft: _Draft) -> str | None:
+    """Why a format cannot hold the plan; None if it can."""
+    for name, scheme in draft.schemes.items():
+        if (reason := fmt.why_not(scheme)) is not None:
+            return reason
+        if not fmt.in_memory and found[name].kind != "linear":
+            return f"it holds plain linear layers only, and {name} is {found[name].kind}"
+    return None
 
 
 def _sizes(model: Any, found: dict[str, Candidate], draft: _Draft, tied: bool) -> tuple[int, int, int, int]:

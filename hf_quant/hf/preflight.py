@@ -39,7 +39,7 @@ def examine(model: Any, checkpoint: Checkpoint, config: HfQuantConfig) -> tuple[
     stored = config.stored if config.stored is not None else _as_stored(config)
     contents = Contents.of(checkpoint, stored, called=aliases(model))
     placed = place(model, contents)
-    placed.schemes = as_asked(placed.schemes, stored, config.activations)
+    placed.schemes = as_asked(placed.schemes, contents.fmt, stored, config.activations)
     for module in placed.homes:
         contents.check(module)
     return contents, placed

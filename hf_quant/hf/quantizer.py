@@ -22,12 +22,13 @@ from hf_quant.core.layout import PARTS, WEIGHT
 from hf_quant.data.calibration import Calibration
 from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import HfQuantError, PlanError, printable
-from hf_quant.formats import Format
+from hf_quant.formats import Format, in_memory_format
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
 from hf_quant.hf._hooks import is_hooked
 from hf_quant.hf.calibrate_loaded import calibrate, data_for
 from hf_quant.hf.candidates import candidates
 from hf_quant.hf.community import Placed
+from hf_quant.hf.config import AUTO
 from hf_quant.hf.foreign_tensors import conversions
 from hf_quant.hf.integrity import check_weights
 from hf_quant.hf.loaded_values import cast, check_codes, check_complete_module, check_floats
@@ -258,7 +259,7 @@ class HfQuantQuantizer(HfQuantizer):
             return self.saving[0], {}
         state, coded = self.saving or state_on_disk(model, self.quantization_config.format)
         fresh = get_model_conversion_mapping(model)  # as it will be on loading; it may have been another for the base
-        if self.quantization_config.format == "native":
+        if self.quantization_config.format in (AUTO, in_memory_format()):
             fresh = updated_conversions(super().update_weight_conversions, fresh, model)
         files = settle(model, state, coded, fresh)
         self.quantization_config.files = stems(files)

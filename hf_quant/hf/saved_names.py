@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
 
 from hf_quant.core.layout import PARTS, part_name
 from hf_quant.errors import PlanError
-from hf_quant.formats import format_named
+from hf_quant.formats import format_named, in_memory_format
 from hf_quant.hf._hooks import conversions_of, set_conversions
 from hf_quant.hf.offload import onloaded
 from hf_quant.nn import QuantLinear
@@ -39,6 +39,7 @@ def state_on_disk(model: Any, format: str) -> tuple[dict[str, Tensor], set[str]]
         model: Quantized.
         format: In which.
     """
+    as_in_memory = format == in_memory_format()
     state: dict[str, Tensor] = model.state_dict()
     coded: set[str] = set()
     for name, module in model.named_modules():
@@ -47,7 +48,7 @@ def state_on_disk(model: Any, format: str) -> tuple[dict[str, Tensor], set[str]]
         own = {
             n for p in list(module._parameters) if module.float_shape(p) is not None for n in all_names(f"{name}.{p}")
         }
-        if format == "native" or not isinstance(module, QuantLinear):
+        if as_in_memory or not isinstance(module, QuantLinear):
             coded |= own & state.keys()
             continue
         for each in own:

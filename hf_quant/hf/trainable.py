@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.layout import part_name
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.atomic import write_json
 from hf_quant.errors import PlanError
-from hf_quant.formats import format_named
+from hf_quant.formats import format_named, in_memory_format
 from hf_quant.hf import publishing
 from hf_quant.hf.plan import Plan
 from hf_quant.methods import Method
@@ -154,7 +155,7 @@ def quantized_state(model: Any, state: Mapping[str, Tensor], format: str) -> tup
             values = {suffix: made.pop(full + suffix) for suffix in SUFFIXES if full + suffix in made}
             if not values or full in model.all_tied_weights_keys:  # another process, or module, has it
                 continue
-            fmt = format_named(format if isinstance(module, FakeQuantLinear) else "native")
+            fmt = format_named(format if isinstance(module, FakeQuantLinear) else in_memory_format())
             for local, tensor in fmt.write(module.quantized(name, values)).items():
                 coded.add(_stored_name(full, local))
                 made[_stored_name(full, local)] = tensor
@@ -164,7 +165,7 @@ def quantized_state(model: Any, state: Mapping[str, Tensor], format: str) -> tup
 def _stored_name(name: str, local: str) -> str:
     """Of ``weight_scale`` and others that belong to the parameter of that name."""
     path, _, leaf = name.rpartition(".")
-    return f"{path}.{local}" if leaf == "weight" else name + local.removeprefix("weight")
+    return f"{path}.{local}" if leaf == "weight" else part_name(name, local)
 
 
 def _whole(tensor: Any) -> Tensor:

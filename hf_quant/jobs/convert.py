@@ -22,7 +22,7 @@ from hf_quant.core.tensor import QuantizedTensor, in_order
 from hf_quant.disk.atomic import copy_file, write_json
 from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, OptionError, SchemeError
-from hf_quant.formats import Format, Layer, format_to_write, writable
+from hf_quant.formats import Format, Layer, conversion_targets, formats
 from hf_quant.hf.candidates import candidates
 from hf_quant.hf.community import homes, place
 from hf_quant.hf.config import VERSION
@@ -97,13 +97,9 @@ class _Job:
     config: dict[str, Any] | None
 
 
-def kinds() -> list[str]:
-    """What a checkpoint can be converted to: every format that can be written, and `DENSE`."""
-    return [*(name.replace("_", "-") for name in writable()), DENSE]
-
-
-def _format_name(to: str) -> str:
-    return to.replace("-", "_")
+def targets() -> list[str]:
+    """What a checkpoint can be converted to."""
+    return [*conversion_targets(), DENSE]
 
 
 def open_quantized(folder: Path, *, thorough: bool = True) -> Contents:
@@ -130,7 +126,7 @@ def convert(
     Args:
         folder: A quantized checkpoint, in any format that is read here.
         output: Folder of the result; it becomes a complete checkpoint, or is not there.
-        to: One of `kinds`; ``"dense"`` for floating point in the dtype of config.json.
+        to: Label of a format (`formats.conversion_targets`), or ``"dense"`` for floating point in the dtype of config.json.
         target: An engine (`engines.ENGINES`) that must be able to run the result.
         tp: GPUs that it splits each layer over.
         overwrite: Whether ``output`` may exist, if hf-quant wrote it.
@@ -143,8 +139,8 @@ def convert(
         FormatError: The other format cannot hold a layer exactly, or the engine cannot run it.
         CheckpointError: The source is damaged; or what was written does not read back as it was.
     """
-    if to not in kinds():
-        raise OptionError(f"--to {to}: there is {', '.join(kinds())}")
+    if to not in targets():
+        raise OptionError(f"--to {to}: there is {', '.join(targets())}")
     if target is not None and target not in ENGINES:
         raise OptionError(f"--target {target}: there is {', '.join(ENGINES)}")
     if tp != 1 and target is None:
@@ -152,7 +148,7 @@ def convert(
     source, out = Path(check_model(folder)), Path(output)
     check_output(out, [source], overwrite=overwrite)
     contents = open_quantized(source)
-    verdict = ENGINES[target](_format_name(to), contents.layers, tp) if target else None
+    verdict = ENGINES[target](conversion_targets().get(to, to), contents.layers, tp) if target else None
     if verdict is not None and verdict.refused:
         raise FormatError(f"{target}: " + "; ".join(verdict.lines()[len(verdict.kernels) :]))
     job = _job(contents, to)
@@ -174,15 +170,15 @@ def why_not(contents: Contents, to: str) -> dict[str, list[str]]:
     if to != DENSE:
         fmt = _writer(contents, to)
         for name, layer in contents.layers.items():
-            if (reason := _refusal(fmt, layer, to)) is not None:
+            if (reason := _refusal(fmt, layer)) is not None:
                 reasons.setdefault(reason, []).append(name)
     return reasons
 
 
-def _refusal(fmt: Format, layer: Layer, to: str) -> str | None:
+def _refusal(fmt: Format, layer: Layer) -> str | None:
     if layer.scheme is None:
         return f"not integer codes ({layer.note}); --to dense makes it floating point"
-    if len(layer.shape) != 2 and to != "native":
+    if len(layer.shape) != 2 and not fmt.in_memory:
         return "its experts are stacked, and this format holds matrices"
     if (reason := fmt.why_not(layer.scheme)) is not None:
         return reason
@@ -194,7 +190,8 @@ def _refusal(fmt: Format, layer: Layer, to: str) -> str | None:
 
 
 def _writer(contents: Contents, to: str) -> Format:
-    return format_to_write(_format_name(to), [layer.scheme for layer in contents.layers.values() if layer.scheme])
+    schemes = [layer.scheme for layer in contents.layers.values() if layer.scheme is not None]
+    return formats()[conversion_targets()[to]].writer(schemes)
 
 
 def _job(contents: Contents, to: str) -> _Job:
@@ -204,16 +201,16 @@ def _job(contents: Contents, to: str) -> _Job:
         raise FormatError(f"--to {to}: {names[0]}{f' and {others} more layers' if others else ''}: {reason}")
     schemes = {name: layer.scheme for name, layer in contents.layers.items() if layer.scheme is not None}
     left = [n.removesuffix(".weight") for n in contents.rest if _is_linear(n, contents.checkpoint)]
-    if to in ("native", DENSE):  # these speak of the layers as the model does
+    fmt = None if to == DENSE else _writer(contents, to)
+    if fmt is None or fmt.in_memory:  # layers have the names that the model has for them
         model = skeleton(str(contents.checkpoint.folder))
         found, at = candidates(model), homes(model, contents)
-    if to == DENSE:
+    if fmt is None:
         turned = {name for name, home in at.items() if home in found and _turned(model, home, found[home].kind)}
         return _Job(contents, to, None, _dtype(contents), frozenset(turned), None)
-    fmt = _writer(contents, to)
-    if to == "native":
+    if fmt.in_memory:
         if dense := place(model, contents).dense:
-            raise FormatError(f"--to native: {next(iter(dense))}: {next(iter(dense.values()))}")
+            raise FormatError(f"--to {to}: {next(iter(dense))}: {next(iter(dense.values()))}")
         schemes = {at[name]: scheme for name, scheme in schemes.items()}
         left = [name for name in found if name not in schemes]
         return _Job(contents, to, fmt, torch.float32, frozenset(), fmt.config(schemes, sorted(left)))
@@ -271,7 +268,7 @@ def _layer(job: _Job, module: str) -> dict[str, Tensor]:
     if job.fmt is None:
         return {stem: _float(job, module, read)}
     assert isinstance(read, QuantizedTensor)
-    if getattr(job.fmt, "narrow_scales", False) and read.scale.dtype is torch.float32:
+    if job.fmt.scales_16bit and read.scale.dtype is torch.float32:
         read = _narrowed(module, read, job.to)
     written = job.fmt.write(read)
     return {part_name(module, local) if stack else f"{module}.{local}": tensor for local, tensor in written.items()}

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import HfQuantError
-from hf_quant.formats import Layer
+from hf_quant.formats import Format, Layer, formats
 
-FORMATS = ("compressed_tensors", "gptq", "awq")  # what vLLM reads without this package
 ROWS = ("o_proj", "down_proj", "out_proj", "dense_4h_to_h", "fc2", "w2", "wo")  # split along the input features
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
@@ -57,8 +56,12 @@ def vllm(fmt: str, layers: Mapping[str, Layer], tp: int = 1) -> Verdict:
         raise HfQuantError(f"--tp {tp}: must be at least 1")
     kernels: Counter[str] = Counter()
     refused: dict[str, list[str]] = {}
+    reader = formats().get(fmt)
     for name, layer in layers.items():
-        outcome = _one(fmt, name, layer, tp)
+        if reader is None or not reader.vllm:
+            outcome = f"!it does not read {fmt}: convert to {' or '.join(n for n, f in formats().items() if f.vllm)}"
+        else:
+            outcome = _one(reader, name, layer, tp)
         if outcome.startswith("!"):
             refused.setdefault(outcome[1:], []).append(name)
         else:
@@ -68,11 +71,9 @@ def vllm(fmt: str, layers: Mapping[str, Layer], tp: int = 1) -> Verdict:
     return Verdict(dict(kernels.most_common()), refused)
 
 
-def _one(fmt: str, name: str, layer: Layer, tp: int) -> str:
+def _one(fmt: Format, name: str, layer: Layer, tp: int) -> str:
     """The kernel, or ``!`` and why there is none."""
     scheme = layer.scheme
-    if fmt not in FORMATS:
-        return f"!it does not read {fmt}: convert to {' or '.join(FORMATS)}"
     if scheme is None:
         return "!not in integer codes"
     if len(layer.shape) != 2:
@@ -89,9 +90,7 @@ def _one(fmt: str, name: str, layer: Layer, tp: int) -> str:
         return f"!{reason}"
     if _EXPERT.match(name):
         return _expert(part, leaf)
-    if fmt == "awq":
-        return "Marlin" if scheme.group_size in MARLIN and not scheme.symmetric else "AWQ kernel"
-    return _mixed(part)
+    return fmt.vllm_kernel(scheme, marlin=scheme.group_size in MARLIN) or _mixed(part)
 
 
 @dataclass(frozen=True)
@@ -107,22 +106,17 @@ class _Part:
 MARLIN = (-1, 32, 64, 128)
 
 
-def _int8(scheme: QuantScheme, fmt: str, expert: bool) -> str:
-    """INT8 activations: those of ``compressed_tensors`` that hold 8 bits with one scale a row."""
-    if (
-        fmt != "compressed_tensors"
-        or scheme.bits != 8
-        or scheme.group_size != -1
-        or scheme.outliers
-        or not scheme.symmetric
-    ):
-        return f"!of INT8 activations it runs W8A8 without zero points in compressed_tensors, not {scheme} in {fmt}"
+def _int8(scheme: QuantScheme, fmt: Format, expert: bool) -> str:
+    """INT8 activations, of formats that vLLM reads them in: 8 bits with one scale a row."""
+    if not fmt.vllm_int8 or scheme.bits != 8 or scheme.group_size != -1 or scheme.outliers or not scheme.symmetric:
+        held = " or ".join(name for name, other in formats().items() if other.vllm_int8)
+        return f"!of INT8 activations it runs W8A8 without zero points in {held}, not {scheme} in {fmt.label}"
     if expert and scheme.activations != "token":
         return f"!experts take activations by token, not {scheme}"
     return "fused Triton for experts in INT8" if expert else "CUTLASS INT8 (scaled_mm)"
 
 
-def _never(fmt: str, part: _Part) -> str | None:
+def _never(fmt: Format, part: _Part) -> str | None:
     """Why no kernel at all takes it."""
     scheme, size = part.scheme, part.scheme.group_size
     if scheme.codebook or scheme.real_zero or scheme.outliers:
@@ -131,11 +125,7 @@ def _never(fmt: str, part: _Part) -> str | None:
         return "columns in another order (desc_act) are no longer supported"
     if size not in (-1, part.whole_k) and part.k % size:
         return f"groups of {size} are cut where {part.k} input features stand on each GPU"
-    if fmt == "gptq" and (scheme.bits not in (4, 8) or not scheme.symmetric):
-        return f"GPTQ of 4 and 8 bits without zero points only, not {scheme}; compressed-tensors holds zero points"
-    if fmt == "gptq" and size not in MARLIN:
-        return f"GPTQ in groups of 32, 64, 128 or a row, not of {size}"
-    return None
+    return fmt.vllm_refusal(scheme, marlin=size in MARLIN)
 
 
 def _mixed(part: _Part) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.evaluation.results import interval_shown
-from hf_quant.formats._compressed_tensors_config import stored_as
+from hf_quant.formats import formats
 from hf_quant.publish.markdown import code, md, number, percent, plain, shell_word, size
 
 MISSING = "not measured"
@@ -102,13 +102,11 @@ def method(recipe: Mapping[str, Any]) -> str:
 
 def format(recipe: Mapping[str, Any]) -> str:
     """The format of the weights."""
-    if recipe["format"] == "compressed_tensors":
-        slugs = {
-            recipe["scheme"],
-            *recipe["schemes"].values(),
-        }  # the config has the default scheme even if no layer uses it
-        return f"compressed-tensors, {code(stored_as(map(QuantScheme.parse, slugs)))}"
-    return code(recipe["format"]) + (" of hf-quant" if recipe["format"] == "native" else "")
+    fmt = formats().get(recipe["format"])
+    if fmt is None:
+        return code(recipe["format"])
+    slugs = {recipe["scheme"], *recipe["schemes"].values()}  # the config has the default even if no layer uses it
+    return fmt.description(map(QuantScheme.parse, slugs))
 
 
 def loading(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
@@ -126,20 +124,10 @@ def loading(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 def elsewhere(recipe: Mapping[str, Any]) -> str:
     """Programs that load it without this package; only those that were tested."""
-    tried = "vLLM, SGLang and other engines: not checked with this model."
-    if recipe["format"] == "native":
-        return (
-            "Without hf-quant, transformers refuses it with a shape mismatch. `model.dequantize()` gives the "
-            f"floating-point model back. {tried}"
-        )
-    if recipe["format"] != "compressed_tensors":
-        return tried
-    if any("asym" in slug for slug in recipe["schemes"].values()):
-        return (
-            "Without hf-quant: `pip install compressed-tensors`, and `from_pretrained(..., quantization_config="
-            f"CompressedTensorsConfig(dequantize=True))`. {tried}"
-        )
-    return f"Without hf-quant: `pip install compressed-tensors`, and the same lines. {tried}"
+    untested = "vLLM, SGLang and other engines: not checked with this model."
+    fmt = formats().get(recipe["format"])
+    tested = "" if fmt is None else fmt.elsewhere(map(QuantScheme.parse, recipe["schemes"].values()))
+    return f"{tested} {untested}".strip()
 
 
 def quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:

@@ -43,20 +43,23 @@ import torch
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
-from hf_quant.formats import Layer, by_itself
+from hf_quant.formats import Layer, Traits, by_itself
 from hf_quant.formats._common import FLOATS, need
 
 
-class Plain:
+class Plain(Traits):
+    label: ClassVar[str] = "plain"
+    methods: ClassVar[tuple[str, ...]] = ("plain",)
+    saved: ClassVar[bool] = True
+    converted_to: ClassVar[bool] = True
     suffixes: ClassVar[tuple[str, ...]] = ("codes", "steps")
 
     @classmethod
     def of(cls, config):
         return cls() if config.get("quant_method") == "plain" else None
 
-    @staticmethod
-    def of_plan(default, overrides, left):
-        return {"quant_method": "plain", "ignore": list(left)}
+    def config_of_plan(self, default, overrides, ignore):
+        return {"quant_method": self.label, "ignore": list(ignore)}
 
     def why_not(self, scheme):
         return None if str(scheme) == "W8A16-g32" else "it holds W8A16-g32 only"
@@ -82,7 +85,7 @@ class Plain:
         }
 
     def config(self, schemes, left):
-        return self.of_plan(None, {}, left)
+        return self.config_of_plan(None, {}, left)
 
 
 FORMAT = Plain

@@ -20,8 +20,8 @@ from hf_quant import HfQuantConfig
 from hf_quant.checkpoint.contents import Contents, quantization_of
 from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.core.tensor import QuantizedTensor
-from hf_quant.formats import format_of
-from hf_quant.jobs.convert import convert, kinds, open_quantized
+from hf_quant.formats import conversion_targets, format_of
+from hf_quant.jobs.convert import convert, open_quantized, targets
 from hf_quant.jobs.verify import verify
 from hf_quant.nn import QuantExperts, QuantLinear
 
@@ -259,7 +259,7 @@ def test_reordered_columns_survive_gptq_and_native_and_are_refused_elsewhere(nam
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("to", kinds())
+@pytest.mark.parametrize("to", targets())
 def test_every_conversion_is_exact_or_refused_in_a_sentence(name: str, to: str, tmp_path: Path) -> None:
     try:
         done = convert(FIXTURES / name, tmp_path / "out", to=to)
@@ -276,7 +276,10 @@ def test_every_conversion_is_exact_or_refused_in_a_sentence(name: str, to: str, 
                 assert sha256(made[f"{layer}.weight"]) == weight["sha256"]
     else:
         kind = quantization_of(tmp_path / "out", json.loads((tmp_path / "out" / "config.json").read_text()))
-        assert kind is not None and Contents.of(Checkpoint.open(tmp_path / "out"), kind).format == to.replace("-", "_")
+        assert (
+            kind is not None
+            and Contents.of(Checkpoint.open(tmp_path / "out"), kind).format == conversion_targets()[to]
+        )
 
 
 def test_shards_stay_shards(tmp_path: Path) -> None:

@@ -83,9 +83,9 @@ class Method(ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from hf_quant.core.scheme import QuantScheme
-        from hf_quant.solve.recipes import preset
+        from hf_quant.solve.recipes import Decision
 
-        _checked(self, lambda: preset(value, QuantScheme(4)), param, ctx)
+        _checked(self, lambda: Decision.of(value, [QuantScheme(4)]), param, ctx)
         return str(value)
 
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.checkpoint.folder import Checkpoint
-from hf_quant.hf import HfQuantConfig
+from hf_quant.hf import Plan
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
-from hf_quant.solve.recipes import preset
 
 ROWS = 256
 ROUNDED = 0.01  # relative change of a float tensor beyond what storing it in another dtype can cause
@@ -83,9 +82,8 @@ def rewritten(model: nn.Module, base: Checkpoint) -> bool:
 
 
 def _transformed(model: Any) -> bool:
-    config = getattr(model.config, "quantization_config", None)
-    schemes = {module.scheme for module in model.modules() if isinstance(module, QuantLinear)}
-    return isinstance(config, HfQuantConfig) and any(preset(config.method, scheme).transforms for scheme in schemes)
+    plan = getattr(getattr(model, "hf_quantizer", None), "plan", None)
+    return isinstance(plan, Plan) and plan.decision.rewrites_weights
 
 
 def _of_outputs(model: nn.Module, blocks: Sequence[Mapping[str, Any]]) -> list[LayerError]:

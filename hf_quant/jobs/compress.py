@@ -109,17 +109,18 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
     check_name(out)
     real = Path(os.path.realpath(out))
     work = work_folder(out)
+    calibrated = config.calibrated  # decides the way through this module, before there is a plan
     if not job.ranks.first:  # the others only lend a hand
-        if config.calibrated:
+        if calibrated:
             _stream(job, config, work, out)
         return {}
     refuse_quantized(job.model, **hub_options(job.load))
     refuse_other_inputs(job.model, **hub_options(job.load))
     check_places([out], (job.model, *job.inputs), overwrite=job.overwrite, gate=bool(job.budget))
     with claimed(out):
-        overwrite = job.overwrite or (config.calibrated and _published(out, work))
-        row = _compress(job, config, out, work, overwrite)
-        if config.calibrated and is_journal(work):  # another one belongs to a calibration that is not at its end
+        overwrite = job.overwrite or (calibrated and _published(out, work))
+        row = _compress(job, config, out, work, calibrated=calibrated, overwrite=overwrite)
+        if calibrated and is_journal(work):  # another one belongs to a calibration that is not at its end
             discard(work, real)
     return row
 
@@ -133,7 +134,9 @@ def _published(out: Path, work: Path) -> bool:
         return False
 
 
-def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite: bool) -> dict[str, Any]:
+def _compress(
+    job: Job, config: HfQuantConfig, out: Path, work: Path, *, calibrated: bool, overwrite: bool
+) -> dict[str, Any]:
     asked = {
         "overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert),
         "quantize_lm_head": config.quantize_lm_head, "quantize_embeddings": config.quantize_embeddings,
@@ -143,7 +146,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
     trusted = bool(job.load.get("trust_remote_code"))
     with suppress(_GateMissedError), output(out, inputs, overwrite=overwrite) as stage:
         start = time.perf_counter()
-        if config.calibrated:
+        if calibrated:
             plan, blocks = _stream(job, config, work, stage)
             copy_companions(source, stage, job.say, code=trusted)  # the model's own code among them
             made = load(str(stage), **job.options("device_map", "dtype", "trust_remote_code")).eval()
@@ -154,7 +157,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         job.say(f"{config.scheme}: {plan.summary()}")
         if plan.params < SMALL:
             job.say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers")
-        if not config.calibrated:
+        if not calibrated:
             need_space(stage, plan.bytes_quantized)
             _save(made, stage, max_shard_size=job.shard)
             copy_companions(source, stage, job.say, code=trusted)
@@ -164,7 +167,7 @@ def _compress(job: Job, config: HfQuantConfig, out: Path, work: Path, overwrite:
         recipe = _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
         write_json(stage / RECIPE, recipe | {"unclaimed": kept, "files": record(stage)["files"]})
         logits, again, dtype = sample_logits(made), None, made.dtype
-        if not config.calibrated:  # the other was read from there
+        if not calibrated:  # the other was read from there
             del made
             gc.collect()  # never two models in memory, and a model refers to itself
             made = load(str(stage), dtype=dtype, **job.options("device_map", "trust_remote_code")).eval()

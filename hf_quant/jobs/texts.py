@@ -138,9 +138,9 @@ def needs_calibration(method: str, slugs: Iterable[str], calibration: str | None
         OptionError: Calibration data are named, and nothing would look at them.
     """
     from hf_quant.core.scheme import QuantScheme
-    from hf_quant.solve.recipes import preset
+    from hf_quant.solve.recipes import Decision
 
-    calibrated = any(preset(method, QuantScheme.parse(slug)).calibrated for slug in slugs)
+    calibrated = Decision.of(method, map(QuantScheme.parse, slugs)).calibrated
     if calibration is not None and not calibrated:
         raise OptionError(f"--calibration: --method {method} looks at no text")
     return calibrated

@@ -28,8 +28,6 @@ from hf_quant.hf.auto import hub_options
 from hf_quant.hf.candidates import candidates
 from hf_quant.hf.loading import plan_of
 from hf_quant.jobs.compress import Job
-from hf_quant.methods import Method, method
-from hf_quant.solve.recipes import preset
 
 LADDER = (8, 4, 3, 2)
 MIXED = "mixed"
@@ -248,7 +246,7 @@ class Ladder:
             model,
             layers,
             tried,
-            _rounding(config),
+            plan.decision.without_data(),  # calibrating for every group would take days, and only their order counts
             lambda m: means(m, trial)["kl"],
             self.progress,
         )
@@ -295,16 +293,6 @@ class _Table:
             for name in names
         }
         return HfQuantConfig(str(self.choices[0]), overrides=chosen, **self.options)
-
-
-def _rounding(config: HfQuantConfig) -> Method:
-    """How sensitivities are measured: the method's own codes or, where it needs calibration data, plain rounding.
-
-    Calibrating anew for every group and width would take days; what it gains is alike everywhere, and it is the order of
-    the groups that counts: the mixed model is then made by the method itself, and measured.
-    """
-    chosen = preset(config.method, config.default_scheme)
-    return method("rtn") if chosen.calibrated or chosen.transforms else chosen.solver()
 
 
 def _speed(model: Any) -> Speed:

@@ -102,6 +102,17 @@ class Decision:
         """Whether any layer needs calibration data."""
         return any(preset.calibrated for preset in self.presets.values())
 
+    @property
+    def rewrites_weights(self) -> bool:
+        """Whether a transform changes weights before they are rounded, in any layer."""
+        return any(chosen.transforms for chosen in self.presets.values())
+
+    def without_data(self) -> Method:
+        """The method that chooses codes where no calibration data is at hand: its own, or plain rounding if it needs data."""
+        from hf_quant.methods import method
+
+        return method("rtn") if self.calibrated else next(iter(self.presets.values())).solver()
+
     def needs_twin(self, schemes: Iterable[QuantScheme]) -> bool:
         """Whether layers of these schemes need the hidden states of the float model."""
         return any(_transform(name).needs_twin for scheme in schemes for name in self.presets[scheme].transforms)

@@ -20,9 +20,10 @@ from hf_quant.evaluation.sensitivity import groups, rounded, sensitivities
 from hf_quant.hf import HfQuantConfig
 from hf_quant.hf.plan import make_plan
 from hf_quant.jobs.ladder import _finish
-from hf_quant.jobs.walk import MIXED, Ladder, Limits, Rung, Walk, _rounding, _Table
+from hf_quant.jobs.walk import MIXED, Ladder, Limits, Rung, Walk, _Table
 from hf_quant.methods import method
 from hf_quant.publish import charts
+from hf_quant.solve.recipes import Decision
 
 W = {bits: QuantScheme(bits, 32) for bits in (8, 4, 3, 2)}
 
@@ -229,8 +230,8 @@ def test_halves_are_alike() -> None:
 
 def test_sensitivities_need_no_calibration_data() -> None:
     for name in ("gptq", "calibrated", "awq", "hadamard+gptq"):
-        assert type(_rounding(HfQuantConfig("W4A16-g32", method=name))) is type(method("rtn"))
-    assert type(_rounding(HfQuantConfig("W4A16-g32", method="hqq"))) is type(method("hqq"))
+        assert type(Decision.of(name, [QuantScheme(4)]).without_data()) is type(method("rtn"))
+    assert type(Decision.of("hqq", [QuantScheme(4)]).without_data()) is type(method("hqq"))
 
 
 def test_size_and_quality_together() -> None:

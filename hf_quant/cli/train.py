@@ -18,8 +18,6 @@ from hf_quant.cli._common import (
     scheme_options,
 )
 from hf_quant.cli._types import DTYPE, Model, Size
-from hf_quant.jobs.texts import measured_on
-from hf_quant.jobs.train import train
 
 
 @click.command()
@@ -65,6 +63,9 @@ def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any)
 
     --method names how the codes are chosen that training begins from.
     """
+    from hf_quant.jobs.texts import measured_on
+    from hf_quant.jobs.train import train
+
     done = train(model, output, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
     made = done.results[0]
     human = done.table()

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError
-from hf_quant.jobs.options import budget, check_model, dtype_named, hub, size_in_bytes
+from hf_quant.jobs.options import budget, check_model, hub, load_options, size_in_bytes
 from hf_quant.jobs.outputs import check_places
 from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
-from hf_quant.jobs.results import Result, Row
+from hf_quant.jobs.results import Result, Row, interval
 from hf_quant.jobs.texts import (
     CALIBRATION,
     Measuring,
@@ -75,8 +75,7 @@ class LadderResult(Result):
             if rung.quality is None:
                 shown = _shown(kl.noise, "noise floor", perplexity.noise, top1.noise)
             else:
-                interval = "-" if kl.low is None else f"{kl.low:.5f}..{kl.high:.5f}"
-                shown = _shown(kl.value, interval, perplexity.value, top1.value)
+                shown = _shown(kl.value, interval(kl), perplexity.value, top1.value)
             size = (f"{rung.bytes / 1e6:.1f}", f"{rung.bits_per_weight:.2f}")
             yield rung.name, *size, *shown, f"{rung.speed.decode:.0f}", self._mark(rung)
 
@@ -94,10 +93,9 @@ class LadderResult(Result):
         yield f"chosen: {self.chosen}, in {self.folder.name}"
         if self.held_back is not None:
             kl = self.held_back.metrics["kl"]
-            interval = "-" if kl.low is None else f"{kl.low:.5f}..{kl.high:.5f}"
             yield (
                 f"measured again on {self.held_back.tokens:,} tokens of {self.held_back.documents} documents that chose "
-                f"nothing: KL {kl.value:.5f} ({interval})"
+                f"nothing: KL {kl.value:.5f} ({interval(kl)})"
             )
 
     def misses(self) -> list[str]:
@@ -108,10 +106,10 @@ class LadderResult(Result):
         return lines
 
 
-def _shown(kl: float | None, interval: str, perplexity: float | None, top1: float | None) -> tuple[str, str, str, str]:
+def _shown(kl: float | None, ends: str, perplexity: float | None, top1: float | None) -> tuple[str, str, str, str]:
     if kl is None or perplexity is None or top1 is None:
         return "-", "-", "-", "-"
-    return f"{kl:.5f}", interval, f"{perplexity:.3f}", f"{top1:.1%}"
+    return f"{kl:.5f}", ends, f"{perplexity:.3f}", f"{top1:.1%}"
 
 
 def ladder(
@@ -180,9 +178,8 @@ def ladder(
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
     inputs = list(filter(None, (text, dataset, trial_text, calibration)))
     shard, memory = size_in_bytes(max_shard_size), None if max_memory is None else size_in_bytes(max_memory)
-    given = (
-        {"dtype": dtype_named(dtype)} | ({"device_map": device} if device else {}) | hub(revision, trust_remote_code)
-    )
+    from_hub = hub(revision, trust_remote_code)
+    given = load_options(dtype, device, from_hub)
     check_places([out], [model, *inputs], overwrite=overwrite, gate=bool(gate))
 
     from hf_quant.data.text import refuse_overlap
@@ -192,7 +189,6 @@ def ladder(
     from hf_quant.jobs.compress import Job, compress
     from hf_quant.jobs.walk import Ladder, Limits, rungs
 
-    from_hub = hub(revision, trust_remote_code)
     refuse_quantized(model, **from_hub)
     base = _base(model, base_dtype, device, from_hub)
     with reporting(progress, say) as report:

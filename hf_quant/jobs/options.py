@@ -162,6 +162,15 @@ def budget(max_kl: float | None, max_ppl_increase: float | None, min_top1: float
     return Budget(max_kl, max_ppl_increase, min_top1)
 
 
+def load_options(dtype: object, device: str | None, from_hub: Mapping[str, Any]) -> dict[str, Any]:
+    """How the model is loaded, as arguments of ``from_pretrained``; ``from_hub`` as `hub` gives it.
+
+    Raises:
+        OptionError: There is no such type.
+    """
+    return {"dtype": dtype_named(dtype)} | ({"device_map": device} if device else {}) | dict(from_hub)
+
+
 def hub(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
     """Where a model comes from and whether its code may run, as arguments of ``from_pretrained``."""
     return ({"revision": revision} if revision else {}) | ({"trust_remote_code": True} if trust_remote_code else {})

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError
-from hf_quant.jobs.options import budget, check_model, configs, dtype_named, hub, overrides, schemes, size_in_bytes
+from hf_quant.jobs.options import budget, check_model, configs, hub, load_options, overrides, schemes, size_in_bytes
 from hf_quant.jobs.outputs import check_places, work_folder
 from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
-from hf_quant.jobs.results import Result, Row
+from hf_quant.jobs.results import Result, Row, interval
 from hf_quant.jobs.texts import Measuring, calibration_for, find_calibration, measured_on, missed, needs_calibration
 
 if TYPE_CHECKING:
@@ -96,9 +96,8 @@ class QuantizedModel(Result):
         size = (f"{self.bytes / 1e6:.1f}", f"{self.bits_per_weight:.2f}", f"{self.share_quantized:.1%}")
         quality = ("-", "-", "-", "-")
         if of:
-            kl = of["kl"]
-            interval = "-" if kl.low is None else f"{kl.low:.5f}..{kl.high:.5f}"
-            quality = (f"{of['perplexity'].value:.3f}", f"{kl.value:.5f}", interval, f"{of['top1'].value:.1%}")
+            kl, top1 = of["kl"], of["top1"]
+            quality = (f"{of['perplexity'].value:.3f}", f"{kl.value:.5f}", interval(kl), f"{top1.value:.1%}")
         yield self.scheme, *size, *quality, f"{self.seconds:.1f}"
 
     def footnotes(self) -> list[str]:
@@ -224,7 +223,8 @@ def quantize(
     calibrated = needs_calibration(method, slugs, calibration)
     outs = [Path(output) / slug for slug in slugs] if len(slugs) > 1 else [Path(output)]
     inputs = list(filter(None, (text, dataset, source)))
-    kind = dtype_named(dtype)
+    from_hub = hub(revision, trust_remote_code)
+    given = load_options(dtype, device, from_hub)
     shard, memory = size_in_bytes(max_shard_size), None if max_memory is None else size_in_bytes(max_memory)
     check_places(outs, [model, *inputs], overwrite=overwrite, gate=bool(gate))
 
@@ -237,7 +237,7 @@ def quantize(
     plans = configs(
         slugs, method=method, format=format, ignore=ignore, override=other, lm_head=lm_head, embeddings=embeddings
     )
-    from_hub, ranks = hub(revision, trust_remote_code), Ranks.found()
+    ranks = Ranks.found()
     with reporting(progress if ranks.first else False, say if ranks.first else _silent) as report:
         _check_folder(model, report)
         refuse_quantized(model, **from_hub)
@@ -245,17 +245,17 @@ def quantize(
         if tokenizer is None:
             report.say(f"{model}: no tokenizer found, none is saved")
         looked_at = calibration_for(model, source, calibration_tokens, tokenizer, from_hub) if calibrated else None
-        named = None
+        name = measure = None
         if eval is not False and ranks.first:
-            named = how.find(model) if eval or gate or looked_at is not None else how.beside(model)
-        measure = None
-        if named is not None:
+            always = bool(eval or gate or looked_at is not None)
+            name, content = (how.find(model) if always else how.beside(model)) or (None, "")
+        if name is not None:
             if looked_at is not None and not allow_overlap:
-                refuse_overlap(named[1], looked_at.paragraphs)
-            measure = how.yardstick(model, named[1], tokenizer, report, device=device, **from_hub)
+                refuse_overlap(content, looked_at.paragraphs)
+            measure = how.yardstick(model, content, tokenizer, report, device=device, **from_hub)
         job = Job(
-            model, {"dtype": kind} | ({"device_map": device} if device else {}) | from_hub, shard, overwrite, report.say,
-            tokenizer, gate, measure, looked_at, report.over("blocks"), memory, ranks, inputs,
+            model, given, shard, overwrite, report.say, tokenizer, gate, measure, looked_at, report.over("blocks"), memory,
+            ranks, inputs,
         )  # fmt: skip
         with resumable(
             {out: plan.scheme for plan, out in zip(plans, outs, strict=True)}, "the finished blocks", report
@@ -265,7 +265,7 @@ def quantize(
             return QuantizeResult(model, ())
         made = [QuantizedModel.of(record, out) for record, out in zip(records, outs, strict=True)]
         generated = _continue(made[-1].folder, prompt, tokenizer, trust_remote_code) if prompt else None
-    return QuantizeResult(model, made, None if named is None else named[0], generated)
+    return QuantizeResult(model, made, name, generated)
 
 
 def _silent(_line: str) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import printable
+
+if TYPE_CHECKING:
+    from hf_quant.evaluation.results import Estimate
 
 Row = Sequence[str]
 
@@ -60,6 +63,11 @@ def table(head: Row, rows: Iterable[Row]) -> str:
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     )
+
+
+def interval(estimate: Estimate) -> str:
+    """Both ends of the interval of a measured value; ``-`` where it has none."""
+    return "-" if estimate.low is None else f"{estimate.low:.5f}..{estimate.high:.5f}"
 
 
 def fields(record: dict[str, Any]) -> Iterator[Row]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError
-from hf_quant.jobs.options import budget, check_model, configs, dtype_named, hub, overrides, schemes, size_in_bytes
+from hf_quant.jobs.options import budget, check_model, configs, hub, load_options, overrides, schemes, size_in_bytes
 from hf_quant.jobs.outputs import check_places
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.quantize import TOKENS, QuantizedModel, QuantizeResult, resumable
@@ -91,7 +91,9 @@ def train(
     gate, other = budget(max_kl, max_ppl_increase, min_top1), overrides(override or {})
     _check_options(slugs, [*slugs, *filter(None, other.values())], steps, epochs, lr, batch, train_context)
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
-    kind, shard, inputs = dtype_named(dtype), size_in_bytes(max_shard_size), list(filter(None, (text, dataset, data)))
+    from_hub = hub(revision, trust_remote_code)
+    given = load_options(dtype, device, from_hub)
+    shard, inputs = size_in_bytes(max_shard_size), list(filter(None, (text, dataset, data)))
     check_places([out], [model, *inputs], overwrite=overwrite, gate=bool(gate))
 
     from hf_quant.data.calibration import calibration
@@ -105,7 +107,6 @@ def train(
     (plan,) = configs(
         slugs, method="rtn", format=format, ignore=ignore, override=other, lm_head=lm_head, embeddings=embeddings
     )
-    from_hub = hub(revision, trust_remote_code)
     with reporting(progress, say) as report:
         refuse_quantized(model, **from_hub)
         tokenizer = tokenizer_of(model, **from_hub)
@@ -123,7 +124,6 @@ def train(
             learned, Settings(updates, batch, lr, seed=seed), _teacher(teacher, base), method, 60 * checkpoint_minutes,
             report.over("training"),
         )  # fmt: skip
-        given = {"dtype": kind} | ({"device_map": device} if device else {}) | from_hub
         job = Job(model, given, shard, overwrite, report.say, tokenizer, gate, measure, inputs=inputs)
         with resumable({out: plan.scheme}, "the last checkpoint", report):
             record = train_model(job, training, plan, out)

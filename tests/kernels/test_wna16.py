@@ -21,6 +21,8 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.kernels import LinearSpec, by_expert
 from hf_quant.kernels import triton_wna16 as module
+from hf_quant.kernels._triton import naive
+from hf_quant.kernels._triton.planar import grouped, plane
 from hf_quant.kernels._triton.tiles import Tile
 from hf_quant.kernels.triton_wna16 import BACKEND, triton_experts, triton_wna16
 from hf_quant.methods import method
@@ -121,7 +123,12 @@ def test_columns_shared_by_several_programs(tile: Tile, slug: str) -> None:
     index, value = (weight.outliers.index, weight.outliers.value) if weight.outliers else (None, None)
     args = (x, packed, counters, scale, zero[0] if zero else None, None, bias, index, value, spec.scheme, tile)
     got = module.launch(*args)
-    assert off(got, x.double() @ weight.dequantize(torch.float64).T + bias.double()) < 2e-3
+    size = plane(grouped(spec.scheme, 2176), spec.scheme.bits)
+    dense = naive.weights(packed, scale, zero[0] if zero else None, None, spec.scheme, size, 2176)
+    block = 16 // spec.scheme.bits * size
+    expected = naive.product(x, dense, bias, index, value, split_k=tile.split_k, block=block)
+    assert off(got.cpu(), expected) < 2e-3
+    assert off(expected.to(DEVICE), x.double() @ weight.dequantize(torch.float64).T + bias.double()) < 1e-6
     assert torch.equal(got, module.launch(*args)) and not counters.any()
 
 

@@ -15,6 +15,7 @@ fitted distribution, and with twenty documents its BCa interval covers less than
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from hf_quant.evaluation.results import FEWEST_DOCUMENTS
 
 RESAMPLES = 2000
+REJECTED = 0.1  # the share of samples of a normal distribution that are taken for samples of another
 AT_ONCE = 1 << 22  # values drawn at once: 32 MB
 
 
@@ -52,7 +54,7 @@ def interval(total: Tensor, count: Tensor, *, level: float = 0.95, seed: int = 0
     step = max(1, AT_ONCE // len(total))
     sizes = [min(step, RESAMPLES - at) for at in range(0, RESAMPLES, step)]
     edges = torch.tensor([(1 + level) / 2, (1 - level) / 2], dtype=torch.float64)
-    if (total > 0).all():
+    if (total > 0).all() and _looks_normal((total / count).log()):
         pivots = torch.cat([_pivots_of_log_normal(total, count, size, draw) for size in sizes])
         low, high = (ratio * torch.exp(-error / ratio * pivots.quantile(edges))).tolist()
     else:
@@ -67,6 +69,29 @@ def _ratio(total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     ratio = total.sum(-1) / length
     scatter = (total - ratio[..., None] * count).square().sum(-1) * units / (units - 1)
     return ratio, scatter.sqrt() / length
+
+
+def _looks_normal(values: Tensor) -> bool:
+    """Are ``values`` ``[U]`` as near to a normal distribution as samples of one are?"""
+    return (_departures_of_normal(len(values)) >= _departure(values)).double().mean().item() >= REJECTED
+
+
+@functools.lru_cache(maxsize=8)
+def _departures_of_normal(size: int) -> Tensor:
+    """`_departure` of `RESAMPLES` samples of a normal distribution, each of ``size`` values."""
+    draw = torch.Generator().manual_seed(0)
+    step = max(1, AT_ONCE // size)
+    sizes = [min(step, RESAMPLES - at) for at in range(0, RESAMPLES, step)]
+    return torch.cat([_departure(torch.randn(n, size, generator=draw, dtype=torch.float64)) for n in sizes])
+
+
+def _departure(samples: Tensor) -> Tensor:
+    """Of samples ``[..., U]``: the statistic of Jarque and Bera, from skewness and kurtosis, but for its factor ``U / 6``."""
+    centred = samples - samples.mean(-1, keepdim=True)
+    variance = centred.square().mean(-1)
+    skewness = centred.pow(3).mean(-1) / variance.pow(1.5)
+    kurtosis = centred.pow(4).mean(-1) / variance.square()
+    return skewness.square() + (kurtosis - 3).square() / 4
 
 
 def _pivots_of_log_normal(total: Tensor, count: Tensor, draws: int, draw: torch.Generator) -> Tensor:

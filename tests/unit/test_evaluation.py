@@ -188,6 +188,19 @@ def test_intervals_cover_a_truth_that_is_known() -> None:
     assert 186 <= inside <= 195
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_intervals_where_some_documents_have_next_to_nothing(share: float) -> None:
+    """As with a cache that keeps short documents as they are: the logarithms are far from normal."""
+    draw = torch.Generator().manual_seed(1)
+    truth, inside = (1 - share) * math.exp(0.125), 0
+    for i in range(100):
+        means = (torch.randn(60, generator=draw, dtype=torch.float64) / 2).exp()
+        means *= torch.where(torch.rand(60, generator=draw) < share, 1e-9, 1.0)
+        low, high = bootstrap.interval(1000 * means, torch.full((60,), 1000.0).double(), seed=i) or (0.0, 0.0)
+        inside += low <= truth <= high
+    assert inside >= 91
+
+
 def test_intervals_of_values_on_both_sides_of_zero() -> None:
     """Documents with a random effect, drawn from themselves."""
     draw = torch.Generator().manual_seed(1)

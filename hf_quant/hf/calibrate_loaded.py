@@ -53,7 +53,7 @@ class Place(Protocol):
     def __call__(self, layer: str, parts: dict[str, nn.Parameter]) -> None: ...
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, place: Place) -> list[dict[str, Any]]:
     """Quantize the layers of ``plan`` block by block, in float32, one block at a time.
 

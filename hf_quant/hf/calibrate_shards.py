@@ -115,7 +115,7 @@ def quantize_streaming(
     }  # fmt: skip
     ranks.barrier(patient=True)  # the first one may still be measuring the model before this
     opened = journal(work, job, settings.say) if ranks.first else nullcontext(None)
-    with opened as done, torch.inference_mode():
+    with opened as done, torch.no_grad():
         parts = ranks.shared(done.parts if done else None)
         if done is not None:
             finished = sum((work / part["file"]).stat().st_size for part in parts)

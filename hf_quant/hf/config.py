@@ -17,13 +17,14 @@ from hf_quant.data.calibration import Source
 from hf_quant.disk.strict_json import shown
 from hf_quant.errors import FormatError, PlanError, SchemeError, printable
 from hf_quant.formats import format_of, formats, saved_formats
-from hf_quant.solve.recipes import Decision
+from hf_quant.solve.recipes import EPOCHS, Decision
 from hf_quant.training import why_not
 
 TOKENS = 65536  # calibrated on by default
 UNSTORED = (
     "calibration",
     "calibration_tokens",
+    "epochs",
     "activations",
     "stored",
     "dequantize",
@@ -52,8 +53,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         bits: Width of one code: 8, 4, 3 or 2; 4 by default.
         group_size: Input columns that share a scale: a power of two from 16, or -1 for a whole row; 128 by default.
         symmetric: Whether the zero point is fixed, as it is by default.
-        method: ``"rtn"`` (rounding, needs no data), ``"calibrated"`` (what loses least at each width), ``"gptq"``, ``"awq"``,
-            ``"hqq"``, or transforms and a method joined by ``+``: see `hf_quant.solve.recipes`.
+        method: ``"rtn"`` (rounding, needs no data), ``"calibrated"`` (what loses least at each width without
+            training), ``"learned"`` (`calibrated`, then training block by block), ``"gptq"``, ``"awq"``, ``"hqq"``, or transforms and a method joined by ``+``: see `hf_quant.solve.recipes`.
         overrides: Glob over module names to slug, or to None to leave those modules in floating point; the first match
             wins. A module named here is quantized even if the defaults would skip it (output head, vision tower).
         modules_to_not_convert: Globs, names or trailing names (``"o_proj"``) of modules to leave in floating point,
@@ -66,6 +67,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         calibration: What calibrated methods look at while the model loads: token ids ``[S, T]``, a list of texts, a text or
             JSONL file, or a ``datasets`` set; None for the text that comes with this package. Never stored.
         calibration_tokens: How many of its tokens to take at most.
+        epochs: How often ``"learned"`` goes through them for each block; 8 by default. Never stored.
         activations: Of a checkpoint that another program quantized: ``"float"`` runs its layers against activations in
             floating point, ``"int8"`` as that program would (for LLM.int8 with its threshold of 6). None follows the config
             of compressed-tensors, and keeps floating point for LLM.int8, which is more exact.
@@ -95,6 +97,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         format: str = "auto",
         calibration: Source | None = None,
         calibration_tokens: int = TOKENS,
+        epochs: int | None = None,
         activations: str | None = None,
         training: bool = False,
         version: int = VERSION,
@@ -141,6 +144,7 @@ class HfQuantConfig(QuantizationConfigMixin):
             if slug is not None:
                 _parsed(f"overrides[{glob!r}]", slug)
         self.calibration, self.calibration_tokens = calibration, calibration_tokens
+        self.epochs = _checked_epochs(epochs, method)
         self._check_ranges()
         if training:
             self._check_trainable()
@@ -181,7 +185,7 @@ class HfQuantConfig(QuantizationConfigMixin):
     def _decision(self) -> Decision:
         """Of the schemes named here; the plan's own decision is about those that layers really have."""
         overrides = [QuantScheme.parse(slug) for slug in self.overrides.values() if slug is not None]
-        return Decision.of(self.method, [self.default_scheme, *overrides])
+        return Decision.of(self.method, [self.default_scheme, *overrides], self.epochs)
 
     @property
     def calibrated(self) -> bool:
@@ -293,6 +297,16 @@ def _default_scheme(scheme: str | None, **fields: Any) -> QuantScheme:
                 f"quantization_config: scheme {scheme!r} and {name}={value!r} contradict each other: give one of them"
             )
     return parsed
+
+
+def _checked_epochs(epochs: int | None, method: str) -> int:
+    if epochs is None:
+        return EPOCHS
+    if type(epochs) is not int or epochs < 1:
+        raise PlanError(f"quantization_config.epochs {epochs!r}: must be a whole number from 1")
+    if method != "learned":
+        raise PlanError(f"quantization_config.epochs: method {method!r} learns nothing; 'learned' does")
+    return epochs
 
 
 def _unknown(names: Collection[str]) -> str:

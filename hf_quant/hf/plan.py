@@ -132,7 +132,7 @@ def make_plan(
     return Plan(
         draft.schemes, draft.left, draft.regrouped, tied,
         params, params_quantized, bytes_float, bytes_quantized, chosen, reason,
-        Decision.of(config.method, draft.schemes.values()), others(model, found),
+        Decision.of(config.method, draft.schemes.values(), config.epochs), others(model, found),
     )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def _decide(
 def _spared(name: str, scheme: QuantScheme, config: HfQuantConfig) -> bool:
     """Whether what loses least leaves the inputs of this layer in floating point; the threshold does so by itself."""
     rounds = scheme.activations not in (None, "threshold")
-    return rounds and config.method == "calibrated" and name.rpartition(".")[2] == GATED
+    return rounds and config.method in ("calibrated", "learned") and name.rpartition(".")[2] == GATED
 
 
 def _fit(name: str, candidate: Candidate, asked: QuantScheme, draft: _Draft, frozen: bool) -> None:

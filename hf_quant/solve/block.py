@@ -13,7 +13,6 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
 from hf_quant.nn.experts import stacks
-from hf_quant.transforms import weight_of
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -118,14 +117,19 @@ def use(block: Block, codes: Mapping[str, QuantizedTensor]) -> None:
 
 def put(block: Block, name: str, real: Tensor) -> None:
     """Replace the weight of a layer, or a stack of experts, by ``real`` ``[N, K]`` or ``[E, N, K]``."""
+    parameter, turned = parameter_of(block, name)
+    parameter.data.copy_(real.transpose(-1, -2) if turned else real)
+
+
+def parameter_of(block: Block, name: str) -> tuple[nn.Parameter, bool]:
+    """The parameter that holds the weight of a layer, or a stack of experts, and whether it is ``[..., K, N]``."""
     local = block.local(name)
     path, _, leaf = local.rpartition(".")
     parent: Any = block.module.get_submodule(path)
     if leaf in stacks(parent):
-        stack: Tensor = getattr(parent, leaf).data
-        stack.copy_(real.transpose(-1, -2) if parent.is_transposed else real)
-    else:
-        weight_of(block.module.get_submodule(local)).copy_(real)
+        return getattr(parent, leaf), parent.is_transposed
+    module: Any = block.module.get_submodule(local)
+    return module.weight, not isinstance(module, nn.Linear)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

@@ -16,6 +16,7 @@ from hf_quant.nn.experts import expert_input, stacks
 from hf_quant.solve.block import Block, put
 from hf_quant.solve.hidden_states import Activations
 from hf_quant.solve.inputs import HELD, Group, inputs_of, reduce
+from hf_quant.solve.latent import place_of
 from hf_quant.solve.result import Recipe, Solved, with_range
 
 EXPERT_HELD = 256  # largest number of rows of one expert that are held out
@@ -62,6 +63,10 @@ def solve_experts(
         if few := [e for e, seen in enumerate(solved.experts[name]) if seen < STARVED]:
             solved.starved[name] = few
         solved.errors[name] = sum(lost) / len(lost)
+        if recipe.decision.learning(block.layers[name]) is not None:
+            dense: Tensor = getattr(module, stack).data
+            weight = dense.transpose(-1, -2) if module.is_transposed else dense
+            solved.places[name] = place_of(weight, solved.codes[name])
         put(block, name, solved.codes[name].dequantize(torch.float32))
 
 

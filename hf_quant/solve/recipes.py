@@ -1,4 +1,4 @@
-"""Presets: the transforms and the method that a user's ``method`` stands for, for each width.
+"""Presets: the transforms and the method that a user's ``method`` stands for, for each width, and what is learned after.
 
 A `Decision` is made once for a whole model and passed on; the recipe records it.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,26 @@ if TYPE_CHECKING:  # names can be checked before torch is imported
     from hf_quant.transforms import Transform
 
 
+EPOCHS = 8
+
+
+@dataclass(frozen=True)
+class Learning:
+    """How codes and scales of a block are learned, after a method has chosen them (`hf_quant.solve.learning`).
+
+    Attributes:
+        epochs: Passes over the calibration text.
+        codes: Learning rate of the codes, in steps of the grid.
+        scales: Learning rate of the scales, relative to what they start from.
+        seed: Of the order of the text.
+    """
+
+    epochs: int = EPOCHS
+    codes: float = 0.01
+    scales: float = 0.002
+    seed: int = 0
+
+
 @dataclass(frozen=True)
 class Preset:
     """One way to quantize.
@@ -28,11 +48,13 @@ class Preset:
         method: Name of a file in ``hf_quant/methods``.
         transforms: Names of files in ``hf_quant/transforms``, in the order they are applied.
         options: Hyperparameters of the method that are not its defaults.
+        learning: How codes are trained after the method has chosen them; None if they are not.
     """
 
     method: str
     transforms: tuple[str, ...] = ()
     options: Mapping[str, object] = field(default_factory=dict)
+    learning: Learning | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -52,11 +74,19 @@ INT8 = Preset("gptq", ("smoothquant",))  # for weights that are multiplied by IN
 PRESETS: dict[str, dict[int, Preset]] = {
     "awq": dict.fromkeys(BITS, SCALED),
     "calibrated": {8: SCALED, 4: BEST, 3: BEST, 2: BEST},
+    "learned": {8: SCALED, 4: BEST, 3: BEST, 2: BEST},
 }
+LEARNED = "learned"  # the step, in recipes
+LEARNED_BITS = 4  # wider codes lose nothing that learning could win back
 
 
-def preset(name: str, scheme: QuantScheme) -> Preset:
+def preset(name: str, scheme: QuantScheme, epochs: int = EPOCHS) -> Preset:
     """The preset of a scheme for ``name``: a preset, a method, or a chain such as ``"awq+drift+gptq"``.
+
+    Args:
+        name: As the user gives it.
+        scheme: Of the layers.
+        epochs: Passes over the calibration text, where something is learned.
 
     Raises:
         PlanError: Nothing has that name.
@@ -64,7 +94,9 @@ def preset(name: str, scheme: QuantScheme) -> Preset:
     if not isinstance(name, str):
         raise PlanError(f"method must be a name, got {name!r}")
     if name in PRESETS:
-        return INT8 if name == "calibrated" and scheme.activations else PRESETS[name][scheme.bits]
+        own = PRESETS[name][scheme.bits] if name == "awq" or not scheme.activations else INT8
+        learns = name == "learned" and scheme.bits <= LEARNED_BITS
+        return replace(own, learning=Learning(epochs)) if learns else own
     *transforms, last = name.split("+")
     methods, known = _plugins.names("methods"), _plugins.names("transforms")
     wrong = next((t for t in transforms if t not in known), None if last in methods else last)
@@ -89,13 +121,13 @@ class Decision:
     presets: Mapping[QuantScheme, Preset]
 
     @classmethod
-    def of(cls, method: str, schemes: Iterable[QuantScheme]) -> Decision:
-        """The decision for all of ``schemes``.
+    def of(cls, method: str, schemes: Iterable[QuantScheme], epochs: int = EPOCHS) -> Decision:
+        """The decision for all of ``schemes``; ``epochs`` as in `preset`.
 
         Raises:
             PlanError: There is no method of that name.
         """
-        return cls(method, {scheme: preset(method, scheme) for scheme in dict.fromkeys(schemes)})
+        return cls(method, {scheme: preset(method, scheme, epochs) for scheme in dict.fromkeys(schemes)})
 
     @property
     def calibrated(self) -> bool:
@@ -115,7 +147,16 @@ class Decision:
 
     def needs_twin(self, schemes: Iterable[QuantScheme]) -> bool:
         """Whether layers of these schemes need the hidden states of the float model."""
+        schemes = list(schemes)
+        return self.drifts(schemes) or any(self.learning(scheme) for scheme in schemes)
+
+    def drifts(self, schemes: Iterable[QuantScheme]) -> bool:
+        """Whether a transform of layers of these schemes needs the inputs of the float model's own layers."""
         return any(_transform(name).needs_twin for scheme in schemes for name in self.presets[scheme].transforms)
+
+    def learning(self, scheme: QuantScheme) -> Learning | None:
+        """How the codes of a layer are learned; None where they stay as the method chose them."""
+        return self.presets[scheme].learning
 
     def staged(self, schemes: Iterable[QuantScheme]) -> bool:
         """Whether layers of these schemes are calibrated on the outputs of quantized ones; plain methods need a single pass."""
@@ -159,6 +200,7 @@ class Decision:
             kind(scheme): [
                 *({"name": name, **_fields(_transform(name))} for name in preset.transforms),
                 {"name": preset.method, **_fields(preset.solver())},
+                *([{"name": LEARNED, **_fields(preset.learning)}] if preset.learning else []),
             ]
             for scheme, preset in self.presets.items()
         }
@@ -185,6 +227,8 @@ class Decision:
             transforms = [{"name": name, **_fields(_transform(name)), "layers": count[name]} for name in names]
             last = {"name": preset.method, **_fields(preset.solver()), "layers": count[preset.method]}
             by_kind[kind(scheme)] = [*transforms, last]
+            if preset.learning and count[LEARNED]:
+                by_kind[kind(scheme)].append({"name": LEARNED, **_fields(preset.learning), "layers": count[LEARNED]})
         return {name: by_kind[name] for name in counts}
 
     def skipped(self, layers: Mapping[str, QuantScheme], done: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:

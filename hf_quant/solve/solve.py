@@ -19,6 +19,8 @@ from hf_quant.solve.block import Block, put
 from hf_quant.solve.experts import solve_experts
 from hf_quant.solve.hidden_states import Activations
 from hf_quant.solve.inputs import Group, collect, groups_of
+from hf_quant.solve.latent import place_of
+from hf_quant.solve.learning import learn
 from hf_quant.solve.ranks import ALONE, Ranks
 from hf_quant.solve.result import Recipe, Solved, with_range
 from hf_quant.transforms import Stage
@@ -26,7 +28,7 @@ from hf_quant.transforms import Stage
 SAMPLE = 4  # batches for the error of a block, if the float model is not followed
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def solve(block: Block, hidden: Activations, recipe: Recipe, original: Activations | None = None) -> Solved:
     """Quantize the layers of a block, leave it with dequantized weights, and replace ``hidden`` by its outputs.
 
@@ -51,19 +53,21 @@ def solve(block: Block, hidden: Activations, recipe: Recipe, original: Activatio
         if part[0].experts:
             solve_experts(block, part[0], hidden, mine, recipe, solved)
             continue
-        drifts = recipe.decision.needs_twin(block.layers[f"{block.name}.{n}"] for group in part for n in group.layers)
+        drifts = recipe.decision.drifts(block.layers[f"{block.name}.{n}"] for group in part for n in group.layers)
         stats = collect(block, part, hidden, mine, recipe.ranks, twin if drifts else None, original)
         for group in part:
             _solve_group(block, group, stats.pop(group.layers[0]), first, recipe, solved, twin)
     _settle(block, twin, solved.codes)
+    if twin is not None and original is not None:
+        for i in mine:
+            original.put(i, block.run(original[i], twin))
+        sample = {i: original[i] for i in mine}
+        twin = None  # training needs its memory
+        learn(block, hidden, original, recipe, solved)
     squared_error = squared_output = 0.0
     for i in mine:
         after = block.run(hidden[i])
-        before = sample.get(i)
-        if twin is not None and original is not None:
-            before = block.run(original[i], twin)
-            original.put(i, before)
-        if before is not None:
+        if (before := sample.get(i)) is not None:
             squared_error += (after - before).double().square().sum().item()
             squared_output += before.double().square().sum().item()
         hidden.put(i, after)
@@ -73,7 +77,7 @@ def solve(block: Block, hidden: Activations, recipe: Recipe, original: Activatio
     return solved
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def advance(block: Block, hidden: Activations, ranks: Ranks = ALONE) -> None:
     """Replace ``hidden`` by the outputs of the block."""
     mine = [i for i in range(len(hidden)) if ranks.owner(i) == ranks.rank]
@@ -130,6 +134,8 @@ def _solve_group(
             stats.notes.clear()
         quantized, solved.errors[full[local]], notes = recipe.ranks.shared(solution, owner)
         solved.codes[full[local]] = quantized
+        if recipe.decision.learning(schemes[local]) is not None:
+            solved.places[full[local]] = place_of(stage.weight(local), quantized)
         solved.note(full[local], notes)
         put(block, full[local], quantized.dequantize(torch.float32))
 

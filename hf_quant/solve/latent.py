@@ -1,0 +1,94 @@
+"""One weight matrix, or a stack of them, while its codes and scales are learned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.core.numerics import floored
+from hf_quant.core.packing import pack
+from hf_quant.core.tensor import Outliers, QuantizedTensor
+
+EDGE = 0.45  # of a step at most is a weight away from its code in the beginning, so that rounding gives that code
+
+
+def place_of(weight: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """Where each weight lies between the codes, or near the edge of the code it has been given if that is another one.
+
+    Args:
+        weight: ``[..., N, K]``, what was quantized.
+        quantized: Its codes.
+
+    Returns:
+        float32 ``[..., N, G, K/G]``; does not change where columns or rows are scaled afterwards.
+    """
+    device, groups = weight.device, quantized.scale.shape[-1]
+    codes = quantized.codes().to(device).float().unflatten(-1, (groups, -1))
+    scale, zero = (each.to(device).float()[..., None] for each in (quantized.scale, quantized.zeros()))
+    place = weight.float().reshape(codes.shape) / scale + zero
+    return torch.clamp(place, codes - EDGE, codes + EDGE).clamp_(0, quantized.scheme.qmax)
+
+
+class Latent:
+    """Real numbers that become codes when they are rounded, and scales as multiples of those learning starts from.
+
+    ``w = (round(place) - zero_point) * scale * factor``. Gradients pass straight through both roundings, of codes to whole
+    numbers and of scales to what is stored (arXiv:1308.3432; of codes and scales together: LSQ, arXiv:1902.08153, and
+    EfficientQAT, arXiv:2407.11062). Zero points and outliers stay as they are.
+
+    Args:
+        start: What learning starts from.
+        place: As `place_of` gives it.
+
+    Attributes:
+        place: float32 ``[..., N, G, K/G]``, from 0 to the largest code.
+        factor: float32 ``[..., N, G, 1]``.
+    """
+
+    def __init__(self, start: QuantizedTensor, place: Tensor) -> None:
+        self.start, self.place = start, nn.Parameter(place)
+        self.device = device = place.device
+        self.factor = nn.Parameter(torch.ones(*start.scale.shape, 1, device=device))
+        self._scale = start.scale.to(device).float()[..., None]
+        self._zero = start.zeros().to(device).float()[..., None]
+        self._coded: Tensor | None = None
+        if start.outliers is not None:
+            index = start.outliers.index.long()
+            index = index if index.ndim == start.scale.ndim else index[..., None, :]
+            mask = torch.ones(*start.scale.shape[:-1], start.in_features, device=device)
+            self._coded = mask.scatter_(-1, index.to(device).expand(start.outliers.value.shape), 0).view_as(self.place)
+
+    def weight(self) -> Tensor:
+        """What the codes mean now: float32 ``[..., N, K]``."""
+        made = ((self._codes() - self._zero) * self._stored()).flatten(-2)
+        own = self.start.outliers
+        if own is None:
+            return made
+        return Outliers(own.index.to(self.device), own.value.to(self.device)).add_to(made)
+
+    def take(self, gradient: Tensor) -> None:
+        """Hand on the gradient of `weight` ``[..., N, K]``."""
+        steps = gradient.view_as(self.place)
+        if self._coded is not None:
+            steps = steps * self._coded
+        self.place.grad = steps * self._stored()
+        self.factor.grad = ((self._codes() - self._zero) * steps).sum(-1, keepdim=True) * self._scale
+
+    def keep_inside(self) -> None:
+        """After a step: no place beyond the grid, where it would take many more to come back."""
+        self.place.data.clamp_(0, self.start.scheme.qmax)
+
+    def quantized(self) -> QuantizedTensor:
+        """As it is stored, in main memory."""
+        codes = self._codes().flatten(-2).to(torch.uint8).cpu()
+        scale = self._stored().squeeze(-1).to(self.start.scale.dtype).cpu()
+        return replace(self.start, qweight=pack(codes, self.start.scheme.bits), scale=scale)
+
+    def _codes(self) -> Tensor:
+        codes = self.place.data.round().clamp_(0, self.start.scheme.qmax)
+        return codes if self._coded is None else torch.where(self._coded.bool(), codes, self._zero)
+
+    def _stored(self) -> Tensor:
+        return floored(self._scale * self.factor.data, self.start.scale.dtype)

@@ -1,0 +1,196 @@
+"""Learns the codes and scales of a block's layers together, so that the block gives what the float model's block gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.core.numerics import quantize_rows
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import HfQuantError
+from hf_quant.solve.block import Block, parameter_of, put, use
+from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.inputs import HELD
+from hf_quant.solve.latent import Latent
+from hf_quant.solve.recipes import LEARNED, Learning
+from hf_quant.solve.result import Recipe, Solved
+
+TOGETHER = 2  # batches whose gradients make one step
+WARM = 10  # steps until the learning rate is what it should be
+LAST = 0.05  # of the learning rate is left in the end
+PATIENCE = 3  # steps in a row without a finite loss
+
+
+def learn(block: Block, hidden: Activations, wanted: Activations, recipe: Recipe, made: Solved) -> None:
+    """Lower the error of the block's output, and put the codes that do it into ``made`` and into the block.
+
+    One batch in `HELD` is held out. After every pass over the others the error on it is measured, and the codes with the
+    least are kept: those that learning starts from, if no pass lowers it.
+
+    Args:
+        block: Computes with the codes of ``made``.
+        hidden: Its inputs, ``[S, T, d]``.
+        wanted: What the float model's block gives, likewise.
+        recipe: How.
+        made: Changed.
+
+    Raises:
+        HfQuantError: The loss is not finite, again and again; names the block.
+    """
+    learning = next(filter(None, map(recipe.decision.learning, block.layers.values())), None)
+    if learning is None:
+        return
+    names = [name for name, scheme in block.layers.items() if recipe.decision.learning(scheme) is not None]
+    latents = {name: Latent(made.codes[name], made.places.pop(name)) for name in names}
+    every = range(len(hidden))
+    held = [i for i in every if i % HELD == HELD - 1] or list(every[-1:])
+    train = [i for i in every if i not in held] or list(every)
+    with _rounded_inputs(block, made.codes):
+        first = least = _loss(block, hidden, wanted, held, recipe)
+        best = {name: made.codes[name] for name in names}
+        passes = _passes(block, hidden, wanted, train, latents, learning, recipe)
+        for _ in passes:
+            lost = _loss(block, hidden, wanted, held, recipe)
+            if lost < least:
+                least, best = lost, {name: latent.quantized() for name, latent in latents.items()}
+    use(block, best)
+    moved = sum(int((best[name].codes() != made.codes[name].codes()).sum()) for name in names)
+    share = moved / sum(latent.place.numel() for latent in latents.values())
+    made.note(
+        block.name,
+        [f"{LEARNED}: error of held-out outputs {first:.3g} to {least:.3g}, {share:.2%} of the codes changed"],
+    )
+    if least < first:
+        made.codes |= best
+        for name in names:
+            made.steps.setdefault(name, []).append(LEARNED)
+            made.errors.pop(name, None)  # it was that of other codes
+
+
+@torch.enable_grad()
+def _passes(
+    block: Block, hidden: Activations, wanted: Activations, train: list[int], latents: dict[str, Latent],
+    learning: Learning, recipe: Recipe,
+) -> Iterator[None]:  # fmt: skip
+    """Learn, and stop after every pass for a look at the result, which is in the block."""
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [latent.place for latent in latents.values()], "lr": learning.codes},
+            {"params": [latent.factor for latent in latents.values()], "lr": learning.scales},
+        ],
+        betas=(0.9, 0.95),
+    )
+    steps = learning.epochs * -(-len(train) // TOGETHER)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    draw, failed = torch.Generator().manual_seed(learning.seed), 0
+    for _ in range(learning.epochs):
+        order = [train[i] for i in torch.randperm(len(train), generator=draw).tolist()]
+        for start in range(0, len(order), TOGETHER):
+            with _only_these_learn(block, latents):
+                loss = _step(block, hidden, wanted, order[start : start + TOGETHER], latents, recipe)
+            failed = 0 if math.isfinite(loss) else failed + 1
+            if failed == PATIENCE:
+                raise HfQuantError(
+                    f"{block.name}: the loss of its learned codes is {loss}, {PATIENCE} steps in a row; finished blocks "
+                    "are kept, the same command goes on from there; --method calibrated needs no learning"
+                )
+            if not failed:
+                optimizer.step()
+                for name, latent in latents.items():
+                    latent.keep_inside()
+                    put(block, name, latent.weight())
+            schedule.step()
+        yield
+
+
+def _step(
+    block: Block, hidden: Activations, wanted: Activations, numbers: list[int], latents: dict[str, Latent],
+    recipe: Recipe,
+) -> float:  # fmt: skip
+    """Give every latent its gradient over these batches, of all ranks; returns the loss."""
+    loss = 0.0
+    for i in numbers:
+        if recipe.ranks.owner(i) == recipe.ranks.rank:
+            part = _error(block, hidden[i], wanted[i]) / len(numbers)
+            part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
+    (loss,) = recipe.ranks.total(loss)
+    for name, latent in latents.items():
+        parameter, turned = parameter_of(block, name)
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = None
+        recipe.ranks.sum_(gradient)
+        latent.take(gradient.transpose(-1, -2).contiguous() if turned else gradient)
+        if not bool(latent.factor.grad.isfinite().all()):  # type: ignore[union-attr]
+            loss = math.nan
+    return loss
+
+
+def _error(block: Block, given: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of the output of every token over its squared size, the mean of all tokens."""
+    made = block.run(given)
+    wanted = wanted.to(made.device)
+    size = wanted.square().sum(-1).clamp(min=torch.finfo(wanted.dtype).tiny)
+    return ((made - wanted).square().sum(-1) / size).mean()
+
+
+def _loss(block: Block, hidden: Activations, wanted: Activations, numbers: list[int], recipe: Recipe) -> float:
+    ranks = recipe.ranks
+    own = [_error(block, hidden[i], wanted[i]).item() for i in numbers if ranks.owner(i) == ranks.rank]
+    (total,) = ranks.total(sum(own))
+    return total / len(numbers)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Share of the learning rate: a short rise, then half a cosine."""
+    return min(1.0, (step + 1) / WARM) * (LAST + (1 - LAST) * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+@contextmanager
+def _only_these_learn(block: Block, names: Iterable[str]) -> Iterator[None]:
+    """Inside, gradients are kept for the weights of these layers, and for nothing else."""
+    before = [(parameter, parameter.requires_grad) for parameter in block.module.parameters()]
+    own = {id(parameter_of(block, name)[0]) for name in names}
+    for parameter, _ in before:
+        parameter.requires_grad_(id(parameter) in own)
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = None
+
+
+@contextmanager
+def _rounded_inputs(block: Block, codes: dict[str, QuantizedTensor]) -> Iterator[None]:
+    """Inside, layers whose scheme rounds activations are given rounded ones; gradients pass straight through."""
+
+    def rounding(each: QuantizedTensor) -> Any:
+        kept = None if each.outliers is None or each.outliers.index.ndim > 1 else each.outliers.index.long()
+
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0].detach()
+            whole = x if kept is None else x.index_fill(-1, kept.to(x.device), 0)
+            scale = None if each.input_scale is None else each.input_scale.to(x.device).float()
+            made, scale = quantize_rows(whole, scale)
+            return args[0] + (made * scale - whole), *args[1:]
+
+        return hook
+
+    modules = dict(block.module.named_modules())
+    own = {name: each for name, each in codes.items() if each.scheme.activations in ("token", "tensor")}
+    handles = [
+        modules[block.local(name)].register_forward_pre_hook(rounding(each))
+        for name, each in own.items()
+        if block.local(name) in modules  # the inputs of stacked experts are out of reach
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -78,15 +78,12 @@ def _passes(
     learning: Learning, recipe: Recipe,
 ) -> Iterator[None]:  # fmt: skip
     """Learn, and stop after every pass for a look at the result, which is in the block."""
+    rates = {"place": learning.codes, "factor": learning.scales}
     optimizer = torch.optim.Adam(
-        [
-            {"params": [latent.place for latent in latents.values()], "lr": learning.codes},
-            {"params": [latent.factor for latent in latents.values()], "lr": learning.scales},
-        ],
+        [{"params": [getattr(latent, name) for latent in latents.values()], "name": name} for name in rates],
         betas=(0.9, 0.95),
     )
-    steps = learning.epochs * -(-len(train) // TOGETHER)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+    steps, step = learning.epochs * -(-len(train) // TOGETHER), 0
     draw, failed = torch.Generator().manual_seed(learning.seed), 0
     for _ in range(learning.epochs):
         order = [train[i] for i in torch.randperm(len(train), generator=draw).tolist()]
@@ -100,11 +97,13 @@ def _passes(
                     "are kept, the same command goes on from there; --method calibrated needs no learning"
                 )
             if not failed:
+                for group in optimizer.param_groups:
+                    group["lr"] = rates[group["name"]] * _rate(step, steps)
                 optimizer.step()
                 for name, latent in latents.items():
                     latent.keep_inside()
                     put(block, name, latent.weight())
-            schedule.step()
+            step += 1
         yield
 
 

@@ -91,6 +91,11 @@ def calibration_options(function: Function) -> Function:
             "--max-memory", type=Size(), help="What activations may take before they go to disk, such as 2GB."
         ),
         click.option(
+            "--epochs",
+            type=click.IntRange(1),
+            help="How often --method learned goes through the calibration text for each block. Default: 8.",
+        ),
+        click.option(
             "--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it."
         ),
         click.option(

@@ -117,7 +117,7 @@ def ladder(
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
     group_size: int = 128, asym: bool = False, int8_activations: bool = False, method: str = "rtn", ignore: Sequence[str] = (),
     lm_head: bool = False, embeddings: bool = False,
-    calibration: str | None = None, calibration_tokens: int = 65536, max_memory: int | str | None = None,
+    calibration: str | None = None, calibration_tokens: int = 65536, epochs: int | None = None, max_memory: int | str | None = None,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
     trial_text: str | None = None, trial_tokens: int = TRIAL_TOKENS,
@@ -143,8 +143,9 @@ def ladder(
         ignore: Globs of layers to leave in floating point.
         lm_head: Quantize the output head too.
         embeddings: Quantize the input embeddings too.
-        calibration: As for `quantize`, like the next two.
+        calibration: As for `quantize`, like the next three.
         calibration_tokens: How many tokens calibrated methods look at.
+        epochs: How often ``"learned"`` goes through them for each block; default: 8.
         max_memory: Bytes that hidden states may take before they go to disk.
         text: As for `quantize`, like the next six.
         dataset: ``datasets`` set to measure on, in place of ``text``.
@@ -209,7 +210,7 @@ def ladder(
         )  # fmt: skip
         options = {
             "method": method, "modules_to_not_convert": list(ignore), "quantize_lm_head": lm_head,
-            "quantize_embeddings": embeddings,
+            "quantize_embeddings": embeddings, "epochs": epochs,
         } | ({} if looked_at is None else {"calibration": looked_at.ids})  # fmt: skip
         walk = Ladder(
             job, limits, rungs(group_size, not asym, int8_activations), options, base.load,

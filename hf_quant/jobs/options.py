@@ -127,7 +127,7 @@ def overrides(override: Mapping[str, str | None]) -> dict[str, str | None]:
 
 def configs(
     slugs: Sequence[str], *, method: str, format: str, ignore: Sequence[str], override: Mapping[str, str | None],
-    lm_head: bool, embeddings: bool,
+    lm_head: bool, embeddings: bool, epochs: int | None = None,
 ) -> list[HfQuantConfig]:  # fmt: skip
     """One configuration for every scheme that was asked for."""
     from hf_quant.hf import HfQuantConfig
@@ -141,6 +141,7 @@ def configs(
             modules_to_not_convert=list(ignore),
             quantize_lm_head=lm_head,
             quantize_embeddings=embeddings,
+            epochs=epochs,
         )
         for slug in slugs
     ]

@@ -159,7 +159,7 @@ def quantize(
     ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
     max_shard_size: int | str = "5GB", overwrite: bool = False, eval: bool | None = None,
-    calibration: str | None = None, calibration_tokens: int = 65536, max_memory: int | str | None = None,
+    calibration: str | None = None, calibration_tokens: int = 65536, epochs: int | None = None, max_memory: int | str | None = None,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
@@ -192,6 +192,7 @@ def quantize(
         calibration: For calibrated methods: a UTF-8 or JSONL file, or ``ID[:CONFIG][@SPLIT][#COLUMN]`` of a ``datasets`` set;
             None: calibration.txt beside the model, else a text that comes with this package.
         calibration_tokens: How many of its tokens are looked at.
+        epochs: How often ``"learned"`` goes through them for each block; default: 8.
         max_memory: Bytes that hidden states may take before they go to disk.
         text: UTF-8 file to measure on; None: heldout.txt beside the model, else a text that comes with this package.
         dataset: ``datasets`` set to measure on, in place of ``text``.
@@ -235,7 +236,14 @@ def quantize(
     from hf_quant.solve.ranks import Ranks
 
     plans = configs(
-        slugs, method=method, format=format, ignore=ignore, override=other, lm_head=lm_head, embeddings=embeddings
+        slugs,
+        method=method,
+        format=format,
+        ignore=ignore,
+        override=other,
+        lm_head=lm_head,
+        embeddings=embeddings,
+        epochs=epochs,
     )
     ranks = Ranks.found()
     with reporting(progress if ranks.first else False, say if ranks.first else _silent) as report:

@@ -172,7 +172,7 @@ def test_experts(name: str, tmp_path: Path, zoo: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3-moe"])
-@pytest.mark.parametrize("method", ["gptq", "calibrated"])
+@pytest.mark.parametrize("method", ["gptq", "learned"])
 def test_from_pretrained_does_the_same(name: str, method: str, tmp_path: Path, zoo: Any) -> None:
     source = zoo(name)[1] if name == "qwen3-moe" else make(tmp_path / "base", name)
     ids = IDS[:, :32]
@@ -299,6 +299,10 @@ INTERRUPTED = {
     "W8A8 with outlier columns": ("W8A8-o5%-columns", {}),
     "one layer of W8A8 among four bits": ("W4A16-g32", {"method": "calibrated", "overrides": {"*.o_proj": "W8A8"}}),
     "outliers": ("W3A16-g32-o2%", {}),
+    "learned, with outliers and INT8 activations": (
+        "W2A16-g32-asym-o2%",
+        {"method": "learned", "overrides": {"*.o_proj": "W4A8-g32", "*.up_proj": "W8A16-g32"}, "epochs": 3},
+    ),
 }
 
 

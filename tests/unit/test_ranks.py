@@ -96,7 +96,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("scheme", "method"), [("W3A16-g32", "awq"), ("W3A16-g32", "calibrated"), ("W8A8", "smoothquant+gptq")]
+    ("scheme", "method"), [("W3A16-g32", "awq"), ("W3A16-g32", "learned"), ("W8A8", "smoothquant+gptq")]
 )
 def test_fewer_batches_than_ranks(scheme: str, method: str, source: Path, tmp_path: Path) -> None:
     """Two batches for three processes, with transforms that look at outputs: all look at the same ones."""

@@ -116,7 +116,7 @@ def _step(
     for i in numbers:
         if recipe.ranks.owner(i) == recipe.ranks.rank:
             part = _error(block, hidden[i], wanted[i]) / len(numbers)
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             loss += part.item()
     (loss,) = recipe.ranks.total(loss)
     for name, latent in latents.items():

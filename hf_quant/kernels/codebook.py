@@ -9,31 +9,20 @@ from torch import Tensor
 from hf_quant.core.numerics import levels
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
-from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import flat, looked_up, multiply, multiply_back
-from hf_quant.kernels._shared.registration import fake, op
+from hf_quant.kernels._shared.ops import implements
 
 
-@op("codebook_linear", checks.codebook)
+@implements("codebook_linear")
 def codebook_linear(x: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """``x [M, K]`` times the portable codes ``[N, K / 2]`` of ``table [16]``: ``[M, N]``."""
     return multiply(x, looked_up(qweight, table), scale, None, 0)
 
 
-@op("codebook_linear_backward", checks.codebook_back)
+@implements("codebook_linear_backward")
 def codebook_linear_backward(grad: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``."""
     return multiply_back(grad, looked_up(qweight, table), scale, None, 0, qweight.shape[1] * 2)
-
-
-@fake(codebook_linear)
-def _(x: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], qweight.shape[0])
-
-
-@fake(codebook_linear_backward)
-def _(grad: Tensor, qweight: Tensor, scale: Tensor, table: Tensor) -> Tensor:
-    return grad.new_empty(grad.shape[0], qweight.shape[1] * 2)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -21,9 +21,8 @@ from torch import Tensor
 from hf_quant.core.packing import pack, unpack
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
-from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import Codes, cpu_multiplies_bf16, flat, multiply, multiply_back
-from hf_quant.kernels._shared.registration import fake, op
+from hf_quant.kernels._shared.ops import implements
 
 GROUPS = (256, 128, 64, 32)  # the group sizes that the op takes
 CHUNK = 256  # rows packed together: the op wants them as int32
@@ -99,7 +98,7 @@ def _codes(planes: Tensor) -> Codes:
     return lambda i, j: _unpack(planes[:, i:j])
 
 
-@op("cpu_int4_linear", checks.int4)
+@implements("cpu_int4_linear")
 def cpu_int4_linear(
     x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, fixed: int
 ) -> Tensor:
@@ -125,22 +124,10 @@ def cpu_int4_linear(
     return y.to(x.dtype)
 
 
-@op("cpu_int4_linear_backward", checks.int4_back)
+@implements("cpu_int4_linear_backward")
 def cpu_int4_linear_backward(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, fixed: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``."""
     return multiply_back(grad, _codes(planes), scale, zero, fixed, planes.shape[2] * 2, step=64)
-
-
-@fake(cpu_int4_linear)
-def _(
-    x: Tensor, planes: Tensor, scale_and_zero: Tensor, scale: Tensor, zero: Tensor | None, group_size: int, fixed: int
-) -> Tensor:
-    return x.new_empty(x.shape[0], planes.shape[1])
-
-
-@fake(cpu_int4_linear_backward)
-def _(grad: Tensor, planes: Tensor, scale: Tensor, zero: Tensor | None, fixed: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], planes.shape[2] * 2)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

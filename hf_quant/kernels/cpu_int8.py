@@ -18,9 +18,8 @@ from torch import Tensor
 from hf_quant.core.private_torch import cpu_has, may_skip_dispatcher
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
-from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import BLOCK, companions, compute_dtype, flat
-from hf_quant.kernels._shared.registration import fake, op
+from hf_quant.kernels._shared.ops import implements
 
 ROWS, PART = 512, 32  # multiplied together; rounded together, 512 kB of float32 at 4096 columns
 TINY = torch.finfo(torch.float32).tiny * 127
@@ -32,7 +31,7 @@ def _nothing(n: int) -> Tensor:
     return torch.zeros(n, dtype=torch.int32)
 
 
-@op("cpu_int8_linear", checks.int8)
+@implements("cpu_int8_linear")
 def cpu_int8_linear(
     x: Tensor, packed: Tensor, scale: Tensor, columns: Tensor | None, input_scale: Tensor | None
 ) -> Tensor:
@@ -84,7 +83,7 @@ def _pack(codes: Tensor) -> Tensor:
     return torch.ops.onednn.qlinear_prepack(codes, None)
 
 
-@op("cpu_int8_linear_backward", checks.int8_back)
+@implements("cpu_int8_linear_backward")
 def cpu_int8_linear_backward(grad: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``, as if activations were not rounded."""
     codes = packed.to_dense() if packed.is_mkldnn else packed.T  # [K, N]
@@ -92,17 +91,6 @@ def cpu_int8_linear_backward(grad: Tensor, packed: Tensor, scale: Tensor) -> Ten
     wide = (grad.to(dtype) * scale.to(dtype)) if dtype is torch.float64 else (grad.float() * scale).to(dtype)
     step = max(1, BLOCK // scale.shape[0])
     return torch.cat([F.linear(wide, part.to(dtype)) for part in codes.split(step)], 1).to(grad.dtype)
-
-
-@fake(cpu_int8_linear)
-def _(x: Tensor, packed: Tensor, scale: Tensor, columns: Tensor | None, input_scale: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], scale.shape[0])
-
-
-@fake(cpu_int8_linear_backward)
-def _(grad: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    k = packed.shape[0] if packed.is_mkldnn else packed.shape[1]
-    return grad.new_empty(grad.shape[0], k)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

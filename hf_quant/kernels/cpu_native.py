@@ -31,9 +31,9 @@ from hf_quant.kernels._native.compiled import (
     weight_of,
     why_not,
 )
-from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import as_asked, compute_dtype, cpu_multiplies_bf16, flat
-from hf_quant.kernels._shared.registration import FLOATS, Arguments, fake, op
+from hf_quant.kernels._shared.ops import implements
+from hf_quant.kernels._shared.registration import FLOATS, Arguments
 
 
 def _few_rows(dtype: torch.dtype) -> int:
@@ -60,7 +60,7 @@ def _product(x: Tensor, weight: bytes) -> Tensor:
     return y
 
 
-@op("cpu_native_linear", checks.native)
+@implements("cpu_native_linear")
 def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
     """``x [M, K]`` times the packed codes: ``[M, N]``.
 
@@ -73,11 +73,6 @@ def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | No
         n: N.
     """
     return _product(x, described(tiles, scale, zero, bits, n))
-
-
-@fake(cpu_native_linear)
-def _(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
-    return x.new_empty(x.shape[0], n)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

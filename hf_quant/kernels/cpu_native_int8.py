@@ -27,9 +27,9 @@ from hf_quant.kernels._native.compiled import (
     weight_of,
     why_not,
 )
-from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import companions, flat
-from hf_quant.kernels._shared.registration import FLOATS, Arguments, fake, op
+from hf_quant.kernels._shared.ops import implements
+from hf_quant.kernels._shared.registration import FLOATS, Arguments
 
 
 def _product(x: Tensor, weight: bytes, columns: Tensor | None, ranges: Tensor | None) -> Tensor:
@@ -47,7 +47,7 @@ def _product(x: Tensor, weight: bytes, columns: Tensor | None, ranges: Tensor | 
     return y.to(x.dtype)
 
 
-@op("cpu_native_int8_linear", checks.native_int8)
+@implements("cpu_native_int8_linear")
 def cpu_native_int8_linear(
     x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
     bits: int, n: int,
@@ -65,14 +65,6 @@ def cpu_native_int8_linear(
         n: N.
     """
     return _product(x, described(tiles, scale, zero, bits, n), columns, ranges)
-
-
-@fake(cpu_native_int8_linear)
-def _(
-    x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, columns: Tensor | None, ranges: Tensor | None,
-    bits: int, n: int,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], n)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,36 +9,25 @@ from torch import Tensor
 from hf_quant.core.packing import unpack
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
-from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import Codes, flat, multiply, multiply_back
-from hf_quant.kernels._shared.registration import fake, op
+from hf_quant.kernels._shared.ops import implements
 
 
 def _codes(qweight: Tensor, bits: int) -> Codes:
     return lambda i, j: unpack(qweight[i:j], bits)
 
 
-@op("dequant_linear", checks.portable)
+@implements("dequant_linear")
 def dequant_linear(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``x [M, K]`` times the portable codes ``[N, K / 8 * bits]``: ``[M, N]``."""
     return multiply(x, _codes(qweight, bits), scale, zero, 1 << (bits - 1))
 
 
-@op("dequant_linear_backward", checks.portable_back)
+@implements("dequant_linear_backward")
 def dequant_linear_backward(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``."""
     k = qweight.shape[1] * 8 // bits
     return multiply_back(grad, _codes(qweight, bits), scale, zero, 1 << (bits - 1), k)
-
-
-@fake(dequant_linear)
-def _(x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    return x.new_empty(x.shape[0], qweight.shape[0])
-
-
-@fake(dequant_linear_backward)
-def _(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], qweight.shape[1] * 8 // bits)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -16,9 +16,8 @@ from torch import Tensor
 from hf_quant.core.packing import unpack
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
-from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import companions, flat, multiply_back
-from hf_quant.kernels._shared.registration import fake, op
+from hf_quant.kernels._shared.ops import implements
 from hf_quant.kernels._triton.tiles import too_old
 
 FUSED_ROWS = 16  # so many rows are rounded inside the product
@@ -153,7 +152,7 @@ if importlib.util.find_spec("triton"):
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=m_ok[:, None] & n_ok[None, :])
 
 
-@op("triton_int8", checks.triton_int8)
+@implements("triton_int8")
 def triton_int8(
     x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: Tensor | None,
     input_scale: Tensor | None,
@@ -196,24 +195,11 @@ def triton_int8(
     return y
 
 
-@fake(triton_int8)
-def _(
-    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: Tensor | None,
-    input_scale: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], qweight.shape[0])
-
-
-@op("triton_int8_backward", checks.portable_back)
+@implements("triton_int8_backward")
 def triton_int8_backward(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``, as if activations were not rounded; dequantized block by block in PyTorch."""
     k = qweight.shape[1] * 8 // bits
     return multiply_back(grad, lambda i, j: unpack(qweight[i:j], bits), scale, zero, 1 << (bits - 1), k)
-
-
-@fake(triton_int8_backward)
-def _(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], qweight.shape[1] * 8 // bits)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

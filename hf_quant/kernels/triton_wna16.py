@@ -22,9 +22,8 @@ from hf_quant.core.numerics import levels
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
-from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import flat
-from hf_quant.kernels._shared.registration import fake, op
+from hf_quant.kernels._shared.ops import implements
 from hf_quant.kernels._shared.routing import back_in_order, cut, each
 from hf_quant.kernels._triton.planar import (
     fields,
@@ -84,7 +83,7 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after
     }  # fmt: skip
 
 
-@op("triton_wna16", checks.wna16)
+@implements("triton_wna16")
 def triton_wna16(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str,
@@ -188,15 +187,7 @@ def _dense(
         yield i, j, w
 
 
-@fake(triton_wna16)
-def _(
-    x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
-    bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], packed.shape[0])
-
-
-@op("triton_wna16_backward", checks.wna16_back)
+@implements("triton_wna16_backward")
 def triton_wna16_backward(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, scheme: str, k: int,
@@ -210,14 +201,6 @@ def triton_wna16_backward(
         out = part.float() if out is None else out + part
     assert out is not None
     return out.to(grad.dtype)
-
-
-@fake(triton_wna16_backward)
-def _(
-    grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
-    value: Tensor | None, scheme: str, k: int,
-) -> Tensor:  # fmt: skip
-    return grad.new_empty(grad.shape[0], k)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -235,7 +218,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 triton_wna16.register_autograd(_backward, setup_context=_save)
 
 
-@op("triton_experts", checks.experts)
+@implements("triton_experts")
 def triton_experts(
     x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
     bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str, ends: Tensor, order: Tensor | None,
@@ -274,15 +257,7 @@ def triton_experts(
     return y
 
 
-@fake(triton_experts)
-def _(
-    x: Tensor, packed: Tensor, counters: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
-    bias: Tensor | None, index: Tensor | None, value: Tensor | None, scheme: str, ends: Tensor, order: Tensor | None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0] if order is None else order.shape[0], packed.shape[1])
-
-
-@op("triton_experts_backward", checks.experts_back)
+@implements("triton_experts_backward")
 def triton_experts_backward(
     grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
     value: Tensor | None, ends: Tensor, scheme: str, k: int,
@@ -292,14 +267,6 @@ def triton_experts_backward(
     for i, j, (w, s, z, c, v) in each(ends, packed, scale, zero, index, value):
         out[i:j] = triton_wna16_backward(grad[i:j], w, s, z, table, c, v, scheme, k)
     return out
-
-
-@fake(triton_experts_backward)
-def _(
-    grad: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, index: Tensor | None,
-    value: Tensor | None, ends: Tensor, scheme: str, k: int,
-) -> Tensor:  # fmt: skip
-    return grad.new_empty(grad.shape[0], k)
 
 
 def _save_experts(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.errors import KernelError
-from hf_quant.kernels._shared import registration
+from hf_quant.kernels._shared import ops
 from tests.fuzz.entrances import Hang, ours, patience, wrong_message
 from tests.fuzz.mutate import TENSORS
 from tests.kernels.operations import arguments, built, called, kind_of, runs_here
@@ -103,11 +103,11 @@ def _quiet() -> Iterator[None]:
 @_quiet()
 def case_of(chance: Random) -> tuple[str, tuple[Any, ...]]:
     """An operation that runs or is checked here, and what it is given: one to three arguments are wrong, or strange."""
-    name = chance.choice(sorted(name for name in registration.OPS if built(name)))
+    name = chance.choice(sorted(name for name in ops.OPS if built(name)))
     slug = chance.choice(TAKES.get(kind_of(name), SLUGS[:-1]))
     dtype = chance.choice([torch.float32, torch.bfloat16, torch.float16, torch.float64])
     args = list(arguments(name, slug, chance.choice([0, 1, 3, 3, 70, 200]), dtype))
-    types = [str(argument.type) for argument in registration.OPS[name]._opoverload._schema.arguments]
+    types = [str(argument.type) for argument in ops.OPS[name]._opoverload._schema.arguments]
     for _ in range(chance.choice([1, 1, 2, 3])):
         at = chance.randrange(len(args))
         args[at] = _wrong(chance, args[at], types[at], runs_here(name))
@@ -136,7 +136,7 @@ def _call(name: str, args: tuple[Any, ...]) -> Outcome:
 
 def _unclear(name: str, said: str) -> str:
     """What is wrong with a message: it names the operation and an argument, or the devices of all."""
-    names = {argument.name for argument in registration.OPS[name]._opoverload._schema.arguments} | {"first", "tensors"}
+    names = {argument.name for argument in ops.OPS[name]._opoverload._schema.arguments} | {"first", "tensors"}
     if not said.startswith(f"{name}: ") or not names & set(re.findall(r"\w+", said)):
         return f"message names no operation or no argument: {said[:200]!a}"
     return wrong_message(said)
@@ -178,7 +178,7 @@ def _announced(name: str, args: tuple[Any, ...], result: Tensor) -> str:
     """How a result differs from what the operation gives for tensors without values."""
     if any(isinstance(arg, Tensor) and arg.layout is not torch.strided for arg in args):
         return ""
-    told = registration.OPS[name](*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))
+    told = ops.OPS[name](*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))
     if (told.shape, told.dtype) == (result.shape, result.dtype):
         return ""
     return f"result is {result.dtype} {list(result.shape)}, announced {told.dtype} {list(told.shape)}"

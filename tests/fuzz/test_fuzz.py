@@ -8,7 +8,7 @@ from random import Random
 import pytest
 import torch
 
-from hf_quant.kernels._shared import registration
+from hf_quant.kernels._shared import ops, registration
 from tests.fuzz import operations
 from tests.fuzz.run import OPERATIONS, many, prepared
 from tests.kernels.operations import arguments, built
@@ -29,7 +29,7 @@ def test_operations_are_right_or_refuse(tmp_path: Path) -> None:
 
 def test_cases_of_operations_reach_all_of_them() -> None:
     with torch.random.fork_rng():
-        assert {operations.case_of(Random(case))[0] for case in range(200)} == set(filter(built, registration.OPS))
+        assert {operations.case_of(Random(case))[0] for case in range(200)} == set(filter(built, ops.OPS))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearSpec
 from hf_quant.kernels._native import compiled
-from hf_quant.kernels._shared import checks, registration
+from hf_quant.kernels._shared import ops, registration
 from hf_quant.kernels.cpu_native import BACKEND as CpuNative
 from hf_quant.methods import method
 
@@ -114,14 +114,9 @@ def built(name: str) -> bool:
 
 def called(name: str) -> Callable[..., Any]:
     """The operation; or its checks, where it does not run here."""
-    return registration.OPS[name] if runs_here(name) else checked(name)
+    return ops.OPS[name] if runs_here(name) else checked(name)
 
 
 def checked(name: str) -> Callable[..., None]:
     """The checks of an operation that does not run here."""
-    known = {
-        "triton_int8": checks.triton_int8, "triton_int8_backward": checks.portable_back, "triton_wna16": checks.wna16,
-        "triton_wna16_backward": checks.wna16_back, "triton_experts": checks.experts,
-        "triton_experts_backward": checks.experts_back,
-    }  # fmt: skip
-    return lambda *args: known[name](registration.Arguments(name, args[0]), *args)
+    return lambda *args: ops.TABLE[name].check(registration.Arguments(name, args[0]), *args)

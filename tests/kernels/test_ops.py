@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import KernelError
 from hf_quant.kernels import outlier_linear, select
 from hf_quant.kernels._native import compiled
-from hf_quant.kernels._shared import registration
+from hf_quant.kernels._shared import ops
 from hf_quant.kernels.cpu_native import BACKEND as CpuNative
 from tests.kernels.operations import K, M, N, arguments, called, checked, spec_of, weight
 
@@ -45,10 +46,16 @@ def spoilt(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 def test_every_operation_is_in_the_table() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("hf_quant::")}
-    assert registered == {f"hf_quant::{name}" for name in registration.OPS} and len(registered) >= 12
+    there = {name for name in ops.TABLE if not name.startswith("triton") or importlib.util.find_spec("triton")}
+    assert registered == {f"hf_quant::{name}" for name in there} and ops.OPS.keys() == there
 
 
-@pytest.mark.parametrize("name", sorted(registration.OPS))
+def test_an_operation_is_implemented_as_the_table_says() -> None:
+    with pytest.raises(TypeError, match="outlier_rows: its arguments are x, index, value"):
+        ops.implements("outlier_rows")(lambda x, value, index: x)
+
+
+@pytest.mark.parametrize("name", sorted(ops.OPS))
 def test_what_must_not_be_given(name: str) -> None:
     if name.startswith("cpu_native") and compiled._cpu is None:
         pytest.skip("not compiled")
@@ -109,7 +116,7 @@ def test_planes_of_no_columns() -> None:
 def test_a_packed_weight_of_other_numbers(name: str) -> None:
     first, packed, *rest = arguments(name)
     with pytest.raises(KernelError, match=f"^{name}: packed is torch.float32"):
-        registration.OPS[name](first, packed.T.float().contiguous().to_mkldnn(), *rest)
+        ops.OPS[name](first, packed.T.float().contiguous().to_mkldnn(), *rest)
 
 
 @built
@@ -144,7 +151,7 @@ def test_a_gradient_without_columns() -> None:
 def test_the_compiled_products(int8: bool, change: dict[str, Any], message: str) -> None:
     if int8 and compiled.built() not in ("vnni", "amx"):
         pytest.skip("no products of bytes")
-    op = registration.OPS["cpu_native_int8_linear" if int8 else "cpu_native_linear"]
+    op = ops.OPS["cpu_native_int8_linear" if int8 else "cpu_native_linear"]
     names = ["x", "tiles", "scale", "zero", *(["columns", "ranges"] if int8 else []), "bits", "n"]
     given = dict(zip(names, arguments(op._name), strict=True))
     for name, what in change.items():
@@ -162,7 +169,7 @@ def test_columns_that_are_not_there(backend: str, columns: list[int]) -> None:
     place = next(i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.dtype is torch.int16)
     args[place] = torch.tensor(columns)
     with pytest.raises(KernelError, match=f"{name}: columns names column {columns[-1]}, there are columns 0 to 127"):
-        registration.OPS[name](*args)
+        ops.OPS[name](*args)
 
 
 @built

@@ -23,7 +23,8 @@ from hf_quant.errors import BackendError, KernelError
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import BLOCK, as_asked, compute_dtype
-from hf_quant.kernels._shared.registration import Arguments, fake, op
+from hf_quant.kernels._shared.ops import implements
+from hf_quant.kernels._shared.registration import Arguments
 
 try:
     from hf_quant.kernels import _cpu as _cpu
@@ -185,7 +186,7 @@ def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, T
         yield i, j, w.to(dtype)
 
 
-@op("cpu_native_linear_backward", checks.native_back)
+@implements("cpu_native_linear_backward")
 def backward(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """``grad [M, N]`` times W: ``[M, K]``; blocks of W are added up in float32 at least."""
     dtype = compute_dtype(grad)
@@ -195,8 +196,3 @@ def backward(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bi
         for i, j, w in dequantized(described(tiles, scale, zero, bits, grad.shape[1]), dtype):
             out += wide[:, i:j] @ w
     return out.to(grad.dtype)
-
-
-@fake(backward)
-def _(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], tiles.shape[1] * 32)

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import compute_dtype, flat
-from hf_quant.kernels._shared.registration import fake, op
+from hf_quant.kernels._shared.ops import implements
 from hf_quant.kernels._triton.tiles import too_old
 
 CHUNK = 1 << 22  # activations gathered together: 16 MB in float32
@@ -51,7 +50,7 @@ def _on_gpu(x: Tensor) -> bool:
     )
 
 
-@op("outlier_rows", checks.outliers)
+@implements("outlier_rows")
 def outlier_rows(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
     """``x [M, K]`` times a matrix with ``R`` weights in each row: ``[M, N]``.
 
@@ -77,21 +76,11 @@ def outlier_rows(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
     return torch.cat(parts).T.to(x.dtype).contiguous()
 
 
-@op("outlier_rows_backward", checks.outliers_back)
+@implements("outlier_rows_backward")
 def outlier_rows_backward(grad: Tensor, index: Tensor, value: Tensor, k: int) -> Tensor:
     """``grad [M, N]`` times the same matrix: ``[M, K]``."""
     weight = grad.new_zeros(index.shape[0], k).scatter_(1, index.long(), value.to(grad.dtype))
     return grad @ weight
-
-
-@fake(outlier_rows)
-def _(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], index.shape[0])
-
-
-@fake(outlier_rows_backward)
-def _(grad: Tensor, index: Tensor, value: Tensor, k: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], k)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Registering an operation with PyTorch under ``torch.ops.hf_quant``, with a check of what it is given.
+"""Checks of one argument of an operation at a time; `checks` combines them, and `ops` says which operation has which.
 
 A kernel reads memory by address, so every tensor is checked before it: its device, dtype, shape and, where the kernel
 wants it, contiguity. The message names the operation and the tensor. Values are read only where that waits for nobody:
@@ -7,22 +7,17 @@ on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from inspect import signature
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from hf_quant.core.private_torch import refuse_forward_mode
 from hf_quant.core.scheme import BITS
 from hf_quant.errors import KernelError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CODES = (torch.uint8,)
 COLUMNS = (torch.int16, torch.int32, torch.int64)
-OPS: dict[str, Any] = {}  # by name; filled by `op`
 
 
 class Arguments:
@@ -122,47 +117,3 @@ def outside(index: Tensor, columns: int) -> str | None:
     if least >= 0 and most < columns:
         return None
     return f"names column {least if least < 0 else most}, there are columns 0 to {columns - 1}"
-
-
-Check = Callable[..., None]
-
-
-def op(name: str, check: Check) -> Callable[[Callable[..., Tensor]], Any]:
-    """Registers a function as ``torch.ops.hf_quant.<name>``; ``check`` sees its arguments first, after an `Arguments`."""
-
-    def register(function: Callable[..., Tensor]) -> Any:
-        required = [
-            (i, p.name) for i, p in enumerate(signature(function).parameters.values()) if p.annotation == "Tensor"
-        ]
-
-        @wraps(function)
-        def checked(*args: Any) -> Tensor:
-            for i, argument in required:
-                if args[i] is None:  # which PyTorch lets pass
-                    raise KernelError(f"{name}: {argument} is None, must be a tensor")
-            refuse_forward_mode(args[0])
-            check(Arguments(name, args[0]), *args)
-            return function(*args)
-
-        OPS[name] = torch.library.custom_op(f"hf_quant::{name}", checked, mutates_args=())
-        return OPS[name]
-
-    return register
-
-
-def fake(op: Any) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Registers what ``op`` gives for tensors without values; such a tensor among others is refused."""
-    name = next(name for name, known in OPS.items() if known is op)
-
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        @wraps(function)
-        def checked(*args: Any) -> Tensor:
-            devices = sorted({str(arg.device) for arg in args if isinstance(arg, Tensor)})
-            if len(devices) > 1:
-                raise KernelError(f"{name}: tensors are on {' and '.join(devices)}: move them to one device")
-            return function(*args)
-
-        op.register_fake(checked)
-        return checked
-
-    return register

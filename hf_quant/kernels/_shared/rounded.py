@@ -13,16 +13,15 @@ from torch import Tensor
 
 from hf_quant.core.numerics import quantize_rows
 from hf_quant.core.scheme import THRESHOLD
-from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import companions, flat
-from hf_quant.kernels._shared.registration import fake, op
+from hf_quant.kernels._shared.ops import implements
 
 if TYPE_CHECKING:
     from hf_quant.core.tensor import QuantizedTensor
     from hf_quant.kernels._interface import LinearBackend, LinearSpec
 
 
-@op("round_activations", checks.rounding)
+@implements("round_activations")
 def round_activations(x: Tensor, columns: Tensor | None, scale: Tensor | None, threshold: float) -> Tensor:
     """``x [M, K]`` on the grid of its INT8 codes; gradients pass straight through.
 
@@ -38,11 +37,6 @@ def round_activations(x: Tensor, columns: Tensor | None, scale: Tensor | None, t
     wrong = 0 if scale is None else 0 * kept  # a fixed scale would hide an infinity
     made = (codes * found + wrong).to(x.dtype)
     return made if large is None else torch.where(large, x, made)
-
-
-@fake(round_activations)
-def _(x: Tensor, columns: Tensor | None, scale: Tensor | None, threshold: float) -> Tensor:
-    return torch.empty_like(x)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

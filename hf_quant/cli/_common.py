@@ -12,6 +12,7 @@ import click
 
 from hf_quant.cli._types import Format, Limit, Method, Override, Scheme, Share, Size
 from hf_quant.errors import printable
+from hf_quant.jobs.progress import Important
 
 Function = Callable[..., Any]
 
@@ -111,7 +112,7 @@ def calibration_options(function: Function) -> Function:
 
 def say(message: str, quiet: bool = False) -> None:
     """To stderr, unless quiet; each line is short and printable."""
-    if not quiet:
+    if not quiet or isinstance(message, Important):
         click.echo("\n".join(map(printable, message.split("\n"))), err=True)
 
 

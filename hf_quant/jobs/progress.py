@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +10,10 @@ from typing import Any
 
 Bar = Callable[[Iterable[Any], str], Iterable[Any]]
 Say = Callable[[str], None]
-logger = logging.getLogger("hf_quant")
+
+
+class Important(str):
+    """A message that the commands say with ``--quiet``, too."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,11 @@ def reporting(progress: bool | Bar, say: Say | None) -> Iterator[Reporter]:
         progress: True for bars in the terminal or notebook, False for none, or a function of its own as in `Reporter`.
         say: As in `Reporter`; None passes messages to the logger ``hf_quant``, at level INFO.
     """
+    import logging
+
     bar = progress if callable(progress) else _bars if progress else _no_bars
     with _their_bars(shown=progress is True):
-        yield Reporter(bar, say or logger.info)
+        yield Reporter(bar, say or logging.getLogger("hf_quant").info)
 
 
 def peak_memory() -> int:

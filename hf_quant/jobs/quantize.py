@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_quant.errors import HfQuantError, OptionError
 from hf_quant.jobs.options import budget, check_model, configs, hub, load_options, overrides, schemes, size_in_bytes
 from hf_quant.jobs.outputs import check_places, work_folder
-from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
+from hf_quant.jobs.progress import Bar, Important, Reporter, Say, reporting
 from hf_quant.jobs.results import Result, Row, interval
 from hf_quant.jobs.texts import Measuring, calibration_for, find_calibration, measured_on, missed, needs_calibration
 
@@ -251,7 +251,7 @@ def quantize(
         refuse_quantized(model, **from_hub)
         tokenizer = tokenizer_of(model, **from_hub)
         if tokenizer is None:
-            report.say(f"{model}: no tokenizer found, none is saved")
+            report.say(Important(f"{model}: no tokenizer found, none is saved"))
         looked_at = calibration_for(model, source, calibration_tokens, tokenizer, from_hub) if calibrated else None
         name = measure = None
         if eval is not False and ranks.first:
@@ -297,7 +297,7 @@ def resumable(schemes: dict[Path, str], what: str, report: Reporter) -> Iterator
         for out, scheme in schemes.items():
             if is_journal(work_folder(out)):
                 only = f" with --scheme {scheme} -o {out}" if len(schemes) > 1 else ""
-                report.say(f"{work_folder(out)} holds {what}: the same command{only} goes on from there")
+                report.say(Important(f"{work_folder(out)} holds {what}: the same command{only} goes on from there"))
         raise
 
 
@@ -328,9 +328,8 @@ def _check_folder(model: str, report: Reporter) -> None:
     Checkpoint.open(folder)
     for name in ("optimizer.pt", "optimizer.bin", "scheduler.pt"):
         if (folder / name).is_file():
-            report.say(
-                f"{folder}: {name} lies beside the model, so it may still be training; quantize last, or train with QAT"
-            )
+            training = "so it may still be training; quantize last, or train with QAT"
+            report.say(Important(f"{folder}: {name} lies beside the model, {training}"))
             return
 
 

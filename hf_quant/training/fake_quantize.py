@@ -21,6 +21,9 @@ from hf_quant.core.numerics import floored, quantize, quantize_rows
 from hf_quant.core.scheme import QuantScheme
 
 
+CACHED = 1 << 17  # weights that a core works on at a time: 512 kB in float32
+
+
 def grid(scale: Tensor, offset: Tensor | None, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The scale as it will be stored, and the zero point.
 
@@ -97,7 +100,7 @@ class _FakeQuantize(torch.autograd.Function):
                 out: torch.dtype) -> Tensor:  # fmt: skip
         ctx.save_for_backward(weight, scale, offset)
         ctx.bits, ctx.dtype = bits, dtype
-        return _rounded(weight, scale, offset, bits, dtype).to(out)
+        return _rounded(weight, scale, offset, bits, dtype, out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -111,25 +114,38 @@ class _FakeQuantLinear(torch.autograd.Function):
                 dtype: torch.dtype) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, scale, offset)
         ctx.bits, ctx.dtype = bits, dtype
-        return F.linear(x, _rounded(weight, scale, offset, bits, dtype).to(x.dtype))
+        return F.linear(x, _rounded(weight, scale, offset, bits, dtype, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, offset = ctx.saved_tensors
         to_x = to_weight = to_scale = to_offset = None
         if ctx.needs_input_grad[0]:
-            to_x = grad @ _rounded(weight, scale, offset, ctx.bits, ctx.dtype).to(grad.dtype)
+            to_x = grad @ _rounded(weight, scale, offset, ctx.bits, ctx.dtype, grad.dtype)
         if any(ctx.needs_input_grad[1:4]):
             product = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
             to_weight, to_scale, to_offset = _gradients(product, weight, scale, offset, ctx.bits, ctx.dtype)
         return to_x, to_weight, to_scale, to_offset, None, None
 
 
-def _rounded(weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
-    """``[..., N, K]`` in the dtype of ``weight``."""
-    stored, zero = grid(scale, offset, bits, dtype)
-    steps = (weight.unflatten(-1, (scale.shape[-1], -1)) / stored).round_()
-    return steps.clamp_(-zero, (1 << bits) - 1 - zero).mul_(stored).flatten(-2)
+def _rounded(
+    weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int, dtype: torch.dtype, out: torch.dtype
+) -> Tensor:
+    """``[..., N, K]`` in ``out``."""
+    made = torch.empty_like(weight, dtype=out)
+    for rows in _parts(weight):
+        stored, zero = grid(scale[rows], None if offset is None else offset[rows], bits, dtype)
+        steps = (weight[rows].unflatten(-1, (scale.shape[-1], -1)) / stored).round_()
+        made[rows] = steps.clamp_(-zero, (1 << bits) - 1 - zero).mul_(stored).flatten(-2)
+    return made
+
+
+def _parts(weight: Tensor) -> list[slice]:
+    """Rows that stay in a cache of a CPU while much is done to them, one after the other; else all at once."""
+    if weight.device.type != "cpu" or torch.compiler.is_compiling() or not weight.numel():
+        return [slice(None)]
+    size = max(1, CACHED * len(weight) // weight.numel())
+    return [slice(i, i + size) for i in range(0, len(weight), size)]
 
 
 def _gradients(
@@ -142,6 +158,19 @@ def _gradients(
     ``-2 ** (bits - 1) * scale`` and ``(2 ** (bits - 1) - 1) * scale`` without an offset. Those of scale and offset are divided
     by ``sqrt(K / G * (2 ** bits - 1))`` as LSQ does, or they would dwarf the others where gradients are clipped by their norm.
     """
+    to_weight, to_scale = torch.empty_like(weight), torch.empty_like(scale)
+    to_offset = None if offset is None else torch.empty_like(offset)
+    for rows in _parts(weight):
+        own = (grad[rows], weight[rows], scale[rows], None if offset is None else offset[rows])
+        to_weight[rows], to_scale[rows], moved = _gradients_of_part(*own, bits, dtype)
+        if to_offset is not None:
+            to_offset[rows] = moved
+    return to_weight, to_scale, to_offset
+
+
+def _gradients_of_part(
+    grad: Tensor, weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
     qmax = (1 << bits) - 1
     stored, zero = grid(scale, offset, bits, dtype)
     groups = weight.unflatten(-1, (scale.shape[-1], -1))

@@ -64,6 +64,9 @@ def make_trainable(model: Any, plan: Plan) -> None:
         as_fake_quant_experts(model.get_submodule(path), starts)
     if plan.tied:
         _tie(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_inference():  # calibration computes in that mode, and autograd takes no such tensors
+            tensor.data = tensor.data.clone()
 
 
 def _trainable(old: Any, scheme: QuantScheme, solver: Method) -> FakeQuantLinear | FakeQuantEmbedding:

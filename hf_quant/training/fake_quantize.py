@@ -20,7 +20,6 @@ from torch import Tensor
 from hf_quant.core.numerics import floored, quantize, quantize_rows
 from hf_quant.core.scheme import QuantScheme
 
-
 CACHED = 1 << 17  # weights that a core works on at a time: 512 kB in float32
 
 
@@ -161,9 +160,9 @@ def _gradients(
     to_weight, to_scale = torch.empty_like(weight), torch.empty_like(scale)
     to_offset = None if offset is None else torch.empty_like(offset)
     for rows in _parts(weight):
-        own = (grad[rows], weight[rows], scale[rows], None if offset is None else offset[rows])
-        to_weight[rows], to_scale[rows], moved = _gradients_of_part(*own, bits, dtype)
-        if to_offset is not None:
+        part = (grad[rows], weight[rows], scale[rows], None if offset is None else offset[rows])
+        to_weight[rows], to_scale[rows], moved = _gradients_of_part(*part, bits, dtype)
+        if to_offset is not None and moved is not None:
             to_offset[rows] = moved
     return to_weight, to_scale, to_offset
 

@@ -148,6 +148,8 @@ def test_training_begins_from_the_codes_of_a_calibrated_method(zoo: Any, monkeyp
     trained, coded = (model.transformer.h[1].mlp.c_fc for model in made)
     assert torch.equal(trained.quantized("weight").qweight, coded.quantized_weight().qweight)
     assert torch.equal(logits(made[0]), logits(made[1]))
+    made[0](input_ids=IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in made[0].parameters())
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own compiler does it

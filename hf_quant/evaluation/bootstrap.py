@@ -24,7 +24,7 @@ from torch import Tensor
 from hf_quant.evaluation.results import FEWEST_DOCUMENTS
 
 RESAMPLES = 2000
-REJECTED = 0.1  # the share of samples of a normal distribution that are taken for samples of another
+RARE = 0.04  # how rare the skewness or the kurtosis of a sample of a normal distribution has to be to speak against it
 AT_ONCE = 1 << 22  # values drawn at once: 32 MB
 
 
@@ -72,26 +72,29 @@ def _ratio(total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _looks_normal(values: Tensor) -> bool:
-    """Are ``values`` ``[U]`` as near to a normal distribution as samples of one are?"""
-    return (_departures_of_normal(len(values)) >= _departure(values)).double().mean().item() >= REJECTED
+    """Whether skewness and kurtosis of ``values`` ``[U]`` are as samples of a normal distribution have them."""
+    skewness, kurtosis = _shape(values)
+    skewnesses, kurtoses = _shapes_of_normal(len(values))
+    skewed = (skewnesses.abs() >= skewness.abs()).double().mean()
+    heavier, lighter = (kurtoses >= kurtosis).double().mean(), (kurtoses <= kurtosis).double().mean()
+    return min(skewed.item(), 2 * heavier.item(), 2 * lighter.item()) >= RARE
 
 
 @functools.lru_cache(maxsize=8)
-def _departures_of_normal(size: int) -> Tensor:
-    """`_departure` of `RESAMPLES` samples of a normal distribution, each of ``size`` values."""
+def _shapes_of_normal(size: int) -> tuple[Tensor, Tensor]:
+    """`_shape` of `RESAMPLES` samples of a normal distribution, each of ``size`` values."""
     draw = torch.Generator().manual_seed(0)
     step = max(1, AT_ONCE // size)
     sizes = [min(step, RESAMPLES - at) for at in range(0, RESAMPLES, step)]
-    return torch.cat([_departure(torch.randn(n, size, generator=draw, dtype=torch.float64)) for n in sizes])
+    shapes = [_shape(torch.randn(n, size, generator=draw, dtype=torch.float64)) for n in sizes]
+    return torch.cat([skewness for skewness, _ in shapes]), torch.cat([kurtosis for _, kurtosis in shapes])
 
 
-def _departure(samples: Tensor) -> Tensor:
-    """Of samples ``[..., U]``: the statistic of Jarque and Bera, from skewness and kurtosis, but for its factor ``U / 6``."""
+def _shape(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """Skewness and kurtosis of samples ``[..., U]``."""
     centred = samples - samples.mean(-1, keepdim=True)
     variance = centred.square().mean(-1)
-    skewness = centred.pow(3).mean(-1) / variance.pow(1.5)
-    kurtosis = centred.pow(4).mean(-1) / variance.square()
-    return skewness.square() + (kurtosis - 3).square() / 4
+    return centred.pow(3).mean(-1) / variance.pow(1.5), centred.pow(4).mean(-1) / variance.square()
 
 
 def _pivots_of_log_normal(total: Tensor, count: Tensor, draws: int, draw: torch.Generator) -> Tensor:

@@ -24,6 +24,7 @@ from hf_quant.errors import CheckpointError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,250}\.safetensors")
+_INDEX = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]{0,250}\.safetensors\.index\.json")
 _NUMBERED = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
@@ -53,6 +54,8 @@ class Checkpoint:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: not a folder")
         config = read_config(folder)
+        if (named := config.get("transformers_weights")) is not None:
+            return cls(folder, config, _named(folder, named))
         single, index = (os.path.lexists(folder / name) for name in (WEIGHTS, INDEX))
         if single and index:
             raise CheckpointError(f"both {WEIGHTS} and {INDEX} are there: remove the one that is out of date")
@@ -106,6 +109,18 @@ class Checkpoint:
         except Exception as error:  # of the safetensors library: it has its own type, and OSError
             raise CheckpointError(f"{info.file.name}: tensor {name}: {error}") from None
         return tensor
+
+
+def _named(folder: Path, named: Any) -> dict[str, TensorInfo]:
+    """The tensors of the file that config.json names, which transformers loads before any other."""
+    if isinstance(named, str) and _INDEX.fullmatch(named):
+        return _indexed(folder, named)
+    if isinstance(named, str) and _SHARD.fullmatch(named):
+        return read_header(inside(folder, named))
+    raise CheckpointError(
+        f"config.json: transformers_weights is {shown(named)}, not the plain name of a .safetensors file or of its "
+        ".safetensors.index.json"
+    )
 
 
 def _why_nothing(folder: Path) -> str:

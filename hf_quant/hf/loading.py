@@ -49,7 +49,8 @@ def load(model: str, **kwargs: Any) -> Any:
             config.quantization_config = fields
             if foreign and "quantization_config" not in kwargs:
                 kwargs["quantization_config"] = understood(stored)  # transformers would skip a kind it does not know
-        if stored is None and any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        named = getattr(config, "transformers_weights", None) or WEIGHTS
+        if stored is None and any((folder / name).is_file() for name in (named, INDEX)):
             checkpoint = Checkpoint.open(folder)
             refuse_unexplained(checkpoint)
             check_rest(skeleton(model, weights=checkpoint, **hub), checkpoint, checkpoint.tensors)

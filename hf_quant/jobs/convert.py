@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.checkpoint.contents import Contents, quantization_of
-from hf_quant.checkpoint.folder import INDEX, Checkpoint
+from hf_quant.checkpoint.folder import WEIGHTS, Checkpoint
 from hf_quant.core.layout import part_name
 from hf_quant.core.tensor import QuantizedTensor, in_order
 from hf_quant.disk.atomic import copy_file, write_json
@@ -290,12 +290,13 @@ def _narrowed(module: str, read: QuantizedTensor, to: str) -> QuantizedTensor:
 def _rest(job: _Job, stage: Path, where: dict[str, str], say: Callable[[str], None]) -> None:
     """The index, the configuration, and small files like those of the tokenizer."""
     source = job.contents.checkpoint
-    if (source.folder / INDEX).is_file():
+    if set(where.values()) != {WEIGHTS}:
         write_index(stage, sorted(set(where.values())))
     config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
     if isinstance(config.get("text_config"), dict):
         config["text_config"].pop("quantization_config", None)
     config.pop("quantization_config", None)
+    config.pop("transformers_weights", None)
     write_json(stage / "config.json", config | ({"quantization_config": job.config} if job.config else {}))
     recipe = source.folder / RECIPE
     if recipe.is_file() and inside(recipe, source.folder):

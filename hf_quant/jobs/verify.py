@@ -108,8 +108,9 @@ def check_tensors(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any
         HfQuantError: The first thing that is wrong; the message names file and tensor or field.
     """
     checkpoint = Checkpoint.open(folder)
-    if (folder / INDEX).is_file() and "metadata" not in read_json(folder, INDEX):
-        raise CheckpointError(f"{INDEX}: metadata is missing, without which transformers loads no shards")
+    index = checkpoint.config.get("transformers_weights", INDEX)
+    if index.endswith(".json") and (folder / index).is_file() and "metadata" not in read_json(folder, index):
+        raise CheckpointError(f"{index}: metadata is missing, without which transformers loads no shards")
     model = skeleton(str(folder), weights=checkpoint)
     stored = stored_in(model.config, folder)
     size = sum(info.nbytes for info in checkpoint.tensors.values())

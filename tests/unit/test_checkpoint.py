@@ -49,6 +49,27 @@ def test_one_file(tmp_path: Path) -> None:
         made.read("c")
 
 
+@pytest.mark.parametrize("named", ["consolidated.safetensors", "consolidated.safetensors.index.json"])
+def test_the_file_that_the_config_names_is_read(named: str, tmp_path: Path) -> None:
+    """transformers loads it before model.safetensors: what is checked has to be what is loaded."""
+    save_file({"other": torch.ones(1)}, tmp_path / WEIGHTS)
+    save_file({"w": torch.ones(2, 3)}, tmp_path / "consolidated.safetensors")
+    index = {"metadata": {}, "weight_map": {"w": "consolidated.safetensors"}}
+    (tmp_path / "consolidated.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": named}))
+    assert list(Checkpoint.open(tmp_path).tensors) == ["w"]
+
+
+@pytest.mark.parametrize(
+    "named", ["true", "../model.safetensors", "model.bin", 3, ["model.safetensors"], "gone.safetensors"]
+)
+def test_a_config_that_names_no_weights(named: Any, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / WEIGHTS)
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": named}))
+    with pytest.raises(CheckpointError, match=r"transformers_weights|gone\.safetensors"):
+        Checkpoint.open(tmp_path)
+
+
 @pytest.mark.parametrize("index", [{}, {"metadata": {"total_size": 32}}])
 def test_shards_with_and_without_metadata(index: dict[str, Any], tmp_path: Path) -> None:
     folder = sharded(tmp_path, **index)

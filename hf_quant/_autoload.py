@@ -21,7 +21,10 @@ from hf_quant import _upwards
 METHOD = "hf_quant"
 AUTO = "transformers.quantizers.auto"
 taken_over = set(os.environ.get("HF_QUANT_TAKE_OVER", "").replace(",", " ").split())  # see `hf_quant.take_over`
-TARGETS = (AUTO, "transformers.modeling_utils")  # the second one, since torch may be imported from inside the first
+PATCHED_MODULES = (
+    AUTO,
+    "transformers.modeling_utils",
+)  # the second one, since torch may be imported from inside the first
 
 
 class _Proxy:
@@ -50,7 +53,7 @@ class _Finder:
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The spec from the other finders, whose loader calls `_register` afterwards."""
-        if name not in TARGETS:
+        if name not in PATCHED_MODULES:
             return None
         others = [finder for finder in sys.meta_path if hasattr(finder, "find_spec") and not _ours(finder)]
         specs = (finder.find_spec(name, path, target) for finder in others)

@@ -12,9 +12,9 @@ def printable(text: str, longest: int = LONGEST, *, lines: bool = True) -> str:
         longest: Characters beyond that number are cut out of the middle.
         lines: Whether to keep line breaks, which a name does not have.
     """
-    kept = "\n" if lines else ""
+    breaks = "\n" if lines else ""
     short = _cut(text, longest)
-    return _cut("".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in short), longest)
+    return _cut("".join(c if c.isprintable() or c in breaks else ascii(c)[1:-1] for c in short), longest)
 
 
 def _cut(text: str, longest: int) -> str:

@@ -55,9 +55,9 @@ class _Commands(click.Group):
         except BaseException as error:
             from hf_quant.disk.memory import exhausted
 
-            if (said := exhausted(error)) is None:
+            if (shortage := exhausted(error)) is None:
                 raise
-            _report(HfQuantError(said), 1)
+            _report(HfQuantError(shortage), 1)
 
 
 class _Stopped(KeyboardInterrupt):
@@ -68,28 +68,28 @@ class _Stopped(KeyboardInterrupt):
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM unwind what is running, so that drafts and locks go; a second one ends the process at once."""
+    """Let Ctrl-C and SIGTERM unwind the running command, so that temporary files and locks are removed; a second signal ends the process."""
 
     def stop(number: int, _frame: Any) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        for signal_number in before:
+            signal.signal(signal_number, signal.SIG_DFL)
         raise _Stopped(number)
 
     before: dict[signal.Signals, Any] = {}
     with suppress(ValueError):  # not in the main thread
-        for each in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(each) is not signal.SIG_IGN:  # nohup and the like
-                before[each] = signal.signal(each, stop)
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(signal_number) is not signal.SIG_IGN:  # nohup and the like
+                before[signal_number] = signal.signal(signal_number, stop)
     try:
         yield
     finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
 
 
 @contextmanager
 def _escaped() -> Iterator[None]:
-    """Wrong usage is told by click, which repeats what was typed as it is."""
+    """Wrong usage is reported by click, which repeats the input unescaped."""
     try:
         yield
     except click.ClickException as error:

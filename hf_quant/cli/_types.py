@@ -98,10 +98,10 @@ class Named(ParamType):
         self.names = names
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        found = self.names.get(str(value).lower())
-        if found is None:
+        value_named = self.names.get(str(value).lower())
+        if value_named is None:
             self.fail(f"{value!r} is not one of {', '.join(dict.fromkeys(self.names.values()))}", param, ctx)
-        return found
+        return value_named
 
 
 def _checked(kind: ParamType, read: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

@@ -47,7 +47,7 @@ def command(
     with reporting(bars(quiet or as_json), lambda line: say(line, quiet)) as report:
         if tune:
             tiles = _tuned(model, dtype, device)
-            lines = [f"{name}: dense from {own['dense'] + 1} rows" for name, own in tiles.items()]
+            lines = [f"{name}: dense from {tile['dense'] + 1} rows" for name, tile in tiles.items()]
             emit(as_json, quiet, record={"tiles": tiles}, essential=str(len(tiles)), human="\n".join(lines))
             return
         names = {"base": base, "model": model} if base else {"model": model}
@@ -96,14 +96,16 @@ def _measured(
 
 
 def _slower(record: dict[str, Any]) -> list[str]:
-    """Where the model is slower than its base, by more than both spread."""
-    made = []
-    for own, base in zip(record["model"]["speed"], record["base"]["speed"], strict=True):
+    """A sentence for every speed that is below the base's by more than the spread of both."""
+    sentences = []
+    for speed, base in zip(record["model"]["speed"], record["base"]["speed"], strict=True):
         for what in ("prefill", "decode"):
-            ratio = own[what] / base[what]
-            if ratio < 1 - max(own[f"{what}_spread"], base[f"{what}_spread"]):
-                made.append(f"{what} at batch {own['batch']}: slower than the base here, {ratio:.2f} times its speed")
-    return made
+            ratio = speed[what] / base[what]
+            if ratio < 1 - max(speed[f"{what}_spread"], base[f"{what}_spread"]):
+                sentences.append(
+                    f"{what} at batch {speed['batch']}: slower than the base here, {ratio:.2f} times its speed"
+                )
+    return sentences
 
 
 def _machine() -> dict[str, Any]:

@@ -65,8 +65,8 @@ def _compiled() -> str:
 def _autoloads() -> str:
     if os.environ.get("HF_QUANT_AUTOLOAD") == "0":
         return "no: HF_QUANT_AUTOLOAD=0"
-    found = any(point.name == "hf_quant" for point in entry_points(group="torch.backends"))
-    return "yes" if found else "no: the package is not installed, only imported"
+    is_registered = any(point.name == "hf_quant" for point in entry_points(group="torch.backends"))
+    return "yes" if is_registered else "no: the package is not installed, only imported"
 
 
 def _kernel(slug: str, dtype: Any, device: str) -> dict[str, Any]:

@@ -53,10 +53,10 @@ def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any)
         human += f"\n\n{measured_on(done.results[0].quality, done.text)}"
     if done.generated:
         human += f"\n\n{done.folder} continues:\n{done.generated}"
-    essential = "\n".join(str(each.folder) for each in done.results)
+    essential = "\n".join(str(result.folder) for result in done.results)
     emit(as_json, quiet, record=done.to_dict(), essential=essential, human=human)
-    for each in done.results:
-        for line in each.footnotes():
+    for result in done.results:
+        for line in result.footnotes():
             say(line)
     if not done.passed:
         sys.exit(3)

@@ -22,12 +22,12 @@ from hf_quant.errors import HfQuantError
 def command(folder: Path, output: Path | None, as_json: bool, quiet: bool) -> None:
     """Write one HTML file on FOLDER: numbers, charts and recipe, readable without a network and on a phone."""
     from hf_quant.disk.atomic import write_bytes
-    from hf_quant.publish.page import page, why_not
+    from hf_quant.publish.page import html_page, why_not
 
     out = output or folder / "report.html"
     if (reason := why_not(out)) is not None:
         raise HfQuantError(f"{out}: {reason}")
-    write_bytes(out, page(folder).encode())
+    write_bytes(out, html_page(folder).encode())
     emit(as_json, quiet, record={"report": str(out)}, essential=str(out), human=str(out))
 
 

@@ -67,12 +67,12 @@ def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any)
     from hf_quant.jobs.train import train
 
     done = train(model, output, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
-    made = done.results[0]
+    trained = done.results[0]
     human = done.table()
-    if made.quality is not None and done.text is not None:
-        human += f"\n\n{measured_on(made.quality, done.text)}"
-    emit(as_json, quiet, record=done.to_dict(), essential=str(made.folder), human=human)
-    for line in made.footnotes():
+    if trained.quality is not None and done.text is not None:
+        human += f"\n\n{measured_on(trained.quality, done.text)}"
+    emit(as_json, quiet, record=done.to_dict(), essential=str(trained.folder), human=human)
+    for line in trained.footnotes():
         say(line)
     if not done.passed:
         sys.exit(3)

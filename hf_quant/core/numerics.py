@@ -1,4 +1,4 @@
-"""The affine map between reals and codes: ``w = (q - zero_point) * scale``."""
+"""The affine map between real numbers and codes: ``w = (q - zero_point) * scale``."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ LEVELS = {
             -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
             0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
             1.0),
-    # sign, two bits of exponent, one of mantissa, over the largest: bitsandbytes' own order of codes
+    # sign, two bits of exponent, one of mantissa, divided by the largest, in bitsandbytes' order of codes
     "fp4": tuple(sign * level / 12 + 0.0 for sign in (1, -1) for level in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
 }  # fmt: skip
 
 
 def minmax(groups: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that cover each group's extreme values.
+    """Scale and zero point that cover the range of each group.
 
     Args:
         groups: float32 ``[..., G, K/G]``.
@@ -40,15 +40,15 @@ def minmax(groups: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
 
 
 def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Symmetric INT8 of activations, as vLLM rounds them: ``x = q * scale``.
+    """Symmetric INT8 of activations, rounded as in vLLM: ``x = q * scale``.
 
     Args:
         x: ``[..., K]``.
-        scale: Broadcasts against ``x``; None for the largest value of each row over 127.
+        scale: Broadcast against ``x``; None for the largest magnitude of each row over 127.
 
     Returns:
-        ``q`` in float32, whole numbers in -127..127, and the float32 scale ``[..., 1]``. Where ``x`` is all zeros so is
-        ``q``; a row with NaN or infinite values has a scale that is not finite either, so none of it gets lost.
+        ``q`` in float32, whole numbers in -127..127, and the float32 scale ``[..., 1]``. Rows of zeros have codes of zero; a row with
+            NaN or infinite values has a scale that is not finite either, so that they remain visible.
     """
     wide = x.float()
     if scale is None:
@@ -58,46 +58,46 @@ def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tenso
 
 @lru_cache
 def levels(codebook: str, device: torch.device) -> Tensor:
-    """The 16 levels of a codebook, float32, by code."""
-    with torch.inference_mode(False):  # it is kept, and autograd takes no tensor made in inference mode
+    """The 16 levels of a codebook by code, float32."""
+    with torch.inference_mode(False):  # the result is cached, and autograd refuses tensors made in inference mode
         return torch.tensor(LEVELS[codebook], device=device)
 
 
 def floored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``scale`` as ``dtype`` will store it, as float32, and never zero: an all-zero group must stay finite.
+    """``scale`` rounded to ``dtype``, as float32, and never zero, so that a group of zeros stays finite.
 
-    In float16 the least scale is the smallest subnormal number, 2^-24: its normal numbers end at 2^-14, within the scales of
-    8-bit codes of ordinary weights. The other types keep to normal numbers, since float32 arithmetic may flush the rest to zero.
+    In float16 the smallest scale is the smallest subnormal number, 2^-24: normal numbers end at 2^-14, and scales of 8-bit codes of
+    ordinary weights are smaller. For other dtypes it is a normal number, since float32 arithmetic may flush subnormal ones to zero.
     """
     tiny = 2**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
     return scale.clamp(min=tiny, max=torch.finfo(dtype).max).to(dtype).float()
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
-    """Codes of ``weight`` in its dtype; ``scale`` and ``zero_point`` broadcast against it."""
+    """Codes of ``weight``, in its dtype; ``scale`` and ``zero_point`` broadcast against it."""
     return (weight / scale).round_().add_(zero_point).clamp_(0, qmax)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Reals of ``codes``; inverse of `quantize` up to rounding."""
+    """Real numbers for ``codes``; the inverse of `quantize` up to rounding."""
     return (codes - zero_point) * scale
 
 
 def search(
     groups: Tensor, scheme: QuantScheme, dtype: torch.dtype, steps: int, least: float, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scale and zero point with the least squared error among shrunk ranges, the full one first.
+    """Scale and zero point with the least squared error among shrunk ranges, starting with the full one.
 
     Args:
         groups: float32 ``[..., G, K/G]``.
         scheme: Bits and symmetry.
-        dtype: What scales are stored in.
-        steps: Ranges tried, from the full one down to ``least`` of it; 0 takes the full one.
+        dtype: The dtype of stored scales.
+        steps: Ranges tried, from the full one down to ``least`` of it; 0 for the full one.
         least: Smallest share of the range.
-        importance: Weight of each column's squared error, broadcast against ``groups``; None for ones.
+        importance: Weight of the squared error of each column, broadcast against ``groups``; None for equal weights.
 
     Returns:
-        ``(scale, zero_point)``, float32 ``[..., G, 1]``; the scale is what ``dtype`` can store.
+        ``(scale, zero_point)``, float32 ``[..., G, 1]``; the scale is representable in ``dtype``.
     """
     scale, zero = minmax(groups, scheme)
     widest = scale = floored(scale, dtype)
@@ -106,9 +106,11 @@ def search(
     for share in torch.linspace(1, least, steps).tolist():
         tried = floored(widest * share, dtype)
         moved = zero if scheme.symmetric else torch.round(-low * share / tried).clamp(0, scheme.qmax)
-        # (codes - zero_point) * scale - w, without the two passes that add the zero point and take it away again
-        made = torch.div(groups, tried).round_().clamp_(-moved, scheme.qmax - moved).mul_(tried).sub_(groups).square_()
-        error = (made if importance is None else made.mul_(importance)).sum(-1, keepdim=True)
+        # (codes - zero_point) * scale - w, without two passes to subtract and add the zero point
+        square_error = (
+            torch.div(groups, tried).round_().clamp_(-moved, scheme.qmax - moved).mul_(tried).sub_(groups).square_()
+        )
+        error = (square_error if importance is None else square_error.mul_(importance)).sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         scale = torch.where(better, tried, scale)

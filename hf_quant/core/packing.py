@@ -21,7 +21,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         uint8 ``[..., K / 8 * bits]``.
     """
     lanes = codes.unflatten(-1, (-1, 8))
-    word = lanes[..., 0].to(torch.int64, copy=True)  # or the caller's codes would be written over
+    word = lanes[..., 0].to(torch.int64, copy=True)  # a copy, since it is changed in place
     for i in range(1, 8):
         word |= lanes[..., i].to(torch.int64) << (bits * i)
     return word[..., None].view(torch.uint8)[..., :bits].flatten(-2)
@@ -44,7 +44,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def pack_short(codes: Tensor, bits: int) -> Tensor:
-    """Like `pack`, for any K: uint8 ``[..., ceil(K * bits / 8)]``, the bits left over are zero."""
+    """Like `pack`, for any K: uint8 ``[..., ceil(K * bits / 8)]``; unused bits are zero."""
     count = codes.shape[-1]
     return pack(F.pad(codes, (0, -count % 8)), bits)[..., : -(-count * bits // 8)].contiguous()
 

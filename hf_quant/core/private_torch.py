@@ -1,7 +1,7 @@
 """All that this package uses of PyTorch beyond its public interface, in one place.
 
 Every name is looked up when this module is imported, and has a fallback: a version of PyTorch without it costs speed, not the
-package. Seen with torch 2.6 to 2.13. `tests/unit/test_hooks.py` has one test for each name, and one without each of them.
+package. Seen with torch 2.13. `tests/unit/test_hooks.py` has one test for each name, and one without each of them.
 
 =============================================  ===========================================================================
 name                                           reason
@@ -10,6 +10,7 @@ name                                           reason
 ``forward_ad._current_level``                  custom operations drop tangents without an error: `refuse_forward_mode`
 ``_C._dynamo.guards._empty_strided_cpu``       ``torch.empty`` takes 3 to 6 us longer: `empty_on_cpu`
 ``cpu._is_avx512_bf16_supported``, ...         the kernel depends on the instructions of the processor: `cpu_has`
+``aten._weight_int4pack_mm_for_cpu``, ...      four-bit weights without a compiler: `pack_int4`, `multiply_int4`
 ``Tensor._make_wrapper_subclass``              a float weight that is dequantized only when it is used: `wrapper_subclass`
 ``OpOverload._schema``                         which arguments an operation writes to: `written_arguments`
 ``utils._pytree``                              tensors within nested arguments: `tree_leaves`, `tree_map`, `tree_map_only`
@@ -99,6 +100,11 @@ def cpu_has(*instructions: str) -> bool:
     probes = [private(f"cpu._is_{name}_supported") for name in instructions]
     return any(probe is not None and probe() for probe in probes)
 
+
+# -- products of packed weights ---------------------------------------------------------------------------------------
+
+pack_int4: Any = private("ops.aten._convert_weight_to_int4pack_for_cpu")
+multiply_int4: Any = private("ops.aten._weight_int4pack_mm_for_cpu")
 
 # -- tensor subclasses ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What a quantized weight looks like, as data: no tensors, no torch."""
+"""Schemes: how a weight is quantized, as plain data without torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from hf_quant.errors import SchemeError
 
 BITS = (2, 3, 4, 8)
 MULTIPLE = 32  # in_features must be a multiple of this: 32 codes of any width fill whole int32 words
-MOST_OUTLIERS = 0.1  # more than that is another precision, not an exception
-CODEBOOKS = ("nf4", "fp4")  # read from bitsandbytes checkpoints, never made here
-ACTIVATIONS = {"token": "", "tensor": "-static", "threshold": "-threshold"}  # how they become INT8, and in a slug
-ALIASES = {"bnb-int8": "W8A8-o0.5%-columns"}
-THRESHOLD = 6.0  # of LLM.int8: an input column with a value that large stays in floating point
+MOST_OUTLIERS = 0.1  # a larger share would be another precision
+CODEBOOKS = ("nf4", "fp4")  # read from bitsandbytes checkpoints; no method here produces them
+ACTIVATIONS = {
+    "token": "",
+    "tensor": "-static",
+    "threshold": "-threshold",
+}  # kinds of INT8 rounding, and their suffixes
+THRESHOLD = 6.0  # of LLM.int8: an input column with such a large value stays in floating point
 _SLUG = re.compile(
     r"W(?P<bits>\d)(A16|(?P<int8>A8)(?P<how>-static|-threshold)?)(-g(?P<group>\d{1,5}|-1))?(?P<asym>-asym(?P<real>-real)?)?(-(?P<codebook>nf4|fp4))?(?P<permuted>-perm)?"
     r"(-o(?P<share>\d{1,2}(\.\d{1,4})?)%(?P<columns>-columns)?)?"
@@ -22,29 +25,27 @@ _SLUG = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class QuantScheme:
-    """One weight matrix ``[N, K]`` (out_features, in_features) in codes.
+    """The quantization of one weight matrix ``[N, K]`` (out_features, in_features).
 
-    ``codebook``, ``real_zero`` and ``permuted`` describe what other programs made; the methods of this package set none
-    of them.
+    ``codebook``, ``real_zero`` and ``permuted`` occur in checkpoints of other programs; no method of this package produces them.
 
     Args:
         bits: Width of one code; one of 2, 3, 4, 8.
         group_size: Consecutive input columns that share one scale, a power of two from 16; -1 means all K columns.
         symmetric: Whether the zero point is fixed at ``2 ** (bits - 1)`` and not stored.
-        codebook: Name of a table of 16 levels that the codes index, which takes the place of the zero point:
-            ``w = level[q] * scale``. None for integers: ``w = (q - zero_point) * scale``.
-        real_zero: Whether zero points are real numbers in the scale's dtype, as HQQ finds them, and not integers.
-        permuted: Whether the columns are stored in another order (GPTQ's act-order), so that groups are consecutive.
-        outliers: Share of the weights kept in floating point beside the codes, 0 for none; at least one of each row.
+        codebook: Name of a table of 16 levels that codes index, instead of a zero point: ``w = level[q] * scale``. None for
+            integers: ``w = (q - zero_point) * scale``.
+        real_zero: Whether zero points are real numbers in the dtype of scales, as in HQQ, and not integers.
+        permuted: Whether columns are stored in another order (GPTQ's act-order), so that groups are consecutive.
+        outliers: Share of the weights that stay in floating point, 0 for none; at least one in each row.
         outlier_columns: Whether outliers are whole input columns (as in LLM.int8, arXiv:2208.07339, and OWQ,
-            arXiv:2306.02272); if not, each row has its own, the same number in every row.
-        activations: How the inputs become symmetric INT8; None leaves them in floating point. ``"token"``: every row by its
-            own largest value, while the model runs. ``"tensor"``: by one scale that calibration found. ``"threshold"``: by
-            row, but for columns with a value of 6 and more anywhere in the batch, as LLM.int8 does (arXiv:2208.07339).
-            Whole outlier columns stay in floating point on this side too.
+            arXiv:2306.02272); if not, every row has its own, the same number in each.
+        activations: How inputs are rounded to symmetric INT8; None for floating point. ``"token"``: each row by its largest value,
+            at run time. ``"tensor"``: all by one scale from calibration. ``"threshold"``: by row, except columns with a value of 6
+            or more anywhere in the batch, as in LLM.int8 (arXiv:2208.07339). The inputs of outlier columns stay in floating point.
 
     Raises:
-        SchemeError: A value is outside what this package can hold.
+        SchemeError: A value is not supported.
     """
 
     bits: int
@@ -114,7 +115,7 @@ class QuantScheme:
         return max(1, round(self.outliers * in_features)) if self.outliers else 0
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Codes, scales, zero points and outliers, per weight; the index of outlier columns is not counted."""
+        """Bits per weight for codes, scales, zero points and outliers, without the indices of outlier columns."""
         groups = self.groups(in_features)
         zeros = 0 if self.symmetric else groups * scale_bits if self.real_zero else self.zero_bytes(in_features) * 8
         per_outlier = scale_bits if self.outlier_columns else scale_bits + 16
@@ -136,21 +137,21 @@ class QuantScheme:
 
     @property
     def weights(self) -> QuantScheme:
-        """The same with activations in floating point."""
+        """The same scheme with activations in floating point."""
         return replace(self, activations=None)
 
     @property
     def needs_ranges(self) -> bool:
-        """Whether it takes a look at the activations to make: for their scale, or for the columns to leave alone."""
+        """Whether quantization needs inputs: for the scale of activations, or to choose outlier columns."""
         return self.activations == "tensor" or (self.activations is not None and self.outlier_columns)
 
     @property
     def foreign(self) -> str | None:
-        """What no method of this package makes, as a sentence; None where there is nothing of the kind."""
+        """The features that no method of this package produces, as a sentence; None if there are none."""
         named = {f"a codebook ({self.codebook})": self.codebook, "real zero points": self.real_zero,
                  "reordered columns": self.permuted}  # fmt: skip
-        found = [name for name, there in named.items() if there]
-        return f"{' and '.join(found)} can be read and run, not made" if found else None
+        names = [name for name, present in named.items() if present]
+        return f"{' and '.join(names)} can be read and run, not made" if names else None
 
     def __str__(self) -> str:
         kind = "" if self.symmetric else "-asym-real" if self.real_zero else "-asym"
@@ -162,8 +163,8 @@ class QuantScheme:
 
     @classmethod
     def parse(cls, slug: str) -> QuantScheme:
-        """Inverse of ``str``: ``QuantScheme.parse("W4A16-g128-asym")``; also what ``"bnb-int8"`` stands for."""
-        match = _SLUG.fullmatch(ALIASES.get(slug, slug)) if isinstance(slug, str) else None
+        """Inverse of ``str``: ``QuantScheme.parse("W4A16-g128-asym")``."""
+        match = _SLUG.fullmatch(slug) if isinstance(slug, str) else None
         if match is None or not (match["int8"] or match["group"]):
             raise SchemeError(f"not a scheme: {slug!r} (for example 'W4A16-g128-asym' or 'W8A8')")
         how = next(name for name, suffix in ACTIVATIONS.items() if suffix == (match["how"] or ""))

@@ -120,15 +120,15 @@ class QuantizedTensor:
     @classmethod
     def of_rows(cls, parts: Iterator[QuantizedTensor], n: int) -> QuantizedTensor:
         """One matrix of ``n`` rows out of some rows after the other, which are never all held twice."""
-        made, at = None, 0
+        joined, at = None, 0
         for part in parts:
-            made = made or part._with_rows(n)
-            for whole, some in zip(made._by_row(), part._by_row(), strict=True):
-                whole[at : at + some.shape[0]] = some
+            joined = joined or part._with_rows(n)
+            for target, source in zip(joined._by_row(), part._by_row(), strict=True):
+                target[at : at + source.shape[0]] = source
             at += part.qweight.shape[0]
-        if made is None or at != n:
+        if joined is None or at != n:
             raise SchemeError(f"{at} rows instead of {n}")
-        return made
+        return joined
 
     @classmethod
     def stack(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -152,10 +152,10 @@ class QuantizedTensor:
 
     def _by_row(self) -> list[Tensor]:
         """All tensors with one entry a row."""
-        own = [self.qweight, self.scale] + ([] if self.zero_point is None else [self.zero_point])
+        tensors = [self.qweight, self.scale] + ([] if self.zero_point is None else [self.zero_point])
         if self.outliers is None:
-            return own
-        return [*own, self.outliers.value] + ([self.outliers.index] if self.outliers.index.ndim == 2 else [])
+            return tensors
+        return [*tensors, self.outliers.value] + ([self.outliers.index] if self.outliers.index.ndim == 2 else [])
 
     def _with_rows(self, n: int) -> QuantizedTensor:
         """Room for ``n`` rows of the same kind."""
@@ -173,11 +173,11 @@ class QuantizedTensor:
     def cpu(self) -> QuantizedTensor:
         """In main memory."""
 
-        own: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        own |= {name: part.cpu() for name, part in own.items() if isinstance(part, Tensor)}
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: part.cpu() for name, part in values.items() if isinstance(part, Tensor)}
         if self.outliers is not None:
-            own["outliers"] = Outliers(self.outliers.index.cpu(), self.outliers.value.cpu())
-        return QuantizedTensor(**own)
+            values["outliers"] = Outliers(self.outliers.index.cpu(), self.outliers.value.cpu())
+        return QuantizedTensor(**values)
 
     @property
     def in_features(self) -> int:
@@ -221,11 +221,11 @@ class QuantizedTensor:
             real = groups.to(wide) - self.zeros().to(wide)[..., None]
         else:
             real = levels(self.scheme.codebook, groups.device).to(wide)[groups.int()]
-        made = (real * self.scale.to(wide)[..., None]).flatten(-2)
+        dense = (real * self.scale.to(wide)[..., None]).flatten(-2)
         if self.outliers is not None:
-            made = self.outliers.add_to(made)
-        made = made.to(dtype or self.scale.dtype)
-        return made if self.perm is None else in_order(made, self.perm)
+            dense = self.outliers.add_to(dense)
+        dense = dense.to(dtype or self.scale.dtype)
+        return dense if self.perm is None else in_order(dense, self.perm)
 
 
 def as_stored(weight: Tensor, perm: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class Journal:
 
 
 @contextmanager
-def journal(folder: Path, plan: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Journal]:
+def open_journal(folder: Path, plan: Mapping[str, Any], say: Callable[[str], None]) -> Iterator[Journal]:
     """Begin a work folder, or resume one.
 
     Args:

@@ -31,7 +31,7 @@ def locked(file: Path, what: Path) -> Iterator[None]:
             this name, and is left alone.
     """
     make_folder(file.parent)
-    handle = _own(file, what)
+    handle = _acquire(file, what)
     try:
         with blaming(file):
             os.ftruncate(handle, 0)
@@ -43,7 +43,7 @@ def locked(file: Path, what: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _own(file: Path, what: Path) -> int:
+def _acquire(file: Path, what: Path) -> int:
     """Handle of the lock file, locked by this process."""
     while True:
         handle = _open_lock(file)

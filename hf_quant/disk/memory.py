@@ -14,7 +14,7 @@ EXHAUSTED = re.compile(
     r"out of memory|can(no|')t allocate memory|can't start new thread|not enough memory|Resource temporarily unavailable",
     re.IGNORECASE,
 )
-CGROUPS, OWN = (
+CGROUPS, MEMBERSHIP = (
     Path("/sys/fs/cgroup"),
     Path("/proc/self/cgroup"),
 )  # limits of containers, and the groups of this process
@@ -45,7 +45,7 @@ def exhausted(error: BaseException) -> str | None:
     return f"out of memory, or of threads: the system gives this process no more{about}"
 
 
-def _left_in_containers(root: Path = CGROUPS, membership: Path = OWN) -> Iterator[int]:
+def _left_in_containers(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Iterator[int]:
     """The memory that each control group of this process, and each group above it, has left."""
     for folder in _groups(root, membership):
         for limit, use, cache in FILES:

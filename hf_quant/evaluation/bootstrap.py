@@ -10,7 +10,7 @@ the coverage of these intervals against a known mean. Every metric is measured o
 ratios and differences are paired.
 
 ``scipy.stats.bootstrap`` is not used: it knows the percentile, basic and BCa intervals but not the bootstrap-t, resamples no
-fitted distribution, and with twenty documents its BCa interval covers less than it says.
+fitted distribution, and its BCa interval covers 85 % instead of 95 % for twenty documents with log-normal means (sigma 1).
 """
 
 from __future__ import annotations

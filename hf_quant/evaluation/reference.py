@@ -80,7 +80,7 @@ class Reference:
         return len(self.meta["parts"])
 
 
-def reference(
+def cached_reference(
     load_base: Load, identity: str, windows: Windows, *,
     cache: Path, base_dtype: torch.dtype, noise: Measure | None, say: Callable[[str], None], progress: Progress = iter,
 ) -> Reference:  # fmt: skip

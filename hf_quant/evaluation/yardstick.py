@@ -18,7 +18,7 @@ from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.data.text import windows
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
 from hf_quant.evaluation.measure import evaluate, means
-from hf_quant.evaluation.reference import Progress, Reference, reference
+from hf_quant.evaluation.reference import Progress, Reference, cached_reference
 from hf_quant.evaluation.results import Quality
 from hf_quant.hf import load
 from hf_quant.hf._hooks import attention_of
@@ -125,7 +125,7 @@ class Base:
             progress: Wraps lists of batches.
             cache: Folder of stored outputs; None for a folder in the Hugging Face cache.
         """
-        return reference(
+        return cached_reference(
             self.load, f"{self.identity()} {self.circumstances()}", windows(tokenizer, text, context or self.context(), max_tokens, stride),
             cache=cache or Path(HF_HOME) / "hf_quant" / "base", base_dtype=self.dtype, noise=means if noise else None,
             say=say, progress=progress,

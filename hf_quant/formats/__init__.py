@@ -191,8 +191,8 @@ class Format(Traits, Protocol):
 
 def format_named(name: str) -> Format:
     """The format in the file of that name: ``format_named("native")``."""
-    made: Format = _plugins.load("formats", name).FORMAT()
-    return made
+    loaded_format: Format = _plugins.load("formats", name).FORMAT()
+    return loaded_format
 
 
 def format_of(config: Mapping[str, Any]) -> tuple[str, Format]:
@@ -203,9 +203,9 @@ def format_of(config: Mapping[str, Any]) -> tuple[str, Format]:
     """
     method = config.get("quant_method")
     for name in _plugins.names("formats"):
-        found = _plugins.load("formats", name).FORMAT.of(config)
-        if found is not None:
-            return name, found
+        fmt = _plugins.load("formats", name).FORMAT.of(config)
+        if fmt is not None:
+            return name, fmt
     raise FormatError(f"quantization_config.quant_method {ascii(method)[:80]}: no format reads it")
 
 

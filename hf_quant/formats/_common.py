@@ -59,17 +59,17 @@ def need(
     Raises:
         FormatError: It is missing, or is something else; the message names it.
     """
-    found: Shaped | None = tensors.get(name)
-    if found is None:
+    tensor: Shaped | None = tensors.get(name)
+    if tensor is None:
         raise FormatError(f"{name} is missing")
-    if found.dtype not in dtypes:
-        raise FormatError(f"{name} has dtype {short(found.dtype)}, expected {' or '.join(map(short, dtypes))}")
-    has = list(found.shape)
+    if tensor.dtype not in dtypes:
+        raise FormatError(f"{name} has dtype {short(tensor.dtype)}, expected {' or '.join(map(short, dtypes))}")
+    has = list(tensor.shape)
     if shape is not None and (
         len(has) != len(shape) or any(h < 1 or (s or h) != h for h, s in zip(has, shape, strict=True))
     ):
         raise FormatError(f"{name} has shape {has}, expected {[s or 'any' for s in shape]}")
-    return found
+    return tensor
 
 
 def short(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""The vocabulary of compressed-tensors' ``quantization_config``: its groups, what they say, and the modules they are for."""
+"""The ``quantization_config`` of compressed-tensors: its groups, their fields, and the modules they apply to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_quant.formats._common import (
     refused,
 )
 
-INPUTS = {  # what our words mean in this format
+INPUTS = {  # our names of activations, as fields of this format
     "token": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
     "tensor": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
@@ -24,25 +24,25 @@ MIXED = "mixed-precision"
 
 @dataclass(frozen=True)
 class Group:
-    """What a config group says of the weights it is for."""
+    """A config group, in our words."""
 
     targets: tuple[str, ...]
     bits: int
     group_size: int  # -1 for whole rows
     symmetric: bool
     floats: bool  # 8-bit floats, not integers
-    block: tuple[int, int] | None  # rows and columns that share a scale, where more than one row does
+    block: tuple[int, int] | None  # rows and columns that share a scale, if there are several rows
     activations: str | None  # as in a `QuantScheme`
-    note: str  # on activations that stay in floating point, although the config quantizes them
+    note: str  # on activations that stay in floating point although the config quantizes them
 
 
 IN_FLOAT = "its activations stay in floating point"
 
 
 def stored_as(schemes: Iterable[QuantScheme]) -> str:
-    """What the format calls the way `write` stores weights in these schemes, all of them together."""
-    found = {"int-quantized" if scheme.activations else "pack-quantized" for scheme in schemes}
-    return found.pop() if len(found) == 1 else MIXED
+    """The format's name for the way `write` stores weights in these schemes, all of them together."""
+    names = {"int-quantized" if scheme.activations else "pack-quantized" for scheme in schemes}
+    return names.pop() if len(names) == 1 else MIXED
 
 
 def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore: Sequence[str]) -> dict[str, Any]:
@@ -54,24 +54,24 @@ def config_of(default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore
         ignore: Names or globs of the linear layers left in floating point.
 
     Raises:
-        FormatError: A glob cannot be said in this vocabulary.
+        FormatError: This format cannot express a glob.
     """
     named: dict[QuantScheme, list[str]] = {}
     for name, scheme in overrides.items():
         if scheme != default:
             named.setdefault(scheme, []).append(as_target(name))
-    # a name counts before a class wherever it stands; some of transformers looks at the first group only
+    # names precede classes in any order; but parts of transformers look at the first group only
     groups = [(default, ["Linear"]), *named.items()]
-    made = {f"group_{i}": written_group(scheme, targets) for i, (scheme, targets) in enumerate(groups)}
+    config_groups = {f"group_{i}": written_group(scheme, targets) for i, (scheme, targets) in enumerate(groups)}
     stored = stored_as(scheme for scheme, _ in groups)
     if stored == MIXED:
-        for (scheme, _), group in zip(groups, made.values(), strict=True):
+        for (scheme, _), group in zip(groups, config_groups.values(), strict=True):
             group["format"] = stored_as([scheme])
     return {
         "quant_method": "compressed-tensors",
         "format": stored,
         "quantization_status": "compressed",
-        "config_groups": made,
+        "config_groups": config_groups,
         "ignore": [as_target(name) for name in ignore],
         "kv_cache_scheme": None,
     }
@@ -91,7 +91,7 @@ def written_group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
     return {"targets": targets, "weights": weights, "input_activations": inputs, "output_activations": None}
 
 
-# field to the values that change nothing here
+# fields and the values that have no effect here
 LEGAL: dict[str, tuple[Any, ...]] = {
     "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", MIXED),
     "quantization_status": ("compressed", "frozen", None),
@@ -111,16 +111,16 @@ LEGAL_IN_WEIGHTS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_fields(prefix: str, found: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse a field whose value is none of those ``allowed``; ``prefix`` says where the fields stand."""
+def check_fields(prefix: str, fields: Mapping[str, Any], allowed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuse a field whose value is not ``allowed``; ``prefix`` is the path of the fields."""
     for name, values in allowed.items():
-        value = found.get(name)
+        value = fields.get(name)
         if not any(type(value) is type(legal) and value == legal for legal in values):
             raise refused(f"{prefix}{name}", value, f"only {' or '.join(map(str, values))} is read")
 
 
 def read_group(where: str, group: Any) -> Group:
-    """One config group, checked; ``where`` names it in messages."""
+    """A config group, checked; ``where`` is its path for messages."""
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         raise refused(f"{where}.weights", weights, "must be an object")
@@ -149,15 +149,15 @@ def read_group(where: str, group: Any) -> Group:
 
 
 def _read_inputs(where: str, inputs: Any, floats: bool) -> tuple[str | None, str]:
-    """What the config says of activations, and what of that is not followed."""
+    """The rounding of activations, and a note on what is not followed."""
     if inputs is None:
         return None, ""
     if not isinstance(inputs, Mapping):
         raise refused(f"{where}.input_activations", inputs, "must be an object")
-    for name, asked in INPUTS.items():
+    for name, expected in INPUTS.items():
         if (
             not floats
-            and all(inputs.get(field, asked[field]) == asked[field] for field in asked)
+            and all(inputs.get(field, expected[field]) == expected[field] for field in expected)
             and "strategy" in inputs
         ):
             return name, ""
@@ -165,11 +165,13 @@ def _read_inputs(where: str, inputs: Any, floats: bool) -> tuple[str | None, str
 
 
 _PLAIN = re.compile(r"[\w.\-/]+", re.ASCII)
-_TOKEN = re.compile(r"\.\*|\\\.|[\w\-/.]", re.ASCII)  # what a stranger's pattern may be made of; it is never compiled
+_TOKEN = re.compile(
+    r"\.\*|\\\.|[\w\-/.]", re.ASCII
+)  # all that a pattern from a checkpoint may contain; it is never compiled
 
 
 def as_target(name: str) -> str:
-    """A module name as it is; a glob as the pattern that matches the same names."""
+    """A module name unchanged; a glob as the pattern that matches the same names."""
     if _PLAIN.fullmatch(name):
         return name
     if not re.fullmatch(r"[\w.\-/*?]+", name, re.ASCII):
@@ -179,14 +181,14 @@ def as_target(name: str) -> str:
 
 
 def as_glob(field: str, name: str) -> str:
-    """A name as it is; a regular expression only if it is a plain glob: a stranger's could hang the matcher.
+    """A name unchanged; a regular expression only if it is a plain glob, since any other could hang the matcher.
 
-    A pattern matches from the start of a name but may end before its end, so without a ``$`` a ``*`` is appended.
+    A pattern matches at the start of a name but not necessarily to its end, so ``*`` is appended unless it ends in ``$``.
     """
     pattern = name[3:].removeprefix("^")
     body = pattern.removesuffix("$")
     tokens = _TOKEN.findall(body)
     if "".join(tokens) != body:
         raise refused(field, name, "of regular expressions only literals, '.', '.*' and '$' at the end are read")
-    made = "".join({".*": "*", ".": "?", r"\.": "."}.get(token, token) for token in tokens)
-    return made if body != pattern or made.endswith("*") else f"{made}*"
+    glob = "".join({".*": "*", ".": "?", r"\.": "."}.get(token, token) for token in tokens)
+    return glob if body != pattern or glob.endswith("*") else f"{glob}*"

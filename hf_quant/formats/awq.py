@@ -31,8 +31,8 @@ class AWQ(Traits):
     GEMV: qweight int32 ``[N, K / 8]``, scales ``[N, G']``, qzeros int32 ``[N, G' / 8]``, with G rounded up to G'.
 
     Args:
-        version: Which of the layouts.
-        group_size: Input features that share a scale; -1 for whole rows, 0 for equal groups, as many as there are.
+        version: The layout.
+        group_size: Input features that share a scale; -1 for whole rows, 0 for equal groups whose number the scales tell.
         symmetric: Whether all zero points are 8.
     """
 
@@ -117,16 +117,16 @@ class AWQ(Traits):
         return (codes.float() - zero.float()[:, group]) * scale.float()[:, group]
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        made = {}
-        for module, own in headers.items():
+        layers = {}
+        for module, tensors in headers.items():
             try:
-                n, k, _groups, size = self._facts(own)
+                n, k, _groups, size = self._facts(tensors)
             except FormatError as error:
                 raise FormatError(f"{module}: {error}") from None
             scheme = scheme_for(4, -1 if self.group_size == -1 else size, k, self.symmetric)
             note = "" if scheme else f"groups of {size} in rows of {k} do not divide into legal ones"
-            made[module] = Layer((n, k), scheme, own["scales"].dtype, note)
-        return made
+            layers[module] = Layer((n, k), scheme, tensors["scales"].dtype, note)
+        return layers
 
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
         different = sorted({str(scheme) for scheme in schemes.values()})
@@ -202,7 +202,7 @@ def _interleaved(columns: Tensor) -> Tensor:
 
 
 def _fast(words: Tensor, n: int, k: int) -> Tensor:
-    """uint8 ``[N, K]`` of int16 words ``[N / 4, K]``: four rows in a word's place, 32 columns in the order of a tensor core."""
+    """uint8 ``[N, K]`` from int16 words ``[N / 4, K]``: a word holds four rows, with 32 columns in the order of a tensor core."""
     nibbles = unpack(words.contiguous().view(torch.uint8), 4)
     rows = nibbles.view(n // 4, k // 64, 4, 64).transpose(1, 2).reshape(n, k // 32, 4, 2, 4)
     pairs = rows.transpose(-1, -2).reshape(n, k // 32, 4, 4, 2)
@@ -210,7 +210,7 @@ def _fast(words: Tensor, n: int, k: int) -> Tensor:
 
 
 def _recovered(scale: Tensor, shifted: Tensor) -> Tensor:
-    """The integers z of ``shifted = -scale * z``, rounded as it was."""
+    """The integers z of ``shifted = -scale * z``, which was rounded to float16."""
     zero = (-shifted.float() / scale.float()).round()
     if not torch.equal(-(scale.float() * zero).to(shifted.dtype), shifted) or bool(((zero < 0) | (zero > 15)).any()):
         raise FormatError("qzeros: not -scale times integers from 0 to 15")

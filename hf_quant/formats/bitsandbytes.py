@@ -1,8 +1,8 @@
-"""bitsandbytes checkpoints: NF4 and FP4, their scales quantized again or not, and LLM.int8.
+"""bitsandbytes checkpoints: NF4 and FP4, with or without quantized scales, and LLM.int8.
 
-Four bits: blocks run over the flattened weight, and the first of two codes stands in the high bits of a byte; a small
-JSON text beside every weight says the rest. LLM.int8 keeps each row's largest absolute value (SCB), and its weights run
-here in eight bits against activations in floating point.
+Four bits: blocks run over the flattened weight, the first of two codes is in the high bits of a byte, and a small JSON text
+beside every weight has the other facts. LLM.int8 stores the largest magnitude of each row (SCB); its weights run here in
+eight bits with activations in floating point.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from hf_quant.formats._common import ReadOnly, check_scale, need, refused, schem
 STATE = "weight.quant_state.bitsandbytes__"
 BLOCKS = tuple(1 << i for i in range(5, 14))
 MAX_STATE = 4096  # bytes of JSON
-ONE_OF_127 = 0.007874015718698502  # the float32 that bitsandbytes multiplies by
+ONE_OF_127 = 0.007874015718698502  # the float32 factor of bitsandbytes
 
 
 @dataclass(frozen=True)
 class _State:
-    """What the JSON beside a four-bit weight says."""
+    """The facts in the JSON beside a four-bit weight."""
 
     codebook: str
     block: int
@@ -94,24 +94,24 @@ class BitsAndBytes(ReadOnly):
         return (table[codes] * scale).view(state.shape)
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        made = {}
-        for module, own in headers.items():
-            if len(own) == 1 and "weight" in own and own["weight"].dtype not in (torch.int8, torch.uint8):
+        layers = {}
+        for module, tensors in headers.items():
+            if len(tensors) == 1 and "weight" in tensors and tensors["weight"].dtype not in (torch.int8, torch.uint8):
                 continue  # a layer in floating point
             try:
-                made[module] = self._layer(module, own, value)
+                layers[module] = self._layer(module, tensors, value)
             except FormatError as error:
                 raise FormatError(f"{module}: {error}") from None
-        return made
+        return layers
 
-    def _layer(self, module: str, own: Mapping[str, Any], value: Value) -> Layer:
-        if "SCB" in own or ("weight" in own and own["weight"].dtype is torch.int8):
-            n, k = _facts_int8(own)
+    def _layer(self, module: str, tensors: Mapping[str, Any], value: Value) -> Layer:
+        if "SCB" in tensors or ("weight" in tensors and tensors["weight"].dtype is torch.int8):
+            n, k = _facts_int8(tensors)
             scheme = scheme_for(8, -1, k, True)
             return Layer(
                 (n, k), scheme, torch.float32, "" if scheme else f"{k} input features are not a multiple of 32"
             )
-        state = _state(own, lambda name: value(f"{module}.{name}"))
+        state = _state(tensors, lambda name: value(f"{module}.{name}"))
         scheme = scheme_for(4, state.block, state.shape[1], True, codebook=state.codebook)
         return Layer(
             state.shape,
@@ -145,7 +145,7 @@ def _int8(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor
 
 
 def _state(tensors: Mapping[str, Any], value: Value) -> _State:
-    """What the JSON says, checked against the shapes of the tensors beside it."""
+    """The facts in the JSON, checked against the shapes of the tensors beside it."""
     codebook = next((name for name in CODEBOOKS if STATE + name in tensors), None)
     if codebook is None:
         raise FormatError(f"{STATE}nf4 or {STATE}fp4 is missing")
@@ -153,7 +153,7 @@ def _state(tensors: Mapping[str, Any], value: Value) -> _State:
     if stored.shape[0] > MAX_STATE:
         raise FormatError(f"{STATE}{codebook} has {stored.shape[0]} bytes, the limit is {MAX_STATE}")
     text = value(STATE + codebook)
-    if text is None:  # more than is read by the way
+    if text is None:  # too large for a quick look
         raise FormatError(f"{STATE}{codebook}: {stored.shape[0]} bytes are too many")
     state = _parsed(bytes(text.tolist()), codebook)
     n, k = state.shape
@@ -193,7 +193,7 @@ def _parsed(raw: bytes, codebook: str) -> _State:
 
 
 def _absmax(tensors: Mapping[str, Tensor], state: _State) -> Tensor:
-    """float32, one a block."""
+    """The scale of each block, float32."""
     if not torch.equal(tensors["weight.quant_map"].cpu(), levels(state.codebook, torch.device("cpu"))):
         raise FormatError(f"weight.quant_map: not the levels of {state.codebook}")
     absmax = tensors["weight.absmax"]

@@ -1,10 +1,10 @@
-"""compressed-tensors: what vLLM, SGLang and the Hub's parameter counter read without this package.
+"""compressed-tensors: the format that vLLM, SGLang and the Hub's parameter counter read without this package.
 
-Written as ``pack-quantized`` of 4 and 8 bits and, where activations are INT8 too, as ``int-quantized``. Read: packed
-integers of every width, in today's layout and in the one before 0.13, in which no code crosses a word; columns in another
-order (``weight_g_idx``, actorder "group"); ``int-quantized`` and ``naive-quantized`` integers; and 8-bit floats, which
-become floating point. Activations run in symmetric INT8 where the config says so (by token, or with one stored scale), and
-in floating point where it says something else.
+Written as ``pack-quantized`` with 4 and 8 bits, or as ``int-quantized`` if activations are INT8 too. Read: packed integers of every
+width, in the current layout and in the one before 0.13, in which no code crosses a word; columns in another order
+(``weight_g_idx``, actorder "group"); ``int-quantized`` and ``naive-quantized`` integers; and 8-bit floats, which are
+dequantized. Activations are rounded to symmetric INT8 if the config says so (by token, or with one stored scale), and stay in
+floating point for any other rounding.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class CompressedTensors(Traits):
     schemes weight_zero_point int32 ``[ceil(N * bits / 32), G]``, packed along N.
 
     Args:
-        groups: Of the config that it reads by; one that says nothing reads what `write` wrote.
+        groups: Groups of the config, for reading; without one, the tensors of `write` are read.
     """
 
     groups: tuple[Group, ...] = ()
@@ -91,12 +91,14 @@ class CompressedTensors(Traits):
             raise refused("config_groups", groups, "must be an object with at least one group")
         if not is_sequence(config.get("ignore") or []):
             raise refused("ignore", config["ignore"], "must be a list of names")
-        made = tuple(read_group(f"config_groups.{ascii(name)[1:-1]}", group) for name, group in groups.items())
-        counted = Counter(target for group in made for target in group.targets)
+        parsed_groups = tuple(
+            read_group(f"config_groups.{ascii(name)[1:-1]}", group) for name, group in groups.items()
+        )
+        counted = Counter(target for group in parsed_groups for target in group.targets)
         for target, count in counted.items():
             if count > 1:
                 raise refused("config_groups.targets", target, "two groups have it")
-        return cls(made)
+        return cls(parsed_groups)
 
     def config_of_plan(
         self, default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore: Sequence[str]
@@ -130,19 +132,19 @@ class CompressedTensors(Traits):
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         n, k = shape
         groups = scheme.groups(k)
-        made: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
         if scheme.activations:
-            made = {"weight": ((n, k), torch.int8), "weight_scale": ((n, 1), dtype)}
-            made |= {} if scheme.symmetric else {"weight_zero_point": ((n, 1), torch.int8)}
-            return made | ({"input_scale": ((1,), dtype)} if scheme.activations == "tensor" else {})
-        made = {
+            tensors = {"weight": ((n, k), torch.int8), "weight_scale": ((n, 1), dtype)}
+            tensors |= {} if scheme.symmetric else {"weight_zero_point": ((n, 1), torch.int8)}
+            return tensors | ({"input_scale": ((1,), dtype)} if scheme.activations == "tensor" else {})
+        tensors = {
             "weight_packed": ((n, scheme.packed_bytes(k) // 4), torch.int32),
             "weight_scale": ((n, groups), dtype),
             "weight_shape": ((2,), torch.int64),
         }
         if not scheme.symmetric:
-            made["weight_zero_point"] = ((-(-n * scheme.bits // 32), groups), torch.int32)
-        return made
+            tensors["weight_zero_point"] = ((-(-n * scheme.bits // 32), groups), torch.int32)
+        return tensors
 
     def write(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
         if (reason := self.why_not(tensor.scheme)) is not None:
@@ -150,7 +152,7 @@ class CompressedTensors(Traits):
         if tensor.scheme.activations:
             return _unpacked(tensor)
         n, bits = tensor.scale.shape[0], tensor.scheme.bits
-        made = {
+        tensors = {
             "weight_packed": tensor.qweight.contiguous().view(torch.int32),
             "weight_scale": tensor.scale,
             "weight_shape": torch.tensor([n, tensor.in_features]),
@@ -159,8 +161,8 @@ class CompressedTensors(Traits):
             padded = F.pad(tensor.zero_point.T, (0, -n % 32))  # [G, N], whole words
             words = pack(padded, bits).view(torch.int32)[:, : -(-n * bits // 32)]
             # .contiguous() would leave an axis of one with a stride that no view as bytes allows
-            made["weight_zero_point"] = words.T.clone(memory_format=torch.contiguous_format)
-        return made
+            tensors["weight_zero_point"] = words.T.clone(memory_format=torch.contiguous_format)
+        return tensors
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
         if "weight_packed" in tensors:
@@ -177,65 +179,65 @@ class CompressedTensors(Traits):
             raise FormatError(f"weight_scale has {groups} groups for {k} input features, expected {scheme.groups(k)}")
         zero = _zero(tensors, n, groups, scheme)
         zero = None if zero is None else spread(zero, k, k // groups, scheme)
-        made = QuantizedTensor(packed, spread(scale, k, k // groups, scheme), zero, scheme)
+        quantized = QuantizedTensor(packed, spread(scale, k, k // groups, scheme), zero, scheme)
         if scheme.activations == "tensor":
-            found = need(tensors, "input_scale", FLOATS)
-            if found.numel() != 1:
-                raise FormatError(f"input_scale has shape {list(found.shape)}, expected one value")
-            check_input_scale("input_scale", found)
-            made = replace(made, input_scale=found.reshape(1))
+            input_scale = need(tensors, "input_scale", FLOATS)
+            if input_scale.numel() != 1:
+                raise FormatError(f"input_scale has shape {list(input_scale.shape)}, expected one value")
+            check_input_scale("input_scale", input_scale)
+            quantized = replace(quantized, input_scale=input_scale.reshape(1))
         if scheme.permuted and "weight_g_idx" not in tensors:
             raise FormatError("weight_g_idx is missing")
         order = _order(tensors, k, groups)
         if order is not None and not scheme.permuted:
             raise FormatError("weight_g_idx: the columns of a group lie scattered")
         if not scheme.permuted:
-            return settled(made)
-        return settled(permuted(made, torch.arange(k) if order is None else order))
+            return settled(quantized)
+        return settled(permuted(quantized, torch.arange(k) if order is None else order))
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
         weight = need(tensors, "weight", (*FLOAT8, *FLOATS), (None, None))
         n, k = weight.shape
         scale = need(tensors, "weight_scale", FLOATS)
         check_scale("weight_scale", scale)
-        # which group it is of does not stand beside a tensor; the shape of its scales tells
+        # a tensor does not tell its group, but the shape of its scales does
         rows, across = _block(n, k, scale.shape, {group.block for group in self.groups if group.floats} or {None})
         wide = scale.float().reshape(-(-n // rows), -(-k // across))
         return weight.float() * wide.repeat_interleave(rows, 0)[:n].repeat_interleave(across, 1)[:, :k]
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        made = {}
-        for module, own in headers.items():
-            weight = own.get("weight")
+        layers = {}
+        for module, tensors in headers.items():
+            weight = tensors.get("weight")
             if weight is not None and weight.dtype in FLOATS:
-                if "weight_scale" in own or "weight_packed" in own:
+                if "weight_scale" in tensors or "weight_packed" in tensors:
                     raise FormatError(
                         f"{module}: weight is in floating point, and codes or scales of it stand beside it"
                     )
                 continue  # a layer in floating point
             try:
-                made[module] = self._layer(module, self._group(called(module)), own, value)
+                layers[module] = self._layer(module, self._group(called(module)), tensors, value)
             except FormatError as error:
                 raise FormatError(f"{module}: {error}") from None
-        return made
+        return layers
 
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
         default = Counter(schemes.values()).most_common(1)[0][0]
         return config_of(default, {name: scheme for name, scheme in schemes.items() if scheme != default}, left)
 
-    def _layer(self, module: str, group: Group, own: Mapping[str, Any], value: Value) -> Layer:
-        if "weight_packed" in own:
-            need(own, "weight_packed", (torch.int32,), (None, None))
-            need(own, "weight_shape", SHAPES, (2,))
+    def _layer(self, module: str, group: Group, tensors: Mapping[str, Any], value: Value) -> Layer:
+        if "weight_packed" in tensors:
+            need(tensors, "weight_packed", (torch.int32,), (None, None))
+            need(tensors, "weight_shape", SHAPES, (2,))
             shape = value(f"{module}.weight_shape")
             assert shape is not None
             n, k = _stored_shape({"weight_shape": shape})
-            _width(own["weight_packed"].shape, n, k, group.bits)
-        elif "weight" not in own:
+            _width(tensors["weight_packed"].shape, n, k, group.bits)
+        elif "weight" not in tensors:
             raise FormatError("neither weight_packed nor weight is there")
         else:
-            n, k = need(own, "weight", FLOAT8 if group.floats else (torch.int8,), (None, None)).shape
-        scale = need(own, "weight_scale", FLOATS)
+            n, k = need(tensors, "weight", FLOAT8 if group.floats else (torch.int8,), (None, None)).shape
+        scale = need(tensors, "weight_scale", FLOATS)
         if group.floats:
             _block(n, k, scale.shape, {group.block})
             return Layer((n, k), None, scale.dtype, "8-bit floats")
@@ -244,8 +246,8 @@ class CompressedTensors(Traits):
             raise FormatError(f"group_size {size} does not divide {k} input features")
         if list(scale.shape) != [n, k // size] and (size != k or list(scale.shape) not in ([n], [1], [], [1, 1])):
             raise FormatError(f"weight_scale has shape {list(scale.shape)}, expected {[n, k // size]}")
-        g_idx = value(f"{module}.weight_g_idx") if "weight_g_idx" in own else None
-        scattered = "weight_g_idx" in own and k > size
+        g_idx = value(f"{module}.weight_g_idx") if "weight_g_idx" in tensors else None
+        scattered = "weight_g_idx" in tensors and k > size
         if g_idx is not None:
             scattered = _order({"weight_g_idx": g_idx}, k, k // size) is not None
         inputs, note = (None, IN_FLOAT) if scattered and group.activations else (group.activations, group.note)
@@ -253,25 +255,25 @@ class CompressedTensors(Traits):
         if scheme is None:
             raise FormatError(f"groups of {size} in rows of {k} do not divide into legal ones")
         if not group.symmetric:
-            need(own, "weight_zero_point", (torch.int32, torch.int8))
+            need(tensors, "weight_zero_point", (torch.int32, torch.int8))
         return Layer((n, k), scheme, scale.dtype, note)
 
     def _group(self, names: Sequence[str]) -> Group:
-        """What the config says of a module: a name counts before a pattern, a pattern before a class."""
-        if len(self.groups) == 1:  # it has tensors, so what else could they be
+        """The group of a module: names precede patterns, and patterns precede classes."""
+        if len(self.groups) == 1:  # of which every quantized layer must be a member
             return self.groups[0]
         plain, patterns, globs = self._targets
-        found = next((plain[name] for name in names if name in plain), None)
-        if found is None and (place := globs.first(names)) is not None:
-            found = patterns[place]
-        found = found or plain.get("Linear")
-        if found is None:
+        group = next((plain[name] for name in names if name in plain), None)
+        if group is None and (place := globs.first(names)) is not None:
+            group = patterns[place]
+        group = group or plain.get("Linear")
+        if group is None:
             raise FormatError("no group of quantization_config is for it")
-        return found
+        return group
 
     @cached_property
     def _targets(self) -> tuple[dict[str, Group], list[Group], Globs]:
-        """Group of each plain target, and groups of the patterns in the order in which they are tried."""
+        """Groups by plain target, and groups of the patterns in the order they are tried."""
         named = {target: group for group in self.groups for target in group.targets}
         patterns = sorted(target for target in named if target.startswith("re:"))
         globs = Globs("config_groups.targets", [as_glob("config_groups.targets", target) for target in patterns])
@@ -286,15 +288,15 @@ SHAPES = (torch.int64, torch.int32)
 
 
 def _unpacked(tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """One code a byte: ``int-quantized``."""
-    made = {"weight": (tensor.qweight ^ 0x80).view(torch.int8), "weight_scale": tensor.scale}
+    """Tensors with one code a byte: ``int-quantized``."""
+    tensors = {"weight": (tensor.qweight ^ 0x80).view(torch.int8), "weight_scale": tensor.scale}
     if tensor.zero_point is not None:
-        made["weight_zero_point"] = (tensor.zero_point ^ 0x80).view(torch.int8)
-    return made if tensor.input_scale is None else made | {"input_scale": tensor.input_scale}
+        tensors["weight_zero_point"] = (tensor.zero_point ^ 0x80).view(torch.int8)
+    return tensors if tensor.input_scale is None else tensors | {"input_scale": tensor.input_scale}
 
 
 def _stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """N and K, as the checkpoint says them."""
+    """N and K, as the checkpoint stores them."""
     n, k = (int(size) for size in need(tensors, "weight_shape", SHAPES, (2,)))
     if not (1 <= n < 1 << 32 and 1 <= k < 1 << 32) or k % MULTIPLE:
         raise FormatError(f"weight_shape {[n, k]}: in_features must be a multiple of {MULTIPLE}")
@@ -302,7 +304,7 @@ def _stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
 
 
 def _block(n: int, k: int, shape: Sequence[int], blocks: Collection[tuple[int, int] | None]) -> tuple[int, int]:
-    """Rows and columns of a weight ``[N, K]`` that share a scale: of the one block that ``shape`` fits, None for rows."""
+    """Rows and columns that share a scale in a weight ``[N, K]``: the one of ``blocks`` that ``shape`` fits; None means rows."""
     fitting = set()
     for block in blocks:
         if block is not None:
@@ -317,7 +319,7 @@ def _block(n: int, k: int, shape: Sequence[int], blocks: Collection[tuple[int, i
 
 
 def _width(shape: Sequence[int], n: int, k: int, bits: int) -> bool:
-    """Whether a packed weight has the layout of before, in which no code crosses a word."""
+    """Whether a packed weight has the layout before 0.13, in which no code crosses a word."""
     now, before = [n, k * bits // 32], [n, -(-k // (32 // bits))]
     if list(shape) not in (now, before):
         raise FormatError(f"weight_packed has shape {list(shape)}, expected {now} for {n} x {k} in {bits} bits")
@@ -325,7 +327,7 @@ def _width(shape: Sequence[int], n: int, k: int, bits: int) -> bool:
 
 
 def _apart(words: Tensor, bits: int) -> Tensor:
-    """uint8 ``[R, W * (32 // bits)]`` of int32 words ``[R, W]`` in the layout of before."""
+    """uint8 ``[R, W * (32 // bits)]`` from int32 words ``[R, W]`` in the layout before 0.13."""
     shifts = torch.arange(0, 32 - bits + 1, bits, device=words.device)
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)
 
@@ -339,18 +341,18 @@ def _bytes(words: Tensor, n: int, k: int, bits: int) -> Tensor:
 
 
 def _scale(tensors: Mapping[str, Tensor], n: int) -> Tensor:
-    """``[N, G]``, of one a group, one a row or one for all."""
+    """Scales ``[N, G]`` from one per group, one per row, or a single one."""
     scale = need(tensors, "weight_scale", FLOATS)
     check_scale("weight_scale", scale)
     if scale.numel() == 1:
         return scale.view(1, 1).expand(n, 1).contiguous()
-    if scale.ndim == 1:  # some writers leave out the group axis where there is one group
+    if scale.ndim == 1:  # some programs omit the group axis for a single group
         scale = scale[:, None]
     return need({"weight_scale": scale}, "weight_scale", FLOATS, (n, None))
 
 
 def _zero(tensors: Mapping[str, Tensor], n: int, groups: int, scheme: QuantScheme) -> Tensor | None:
-    """uint8 ``[N, G]``; None where the scheme fixes it."""
+    """Zero points, uint8 ``[N, G]``; None for a symmetric scheme."""
     if scheme.symmetric:
         return None
     stored = need(tensors, "weight_zero_point", (torch.int32, torch.int8))
@@ -369,15 +371,15 @@ def _zero(tensors: Mapping[str, Tensor], n: int, groups: int, scheme: QuantSchem
     if stored.shape[0] != now:
         return _apart(stored.T, scheme.bits)[:, :n].T.contiguous()
     packed = stored.T.contiguous()
-    whole = F.pad(packed, (0, -(-n // 32) * scheme.bits - packed.shape[1]))
-    return unpack(whole.view(torch.uint8), scheme.bits)[:, :n].T.contiguous()
+    padded = F.pad(packed, (0, -(-n // 32) * scheme.bits - packed.shape[1]))
+    return unpack(padded.view(torch.uint8), scheme.bits)[:, :n].T.contiguous()
 
 
 def _order(tensors: Mapping[str, Tensor], k: int, groups: int) -> Tensor | None:
     if "weight_g_idx" not in tensors:
         return None
     g_idx = need(tensors, "weight_g_idx", (torch.int32, torch.int64), (k,))
-    if bool((g_idx == -1).all()):  # how its writers mark that there is no order
+    if bool((g_idx == -1).all()):  # marks columns in their natural order
         return None
     return order_of("weight_g_idx", g_idx, groups, k // groups)
 

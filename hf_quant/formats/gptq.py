@@ -1,8 +1,8 @@
 """GPTQ checkpoints as AutoGPTQ, GPTQModel and AutoRound write them.
 
-Version 1 (``checkpoint_format: gptq``) stores zero points less one, version 2 as they are. Their words: ``desc_act`` means
-that columns were quantized in the order of their activations, so that the columns of a group lie scattered; ``g_idx`` says
-which group each belongs to. Reading puts them side by side, once, and the layer reorders its input instead.
+Version 1 (``checkpoint_format: gptq``) stores zero points minus one, version 2 stores them unchanged. ``desc_act`` means that
+columns were quantized in the order of their activations, so that the columns of a group are scattered; ``g_idx`` has the group
+of each column. Reading sorts the columns by group once, and the layer permutes its input instead.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class GPTQ(Traits):
     """qweight int32 ``[K * bits / 32, N]``, scales ``[G, N]``, qzeros int32 ``[G, N * bits / 32]``, g_idx int32 ``[K]``.
 
     Args:
-        v2: Whether zero points are stored as they are, and not less one.
-        bits: Of the layers that nothing else is said of.
-        group_size: Likewise; -1 for whole rows, 0 for equal groups, as many as there are.
-        symmetric: Whether all zero points are the middle one.
+        v2: Whether zero points are stored unchanged, and not minus one.
+        bits: Bits of the layers without an exception in the config.
+        group_size: Their group size; -1 for whole rows, 0 for equal groups whose number the scales tell.
+        symmetric: Whether all zero points are ``2 ** (bits - 1)``.
         desc_act: Whether columns were quantized in the order of their activations.
         mixed: Whether some layers may have other bits and groups.
     """
@@ -156,15 +156,15 @@ class GPTQ(Traits):
             tensors["qweight"].T.contiguous().view(torch.uint8),
             spread(tensors["scales"].T, k, size, scheme),
         )
-        made = QuantizedTensor(packed, scale, None if scheme.symmetric else spread(zero, k, size, scheme), scheme)
+        quantized = QuantizedTensor(packed, scale, None if scheme.symmetric else spread(zero, k, size, scheme), scheme)
         if scheme.permuted and "g_idx" not in tensors:
             raise FormatError("g_idx is missing")
         order = self._order(tensors, k, groups)
         if order is not None and not scheme.permuted:
             raise FormatError("g_idx: the columns of a group lie scattered")
         if not scheme.permuted:
-            return settled(made)
-        return settled(permuted(made, torch.arange(k) if order is None else order))
+            return settled(quantized)
+        return settled(permuted(quantized, torch.arange(k) if order is None else order))
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
         _n, k, bits, groups = _facts(tensors)
@@ -176,11 +176,11 @@ class GPTQ(Traits):
         return (codes - zero[:, group]) * scale[:, group]
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        return {module: self._layer(module, own, value) for module, own in headers.items()}
+        return {module: self._layer(module, tensors, value) for module, tensors in headers.items()}
 
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
         default = Counter(schemes.values()).most_common(1)[0][0]
-        dynamic: dict[str, Any] = {  # the first pattern that matches counts
+        dynamic: dict[str, Any] = {  # the first matching pattern applies
             f"+:^{re.escape(name)}$": {
                 "bits": s.bits,
                 "group_size": s.group_size,
@@ -198,17 +198,17 @@ class GPTQ(Traits):
             "format": version, "pack_dtype": "int32",
         } | ({"dynamic": dynamic} if dynamic else {})  # fmt: skip
 
-    def _layer(self, module: str, own: Mapping[str, Any], value: Value) -> Layer:
+    def _layer(self, module: str, tensors: Mapping[str, Any], value: Value) -> Layer:
         try:
-            n, k, bits, groups = _facts(own)
+            n, k, bits, groups = _facts(tensors)
             size = self._size(k, groups)
             if bits != self.bits and not self.mixed:
                 raise FormatError(f"qzeros holds {bits}-bit zero points, quantization_config.bits is {self.bits}")
             scattered, symmetric = self.desc_act and groups > 1, self.symmetric
-            if scattered and "g_idx" not in own:
+            if scattered and "g_idx" not in tensors:
                 raise FormatError("g_idx is missing, and desc_act says that columns are out of order")
-            g_idx = value(f"{module}.g_idx") if "g_idx" in own else None
-            if g_idx is not None:  # the truth, where there is time to look
+            g_idx = value(f"{module}.g_idx") if "g_idx" in tensors else None
+            if g_idx is not None:  # only read in a thorough look; it tells the actual order
                 scattered = self._order({"g_idx": g_idx}, k, groups) is not None
             qzeros = value(f"{module}.qzeros") if self.mixed else None
             if qzeros is not None:
@@ -217,7 +217,7 @@ class GPTQ(Traits):
             raise FormatError(f"{module}: {error}") from None
         scheme = scheme_for(bits, -1 if self.group_size == -1 else size, k, symmetric, permuted=scattered)
         note = "" if scheme else f"groups of {size} in rows of {k} do not divide into legal ones"
-        return Layer((n, k), scheme, own["scales"].dtype, note)
+        return Layer((n, k), scheme, tensors["scales"].dtype, note)
 
     def _size(self, k: int, groups: int) -> int:
         """Columns of a stored group; the last one may have fewer."""
@@ -232,11 +232,11 @@ class GPTQ(Traits):
         return order_of("g_idx", tensors["g_idx"], groups, self._size(k, groups)) if "g_idx" in tensors else None
 
     def _zeros(self, qzeros: Tensor, bits: int) -> Tensor:
-        """uint8 ``[N, G]``, as they are."""
-        whole = not self.v2 and bits in ONES  # version 1 is made by subtracting whole words, so fields borrow
-        words = qzeros + ONES[bits] if whole else qzeros
+        """The zero points, uint8 ``[N, G]``."""
+        by_word = not self.v2 and bits in ONES  # version 1 subtracts from whole words, with borrows between fields
+        words = qzeros + ONES[bits] if by_word else qzeros
         zero = unpack(words.contiguous().view(torch.uint8), bits)
-        if not self.v2 and not whole:
+        if not self.v2 and not by_word:
             zero = (zero + 1) & ((1 << bits) - 1)
         return zero.T.contiguous()
 
@@ -249,7 +249,7 @@ class GPTQ(Traits):
 
 
 def _facts(tensors: Mapping[str, Any]) -> tuple[int, int, int, int]:
-    """N, K, bits and G, from the shapes alone."""
+    """N, K, bits and G, from shapes alone."""
     groups, n = need(tensors, "scales", FLOATS, (None, None)).shape
     words = need(tensors, "qzeros", (torch.int32,), (groups, None)).shape[1]
     bits = next((b for b in BITS if b * n == words * 32), None)

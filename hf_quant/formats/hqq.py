@@ -1,8 +1,8 @@
 """HQQ checkpoints as transformers writes them: integers with real zero points, https://mobiusml.github.io/hqq_blog.
 
-The weight is flattened and cut into groups; packing puts codes side by side that lie far apart. With ``axis`` 1 a group is
-a run of columns and runs here as it is. With ``axis`` 0 it is spread over the rows, which no kernel here reads: such
-layers become floating point.
+The weight is flattened and cut into groups; a word holds codes that are far apart. With ``axis`` 1 a group is a run of columns,
+and the codes are used unchanged. With ``axis`` 0 a group extends over rows, which no kernel here reads, so such layers are
+dequantized.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NUMBERS = ("nbits", "group_size", "axis")
 FLAGS = ("view_as_float", "quant_scale", "quant_zero")
 IGNORED = ("packing", "unpack_view_dtype", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config",
            "channel_wise", "optimize", "round_zero")  # fmt: skip
-SHIFTS = {8: (0,), 4: (4, 0), 3: tuple(range(27, -1, -3)), 2: (6, 4, 2, 0)}  # of the parts that share a word
+SHIFTS = {8: (0,), 4: (4, 0), 3: tuple(range(27, -1, -3)), 2: (6, 4, 2, 0)}  # of the codes that share a word
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 WORDS = {8: torch.uint8, 4: torch.uint8, 3: torch.int32, 2: torch.uint8}
 
@@ -66,12 +66,12 @@ class HQQ(ReadOnly):
         return ((codes.float() - zero.float()) * scale.float()).view(facts.shape)
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        made = {}
-        for module, own in headers.items():
-            if "W_q" not in own and "nbits" not in own:
+        layers = {}
+        for module, tensors in headers.items():
+            if "W_q" not in tensors and "nbits" not in tensors:
                 continue  # other modules have a scale too
             try:
-                facts = _facts(own, lambda name: value(f"{module}.{name}"))  # noqa: B023  (called at once)
+                facts = _facts(tensors, lambda name: value(f"{module}.{name}"))  # noqa: B023  (called at once)
             except FormatError as error:
                 raise FormatError(f"{module}: {error}") from None
             scheme = scheme_for(facts.bits, facts.size, facts.shape[1], False, real_zero=True)
@@ -80,12 +80,12 @@ class HQQ(ReadOnly):
             )
             if facts.axis == 0:
                 scheme, note = None, "HQQ with axis 0: its groups are spread over the rows"
-            made[module] = Layer(facts.shape, scheme, own["scale"].dtype, note)
-        return made
+            layers[module] = Layer(facts.shape, scheme, tensors["scale"].dtype, note)
+        return layers
 
 
 def _facts(tensors: Mapping[str, Any], value: Value) -> _Facts:
-    """What the scalars say, checked against the shapes of the tensors beside them."""
+    """The facts in the scalars, checked against the shapes of the tensors beside them."""
     need(tensors, "shape", (torch.int64,), (2,))
     for name in NUMBERS:
         need(tensors, name, (torch.int32,), ())

@@ -46,8 +46,8 @@ class Native(Traits):
         if not is_sequence(config.get("modules_to_not_convert") or []):
             raise refused("modules_to_not_convert", config["modules_to_not_convert"], "must be a list of names")
         try:
-            made = [(name, QuantScheme.parse(slug)) for name, slug in overrides.items() if slug is not None]
-            return cls((*made, ("*", _default(config))))
+            schemes = [(name, QuantScheme.parse(slug)) for name, slug in overrides.items() if slug is not None]
+            return cls((*schemes, ("*", _default(config))))
         except SchemeError as error:
             raise FormatError(f"quantization_config: {error}") from None
 
@@ -93,15 +93,15 @@ class Native(Traits):
         raise FormatError("native: the scheme of the layer is unknown")
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        made = {}
-        for module, own in headers.items():
-            if own["weight"].dtype in FLOATS if "weight" in own else False:
+        layers = {}
+        for module, tensors in headers.items():
+            if tensors["weight"].dtype in FLOATS if "weight" in tensors else False:
                 continue  # a layer in floating point
             try:
-                made[module] = self._layer(called(module), own)
+                layers[module] = self._layer(called(module), tensors)
             except FormatError as error:
                 raise FormatError(f"{module}: {error}") from None
-        return made
+        return layers
 
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
         default = Counter(schemes.values()).most_common(1)[0][0]
@@ -111,15 +111,15 @@ class Native(Traits):
             "modules_to_not_convert": list(left),
         }  # fmt: skip
 
-    def _layer(self, names: Sequence[str], own: Mapping[str, Any]) -> Layer:
-        weight, scale = need(own, "weight", (torch.uint8,)), need(own, "weight_scale", FLOATS)
+    def _layer(self, names: Sequence[str], tensors: Mapping[str, Any]) -> Layer:
+        weight, scale = need(tensors, "weight", (torch.uint8,)), need(tensors, "weight_scale", FLOATS)
         named = self._named.first(names)
         scheme = self.schemes[-1][1] if named is None else self.schemes[named][1]
         if (
-            wrong := wrong_shape(own, scheme)
+            wrong := wrong_shape(tensors, scheme)
         ) is not None:  # perhaps the config knows it by a name that only a model tells
             fitting = [
-                other for other in dict.fromkeys(dict(self.schemes).values()) if wrong_shape(own, other) is None
+                other for other in dict.fromkeys(dict(self.schemes).values()) if wrong_shape(tensors, other) is None
             ]
             if len(fitting) != 1:
                 raise FormatError(wrong)

@@ -1,7 +1,7 @@
-"""optimum-quanto checkpoints of 8-bit integers, one scale a row.
+"""optimum-quanto checkpoints of 8-bit integers with one scale a row.
 
-They say so in ``quanto_qmap.json`` and not in config.json, so only `hf_quant.load` and the commands know them. The 4 and 2
-bits of quanto subtract a real number after scaling (``q * scale - shift``), which codes with zero points cannot hold.
+They are marked by ``quanto_qmap.json`` and not by config.json, so only `hf_quant.load` and the commands know them. With 4 and 2
+bits, quanto subtracts a real number after scaling (``q * scale - shift``), which zero points cannot represent.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ class Quanto(ReadOnly):
         return tensors["weight._data"].float() * tensors["weight._scale"].float()
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        made = {}
-        for module, own in headers.items():
-            if not any(local.startswith("weight.") for local in own):
+        layers = {}
+        for module, tensors in headers.items():
+            if not any(local.startswith("weight.") for local in tensors):
                 continue
             try:
-                n, k = _facts(own)
+                n, k = _facts(tensors)
             except FormatError as error:
                 raise FormatError(f"{module}: {error}") from None
             scheme = scheme_for(8, -1, k, True)
             note = "" if scheme else f"{k} input features are not a multiple of 32"
-            made[module] = Layer((n, k), scheme, own["weight._scale"].dtype, note)
-        return made
+            layers[module] = Layer((n, k), scheme, tensors["weight._scale"].dtype, note)
+        return layers
 
 
 def _facts(tensors: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,6 +1,6 @@
-"""torchao checkpoints whose integers stand one a byte: int8 weight-only, and intx "unpacked to int8".
+"""torchao checkpoints with one integer a byte: int8 weight-only, and intx "unpacked to int8".
 
-torchao's other tensors (tile-packed int4, float8, ...) are laid out for one kernel each and are not read.
+Other tensors of torchao (tile-packed int4, float8, ...) have the layout of one kernel each and are not read.
 """
 
 from __future__ import annotations
@@ -85,30 +85,30 @@ class TorchAO(ReadOnly):
         _n, k, groups = _facts(tensors)
         scale, zero = tensors["_weight_scale"], tensors.get("_weight_zero_point")
         check_scale("_weight_scale", scale)
-        made = tensors["_weight_qdata"].float()
+        dense = tensors["_weight_qdata"].float()
         if zero is not None:
-            made -= zero.float().repeat_interleave(k // groups, 1)
-        return made * scale.float().repeat_interleave(k // groups, 1)
+            dense -= zero.float().repeat_interleave(k // groups, 1)
+        return dense * scale.float().repeat_interleave(k // groups, 1)
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        made = {}
-        for module, own in headers.items():
+        layers = {}
+        for module, tensors in headers.items():
             try:
-                n, k, groups = _facts(own)
+                n, k, groups = _facts(tensors)
                 if not self.symmetric:
-                    need(own, "_weight_zero_point", (torch.int8,), (n, groups))
+                    need(tensors, "_weight_zero_point", (torch.int8,), (n, groups))
             except FormatError as error:
                 raise FormatError(f"{module}: {error}") from None
             scheme = scheme_for(self.bits, -1 if groups == 1 else k // groups, k, self.symmetric)
             note = "" if scheme else f"groups of {k // groups} in rows of {k} do not divide into legal ones"
-            made[module] = Layer((n, k), scheme, own["_weight_scale"].dtype, note)
-        return made
+            layers[module] = Layer((n, k), scheme, tensors["_weight_scale"].dtype, note)
+        return layers
 
 
 def _inner(value: Any, default: str) -> str:
-    """``{"_type": ..., "_data": "int4"}`` says int4."""
-    found = value.get("_data") if isinstance(value, dict) else default
-    return found if isinstance(found, str) else default
+    """``"int4"`` from ``{"_type": ..., "_data": "int4"}``."""
+    inner = value.get("_data") if isinstance(value, dict) else default
+    return inner if isinstance(inner, str) else default
 
 
 def _facts(tensors: Mapping[str, Any]) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""The only differences between the versions of transformers that this package supports (5.10.1 and newer)."""
+"""All differences between the versions of transformers that this package supports (5.10.1 and newer)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def updated_conversions(update: Callable[..., list[Any]], conversions: list[Any]
 
 
 def arrivals(model: Any) -> Callable[[str], tuple[list[str], bool]]:
-    """Gives the names that a tensor of a float checkpoint gets in ``model``, as the loader would, and whether the loader
-    does more than rename it; a converter may cut one tensor into several."""
+    """A function from the name of a tensor in a float checkpoint to its names in ``model``, and whether the loader does more than
+    rename it; a converter may split one tensor into several."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -47,7 +47,7 @@ def arrivals(model: Any) -> Callable[[str], tuple[list[str], bool]]:
 
 
 def renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
-    """As `arrivals`, with the first of the names."""
+    """As `arrivals`, with only the first name."""
     arriving = arrivals(model)
 
     def renamed(name: str) -> tuple[str, bool]:
@@ -58,39 +58,38 @@ def renamer(model: Any) -> Callable[[str], tuple[str, bool]]:
 
 
 def recompute_activations(model: Any) -> None:
-    """Gradient checkpointing, under the name this version has for it."""
+    """Enable gradient checkpointing, whose method differs between versions."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def cache_argument(model: Any, kind: str | None = None) -> dict[str, Any]:
-    """An empty cache of keys and values, under the name that ``model`` takes it by: ``cache`` since 5.24.
+    """An empty cache of keys and values, as the keyword argument of ``model``: ``cache`` since 5.24.
 
     Args:
-        model: What it is for.
-        kind: ``"int8"`` or ``"int4"``; None for transformers' own, in floating point.
+        model: The model that will be called with it.
+        kind: ``"int8"`` or ``"int4"``; None for transformers' own cache in floating point.
     """
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     return {name: DynamicCache(config=model.config) if kind is None else QuantCache(model.config, KINDS[kind])}
 
 
 def keep_for_saving(model: Any, converters: list[Any] | None) -> None:
-    """Leave on the model the conversions that saving has to undo.
+    """Set the conversions that ``save_pretrained`` has to undo.
 
-    ``save_pretrained`` reverses ``model._weight_conversions`` (private, 5.8 to now). It holds what loading used: a
-    load-only converter of ours would rename every weight on saving, and the converters of scales and zero points are
-    missing after quantizing on load, since the float checkpoint had none. So: the renamings that were used, and all
-    the model's own converters.
+    It reverses the conversions used in loading. A load-only converter of this package would rename every weight on saving, and
+    the converters of scales and zero points are missing after quantization on load, since the float checkpoint has none. So
+    the renamings that were used are kept, with all converters of the model.
     """
     renamings = [c for c in conversions_of(model) if not hasattr(c, "operations")]
-    own = [c for c in converters or [] if hasattr(c, "operations")]
-    for converter in own:
+    model_converters = [c for c in converters or [] if hasattr(c, "operations")]
+    for converter in model_converters:
         converter.operations = [_Merge(op.dim) if type(op) is MergeModulelist else op for op in converter.operations]
-    set_conversions(model, renamings + own)
+    set_conversions(model, renamings + model_converters)
 
 
 class _Merge(MergeModulelist):
-    """Undone by `_Split`."""
+    """The inverse of `_Split`."""
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -98,7 +97,7 @@ class _Merge(MergeModulelist):
 
 
 class _Split(ConversionOps):
-    """A stack becomes one tensor per expert; before 5.23 transformers' own also dropped every axis of size 1."""
+    """Split a stack into one tensor per expert; before 5.23, transformers' own also dropped every axis of size 1."""
 
     def __init__(self, dim: int) -> None:
         self.dim = dim
@@ -107,12 +106,12 @@ class _Split(ConversionOps):
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
     ) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
+        matrices: dict[str, Tensor] = {}
         for source, stack in input_dict.items():
             tensor = stack[0] if isinstance(stack, list) else stack
             name = target_patterns[0] if len(input_dict) == 1 else source  # after a chunk, the source is its target
-            made |= {name.replace("*", str(i)): part for i, part in enumerate(tensor.unbind(self.dim))}
-        return made
+            matrices |= {name.replace("*", str(i)): part for i, part in enumerate(tensor.unbind(self.dim))}
+        return matrices
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -37,10 +37,12 @@ def merge_adapters(model: Any) -> tuple[Any, dict[str, float]]:
         raise PlanError("merge_adapters: the model has no adapters; peft.get_peft_model(model, config) adds some")
     if wrapper_subclass is None:
         raise PlanError("merge_adapters: this torch shows codes as copies only; merge into model.dequantize()")
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
-    _refuse_shared(found)
-    biases = [(bias, bias.dtype) for m in found.values() if isinstance(bias := getattr(m, "bias", None), torch.Tensor)]
-    with torch.no_grad(), _rewriting(found) as lost:
+    quantized = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
+    _refuse_shared(quantized)
+    biases = [
+        (bias, bias.dtype) for m in quantized.values() if isinstance(bias := getattr(m, "bias", None), torch.Tensor)
+    ]
+    with torch.no_grad(), _rewriting(quantized) as lost:
         merged = model.merge_and_unload(safe_merge=True)
     for bias, dtype in biases:
         bias.data = bias.data.to(dtype)
@@ -48,9 +50,9 @@ def merge_adapters(model: Any) -> tuple[Any, dict[str, float]]:
 
 
 @contextmanager
-def _rewriting(found: dict[str, Quantized]) -> Iterator[dict[str, float]]:
+def _rewriting(quantized: dict[str, Quantized]) -> Iterator[dict[str, float]]:
     """Let the weights of quantized modules be set; gives what each setting lost."""
-    names, lost = {module: _plain(name) for name, module in found.items()}, {}
+    names, lost = {module: _plain(name) for name, module in quantized.items()}, {}
 
     def rewriting(module: Quantized) -> Any:
         def rewrite(parameter: str, weight: Tensor) -> None:
@@ -81,9 +83,9 @@ def _plain(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
-def _refuse_shared(found: dict[str, Quantized]) -> None:
-    shared = any(getattr(module, "shares_codes", False) for module in found.values())
-    for name, module in found.items():
+def _refuse_shared(quantized: dict[str, Quantized]) -> None:
+    shared = any(getattr(module, "shares_codes", False) for module in quantized.values())
+    for name, module in quantized.items():
         adapted = name.endswith(".base_layer")
         if adapted and (getattr(module, "shares_codes", False) or (shared and isinstance(module, QuantEmbedding))):
             raise PlanError(

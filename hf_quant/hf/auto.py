@@ -1,7 +1,7 @@
-"""Configuration, class and tokenizer of a model, found by transformers; code in a checkpoint is run only where it is trusted.
+"""Configuration, class and tokenizer of a model, found by transformers; code in a checkpoint runs only if it is trusted.
 
-Without ``trust_remote_code=True`` transformers asks on the terminal whether it may run such code. Here nobody is asked: it is
-an error that says what to do.
+Without ``trust_remote_code=True`` transformers asks on the terminal whether to run such code. Here that is an error that says what
+to do.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CODE = (
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of ``from_pretrained``'s arguments that say where files come from and whether their code may run."""
+    """The arguments of ``from_pretrained`` about the source of files, and about whether their code may run."""
     return {name: options[name] for name in HUB if options.get(name) is not None}
 
 
@@ -43,7 +43,7 @@ def config_of(model: str, **hub: Any) -> PretrainedConfig:
         hub: As `hub_options`.
 
     Raises:
-        CheckpointError: There is none, it is malformed, or it needs code that is not trusted; says which.
+        CheckpointError: There is none, it is malformed, or it needs code that is not trusted.
     """
     try:
         _check(model, hub)
@@ -57,7 +57,7 @@ def config_of(model: str, **hub: Any) -> PretrainedConfig:
 
 
 def _check(model: str, hub: Mapping[str, Any]) -> None:
-    """Refuse numbers that would keep transformers busy for ever, before it sees them."""
+    """Refuse numbers that would make transformers run endlessly, before it reads them."""
     folder = Path(model) / hub.get("subfolder", "")
     if (folder / "config.json").is_file():
         read_config(folder)
@@ -66,7 +66,7 @@ def _check(model: str, hub: Mapping[str, Any]) -> None:
 
 
 def _typed(config: Any) -> Any:
-    """Refuse a type of the weights that they cannot have; transformers makes a ``torch.dtype`` of its name."""
+    """Refuse a dtype that weights cannot have; transformers accepts every name of a ``torch.dtype``."""
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1):
         raise CheckpointError(
@@ -76,7 +76,7 @@ def _typed(config: Any) -> Any:
 
 
 def class_of(config: PretrainedConfig, **hub: Any) -> Any:
-    """The class named by ``config.architectures``, else ``AutoModel``.
+    """The class named by ``config.architectures``, or else ``AutoModel``.
 
     Raises:
         CheckpointError: transformers has no such class, and no trusted code of the checkpoint defines it.
@@ -86,9 +86,9 @@ def class_of(config: PretrainedConfig, **hub: Any) -> Any:
         return AutoModel
     if not isinstance(names, list) or not isinstance(names[0], str):
         raise CheckpointError(f"config.json: architectures: must be a list of names, got {shown(names)}")
-    found = getattr(transformers, names[0], None)
-    if isinstance(found, type) and issubclass(found, PreTrainedModel):
-        return found
+    model_class = getattr(transformers, names[0], None)
+    if isinstance(model_class, type) and issubclass(model_class, PreTrainedModel):
+        return model_class
     references = getattr(config, "auto_map", None) or {}
     auto = next((a for a, r in references.items() if isinstance(r, str) and r.endswith(f".{names[0]}")), None)
     if auto is None:
@@ -99,31 +99,31 @@ def class_of(config: PretrainedConfig, **hub: Any) -> Any:
         raise CheckpointError(f"{config.name_or_path}: config.json: {names[0]} {CODE}")
     options = {name: value for name, value in hub.items() if name != "trust_remote_code"}
     kind: Any = get_class_from_dynamic_module(references[auto], str(config.name_or_path), **options)
-    kind.register_for_auto_class(auto)  # `save_pretrained` then takes its code along
+    kind.register_for_auto_class(auto)  # `save_pretrained` then copies its code
     return kind
 
 
 def refuse_other_inputs(model: str, **hub: Any) -> None:
-    """Refuse a model that does not read text: the commands check and measure what they write on token ids.
+    """Refuse a model that does not read text: the commands check and measure models on token ids.
 
     Raises:
         PlanError: Names the input of the model.
     """
     config = config_of(model, **hub)
     kind = class_of(config, **hub)
-    wanted = getattr(kind, "main_input_name", "input_ids")
+    inputs = getattr(kind, "main_input_name", "input_ids")
     parts = [part for part in ("vision_config", "audio_config") if hasattr(config, part)]
-    if wanted == "input_ids" and parts and not kind.can_generate():
-        wanted = f"more than input_ids ({parts[0]})"
-    if wanted != "input_ids":
+    if inputs == "input_ids" and parts and not kind.can_generate():
+        inputs = f"more than input_ids ({parts[0]})"
+    if inputs != "input_ids":
         raise PlanError(
-            f"{model}: {kind.__name__} reads {wanted}, and the commands check what they write on text; in Python, "
+            f"{model}: {kind.__name__} reads {inputs}, and the commands check what they write on text; in Python, "
             "from_pretrained(..., quantization_config=HfQuantConfig(...)) and save_pretrained quantize it"
         )
 
 
 def tokenizer_of(model: str, **hub: Any) -> Any:
-    """The tokenizer of a model, or None where it has none.
+    """The tokenizer of a model; None if it has none.
 
     Raises:
         CheckpointError: It needs code that is not trusted, or one of its files is damaged.
@@ -134,13 +134,13 @@ def tokenizer_of(model: str, **hub: Any) -> Any:
         if "trust_remote_code" in str(error):
             raise CheckpointError(f"{model}: its tokenizer {CODE}") from None
         files = [name for name in TOKENIZER_FILES if (Path(model) / hub.get("subfolder", "") / name).is_file()]
-        if not files:  # transformers says so in many ways
+        if not files:  # which transformers reports in many ways
             return None
         raise CheckpointError(f"{model}: {files[0]}: {_first_line(error)}") from error
 
 
 def _why(model: str, error: Exception) -> str:
-    """The first sentence of what transformers says of a configuration; a name that means nothing is said to be one."""
+    """The first sentence of transformers' error about a configuration; says if the model does not exist."""
     first = _first_line(error)
     if isinstance(error, OSError) and not Path(model).exists():
         return f"there is no such folder here, and the Hub gives no model of that name ({first})"

@@ -1,4 +1,4 @@
-"""What the blocks of a model are called with, seen by running it with blocks that hand on what they are given."""
+"""The arguments that the blocks of a model are called with, recorded while every block returns its input."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from hf_quant.errors import HfQuantError
 from hf_quant.hf._hooks import replaced
 from hf_quant.solve.block import Call, states_of
 
-Calls = dict[str, tuple[Call, Call]]  # of each block: for a whole batch, and for one sequence
+Calls = dict[str, tuple[Call, Call]]  # name of each block to its arguments for a batch, and for one sequence
 
 
 @dataclass
 class Passing:
-    """What was seen so far.
+    """The recorded inputs and arguments.
 
     Attributes:
-        entered: The hidden states that entered the first block, one tensor for each run.
-        calls: Name of each block to what it is called with besides; empty it before a batch of another size.
+        entered: Hidden states that entered the first block, one tensor for each run.
+        calls: Name of each block to its other arguments; must be emptied before a batch of another size.
     """
 
     entered: list[Tensor] = field(default_factory=list)
     calls: dict[str, Call] = field(default_factory=dict)
-    _returned: list[Any] = field(default_factory=list)  # what the first block returned, once it has
-    _computed: list[Tensor] = field(default_factory=list)  # of that, what is neither hidden states nor was given to it
+    _returned: list[Any] = field(default_factory=list)  # the output of the first block
+    _computed: list[Tensor] = field(default_factory=list)  # tensors in it that are neither hidden states nor arguments
 
     def stand_in(self, name: str, forward: Callable[..., Any], *, first: bool) -> Callable[..., Any]:
-        """A ``forward`` for the block of that name, whose own one is ``forward``."""
+        """A ``forward`` for the block of that name that returns its input; ``forward`` is its own."""
 
         def passing(*args: Any, **kwargs: Any) -> Any:
             hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
@@ -48,7 +48,7 @@ class Passing:
         return passing
 
     def _look(self, name: str, call: Call) -> None:
-        if any(given is computed for given in _tensors(call) for computed in self._computed):
+        if any(argument is computed for argument in _tensors(call) for computed in self._computed):
             raise HfQuantError(
                 f"{name}: takes more of the block before than hidden states, which cannot be calibrated yet"
             )
@@ -58,7 +58,7 @@ class Passing:
     def _learn(self, name: str, returned: Any, call: Call) -> None:
         known = [states_of(name, returned), *_tensors(call)]
         self._returned.append(returned)
-        self._computed += [made for made in _tensors(returned) if not any(made is each for each in known)]
+        self._computed += [tensor for tensor in _tensors(returned) if not any(tensor is other for other in known)]
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -67,13 +67,13 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 @contextmanager
 def passed_through(blocks: Mapping[str, nn.Module]) -> Iterator[Passing]:
-    """Inside, blocks return their input in the form in which the first one returns its output.
+    """Inside, blocks return their input, in the form in which the first block returns its output.
 
     Args:
-        blocks: In order; the first one has its weights, in the type of the hidden states, and computes once.
+        blocks: In order; the first one has its weights, in the dtype of the hidden states, and is computed once.
 
     Raises:
-        HfQuantError: A block is called with something else for each batch, or with what another one has computed.
+        HfQuantError: The arguments of a block differ between batches, or depend on what another block has computed.
     """
     seen = Passing()
     with ExitStack() as stack:
@@ -83,7 +83,7 @@ def passed_through(blocks: Mapping[str, nn.Module]) -> Iterator[Passing]:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two arguments mean the same to a block. Of objects that say nothing about equality, only the type is compared."""
+    """Whether two arguments have the same value. Objects without an equality of their own count as equal if their types are."""
     if one is other:
         return True
     if type(one) is not type(other):
@@ -95,9 +95,9 @@ def alike(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping):
         return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
     if is_dataclass(one):
-        return all(alike(getattr(one, each.name), getattr(other, each.name)) for each in fields(one))
+        return all(alike(getattr(one, member.name), getattr(other, member.name)) for member in fields(one))
     if getattr(type(one), "__eq__", None) != object.__eq__:
         return bool(one == other)
     return hasattr(one, "__dict__") and not isinstance(
         one, Enum
-    )  # a dtype or an enumeration's member equals only itself
+    )  # dtypes and members of enumerations are equal only to themselves

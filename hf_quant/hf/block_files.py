@@ -27,8 +27,8 @@ def part_of(block: Block, codes: Mapping[str, QuantizedTensor], fmt: Format, sou
     """
     tensors = {
         _stored_name(block, layer, local): tensor
-        for layer, each in codes.items()
-        for local, tensor in fmt.write(each).items()
+        for layer, quantized in codes.items()
+        for local, tensor in fmt.write(quantized).items()
     }
     coded = {*codes, *(f"{layer}.weight" for layer in codes)}
     for name, parameter in block.module.named_parameters(prefix=block.name):

@@ -17,7 +17,7 @@ from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
 from hf_quant.nn._weight import frozen
 from hf_quant.solve.block import Block, Stored
-from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.ranks import ALONE
 from hf_quant.solve.result import Recipe
 from hf_quant.solve.solve import solve
@@ -80,7 +80,7 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
         hidden, calls = embed(base, blocks, data.ids.to(model.device), None, ALONE)
     streams, followed = [hidden], recipe.decision.needs_twin(plan.schemes.values())
     if followed:
-        streams.append(Activations(hidden.states.clone(), hidden.size))
+        streams.append(HiddenStates(hidden.states.clone(), hidden.size))
     for name, module in blocks.items():
         block = Block(
             name, module, layers_of(plan, name), *calls[name], stored=_stored(name, module, followed=followed)

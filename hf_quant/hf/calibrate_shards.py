@@ -21,7 +21,7 @@ from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.core.private_torch import tree_map_only
 from hf_quant.data.calibration import Calibration
 from hf_quant.disk.atomic import blaming, copy_file, link_file, need_space, write_json
-from hf_quant.disk.journal import Journal, digest, journal
+from hf_quant.disk.journal import Journal, digest, open_journal
 from hf_quant.disk.memory import free_memory, give_back_memory
 from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import HfQuantError
@@ -37,7 +37,7 @@ from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.shards import write_index
 from hf_quant.solve.block import Block, Stored
-from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.ranks import ALONE, Ranks
 from hf_quant.solve.result import Recipe, Solved
 from hf_quant.solve.solve import advance, solve
@@ -48,7 +48,7 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 @dataclass(frozen=True)
 class _Source:
-    """A checkpoint, its model without weights, and what shall become of it."""
+    """A checkpoint, its model without weights, and the plan for it."""
 
     checkpoint: Checkpoint
     tensors: Tensors
@@ -65,7 +65,7 @@ class _Source:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a job runs. Of all this, only the number of ranks and the kind of device change what comes out, by rounding.
+    """How a job runs. Only the number of ranks and the kind of device affect the result, and only by rounding.
 
     Attributes:
         say: Told what is worth knowing.
@@ -114,7 +114,7 @@ def quantize_streaming(
         "transformers": version("transformers"), "hf-quant": version("hf-quant"),
     }  # fmt: skip
     ranks.barrier(patient=True)  # the first one may still be measuring the model before this
-    opened = journal(work, job, settings.say) if ranks.first else nullcontext(None)
+    opened = open_journal(work, job, settings.say) if ranks.first else nullcontext(None)
     with opened as done, torch.no_grad():
         parts = ranks.shared(done.parts if done else None)
         if done is not None:
@@ -138,7 +138,7 @@ def _walk(
     source: _Source, ids: Tensor, recipe: Recipe, done: Journal | None, work: Path, finished: int, scratch: Path,
     settings: Settings,
 ) -> None:  # fmt: skip
-    """Block by block: those that are finished run forward, the others are quantized and committed."""
+    """Block by block: finished blocks are only run, the others are quantized and committed."""
     stored = Stored(source.tensors.dtype, source.tensors.read)
     streams, calls = _embed(source, ids, recipe.decision.needs_twin(source.plan.schemes.values()), scratch, settings)
     for i, name in enumerate(settings.progress(list(source.blocks))):
@@ -152,7 +152,7 @@ def _walk(
             solved = solve(block, streams[0], recipe, *streams[1:])
             if done is not None:
                 _commit(done, source, block, solved, i)
-            recipe.ranks.barrier()  # nobody goes on before the block is safe
+            recipe.ranks.barrier()  # no rank continues before the block is on disk
         block.module.to("meta")
         give_back_memory()
 
@@ -162,7 +162,7 @@ def _part(index: int) -> str:
 
 
 def report(parts: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> None:
-    """Say which blocks lost far more than the others, and which experts saw too little."""
+    """Report blocks with a much larger error than the others, and experts with too few tokens."""
     errors = sorted(part["error"] for part in parts)
     usual = errors[len(errors) // 2] if errors else 0.0
     for part in parts:
@@ -181,11 +181,11 @@ def report(parts: Sequence[Mapping[str, Any]], say: Callable[[str], None]) -> No
 
 @contextmanager
 def _beside(work: Path) -> Iterator[Path]:
-    """Where activations go: beside the work, which is where the room is, and gone when the process is."""
+    """File for hidden states, beside the work folder; the system removes it when the process ends."""
     with blaming(work):
         work.mkdir(parents=True, exist_ok=True)
-        made = TemporaryDirectory(dir=work, prefix="activations-", ignore_cleanup_errors=True)
-    with made as folder:
+        temporary = TemporaryDirectory(dir=work, prefix="activations-", ignore_cleanup_errors=True)
+    with temporary as folder:
         yield Path(folder)
 
 
@@ -207,10 +207,10 @@ def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool) -> _Sour
 
 
 def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
-    """Read the parameters whose names are wanted, in float32: faster than bf16 on most CPUs, and nothing is lost.
+    """Read parameters by name, in float32, which is faster than bf16 on most CPUs and loses nothing.
 
-    Embeddings stay as they are, mapped from the file: only a few rows are looked at. All else is a copy, since it is changed
-    and read again.
+    Embeddings stay mapped from the file, since only a few rows are read. All others are copies, since they are changed and
+    read again.
     """
     for name, parameter in list(source.model.named_parameters()):
         if wanted(name):
@@ -227,8 +227,8 @@ def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
 
 def _embed(
     source: _Source, ids: Tensor, twice: bool, scratch: Path, settings: Settings
-) -> tuple[list[Activations], Calls]:
-    """What enters the first block (twice, where the float model is followed), and what each block is called with."""
+) -> tuple[list[HiddenStates], Calls]:
+    """The inputs of the first block (twice if the float model is followed), and the arguments of all blocks."""
     model, base = source.model, source.model.base_model
     prefix = "" if base is model else f"{model.base_model_prefix}."
     _fill(source, lambda name: name.startswith(prefix) and source.owner(name) in (None, next(iter(source.blocks))))
@@ -240,18 +240,18 @@ def _embed(
         settings.say(f"{need / 1e9:.1f} GB of activations go to disk")
     hidden, calls = embed(base, source.blocks, ids, None if need <= room else scratch / "hidden", settings.ranks)
     for module in base.modules():
-        if isinstance(module, nn.Embedding):  # they may be larger than a block, and have done their work
+        if isinstance(module, nn.Embedding):  # which may be larger than a block, and are no longer needed
             module.to("meta")
     streams = [hidden]
     if twice:
-        other = Activations.room(shape, hidden.size, torch.float32, None if need <= room else scratch / "original")
+        other = HiddenStates.room(shape, hidden.size, torch.float32, None if need <= room else scratch / "original")
         other.copy_from(hidden)
         streams.append(other)
     return streams, calls
 
 
-def _pass_by(source: _Source, block: Block, file: Path, streams: list[Activations], ranks: Ranks) -> None:
-    """A finished block is only run forward, the float one too where it is followed."""
+def _pass_by(source: _Source, block: Block, file: Path, streams: list[HiddenStates], ranks: Ranks) -> None:
+    """Run a finished block, and the float block too if the float model is followed."""
     if len(streams) > 1:
         advance(block, streams[1], ranks)
     take_part(block, file, format_named(source.plan.format))
@@ -264,7 +264,7 @@ def _commit(done: Journal, source: _Source, block: Block, solved: Solved, index:
 
 
 def _assemble(source: _Source, done: Journal, stage: Path) -> None:
-    """A complete checkpoint: the files of the finished blocks, one more for all the rest, and an index."""
+    """Write a complete checkpoint: the files of the blocks, a file for all other tensors, and an index."""
     count = len(done.parts) + 1
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, part in zip(names, done.parts, strict=False):

@@ -1,4 +1,4 @@
-"""Every weight of a model that could be quantized."""
+"""All weights of a model that can be quantized."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Kind = Literal["linear", "conv1d", "experts", "embedding"]
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A weight that could be quantized: a module's ``weight``, or one stack of an experts layer."""
+    """A weight that can be quantized: the ``weight`` of a module, or a stack of an experts layer."""
 
     kind: Kind
     shape: tuple[int, ...]  # [N, K], or [E, N, K]
@@ -24,23 +24,23 @@ class Candidate:
 
     @property
     def in_features(self) -> int:
-        """K."""
+        """The number of columns, K."""
         return self.shape[-1]
 
 
 def candidates(model: Any) -> dict[str, Candidate]:
-    """Every weight of ``model`` that could be quantized, by name; the model may be on the meta device."""
-    found: dict[str, Candidate] = {}
+    """All weights of ``model`` that can be quantized, by name; the model may be on the meta device."""
+    by_name: dict[str, Candidate] = {}
     embedding = _input_embeddings(model)
     for name, module in model.named_modules():
-        found |= dict(_candidates_in(name, module, module is embedding))
-    return found
+        by_name |= dict(_candidates_in(name, module, module is embedding))
+    return by_name
 
 
 def _input_embeddings(model: Any) -> Any:
     try:
         return model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # a model of images or sounds
+    except (AttributeError, NotImplementedError):  # models of images or sounds have none
         return None
 
 

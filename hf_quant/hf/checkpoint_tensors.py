@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint under the names that the model has for its parameters.
+"""The tensors of a float checkpoint by the names of the model's parameters.
 
-transformers renames, stacks and concatenates while it loads; here the same conversions are applied to one parameter at a
-time, so that a block can be read alone.
+transformers renames, stacks and concatenates tensors while it loads. Here the same conversions are applied to one parameter at
+a time, so that a block can be read alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 
 @dataclass
 class Tensors:
-    """What each parameter is made of.
+    """The parameters of a model, read from its checkpoint.
 
     Attributes:
-        checkpoint: Where the tensors are.
-        model: Whose parameters; may be on the meta device.
+        checkpoint: The checkpoint.
+        model: The model; may be on the meta device.
     """
 
     checkpoint: Checkpoint
@@ -40,39 +40,39 @@ class Tensors:
         for name in sorted(self.checkpoint.tensors, key=_naturally):  # expert 10 after expert 9
             target, converter, pattern = _renamed(name, transforms, self._parameters, self.model.base_model_prefix)
             first, *others = converter.target_patterns if converter is not None else ("",)
-            for each in (target, *(target.replace(first, other) for other in others)):
-                self._sources.setdefault(each, []).append((name, pattern))
+            for parameter in (target, *(target.replace(first, other) for other in others)):
+                self._sources.setdefault(parameter, []).append((name, pattern))
                 if converter is not None:
-                    self._converters[each] = converter
+                    self._converters[parameter] = converter
 
     def read(self, name: str) -> Tensor:
-        """One parameter of the model.
+        """A parameter of the model.
 
         Raises:
-            HfQuantError: The checkpoint has nothing it could be made of.
+            HfQuantError: The checkpoint has no tensors for it.
         """
-        found = self._sources.get(name)
-        if found is None:
+        sources = self._sources.get(name)
+        if sources is None:
             raise HfQuantError(f"the checkpoint has no tensor for {name}")
         converter = self._converters.get(name)
         if converter is None:
-            return self.checkpoint.read(found[0][0])
-        made: dict[str, Any] = {}
-        for tensor, pattern in found:
-            made.setdefault(str(pattern), []).append(self.checkpoint.read(tensor))
+            return self.checkpoint.read(sources[0][0])
+        converted: dict[str, Any] = {}
+        for tensor, pattern in sources:
+            converted.setdefault(str(pattern), []).append(self.checkpoint.read(tensor))
         for operation in converter.operations:
-            made = operation.convert(
-                made, source_patterns=converter.source_patterns, target_patterns=converter.target_patterns,
+            converted = operation.convert(
+                converted, source_patterns=converter.source_patterns, target_patterns=converter.target_patterns,
                 full_layer_name=name, model=self.model, config=self.model.config, missing_keys=None,
             )  # fmt: skip
-        value = next(value for target, value in made.items() if target in name)
+        value = next(value for target, value in converted.items() if target in name)
         return value[0] if isinstance(value, list) else value
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a parameter as it is stored.
+        """The stored dtype of a parameter.
 
         Raises:
-            CheckpointError: It is stored in 8-bit floats or integers, which mean nothing without their scales.
+            CheckpointError: It is stored as 8-bit floats or integers, which have no meaning without their scales.
         """
         source = self._sources[name][0][0]
         info = self.checkpoint.tensors[source]
@@ -84,13 +84,13 @@ class Tensors:
         return DTYPES[info.dtype]
 
     def unused(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """What the checkpoint holds under ``prefix`` besides parameters: buffers, mostly."""
+        """The tensors under ``prefix`` that are not parameters, which are mostly buffers."""
         for target, sources in self._sources.items():
             if target.startswith(prefix) and target not in self._parameters:
                 yield target, self.checkpoint.read(sources[0][0])
 
     def outside(self, blocks: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """Everything that belongs to no block; what goes through a conversion keeps the checkpoint's name."""
+        """All tensors outside of the blocks; those that go through a conversion keep their names in the checkpoint."""
         for target, sources in self._sources.items():
             if not any(target.startswith(f"{block}.") for block in blocks):
                 for name, pattern in sources:
@@ -102,7 +102,7 @@ def _naturally(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _renamed(name: str, transforms: list[Any], parameters: set[str], prefix: str) -> tuple[str, Any, str | None]:
-    """The parameter a tensor belongs to, and the converter it goes through with its pattern."""
+    """The parameter that a tensor belongs to, its converter, and the pattern of that."""
     for transform in transforms:
         if not hasattr(transform, "operations"):
             name, _ = transform.rename_source_key(name)
@@ -115,8 +115,8 @@ def _renamed(name: str, transforms: list[Any], parameters: set[str], prefix: str
 
 
 def _with_prefix(name: str, parameters: set[str], prefix: str) -> str:
-    """A checkpoint of the base model alone lacks the prefix, one of a whole model has it."""
+    """The name with or without the prefix of the base model, whichever the model has."""
     if name in parameters:
         return name
     candidates = (f"{prefix}.{name}", name.removeprefix(f"{prefix}."))
-    return next((each for each in candidates if each in parameters), name)
+    return next((candidate for candidate in candidates if candidate in parameters), name)

@@ -58,30 +58,30 @@ def homes(model: Any, contents: Contents) -> dict[str, str]:
     Raises:
         CheckpointError: The model has no place for a layer.
     """
-    found, rename, parameters = candidates(model), renamer(model), dict(model.named_parameters())
-    made: dict[str, str] = {}
+    by_name, rename, parameters = candidates(model), renamer(model), dict(model.named_parameters())
+    places: dict[str, str] = {}
     for module, layer in contents.layers.items():
         target, converted = rename(f"{module}.weight") if len(layer.shape) == 2 else rename(module)
-        home, experts = _home(target, found)
-        if experts and home in found and not getattr(model.get_submodule(experts), "is_concatenated", True):
+        home, experts = _home(target, by_name)
+        if experts and home in by_name and not getattr(model.get_submodule(experts), "is_concatenated", True):
             raise CheckpointError(f"{contents.where(module)}: this model interleaves the rows of gate and up")
-        if home in found:
-            if converted and found[home].kind != "experts":
+        if home in by_name:
+            if converted and by_name[home].kind != "experts":
                 raise CheckpointError(
                     f"{contents.where(module)}: transformers rearranges this weight, which codes do not allow"
                 )
-            made[module] = home
+            places[module] = home
         elif target in parameters and parameters[target].shape == layer.shape:  # routers
-            made[module] = target
+            places[module] = target
         elif not _may_be_left(model, f"{module}.weight"):
             raise CheckpointError(f"{contents.where(module)}: the model has no layer of that name")
-    return made
+    return places
 
 
-def _home(target: str, found: Mapping[str, Candidate]) -> tuple[str, str]:
+def _home(target: str, by_name: Mapping[str, Candidate]) -> tuple[str, str]:
     """The layer or stack that a renamed tensor belongs to; and the experts layer, if other programs took it apart."""
-    home = target if target in found else target.removesuffix(".weight")
-    piece = _PIECE.fullmatch(home) if home not in found else None
+    home = target if target in by_name else target.removesuffix(".weight")
+    piece = _PIECE.fullmatch(home) if home not in by_name else None
     return (f"{piece['experts']}.{PIECES[piece['piece']]}", piece["experts"]) if piece else (home, "")
 
 
@@ -95,7 +95,7 @@ def place(model: Any, contents: Contents) -> Placed:
     Raises:
         CheckpointError: A layer has no place in the model or another shape there, or a stack is not complete.
     """
-    found = candidates(model)
+    by_name = candidates(model)
     placed = Placed(
         homes=homes(model, contents),
         notes=sorted({layer.note for layer in contents.layers.values() if layer.note and layer.scheme}),
@@ -105,8 +105,8 @@ def place(model: Any, contents: Contents) -> Placed:
         by_home.setdefault(home, {})[module] = contents.layers[module]
     for home, layers in by_home.items():
         placed.files[home.removesuffix(".weight")] = contents.where(next(iter(layers)))
-        if home in found:
-            _place_one(placed, home, found[home], layers, contents)
+        if home in by_name:
+            _place_one(placed, home, by_name[home], layers, contents)
         else:
             leaf = home.removesuffix(".weight").rpartition(".")[2]
             placed.dense[home.removesuffix(".weight")] = f"{leaf}: the model keeps this weight in floating point"
@@ -121,11 +121,11 @@ def place(model: Any, contents: Contents) -> Placed:
 def aliases(model: Any) -> Called:
     """The names that a ``quantization_config`` may mean a module of the checkpoint by: its own there, that of the model, and
     the latter with or without the prefix of the base model, since that part may be loaded alone."""
-    rename, prefix, found = renamer(model), f"{model.base_model_prefix}.", candidates(model)
+    rename, prefix, by_name = renamer(model), f"{model.base_model_prefix}.", candidates(model)
 
     def called(module: str) -> list[str]:
         targets = (rename(name)[0] for name in (f"{module}.weight", module))  # of a layer, of a stack of experts
-        home = next((home for target in targets if (home := _home(target, found)[0]) in found), module)
+        home = next((home for target in targets if (home := _home(target, by_name)[0]) in by_name), module)
         return list(dict.fromkeys([module, home, home.removeprefix(prefix), prefix + home]))
 
     return called

@@ -209,9 +209,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         overrides = {
             name: QuantScheme.parse(slug) for name, slug in self._both(self.overrides).items() if slug is not None
         }
-        made = fmt.config_of_plan(self.default_scheme, overrides, self.modules_to_not_convert)
+        config = fmt.config_of_plan(self.default_scheme, overrides, self.modules_to_not_convert)
         ours = {"version": self.version, "method": self.method, "share_quantized": self.share_quantized}
-        return made | {"hf_quant": ours}  # by this key we know our own checkpoints again
+        return config | {"hf_quant": ours}  # the key that marks checkpoints of this package
 
     def _both(self, overrides: Mapping[str, str | None]) -> dict[str, str | None]:
         """Under the names of the modules, and under those in the files too: readers of checkpoints know either."""
@@ -232,20 +232,22 @@ class HfQuantConfig(QuantizationConfigMixin):
         return {}
 
 
-def refuse_requantizing(stored: Any, asked: HfQuantConfig | None) -> None:
+def refuse_requantizing(stored: Any, requested: HfQuantConfig | None) -> None:
     """Refuse settings for a checkpoint that is quantized already: its codes would stay what they are.
 
     Args:
         stored: ``quantization_config`` of the checkpoint.
-        asked: What it is loaded with.
+        requested: The configuration it is loaded with.
 
     Raises:
-        PlanError: ``asked`` says how to quantize, and not just what ``stored`` says.
+        PlanError: ``requested`` says how to quantize, other than ``stored`` does.
     """
     stored = stored if isinstance(stored, Mapping) else stored.to_dict()
-    if asked is not None and asked.to_dict() != dict(stored):
-        own = stored.get("quant_method") == "hf_quant"  # others mean something else by the same words
-        differing = [name for name in asked.given if not own or getattr(asked, name) != stored.get(name)]
+    if requested is not None and requested.to_dict() != dict(stored):
+        same_package = stored.get("quant_method") == "hf_quant"  # the same fields mean something else in others
+        differing = [
+            name for name in requested.given if not same_package or getattr(requested, name) != stored.get(name)
+        ]
         if differing:
             raise PlanError(f"quantization_config: {differing[0]}: {quantized_already(stored)}")
 
@@ -287,11 +289,11 @@ def taken_over(stored: Mapping[str, Any], activations: str | None = None) -> HfQ
 
 def _default_scheme(scheme: str | None, **fields: Any) -> QuantScheme:
     """The scheme that is named, or the one of the fields that are not None."""
-    given = {name: value for name, value in fields.items() if value is not None}
+    named = {name: value for name, value in fields.items() if value is not None}
     if scheme is None:
-        return QuantScheme(**({"bits": 4} | given))
+        return QuantScheme(**({"bits": 4} | named))
     parsed = QuantScheme.parse(scheme)
-    for name, value in given.items():
+    for name, value in named.items():
         if getattr(parsed, name) != value:
             raise SchemeError(
                 f"quantization_config: scheme {scheme!r} and {name}={value!r} contradict each other: give one of them"
@@ -314,8 +316,8 @@ def _unknown(names: Collection[str]) -> str:
     fields = [name for name in inspect.signature(HfQuantConfig).parameters if name != "unknown"]
     hints = []
     for name in sorted(names):
-        meant = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, fields, 1)), None)
-        hints.append(f"{name!r}" + (f" (did you mean {meant}?)" if meant else ""))
+        suggestion = OTHER_NAMES.get(name) or next(iter(difflib.get_close_matches(name, fields, 1)), None)
+        hints.append(f"{name!r}" + (f" (did you mean {suggestion}?)" if suggestion else ""))
     return f"quantization_config has no field {', '.join(hints)}; there is {', '.join(fields)}"
 
 

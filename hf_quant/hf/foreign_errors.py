@@ -1,4 +1,4 @@
-"""What transformers and the Hub's client raise over a stranger's files, as errors of this package."""
+"""Turns errors of transformers and the Hub's client about a checkpoint into errors of this package."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 from hf_quant.errors import CheckpointError, DiskError, HfQuantError, printable
 
-OWN_WORDS = (HfQuantError, MemoryError, torch.OutOfMemoryError)  # these say themselves what is wrong
-FILE = "config.json"  # what transformers reads besides weights, which are checked before it sees them
+OWN_WORDS = (HfQuantError, MemoryError, torch.OutOfMemoryError)  # raised unchanged
+FILE = "config.json"  # the cause: weights have been checked before transformers reads them
 
 
 @contextmanager
 def explained(model: str) -> Iterator[None]:
-    """Raise whatever transformers raises as an `HfQuantError` that names the checkpoint.
+    """Raise every error of the body as an `HfQuantError` that names the checkpoint.
 
     Args:
         model: Folder or Hub id.
 
     Raises:
-        DiskError: For an OSError: a file is not there, or cannot be read or downloaded.
-        CheckpointError: For anything else: config.json says what transformers cannot build, or the weights do not fit.
+        DiskError: For an OSError: a file is missing, or cannot be read or downloaded.
+        CheckpointError: For all others: transformers cannot build what config.json says, or the weights do not fit.
     """
     try:
         yield

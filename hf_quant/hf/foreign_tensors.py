@@ -24,7 +24,7 @@ def conversions(quantizer: Any, fmt: Format, of_model: list[Any]) -> list[Any]:
     """What transformers must do with the tensors: first ours for stacks, then the model's own, then ours for layers."""
     pieces = [WeightConverter([f"experts.*.{piece}.weight" for piece, of in PIECES.items() if of == stack], f"experts.{stack}",
                               [MergeModulelist()]) for stack in dict.fromkeys(PIECES.values())]  # fmt: skip
-    stacks = [made for c in [*of_model, *pieces] if (made := _for_stack(quantizer, fmt, c)) is not None]
+    stacks = [stack for c in [*of_model, *pieces] if (stack := _for_stack(quantizer, fmt, c)) is not None]
     # a pattern may match from anywhere in a name, and in older versions did not end where it ends: dot and dollar
     layers = WeightConverter(
         [_pattern("", local) for local in _longest_first(fmt)], ".weight", [ReadLayer(quantizer, fmt)]
@@ -122,21 +122,25 @@ class ReadStack(_Read):
         module = model.get_submodule(path)
         scheme = module.schemes.get(leaf) if isinstance(module, QuantExperts) else None
         experts = getattr(module, leaf).shape[0]
-        made: dict[str, Tensor] = {}
+        stacked: dict[str, Tensor] = {}
         for expert in range(experts):
-            own = [{local: tensors[expert] for local, tensors in part.items()} for part in parts]
+            of_expert = [{local: tensors[expert] for local, tensors in part.items()} for part in parts]
             if scheme is None:
-                one = {name: torch.cat([self._dense(each) for each in own])}
+                one = {name: torch.cat([self._dense(piece) for piece in of_expert])}
             else:
-                one = _joined([self.fmt.read(each, scheme) for each in own]).parts(name)
+                one = _joined([self.fmt.read(piece, scheme) for piece in of_expert]).parts(name)
             for full, tensor in one.items():
-                if full not in made:
-                    made[full] = tensor.new_empty((experts, *tensor.shape), dtype=model.get_parameter(full).dtype)
-                made[full][expert] = tensor
-        return {full: frozen(tensor) for full, tensor in made.items()}
+                if full not in stacked:
+                    stacked[full] = tensor.new_empty((experts, *tensor.shape), dtype=model.get_parameter(full).dtype)
+                stacked[full][expert] = tensor
+        return {full: frozen(tensor) for full, tensor in stacked.items()}
 
-    def _dense(self, own: dict[str, Tensor]) -> Tensor:
-        return own["weight"] if list(own) == ["weight"] and own["weight"].dtype.itemsize > 1 else self.fmt.dense(own)
+    def _dense(self, tensors: dict[str, Tensor]) -> Tensor:
+        return (
+            tensors["weight"]
+            if list(tensors) == ["weight"] and tensors["weight"].dtype.itemsize > 1
+            else self.fmt.dense(tensors)
+        )
 
 
 def _local(pattern: str) -> str:

@@ -1,4 +1,4 @@
-"""Weights that were pulled are held against the manifest of their repository; the client itself checks only their size."""
+"""Checks downloaded weights against the manifest of their repository; the Hub's client checks only their size."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ logger = logging.get_logger(__name__)
 
 
 def check_weights(files: Sequence[Path], *, ours: bool = True) -> None:
-    """Check the sha256 of ``files`` where there is a manifest; ``HF_QUANT_VERIFY=0`` leaves it out.
+    """Check the SHA-256 of ``files`` if there is a manifest; ``HF_QUANT_VERIFY=0`` disables the check.
 
-    The manifest is looked for on the Hub with the options that ``from_pretrained`` was given; nothing goes over the network
-    where that was told ``local_files_only=True``, or ``HF_HUB_OFFLINE=1`` is set.
+    The manifest is downloaded with the options of ``from_pretrained``; with ``local_files_only=True`` or ``HF_HUB_OFFLINE=1``, only the
+    cache is used.
 
     Args:
-        files: Of one checkpoint, as named: in a folder, or in a snapshot of the Hub's cache.
-        ours: Whether this package wrote the checkpoint, so that a manifest can be expected. Only then is it a warning that
-            the Hub does not answer.
+        files: Files of one checkpoint, in a folder or in a snapshot of the Hub's cache.
+        ours: Whether this package wrote the checkpoint, so that a manifest can be expected. Only then is it a warning if the Hub
+            does not answer.
 
     Raises:
-        CheckpointError: One holds something else than was published.
+        CheckpointError: A file differs from the published one.
     """
     if os.environ.get("HF_QUANT_VERIFY") == "0" or not files:  # an index may list no tensors
         return
@@ -50,9 +50,9 @@ def check_weights(files: Sequence[Path], *, ours: bool = True) -> None:
 
 
 def _pulled(folder: Path, ours: bool) -> Path | None:
-    """The manifest of the same commit, where ``folder`` is ``models--owner--name/snapshots/<commit>`` of a cache, or a
-    folder in there."""
-    snapshot = next((each for each in (folder, *folder.parents) if each.parent.name == "snapshots"), folder)
+    """The manifest of the same commit, if ``folder`` is ``models--owner--name/snapshots/<commit>`` of a cache, or a folder in
+    there."""
+    snapshot = next((parent for parent in (folder, *folder.parents) if parent.parent.name == "snapshots"), folder)
     store = snapshot.parent.parent
     if snapshot.parent.name != "snapshots" or not store.name.startswith("models--"):
         return None
@@ -70,7 +70,7 @@ def _pulled(folder: Path, ours: bool) -> Path | None:
         if not isinstance(error, LocalEntryNotFoundError):
             logger.debug(f"{repo_id} has no {name}")
             return None
-    except Exception:  # the client lets through whatever its transport raises
+    except Exception:  # the client passes on any error of its transport
         pass
     report = logger.warning if ours and not offline else logger.info
     report(printable(f"{repo_id}: {name} cannot be read now, so its weights were not checked"))

@@ -1,7 +1,7 @@
-"""Keys and values in INT8 or INT4: a transformers cache that any model takes in place of its own.
+"""Keys and values in INT8 or INT4: a transformers cache that replaces the default one of any model.
 
-INT8: symmetric, one scale for each token and head. INT4: as in KIVI (arXiv:2402.02750) keys by channel, since some channels
-are large everywhere, and values by token, both in groups with a zero point; the newest tokens stay in floating point.
+INT8: symmetric, one scale for each token and head. INT4: as in KIVI (arXiv:2402.02750), keys by channel, since some channels are
+large for all tokens, and values by token, both in groups with a zero point; the newest tokens stay in floating point.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from hf_quant.core.packing import pack, unpack
 from hf_quant.errors import HfQuantError
 
 KINDS = {"int8": 8, "int4": 4}
-GROUP, RECENT = 32, 128  # tokens or channels that share a scale; newest tokens left as they are, in INT4
+GROUP, RECENT = 32, 128  # tokens or channels that share a scale; newest tokens in floating point, for INT4
 logger = logging.get_logger(__name__)
 
 
 class QuantCache(Cache):
     """Pass a new one as ``past_key_values`` to ``model(...)`` or ``model.generate(...)`` (``cache`` since transformers 5.24).
 
-    Layers with a window or a state of their own keep them in floating point, which is said once.
+    Layers with a sliding window or another kind of state stay in floating point, with one message about it.
 
     Args:
-        config: Of the model.
+        config: Configuration of the model.
         bits: 8 or 4.
-        recent: With 4 bits, so many of the newest tokens stay in floating point.
+        recent: With 4 bits, the number of newest tokens that stay in floating point.
 
     Raises:
-        HfQuantError: ``bits`` is neither, or ``recent`` is negative.
+        HfQuantError: ``bits`` is neither 8 nor 4, or ``recent`` is negative.
     """
 
     def __init__(self, config: PreTrainedConfig, bits: int = 8, *, recent: int = RECENT) -> None:
@@ -46,27 +46,27 @@ class QuantCache(Cache):
             )
         layers = DynamicCache(config=config).layers or [DynamicLayer() for _ in range(config.num_hidden_layers)]  # type: ignore[no-untyped-call]
         plain = [type(layer) is DynamicLayer for layer in layers]
-        made = [
+        cache_layers = [
             (Int8Layer() if bits == 8 else Int4Layer(recent)) if p else x for p, x in zip(plain, layers, strict=True)
         ]
         if not all(plain):
             kinds = ", ".join(sorted({type(x).__name__ for p, x in zip(plain, layers, strict=True) if not p}))
             logger.warning_once(f"the cache of {plain.count(False)} layers stays in floating point: {kinds}")
-        super().__init__(layers=made)
+        super().__init__(layers=cache_layers)
 
     @property
     def nbytes(self) -> int:
-        """Of everything that is kept."""
+        """Size of all tensors in the cache."""
         return cache_bytes(self)
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes that a cache of transformers, or of this module, keeps."""
+    """Size of a cache of transformers or of this module, in bytes."""
     return sum(t.nbytes for layer in cache.layers for t in vars(layer).values() if isinstance(t, Tensor))
 
 
 class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """One layer. Every tensor kept is ``[B, heads, ..., ...]``, and is named in ``parts``."""
+    """One layer. The tensors are ``[B, heads, ..., ...]``, and ``parts`` has their names."""
 
     parts: tuple[str, ...] = ()
     keys: Any
@@ -81,7 +81,7 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.device, self.dtype, self.is_initialized = key_states.device, key_states.dtype, True
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in self.parts:
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
@@ -100,7 +100,7 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
         self.is_initialized = False
 
     def crop(self, count: int) -> None:
-        """Drop the last ``-count`` tokens; a positive ``count`` keeps so many, as transformers had it before 5.24."""
+        """Drop the last ``-count`` tokens; a positive ``count`` keeps that many, as in transformers before 5.24."""
         left = self.get_seq_length() + count if count <= 0 else count
         if self.is_initialized and left < self.get_seq_length():
             self._cut(max(left, 0))
@@ -109,23 +109,23 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
         raise NotImplementedError
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda t: t.repeat_interleave(repeats, 0))
+        self._map(lambda t: t.repeat_interleave(repeats, 0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda t: t[indices])
+        self._map(lambda t: t[indices])
 
     def offload(self) -> None:
-        self._each(lambda t: t.to("cpu", non_blocking=True))
+        self._map(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        self._each(lambda t: t.to(self.device, non_blocking=True))
+        self._map(lambda t: t.to(self.device, non_blocking=True))
 
 
 class Int8Layer(_Layer):  # type: ignore[no-untyped-call]
-    """What attention sees is read back from the codes, new tokens too: no matter how a text is cut into calls."""
+    """Attention reads all tokens back from codes, new ones too, so the result does not depend on how a text is split into calls."""
 
     key_scale: Any
     value_scale: Any
@@ -149,11 +149,11 @@ class Int8Layer(_Layer):  # type: ignore[no-untyped-call]
         return 0 if self.keys is None else int(self.keys.shape[-2])
 
     def _cut(self, left: int) -> None:
-        self._each(lambda t: t[..., :left, :])
+        self._map(lambda t: t[..., :left, :])
 
 
 class Int4Layer(_Layer):  # type: ignore[no-untyped-call]
-    """Groups of `GROUP` tokens become codes as soon as ``recent`` newer ones are there."""
+    """Groups of `GROUP` tokens are quantized once there are ``recent`` newer tokens."""
 
     key_codes: Any
     value_codes: Any
@@ -162,7 +162,7 @@ class Int4Layer(_Layer):  # type: ignore[no-untyped-call]
     value_scale: Any
     value_low: Any
     parts = (
-        "keys", "values",  # the newest, in floating point [B, H, R, D]
+        "keys", "values",  # newest tokens in floating point [B, H, R, D]
         "key_codes", "value_codes",  # uint8 [B, H, T, D / 2]
         "key_scale", "key_low",  # [B, H, T / GROUP, D]
         "value_scale", "value_low",  # [B, H, T, D / group]
@@ -212,19 +212,19 @@ class Int4Layer(_Layer):  # type: ignore[no-untyped-call]
 
     def _cut(self, left: int) -> None:
         coded = 0 if self.key_codes is None else int(self.key_codes.shape[-2])
-        if left < coded:  # the rest of a group that is cut goes back to floating point
+        if left < coded:  # tokens of an incomplete group go back to floating point
             keys, values = self._read()
-            whole = left // GROUP * GROUP
-            self.keys, self.values = keys[..., whole:left, :].clone(), values[..., whole:left, :].clone()
+            coded_tokens = left // GROUP * GROUP
+            self.keys, self.values = keys[..., coded_tokens:left, :].clone(), values[..., coded_tokens:left, :].clone()
             for name in self.parts[2:]:
-                rows = whole // GROUP if name in ("key_scale", "key_low") else whole
+                rows = coded_tokens // GROUP if name in ("key_scale", "key_low") else coded_tokens
                 setattr(self, name, getattr(self, name)[..., :rows, :])
         else:
             self.keys, self.values = self.keys[..., : left - coded, :], self.values[..., : left - coded, :]
 
 
 def _codes(groups: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of 0..15 along ``axis``, their scale and their lowest value, as the dtype of ``groups`` stores them."""
+    """Codes of 0..15 along ``axis``, their scale and their lowest value, in the dtype of ``groups``."""
     wide = groups.float()
     low = wide.amin(axis, keepdim=True)
     scale = floored((wide.amax(axis, keepdim=True) - low) / 15, groups.dtype)

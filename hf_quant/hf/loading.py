@@ -1,4 +1,4 @@
-"""Entrances beside ``from_pretrained``, and what training on top of a quantized model needs."""
+"""Loading besides ``from_pretrained``, and preparation for training adapters on a quantized model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hf_quant.hf.preflight import check_rest, refuse_unexplained
 
 
 def load(model: str, **kwargs: Any) -> Any:
-    """``from_pretrained`` of the class the checkpoint names; what other programs quantized runs with its own codes.
+    """``from_pretrained`` of the class that the checkpoint names; checkpoints of other programs keep their codes.
 
     Args:
         model: Folder or Hub id.
@@ -35,8 +35,8 @@ def load(model: str, **kwargs: Any) -> Any:
             ``trust_remote_code``, ...
 
     Raises:
-        CheckpointError: The config names no class of transformers; or something in the checkpoint is not as it must be.
-        FormatError: It was quantized in a way that this package does not read.
+        CheckpointError: The config names no class of transformers, or something in the checkpoint is invalid.
+        FormatError: It is quantized in a way that this package does not read.
     """
     hub, folder = hub_options(kwargs), Path(model)
     config = kwargs.pop("config", None) or config_of(model, **hub)
@@ -44,7 +44,7 @@ def load(model: str, **kwargs: Any) -> Any:
         stored = stored_in(config, folder)
         if isinstance(stored, Mapping):
             foreign = stored.get("quant_method") != "hf_quant"
-            # some say it elsewhere; and by these fields transformers would take it for another program's
+            # some have it in another file, and by these fields transformers would take it for another program's checkpoint
             fields = {name: value for name, value in stored.items() if foreign or not name.startswith("load_in_")}
             config.quantization_config = fields
             if foreign and "quantization_config" not in kwargs:
@@ -58,11 +58,11 @@ def load(model: str, **kwargs: Any) -> Any:
 
 
 def stored_in(config: Any, folder: Path) -> Any:
-    """The ``quantization_config`` of a model, wherever it stands; None if it is not quantized.
+    """The ``quantization_config`` of a model, from whichever file has it; None if the model is not quantized.
 
     Args:
         config: As `hf_quant.hf.auto.config_of` gives it.
-        folder: Where the model is, if it is a local one.
+        folder: The folder of a local model.
     """
     for part in (config, config.get_text_config(decoder=True)):
         for field in FIELDS:
@@ -72,10 +72,10 @@ def stored_in(config: Any, folder: Path) -> Any:
 
 
 def understood(stored: Mapping[str, Any]) -> HfQuantConfig:
-    """What a ``quantization_config`` says, of this package or another.
+    """The configuration for a ``quantization_config`` of this package or another one.
 
     Raises:
-        HfQuantError: It says something that is not read here; the message names the field.
+        HfQuantError: This package does not read it; names the field.
     """
     if stored.get("quant_method") == "hf_quant":
         return HfQuantConfig.from_dict(dict(stored))
@@ -83,16 +83,16 @@ def understood(stored: Mapping[str, Any]) -> HfQuantConfig:
 
 
 def take_over(*methods: str) -> None:
-    """From now on, in this program, run checkpoints of these kinds even where ``from_pretrained`` is not asked to.
+    """From now on, run checkpoints of these kinds with this package, even if ``from_pretrained`` is not asked to.
 
     ``HF_QUANT_TAKE_OVER="gptq,awq"`` in the environment says the same to a program whose code is not at hand.
 
     Args:
         methods: As ``quant_method`` in their config.json: ``"gptq"``, ``"awq"``, ``"compressed-tensors"``,
-            ``"bitsandbytes"``, ``"hqq"``, ``"auto-round"``, ``"torchao"``. None: stop it.
+            ``"bitsandbytes"``, ``"hqq"``, ``"auto-round"``, ``"torchao"``. No argument stops it.
 
     Raises:
-        PlanError: There is no such kind.
+        PlanError: A kind is unknown.
     """
     unknown = sorted(set(methods) - set(known_methods()))
     if unknown:
@@ -102,17 +102,17 @@ def take_over(*methods: str) -> None:
 
 
 def refuse_quantized(model: str, **hub: Any) -> None:
-    """Refuse a model that is quantized already, where one is to be quantized; ``hub`` as for `hf_quant.hf.auto.hub_options`.
+    """Refuse to quantize a model that is already quantized; ``hub`` as for `hf_quant.hf.auto.hub_options`.
 
     Raises:
-        PlanError: It is; says in which way, and what to do.
+        PlanError: It is quantized; says how, and what to do.
     """
     if stored := quantization_of(Path(model), config_of(model, **hub).to_dict()):
         raise PlanError(f"{model}: {quantized_already(stored)}")
 
 
 def plan_of(model: str, config: HfQuantConfig, **hub: Any) -> tuple[Any, Plan]:
-    """The model on the meta device, built from config.json alone, and what ``config`` would do to it."""
+    """The model on the meta device, built from config.json alone, and the plan of ``config`` for it."""
     refuse_quantized(model, **hub)
     on_meta = skeleton(model, **hub)
     return on_meta, make_plan(on_meta, config)
@@ -123,7 +123,7 @@ def skeleton(model: str, *, weights: Checkpoint | None = None, **hub: Any) -> An
 
     Args:
         model: Folder or Hub id.
-        weights: Its weights, whose type counts where config.json names none.
+        weights: Its checkpoint, which gives the dtype if config.json does not.
         hub: As for `hf_quant.hf.auto.hub_options`.
 
     Raises:
@@ -140,18 +140,18 @@ def skeleton(model: str, *, weights: Checkpoint | None = None, **hub: Any) -> An
 
 
 def sample_logits(model: Any) -> Tensor:
-    """Logits of a few tokens ``[1, 16, vocab]``, or whatever else the model gives for them: to compare models by."""
+    """Logits of a few tokens ``[1, 16, vocab]``, or the first output of a model without logits: to compare models."""
     ids = torch.arange(3, 19, device=model.device)[None] % model.config.get_text_config().vocab_size
     extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        made: Tensor = model(input_ids=ids, **extra)[0]
-    return made
+        logits: Tensor = model(input_ids=ids, **extra)[0]
+    return logits
 
 
 def prepare_for_training(model: Any, *, gradient_checkpointing: bool = True) -> Any:
-    """Freeze a quantized model and make it ready for adapters: gradients reach its inputs, activations are recomputed.
+    """Freeze a quantized model and prepare it for adapters: gradients reach its inputs, activations are recomputed.
 
-    PEFT's ``prepare_model_for_kbit_training`` knows only the methods of transformers itself; use this in its place.
+    To be used in place of PEFT's ``prepare_model_for_kbit_training``, which knows only the methods of transformers itself.
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -32,18 +32,18 @@ class Modules:
     plan: Plan
     scale_dtypes: Mapping[str, torch.dtype]
 
-    def put_in_place(self, model: Any, found: Mapping[str, Candidate], *, quantized: bool) -> None:
+    def put_in_place(self, model: Any, by_name: Mapping[str, Candidate], *, quantized: bool) -> None:
         """Replace every module of the plan by a quantized one, whose parameters are empty.
 
         Args:
             model: In floating point.
-            found: Its candidates.
+            by_name: Its candidates.
             quantized: Whether the parameters will be codes; if not, they are placeholders that loading quantizes.
         """
         for name in self.plan.schemes:
-            if found[name].kind != "experts":
+            if by_name[name].kind != "experts":
                 self._replace(model, name, quantized)
-        for name in dict.fromkeys(n.rpartition(".")[0] for n in self.plan.schemes if found[n].kind == "experts"):
+        for name in dict.fromkeys(n.rpartition(".")[0] for n in self.plan.schemes if by_name[n].kind == "experts"):
             self._replace_experts(model, name, quantized)
         if self.plan.tied:
             self._tie_companions(model)

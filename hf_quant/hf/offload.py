@@ -1,4 +1,4 @@
-"""Modules whose weights accelerate keeps elsewhere, and brings in only while they run."""
+"""Modules whose weights accelerate offloads, and loads only while they run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 
 
 def is_away(module: nn.Module) -> bool:
-    """Whether some of its own parameters are not in memory."""
+    """Whether some parameters of the module itself are offloaded."""
     return any(p.device.type == "meta" for p in module.parameters(recurse=False))
 
 
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """With its own parameters in memory."""
+    """Inside, the parameters of the module itself are in memory."""
     if not is_away(module):
         yield
         return

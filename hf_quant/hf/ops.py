@@ -14,6 +14,7 @@ from hf_quant.core.layout import part_name
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.hf._hooks import patterns_of
 from hf_quant.hf.plan import Plan
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
@@ -52,14 +53,16 @@ class KeepApart(ConversionOps):
         operations = getattr(converter, "operations", [])
         merges = operations[:1] and type(operations[0]) is MergeModulelist and operations[0].dim == 0
         joins = not operations[1:] or (type(operations[1]) is Concatenate and operations[1].dim == 1)
-        if not (merges and joins and len(operations) <= 2 and len(converter._original_target_patterns) == 1):
+        if not (merges and joins and len(operations) <= 2):
             return converter
-        sources, targets = converter._original_source_patterns, converter._original_target_patterns
-        made = WeightConverter(sources, targets, [cls(quantizer, operations)])
+        sources, targets = patterns_of(converter)
+        if len(targets) != 1:
+            return converter
+        replacement = WeightConverter(sources, targets, [cls(quantizer, operations)])
         for scope in ("scope_prefix", "base_model_prefix"):  # of a model within a model
             if hasattr(converter, scope):
-                setattr(made, scope, getattr(converter, scope))
-        return made
+                setattr(replacement, scope, getattr(converter, scope))
+        return replacement
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
@@ -90,12 +93,12 @@ class QuantizeOnLoad(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        made: dict[str, Tensor] = {}
+        converted: dict[str, Tensor] = {}
         for name in list(input_dict):
             value = input_dict.pop(name)  # so that the float tensor is gone before the next one comes
-            made |= self._one(name, value[0] if type(value) is list else value, model)
+            converted |= self._one(name, value[0] if type(value) is list else value, model)
         give_back_memory()
-        return made
+        return converted
 
     def _one(self, name: str, value: Tensor | Apart, model: Any) -> dict[str, Tensor]:
         path, _, leaf = name.rpartition(".")
@@ -121,19 +124,19 @@ class QuantizeOnLoad(ConversionOps):
     def _stack(
         self, name: str, value: Tensor | Apart, module: QuantExperts, leaf: str, placeholder: Tensor
     ) -> dict[str, Tensor]:
-        made: dict[str, Tensor] = {}
+        stacked: dict[str, Tensor] = {}
         experts = placeholder.shape[0]
-        found = len(value[0]) if isinstance(value, Apart) else value.shape[0]
-        _check_shape(name, (found,), (experts,))
+        count = len(value[0]) if isinstance(value, Apart) else value.shape[0]
+        _check_shape(name, (count,), (experts,))
         for e in range(experts):
             weight = torch.cat([source[e] for source in value]) if isinstance(value, Apart) else value[e]
             _check_shape(f"{name}[{e}]", weight.shape, placeholder.shape[1:])
             turned = weight.T if module.is_transposed else weight
             for local, part in self._matrix(f"{name}[{e}]", turned, module.schemes[leaf], placeholder.dtype).items():
                 if e == 0:
-                    made[local] = part.new_empty((experts, *part.shape))
-                made[local][e] = part
-        return made
+                    stacked[local] = part.new_empty((experts, *part.shape))
+                stacked[local][e] = part
+        return stacked
 
     def _matrix(self, name: str, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
         if not math.isfinite(weight.sum(dtype=torch.float32).item()):
@@ -148,6 +151,6 @@ class QuantizeOnLoad(ConversionOps):
         raise NotImplementedError("rounding cannot be undone")
 
 
-def _check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
-    if list(found) != list(expected):
-        raise CheckpointError(f"tensor {name} has shape {list(found)}, config.json says {list(expected)}")
+def _check_shape(name: str, actual: Sequence[int], expected: Sequence[int]) -> None:
+    if list(actual) != list(expected):
+        raise CheckpointError(f"tensor {name} has shape {list(actual)}, config.json says {list(expected)}")

@@ -12,6 +12,7 @@ from hf_quant.core.layout import bytes_of
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import CheckpointError, PlanError, SchemeError
 from hf_quant.formats import Format, formats, in_memory_format, saved_formats
+from hf_quant.hf._hooks import modules_in_float32
 from hf_quant.hf.candidates import Candidate, candidates
 from hf_quant.hf.config import AUTO, HfQuantConfig
 from hf_quant.hf.unquantized import others
@@ -109,30 +110,30 @@ def make_plan(
         PlanError: A glob matches nothing, nothing is left to quantize, or the format cannot hold the plan.
         CheckpointError: A frozen plan contradicts the model.
     """
-    found = candidates(model)
+    by_name = candidates(model)
     frozen = frozen or stored is not None
-    skips = {} if frozen else _default_skips(model, config, found)
+    skips = {} if frozen else _default_skips(model, config, by_name)
     if not frozen:
-        _check_globs(model, config, found)
+        _check_globs(model, config, by_name)
     draft = _Draft()
     if stored is not None:
         draft.schemes |= stored
-        draft.left |= {name: "in floating point in the checkpoint" for name in found if name not in stored}
+        draft.left |= {name: "in floating point in the checkpoint" for name in by_name if name not in stored}
     else:
-        for name, candidate in found.items():
+        for name, candidate in by_name.items():
             _decide(name, candidate, config, skips.get(name), draft, frozen)
-    tied = _tie(model, found, draft)
+    tied = _tie(model, by_name, draft)
     if not draft.schemes and not frozen:
         raise PlanError(
             f"nothing to quantize in {type(model).__name__}: "
-            + "; ".join(sorted({*draft.left.values(), *others(model, found).values()}))
+            + "; ".join(sorted({*draft.left.values(), *others(model, by_name).values()}))
         )
-    chosen, reason = _format(config.format, found, draft)
-    params, params_quantized, bytes_float, bytes_quantized = _sizes(model, found, draft, tied)
+    chosen, reason = _format(config.format, by_name, draft)
+    params, params_quantized, bytes_float, bytes_quantized = _sizes(model, by_name, draft, tied)
     return Plan(
         draft.schemes, draft.left, draft.regrouped, tied,
         params, params_quantized, bytes_float, bytes_quantized, chosen, reason,
-        Decision.of(config.method, draft.schemes.values(), config.epochs), others(model, found),
+        Decision.of(config.method, draft.schemes.values(), config.epochs), others(model, by_name),
     )  # fmt: skip
 
 
@@ -195,31 +196,29 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
 
 
-def _check_globs(model: Any, config: HfQuantConfig, found: dict[str, Candidate]) -> None:
+def _check_globs(model: Any, config: HfQuantConfig, by_name: dict[str, Candidate]) -> None:
     for glob in config.overrides:
-        if not any(fnmatchcase(name, glob) for name in found):
-            close = difflib.get_close_matches(glob.strip("*."), found, 1, 0.3)
+        if not any(fnmatchcase(name, glob) for name in by_name):
+            close = difflib.get_close_matches(glob.strip("*."), by_name, 1, 0.3)
             raise PlanError(
                 f"overrides: {glob!r} matches no layer" + (f"; one is called {close[0]!r}" if close else "")
             )
-    modules = [name for name, _ in model.named_modules()] + list(found)
+    modules = [name for name, _ in model.named_modules()] + list(by_name)
     for pattern in config.modules_to_not_convert:
         if not any(_matches(name, pattern) for name in modules):
             raise PlanError(f"modules_to_not_convert: {pattern!r} matches no module")
 
 
-def _default_skips(model: Any, config: HfQuantConfig, found: dict[str, Candidate]) -> dict[str, str]:
+def _default_skips(model: Any, config: HfQuantConfig, by_name: dict[str, Candidate]) -> dict[str, str]:
     """What is wiser left alone unless it is asked for by name."""
     skips: dict[str, str] = {}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = {id(module): name for name, module in model.named_modules()}
     head_name = names.get(id(head))
     inside = _quantized_part(model, names)
-    keep = set(getattr(model, "_keep_in_fp32_modules", None) or ()) | set(
-        getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    )
-    has_experts = any(candidate.kind == "experts" for candidate in found.values())
-    for name, candidate in found.items():
+    keep = modules_in_float32(model)
+    has_experts = any(candidate.kind == "experts" for candidate in by_name.values())
+    for name, candidate in by_name.items():
         leaf = name.rpartition(".")[2]
         if name == head_name:
             if not config.quantize_lm_head and not (config.quantize_embeddings and _is_tied(model, head_name)):
@@ -252,7 +251,7 @@ def _is_tied(model: Any, head_name: str) -> bool:
     return f"{head_name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def _tie(model: Any, found: dict[str, Candidate], draft: _Draft) -> bool:
+def _tie(model: Any, by_name: dict[str, Candidate], draft: _Draft) -> bool:
     """Where the output head is tied to the embeddings, quantize all that is one table with one scheme, or nothing of it."""
     groups: dict[str, list[str]] = {}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -263,10 +262,10 @@ def _tie(model: Any, found: dict[str, Candidate], draft: _Draft) -> bool:
         scheme = next((draft.schemes[name] for name in reversed(names) if name in draft.schemes), None)
         if scheme is None:
             continue
-        strange = next((name for name in names if name not in found), None)
+        strange = next((name for name in names if name not in by_name), None)
         refusal = f"tied to {strange}, which cannot be quantized" if strange is not None else None
-        refusal = refusal or next((reason for name in names if (reason := found[name].refusal)), None)
-        for name in [name for name in names if name in found]:
+        refusal = refusal or next((reason for name in names if (reason := by_name[name].refusal)), None)
+        for name in [name for name in names if name in by_name]:
             if refusal is not None:
                 draft.schemes.pop(name, None)
                 draft.left[name] = refusal
@@ -277,14 +276,14 @@ def _tie(model: Any, found: dict[str, Candidate], draft: _Draft) -> bool:
     return tied
 
 
-def _format(asked: str, found: dict[str, Candidate], draft: _Draft) -> tuple[str, str]:
+def _format(asked: str, by_name: dict[str, Candidate], draft: _Draft) -> tuple[str, str]:
     """Name of the format to save in, and why; ``"auto"`` prefers formats that other software reads too."""
     if asked != AUTO:
-        if (reason := _unfit(formats()[asked], found, draft)) is not None:
+        if (reason := _unfit(formats()[asked], by_name, draft)) is not None:
             raise PlanError(f"format {asked} cannot hold this plan: {reason}")
         return asked, "as asked"
     preferred = [name for name in saved_formats() if formats()[name].automatic]
-    reasons = {name: _unfit(formats()[name], found, draft) for name in preferred}
+    reasons = {name: _unfit(formats()[name], by_name, draft) for name in preferred}
     if fitting := next((name for name, reason in reasons.items() if reason is None), None):
         return fitting, "other software reads it too"
     return in_memory_format(), "; ".join(
@@ -292,17 +291,17 @@ def _format(asked: str, found: dict[str, Candidate], draft: _Draft) -> tuple[str
     )
 
 
-def _unfit(fmt: Format, found: dict[str, Candidate], draft: _Draft) -> str | None:
+def _unfit(fmt: Format, by_name: dict[str, Candidate], draft: _Draft) -> str | None:
     """Why a format cannot hold the plan; None if it can."""
     for name, scheme in draft.schemes.items():
         if (reason := fmt.why_not(scheme)) is not None:
             return reason
-        if not fmt.in_memory and found[name].kind != "linear":
-            return f"it holds plain linear layers only, and {name} is {found[name].kind}"
+        if not fmt.in_memory and by_name[name].kind != "linear":
+            return f"it holds plain linear layers only, and {name} is {by_name[name].kind}"
     return None
 
 
-def _sizes(model: Any, found: dict[str, Candidate], draft: _Draft, tied: bool) -> tuple[int, int, int, int]:
+def _sizes(model: Any, by_name: dict[str, Candidate], draft: _Draft, tied: bool) -> tuple[int, int, int, int]:
     """Parameters, those quantized, bytes before, bytes after; tied parameters are counted once."""
     before = {id(p): p for p in model.parameters()}
     ties = getattr(model, "all_tied_weights_keys", None) or {}
@@ -314,7 +313,7 @@ def _sizes(model: Any, found: dict[str, Candidate], draft: _Draft, tied: bool) -
     for name, scheme in draft.schemes.items():
         if tied and f"{name}.weight" in ties:
             continue
-        weight = model.get_parameter(name if found[name].kind == "experts" else f"{name}.weight")
-        bytes_quantized += bytes_of(found[name].shape, scheme, weight.dtype) - weight.numel() * weight.element_size()
+        weight = model.get_parameter(name if by_name[name].kind == "experts" else f"{name}.weight")
+        bytes_quantized += bytes_of(by_name[name].shape, scheme, weight.dtype) - weight.numel() * weight.element_size()
         params_quantized += weight.numel()
     return sum(p.numel() for p in before.values()), params_quantized, bytes_float, bytes_quantized

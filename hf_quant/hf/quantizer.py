@@ -118,7 +118,7 @@ class HfQuantQuantizer(HfQuantizer):
             HfQuantError: Names file and tensor or field.
         """
         config, self.placed = self.quantization_config, Placed()
-        found = candidates(model)
+        by_name = candidates(model)
         checkpoint = Checkpoint.of_files([Path(file) for file in checkpoint_files]) if checkpoint_files else None
         contents: Contents | None = None
         with torch.device("cpu"):  # transformers calls this where everything is made on meta
@@ -130,7 +130,7 @@ class HfQuantQuantizer(HfQuantizer):
                 check_buffers(model, checkpoint.tensors)
                 ours = config.stored is None or "hf_quant" in config.stored
                 check_weights(sorted({info.file for info in checkpoint.tensors.values()}), ours=ours)
-                contents = self._examine(model, checkpoint, list(found))
+                contents = self._examine(model, checkpoint, list(by_name))
             elif config.stored is not None:
                 raise PlanError(
                     "a checkpoint that another program quantized is read from its files, not from a state dict"
@@ -138,13 +138,13 @@ class HfQuantQuantizer(HfQuantizer):
             else:
                 self.plan = make_plan(model, config, frozen=self.pre_quantized)
                 if checkpoint is not None:
-                    planned = [n if found[n].kind == "experts" else f"{n}.weight" for n in self.plan.schemes]
+                    planned = [n if by_name[n].kind == "experts" else f"{n}.weight" for n in self.plan.schemes]
                     covered = check_rest(model, checkpoint, checkpoint.tensors, set(planned))
                     check_complete(model, self.placed, covered, planned)
         if self.calibrates or self.trains:  # once the weights are there
             freeze(config, self.plan)
             return None
-        self._modules.put_in_place(model, found, quantized=self.pre_quantized)
+        self._modules.put_in_place(model, by_name, quantized=self.pre_quantized)
         if checkpoint is not None and contents is not None:
             check_complete(model, self.placed, check_rest(model, checkpoint, contents.rest))
         if not self.pre_quantized or contents is not None:

@@ -45,14 +45,14 @@ def state_on_disk(model: Any, format: str) -> tuple[dict[str, Tensor], set[str]]
     for name, module in model.named_modules():
         if not isinstance(module, Outside):
             continue
-        own = {
+        module_names = {
             n for p in list(module._parameters) if module.float_shape(p) is not None for n in all_names(f"{name}.{p}")
         }
         if as_in_memory or not isinstance(module, QuantLinear):
-            coded |= own & state.keys()
+            coded |= module_names & state.keys()
             continue
-        for each in own:
-            state.pop(each, None)
+        for coded_name in module_names:
+            state.pop(coded_name, None)
         with onloaded(module):
             written = format_named(format).write(module.quantized_weight())
         for local, tensor in written.items():
@@ -89,10 +89,10 @@ def settle(model: Any, state: Mapping[str, Tensor], coded: Collection[str], conv
     """
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
     problem = ""
-    own = conversions_of(model)
+    used = conversions_of(model)
     if model.config.to_dict().get("model_type") != model.config.model_type:
-        own = []  # loaded as another kind of model than config.json will say
-    for undone in (own, []):
+        used = []  # loaded as another kind of model than config.json will say
+    for undone in (used, []):
         set_conversions(model, undone)
         try:
             files = revert_weight_conversion(model, dict(shapes))
@@ -113,8 +113,8 @@ def _read_back(
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    there = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
-    known = dict.fromkeys([*(name for name, _ in there), *shapes], True)
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]
+    known = dict.fromkeys([*(name for name, _ in tensors), *shapes], True)
     collected: dict[str, Any] = {}
     for file in sorted(files, key=dot_natural_key):
         name, pattern = rename_source_key(file, renamings, converters, model.base_model_prefix, known)
@@ -122,7 +122,7 @@ def _read_back(
             name, pattern = rename_source_key(file, [], [], model.base_model_prefix, known)
         one = deepcopy(by_pattern[pattern]) if pattern is not None else WeightRenaming(file, name)
         collected.setdefault(name, one).add_tensor(name, file, pattern or file, files[file])
-    made, back = {}, set()
+    file_names, back = {}, set()
     for first, one in collected.items():
         for name, value in one.convert(first, model=model, config=model.config).items():
             tensor = value[0] if isinstance(value, list) else value
@@ -132,10 +132,10 @@ def _read_back(
                 raise PlanError(f"{name} would be rearranged, which codes do not allow")
             back.add(name)
             if name in coded and isinstance(one, WeightRenaming):
-                made[name] = next(iter(one.layer_targets[first]))
+                file_names[name] = next(iter(one.layer_targets[first]))
     if back != set(shapes):
         raise PlanError(f"{min(set(shapes) - back)} would not be found again")
-    return made
+    return file_names
 
 
 def _stacks(converter: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Files of a checkpoint that is being written: their index, and tensors that no module of the model takes.
+"""Files of a checkpoint during writing: their index, and tensors that no module of the model reads.
 
-Some checkpoints hold more than their class in transformers does, such as the layers that predict several tokens at once
-(``mtp``). transformers drops such tensors; here they are kept as they are, under their names.
+Some checkpoints have more tensors than their class in transformers reads, such as layers for multi-token prediction (``mtp``).
+transformers drops them; here they are copied unchanged.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from hf_quant.disk.atomic import write_json
 from hf_quant.disk.safetensors import read_header, write_tensors
 from hf_quant.hf._compat import renamer
 
-BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|position_ids)$")  # that old versions stored
+BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias|position_ids)$")  # stored by old versions
 
 
 def write_index(folder: Path, files: Sequence[str]) -> None:
-    """Write the index of a checkpoint: which of ``files`` holds which tensor."""
+    """Write the index of a checkpoint, which maps tensors to ``files``."""
     headers = {file: read_header(folder / file) for file in files}
     size = sum(info.nbytes for tensors in headers.values() for info in tensors.values())
     where = {tensor: file for file, tensors in headers.items() for tensor in tensors}
@@ -29,7 +29,7 @@ def write_index(folder: Path, files: Sequence[str]) -> None:
 
 
 def unclaimed(checkpoint: Checkpoint, model: Any) -> list[str]:
-    """Names of the tensors in ``checkpoint`` that no module of ``model`` takes; it may be on the meta device."""
+    """Names of the tensors in ``checkpoint`` that no module of ``model`` reads; the model may be on the meta device."""
     rename = renamer(model)
     known = {*model.state_dict(), *(name for name, _ in model.named_buffers()), *model.all_tied_weights_keys}
     return sorted(
@@ -40,21 +40,21 @@ def unclaimed(checkpoint: Checkpoint, model: Any) -> list[str]:
 
 
 def keep(checkpoint: Checkpoint, names: Sequence[str], folder: Path) -> None:
-    """Add tensors to a complete checkpoint, in a file of their own, unless it holds them already.
+    """Add tensors to a complete checkpoint, in a separate file, unless they are in it already.
 
-    Layers that they look like are put down as not quantized, for software that has modules for them.
+    Layers that they may belong to are recorded as not quantized, for programs that have modules for them.
 
     Args:
-        checkpoint: Where the tensors are.
-        names: Of the tensors.
+        checkpoint: The source of the tensors.
+        names: Names of the tensors.
         folder: The checkpoint that they are added to.
 
     Raises:
-        DiskError: Names what could not be written.
+        DiskError: Names the file that could not be written.
     """
     files = sorted(folder.glob("*.safetensors"))
-    there = {name for file in files for name in read_header(file)}
-    if missing := [name for name in names if name not in there]:
+    stored_names = {name for file in files for name in read_header(file)}
+    if missing := [name for name in names if name not in stored_names]:
         count = len(files) + 1
         shards = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
         for file, shard in zip(files, shards, strict=False):

@@ -1,4 +1,4 @@
-"""How large a quantized model is, for those who ask transformers: its own answers count codes as if they were weights."""
+"""The size of a quantized model in transformers' methods, which would count codes as weights."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def report_own_sizes(model: Any) -> None:
 
 
 def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-    """As of the model in floating point: a scale is none, and tied parameters are counted once.
+    """The number of parameters of the float model: scales do not count, and tied parameters count once.
 
     Args:
-        model: A quantized one.
-        only_trainable: Count those with gradients only.
+        model: A quantized model.
+        only_trainable: Count only parameters with gradients.
         exclude_embeddings: Leave out embedding tables.
     """
     total, seen = 0, set()
@@ -49,10 +49,10 @@ def num_parameters(model: Any, only_trainable: bool = False, exclude_embeddings:
 
 
 def memory_footprint(model: Any, return_buffers: bool = True) -> int:
-    """Bytes that a model takes: what a kernel has laid out anew is counted there, and nothing twice.
+    """The bytes that a model takes, including codes repacked for kernels, without counting any memory twice.
 
     Args:
-        model: A quantized one.
+        model: A quantized model.
         return_buffers: Count buffers too.
     """
     tensors = [*model.parameters(), *(model.buffers() if return_buffers else ())]
@@ -70,7 +70,7 @@ def memory_footprint(model: Any, return_buffers: bool = True) -> int:
 
 
 def _float_shapes(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Of the parameters that hold codes, by name."""
+    """Float shapes of the parameters that hold codes, by name."""
     if isinstance(module, Outside):
         for name in module._parameters:
             shape = module.float_shape(name)

@@ -46,7 +46,7 @@ def make_trainable(model: Any, plan: Plan) -> None:
     """
     if len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1:
         raise PlanError("training: a model spread over devices by device_map cannot be trained; DDP and FSDP can")
-    made: dict[int, nn.Module] = {}  # by the weight: what shares it shares what is made of it
+    trainable_modules: dict[int, nn.Module] = {}  # by the weight, so that modules that share it stay tied
     stacks: dict[str, dict[str, QuantizedTensor]] = {}
     for name, scheme in plan.schemes.items():
         path, _, leaf = name.rpartition(".")
@@ -56,7 +56,7 @@ def make_trainable(model: Any, plan: Plan) -> None:
             continue
         old = model.get_submodule(name)
         new = _trainable(old, scheme, solver)
-        first = made.setdefault(id(old._parameters["weight"]), new)
+        first = trainable_modules.setdefault(id(old._parameters["weight"]), new)
         for suffix in SUFFIXES:
             new.register_parameter(f"weight{suffix}", first._parameters[f"weight{suffix}"])
         model.set_submodule(name, new.train(old.training))
@@ -88,7 +88,7 @@ def _start_of_stack(module: Any, name: str, scheme: QuantScheme, solver: Method)
     if isinstance(module, QuantExperts):
         raise PlanError("training: stacked experts begin from plain rounding: method='rtn'")
     stack = module._parameters[name]
-    parts = (each.T if module.is_transposed else each for each in stack.unbind(0))
+    parts = (matrix.T if module.is_transposed else matrix for matrix in stack.unbind(0))
     return QuantizedTensor.stack([_start(part, scheme, solver) for part in parts])
 
 
@@ -151,18 +151,18 @@ def quantized_state(model: Any, state: Mapping[str, Tensor], format: str) -> tup
         state: Its ``state_dict()``; ``DTensor`` are gathered, so all processes must call this.
         format: In which.
     """
-    made, coded = {name: _whole(tensor) for name, tensor in state.items()}, set()
+    saved, coded = {name: _whole(tensor) for name, tensor in state.items()}, set()
     for path, module in model.named_modules():
         for name in module.trained() if isinstance(module, FakeQuant) else ():
             full = f"{path}.{name}"
-            values = {suffix: made.pop(full + suffix) for suffix in SUFFIXES if full + suffix in made}
+            values = {suffix: saved.pop(full + suffix) for suffix in SUFFIXES if full + suffix in saved}
             if not values or full in model.all_tied_weights_keys:  # another process, or module, has it
                 continue
             fmt = format_named(format if isinstance(module, FakeQuantLinear) else in_memory_format())
             for local, tensor in fmt.write(module.quantized(name, values)).items():
                 coded.add(_stored_name(full, local))
-                made[_stored_name(full, local)] = tensor
-    return made, coded
+                saved[_stored_name(full, local)] = tensor
+    return saved, coded
 
 
 def _stored_name(name: str, local: str) -> str:
@@ -173,5 +173,5 @@ def _stored_name(name: str, local: str) -> str:
 
 def _whole(tensor: Any) -> Tensor:
     gather = getattr(tensor, "full_tensor", None)
-    made: Tensor = tensor if gather is None else gather()
-    return made.detach()
+    gathered: Tensor = tensor if gather is None else gather()
+    return gathered.detach()

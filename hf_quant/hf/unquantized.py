@@ -1,4 +1,4 @@
-"""Weights of kinds that are never quantized: they are told of too, so that nothing is left out without a word."""
+"""Weights of kinds that are never quantized: the plan lists them too, so that nothing is left out silently."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 
 
 def others(model: Any, known: Collection[str]) -> dict[str, str]:
-    """Name of each matrix, table or kernel that is no candidate, to the reason why it stays in floating point.
+    """Name of each matrix, table or convolution that is not a candidate, to the reason why it stays in floating point.
 
     Args:
         model: Before any module is replaced; may be on the meta device.
         known: Names of the candidates.
     """
-    made, known = {}, set(known)
+    reasons, known = {}, set(known)
     for path, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{leaf}".removeprefix(".")
             matrix = parameter.is_floating_point() and parameter.ndim >= 2 and min(parameter.shape[-2:]) > 1
             if (matrix or (isinstance(module, CONVOLUTIONS) and leaf == "weight")) and not {path, name} & known:
-                made[path if leaf == "weight" else name] = _reason(module)
-    return made
+                reasons[path if leaf == "weight" else name] = _reason(module)
+    return reasons
 
 
 def _reason(module: nn.Module) -> str:

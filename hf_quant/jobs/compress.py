@@ -47,24 +47,24 @@ SMALL = 1_000_000_000  # parameters
 
 @dataclass(frozen=True)
 class Job:
-    """What every scheme of one call shares.
+    """The settings that all schemes of one call share.
 
     Attributes:
         model: Folder or Hub id.
-        load: For ``from_pretrained``: dtype, device_map, revision, trust_remote_code.
-        shard: Bytes of the largest file of weights.
+        load: Arguments of ``from_pretrained``: dtype, device_map, revision, trust_remote_code.
+        shard: Largest size of a file of weights, in bytes.
         overwrite: Whether a folder that hf-quant wrote may be replaced.
-        say: Told what is worth knowing.
-        tokenizer: Saved beside the model; None if it has none.
-        budget: What the result may cost.
-        measure: Measures a model; None where there is no text.
-        calibration: What calibrated methods look at.
+        say: Receives messages.
+        tokenizer: Saved with the model; None if it has none.
+        budget: Limits of quality loss.
+        measure: Measures a model; None without a text.
+        calibration: Data for calibrated methods.
         progress: Wraps the list of blocks, for a progress bar.
-        max_memory: Bytes that activations may take in memory; None: as much as seems right.
+        max_memory: Bytes that hidden states may take in memory; None for a default.
         ranks: The processes that share the work; the first one writes.
-        inputs: Files and folders that are read besides the model; no output may harm them.
-        finish: Adds files to the folder before it appears, given the folder and what results.json shall hold so far; returns
-            what it shall hold besides.
+        inputs: Files and folders that are read besides the model; an output must not overwrite them.
+        finish: Adds files to the folder before it appears. It receives the folder and the content of results.json so far, and
+            returns further content.
     """
 
     model: str
@@ -83,28 +83,30 @@ class Job:
     finish: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _folder, _row: {}
 
     def options(self, *names: str) -> dict[str, Any]:
-        """Those of `load` that are given."""
+        """Arguments of `load` that are not None."""
         return {name: self.load[name] for name in names if name in self.load}
 
     def base(self) -> Base:
-        """The model, as what others are measured against."""
+        """The model as a base for measurements."""
         return Base(self.model, **hub_options(self.load))
 
     def quantized(self, config: HfQuantConfig) -> Any:
         """The model with ``config`` applied, in memory."""
-        return load(self.model, quantization_config=copy.deepcopy(config), **self.load).eval()  # loading fills it in
+        return load(
+            self.model, quantization_config=copy.deepcopy(config), **self.load
+        ).eval()  # loading fills in fields
 
 
 class _GateMissedError(Exception):
-    """Unwinds the stage of the folder that a model may not have."""
+    """Ends the writing of a folder whose model failed the gate."""
 
 
 def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
-    """Quantize with one scheme and check what was written; it appears as ``out``, or as ``out-failed`` past the gate.
+    """Quantize with one scheme and check the result; it appears as ``out``, or as ``out-failed`` if it fails the gate.
 
     Raises:
         HfQuantError: ``out`` may not be written (see `check_places`), another process is writing it, the disk is full, or
-            something in the model is not as it must be.
+            the model is invalid.
     """
     check_name(out)
     real = Path(os.path.realpath(out))
@@ -126,7 +128,7 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
 
 
 def _published(out: Path, work: Path) -> bool:
-    """Whether ``out`` was made from the blocks in ``work``: then it appeared, but its process was killed right after."""
+    """Whether ``out`` was made from the blocks in ``work``, by a process that was killed right after that."""
     try:
         blocks = json.loads((out / "recipe.json").read_text(encoding="utf-8"))["blocks"]
         return bool(blocks) and blocks == recorded(work)
@@ -148,30 +150,30 @@ def _compress(
         start = time.perf_counter()
         if calibrated:
             plan, blocks = _stream(job, config, work, stage)
-            copy_companions(source, stage, job.say, code=trusted)  # the model's own code among them
-            made = load(str(stage), **job.options("device_map", "dtype", "trust_remote_code")).eval()
+            copy_companions(source, stage, job.say, code=trusted)  # including the model's code
+            quantized_model = load(str(stage), **job.options("device_map", "dtype", "trust_remote_code")).eval()
         else:
-            made, blocks = job.quantized(config), []
-            plan = made.hf_quantizer.plan
+            quantized_model, blocks = job.quantized(config), []
+            plan = quantized_model.hf_quantizer.plan
         seconds = time.perf_counter() - start
         job.say(f"{config.scheme}: {plan.summary()}")
         if plan.params < SMALL:
             job.say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers")
         if not calibrated:
             need_space(stage, plan.bytes_quantized)
-            _save(made, stage, max_shard_size=job.shard)
+            _save(quantized_model, stage, max_shard_size=job.shard)
             copy_companions(source, stage, job.say, code=trusted)
-        kept = _keep_unclaimed(job, stage)
+        unclaimed_names = _keep_unclaimed(job, stage)
         if job.tokenizer is not None:
             _save(job.tokenizer, stage)
-        recipe = _recipe(job, config, asked, made, plan, blocks) | {"source": _source(job, stage)}
-        write_json(stage / RECIPE, recipe | {"unclaimed": kept, "files": record(stage)["files"]})
-        logits, again, dtype = sample_logits(made), None, made.dtype
-        if not calibrated:  # the other was read from there
-            del made
-            gc.collect()  # never two models in memory, and a model refers to itself
-            made = load(str(stage), dtype=dtype, **job.options("device_map", "trust_remote_code")).eval()
-            again = sample_logits(made)
+        recipe = _recipe(job, config, asked, quantized_model, plan, blocks) | {"source": _source(job, stage)}
+        write_json(stage / RECIPE, recipe | {"unclaimed": unclaimed_names, "files": record(stage)["files"]})
+        logits, again, dtype = sample_logits(quantized_model), None, quantized_model.dtype
+        if not calibrated:  # a calibrated model is read from there already
+            del quantized_model
+            gc.collect()  # frees the first model, which has reference cycles, before the second is loaded
+            quantized_model = load(str(stage), dtype=dtype, **job.options("device_map", "trust_remote_code")).eval()
+            again = sample_logits(quantized_model)
         _check(logits, again, config.scheme)
         row |= {
             "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
@@ -180,7 +182,7 @@ def _compress(
             "layers_by_scheme": dict(Counter(map(str, plan.schemes.values()))), "date": str(date.today()),
             "files": weight_files(stage),
         }  # fmt: skip
-        row |= _measured(job, made, blocks)
+        row |= _measured(job, quantized_model, blocks)
         if row.get("gate", {}).get("misses"):
             row["folder"] = failed_folder(out).name
         row |= job.finish(stage, row)
@@ -194,7 +196,7 @@ def _compress(
 
 
 def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[Plan, list[dict[str, Any]]]:
-    """What is finished stays in ``work`` until all is done."""
+    """Calibrate block by block; finished blocks stay in ``work`` until the end."""
     if job.calibration is None:
         raise HfQuantError(f"{config.method} needs text to calibrate on: name one with --calibration")
     return quantize_streaming(
@@ -206,28 +208,28 @@ def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[P
 
 
 def _folder(job: Job) -> Path:
-    """Where the model's small files are; they are downloaded if it comes from the Hub."""
+    """Folder of the model's small files, which are downloaded if it comes from the Hub."""
     if Path(job.model).is_dir():
         return Path(job.model)
     return Path(snapshot_download(job.model, revision=job.load.get("revision"), allow_patterns=PATTERNS))
 
 
 def _device(job: Job) -> str:
-    """Where a calibrated method works: main memory unless another place is named; each process has a GPU of its own."""
-    asked = job.load.get("device_map") or "cpu"
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    """The device of a calibrated method: the CPU by default; several processes use different GPUs."""
+    name = job.load.get("device_map") or "cpu"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(asked)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise HfQuantError(f"--device {asked}: {str(error).splitlines()[0]}") from None
+        raise HfQuantError(f"--device {name}: {str(error).splitlines()[0]}") from None
     alike = device.type == "cuda" and device.index is None
-    return f"cuda:{job.ranks.rank % torch.cuda.device_count()}" if alike else asked
+    return f"cuda:{job.ranks.rank % torch.cuda.device_count()}" if alike else name
 
 
 def _keep_unclaimed(job: Job, stage: Path) -> list[str]:
-    """Keep the tensors that no module takes, and say so; returns their names."""
+    """Copy the tensors that no module reads, and report them; returns their names."""
     checkpoint = job.base().checkpoint()
     names = unclaimed(checkpoint, skeleton(job.model, **hub_options(job.load)))
     if names:
@@ -240,7 +242,7 @@ def _keep_unclaimed(job: Job, stage: Path) -> list[str]:
 
 
 def _save(model: Any, folder: Path, **options: Any) -> None:
-    """``save_pretrained``, whose errors are of no common type and do not name the file."""
+    """``save_pretrained``, with errors that name the file."""
     try:
         with blaming(folder):
             model.save_pretrained(folder, **options)
@@ -251,26 +253,26 @@ def _save(model: Any, folder: Path, **options: Any) -> None:
 
 
 def _measured(job: Job, model: Any, blocks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Quality and gate where there is a text to measure on, and how far each layer is from the base's."""
+    """Quality and gate if there is a text to measure on, and the error of each layer."""
     errors = layer_errors(model, job.base().checkpoint(), blocks)
-    made: dict[str, Any] = {"layers": [each.to_dict() for each in errors]}
+    measured: dict[str, Any] = {"layers": [layer.to_dict() for layer in errors]}
     if job.measure is not None:
         quality = job.measure(model)
-        made["quality"] = quality.to_dict()
+        measured["quality"] = quality.to_dict()
         if job.budget:
-            made["gate"] = job.budget.verdict(quality)
-    return made
+            measured["gate"] = job.budget.verdict(quality)
+    return measured
 
 
 def _recipe(
-    job: Job, config: HfQuantConfig, asked: dict[str, Any], model: Any, plan: Plan, blocks: list[dict[str, Any]]
+    job: Job, config: HfQuantConfig, settings: dict[str, Any], model: Any, plan: Plan, blocks: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """How the model was made."""
     done = {name: steps for block in blocks for name, steps in block["steps"].items()}
     return {
         "scheme": config.scheme, "method": config.method, "format": plan.format, "format_reason": plan.format_reason,
         "steps": plan.decision.steps(plan.schemes, done), "skipped": plan.decision.skipped(plan.schemes, done),
-        "asked": asked, "dtype": str(model.dtype).removeprefix("torch."),
+        "asked": settings, "dtype": str(model.dtype).removeprefix("torch."),
         "share_quantized": plan.share, "bits_per_weight": plan.bits_per_weight,
         "schemes": {name: str(scheme) for name, scheme in plan.schemes.items()},
         "left": plan.left | plan.others, "regrouped": plan.regrouped,
@@ -280,7 +282,7 @@ def _recipe(
 
 
 def _check(logits: Tensor, again: Tensor | None, scheme: str) -> None:
-    """What was written computes what was in memory, if it was read ``again``, and that is something."""
+    """Check that the model read ``again`` computes the same as the one in memory, and finite values."""
     if not logits.isfinite().all():
         raise HfQuantError(f"{scheme}: the quantized model computes NaN or infinite values")
     if again is not None and not torch.equal(again, logits):
@@ -288,11 +290,11 @@ def _check(logits: Tensor, again: Tensor | None, scheme: str) -> None:
 
 
 def _source(job: Job, stage: Path) -> dict[str, Any]:
-    """What the base is, by its name and never its path, and under which licence; its notices are copied to ``stage``."""
+    """The base by name (never by path), with its licence; its notices are copied to ``stage``."""
     commit = job.base().commit()
     try:
         copy_notices(job.model, commit, stage, job.say)
         return describe(job.model, commit)
-    except HfQuantError as error:  # the model itself may come from the cache, with no Hub in reach
+    except HfQuantError as error:  # the model may come from the cache, without access to the Hub
         job.say(f"{job.model}: its card cannot be read now, so push will ask again: {error}")
         return {"model": Path(job.model).resolve().name if Path(job.model).is_dir() else job.model, "revision": commit}

@@ -204,15 +204,17 @@ def _job(contents: Contents, to: str) -> _Job:
     fmt = None if to == DENSE else _writer(contents, to)
     if fmt is None or fmt.in_memory:  # layers have the names that the model has for them
         model = skeleton(str(contents.checkpoint.folder))
-        found, at = candidates(model), homes(model, contents)
+        targets, places = candidates(model), homes(model, contents)
     if fmt is None:
-        turned = {name for name, home in at.items() if home in found and _turned(model, home, found[home].kind)}
+        turned = {
+            name for name, home in places.items() if home in targets and _turned(model, home, targets[home].kind)
+        }
         return _Job(contents, to, None, _dtype(contents), frozenset(turned), None)
     if fmt.in_memory:
         if dense := place(model, contents).dense:
             raise FormatError(f"--to {to}: {next(iter(dense))}: {next(iter(dense.values()))}")
-        schemes = {at[name]: scheme for name, scheme in schemes.items()}
-        left = [name for name in found if name not in schemes]
+        schemes = {places[name]: scheme for name, scheme in schemes.items()}
+        left = [name for name in targets if name not in schemes]
         return _Job(contents, to, fmt, torch.float32, frozenset(), fmt.config(schemes, sorted(left)))
     config = fmt.config(schemes, sorted(left)) | {"hf_quant": _known(contents)}
     return _Job(contents, to, fmt, torch.float32, frozenset(), config)
@@ -222,8 +224,8 @@ def _known(contents: Contents) -> dict[str, Any]:
     """The entry by which a checkpoint in another format is known as ours, so that it runs here wherever it is loaded."""
     stored = quantization_of(contents.checkpoint.folder, contents.checkpoint.config) or {}
     ours = stored if stored.get("quant_method") == "hf_quant" else stored.get("hf_quant")
-    said = ours if isinstance(ours, Mapping) else {}
-    return {"version": VERSION} | {name: said[name] for name in ("method", "share_quantized") if name in said}
+    fields = ours if isinstance(ours, Mapping) else {}
+    return {"version": VERSION} | {name: fields[name] for name in ("method", "share_quantized") if name in fields}
 
 
 def _is_linear(name: str, checkpoint: Checkpoint) -> bool:
@@ -249,16 +251,16 @@ def _dtype(contents: Contents) -> torch.dtype:
 def _write(job: _Job, file: Path, stage: Path) -> list[str]:
     """Write one shard; the names of what is in it. A layer goes where its first tensor was."""
     source = job.contents.checkpoint
-    owner = {full: module for module, own in job.contents.names.items() for full in own.values()}
-    first = {module: next(iter(own.values())) for module, own in job.contents.names.items()}
-    made: dict[str, Tensor] = {}
+    owner = {full: module for module, tensors in job.contents.names.items() for full in tensors.values()}
+    first = {module: next(iter(tensors.values())) for module, tensors in job.contents.names.items()}
+    shard: dict[str, Tensor] = {}
     for name in (name for name, info in source.tensors.items() if info.file == file):
         if name not in owner:
-            made[name] = source.read(name)
+            shard[name] = source.read(name)
         elif first[owner[name]] == name:
-            made |= _layer(job, owner[name])
-    write_tensors(stage / file.name, made)
-    return list(made)
+            shard |= _layer(job, owner[name])
+    write_tensors(stage / file.name, shard)
+    return list(shard)
 
 
 def _layer(job: _Job, module: str) -> dict[str, Tensor]:
@@ -307,15 +309,15 @@ def _rest(job: _Job, stage: Path, where: dict[str, str], say: Callable[[str], No
 
 def _compare(job: _Job, stage: Path) -> None:
     """Open what was written as anybody would, and compare every tensor."""
-    source, made = job.contents, Checkpoint.open(stage)
-    new = Contents.of(made, job.config) if job.config else None
+    source, written = job.contents, Checkpoint.open(stage)
+    new = Contents.of(written, job.config) if job.config else None
     for name in source.rest:
-        _same(name, source.checkpoint.read(name), made.read(name))
+        _same(name, source.checkpoint.read(name), written.read(name))
     for module in source.layers:
         before = source.read(module)
         if new is None:
             stem = module if len(source.layers[module].shape) == 3 else f"{module}.weight"
-            _same(module, _float(job, module, before), made.read(stem))
+            _same(module, _float(job, module, before), written.read(stem))
             continue
         after = new.read(module)
         assert isinstance(before, QuantizedTensor)

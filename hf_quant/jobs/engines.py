@@ -22,11 +22,11 @@ _EXPERT = re.compile(r".*\.experts\.\d+\.")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an engine will do with a checkpoint.
+    """How an engine runs a checkpoint.
 
     Attributes:
-        kernels: Kernel to the number of layers it will run, the most used one first.
-        refused: Sentence to the layers it is about; empty if everything runs.
+        kernels: Kernel to number of its layers, the most used one first.
+        refused: Reason to the layers that cannot run; empty if all can.
     """
 
     kernels: dict[str, int]
@@ -34,19 +34,19 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """For a person."""
-        made = [f"{count} layers: {kernel}" for kernel, count in self.kernels.items()]
+        sentences = [f"{count} layers: {kernel}" for kernel, count in self.kernels.items()]
         for reason, names in self.refused.items():
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            made.append(f"cannot run {names[0]}{more}: {reason}")
-        return made
+            sentences.append(f"cannot run {names[0]}{more}: {reason}")
+        return sentences
 
 
 def vllm(fmt: str, layers: Mapping[str, Layer], tp: int = 1) -> Verdict:
-    """Which of vLLM's CUDA kernels will run each layer.
+    """The CUDA kernels of vLLM for each layer.
 
     Args:
-        fmt: Name of the format that the checkpoint is, or shall be, stored in.
-        layers: Its quantized layers by name; experts apart.
+        fmt: Name of the format of the checkpoint.
+        layers: Its quantized layers by name, experts unstacked.
         tp: Number of GPUs that share each layer (``--tensor-parallel-size``).
 
     Raises:
@@ -95,7 +95,7 @@ def _one(fmt: Format, name: str, layer: Layer, tp: int) -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one GPU has of a layer."""
+    """The part of a layer on one GPU."""
 
     scheme: QuantScheme
     n: int
@@ -129,7 +129,7 @@ def _never(fmt: Format, part: _Part) -> str | None:
 
 
 def _mixed(part: _Part) -> str:
-    """The first of vLLM's kernels for integer weights that takes it, in the order that it asks them."""
+    """The first of vLLM's kernels for integer weights that runs it, in the order of vLLM."""
     scheme, size = part.scheme, part.scheme.group_size
     marlin = scheme.bits in ((4, 8) if scheme.symmetric else (4,)) and size in MARLIN
     if scheme.bits in (4, 8) and size in (-1, 64, 128) and part.k % 64 == 0 and part.n % 128 == 0:
@@ -154,8 +154,8 @@ def _expert(part: _Part, leaf: str) -> str:
 
 
 def _unequal(layers: Mapping[str, Layer]) -> dict[str, list[str]]:
-    """Layers that vLLM makes one, but which are quantized in different ways."""
-    made: dict[str, list[str]] = {}
+    """Layers that vLLM fuses although they are quantized differently."""
+    layers_by_reason: dict[str, list[str]] = {}
     for name in layers:
         stem, _, leaf = name.rpartition(".")
         for family in FUSED:
@@ -163,10 +163,10 @@ def _unequal(layers: Mapping[str, Layer]) -> dict[str, list[str]]:
                 continue
             members = [f"{stem}.{other}" for other in family]
             if len({layers[m].scheme if m in layers else None for m in members}) > 1:
-                made.setdefault(f"{', '.join(family)} become one layer there and must have one scheme", []).append(
-                    name
-                )
-    return made
+                layers_by_reason.setdefault(
+                    f"{', '.join(family)} become one layer there and must have one scheme", []
+                ).append(name)
+    return layers_by_reason
 
 
 ENGINES: dict[str, Callable[[str, Mapping[str, Layer], int], Verdict]] = {"vllm": vllm}

@@ -222,6 +222,6 @@ def _same_tokenizer(model: str, base: Any, from_hub: dict[str, Any]) -> None:
     from hf_quant.hf.auto import tokenizer_of
 
     if any((Path(model) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
-        own = tokenizer_of(model, **from_hub)
-        if own is not None and base is not None and own.get_vocab() != base.get_vocab():
+        of_model = tokenizer_of(model, **from_hub)
+        if of_model is not None and base is not None and of_model.get_vocab() != base.get_vocab():
             raise HfQuantError(f"the tokenizer of {model} differs from the base's: their numbers cannot be compared")

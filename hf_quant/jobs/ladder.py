@@ -180,7 +180,7 @@ def ladder(
     inputs = list(filter(None, (text, dataset, trial_text, calibration)))
     shard, memory = size_in_bytes(max_shard_size), None if max_memory is None else size_in_bytes(max_memory)
     from_hub = hub(revision, trust_remote_code)
-    given = load_options(dtype, device, from_hub)
+    load_arguments = load_options(dtype, device, from_hub)
     check_places([out], [model, *inputs], overwrite=overwrite, gate=bool(gate))
 
     from hf_quant.data.text import refuse_overlap
@@ -193,19 +193,19 @@ def ladder(
     refuse_quantized(model, **from_hub)
     base = _base(model, base_dtype, device, from_hub)
     with reporting(progress, say) as report:
-        name, whole = how.find(model)
-        choosing, held_back = _parts(whole, report)
+        name, full_text = how.find(model)
+        choosing, held_back = _parts(full_text, report)
         tokenizer = tokenizer_of(model, **from_hub)
         looked_at = calibration_for(model, source, calibration_tokens, tokenizer, from_hub) if calibrated else None
         if looked_at is not None and not allow_overlap:
-            refuse_overlap(whole, looked_at.paragraphs)
+            refuse_overlap(full_text, looked_at.paragraphs)
 
         def measure_on(part: str) -> Any:
             return how.yardstick(model, part, tokenizer, report, device=device, **from_hub)
 
         limits = Limits(gate, size, 2.0 if held_back else 1.0)
         job = Job(
-            model, given, shard, overwrite, report.say, tokenizer, gate, measure_on(choosing), looked_at,
+            model, load_arguments, shard, overwrite, report.say, tokenizer, gate, measure_on(choosing), looked_at,
             report.over("blocks"), memory, inputs=inputs,
         )  # fmt: skip
         options = {

@@ -103,8 +103,8 @@ def schemes(
     named = (scheme,) if isinstance(scheme, str) else tuple(scheme or ())
     if not named:
         return (str(QuantScheme(4 if bits is None else bits, 128 if group_size is None else group_size, not asym)),)
-    given = {"--bits": bits is not None, "--group-size": group_size is not None, "--asym": asym}
-    if also := [option for option, is_given in given.items() if is_given]:
+    options = {"--bits": bits is not None, "--group-size": group_size is not None, "--asym": asym}
+    if also := [option for option, is_given in options.items() if is_given]:
         raise OptionError(f"--scheme {named[0]} says all that {also[0]} would: give one of them")
     slugs = tuple(str(QuantScheme.parse(name)) for name in named)
     if len(set(slugs)) < len(slugs):

@@ -53,7 +53,7 @@ def check_output(out: Path, inputs: Iterable[str | Path] = (), *, overwrite: boo
     check_name(out)
     real = Path(os.path.realpath(out))
     with suppress(FileNotFoundError):  # of a current folder that was removed
-        if any(_same(real, here) for here in _upwards(Path.cwd())):
+        if any(_same(real, parent) for parent in _upwards(Path.cwd())):
             raise HfQuantError(f"{shown(out)}: is the current folder, or holds it: name a new folder for the result")
     for source in inputs:
         _check_input(out, real, Path(source))
@@ -153,10 +153,10 @@ def record(stage: Path) -> dict[str, Any]:
 
 def not_ours(folder: Path) -> str | None:
     """Why a folder is not one that hf-quant wrote, in words; None if it is."""
-    found = next((made for name in RECORDS if (made := _read(folder / name)) is not None), None)
-    if found is None:
+    listing = next((candidate for name in RECORDS if (candidate := _read(folder / name)) is not None), None)
+    if listing is None:
         return f"was not written by hf-quant (it has no {RECIPE})"
-    if not isinstance(listed := found.get("files"), list):
+    if not isinstance(listed := listing.get("files"), list):
         return None  # written before files were listed
     known = {str(name).replace("\\", "/").split("/")[0] for name in listed}
     files = {str(name).replace("\\", "/") for name in listed}
@@ -174,11 +174,11 @@ def _read(path: Path) -> Mapping[str, Any] | None:
     try:
         if not path.is_file() or path.stat().st_size > LARGEST:
             return None
-        made = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    versions = made.get("versions") if isinstance(made, dict) else None
-    return made if isinstance(versions, dict) and "hf-quant" in versions else None
+    versions = content.get("versions") if isinstance(content, dict) else None
+    return content if isinstance(versions, dict) and "hf-quant" in versions else None
 
 
 def check_name(out: Path) -> None:
@@ -212,9 +212,9 @@ def _check_input(out: Path, real: Path, source: Path) -> None:
     place = Path(os.path.realpath(source))
     if _same(place, real):
         raise HfQuantError(f"{shown(out)}: is the input {shown(source)} itself, and inputs are never replaced")
-    links = [each for each in place.iterdir() if each.is_symlink()] if place.is_dir() else []
-    for each in (place, *(Path(os.path.realpath(link)) for link in links)):
-        if any(_same(above, real) for above in _upwards(each)):
+    links = [path for path in place.iterdir() if path.is_symlink()] if place.is_dir() else []
+    for path in (place, *(Path(os.path.realpath(link)) for link in links)):
+        if any(_same(above, real) for above in _upwards(path)):
             raise HfQuantError(f"{shown(out)}: holds the input {shown(source)}, and inputs are never replaced")
     if place.is_dir() and any(_same(above, place) for above in _upwards(real)):
         raise HfQuantError(f"{shown(out)}: lies in the input {shown(source)}, and inputs are never changed")

@@ -166,20 +166,20 @@ def _cache_bytes(config: Any) -> int:
 
 def _worth(plan: Plan, cache: int) -> list[str]:
     """Whether what is saved matters, beside the KV cache and on this machine."""
-    made, saved = [], plan.bytes_float - plan.bytes_quantized
+    sentences, saved = [], plan.bytes_float - plan.bytes_quantized
     if cache and saved < ENOUGH * (plan.bytes_float + cache):
-        made.append(
+        sentences.append(
             f"hardly worth it at long context: {cache / 1e6:.0f} MB of keys and values at the full length stay, so "
             f"{saved / 1e6:.0f} MB are {saved / (plan.bytes_float + cache):.0%} of the whole; in INT8 they are "
             f"{cache * KV_BITS['int8'] / 16e6:.0f} MB, in INT4 {cache * KV_BITS['int4'] / 16e6:.0f}: hf_quant.QuantCache"
         )
     memory = _memory()
     if memory and plan.bytes_float < LITTLE * memory:
-        made.append(
+        sentences.append(
             f"hardly worth it for memory on this machine: unquantized it takes {plan.bytes_float / memory:.1%} of "
             f"{memory / 1e9:.0f} GB"
         )
-    return made
+    return sentences
 
 
 def _memory() -> int:
@@ -196,11 +196,11 @@ def _memory() -> int:
 
 def _advice(params: int, bits: int) -> list[str]:
     """When not to quantize, or not without a measurement."""
-    made = []
+    sentences = []
     if params < SMALL:
-        made.append(
+        sentences.append(
             f"{params / 1e6:.0f}M parameters: small models lose more from quantization; measure before you publish"
         )
     if bits == 2:
-        made.append("2 bits without evidence usually break a model: measure before you use it")
-    return made
+        sentences.append("2 bits without evidence usually break a model: measure before you use it")
+    return sentences

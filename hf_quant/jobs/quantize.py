@@ -123,7 +123,7 @@ class QuantizeResult(Result):
     @property
     def passed(self) -> bool:
         """Whether all models are inside their budget."""
-        return all(made.passed for made in self.results)
+        return all(result.passed for result in self.results)
 
     @property
     def folder(self) -> Path:
@@ -131,26 +131,26 @@ class QuantizeResult(Result):
         return self.results[-1].folder
 
     def to_dict(self) -> dict[str, Any]:
-        record = {"model": self.model, "results": [made.to_dict() for made in self.results]}
+        record = {"model": self.model, "results": [result.to_dict() for result in self.results]}
         return record | ({"generated": self.generated} if self.generated else {})
 
     def title(self) -> str:
-        return f"{self.model}, quantized: {', '.join(str(made.folder) for made in self.results)}"
+        return f"{self.model}, quantized: {', '.join(str(result.folder) for result in self.results)}"
 
     def head(self) -> Row:
         return self.results[0].head() if self.results else ("scheme",)
 
     def rows(self) -> Iterator[Row]:
-        for i, made in enumerate(self.results):
-            base, row = made.rows()
+        for i, result in enumerate(self.results):
+            base, row = result.rows()
             yield from (base, row) if i == 0 else (row,)
 
     def footnotes(self) -> Iterator[str]:
         quality = self.results[0].quality if self.results else None
         if quality is not None and self.text is not None:
             yield measured_on(quality, self.text)
-        for made in self.results:
-            yield from made.footnotes()
+        for result in self.results:
+            yield from result.footnotes()
 
 
 def quantize(
@@ -245,7 +245,7 @@ def quantize(
         embeddings=embeddings,
         epochs=epochs,
     )
-    ranks = Ranks.found()
+    ranks = Ranks.of_process_group()
     with reporting(progress if ranks.first else False, say if ranks.first else _silent) as report:
         _check_folder(model, report)
         refuse_quantized(model, **from_hub)
@@ -271,9 +271,9 @@ def quantize(
             records = [compress(job, plan, out) for plan, out in zip(plans, outs, strict=True)]
         if not ranks.first:
             return QuantizeResult(model, ())
-        made = [QuantizedModel.of(record, out) for record, out in zip(records, outs, strict=True)]
-        generated = _continue(made[-1].folder, prompt, tokenizer, trust_remote_code) if prompt else None
-    return QuantizeResult(model, made, name, generated)
+        models = [QuantizedModel.of(record, out) for record, out in zip(records, outs, strict=True)]
+        generated = _continue(models[-1].folder, prompt, tokenizer, trust_remote_code) if prompt else None
+    return QuantizeResult(model, models, name, generated)
 
 
 def _silent(_line: str) -> None:
@@ -301,10 +301,10 @@ def resumable(schemes: dict[Path, str], what: str, report: Reporter) -> Iterator
         raise
 
 
-def _refuse_measuring(wanted: bool | None, gated: bool, how: Measuring) -> None:
-    if wanted is False and gated:
+def _refuse_measuring(measure: bool | None, gated: bool, how: Measuring) -> None:
+    if measure is False and gated:
         raise OptionError("a gate has to measure: it cannot go with --no-eval")
-    if wanted is False and (how.text or how.dataset):
+    if measure is False and (how.text or how.dataset):
         raise OptionError("--text and --dataset say what to measure on: they cannot go with --no-eval")
 
 

@@ -59,12 +59,12 @@ def _better_founded(known: dict[str, Any], record: dict[str, Any], tell: Callabl
         return record
     if (old["resampled"] == "documents", old["tokens"]) <= (new["resampled"] == "documents", new["tokens"]):
         return record
-    kept = record | {"quality": old}
+    combined = record | {"quality": old}
     if "gate" in record:
-        kept["gate"] = Budget(**record["gate"]["budget"]).verdict(Quality.from_dict(old))
+        combined["gate"] = Budget(**record["gate"]["budget"]).verdict(Quality.from_dict(old))
     tell(
         f"results.json keeps the quality measured on {old['tokens']:,} tokens of {old['documents']} documents, which says "
         f"more than these {new['tokens']:,} of {new['documents']}"
         + (", and judges that by the gate" if "gate" in record else "")
     )
-    return kept
+    return combined

@@ -114,7 +114,7 @@ def check_overlap(folder: str, text: str) -> None:
     if recipe.is_file():
         stored = json.loads(recipe.read_text())
         texts = [stored.get("calibration"), (stored.get("training") or {}).get("text")]
-        refuse_overlap(text, [paragraph for each in texts if each for paragraph in each.get("paragraphs", [])])
+        refuse_overlap(text, [paragraph for record in texts if record for paragraph in record.get("paragraphs", [])])
 
 
 def find_calibration(text: str | None, model: str) -> str | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from hf_quant.data.calibration import Calibration
 from hf_quant.disk.atomic import write_json
 from hf_quant.disk.folders import discard
-from hf_quant.disk.journal import is_journal, journal
+from hf_quant.disk.journal import is_journal, open_journal
 from hf_quant.errors import PlanError
 from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
@@ -73,9 +73,11 @@ def train_model(job: Job, training: Training, config: HfQuantConfig, out: Path) 
         HfQuantError: As `compress`, or the training cannot go on; says why.
     """
     refuse_other_vocabulary(job, training.teacher)
-    own = {each.name: getattr(job, each.name) for each in fields(Job)}
-    made = _TrainJob(**own | {"overwrite": job.overwrite or _appeared(out, training)}, training=training, out=out)
-    row = compress(replace(made, finish=made.finished), config, out)
+    values = {member.name: getattr(job, member.name) for member in fields(Job)}
+    train_job = _TrainJob(
+        **values | {"overwrite": job.overwrite or _appeared(out, training)}, training=training, out=out
+    )
+    row = compress(replace(train_job, finish=train_job.finished), config, out)
     if is_journal(work_folder(out)):
         discard(work_folder(out), out)
     return row
@@ -92,7 +94,7 @@ class _TrainJob(Job):
     def quantized(self, config: HfQuantConfig) -> Any:
         """The trained model, quantized, in memory."""
         training, work = self.training, work_folder(self.out)
-        with journal(work, self._plan(config), self.say) as log:
+        with open_journal(work, self._plan(config), self.say) as log:
             model = self._trainable(config)
             if (count := len(training.text.ids) // training.settings.batch) < 1:
                 raise PlanError(f"{training.text.name}: {len(training.text.ids)} windows are fewer than one batch")
@@ -107,18 +109,18 @@ class _TrainJob(Job):
                 model.save_pretrained(folder)
                 plan, dtype = model.hf_quantizer.plan, model.config.dtype
                 del model
-                made = load(folder, dtype=dtype, **self.options("device_map", "trust_remote_code")).eval()
-                made.hf_quantizer.plan = plan
-                return made
+                saved = load(folder, dtype=dtype, **self.options("device_map", "trust_remote_code")).eval()
+                saved.hf_quantizer.plan = plan
+                return saved
 
     def _trainable(self, config: HfQuantConfig) -> Any:
         ids = self.training.text.ids
-        asked = HfQuantConfig(
+        requested = HfQuantConfig(
             config.scheme, method=self.training.start, overrides=config.overrides, format=config.format, training=True,
             modules_to_not_convert=config.modules_to_not_convert, quantize_lm_head=config.quantize_lm_head,
             quantize_embeddings=config.quantize_embeddings, calibration=ids[: max(2, CALIBRATED_ON // ids.shape[1])],
         )  # fmt: skip
-        return load(self.model, quantization_config=asked, **self.load)
+        return load(self.model, quantization_config=requested, **self.load)
 
     def _plan(self, config: HfQuantConfig) -> dict[str, Any]:
         """All that decides what becomes of a training."""
@@ -143,9 +145,11 @@ def refuse_other_vocabulary(job: Job, teacher: Base | None) -> None:
     """
     if teacher is None or teacher.model == job.model:
         return
-    own, other = job.base().vocabulary(), teacher.vocabulary()
-    if own != other:
-        raise PlanError(f"teacher {teacher.model}: a vocabulary of {other} tokens, and the model has one of {own}")
+    vocabulary, other = job.base().vocabulary(), teacher.vocabulary()
+    if vocabulary != other:
+        raise PlanError(
+            f"teacher {teacher.model}: a vocabulary of {other} tokens, and the model has one of {vocabulary}"
+        )
     tokenizers = [job.tokenizer, tokenizer_of(teacher.model, **hub_options(vars(teacher)))]
     if None not in tokenizers and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise PlanError(f"teacher {teacher.model}: its tokenizer has other tokens than that of the model")

@@ -93,8 +93,8 @@ def verify(
         if not Path(model).is_dir():
             return VerifyResult(model, verify_repo(model, revision))
         files = verify_folder(Path(model)) if (Path(model) / MANIFEST).is_file() else None
-        found = check_tensors(Path(model), report.over("layers"))
-    return replace(found, files=files)
+        verification = check_tensors(Path(model), report.over("layers"))
+    return replace(verification, files=files)
 
 
 def check_tensors(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> VerifyResult:
@@ -138,9 +138,9 @@ def _check_layer(model: Any, contents: Contents, placed: Placed, module: str) ->
     names = dict(model.named_parameters())
     if isinstance(read, QuantizedTensor):
         stem = home if f"{home}_scale" in names else f"{home}.weight"
-        made = parameters_of(stem, read, names[f"{stem}_scale"].dtype)
-        own = {f"weight{name.removeprefix(stem)}": tensor for name, tensor in made.items()}
-        wrong = wrong_values(own, read.scheme, read.in_features)
+        stored_parameters = parameters_of(stem, read, names[f"{stem}_scale"].dtype)
+        parameters = {f"weight{name.removeprefix(stem)}": tensor for name, tensor in stored_parameters.items()}
+        wrong = wrong_values(parameters, read.scheme, read.in_features)
         if wrong is not None:
             raise CheckpointError(f"{contents.where(module)}: {wrong}")
     else:

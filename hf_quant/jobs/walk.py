@@ -152,17 +152,17 @@ class Ladder:
 
     def walk(self) -> Walk:
         """Measure rung after rung as far as it makes sense, then mix."""
-        found = Walk([self._base()])
+        walk = Walk([self._base()])
         for scheme in self.schemes:
             rung = self._rung(str(scheme), HfQuantConfig(str(scheme), **self.options))
-            self._add(found, rung)
+            self._add(walk, rung)
             if self._last(rung):
                 break
         if rung.misses and self.limits.budget:
-            self._down_to_budget(found, rung)
+            self._down_to_budget(walk, rung)
         elif not self.limits.budget:
-            self._up_to_size(found)
-        return found
+            self._up_to_size(walk)
+        return walk
 
     def _last(self, rung: Rung) -> bool:
         """Whether lower rungs can only be worse: over the quality budget, or small enough where only size counts."""
@@ -171,12 +171,12 @@ class Ladder:
             return bool(self.limits.budget.misses(rung.quality, self.limits.margin))
         return self.limits.fits(rung.bytes)
 
-    def _add(self, found: Walk, rung: Rung) -> None:
-        found.rungs.append(rung)
+    def _add(self, walk: Walk, rung: Rung) -> None:
+        walk.rungs.append(rung)
         self.job.say(f"{rung.name}: {rung.bytes / 1e6:.1f} MB, KL {rung.kl:.5f}")
         if not rung.misses:
             best = (lambda r: r.bytes) if self.limits.budget else (lambda r: r.kl)
-            found.chosen = min((r for r in (found.chosen, rung) if r is not None), key=best)
+            walk.chosen = min((r for r in (walk.chosen, rung) if r is not None), key=best)
 
     def _base(self) -> Rung:
         model = self.load_base(torch.bfloat16)
@@ -193,11 +193,11 @@ class Ladder:
             name, config, size, plan.bits_per_weight, _speed(model), quality, self.limits.misses(size, quality)
         )
 
-    def _down_to_budget(self, found: Walk, missed: Rung) -> None:
+    def _down_to_budget(self, walk: Walk, missed: Rung) -> None:
         """Mix so that the budget is used up: aim, measure, aim again."""
         assert missed.config is not None
         bits = missed.config.bits
-        table = self._table(found, [s for s in self.schemes if bits - 1 <= s.bits < 8 or s.bits == 4 or s.activations])
+        table = self._table(walk, [s for s in self.schemes if bits - 1 <= s.bits < 8 or s.bits == 4 or s.activations])
         aim = table.uniform(bits)
         rung, before = missed, None
         for _ in range(TRIES):
@@ -206,19 +206,19 @@ class Ladder:
             if picks is None or picks == before:
                 return
             before, rung = picks, self._rung(MIXED, table.config(picks))
-            self._add(found, rung)
+            self._add(walk, rung)
             if CLOSE <= self._used(rung) <= 1:
                 return
 
-    def _up_to_size(self, found: Walk) -> None:
+    def _up_to_size(self, walk: Walk) -> None:
         """Mix so that the size is used up."""
         assert self.limits.max_size is not None
-        if found.chosen is not None and found.chosen is found.rungs[1]:
+        if walk.chosen is not None and walk.chosen is walk.rungs[1]:
             return  # the first rung fits, and nothing is better
-        table = self._table(found, [s for s in self.schemes if s.bits < 8 or s.activations])
+        table = self._table(walk, [s for s in self.schemes if s.bits < 8 or s.activations])
         picks = table.frontier.cheapest(self.limits.max_size - table.rest)
         if picks is not None:
-            self._add(found, self._rung(MIXED, table.config(picks)))
+            self._add(walk, self._rung(MIXED, table.config(picks)))
 
     def _used(self, rung: Rung) -> float:
         """How much of the budget a model takes, 1 being all, in proportion to KL (disagreement grows like its root)."""
@@ -234,15 +234,15 @@ class Ladder:
                 shares.append((max(value, 0) / limit) ** power if limit > 0 else math.inf)
         return max(*shares, 0.01)  # 0 would aim at infinity
 
-    def _table(self, found: Walk, tried: Sequence[QuantScheme]) -> _Table:
+    def _table(self, walk: Walk, tried: Sequence[QuantScheme]) -> _Table:
         """Measure what each group costs alone, and put it beside what it weighs."""
         config = HfQuantConfig(str(self.schemes[0]), **self.options)
         skeleton, plan = plan_of(self.job.model, config, **hub_options(self.job.load))
         tied = {name.removesuffix(".weight") for pair in skeleton.all_tied_weights_keys.items() for name in pair}
         layers = groups(name for name in plan.schemes if name not in tied)
         trial, model = self.trial(), self.load_base(torch.float32)
-        found.bits = [scheme.bits for scheme in tried]
-        found.sensitivity = sensitivities(
+        walk.bits = [scheme.bits for scheme in tried]
+        walk.sensitivity = sensitivities(
             model,
             layers,
             tried,
@@ -251,7 +251,7 @@ class Ladder:
             self.progress,
         )
         choices = [*(s for s in self.schemes if s.bits == 8 and s not in tried), *tried]
-        shapes = {name: each.shape for name, each in candidates(skeleton).items()}
+        shapes = {name: candidate.shape for name, candidate in candidates(skeleton).items()}
         sizes = [
             [
                 sum(bytes_of(shapes[name], s.fitted(shapes[name][-1]), skeleton.dtype) for name in names)
@@ -259,13 +259,13 @@ class Ladder:
             ]
             for names in layers.values()
         ]
-        costs = [self._costs(found, group, choices) for group in layers]
-        rest = plan.bytes_quantized - sum(own[0] for own in sizes)
+        costs = [self._costs(walk, group, choices) for group in layers]
+        rest = plan.bytes_quantized - sum(size_of_group[0] for size_of_group in sizes)
         return _Table(layers, choices, costs, frontier(sizes, costs), rest, self.options)
 
-    def _costs(self, found: Walk, group: str, choices: Sequence[QuantScheme]) -> list[float]:
+    def _costs(self, walk: Walk, group: str, choices: Sequence[QuantScheme]) -> list[float]:
         """Of each choice; 8 bits are taken to cost 1/256 of 4 bits (error power falls by four a bit)."""
-        measured = dict(zip(found.bits, found.sensitivity[group], strict=True))
+        measured = dict(zip(walk.bits, walk.sensitivity[group], strict=True))
         return [measured[s.bits] if s.bits in measured else measured[4] / 256 for s in choices]
 
 
@@ -283,7 +283,7 @@ class _Table:
     def uniform(self, bits: int) -> float:
         """What all groups together cost at ``bits``, by the sum of what each costs alone."""
         at = [scheme.bits for scheme in self.choices].index(bits)
-        return sum(own[at] for own in self.costs)
+        return sum(costs_of_group[at] for costs_of_group in self.costs)
 
     def config(self, picks: Sequence[int]) -> HfQuantConfig:
         """The plan of these choices."""

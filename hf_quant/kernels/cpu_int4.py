@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.core.packing import pack, unpack
+from hf_quant.core.private_torch import multiply_int4, pack_int4
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._shared.blocks import Codes, cpu_multiplies_bf16, flat, multiply, multiply_back
@@ -30,7 +31,7 @@ CHUNK = 256  # rows packed together: the op wants them as int32
 
 def _pack(codes: Tensor) -> Tensor:
     """uint8 codes ``[N, K]`` of four bits to the op's own layout, uint8 ``[N, K / 2]``; N is a multiple of 16."""
-    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    return pack_int4(codes.int(), 1)
 
 
 def _planes(qweight: Tensor, bits: int) -> Tensor:
@@ -116,11 +117,11 @@ def cpu_int4_linear(
     if x.shape[0] >= _few_rows(planes.shape[0]):
         return multiply(x, _codes(planes), scale, zero, fixed, step=64)
     few = x.to(torch.bfloat16).contiguous()
-    made = [
-        torch.ops.aten._weight_int4pack_mm_for_cpu(few, plane, group_size, params)
+    products = [
+        multiply_int4(few, plane, group_size, params)
         for plane, params in zip(planes.unbind(), scale_and_zero.unbind(), strict=True)
     ]
-    y = made[0] if len(made) == 1 else made[0].float() + made[1].float()
+    y = products[0] if len(products) == 1 else products[0].float() + products[1].float()
     return y.to(x.dtype)
 
 
@@ -144,8 +145,8 @@ cpu_int4_linear.register_autograd(_backward, setup_context=_save)
 
 def _group_size(spec: LinearSpec) -> int | None:
     """The largest group size the op takes that divides the layer's."""
-    own = spec.in_features // spec.scheme.groups(spec.in_features)
-    return next((size for size in GROUPS if own % size == 0), None)
+    size_of_layer = spec.in_features // spec.scheme.groups(spec.in_features)
+    return next((size for size in GROUPS if size_of_layer % size == 0), None)
 
 
 class CpuInt4:
@@ -158,6 +159,8 @@ class CpuInt4:
         scheme = spec.scheme
         if spec.device != "cpu":
             return f"needs a CPU, got {spec.device}"
+        if pack_int4 is None or multiply_int4 is None:
+            return "this version of torch has no packed INT4 product"
         if spec.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"the op rounds to bf16, too coarse for {spec.dtype}"
         if scheme.codebook:
@@ -183,8 +186,8 @@ class CpuInt4:
         else:  # (16 high + low - 128) scale = (high - 8) 16 scale + ((low - 8) scale + 8 scale)
             params = [torch.stack([16 * scale, 0 * scale], -1), torch.stack([scale, 8 * scale], -1)]
         packed = _planes(weight.qweight, spec.scheme.bits)
-        made = (packed, torch.stack(params).to(torch.bfloat16).contiguous(), weight.scale)
-        return made if weight.zero_point is None else (*made, weight.zero_point)
+        prepared = (packed, torch.stack(params).to(torch.bfloat16).contiguous(), weight.scale)
+        return prepared if weight.zero_point is None else (*prepared, weight.zero_point)
 
     def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         codes = _codes(prepared[0])

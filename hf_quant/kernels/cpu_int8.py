@@ -51,12 +51,12 @@ def _product(x: Tensor, packed: Tensor, scale: Tensor, columns: Tensor | None, i
     packed = packed if packed.is_mkldnn else _pack(packed)
     zero = _nothing(scale.shape[0])
     y = x.new_empty(x.shape[0], scale.shape[0])
-    for rows, made in zip(x.split(ROWS), y.split(ROWS), strict=True):
-        codes, found = _rounded(rows, columns, input_scale)
+    for rows, output in zip(x.split(ROWS), y.split(ROWS), strict=True):
+        codes, row_scale = _rounded(rows, columns, input_scale)
         product = torch.ops.onednn.qlinear_pointwise(
             codes, 1.0, 128, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        made.copy_(product.mul_(found))
+        output.copy_(product.mul_(row_scale))
     return y
 
 
@@ -65,16 +65,16 @@ def _rounded(rows: Tensor, columns: Tensor | None, input_scale: Tensor | None) -
     codes = rows.new_empty(rows.shape, dtype=torch.uint8)
     scale = rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
     index = None if columns is None else columns.long()
-    for part, code, found in zip(rows.split(PART), codes.split(PART), scale.split(PART), strict=True):
+    for part, code, row_scale in zip(rows.split(PART), codes.split(PART), scale.split(PART), strict=True):
         wide = part.to(torch.float32, copy=True)
         if index is not None:
             wide.index_fill_(1, index, 0)
         if input_scale is None:
-            found.copy_(wide.abs().amax(-1, keepdim=True).clamp_(min=TINY).div_(127))
-            wide.mul_(found.reciprocal()).add_(128.5)  # what follows cuts off: together that rounds
+            row_scale.copy_(wide.abs().amax(-1, keepdim=True).clamp_(min=TINY).div_(127))
+            wide.mul_(row_scale.reciprocal()).add_(128.5)  # what follows cuts off: together that rounds
         else:
-            found.copy_(wide.sum(-1, keepdim=True).mul_(0).add_(input_scale))
-            wide.mul_(found.reciprocal()).add_(128.5).clamp_(1, 255)
+            row_scale.copy_(wide.sum(-1, keepdim=True).mul_(0).add_(input_scale))
+            wide.mul_(row_scale.reciprocal()).add_(128.5).clamp_(1, 255)
         code.copy_(wide)
     return codes, scale
 

@@ -24,7 +24,7 @@ from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._shared.blocks import flat
 from hf_quant.kernels._shared.ops import implements
-from hf_quant.kernels._shared.routing import back_in_order, cut, each
+from hf_quant.kernels._shared.routing import back_in_order, cut, spans
 from hf_quant.kernels._triton.planar import (
     fields,
     from_planes,
@@ -69,15 +69,15 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after
     run = count  # planes that share a scale in every block
     if group % (count * size):
         run = group // size if count * size % group == 0 else 1
-    found: dict[str, Any] = {"ASM": None, "OPERANDS": None, "AT": -1}
+    constexprs: dict[str, Any] = {"ASM": None, "OPERANDS": None, "AT": -1}
     if cuda and dtype in NARROW:
         book = tuple(levels(scheme.codebook, torch.device("cpu")).tolist()) if scheme.codebook else None
-        found["ASM"], found["OPERANDS"] = unpacking(bits, dtype, book)
+        constexprs["ASM"], constexprs["OPERANDS"] = unpacking(bits, dtype, book)
         if book is None and not (bits == 8 and dtype is torch.bfloat16):
-            found["AT"] = sum(position << (4 * j) for j, (_, position) in enumerate(positions(bits, dtype)))
-    found["FOLD"] = after and not cuda and dtype is torch.bfloat16 and bits < 8 and scheme.codebook is None
+            constexprs["AT"] = sum(position << (4 * j) for j, (_, position) in enumerate(positions(bits, dtype)))
+    constexprs["FOLD"] = after and not cuda and dtype is torch.bfloat16 and bits < 8 and scheme.codebook is None
     exact = bits < 8 and not scheme.real_zero  # base + zero point is then exact in 16 bits
-    return found | {
+    return constexprs | {
         "BITS": bits, "GROUP": group, "P": size, "RUN": run, "FIXED": 0 if scheme.codebook else scheme.zero,
         "ZERO": 0 if scheme.symmetric else 1 if exact else 2, "EVEN": k % (count * size) == 0,
     }  # fmt: skip
@@ -251,9 +251,9 @@ def triton_experts(
         tile = tile_for(x.device, how.bits, rows, n, k, blocks, e, scattered=_scattered(index, packed))
     if tile is not None:
         return launch(x, packed, counters, scale, zero, table, bias, index, value, how, tile, ends, order)
-    own, y = x if order is None else x[order // _choices(x, order)], x.new_zeros(rows, n)
-    for i, j, (w, s, z, b, c, v) in each(ends, packed, scale, zero, bias, index, value):
-        y[i:j] = densely(own[i:j], w, s, z, table, b, c, v, how)
+    sorted_rows, y = x if order is None else x[order // _choices(x, order)], x.new_zeros(rows, n)
+    for i, j, (w, s, z, b, c, v) in spans(ends, packed, scale, zero, bias, index, value):
+        y[i:j] = densely(sorted_rows[i:j], w, s, z, table, b, c, v, how)
     return y
 
 
@@ -264,7 +264,7 @@ def triton_experts_backward(
 ) -> Tensor:  # fmt: skip
     """``grad [rows, N]`` times the weight of each row's expert: ``[rows, K]``."""
     out = grad.new_zeros(grad.shape[0], k)
-    for i, j, (w, s, z, c, v) in each(ends, packed, scale, zero, index, value):
+    for i, j, (w, s, z, c, v) in spans(ends, packed, scale, zero, index, value):
         out[i:j] = triton_wna16_backward(grad[i:j], w, s, z, table, c, v, scheme, k)
     return out
 
@@ -317,10 +317,10 @@ class TritonWNA16:
         scheme = spec.scheme
         packed = to_planes(weight.qweight, scheme.bits, plane(grouped(scheme, spec.in_features), scheme.bits))
         counters = torch.zeros(COUNTERS, dtype=torch.int32, device=packed.device)
-        made = (packed, counters, weight.scale.mT.contiguous())
+        prepared = (packed, counters, weight.scale.mT.contiguous())
         if scheme.codebook:
-            return *made, levels(scheme.codebook, packed.device)
-        return made if weight.zero_point is None else (*made, weight.zero_point.mT.contiguous())
+            return *prepared, levels(scheme.codebook, packed.device)
+        return prepared if weight.zero_point is None else (*prepared, weight.zero_point.mT.contiguous())
 
     def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
         size = plane(grouped(spec.scheme, spec.in_features), spec.scheme.bits)

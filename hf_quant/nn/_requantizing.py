@@ -19,8 +19,8 @@ def requantize(module: Repacking | QuantEmbedding, name: str, weight: Tensor) ->
     """
     held = module.quantized_weight() if isinstance(module, QuantEmbedding) else module._quantized(name)
     turned = getattr(module, "conv1d", False) or getattr(module, "is_transposed", False)
-    made = held.nearest_to(weight.transpose(-1, -2) if turned else weight)
-    parts = made.parts()
+    quantized = held.nearest_to(weight.transpose(-1, -2) if turned else weight)
+    parts = quantized.parts()
     if isinstance(module, Repacking):
         module._unpack()
     for part in (WEIGHT, "weight_outlier_value"):

@@ -22,7 +22,7 @@ MARK = "hf-quant report"  # identifies pages of this package
 SHOWN = 12  # layers with the largest errors
 
 
-def page(folder: Path) -> str:
+def html_page(folder: Path) -> str:
     """HTML from results.json, ladder.json and recipe.json in ``folder``, as far as they exist.
 
     Raises:

@@ -23,7 +23,7 @@ STEPS = {
     "hadamard": "Hadamard rotation of values ([QuaRot](https://arxiv.org/abs/2404.00456))",
     "drift": "targets from the float model ([GPTAQ](https://arxiv.org/abs/2504.02692))",
 }
-FOUND = ("calibration.txt", "the bundled text (documentation of Python)")  # used without an option
+UNNAMED_TEXTS = ("calibration.txt", "the bundled text (documentation of Python)")  # used without an option
 TITLES = {
     "kl": ("KL divergence to the base, nats per token", "number"),
     "kl_p50": ("KL divergence, median over tokens", "number"),
@@ -165,7 +165,7 @@ def command(recipe: Mapping[str, Any]) -> str:
     for glob in settings.get("modules_to_not_convert") or []:
         words += ["--ignore", glob]
     if calibration:
-        words += ["--calibration", calibration["name"]] if calibration["name"] not in FOUND else []
+        words += ["--calibration", calibration["name"]] if calibration["name"] not in UNNAMED_TEXTS else []
         words += ["--calibration-tokens", str(calibration["sequences"] * calibration["context"])]
     return " ".join(f"\\\n  {word}" if word == "--override" else shell_word(word) for word in words)
 

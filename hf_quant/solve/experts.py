@@ -14,7 +14,7 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.methods import method
 from hf_quant.nn.experts import expert_input, stacks
 from hf_quant.solve.block import Block, put
-from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.inputs import HELD, Group, inputs_of, reduce
 from hf_quant.solve.latent import place_of
 from hf_quant.solve.result import Recipe, Solved, with_range
@@ -25,7 +25,7 @@ EXPERTS = 1 << 30  # bytes of statistics of experts collected in one pass; more 
 
 
 def solve_experts(
-    block: Block, group: Group, hidden: Activations, mine: list[int], recipe: Recipe, solved: Solved
+    block: Block, group: Group, hidden: HiddenStates, mine: list[int], recipe: Recipe, solved: Solved
 ) -> None:
     """Quantize all experts, each on the tokens that are sent to it; the projections into the experts first."""
     path = group.layers[0].rpartition(".")[0]

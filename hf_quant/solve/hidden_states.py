@@ -13,7 +13,7 @@ from hf_quant.disk.atomic import blaming
 
 
 @dataclass(frozen=True)
-class Activations:
+class HiddenStates:
     """Hidden states ``[S, T, d]``, read and replaced in batches.
 
     Attributes:
@@ -25,7 +25,7 @@ class Activations:
     size: int
 
     @classmethod
-    def room(cls, shape: tuple[int, int, int], size: int, dtype: torch.dtype, file: Path | None) -> Activations:
+    def room(cls, shape: tuple[int, int, int], size: int, dtype: torch.dtype, file: Path | None) -> HiddenStates:
         """Uninitialized states, in memory, or in ``file``, which is mapped and so does not count as memory of this process.
 
         Raises:
@@ -51,7 +51,7 @@ class Activations:
         """Replace a batch."""
         self.states[number * self.size : (number + 1) * self.size] = batch
 
-    def copy_from(self, other: Activations) -> None:
+    def copy_from(self, other: HiddenStates) -> None:
         """Copy all states of another one."""
         for number in range(len(self)):
             self.put(number, other[number])

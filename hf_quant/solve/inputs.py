@@ -14,7 +14,7 @@ from hf_quant.core.stats import HELD_ROWS, SAMPLE_ROWS, InputStats
 from hf_quant.errors import HfQuantError
 from hf_quant.nn.experts import stacks
 from hf_quant.solve.block import Block
-from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.ranks import Ranks
 from hf_quant.transforms import weight_of
 
@@ -102,8 +102,8 @@ def inputs_of(block: Block, module: nn.Module, names: list[str], batch: Tensor) 
 
 
 def collect(
-    block: Block, part: list[Group], hidden: Activations, mine: list[int], ranks: Ranks, twin: nn.Module | None,
-    original: Activations | None,
+    block: Block, part: list[Group], hidden: HiddenStates, mine: list[int], ranks: Ranks, twin: nn.Module | None,
+    original: HiddenStates | None,
 ) -> dict[str, InputStats]:  # fmt: skip
     """Statistics of the input of each group, by the name of its first layer."""
     leaders = [group.layers[0] for group in part]

@@ -26,7 +26,7 @@ def place_of(weight: Tensor, quantized: QuantizedTensor) -> Tensor:
     """
     device, groups = weight.device, quantized.scale.shape[-1]
     codes = quantized.codes().to(device).float().unflatten(-1, (groups, -1))
-    scale, zero = (each.to(device).float()[..., None] for each in (quantized.scale, quantized.zeros()))
+    scale, zero = (tensor.to(device).float()[..., None] for tensor in (quantized.scale, quantized.zeros()))
     place = weight.float().reshape(codes.shape) / scale + zero
     return torch.clamp(place, codes - EDGE, codes + EDGE).clamp_(0, quantized.scheme.qmax)
 
@@ -62,11 +62,11 @@ class Latent:
 
     def weight(self) -> Tensor:
         """What the codes mean now: float32 ``[..., N, K]``."""
-        made = ((self._codes() - self._zero) * self._stored()).flatten(-2)
-        own = self.start.outliers
-        if own is None:
-            return made
-        return Outliers(own.index.to(self.device), own.value.to(self.device)).add_to(made)
+        weight = ((self._codes() - self._zero) * self._stored()).flatten(-2)
+        outliers = self.start.outliers
+        if outliers is None:
+            return weight
+        return Outliers(outliers.index.to(self.device), outliers.value.to(self.device)).add_to(weight)
 
     def take(self, gradient: Tensor) -> None:
         """Hand on the gradient of `weight` ``[..., N, K]``."""

@@ -14,7 +14,7 @@ from hf_quant.core.numerics import quantize_rows
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
 from hf_quant.solve.block import Block, parameter_of, put, use
-from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.inputs import HELD
 from hf_quant.solve.latent import Latent
 from hf_quant.solve.recipes import LEARNED, Learning
@@ -26,18 +26,18 @@ LAST = 0.05  # of the learning rate is left in the end
 PATIENCE = 3  # steps in a row without a finite loss
 
 
-def learn(block: Block, hidden: Activations, wanted: Activations, recipe: Recipe, made: Solved) -> None:
-    """Lower the error of the block's output, and put the codes that do it into ``made`` and into the block.
+def learn(block: Block, hidden: HiddenStates, wanted: HiddenStates, recipe: Recipe, solved: Solved) -> None:
+    """Lower the error of the block's output, and put the codes that do it into ``solved`` and into the block.
 
     One batch in `HELD` is held out. After every pass over the others the error on it is measured, and the codes with the
     least are kept: those that learning starts from, if no pass lowers it.
 
     Args:
-        block: Computes with the codes of ``made``.
+        block: Computes with the codes of ``solved``.
         hidden: Its inputs, ``[S, T, d]``.
         wanted: What the float model's block gives, likewise.
         recipe: How.
-        made: Changed.
+        solved: The result of the block so far, which is changed.
 
     Raises:
         HfQuantError: The loss is not finite, again and again; names the block.
@@ -46,35 +46,35 @@ def learn(block: Block, hidden: Activations, wanted: Activations, recipe: Recipe
     if learning is None:
         return
     names = [name for name, scheme in block.layers.items() if recipe.decision.learning(scheme) is not None]
-    latents = {name: Latent(made.codes[name], made.places.pop(name)) for name in names}
+    latents = {name: Latent(solved.codes[name], solved.places.pop(name)) for name in names}
     every = range(len(hidden))
     held = [i for i in every if i % HELD == HELD - 1] or list(every[-1:])
     train = [i for i in every if i not in held] or list(every)
-    with _rounded_inputs(block, made.codes):
+    with _rounded_inputs(block, solved.codes):
         first = least = _loss(block, hidden, wanted, held, recipe)
-        best = {name: made.codes[name] for name in names}
+        best = {name: solved.codes[name] for name in names}
         passes = _passes(block, hidden, wanted, train, latents, learning, recipe)
         for _ in passes:
             lost = _loss(block, hidden, wanted, held, recipe)
             if lost < least:
                 least, best = lost, {name: latent.quantized() for name, latent in latents.items()}
     use(block, best)
-    moved = sum(int((best[name].codes() != made.codes[name].codes()).sum()) for name in names)
+    moved = sum(int((best[name].codes() != solved.codes[name].codes()).sum()) for name in names)
     share = moved / sum(latent.place.numel() for latent in latents.values())
-    made.note(
+    solved.note(
         block.name,
         [f"{LEARNED}: error of held-out outputs {first:.3g} to {least:.3g}, {share:.2%} of the codes changed"],
     )
     if least < first:
-        made.codes |= best
+        solved.codes |= best
         for name in names:
-            made.steps.setdefault(name, []).append(LEARNED)
-            made.errors.pop(name, None)  # it was that of other codes
+            solved.steps.setdefault(name, []).append(LEARNED)
+            solved.errors.pop(name, None)  # it was that of other codes
 
 
 @torch.enable_grad()
 def _passes(
-    block: Block, hidden: Activations, wanted: Activations, train: list[int], latents: dict[str, Latent],
+    block: Block, hidden: HiddenStates, wanted: HiddenStates, train: list[int], latents: dict[str, Latent],
     learning: Learning, recipe: Recipe,
 ) -> Iterator[None]:  # fmt: skip
     """Learn, and stop after every pass for a look at the result, which is in the block."""
@@ -108,7 +108,7 @@ def _passes(
 
 
 def _step(
-    block: Block, hidden: Activations, wanted: Activations, numbers: list[int], latents: dict[str, Latent],
+    block: Block, hidden: HiddenStates, wanted: HiddenStates, numbers: list[int], latents: dict[str, Latent],
     recipe: Recipe,
 ) -> float:  # fmt: skip
     """Give every latent its gradient over these batches, of all ranks; returns the loss."""
@@ -132,16 +132,16 @@ def _step(
 
 def _error(block: Block, given: Tensor, wanted: Tensor) -> Tensor:
     """Squared error of the output of every token over its squared size, the mean of all tokens."""
-    made = block.run(given)
-    wanted = wanted.to(made.device)
+    output = block.run(given)
+    wanted = wanted.to(output.device)
     size = wanted.square().sum(-1).clamp(min=torch.finfo(wanted.dtype).tiny)
-    return ((made - wanted).square().sum(-1) / size).mean()
+    return ((output - wanted).square().sum(-1) / size).mean()
 
 
-def _loss(block: Block, hidden: Activations, wanted: Activations, numbers: list[int], recipe: Recipe) -> float:
+def _loss(block: Block, hidden: HiddenStates, wanted: HiddenStates, numbers: list[int], recipe: Recipe) -> float:
     ranks = recipe.ranks
-    own = [_error(block, hidden[i], wanted[i]).item() for i in numbers if ranks.owner(i) == ranks.rank]
-    (total,) = ranks.total(sum(own))
+    errors = [_error(block, hidden[i], wanted[i]).item() for i in numbers if ranks.owner(i) == ranks.rank]
+    (total,) = ranks.total(sum(errors))
     return total / len(numbers)
 
 
@@ -154,9 +154,9 @@ def _rate(step: int, steps: int) -> float:
 def _only_these_learn(block: Block, names: Iterable[str]) -> Iterator[None]:
     """Inside, gradients are kept for the weights of these layers, and for nothing else."""
     before = [(parameter, parameter.requires_grad) for parameter in block.module.parameters()]
-    own = {id(parameter_of(block, name)[0]) for name in names}
+    trained = {id(parameter_of(block, name)[0]) for name in names}
     for parameter, _ in before:
-        parameter.requires_grad_(id(parameter) in own)
+        parameter.requires_grad_(id(parameter) in trained)
     try:
         yield
     finally:
@@ -169,23 +169,29 @@ def _only_these_learn(block: Block, names: Iterable[str]) -> Iterator[None]:
 def _rounded_inputs(block: Block, codes: dict[str, QuantizedTensor]) -> Iterator[None]:
     """Inside, layers whose scheme rounds activations are given rounded ones; gradients pass straight through."""
 
-    def rounding(each: QuantizedTensor) -> Any:
-        kept = None if each.outliers is None or each.outliers.index.ndim > 1 else each.outliers.index.long()
+    def rounding(quantized: QuantizedTensor) -> Any:
+        kept = (
+            None
+            if quantized.outliers is None or quantized.outliers.index.ndim > 1
+            else quantized.outliers.index.long()
+        )
 
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             x = args[0].detach()
             whole = x if kept is None else x.index_fill(-1, kept.to(x.device), 0)
-            scale = None if each.input_scale is None else each.input_scale.to(x.device).float()
-            made, scale = quantize_rows(whole, scale)
-            return args[0] + (made * scale - whole), *args[1:]
+            scale = None if quantized.input_scale is None else quantized.input_scale.to(x.device).float()
+            codes_of_inputs, scale = quantize_rows(whole, scale)
+            return args[0] + (codes_of_inputs * scale - whole), *args[1:]
 
         return hook
 
     modules = dict(block.module.named_modules())
-    own = {name: each for name, each in codes.items() if each.scheme.activations in ("token", "tensor")}
+    rounded_layers = {
+        name: quantized for name, quantized in codes.items() if quantized.scheme.activations in ("token", "tensor")
+    }
     handles = [
-        modules[block.local(name)].register_forward_pre_hook(rounding(each))
-        for name, each in own.items()
+        modules[block.local(name)].register_forward_pre_hook(rounding(quantized))
+        for name, quantized in rounded_layers.items()
         if block.local(name) in modules  # the inputs of stacked experts are out of reach
     ]
     try:

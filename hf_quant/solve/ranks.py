@@ -38,7 +38,7 @@ class Ranks:
     patient: Any = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def found(cls, minutes: float = MINUTES) -> Ranks:
+    def of_process_group(cls, minutes: float = MINUTES) -> Ranks:
         """The ranks of the process group of ``torchrun`` or ``accelerate launch``, which is initialized if needed.
 
         Args:

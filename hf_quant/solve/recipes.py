@@ -94,9 +94,9 @@ def preset(name: str, scheme: QuantScheme, epochs: int = EPOCHS) -> Preset:
     if not isinstance(name, str):
         raise PlanError(f"method must be a name, got {name!r}")
     if name in PRESETS:
-        own = PRESETS[name][scheme.bits] if name == "awq" or not scheme.activations else INT8
+        chosen = PRESETS[name][scheme.bits] if name == "awq" or not scheme.activations else INT8
         learns = name == "learned" and scheme.bits <= LEARNED_BITS
-        return replace(own, learning=Learning(epochs)) if learns else own
+        return replace(chosen, learning=Learning(epochs)) if learns else chosen
     *transforms, last = name.split("+")
     methods, known = _plugins.names("methods"), _plugins.names("transforms")
     wrong = next((t for t in transforms if t not in known), None if last in methods else last)

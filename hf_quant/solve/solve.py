@@ -17,7 +17,7 @@ from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import HfQuantError
 from hf_quant.solve.block import Block, put
 from hf_quant.solve.experts import solve_experts
-from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.inputs import Group, collect, groups_of
 from hf_quant.solve.latent import place_of
 from hf_quant.solve.learning import learn
@@ -29,7 +29,7 @@ SAMPLE = 4  # batches for the error of a block, if the float model is not follow
 
 
 @torch.no_grad()
-def solve(block: Block, hidden: Activations, recipe: Recipe, original: Activations | None = None) -> Solved:
+def solve(block: Block, hidden: HiddenStates, recipe: Recipe, original: HiddenStates | None = None) -> Solved:
     """Quantize the layers of a block, leave it with dequantized weights, and replace ``hidden`` by its outputs.
 
     Args:
@@ -78,7 +78,7 @@ def solve(block: Block, hidden: Activations, recipe: Recipe, original: Activatio
 
 
 @torch.no_grad()
-def advance(block: Block, hidden: Activations, ranks: Ranks = ALONE) -> None:
+def advance(block: Block, hidden: HiddenStates, ranks: Ranks = ALONE) -> None:
     """Replace ``hidden`` by the outputs of the block."""
     mine = [i for i in range(len(hidden)) if ranks.owner(i) == ranks.rank]
     for i in mine:
@@ -140,6 +140,6 @@ def _solve_group(
         put(block, full[local], quantized.dequantize(torch.float32))
 
 
-def _check(block: Block, hidden: Activations, mine: list[int]) -> None:
+def _check(block: Block, hidden: HiddenStates, mine: list[int]) -> None:
     if not all(hidden[i].isfinite().all() for i in mine):
         raise HfQuantError(f"{block.name}: its outputs on the calibration text are NaN or infinite")

@@ -44,8 +44,8 @@ def grid(scale: Tensor, offset: Tensor | None, bits: int, dtype: torch.dtype) ->
 def codes(weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
     """The code of every weight, uint8 ``[..., N, K]``; arguments as for `fake_quantize`."""
     stored, zero = grid(scale, offset, bits, dtype)
-    made = quantize(weight.unflatten(-1, (scale.shape[-1], -1)), stored, zero, (1 << bits) - 1)
-    return made.to(torch.uint8).flatten(-2)
+    quantized = quantize(weight.unflatten(-1, (scale.shape[-1], -1)), stored, zero, (1 << bits) - 1)
+    return quantized.to(torch.uint8).flatten(-2)
 
 
 def fake_quantize(
@@ -61,8 +61,8 @@ def fake_quantize(
         dtype: What scales are stored in.
         out: Of the result.
     """
-    made: Tensor = _FakeQuantize.apply(weight, scale, offset, scheme.bits, dtype, out)  # type: ignore[no-untyped-call]
-    return made
+    rounded: Tensor = _FakeQuantize.apply(weight, scale, offset, scheme.bits, dtype, out)  # type: ignore[no-untyped-call]
+    return rounded
 
 
 def fake_quant_linear(
@@ -72,14 +72,14 @@ def fake_quant_linear(
 
     The rounded weight is computed again in the backward pass and never kept. Other arguments as for `fake_quantize`.
     """
-    made: Tensor = _FakeQuantLinear.apply(x, weight, scale, offset, scheme.bits, dtype)  # type: ignore[no-untyped-call]
-    return made
+    output: Tensor = _FakeQuantLinear.apply(x, weight, scale, offset, scheme.bits, dtype)  # type: ignore[no-untyped-call]
+    return output
 
 
 def round_rows(x: Tensor) -> Tensor:
     """``x [..., K]`` rounded to symmetric INT8 with a scale for each row; the gradient passes through, since nothing is clipped."""
-    made: Tensor = _RoundRows.apply(x)  # type: ignore[no-untyped-call]
-    return made
+    rounded: Tensor = _RoundRows.apply(x)  # type: ignore[no-untyped-call]
+    return rounded
 
 
 class _RoundRows(torch.autograd.Function):
@@ -176,11 +176,11 @@ def _gradients_of_part(
     wide = grad.to(weight.dtype).unflatten(-1, (scale.shape[-1], -1))
     ratio = groups / stored
     steps = ratio.round()
-    kept = steps.clamp(-zero, qmax - zero)
-    inside = steps == kept
+    clamped = steps.clamp(-zero, qmax - zero)
+    inside = steps == clamped
     to_weight = wide * inside
     # (steps - ratio) inside, and the end of the range, in steps of the scale, elsewhere
-    ends = kept if offset is None else kept.add_(zero)
+    ends = clamped if offset is None else clamped.add_(zero)
     to_scale = (wide * torch.where(inside, steps.sub_(ratio), ends)).sum(-1)
     by = (groups.shape[-1] * qmax) ** -0.5
     to_offset = None if offset is None else (to_weight - wide).sum(-1).mul_(by)

@@ -158,10 +158,10 @@ def _update(
 ) -> float:  # fmt: skip
     """One step; returns its loss, or NaN where that or the gradient was not finite and nothing was changed."""
     optimizer.param_groups[0]["lr"] = settings.rate(step)
-    made = loss(model, rows)
-    value = made.item()
+    batch_loss = loss(model, rows)
+    value = batch_loss.item()
     if math.isfinite(value):
-        made.backward()
+        batch_loss.backward()
         norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], settings.clip)
         value = value if bool(norm.isfinite()) else math.nan
     if math.isfinite(value):

@@ -62,10 +62,10 @@ class FakeQuant(nn.Module):
         """
         values = self.values(name) if values is None else values
         scheme, weight, scale, offset = self.trained()[name], values[""], values["_scale"], values.get("_offset")
-        made = codes(self._by_rows(weight), scale, offset, scheme.bits, self.compute_dtype)
+        integers = codes(self._by_rows(weight), scale, offset, scheme.bits, self.compute_dtype)
         _, zero = grid(scale, offset, scheme.bits, self.compute_dtype)
         stored = floored(scale, self.compute_dtype).to(self.compute_dtype)
-        return QuantizedTensor.from_codes(made, stored, zero.squeeze(-1), scheme)
+        return QuantizedTensor.from_codes(integers, stored, zero.squeeze(-1), scheme)
 
     def values(self, name: str) -> dict[str, Tensor]:
         """The values of a weight's parameters, by their suffixes."""
@@ -73,8 +73,8 @@ class FakeQuant(nn.Module):
 
     def parameters_of(self, name: str) -> dict[str, nn.Parameter]:
         """The parameters of a weight, by their suffixes."""
-        found = {suffix: self._parameters.get(name + suffix) for suffix in SUFFIXES}
-        return {suffix: parameter for suffix, parameter in found.items() if parameter is not None}
+        parameters = {suffix: self._parameters.get(name + suffix) for suffix in SUFFIXES}
+        return {suffix: parameter for suffix, parameter in parameters.items() if parameter is not None}
 
     def _by_rows(self, weight: Tensor) -> Tensor:
         """``[..., N, K]`` of a parameter that is shaped as the model's own class has it."""
@@ -88,8 +88,8 @@ class FakeQuant(nn.Module):
         self.register_parameter(f"{name}_offset", offset)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        own = [parameter for name in self.trained() for parameter in self.parameters_of(name).values()]
-        kept = [(parameter, parameter.data) for parameter in own]
+        parameters = [parameter for name in self.trained() for parameter in self.parameters_of(name).values()]
+        kept = [(parameter, parameter.data) for parameter in parameters]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=kept[0][1].device)).dtype
         for parameter, data in kept:

@@ -78,10 +78,10 @@ def _outputs(stage: Stage, judge: nn.Module, names: Collection[str]) -> dict[str
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, out: Any) -> None:
-            made = [
+            outputs = [
                 leaf.clone() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)
             ]  # cloned, since a later module may add to it in place
-            seen.setdefault(name, []).extend(made)
+            seen.setdefault(name, []).extend(outputs)
 
         return hook
 

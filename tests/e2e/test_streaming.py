@@ -367,7 +367,7 @@ from hf_quant.hf.calibrate_shards import Settings, quantize_streaming
 from hf_quant.solve.ranks import Ranks
 source, out, method = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 ids = torch.randint(0, 256, (12, 48), generator=torch.Generator().manual_seed(0))
-ranks = Ranks.found()
+ranks = Ranks.of_process_group()
 assert ranks.world == 2
 if ranks.first:
     out.mkdir()

@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_quant.kernels import back_in_order, by_expert
 from hf_quant.kernels._shared import naive
-from hf_quant.kernels._shared.routing import cut, each
+from hf_quant.kernels._shared.routing import cut, spans
 
 CHOSEN = {
     "some": torch.tensor([[2, 0], [0, 3], [2, 5], [0, 2]]),
@@ -26,7 +26,7 @@ def test_rows_of_an_expert_lie_together(name: str) -> None:
     assert order.sort().values.tolist() == list(range(flat.numel()))
     assert torch.equal(back_in_order(flat[order], order), flat)
     assert (ends.tolist(), order.tolist()) == naive.by_expert(chosen, 4)
-    for i, j, (expert, nothing) in each(ends, torch.arange(4), None):
+    for i, j, (expert, nothing) in spans(ends, torch.arange(4), None):
         assert nothing is None and i < j and (flat[order[i:j]] == expert).all()
 
 

@@ -22,7 +22,7 @@ from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passage
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.measure import evaluate, means
-from hf_quant.evaluation.reference import Reference, reference
+from hf_quant.evaluation.reference import Reference, cached_reference
 from hf_quant.evaluation.results import Estimate, Quality, why_no_interval
 from hf_quant.hf import HfQuantConfig, load
 
@@ -53,7 +53,7 @@ TEXT = "<|endoftext|>".join(f"document {i} of a few, with numbers {i * 7} and wo
 
 def refer(base: Any, cache: Path, said: list[str] | None = None, **kwargs: Any) -> Reference:
     made = windows(letters, TEXT, kwargs.pop("context", 32), **kwargs)
-    return reference(
+    return cached_reference(
         lambda dtype: copy.deepcopy(base).to(dtype), "base", made, cache=cache, base_dtype=torch.float32, noise=means,
         say=(said if said is not None else []).append,
     )  # fmt: skip
@@ -221,7 +221,7 @@ def test_no_interval_where_it_would_not_cover(tmp_path: Path) -> None:
     few = "<|endoftext|>".join(TEXT.split("<|endoftext|>")[:19])
     made = windows(letters, few, 32)
     base = tiny(0)
-    refers = reference(
+    refers = cached_reference(
         lambda dtype: copy.deepcopy(base).to(dtype), "base", made, cache=tmp_path, base_dtype=torch.float32, noise=means,
         say=print,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hf_quant.disk.journal import NAME, journal
+from hf_quant.disk.journal import NAME, open_journal
 from hf_quant.disk.journal import _line as journal_line
 from hf_quant.errors import DiskError, HfQuantError
 
@@ -16,7 +16,7 @@ PLAN = {"method": "gptq", "bits": 4}
 
 def work(folder: Path, upto: int, said: list[str] | None = None, plan: dict[str, Any] = PLAN) -> list[str]:
     """Do parts until there are ``upto``; gives the names of those that were done before."""
-    with journal(folder, plan, (said if said is not None else []).append) as done:
+    with open_journal(folder, plan, (said if said is not None else []).append) as done:
         before = [part["file"] for part in done.parts]
         for i in range(len(done.parts), upto):
             done.add(f"part-{i}", lambda path, i=i: path.write_text(f"content {i}"), {"number": i})
@@ -37,7 +37,7 @@ def test_a_failed_part_leaves_nothing(tmp_path: Path) -> None:
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"), journal(tmp_path, PLAN, print) as done:
+    with pytest.raises(OSError, match="No space"), open_journal(tmp_path, PLAN, print) as done:
         done.add("part-0", fail, {})
     assert {p.name for p in tmp_path.iterdir()} == {NAME}
     assert work(tmp_path, 1) == []
@@ -80,7 +80,7 @@ def test_nothing_is_appended_to_half_a_line(tmp_path: Path, monkeypatch: pytest.
         if os.path.samestat(os.fstat(handle), (tmp_path / NAME).stat()):
             raise OSError(5, "Input/output error")
 
-    with journal(tmp_path, PLAN, print) as done:
+    with open_journal(tmp_path, PLAN, print) as done:
         done.add("part-0", lambda path: path.write_text("content 0"), {"number": 0})
         monkeypatch.setattr(os, "fsync", failing)
         with pytest.raises(DiskError, match=r"journal\.jsonl: Input/output error"):
@@ -92,10 +92,10 @@ def test_nothing_is_appended_to_half_a_line(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_records_are_the_same_before_and_after(tmp_path: Path) -> None:
-    with journal(tmp_path, PLAN, print) as done:
+    with open_journal(tmp_path, PLAN, print) as done:
         done.add("part-0", lambda path: path.write_text("0"), {"z": (1, 2), "a": {"y": 0.1, "b": None}})
         first = json.dumps(done.parts)
-    with journal(tmp_path, PLAN, print) as done:
+    with open_journal(tmp_path, PLAN, print) as done:
         assert json.dumps(done.parts) == first
 
 
@@ -159,8 +159,8 @@ def test_another_plan_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from hf_quant.disk.journal import journal\n"
-        f"with journal(Path({str(tmp_path)!r}), {PLAN!r}, print): print('in', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from hf_quant.disk.journal import open_journal\n"
+        f"with open_journal(Path({str(tmp_path)!r}), {PLAN!r}, print): print('in', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"in\n"

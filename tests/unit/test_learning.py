@@ -14,7 +14,7 @@ from hf_quant.hf.config import HfQuantConfig
 from hf_quant.methods import method
 from hf_quant.solve import learning
 from hf_quant.solve.block import Block, use
-from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.latent import place_of
 from hf_quant.solve.recipes import Decision, preset
 from hf_quant.solve.result import Recipe, Solved
@@ -113,7 +113,7 @@ def learned(states: Tensor, wanted: Tensor, epochs: int) -> tuple[Solved, dict[s
     before = dict(made.codes)
     recipe = Recipe(Decision.of("learned", [SCHEME], epochs), torch.bfloat16)
     with torch.no_grad():
-        learning.learn(block, Activations(states, 1), Activations(wanted, 1), recipe, made)
+        learning.learn(block, HiddenStates(states, 1), HiddenStates(wanted, 1), recipe, made)
     for name, each in made.codes.items():  # the block is left computing with what is stored
         assert torch.equal(block.module.get_submodule(block.local(name)).weight, each.dequantize(torch.float32))
     return made, before

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.solve.block import Block
-from hf_quant.solve.hidden_states import Activations
+from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.inputs import collect, groups_of
 from hf_quant.solve.ranks import ALONE
 from hf_quant.solve.recipes import Decision
@@ -50,7 +50,7 @@ def test_memory_that_runs_out_within_a_block_counts_no_row_twice(twin: bool) -> 
     found = []
     for most in (1 << 30, 1):
         torch.manual_seed(1)
-        block, hidden = block_of(Mlp(most)), Activations(states.clone(), 2)
+        block, hidden = block_of(Mlp(most)), HiddenStates(states.clone(), 2)
         with torch.inference_mode():
             groups = groups_of(block, hidden[0])
             float_block = Mlp(most).requires_grad_(False) if twin else None
@@ -73,10 +73,10 @@ def test_few_sequences(name: str, sequences: int, size: int) -> None:
     errors = {}
     for each in (name, "rtn"):
         torch.manual_seed(1)
-        block, hidden = block_of(Mlp()), Activations(states.clone(), size)
+        block, hidden = block_of(Mlp()), HiddenStates(states.clone(), size)
         chosen = recipe(each, scheme)
         solved = solve(
-            block, hidden, chosen, Activations(states.clone(), size) if chosen.decision.needs_twin([scheme]) else None
+            block, hidden, chosen, HiddenStates(states.clone(), size) if chosen.decision.needs_twin([scheme]) else None
         )
         assert hidden.states.isfinite().all() and solved.codes.keys() == block.layers.keys()
         errors[each] = solved.error
@@ -118,7 +118,7 @@ def test_experts_that_see_nothing_do_not_count_as_perfect() -> None:
     scheme = QuantScheme(3, 32)
     layers = {f"b.experts.{n}": scheme for n in ("up_proj", "down_proj")}
     solved = solve(
-        Block("b", module, layers, NOTHING, NOTHING), Activations(torch.randn(8, 32, 64), 2), recipe("gptq", scheme)
+        Block("b", module, layers, NOTHING, NOTHING), HiddenStates(torch.randn(8, 32, 64), 2), recipe("gptq", scheme)
     )
     assert solved.experts["b.experts.up_proj"] == [256, 0, 0, 0]
     for name in layers:

@@ -81,9 +81,9 @@ def laid_out(weight: QuantizedTensor, spec: LinearSpec, *more: Tensor) -> LaidOu
     if zero is not None and zero.is_floating_point():  # of another dtype, maybe; integers up to 255 are exact in all
         scale, zero = (t.to(torch.promote_types(scale.dtype, zero.dtype)) for t in (scale, zero))
     scales, zeros = _in_blocks(scale), None if zero is None else _in_blocks(zero.to(scale.dtype))
-    made = LaidOut(part for part in (tiles, scales, zeros, *more) if part is not None)
-    made.weight = described(tiles, scales, zeros, bits, n)
-    return made
+    weight_parts = LaidOut(part for part in (tiles, scales, zeros, *more) if part is not None)
+    weight_parts.weight = described(tiles, scales, zeros, bits, n)
+    return weight_parts
 
 
 class _Room:
@@ -144,13 +144,13 @@ def _in_blocks(values: Tensor) -> Tensor:
     """``[N, G]`` to ``[ceil(N / 16), G, 16]``, float32 or bf16."""
     n, g = values.shape
     dtype = torch.bfloat16 if values.dtype is torch.bfloat16 else torch.float32
-    made = _room.take((n + 15) // 16 * 16 * g * dtype.itemsize).view(dtype).view(-1, g, 16)
+    blocks = _room.take((n + 15) // 16 * 16 * g * dtype.itemsize).view(dtype).view(-1, g, 16)
     full = n // 16
-    made[:full] = values[: 16 * full].view(-1, 16, g).transpose(1, 2)
-    if full < made.shape[0]:
-        made[full] = 0
-        made[full, :, : n % 16] = values[16 * full :].t()
-    return made
+    blocks[:full] = values[: 16 * full].view(-1, 16, g).transpose(1, 2)
+    if full < blocks.shape[0]:
+        blocks[full] = 0
+        blocks[full, :, : n % 16] = values[16 * full :].t()
+    return blocks
 
 
 SIZES_AT = 40
@@ -159,9 +159,9 @@ _sizes = struct.Struct("2q").unpack_from  # N and K of what `described` says
 
 def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> bytes:
     """What the module wants to know of a weight."""
-    k, there = tiles.shape[1] * 32, 0 if zero is None else zero.data_ptr()
+    k, zero_address = tiles.shape[1] * 32, 0 if zero is None else zero.data_ptr()
     return struct.pack(
-        "8q", tiles.data_ptr(), scale.data_ptr(), there, TYPES[scale.dtype], bits, n, k, k // scale.shape[1]
+        "8q", tiles.data_ptr(), scale.data_ptr(), zero_address, TYPES[scale.dtype], bits, n, k, k // scale.shape[1]
     )
 
 
@@ -177,12 +177,12 @@ def weight_of(prepared: tuple[Tensor, ...], zero: Tensor | None, bits: int, n: i
 def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """``(i, j, W[i:j])`` for some rows after others; bf16 if ``dtype`` is that, else float32 cast to ``dtype``."""
     n, k = _sizes(weight, SIZES_AT)
-    own = dtype if dtype is torch.bfloat16 else torch.float32
+    compute = dtype if dtype is torch.bfloat16 else torch.float32
     rows = max(1, BLOCK // k // 16) * 16
     for i in range(0, n, rows):
         j = min(i + rows, n)
-        w = torch.empty(j - i, k, dtype=own)
-        _cpu.dequantize(weight, i // 16, (j + 15) // 16, w.data_ptr(), TYPES[own], torch.get_num_threads())
+        w = torch.empty(j - i, k, dtype=compute)
+        _cpu.dequantize(weight, i // 16, (j + 15) // 16, w.data_ptr(), TYPES[compute], torch.get_num_threads())
         yield i, j, w.to(dtype)
 
 

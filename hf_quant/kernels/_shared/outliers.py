@@ -32,9 +32,9 @@ if importlib.util.find_spec("triton"):
             at = n.to(tl.int64) * R + r
             column = tl.load(index_ptr + at, mask=n_ok, other=0)
             value = tl.load(value_ptr + at, mask=n_ok, other=0.0).to(tl.float32)
-            there = n_ok & (column >= 0) & (column < K)  # no index, wherever it comes from, is read by unseen
+            valid = n_ok & (column >= 0) & (column < K)  # no index, wherever it comes from, is read by unseen
             x = tl.load(
-                x_ptr + m[:, None].to(tl.int64) * K + column[None, :], mask=m_ok[:, None] & there[None, :], other=0.0
+                x_ptr + m[:, None].to(tl.int64) * K + column[None, :], mask=m_ok[:, None] & valid[None, :], other=0.0
             )
             acc += x.to(tl.float32) * value[None, :]
         at = m[:, None].to(tl.int64) * N + n[None, :]

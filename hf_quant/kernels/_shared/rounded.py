@@ -33,10 +33,10 @@ def round_activations(x: Tensor, columns: Tensor | None, scale: Tensor | None, t
     """
     kept = x if columns is None else x.index_fill(1, columns.long(), 0)
     large = (kept.abs() >= threshold).any(0) if threshold else None
-    codes, found = quantize_rows(kept if large is None else kept.masked_fill(large, 0), scale)
+    codes, scales = quantize_rows(kept if large is None else kept.masked_fill(large, 0), scale)
     wrong = 0 if scale is None else 0 * kept  # a fixed scale would hide an infinity
-    made = (codes * found + wrong).to(x.dtype)
-    return made if large is None else torch.where(large, x, made)
+    rounded = (codes * scales + wrong).to(x.dtype)
+    return rounded if large is None else torch.where(large, x, rounded)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

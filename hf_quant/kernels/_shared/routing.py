@@ -35,12 +35,12 @@ def cut(ends: Tensor, rows: int, size: int) -> Tensor:
     tiles = -(-counts // size)
     until, at = tiles.cumsum(0), torch.arange(rows // size + min(experts, rows), device=ends.device)
     expert = torch.searchsorted(until, at, right=True)
-    own = expert.clamp(max=experts - 1)
-    first = (ends - counts)[own] + (at - (until - tiles)[own]) * size
-    return torch.stack([torch.where(expert < experts, expert, -1), first, ends[own]], 1).int()
+    of_expert = expert.clamp(max=experts - 1)
+    first = (ends - counts)[of_expert] + (at - (until - tiles)[of_expert]) * size
+    return torch.stack([torch.where(expert < experts, expert, -1), first, ends[of_expert]], 1).int()
 
 
-def each(ends: Tensor, *stacks: Tensor | None) -> Iterator[tuple[int, int, list[Any]]]:
+def spans(ends: Tensor, *stacks: Tensor | None) -> Iterator[tuple[int, int, list[Any]]]:
     """``(i, j, parts)``: the rows of every expert that has some, and what is its own in the stacks; waits for the device."""
     i = 0
     for expert, j in enumerate(ends.tolist()):

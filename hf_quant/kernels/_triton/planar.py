@@ -62,40 +62,40 @@ def to_planes(qweight: Tensor, bits: int, size: int) -> Tensor:
     """Portable codes ``[..., N, K / 8 * bits]`` to int16 words ``[..., N, words]``; spare codes are 0."""
     k = qweight.shape[-1] * 8 // bits
     rows = qweight.reshape(-1, qweight.shape[-1])
-    made = torch.empty(rows.shape[0], words(k, bits, size), dtype=torch.int16, device=qweight.device)
+    packed = torch.empty(rows.shape[0], words(k, bits, size), dtype=torch.int16, device=qweight.device)
     step = max(1, CHUNK // k)
     for i in range(0, rows.shape[0], step):
         codes = unpack(rows[i : i + step], bits).int()
-        codes = torch.nn.functional.pad(codes, (0, made.shape[1] * fields(bits) - k))
+        codes = torch.nn.functional.pad(codes, (0, packed.shape[1] * fields(bits) - k))
         planes = codes.unflatten(1, (-1, fields(bits), size))
         word = planes[:, :, 0].clone()
         for j in range(1, fields(bits)):
             word |= planes[:, :, j] << (bits * j)
-        made[i : i + step] = word.to(torch.int16).flatten(1)
-    return made.view(*qweight.shape[:-1], -1)
+        packed[i : i + step] = word.to(torch.int16).flatten(1)
+    return packed.view(*qweight.shape[:-1], -1)
 
 
 def from_planes(packed: Tensor, bits: int, size: int, k: int) -> Tensor:
     """Inverse of `to_planes`."""
     rows = packed.reshape(-1, packed.shape[-1])
-    made = torch.empty(rows.shape[0], k * bits // 8, dtype=torch.uint8, device=packed.device)
+    qweight = torch.empty(rows.shape[0], k * bits // 8, dtype=torch.uint8, device=packed.device)
     step = max(1, CHUNK // k)
     for i in range(0, rows.shape[0], step):
         word = rows[i : i + step].int().unflatten(1, (-1, size))
         codes = torch.stack([(word >> (bits * j)) & ((1 << bits) - 1) for j in range(fields(bits))], 2)
-        made[i : i + step] = pack(codes.flatten(1)[:, :k], bits)
-    return made.view(*packed.shape[:-1], -1)
+        qweight[i : i + step] = pack(codes.flatten(1)[:, :k], bits)
+    return qweight.view(*packed.shape[:-1], -1)
 
 
 @lru_cache
 def positions(bits: int, dtype: torch.dtype) -> tuple[tuple[int, int], ...]:
     """``(shift, position)`` of each plane: the word is shifted right, then the code sits at that bit of the mantissa."""
-    mantissa, shift, made = 7 if dtype is torch.bfloat16 else 10, 0, []
+    mantissa, shift, places = 7 if dtype is torch.bfloat16 else 10, 0, []
     for j in range(fields(bits)):
         if bits * (j + 1) - shift > mantissa:
             shift = bits * j
-        made.append((shift, bits * j - shift))
-    return tuple(made)
+        places.append((shift, bits * j - shift))
+    return tuple(places)
 
 
 @lru_cache

@@ -45,8 +45,8 @@ class Tile:
 @lru_cache
 def tables() -> dict[str, Any]:
     """The file that comes with the package: kind of GPU to its tiles, and rows from which to dequantize."""
-    made: dict[str, Any] = json.loads(Path(__file__).with_name("tiles.json").read_text())
-    return made
+    content: dict[str, Any] = json.loads(Path(__file__).with_name("tiles.json").read_text())
+    return content
 
 
 def kind_of(device: torch.device) -> str:
@@ -169,18 +169,18 @@ def tile_for(
     """
     kind, processors, kept = _on(device)
     table = tables()[kind]
-    found = kept.get(key(bits, n, k), table)
+    entry = kept.get(key(bits, n, k), table)
     hit = min(experts, m)
-    own = -(-m // hit)
-    if own > found["dense"]:
+    rows_per_expert = -(-m // hit)
+    if rows_per_expert > entry["dense"]:
         return None
-    tiles = {int(rows): Tile(*numbers) for rows, numbers in found["tiles"].items()}
+    tiles = {int(rows): Tile(*numbers) for rows, numbers in entry["tiles"].items()}
     if scattered:
         tiles = {rows: tile for rows, tile in tiles.items() if holds_outliers(tile)} or tiles
-    tile = next((tile for rows, tile in tiles.items() if own <= rows), list(tiles.values())[-1])
+    tile = next((tile for rows, tile in tiles.items() if rows_per_expert <= rows), list(tiles.values())[-1])
     if tile.split_k and experts == 1:
         return tile
-    full = hit * -(-own // tile.block_m) * tile.block_m
+    full = hit * -(-rows_per_expert // tile.block_m) * tile.block_m
     return replace(tile, split_k=parts(tile, full, n, blocks, processors))
 
 

@@ -105,8 +105,8 @@ def wna16_kernel(
     sums = tl.zeros((1, BLOCK_M), dtype=tl.float32)
     base: tl.constexpr = 128 if dtype == tl.bfloat16 else 1024
     blocks = WORDS // P
-    each = tl.cdiv(blocks, SPLIT_K)
-    for block in tl.range(part * each, tl.minimum(blocks, (part + 1) * each), num_stages=STAGES):
+    blocks_per_part = tl.cdiv(blocks, SPLIT_K)
+    for block in tl.range(part * blocks_per_part, tl.minimum(blocks, (part + 1) * blocks_per_part), num_stages=STAGES):
         word = tl.load(word_at + tl.multiple_of(block * P, 16))
         planes = word
         if ASM is not None:

@@ -131,12 +131,12 @@ def _rounded(
     weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int, dtype: torch.dtype, out: torch.dtype
 ) -> Tensor:
     """``[..., N, K]`` in ``out``."""
-    made = torch.empty_like(weight, dtype=out)
+    rounded = torch.empty_like(weight, dtype=out)
     for rows in _parts(weight):
         stored, zero = grid(scale[rows], None if offset is None else offset[rows], bits, dtype)
         steps = (weight[rows].unflatten(-1, (scale.shape[-1], -1)) / stored).round_()
-        made[rows] = steps.clamp_(-zero, (1 << bits) - 1 - zero).mul_(stored).flatten(-2)
-    return made
+        rounded[rows] = steps.clamp_(-zero, (1 << bits) - 1 - zero).mul_(stored).flatten(-2)
+    return rounded
 
 
 def _parts(weight: Tensor) -> list[slice]:

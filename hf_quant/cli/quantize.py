@@ -36,6 +36,12 @@ from hf_quant.cli._types import DTYPE, Model, Size
     help="Measure the result; default: if there is a gate, --text, or heldout.txt beside the model.",
 )
 @calibration_options
+@click.option(
+    "--tune/--no-tune",
+    default=True,
+    show_default=True,
+    help="After --method learned, train the scales end to end; the whole base has to fit into memory for that.",
+)
 @measure_options
 @gate_options
 @click.option("--prompt", help="Let the saved model continue this.")

@@ -71,10 +71,13 @@ class Reference:
         Raises:
             HfQuantError: A part is damaged.
         """
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Part:
         batch, parts = self.meta["batch"], self.meta["parts"]
-        for i, checksum in enumerate(parts):
-            rows = slice(i * batch, (i + 1) * batch)
-            yield Part(self.windows.ids[rows], self.windows.scored[rows], _read(self.folder / _name(i), checksum))
+        rows = slice(number * batch, (number + 1) * batch)
+        base = _read(self.folder / _name(number), parts[number])
+        return Part(self.windows.ids[rows], self.windows.scored[rows], base)
 
     def __len__(self) -> int:
         return len(self.meta["parts"])

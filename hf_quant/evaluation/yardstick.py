@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers.utils import logging
 
 from hf_quant.checkpoint.folder import Checkpoint
-from hf_quant.data.text import windows
+from hf_quant.data.text import Windows, windows
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
 from hf_quant.evaluation.measure import evaluate, means
 from hf_quant.evaluation.reference import Progress, Reference, cached_reference
@@ -125,8 +125,16 @@ class Base:
             progress: Wraps lists of batches.
             cache: Folder of stored outputs; None for a folder in the Hugging Face cache.
         """
+        text_windows = windows(tokenizer, text, context or self.context(), max_tokens, stride)
+        return self.reference_on(text_windows, noise=noise, say=say, progress=progress, cache=cache)
+
+    def reference_on(
+        self, text: Windows, *, noise: bool = True, say: Callable[[str], None] = logger.info, progress: Progress = iter,
+        cache: Path | None = None,
+    ) -> Reference:  # fmt: skip
+        """The same for a text that is tokens already."""
         return cached_reference(
-            self.load, f"{self.identity()} {self.circumstances()}", windows(tokenizer, text, context or self.context(), max_tokens, stride),
+            self.load, f"{self.identity()} {self.circumstances()}", text,
             cache=cache or Path(HF_HOME) / "hf_quant" / "base", base_dtype=self.dtype, noise=means if noise else None,
             say=say, progress=progress,
         )  # fmt: skip

@@ -39,6 +39,7 @@ from hf_quant.hf.plan import Plan
 from hf_quant.hf.shards import keep, unclaimed
 from hf_quant.jobs.companions import PATTERNS, copy_companions
 from hf_quant.jobs.outputs import RECIPE, check_name, check_places, claimed, failed_folder, output, record, work_folder
+from hf_quant.jobs.tune import Tuned, Tuning, tune_checkpoint
 from hf_quant.publish.source import copy_notices, describe
 from hf_quant.solve.ranks import ALONE, Ranks
 
@@ -63,6 +64,7 @@ class Job:
         max_memory: Bytes that hidden states may take in memory; None for a default.
         ranks: The processes that share the work; the first one writes.
         inputs: Files and folders that are read besides the model; an output must not overwrite them.
+        tuning: How the scales are trained end to end after ``learned``; None leaves them as they are.
         finish: Adds files to the folder before it appears. It receives the folder and the content of results.json so far, and
             returns further content.
     """
@@ -80,6 +82,7 @@ class Job:
     max_memory: int | None = None
     ranks: Ranks = ALONE
     inputs: Sequence[str] = ()
+    tuning: Tuning | None = None
     finish: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _folder, _row: {}
 
     def options(self, *names: str) -> dict[str, Any]:
@@ -144,6 +147,7 @@ def _compress(
         "quantize_lm_head": config.quantize_lm_head, "quantize_embeddings": config.quantize_embeddings,
     }  # fmt: skip
     row: dict[str, Any] = {}
+    tuned = None
     inputs, source = (job.model, *job.inputs), _folder(job)
     trusted = bool(job.load.get("trust_remote_code"))
     with suppress(_GateMissedError), output(out, inputs, overwrite=overwrite) as stage:
@@ -151,6 +155,7 @@ def _compress(
         if calibrated:
             plan, blocks = _stream(job, config, work, stage)
             copy_companions(source, stage, job.say, code=trusted)  # including the model's code
+            tuned = _tune(job, plan, stage)
             quantized_model = load(str(stage), **job.options("device_map", "dtype", "trust_remote_code")).eval()
         else:
             quantized_model, blocks = job.quantized(config), []
@@ -167,6 +172,7 @@ def _compress(
         if job.tokenizer is not None:
             _save(job.tokenizer, stage)
         recipe = _recipe(job, config, asked, quantized_model, plan, blocks) | {"source": _source(job, stage)}
+        recipe |= {} if tuned is None else {"tuned": tuned.to_dict()}
         write_json(stage / RECIPE, recipe | {"unclaimed": unclaimed_names, "files": record(stage)["files"]})
         logits, again, dtype = sample_logits(quantized_model), None, quantized_model.dtype
         if not calibrated:  # a calibrated model is read from there already
@@ -205,6 +211,14 @@ def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[P
             job.say, job.progress, job.max_memory, job.ranks, _device(job), bool(job.load.get("trust_remote_code"))
         ),
     )  # fmt: skip
+
+
+def _tune(job: Job, plan: Plan, stage: Path) -> Tuned | None:
+    """Train the scales end to end, where codes were learned and that is wanted."""
+    if job.tuning is None or job.calibration is None or not any(map(plan.decision.learning, plan.schemes.values())):
+        return None
+    options = job.options("device_map", "trust_remote_code")
+    return tune_checkpoint(stage, job.base(), job.calibration, job.tuning, options, job.say)
 
 
 def _folder(job: Job) -> Path:

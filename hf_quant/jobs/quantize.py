@@ -159,7 +159,7 @@ def quantize(
     ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
     max_shard_size: int | str = "5GB", overwrite: bool = False, eval: bool | None = None,
-    calibration: str | None = None, calibration_tokens: int = 65536, epochs: int | None = None, max_memory: int | str | None = None,
+    calibration: str | None = None, calibration_tokens: int = 65536, epochs: int | None = None, tune: bool = True, max_memory: int | str | None = None,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
@@ -193,6 +193,7 @@ def quantize(
             None: calibration.txt beside the model, else a text that comes with this package.
         calibration_tokens: How many of its tokens are looked at.
         epochs: How often ``"learned"`` goes through them for each block; default: 8.
+        tune: After ``"learned"``, train the scales end to end; the whole base has to fit into memory for that.
         max_memory: Bytes that hidden states may take before they go to disk.
         text: UTF-8 file to measure on; None: heldout.txt beside the model, else a text that comes with this package.
         dataset: ``datasets`` set to measure on, in place of ``text``.
@@ -233,6 +234,7 @@ def quantize(
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
     from hf_quant.jobs.compress import Job, compress
+    from hf_quant.jobs.tune import Tuning
     from hf_quant.solve.ranks import Ranks
 
     plans = configs(
@@ -263,7 +265,7 @@ def quantize(
             measure = how.yardstick(model, content, tokenizer, report, device=device, **from_hub)
         job = Job(
             model, given, shard, overwrite, report.say, tokenizer, gate, measure, looked_at, report.over("blocks"), memory,
-            ranks, inputs,
+            ranks, inputs, Tuning() if tune else None,
         )  # fmt: skip
         with resumable(
             {out: plan.scheme for plan, out in zip(plans, outs, strict=True)}, "the finished blocks", report

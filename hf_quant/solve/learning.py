@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_quant.core.numerics import quantize_rows
+from hf_quant.core.activations import rounded
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
 from hf_quant.solve.block import Block, parameter_of, put, use
@@ -169,30 +169,14 @@ def _only_these_learn(block: Block, names: Iterable[str]) -> Iterator[None]:
 def _rounded_inputs(block: Block, codes: dict[str, QuantizedTensor]) -> Iterator[None]:
     """Inside, layers whose scheme rounds activations are given rounded ones; gradients pass straight through."""
 
-    def rounding(quantized: QuantizedTensor) -> Any:
-        kept = (
-            None
-            if quantized.outliers is None or quantized.outliers.index.ndim > 1
-            else quantized.outliers.index.long()
-        )
-
-        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            x = args[0].detach()
-            whole = x if kept is None else x.index_fill(-1, kept.to(x.device), 0)
-            scale = None if quantized.input_scale is None else quantized.input_scale.to(x.device).float()
-            codes_of_inputs, scale = quantize_rows(whole, scale)
-            return args[0] + (codes_of_inputs * scale - whole), *args[1:]
-
-        return hook
+    def rounding(weight: QuantizedTensor) -> Any:
+        return lambda _module, args: (rounded(args[0], weight), *args[1:])
 
     modules = dict(block.module.named_modules())
-    rounded_layers = {
-        name: quantized for name, quantized in codes.items() if quantized.scheme.activations in ("token", "tensor")
-    }
     handles = [
-        modules[block.local(name)].register_forward_pre_hook(rounding(quantized))
-        for name, quantized in rounded_layers.items()
-        if block.local(name) in modules  # the inputs of stacked experts are out of reach
+        modules[block.local(name)].register_forward_pre_hook(rounding(each))
+        for name, each in codes.items()
+        if each.scheme.activations and block.local(name) in modules  # the inputs of stacked experts are out of reach
     ]
     try:
         yield

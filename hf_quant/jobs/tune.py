@@ -1,0 +1,249 @@
+"""End to end: the scales of a quantized model are trained until it says what its base says; its codes stay as they are.
+
+As in EfficientQAT's second phase (arXiv:2407.11062) and MLX's DWQ, with the divergence from the base's distributions of next
+tokens as the loss. These come from the cache that evaluation keeps, so the base is not in memory meanwhile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from hf_quant.data.calibration import Calibration
+from hf_quant.data.text import Windows
+from hf_quant.disk.atomic import put
+from hf_quant.disk.safetensors import write_tensors
+from hf_quant.errors import HfQuantError
+from hf_quant.evaluation.metrics import BaseTokens
+from hf_quant.evaluation.metrics.kl import kl
+from hf_quant.evaluation.reference import Part, Reference, log_probabilities
+from hf_quant.evaluation.yardstick import Base
+from hf_quant.hf import load
+from hf_quant.nn import QuantExperts, QuantLinear
+from hf_quant.training.scales import trainable_scales
+
+HELD = 8  # of so many windows one is held out
+TOGETHER = 4  # windows in a step, at most
+WARM, LAST = 10, 0.05  # steps until the learning rate is reached, and the share of it that is left in the end
+PATIENCE = 3  # steps in a row without a finite loss
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to train scales.
+
+    Attributes:
+        epochs: Passes over the text.
+        scales: Learning rate, relative to each scale.
+        seed: Of the order of the text.
+    """
+
+    epochs: int = 4
+    scales: float = 0.002
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What became of it: KL divergence to the base on the windows held out, nats per token.
+
+    Attributes:
+        before: With the scales as they were.
+        after: With those that are kept; the same number where no pass was better.
+        skipped: Steps without a finite loss.
+        tuning: How it was done.
+    """
+
+    before: float
+    after: float
+    skipped: int
+    tuning: Tuning
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the recipe."""
+        return {"kl_before": self.before, "kl_after": self.after, "skipped": self.skipped, **asdict(self.tuning)}
+
+
+def windows_of(data: Calibration) -> Windows:
+    """All tokens of a calibration text, as something that a base is asked about."""
+    number = torch.arange(len(data.ids))[:, None].expand(data.ids.shape)
+    return Windows(data.ids, number, torch.ones_like(data.ids[:, 1:], dtype=torch.bool), data.ids.shape[1])
+
+
+def tune_checkpoint(
+    folder: Path, base: Base, data: Calibration, tuning: Tuning, options: dict[str, Any], say: Callable[[str], None]
+) -> Tuned:
+    """`tune` the model in ``folder``, whose files of weights are written anew where that helps.
+
+    Args:
+        folder: Of a model in a format of this package; nobody else may read it yet.
+        base: What it was made from; run once, in memory, before the model is loaded.
+        data: The text.
+        tuning: How.
+        options: For loading.
+        say: Told of every pass.
+    """
+    reference = base.reference_on(windows_of(data), noise=False, say=say)
+    model = load(str(folder), dtype=torch.float32, **options).eval()
+    tuned = tune(model, reference, tuning, say)
+    if tuned.after < tuned.before:
+        store_scales(model, folder)
+    return tuned
+
+
+def store_scales(model: nn.Module, folder: Path) -> None:
+    """Put the scales of ``model`` in place of those of its checkpoint; no file changes that something else may link to.
+
+    Raises:
+        HfQuantError: The checkpoint has no such tensor; names it.
+    """
+    scales = {
+        f"{name}.{weight}_scale": getattr(module, f"{weight}_scale").data.cpu()
+        for name, module in model.named_modules()
+        if isinstance(module, (QuantLinear, QuantExperts))
+        for weight in module._schemes()
+    }
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(file)
+        own = {name: scales.pop(name) for name in tensors if name in scales}
+        wrong = next((name for name in own if own[name].shape != tensors[name].shape), None)
+        if wrong is not None:
+            raise HfQuantError(f"{file.name}: {wrong} has shape {list(tensors[wrong].shape)}, not that of its layer")
+        if own:
+            put(file, lambda draft, made=tensors | own: write_tensors(draft, made))  # type: ignore[misc]
+    if scales:
+        raise HfQuantError(f"{folder.name}: no tensor {min(scales)}, whose new values would be lost")
+
+
+def tune(model: Any, reference: Reference, tuning: Tuning, say: Callable[[str], None]) -> Tuned:
+    """Train the scales of ``model``, in place, and keep those with the least divergence on the windows held out.
+
+    Args:
+        model: Quantized; a causal language model.
+        reference: The base's word on a text.
+        tuning: How.
+        say: Told of every pass.
+
+    Raises:
+        HfQuantError: The vocabularies differ, the model has no scales, or the loss is not finite again and again.
+    """
+    if (own := model.config.get_text_config().vocab_size) != reference.meta["vocabulary"]:
+        raise HfQuantError(f"vocabularies differ: {own} tokens, the base has {reference.meta['vocabulary']}")
+    with trainable_scales(model) as scales:
+        if not scales:
+            raise HfQuantError(f"{type(model).__name__}: no quantized layers, so there are no scales to train")
+        factors = {name: nn.Parameter(torch.ones_like(scale)) for name, scale in scales.items()}
+        first = {name: scale.data.clone() for name, scale in scales.items()}
+        before = least = _divergence(model, reference)
+        best, skipped = first, 0
+        for epoch, failed in enumerate(_passes(model, reference, scales, factors, first, tuning)):
+            skipped += failed
+            held = _divergence(model, reference)
+            say(
+                f"scales, pass {epoch + 1} of {tuning.epochs}: KL {held:.5f} on held-out windows, {before:.5f} at first"
+            )
+            if held < least:
+                least, best = held, {name: scale.data.clone() for name, scale in scales.items()}
+        for name, scale in scales.items():
+            scale.data.copy_(best[name])
+    return Tuned(before, least, skipped, tuning)
+
+
+def _passes(
+    model: Any, reference: Reference, scales: dict[str, nn.Parameter], factors: dict[str, nn.Parameter],
+    first: dict[str, Tensor], tuning: Tuning,
+) -> Iterator[int]:  # fmt: skip
+    """Train, and stop after every pass for a look at the result; yields how many of its steps were skipped."""
+    optimizer = torch.optim.Adam(factors.values(), betas=(0.9, 0.95))
+    step, failed = 0, 0
+    steps = tuning.epochs * sum(len(_training(reference, i).split(TOGETHER)) for i in range(len(reference)))
+    draw = torch.Generator().manual_seed(tuning.seed)
+    for _ in range(tuning.epochs):
+        skipped = 0
+        for number in torch.randperm(len(reference), generator=draw).tolist():
+            part = reference[number]
+            for rows in _training(reference, number).split(TOGETHER):
+                loss = _loss(model, _some(part, rows))
+                loss.backward()
+                finite = math.isfinite(loss.item()) and all(_take(scales[n], factors[n], first[n]) for n in scales)
+                failed, skipped = (0, skipped) if finite else (failed + 1, skipped + 1)
+                if failed == PATIENCE:
+                    raise HfQuantError(f"the loss of the trained scales is not finite, {PATIENCE} steps in a row")
+                if finite:
+                    optimizer.param_groups[0]["lr"] = tuning.scales * _rate(step, steps)
+                    optimizer.step()
+                    for name, scale in scales.items():
+                        scale.data.copy_(first[name] * factors[name].data)
+                for scale in scales.values():
+                    scale.grad = None
+                step += 1
+        yield skipped
+
+
+def _take(scale: nn.Parameter, factor: nn.Parameter, first: Tensor) -> bool:
+    """Hand the gradient of a scale on to its factor; whether it is finite."""
+    factor.grad = torch.zeros_like(first) if scale.grad is None else scale.grad * first
+    return bool(factor.grad.isfinite().all())
+
+
+def _rate(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / WARM) * (LAST + (1 - LAST) * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def _held(reference: Reference, number: int) -> Tensor:
+    """bool ``[B]``: which windows of a part are held out; of very few, the last one."""
+    total, batch = len(reference.windows.ids), reference.meta["batch"]
+    own = torch.arange(number * batch, min((number + 1) * batch, total))
+    return own == total - 1 if total < HELD else own % HELD == HELD - 1
+
+
+def _training(reference: Reference, number: int) -> Tensor:
+    """Rows of a part that are learned from."""
+    held = _held(reference, number)
+    return (~held).nonzero().flatten() if len(reference.windows.ids) > 1 else held.nonzero().flatten()
+
+
+def _some(part: Part, rows: Tensor) -> Part:
+    """Some windows of a part."""
+    mask = torch.zeros(len(part.ids), dtype=torch.bool).index_fill_(0, rows, True)
+    positions = mask[:, None].expand(part.scored.shape)[part.scored]
+    base = BaseTokens(**{name: tensor[positions] for name, tensor in vars(part.base).items()})
+    return Part(part.ids[mask], part.scored[mask], base)
+
+
+@torch.enable_grad()
+def _loss(model: Any, part: Part) -> Tensor:
+    """Cross-entropy with the base's distributions, the mean of all positions: its gradient is that of the divergence."""
+    logits = model(part.ids.to(model.device), use_cache=False).logits[:, :-1]
+    log_q = logits[part.scored.to(logits.device)].float().log_softmax(-1)
+    base = BaseTokens(**{name: tensor.to(log_q.device) for name, tensor in vars(part.base).items()})
+    lost = _expected(base.top.exp().float(), log_q.gather(-1, base.top_ids))
+    if base.tail_ids.shape[-1]:
+        share = (base.tail_mass.exp() / base.tail_ids.shape[-1]).float()[:, None]
+        lost = lost + _expected(share.expand(base.tail_ids.shape), log_q.gather(-1, base.tail_ids))
+    return lost.mean()
+
+
+def _expected(p: Tensor, log_q: Tensor) -> Tensor:
+    return -(p * log_q.masked_fill(p == 0, 0)).sum(-1)
+
+
+@torch.no_grad()
+def _divergence(model: Any, reference: Reference) -> float:
+    """Mean KL divergence from the base on the windows held out, nats per token."""
+    total, count = 0.0, 0
+    for number in range(len(reference)):
+        rows = _held(reference, number).nonzero().flatten()
+        if len(rows):
+            part = _some(reference[number], rows)
+            log_q = log_probabilities(model, part.ids, part.scored, number * reference.meta["batch"])
+            value, _ = kl(part.base, log_q, part.target)
+            total, count = total + float(value.sum()), count + len(value)
+    return total / count

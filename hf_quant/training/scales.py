@@ -1,0 +1,114 @@
+"""Quantized layers whose scales are trained while their codes stay as they are: no float copy of a weight is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_quant.core.activations import rounded
+from hf_quant.core.numerics import floored
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.nn import QuantExperts, QuantLinear
+from hf_quant.nn._weight import read
+
+
+class ScaledProduct(torch.autograd.Function):
+    """``x W^T``, where the backward pass dequantizes ``W`` again instead of keeping it.
+
+    The scales are rounded to what is stored, and their gradient passes straight through that (arXiv:1902.08153).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, weight: QuantizedTensor, stored: torch.dtype) -> Tensor:
+        """``x [..., K]``, ``scale`` float32 ``[N, G]`` in place of that of ``weight [N, K]``, ``stored``: its dtype on disk."""
+        ctx.save_for_backward(x, scale)
+        ctx.weight, ctx.stored = weight, stored
+        return x @ _real(weight, scale, stored).to(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (gradient,), (x, scale) = gradients, ctx.saved_tensors
+        slope = gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
+        steps = replace(ctx.weight, scale=torch.ones_like(scale), outliers=None).dequantize(torch.float32)
+        by_scale = (slope * steps).unflatten(-1, (scale.shape[-1], -1)).sum(-1)
+        return gradient @ _real(ctx.weight, scale, ctx.stored).to(gradient.dtype), by_scale, None, None
+
+
+def _real(weight: QuantizedTensor, scale: Tensor, stored: torch.dtype) -> Tensor:
+    return replace(weight, scale=floored(scale, stored)).dequantize(torch.float32)
+
+
+def product(x: Tensor, weight: QuantizedTensor, stored: torch.dtype) -> Tensor:
+    """A layer's output ``[..., N]`` for ``x [..., K]``, differentiable in both and in ``weight.scale [N, G]``."""
+    if weight.perm is not None:  # each part of the rows has an order of its own
+        rows = [torch.arange(len(weight.scale)).chunk(len(weight.perm))[part] for part in range(len(weight.perm))]
+        parts = [
+            product(x.index_select(-1, order), _rows(weight, own), stored)
+            for order, own in zip(weight.perm, rows, strict=True)
+        ]
+        return torch.cat(parts, -1)
+    result: Tensor = ScaledProduct.apply(rounded(x, weight), weight.scale, weight, stored)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _rows(weight: QuantizedTensor, rows: Tensor) -> QuantizedTensor:
+    zero = None if weight.zero_point is None else weight.zero_point[rows]
+    return replace(weight, qweight=weight.qweight[rows], scale=weight.scale[rows], zero_point=zero, perm=None)
+
+
+@contextmanager
+def trainable_scales(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
+    """The scales of every quantized layer and stack of experts, as float32 parameters that receive gradients inside.
+
+    Everything else of the model is frozen. Afterwards the layers hold the scales as they are then, in their own dtype, and
+    compute with their kernels again. Quantized embeddings and output heads that share their codes are left alone.
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (QuantLinear, QuantExperts)) and not getattr(module, "shares_codes", False)
+    }
+    frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    own = {
+        f"{name}.{scale}": (module, scale, module.get_parameter(scale))
+        for name, module in layers.items()
+        for scale in (f"{weight}_scale" for weight in module._schemes())
+    }
+    for module in layers.values():
+        module._unpack()
+    for module, scale, parameter in own.values():
+        module._parameters[scale] = nn.Parameter(parameter.data.float())
+    for module in layers.values():
+        _compute_with_scales(module, {scale: stored.dtype for each, scale, stored in own.values() if each is module})
+    try:
+        yield {name: module.get_parameter(scale) for name, (module, scale, _) in own.items()}
+    finally:
+        for module, scale, parameter in own.values():
+            parameter.data.copy_(floored(module.get_parameter(scale).data, parameter.dtype))
+            module._parameters[scale] = parameter
+        for module in layers.values():
+            del module.__dict__["forward" if isinstance(module, QuantLinear) else "_product"]
+            module.choose_kernel()
+        for parameter, wanted in frozen:
+            parameter.requires_grad_(wanted)
+
+
+def _compute_with_scales(module: Any, stored: dict[str, torch.dtype]) -> None:
+    """Let a module multiply so that its scales receive gradients."""
+    dtype = next(iter(stored.values()))
+
+    def linear(x: Tensor) -> Tensor:
+        y = product(x, read(module, "weight", module.scheme), dtype)
+        return y if module.bias is None else y + module.bias.to(y.dtype)
+
+    def expert(x: Tensor, weight: QuantizedTensor) -> Tensor:
+        return product(x, weight, dtype)
+
+    made: Callable[..., Tensor] = linear if isinstance(module, QuantLinear) else expert
+    module.__dict__["forward" if isinstance(module, QuantLinear) else "_product"] = made

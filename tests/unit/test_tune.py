@@ -1,0 +1,118 @@
+"""Scales that are trained end to end, with codes that stay."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from hf_quant import HfQuantConfig, load
+from hf_quant.core.numerics import levels
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.data.calibration import calibration
+from hf_quant.errors import HfQuantError
+from hf_quant.evaluation.yardstick import Base
+from hf_quant.jobs.tune import Tuning, tune, tune_checkpoint, windows_of
+from hf_quant.methods import method
+from hf_quant.training.scales import product, trainable_scales
+from tests import yardsticks
+
+
+def plain(weight: QuantizedTensor, scale: Tensor) -> Tensor:
+    """The weight ``[N, K]`` as it is defined, one group after the other."""
+    codes, size = weight.codes(), weight.in_features // weight.scale.shape[-1]
+    groups = []
+    for g in range(weight.scale.shape[-1]):
+        own = codes[:, g * size : (g + 1) * size]
+        if weight.scheme.codebook is None:
+            real = own.float() - weight.zeros()[:, g : g + 1].float()
+        else:
+            real = levels(weight.scheme.codebook, own.device)[own.int()]
+        groups.append(real * scale[:, g : g + 1])
+    made = torch.cat(groups, 1)
+    if weight.outliers is not None:
+        made = made.scatter_add(1, weight.outliers.index.long(), weight.outliers.value.float())
+    return made if weight.perm is None else made[:, weight.perm[0].argsort()]
+
+
+def kinds() -> dict[str, QuantizedTensor]:
+    torch.manual_seed(0)
+    weight, scheme = torch.randn(6, 64), QuantScheme.parse("W3A16-g32-asym")
+    rounded = method("rtn").quantize(weight, scheme, torch.float32)
+    book, order = replace(scheme, bits=4, symmetric=True, codebook="nf4"), torch.randperm(64)[None].int()
+    codes = QuantizedTensor.from_codes(torch.randint(0, 16, (6, 64), dtype=torch.uint8), torch.rand(6, 2) + 0.1,
+                                       torch.zeros(6, 2), book)  # fmt: skip
+    return {
+        "zero points": rounded, "codebook": codes,
+        "outliers": method("rtn").quantize(weight, replace(scheme, outliers=0.05), torch.float32),
+        "permuted": replace(rounded, perm=order, scheme=replace(scheme, permuted=True)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", kinds())
+def test_gradients_are_those_of_the_plain_product(kind: str) -> None:
+    weight = kinds()[kind]
+    found = []
+    for fast in (True, False):
+        x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        scale = weight.scale.clone().requires_grad_()
+        y = product(x, replace(weight, scale=scale), torch.float32) if fast else x @ plain(weight, scale).T
+        y.sin().sum().backward()  # type: ignore[no-untyped-call]
+        found.append([y.detach(), x.grad, scale.grad])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def peaked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return yardsticks.make("peaked", tmp_path_factory.mktemp("peaked"))
+
+
+def text(base: Base, file: str) -> Any:
+    return calibration(str(Path(base.model) / file), yardsticks.tokenizer(), 64, 2048, 512)
+
+
+def divergence(model: Any, base: Any, ids: Tensor) -> float:
+    with torch.no_grad():
+        log_p, log_q = (each(ids).logits.float().log_softmax(-1) for each in (base, model))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
+def test_a_checkpoint_comes_closer_to_its_base(peaked: Path, tmp_path: Path) -> None:
+    """On text that was neither tuned on nor held out of it, with the same codes; links to its files stay as they were."""
+    base, folder = Base(str(peaked)), tmp_path / "q"
+    load(str(peaked), quantization_config=HfQuantConfig("W2A16-g32-asym")).save_pretrained(folder)
+    os.link(folder / "model.safetensors", tmp_path / "linked.safetensors")
+    said: list[str] = []
+    tuned = tune_checkpoint(folder, base, text(base, "calibration.txt"), Tuning(3, 0.01), {}, said.append)
+    assert tuned.after < tuned.before and len(said) >= 3 and tuned.skipped == 0
+    before, after = load_file(tmp_path / "linked.safetensors"), load_file(folder / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if name.endswith("weight_scale")}
+    ids, floats = text(base, "heldout.txt").ids, base.load(torch.float32)
+    now = divergence(load(str(folder), dtype=torch.float32), floats, ids)
+    (folder / "model.safetensors").unlink()
+    os.link(tmp_path / "linked.safetensors", folder / "model.safetensors")
+    assert now < 0.9 * divergence(load(str(folder), dtype=torch.float32), floats, ids)
+
+
+def test_nothing_that_is_worse_is_kept_and_nothing_is_left_behind(peaked: Path) -> None:
+    base = Base(str(peaked))
+    model = load(str(peaked), quantization_config=HfQuantConfig("W4A8-g32"), dtype=torch.float32)
+    ids = text(base, "heldout.txt").ids[:4]
+    reference = base.reference_on(windows_of(text(base, "calibration.txt")), noise=False)
+    with torch.no_grad():
+        before = model(ids).logits
+        with trainable_scales(model):
+            assert (model(ids).logits - before).norm() < 0.02 * before.norm()  # some activations round the other way
+    tuned = tune(model, reference, Tuning(1, 3.0), lambda _: None)
+    assert tuned.after == tuned.before
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, before)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "scale" in name)
+    with pytest.raises(HfQuantError, match="no quantized layers"):
+        tune(base.load(torch.float32), reference, Tuning(), lambda _: None)

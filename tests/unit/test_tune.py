@@ -1,5 +1,6 @@
 """Scales that are trained end to end, with codes that stay."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.data.calibration import calibration
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.yardstick import Base
+from hf_quant.jobs.quantize import quantize
 from hf_quant.jobs.tune import Tuning, tune, tune_checkpoint, windows_of
 from hf_quant.methods import method
 from hf_quant.training.scales import product, trainable_scales
@@ -68,8 +70,8 @@ def test_gradients_are_those_of_the_plain_product(kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def peaked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return yardsticks.make("peaked", tmp_path_factory.mktemp("peaked"))
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return yardsticks.make("outliers", tmp_path_factory.mktemp("base"))
 
 
 def text(base: Base, file: str) -> Any:
@@ -82,10 +84,10 @@ def divergence(model: Any, base: Any, ids: Tensor) -> float:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
-def test_a_checkpoint_comes_closer_to_its_base(peaked: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_comes_closer_to_its_base(source: Path, tmp_path: Path) -> None:
     """On text that was neither tuned on nor held out of it, with the same codes; links to its files stay as they were."""
-    base, folder = Base(str(peaked)), tmp_path / "q"
-    load(str(peaked), quantization_config=HfQuantConfig("W2A16-g32-asym")).save_pretrained(folder)
+    base, folder = Base(str(source)), tmp_path / "q"
+    load(str(source), quantization_config=HfQuantConfig("W2A16-g32-asym")).save_pretrained(folder)
     os.link(folder / "model.safetensors", tmp_path / "linked.safetensors")
     said: list[str] = []
     tuned = tune_checkpoint(folder, base, text(base, "calibration.txt"), Tuning(3, 0.01), {}, said.append)
@@ -100,9 +102,9 @@ def test_a_checkpoint_comes_closer_to_its_base(peaked: Path, tmp_path: Path) -> 
     assert now < 0.9 * divergence(load(str(folder), dtype=torch.float32), floats, ids)
 
 
-def test_nothing_that_is_worse_is_kept_and_nothing_is_left_behind(peaked: Path) -> None:
-    base = Base(str(peaked))
-    model = load(str(peaked), quantization_config=HfQuantConfig("W4A8-g32"), dtype=torch.float32)
+def test_nothing_that_is_worse_is_kept_and_nothing_is_left_behind(source: Path) -> None:
+    base = Base(str(source))
+    model = load(str(source), quantization_config=HfQuantConfig("W4A8-g32"), dtype=torch.float32)
     ids = text(base, "heldout.txt").ids[:4]
     reference = base.reference_on(windows_of(text(base, "calibration.txt")), noise=False)
     with torch.no_grad():
@@ -116,3 +118,17 @@ def test_nothing_that_is_worse_is_kept_and_nothing_is_left_behind(peaked: Path) 
     assert not any(p.requires_grad for name, p in model.named_parameters() if "scale" in name)
     with pytest.raises(HfQuantError, match="no quantized layers"):
         tune(base.load(torch.float32), reference, Tuning(), lambda _: None)
+
+
+def test_quantizing_tunes_what_it_has_learned(source: Path, tmp_path: Path) -> None:
+    """The same codes with and without; the recipe says what was done; only where codes were learned."""
+    recipes, tensors = {}, {}
+    for tuned in (True, False):
+        out = tmp_path / str(tuned)
+        quantize(source, out, scheme="W2A16-g32-asym", method="learned", epochs=1, calibration_tokens=2048,
+                 max_tokens=512, max_kl=100, tune=tuned)  # fmt: skip
+        recipes[tuned] = json.loads((out / "recipe.json").read_text())
+        tensors[tuned] = {n: t for file in sorted(out.glob("*.safetensors")) for n, t in load_file(file).items()}
+    assert recipes[True]["tuned"]["kl_after"] < recipes[True]["tuned"]["kl_before"] and "tuned" not in recipes[False]
+    changed = {name for name in tensors[True] if not torch.equal(tensors[True][name], tensors[False][name])}
+    assert changed and all(name.endswith("weight_scale") for name in changed)

@@ -77,7 +77,11 @@ def _passes(
     block: Block, hidden: HiddenStates, wanted: HiddenStates, train: list[int], latents: dict[str, Latent],
     learning: Learning, recipe: Recipe,
 ) -> Iterator[None]:  # fmt: skip
-    """Learn, and stop after every pass for a look at the result, which is in the block."""
+    """Learn, and stop after every pass for a look at the result, which is in the block.
+
+    The first half of the passes leaves the codes as they are: there are few scales, so that little text tells what they
+    should be, and where there is too little for the codes, what the first half has found is kept.
+    """
     rates = {"place": learning.codes, "factor": learning.scales}
     optimizer = torch.optim.Adam(
         [{"params": [getattr(latent, name) for latent in latents.values()], "name": name} for name in rates],
@@ -85,7 +89,8 @@ def _passes(
     )
     steps, step = learning.epochs * -(-len(train) // TOGETHER), 0
     draw, failed = torch.Generator().manual_seed(learning.seed), 0
-    for _ in range(learning.epochs):
+    for epoch in range(learning.epochs):
+        rates["place"] = learning.codes if epoch >= learning.epochs // 2 else 0.0
         order = [train[i] for i in torch.randperm(len(train), generator=draw).tolist()]
         for start in range(0, len(order), TOGETHER):
             with _only_these_learn(block, latents):

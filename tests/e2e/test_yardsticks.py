@@ -40,6 +40,19 @@ def test_fewer_bits_cost_more_and_little_at_eight(folders: Any, tmp_path: Path, 
     assert 0 <= costs[0] < (0.05 if method == "rtn" else 0.001) and costs[0] < costs[1] < 5
 
 
+def test_learned_codes_lose_less_than_calibrated_ones(folders: Any, tmp_path: Path) -> None:
+    """Block by block on the calibration text, and of the whole model on another."""
+    errors, costs = {}, {}
+    for method in ("calibrated", "learned"):
+        args = ("--method", method, *(("--epochs", 4, "--no-tune") if method == "learned" else ()))
+        run("quantize", folders("peaked"), "-o", tmp_path / method, "--scheme", "W3A16-g32-asym", *args, *FEW)
+        recipe, results = (json.loads((tmp_path / method / f"{n}.json").read_text()) for n in ("recipe", "results"))
+        errors[method] = [block["error"] for block in recipe["blocks"]]
+        costs[method] = results["quality"]["metrics"]["kl"]["value"]
+    assert all(new < old for new, old in zip(errors["learned"], errors["calibrated"], strict=True))
+    assert costs["learned"] < costs["calibrated"]
+
+
 @pytest.mark.parametrize("kind", ["outliers", "wide"])
 def test_int8_activations_are_calibrated_at_every_width(folders: Any, tmp_path: Path, kind: str) -> None:
     args = ("quantize", folders(kind), "-o", tmp_path / "q", "--scheme", "W8A8", "--method", "calibrated", *FEW)

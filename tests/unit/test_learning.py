@@ -88,11 +88,13 @@ def naive(states: Tensor, wanted: Tensor, epochs: int) -> dict[str, tuple[Tensor
     )
     draw, step, steps = torch.Generator().manual_seed(0), 0, 2 * epochs
     rates = [group["lr"] for group in optimizer.param_groups]
-    for _ in range(epochs):
+    for epoch in range(epochs):
         order = torch.randperm(3, generator=draw).tolist()
         for numbers in (order[:2], order[2:]):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * learning._rate(step, steps)
+            if epoch < epochs // 2:
+                optimizer.param_groups[0]["lr"] = 0.0  # codes
             up, down = (real(made.codes[name], places[name], factors[name]) for name in LAYERS)
             loss = torch.zeros(())
             for x, y in ((states[i], wanted[i]) for i in numbers):

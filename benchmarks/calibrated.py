@@ -50,6 +50,9 @@ OURS = {
     "ours awq": ["--method", "awq"],
     "ours calibrated": ["--method", "calibrated"],
     "ours calibrated asym": ["--method", "calibrated", "--asym"],
+    "ours learned": ["--method", "learned"],
+    "ours learned asym, untuned": ["--method", "learned", "--asym", "--no-tune"],
+    "ours learned asym": ["--method", "learned", "--asym"],
 }
 CALIBRATION, HELD_OUT = 65536, 65536  # tokens
 

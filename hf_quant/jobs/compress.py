@@ -145,7 +145,7 @@ def _compress(
     asked = {
         "overrides": dict(config.overrides), "modules_to_not_convert": list(config.modules_to_not_convert),
         "quantize_lm_head": config.quantize_lm_head, "quantize_embeddings": config.quantize_embeddings,
-    }  # fmt: skip
+    } | ({"epochs": config.epochs} if config.method == "learned" else {})  # fmt: skip
     row: dict[str, Any] = {}
     tuned = None
     inputs, source = (job.model, *job.inputs), _folder(job)

@@ -21,6 +21,7 @@ from hf_quant.evaluation.yardstick import Base
 from hf_quant.jobs.quantize import quantize
 from hf_quant.jobs.tune import Tuning, tune, tune_checkpoint, windows_of
 from hf_quant.methods import method
+from hf_quant.publish.sentences import command
 from hf_quant.training.scales import product, trainable_scales
 from tests import yardsticks
 
@@ -130,5 +131,7 @@ def test_quantizing_tunes_what_it_has_learned(source: Path, tmp_path: Path) -> N
         recipes[tuned] = json.loads((out / "recipe.json").read_text())
         tensors[tuned] = {n: t for file in sorted(out.glob("*.safetensors")) for n, t in load_file(file).items()}
     assert recipes[True]["tuned"]["kl_after"] < recipes[True]["tuned"]["kl_before"] and "tuned" not in recipes[False]
+    assert "--epochs 1" in command(recipes[True]) and "--no-tune" not in command(recipes[True])
+    assert command(recipes[False]).endswith("--epochs 1 --no-tune")
     changed = {name for name in tensors[True] if not torch.equal(tensors[True][name], tensors[False][name])}
     assert changed and all(name.endswith("weight_scale") for name in changed)

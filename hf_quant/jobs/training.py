@@ -55,7 +55,7 @@ class Training:
         """For the recipe."""
         return {
             "loss": "cross-entropy with the text" if self.teacher is None else "KL divergence to the teacher",
-            "teacher": None if self.teacher is None else Path(self.teacher.model).name,
+            "teacher": None if self.teacher is None else _name(self.teacher.model),
             "start": self.start, "settings": self.settings.to_dict(), "text": self.text.to_dict(),
         }  # fmt: skip
 
@@ -153,6 +153,11 @@ def refuse_other_vocabulary(job: Job, teacher: Base | None) -> None:
     tokenizers = [job.tokenizer, tokenizer_of(teacher.model, **hub_options(vars(teacher)))]
     if None not in tokenizers and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise PlanError(f"teacher {teacher.model}: its tokenizer has other tokens than that of the model")
+
+
+def _name(model: str) -> str:
+    """Of a folder its name, since its path may be private."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def text_loss(model: Any, rows: Tensor) -> Tensor:

@@ -97,7 +97,19 @@ def method(recipe: Mapping[str, Any]) -> str:
             bits
         )
     descriptions = [chain if len(chains) == 1 else f"{', '.join(bits)}: {chain}" for chain, bits in chains.items()]
-    return "; ".join(descriptions) + ("" if recipe.get("calibration") else ", without data")
+    trained = recipe.get("training")
+    data = f", then {training(trained)}" if trained else "" if recipe.get("calibration") else ", without data"
+    return "; ".join(descriptions) + data
+
+
+def training(trained: Mapping[str, Any]) -> str:
+    """What a model was trained on, for how long, and by which loss."""
+    teacher = f" ({md(str(trained['teacher']))})" if trained["teacher"] else ""
+    start = "" if trained["start"] == "rtn" else f", beginning from the codes of {code(trained['start'])}"
+    return (
+        f"trained with the rounded weights for {trained['settings']['steps']:,} steps on {trained['tokens']:,} tokens of "
+        f"{md(trained['text']['name'])} (sha256 {code(trained['text']['sha256'][:16])}) by {trained['loss']}{teacher}{start}"
+    )
 
 
 def format(recipe: Mapping[str, Any]) -> str:
@@ -154,8 +166,11 @@ def by_reason(named: Mapping[str, str]) -> dict[str, list[str]]:
 def command(recipe: Mapping[str, Any]) -> str:
     """The command that produces the same weights."""
     source, settings, calibration = recipe["source"], recipe.get("asked") or {}, recipe.get("calibration")
-    words = ["hf-quant", "quantize", str(source["model"]), "-o", "OUT", "--scheme", recipe["scheme"]]
-    words += ["--method", recipe["method"], "--format", recipe["format"]]
+    trained = recipe.get("training")
+    name = "train" if trained else "quantize"
+    words = ["hf-quant", name, str(source["model"]), "-o", "OUT", "--scheme", recipe["scheme"]]
+    words += ["--method", trained["start"] if trained else recipe["method"], "--format", recipe["format"]]
+    words += training_options(trained, source) if trained else []
     words += ["--dtype", recipe["dtype"]] if "dtype" in recipe else []
     words += ["--revision", source["revision"]] if source.get("revision") else []
     words += ["--lm-head"] if settings.get("quantize_lm_head") else []
@@ -170,6 +185,16 @@ def command(recipe: Mapping[str, Any]) -> str:
     if "epochs" in settings:
         words += ["--epochs", str(settings["epochs"]), *([] if "tuned" in recipe else ["--no-tune"])]
     return " ".join(f"\\\n  {word}" if word == "--override" else shell_word(word) for word in words)
+
+
+def training_options(trained: Mapping[str, Any], source: Mapping[str, Any]) -> list[str]:
+    """Those of ``hf-quant train`` alone."""
+    settings, text, teacher = trained["settings"], trained["text"], trained["teacher"]
+    return [
+        "--data", text["name"], "--train-context", str(text["context"]), "--steps", str(settings["steps"]),
+        "--batch", str(settings["batch"]), "--seed", str(settings["seed"]), "--lr", f"{trained['learning_rates'][-1][1]:g}",
+        *([] if teacher == source["model"] else ["--teacher", "none" if teacher is None else teacher]),
+    ]  # fmt: skip
 
 
 def limits(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:

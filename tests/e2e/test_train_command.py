@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from hf_quant.cli import main
 from hf_quant.disk import journal
 from hf_quant.jobs.outputs import work_folder
+from hf_quant.publish.card import facts, render
 from hf_quant.training import loop
 from tests.yardsticks import make
 
@@ -65,6 +66,9 @@ def test_training_loses_less_than_rounding(kind: str, peaked: Path, tmp_path: Pa
     recipe = json.loads((tmp_path / "trained" / "recipe.json").read_text())["training"]
     assert recipe["loss"] == "KL divergence to the teacher" and recipe["tokens"] == 40 * 4 * 64
     assert recipe["losses"]["last"] < recipe["losses"]["first"] and recipe["text"]["name"] == "calibration.txt"
+    card = render(*facts(tmp_path / "trained"))
+    assert "trained with the rounded weights for 40 steps on 10,240 tokens of calibration.txt" in card
+    assert "hf-quant train" in card and "--data calibration.txt" in card and "--teacher" not in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn", "trained"]  # no checkpoint is left
 
 

@@ -88,7 +88,7 @@ def _render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collec
     }  # fmt: skip
     quality, source = results.get("quality"), recipe["source"]
     text = environment.get_template("card.md.jinja").render(
-        recipe={"calibration": None, "dtype": "unknown"} | dict(recipe),
+        recipe={"calibration": None, "training": None, "dtype": "unknown"} | dict(recipe),
         results={"bench": None, "tasks": None, "gate": None, "files": None} | dict(results),
         yaml=yaml.safe_dump(card_data(recipe, results), sort_keys=False, allow_unicode=True, width=1000),
         title=sentences.title(recipe), warning=sentences.warning(results), verdict=sentences.verdict(recipe, results), missing=MISSING,

@@ -112,12 +112,12 @@ def store_scales(model: nn.Module, folder: Path) -> None:
     }
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
-        own = {name: scales.pop(name) for name in tensors if name in scales}
-        wrong = next((name for name in own if own[name].shape != tensors[name].shape), None)
+        tuned = {name: scales.pop(name) for name in tensors if name in scales}
+        wrong = next((name for name in tuned if tuned[name].shape != tensors[name].shape), None)
         if wrong is not None:
             raise HfQuantError(f"{file.name}: {wrong} has shape {list(tensors[wrong].shape)}, not that of its layer")
-        if own:
-            put(file, lambda draft, made=tensors | own: write_tensors(draft, made))  # type: ignore[misc]
+        if tuned:
+            put(file, lambda draft, updated=tensors | tuned: write_tensors(draft, updated))  # type: ignore[misc]
     if scales:
         raise HfQuantError(f"{folder.name}: no tensor {min(scales)}, whose new values would be lost")
 
@@ -134,8 +134,8 @@ def tune(model: Any, reference: Reference, tuning: Tuning, say: Callable[[str], 
     Raises:
         HfQuantError: The vocabularies differ, the model has no scales, or the loss is not finite again and again.
     """
-    if (own := model.config.get_text_config().vocab_size) != reference.meta["vocabulary"]:
-        raise HfQuantError(f"vocabularies differ: {own} tokens, the base has {reference.meta['vocabulary']}")
+    if (vocabulary := model.config.get_text_config().vocab_size) != reference.meta["vocabulary"]:
+        raise HfQuantError(f"vocabularies differ: {vocabulary} tokens, the base has {reference.meta['vocabulary']}")
     with trainable_scales(model) as scales:
         if not scales:
             raise HfQuantError(f"{type(model).__name__}: no quantized layers, so there are no scales to train")
@@ -170,7 +170,7 @@ def _passes(
         for number in torch.randperm(len(reference), generator=draw).tolist():
             part = reference[number]
             for rows in _training(reference, number).split(TOGETHER):
-                loss = _loss(model, _some(part, rows))
+                loss = _loss(model, _selected(part, rows))
                 loss.backward()
                 finite = math.isfinite(loss.item()) and all(_take(scales[n], factors[n], first[n]) for n in scales)
                 failed, skipped = (0, skipped) if finite else (failed + 1, skipped + 1)
@@ -200,8 +200,8 @@ def _rate(step: int, steps: int) -> float:
 def _held(reference: Reference, number: int) -> Tensor:
     """bool ``[B]``: which windows of a part are held out; of very few, the last one."""
     total, batch = len(reference.windows.ids), reference.meta["batch"]
-    own = torch.arange(number * batch, min((number + 1) * batch, total))
-    return own == total - 1 if total < HELD else own % HELD == HELD - 1
+    numbers = torch.arange(number * batch, min((number + 1) * batch, total))
+    return numbers == total - 1 if total < HELD else numbers % HELD == HELD - 1
 
 
 def _training(reference: Reference, number: int) -> Tensor:
@@ -210,7 +210,7 @@ def _training(reference: Reference, number: int) -> Tensor:
     return (~held).nonzero().flatten() if len(reference.windows.ids) > 1 else held.nonzero().flatten()
 
 
-def _some(part: Part, rows: Tensor) -> Part:
+def _selected(part: Part, rows: Tensor) -> Part:
     """Some windows of a part."""
     mask = torch.zeros(len(part.ids), dtype=torch.bool).index_fill_(0, rows, True)
     positions = mask[:, None].expand(part.scored.shape)[part.scored]
@@ -242,7 +242,7 @@ def _divergence(model: Any, reference: Reference) -> float:
     for number in range(len(reference)):
         rows = _held(reference, number).nonzero().flatten()
         if len(rows):
-            part = _some(reference[number], rows)
+            part = _selected(reference[number], rows)
             log_q = log_probabilities(model, part.ids, part.scored, number * reference.meta["batch"])
             value, _ = kl(part.base, log_q, part.target)
             total, count = total + float(value.sum()), count + len(value)

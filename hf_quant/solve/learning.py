@@ -179,9 +179,10 @@ def _rounded_inputs(block: Block, codes: dict[str, QuantizedTensor]) -> Iterator
 
     modules = dict(block.module.named_modules())
     handles = [
-        modules[block.local(name)].register_forward_pre_hook(rounding(each))
-        for name, each in codes.items()
-        if each.scheme.activations and block.local(name) in modules  # the inputs of stacked experts are out of reach
+        modules[block.local(name)].register_forward_pre_hook(rounding(quantized))
+        for name, quantized in codes.items()
+        if quantized.scheme.activations
+        and block.local(name) in modules  # the inputs of stacked experts are out of reach
     ]
     try:
         yield

@@ -48,8 +48,8 @@ def product(x: Tensor, weight: QuantizedTensor, stored: torch.dtype) -> Tensor:
     if weight.perm is not None:  # each part of the rows has an order of its own
         rows = [torch.arange(len(weight.scale)).chunk(len(weight.perm))[part] for part in range(len(weight.perm))]
         parts = [
-            product(x.index_select(-1, order), _rows(weight, own), stored)
-            for order, own in zip(weight.perm, rows, strict=True)
+            product(x.index_select(-1, order), _rows(weight, positions), stored)
+            for order, positions in zip(weight.perm, rows, strict=True)
         ]
         return torch.cat(parts, -1)
     result: Tensor = ScaledProduct.apply(rounded(x, weight), weight.scale, weight, stored)  # type: ignore[no-untyped-call]
@@ -75,21 +75,23 @@ def trainable_scales(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     }
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
-    own = {
+    originals = {
         f"{name}.{scale}": (module, scale, module.get_parameter(scale))
         for name, module in layers.items()
         for scale in (f"{weight}_scale" for weight in module._schemes())
     }
     for module in layers.values():
         module._unpack()
-    for module, scale, parameter in own.values():
+    for module, scale, parameter in originals.values():
         module._parameters[scale] = nn.Parameter(parameter.data.float())
     for module in layers.values():
-        _compute_with_scales(module, {scale: stored.dtype for each, scale, stored in own.values() if each is module})
+        _compute_with_scales(
+            module, {scale: stored.dtype for owner, scale, stored in originals.values() if owner is module}
+        )
     try:
-        yield {name: module.get_parameter(scale) for name, (module, scale, _) in own.items()}
+        yield {name: module.get_parameter(scale) for name, (module, scale, _) in originals.items()}
     finally:
-        for module, scale, parameter in own.values():
+        for module, scale, parameter in originals.values():
             parameter.data.copy_(floored(module.get_parameter(scale).data, parameter.dtype))
             module._parameters[scale] = parameter
         for module in layers.values():
@@ -110,5 +112,5 @@ def _compute_with_scales(module: Any, stored: dict[str, torch.dtype]) -> None:
     def expert(x: Tensor, weight: QuantizedTensor) -> Tensor:
         return product(x, weight, dtype)
 
-    made: Callable[..., Tensor] = linear if isinstance(module, QuantLinear) else expert
-    module.__dict__["forward" if isinstance(module, QuantLinear) else "_product"] = made
+    computation: Callable[..., Tensor] = linear if isinstance(module, QuantLinear) else expert
+    module.__dict__["forward" if isinstance(module, QuantLinear) else "_product"] = computation

@@ -40,6 +40,7 @@ hf = types.ModuleType("hf_quant.hf")
 hf.HfQuantConfig, hf.HfQuantQuantizer = HfQuantConfig, HfQuantQuantizer
 hf.taken_over = lambda stored, activations: ("taken over", stored["quant_method"])
 hf.refuse_requantizing = lambda stored, asked: None
+hf.known_methods = lambda: ["awq", "compressed-tensors", "gptq"]
 """
 
 

@@ -57,7 +57,7 @@ def _compiled() -> str:
     from hf_quant.kernels._native.compiled import LEVELS, built
 
     if (level := built()) is None:
-        return "not built: with a C++ compiler (g++, clang++) and a reinstallation of hf-quant decoding gets faster"
+        return "not built: install a C++ compiler (g++, clang++) and reinstall hf-quant to make decoding faster"
     better = LEVELS[LEVELS.index(level) + 1 :]
     return f"{level}" + (f"; a processor with {better[-1]} would be faster at many rows" if better else "")
 

@@ -1,4 +1,4 @@
-"""The one value every method makes, every format stores and every kernel reads."""
+"""The quantized weight that every method returns, every format stores and every kernel reads."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hf_quant.errors import SchemeError
 
 @dataclass(frozen=True, slots=True)
 class Outliers:
-    """Weights kept in floating point, added to what the codes mean; there the codes mean zero.
+    """Weights that stay in floating point. They are added to the dequantized codes, which are zero there.
 
     Attributes:
-        index: Input columns, as `index_dtype` says: ``[..., C]`` where whole columns are kept, ``[..., N, R]`` where each row has its own.
+        index: Input columns, in `index_dtype`: ``[..., C]`` for whole columns, ``[..., N, R]`` for columns of each row.
         value: ``[..., N, C]`` or ``[..., N, R]``.
     """
 
@@ -30,7 +30,7 @@ class Outliers:
 
     @classmethod
     def gather(cls, weight: Tensor, index: Tensor, dtype: torch.dtype) -> Outliers:
-        """Those of ``weight`` ``[N, K]`` at ``index``."""
+        """The outliers of ``weight`` ``[N, K]`` at ``index``."""
         value = weight[:, index] if index.ndim == 1 else weight.gather(1, index.long())
         return cls(index.to(index_dtype(weight.shape[1])), value.to(dtype))
 
@@ -44,24 +44,24 @@ class Outliers:
         return weight.gather(-1, index).to(self.value.dtype), weight.scatter(-1, index, 0)
 
     def _by_row(self) -> Tensor:
-        """Columns as int64, for each row of its own."""
+        """The columns of each row, int64."""
         index = self.index.long()
         return index if index.ndim == self.value.ndim else index[..., None, :].expand(self.value.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
-    """A weight matrix ``[N, K]`` in codes, or a stack of them with leading axes ``...``.
+    """A quantized weight matrix ``[N, K]``, or a stack of them with leading axes ``...``.
 
     Attributes:
         qweight: uint8 ``[..., N, K / 8 * bits]``, packed along K by `packing.pack`.
-        scale: ``[..., N, G]`` floating point, G = ``scheme.groups(K)``.
-        zero_point: uint8 (with ``real_zero``: like the scale) ``[..., N, G]``, or None where the scheme is symmetric.
-        scheme: How to read them.
-        perm: int32 ``[..., S, K]`` where the scheme is permuted: column j of the codes is column ``perm[s, j]`` of the
-            weight, in the s-th of S equal parts of the rows (the gate and up halves of a stack, else S is 1).
-        outliers: Where the scheme has some.
-        input_scale: ``[..., 1]`` floating point, of the activations, where the scheme gives them one scale for all.
+        scale: floating point ``[..., N, G]``, G = ``scheme.groups(K)``.
+        zero_point: uint8 ``[..., N, G]`` (for ``real_zero``: the dtype of the scale); None for a symmetric scheme.
+        scheme: The scheme of the codes.
+        perm: int32 ``[..., S, K]`` for a permuted scheme: column j of the codes is column ``perm[s, j]`` of the weight, in the s-th
+            of S equal parts of the rows (the gate and up halves of a stack; otherwise S is 1).
+        outliers: If the scheme has some.
+        input_scale: floating point ``[..., 1]``, the static scale of all activations, if the scheme has one.
     """
 
     qweight: Tensor
@@ -76,7 +76,7 @@ class QuantizedTensor:
     def from_codes(
         cls, codes: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, outliers: Outliers | None = None
     ) -> QuantizedTensor:
-        """Pack ``codes`` ``[..., N, K]``, K a multiple of 32; the zero point is dropped where the scheme fixes it."""
+        """Pack ``codes`` ``[..., N, K]``, K a multiple of 32; the zero point is dropped for a symmetric scheme."""
         if codes.shape[-1] % 32:
             raise SchemeError(f"in_features must be a multiple of 32, got {codes.shape[-1]}")
         zero = None if scheme.symmetric else zero_point.to(torch.uint8)
@@ -84,7 +84,7 @@ class QuantizedTensor:
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
-        """Inverse of `parts`, of parts that are right (`layout.wrong_shape`); codes of 8 bits may also be flat, ``[..., N, K]``."""
+        """Inverse of `parts`, for parts that `layout.wrong_shape` accepts; 8-bit codes may also be flat, ``[..., N, K]``."""
         codes, scale, zero = parts[WEIGHT], parts["weight_scale"], parts.get("weight_zero_point")
         if zero is not None and not scheme.real_zero:
             zero = unpack_short(zero, scheme.bits, scale.shape[-1])
@@ -97,10 +97,10 @@ class QuantizedTensor:
         )  # fmt: skip
 
     def parts(self, name: str = WEIGHT) -> dict[str, Tensor]:
-        """The tensors that a module or a checkpoint of this package holds, as `core.layout` says; codes are not copied.
+        """The tensors of a module or of a checkpoint of this package, as in `core.layout`; codes are not copied.
 
         Args:
-            name: Of the codes; the other names follow from it.
+            name: Name of the codes, from which the other names are derived.
         """
         parts = {
             WEIGHT: self.qweight.unflatten(-1, (-1, 4)) if self.scheme.bits == 8 else self.qweight,
@@ -119,7 +119,7 @@ class QuantizedTensor:
 
     @classmethod
     def of_rows(cls, parts: Iterator[QuantizedTensor], n: int) -> QuantizedTensor:
-        """One matrix of ``n`` rows out of some rows after the other, which are never all held twice."""
+        """One matrix of ``n`` rows from consecutive parts, without holding all rows twice."""
         joined, at = None, 0
         for part in parts:
             joined = joined or part._with_rows(n)
@@ -132,7 +132,7 @@ class QuantizedTensor:
 
     @classmethod
     def stack(cls, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
-        """``[E, ...]`` of E matrices with the same shape and scheme."""
+        """A stack ``[E, ...]`` of E matrices with the same shape and scheme."""
         first = parts[0]
         zero = (
             None
@@ -151,14 +151,14 @@ class QuantizedTensor:
         return cls(qweight, scale, zero, first.scheme, outliers=joined, input_scale=input_scale)
 
     def _by_row(self) -> list[Tensor]:
-        """All tensors with one entry a row."""
+        """All tensors with one entry per row."""
         tensors = [self.qweight, self.scale] + ([] if self.zero_point is None else [self.zero_point])
         if self.outliers is None:
             return tensors
         return [*tensors, self.outliers.value] + ([self.outliers.index] if self.outliers.index.ndim == 2 else [])
 
     def _with_rows(self, n: int) -> QuantizedTensor:
-        """Room for ``n`` rows of the same kind."""
+        """An uninitialized tensor of ``n`` rows with the same scheme."""
 
         def room(tensor: Tensor) -> Tensor:
             return tensor.new_empty(n, *tensor.shape[1:])
@@ -171,7 +171,7 @@ class QuantizedTensor:
         return QuantizedTensor(room(self.qweight), room(self.scale), zero, self.scheme, outliers=outliers)
 
     def cpu(self) -> QuantizedTensor:
-        """In main memory."""
+        """The same tensor in main memory."""
 
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {name: part.cpu() for name, part in values.items() if isinstance(part, Tensor)}
@@ -181,23 +181,23 @@ class QuantizedTensor:
 
     @property
     def in_features(self) -> int:
-        """K, which the packed width tells."""
+        """K, from the width of the packed codes."""
         return self.qweight.shape[-1] * 8 // self.scheme.bits
 
     def codes(self) -> Tensor:
-        """uint8 ``[..., N, K]``, in the order they are stored in."""
+        """The codes, uint8 ``[..., N, K]``, in stored order."""
         return unpack(self.qweight, self.scheme.bits)
 
     def zeros(self) -> Tensor:
-        """``[..., N, G]``, whether stored or fixed."""
+        """The zero points ``[..., N, G]``, also those of a symmetric scheme."""
         if self.zero_point is not None:
             return self.zero_point
         return torch.full_like(self.scale, self.scheme.zero, dtype=torch.uint8)
 
     def nearest_to(self, weight: Tensor) -> QuantizedTensor:
-        """The codes nearest to ``weight`` ``[..., N, K]``, with the scales, zero points and outlier positions of this tensor.
+        """The nearest codes for ``weight`` ``[..., N, K]``, with the scales, zero points and outlier positions of this tensor.
 
-        What `dequantize` gives in float32 becomes the same codes again.
+        The float32 result of `dequantize` becomes the same codes again.
         """
         wide = weight.float() if self.perm is None else as_stored(weight.float(), self.perm)
         outliers = None

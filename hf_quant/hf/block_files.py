@@ -1,4 +1,4 @@
-"""One finished block on disk: its codes in the format of the plan, and every other parameter as it is stored."""
+"""Files of finished blocks: codes in the format of the plan, and all other parameters as stored."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from hf_quant.solve.block import Block, use
 
 
 def part_of(block: Block, codes: Mapping[str, QuantizedTensor], fmt: Format, source: Tensors) -> dict[str, Tensor]:
-    """The tensors of a finished block, in main memory, by the names they have in the checkpoint.
+    """The tensors of a finished block, in main memory, by their names in the checkpoint.
 
     Args:
         block: Quantized; transforms may have changed its other parameters too.
-        codes: Of each of its layers, by full name.
-        fmt: How they are written.
-        source: The float model's tensors: what else belongs to the block, and what floats are stored in.
+        codes: Codes of its layers, by full name.
+        fmt: The format.
+        source: Tensors of the float model: the other tensors of the block, and the dtypes that floats are stored in.
     """
     tensors = {
         _stored_name(block, layer, local): tensor
@@ -39,12 +39,12 @@ def part_of(block: Block, codes: Mapping[str, QuantizedTensor], fmt: Format, sou
 
 
 def take_part(block: Block, file: Path, fmt: Format) -> None:
-    """Let a float block compute with what `part_of` made of it.
+    """Load a file of `part_of` into a float block.
 
     Args:
         block: In floating point; changed in place.
-        file: Holds the tensors.
-        fmt: How codes are written.
+        file: The file.
+        fmt: Its format.
     """
     tensors, codes = load_file(file), {}
     for layer, scheme in block.layers.items():
@@ -58,7 +58,7 @@ def take_part(block: Block, file: Path, fmt: Format) -> None:
 
 
 def _stored_name(block: Block, layer: str, local: str) -> str:
-    """Of one tensor of a layer, whose format calls it ``local``; stacks of experts are parameters, not modules."""
+    """Full name of a tensor that the format calls ``local``; stacks of experts are parameters, not modules."""
     path, _, leaf = block.local(layer).rpartition(".")
     stacked = leaf in stacks(block.module.get_submodule(path))
     return part_name(layer, local) if stacked else f"{layer}.{local}"

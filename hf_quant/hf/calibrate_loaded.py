@@ -1,4 +1,4 @@
-"""Calibrated quantization of a model that is in memory already: what ``from_pretrained`` does."""
+"""Calibrated quantization of a model in memory, for ``from_pretrained``."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from hf_quant.solve.result import Recipe
 from hf_quant.solve.solve import solve
 
 CONTEXT = 512
-NARROW = (torch.bfloat16, torch.float16)  # computed with in float32
+NARROW = (torch.bfloat16, torch.float16)  # dtypes that are cast to float32 for calibration
 
 
 def context_of(config: Any) -> int:
-    """Tokens in a window: 512, or what the model allows."""
+    """Tokens in a window: 512, or the maximum of the model."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(CONTEXT, limit) if isinstance(limit, int) and limit > 1 else CONTEXT
 
 
 def data_for(config: HfQuantConfig, model: Any) -> Calibration:
-    """What the configuration names, in the tokens of ``model``."""
-    # the class of a model in memory was loaded by its user, who trusted its code if there is any
+    """The calibration data of the configuration, as tokens of ``model``."""
+    # whoever loaded the model has trusted its code, if there is some
     own_code = not type(model).__module__.startswith("transformers.")
     tokenizer, ids = None, isinstance(config.calibration, torch.Tensor)
     with suppress(CheckpointError) if ids else nullcontext():
@@ -48,7 +48,7 @@ def data_for(config: HfQuantConfig, model: Any) -> Calibration:
 
 
 class Place(Protocol):
-    """Puts the codes of a layer, or of a stack of experts, into the model."""
+    """Stores the codes of a layer, or of a stack of experts, in the model."""
 
     def __call__(self, layer: str, parts: dict[str, nn.Parameter]) -> None: ...
 
@@ -59,10 +59,10 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
 
     Args:
         model: In floating point, loaded.
-        plan: What becomes of it.
-        config: How.
-        data: What to look at.
-        place: Called with the name of each layer and its parts (`core.layout`); puts them into the model.
+        plan: The plan.
+        config: The settings.
+        data: The calibration data.
+        place: Called with the name of each layer and its parts (`core.layout`); stores them in the model.
 
     Returns:
         A record of each block.
@@ -94,7 +94,7 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
 
 
 def _stored(name: str, module: nn.Module, *, followed: bool) -> Stored:
-    """The parameters of a block as they were loaded, kept where the float model is followed: the block itself changes."""
+    """The original parameters of a block, which are kept if the float model is followed, since the block changes."""
     dtypes, kept = {}, {}
     for full, parameter in module.named_parameters(prefix=name):
         dtypes[full] = parameter.dtype
@@ -105,7 +105,7 @@ def _stored(name: str, module: nn.Module, *, followed: bool) -> Stored:
 
 @contextmanager
 def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """What is in bf16 or fp16 computes in float32 inside, and is the same again afterwards."""
+    """Inside, parameters in bf16 or fp16 are in float32; afterwards they have their dtype again."""
     parameters = [p for p in parameters if p.dtype in NARROW]
     dtypes = [p.dtype for p in parameters]
     for parameter in parameters:

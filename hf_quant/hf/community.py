@@ -1,7 +1,7 @@
-"""Checkpoints that other programs quantized: their layers find their places in the model, their tensors the way there.
+"""Checkpoints of other programs: the places of their layers in the model.
 
-Names differ between a checkpoint and the model, and experts that stand apart in the file are stacked in the model. Both
-are told by transformers' own conversions for float checkpoints, which are followed here tensor by tensor.
+A checkpoint may have other names than the model, and experts that are separate in the file may be stacked in the model. Both
+follow from transformers' own conversions for float checkpoints, which are applied here to each tensor.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hf_quant.hf._compat import renamer
 from hf_quant.hf._hooks import may_be_unexpected
 from hf_quant.hf.candidates import Candidate, candidates
 
-# how programs that take transformers 5 stacks apart call the pieces, whatever the model's own checkpoints call them
+# names of the matrices in a stack that programs write when they unstack the experts of transformers 5
 PIECES = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
 _NUMBER = re.compile(r"\.experts\.(\d+)\.")
 _PIECE = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<piece>gate_proj|up_proj|down_proj)(\.weight)?")
@@ -29,15 +29,15 @@ _PIECE = re.compile(r"(?P<experts>.*\.experts)\.\d+\.(?P<piece>gate_proj|up_proj
 
 @dataclass
 class Placed:
-    """The quantized layers of a checkpoint, by the names that the model has for them.
+    """The quantized layers of a checkpoint, by their names in the model.
 
     Attributes:
         schemes: Layer, or full name of a stack of experts, to its scheme.
-        scale_dtypes: The same to the type of its scales.
-        dense: The same to why it becomes floating point.
-        homes: Layer of the checkpoint to the layer or stack of the model that it is, or is a piece of.
-        files: Layer of the model to a file with tensors of it and their name there, for messages.
-        notes: What else is worth saying, each once.
+        scale_dtypes: Layer or stack to the dtype of its scales.
+        dense: Layer or stack to the reason why it is dequantized.
+        homes: Layer of the checkpoint to the layer or stack of the model that contains it.
+        files: Layer of the model to the file and name of one of its tensors, for messages.
+        notes: Remarks, each once.
     """
 
     schemes: dict[str, QuantScheme] = field(default_factory=dict)
@@ -49,11 +49,11 @@ class Placed:
 
 
 def homes(model: Any, contents: Contents) -> dict[str, str]:
-    """Quantized layer of a checkpoint to the name that ``model`` has for it, or for the stack that it is a piece of.
+    """Quantized layer of a checkpoint to the name of the layer or stack in ``model`` that contains it.
 
     Args:
         model: Without weights, before any module is replaced.
-        contents: Of the checkpoint.
+        contents: The checkpoint.
 
     Raises:
         CheckpointError: The model has no place for a layer.
@@ -79,21 +79,21 @@ def homes(model: Any, contents: Contents) -> dict[str, str]:
 
 
 def _home(target: str, by_name: Mapping[str, Candidate]) -> tuple[str, str]:
-    """The layer or stack that a renamed tensor belongs to; and the experts layer, if other programs took it apart."""
+    """The layer or stack for a renamed tensor; and the experts layer, if other programs unstacked it."""
     home = target if target in by_name else target.removesuffix(".weight")
     piece = _PIECE.fullmatch(home) if home not in by_name else None
     return (f"{piece['experts']}.{PIECES[piece['piece']]}", piece["experts"]) if piece else (home, "")
 
 
 def place(model: Any, contents: Contents) -> Placed:
-    """Find where in ``model`` each quantized layer belongs, and whether it fits there.
+    """Find the place of each quantized layer in ``model``, and check that it fits there.
 
     Args:
         model: Without weights, before any module is replaced.
-        contents: Of the checkpoint.
+        contents: The checkpoint.
 
     Raises:
-        CheckpointError: A layer has no place in the model or another shape there, or a stack is not complete.
+        CheckpointError: A layer has no place in the model or another shape there, or a stack is incomplete.
     """
     by_name = candidates(model)
     placed = Placed(
@@ -119,12 +119,12 @@ def place(model: Any, contents: Contents) -> Placed:
 
 
 def aliases(model: Any) -> Called:
-    """The names that a ``quantization_config`` may mean a module of the checkpoint by: its own there, that of the model, and
-    the latter with or without the prefix of the base model, since that part may be loaded alone."""
+    """Names that a ``quantization_config`` may use for a module of the checkpoint: that in the file, that in the model, and the
+    latter with or without the prefix of the base model, since that part may be loaded alone."""
     rename, prefix, by_name = renamer(model), f"{model.base_model_prefix}.", candidates(model)
 
     def called(module: str) -> list[str]:
-        targets = (rename(name)[0] for name in (f"{module}.weight", module))  # of a layer, of a stack of experts
+        targets = (rename(name)[0] for name in (f"{module}.weight", module))  # for a layer, for a stack of experts
         home = next((home for target in targets if (home := _home(target, by_name)[0]) in by_name), module)
         return list(dict.fromkeys([module, home, home.removeprefix(prefix), prefix + home]))
 
@@ -134,16 +134,16 @@ def aliases(model: Any) -> Called:
 def as_asked(
     schemes: Mapping[str, QuantScheme], fmt: Format, stored: Mapping[str, Any], activations: str | None
 ) -> dict[str, QuantScheme]:
-    """The schemes of a checkpoint with its activations in floating point, or in INT8 as its own program has them.
+    """The schemes of a checkpoint with activations in floating point, or in INT8 as the program that wrote it rounds them.
 
     Args:
-        schemes: As its format tells them.
+        schemes: From its format.
         fmt: Its format.
         stored: Its ``quantization_config``.
         activations: See `HfQuantConfig`.
 
     Raises:
-        FormatError: Its program rounds activations in a way that is not known here.
+        FormatError: That program rounds activations in a way that this package does not support.
     """
     if activations == "float":
         return {name: scheme.weights for name, scheme in schemes.items()}
@@ -197,7 +197,7 @@ def _check_stack(home: str, at: Candidate, layers: dict[str, Layer], contents: C
 
 
 def _check_bias(model: Any, contents: Contents) -> None:
-    """Some programs write a bias of zeros for every layer; any other must not get lost."""
+    """Refuse a bias that the model has no place for, unless it is all zeros, as some programs write them."""
     rename, names, stored = renamer(model), set(model.state_dict()), contents.checkpoint.tensors
     for name in (f"{module}.bias" for module in contents.layers):
         if name in stored and rename(name)[0] not in names and bool(contents.checkpoint.read(name).any()):
@@ -205,7 +205,7 @@ def _check_bias(model: Any, contents: Contents) -> None:
 
 
 def _check_ties(model: Any, placed: Placed, contents: Contents) -> None:
-    """One table cannot be codes in one place and numbers in the other; in our own layout it is stored once."""
+    """Refuse a tied table that is quantized in one place and not in the other; our own format stores it once."""
     rename, stored = renamer(model), None
     for pair in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         names = [name.removesuffix(".weight") for name in pair]
@@ -222,5 +222,5 @@ def _check_ties(model: Any, placed: Placed, contents: Contents) -> None:
 
 
 def _may_be_left(model: Any, name: str) -> bool:
-    """Whether the model says itself that its checkpoints hold more, for example a draft head."""
+    """Whether the model's class says that its checkpoints may have this tensor, for example of a draft head."""
     return any(re.search(pattern, name) for pattern in may_be_unexpected(model))

@@ -1,4 +1,4 @@
-"""Tensors of a quantized checkpoint on their way into the model: transformers calls these conversions while it loads."""
+"""Conversions of quantized tensors between the checkpoint and the model, called by transformers while it loads."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from hf_quant.nn._weight import frozen
 
 
 def conversions(quantizer: Any, fmt: Format, of_model: list[Any]) -> list[Any]:
-    """What transformers must do with the tensors: first ours for stacks, then the model's own, then ours for layers."""
+    """The conversions in order: ours for stacks, the model's own, and ours for layers."""
     pieces = [WeightConverter([f"experts.*.{piece}.weight" for piece, of in PIECES.items() if of == stack], f"experts.{stack}",
                               [MergeModulelist()]) for stack in dict.fromkeys(PIECES.values())]  # fmt: skip
     stacks = [stack for c in [*of_model, *pieces] if (stack := _for_stack(quantizer, fmt, c)) is not None]
-    # a pattern may match from anywhere in a name, and in older versions did not end where it ends: dot and dollar
+    # a pattern may match anywhere in a name, and in older versions need not match to its end: hence the dot and the dollar
     layers = WeightConverter(
         [_pattern("", local) for local in _longest_first(fmt)], ".weight", [ReadLayer(quantizer, fmt)]
     )
@@ -55,7 +55,7 @@ def _pattern(base: str, local: str) -> str:
 
 
 class _Read(ConversionOps):
-    """Carries the quantizer: by the name ``hf_quantizer`` transformers knows to hand tensors over in their own dtype."""
+    """Has the attribute ``hf_quantizer``, by which transformers knows to pass tensors in their own dtype."""
 
     def __init__(self, quantizer: Any, fmt: Format) -> None:
         self.hf_quantizer, self.fmt = quantizer, fmt
@@ -64,9 +64,9 @@ class _Read(ConversionOps):
         return self  # it holds no state, and transformers copies it for every tensor
 
     def _guarded(self, name: str, read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """What ``read`` gives; if it fails, nothing, and the error is raised again after loading.
+        """The result of ``read``; if that fails, nothing, and the error is raised again after loading.
 
-        From here transformers would only log it, and raise one of its own that names no tensor.
+        Here transformers would only log it, and raise an error that names no tensor.
         """
         try:
             return {} if self.hf_quantizer.failure is not None else read()
@@ -81,7 +81,7 @@ class _Read(ConversionOps):
 
 
 class ReadLayer(_Read):
-    """The tensors of one layer become those of a `QuantLinear`, bit for bit; or its weight, in floating point."""
+    """The tensors of a layer become those of a `QuantLinear`, bit for bit, or its dequantized weight."""
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
@@ -95,17 +95,17 @@ class ReadLayer(_Read):
         module = model.get_submodule(path)
         if isinstance(module, QuantLinear):
             return parameters_of(name, self.fmt.read(tensors, module.scheme), module.weight_scale.dtype)
-        plain = path not in self.hf_quantizer.placed.dense  # it may have scales of activations beside it
+        plain = path not in self.hf_quantizer.placed.dense  # a float weight may have scales of activations beside it
         dense = tensors["weight"] if plain else self.fmt.dense(tensors)
         return {name: frozen(dense.to(getattr(module, leaf).dtype))}
 
 
 class ReadStack(_Read):
-    """The tensors of all experts become a stack of codes; or of weights in floating point."""
+    """The tensors of all experts become a stack of codes, or of dequantized weights."""
 
     def __init__(self, quantizer: Any, fmt: Format, patterns: Mapping[str, tuple[int, str]]) -> None:
         super().__init__(quantizer, fmt)
-        self.patterns = patterns  # pattern -> (which of gate and up, local name)
+        self.patterns = patterns  # pattern -> (number of the source, local name)
 
     @torch.no_grad()
     def convert(  # type: ignore[override]
@@ -144,12 +144,12 @@ class ReadStack(_Read):
 
 
 def _local(pattern: str) -> str:
-    """What `_pattern` was made of, for a layer."""
+    """The local name that `_pattern` was made from, for a layer."""
     return pattern[2:-1].replace("\\", "")
 
 
 def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
-    """One matrix of the rows of several; each keeps the order of its columns."""
+    """One matrix with the rows of several, which keep the order of their columns."""
     if len(parts) == 1:
         return parts[0]
     zero, perm = (
@@ -168,12 +168,12 @@ def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
 
 
 def parameters_of(name: str, read: QuantizedTensor, scale_dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a layer that was read becomes in the model: ``name`` and its companions, in our own layout.
+    """The parameters of a layer in the model: ``name`` and its companions, in `core.layout`.
 
     Args:
-        name: In full, of the parameter that holds the codes.
+        name: Full name of the parameter that holds the codes.
         read: The layer.
-        scale_dtype: Of its scales and of what goes with them, in the model.
+        scale_dtype: The dtype of scales and related parts in the model.
     """
     zero = (
         read.zero_point.to(scale_dtype) if read.scheme.real_zero and read.zero_point is not None else read.zero_point

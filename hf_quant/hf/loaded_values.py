@@ -1,4 +1,4 @@
-"""Checks of the values that arrived in a model, after transformers has loaded it and before a kernel meets them."""
+"""Checks of the values in a model, after transformers has loaded it and before a kernel reads them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from hf_quant.hf.community import Placed
 from hf_quant.nn import QuantExperts
 from hf_quant.nn._hooks import is_initialized
 
-CHUNK = 1 << 24  # values looked at together
+CHUNK = 1 << 24  # values checked together
 
 
 def check_complete_module(name: str, module: nn.Module) -> None:
-    """Every parameter of a quantized module that is in memory came from the checkpoint.
+    """Check that every parameter of a quantized module in memory was loaded from the checkpoint.
 
     Raises:
-        CheckpointError: Names the first that did not.
+        CheckpointError: Names the first that was not.
     """
     for local, parameter in sorted(module.named_parameters(recurse=False)):  # a weight before its scale
         if parameter.device.type != "meta" and not is_initialized(parameter):
@@ -31,10 +31,10 @@ def check_complete_module(name: str, module: nn.Module) -> None:
 
 
 def check_codes(name: str, module: Any, placed: Placed, *, pre_quantized: bool) -> None:
-    """Check what a kernel will meet; of parameters that stay on disk, check that their file was examined.
+    """Check the codes that a kernel will read; for parameters on disk, check that their file was examined.
 
     Args:
-        name: Of the module.
+        name: Name of the module.
         module: Quantized.
         placed: The layers of the checkpoint.
         pre_quantized: Whether the codes come from a checkpoint.
@@ -57,14 +57,14 @@ def check_codes(name: str, module: Any, placed: Placed, *, pre_quantized: bool) 
 
 
 def check_floats(model: Any, *, from_checkpoint: bool) -> None:
-    """Every floating-point parameter in memory is finite and, where wanted, came from the checkpoint.
+    """Check that every floating-point parameter in memory is finite and, if required, was loaded from the checkpoint.
 
     Args:
         model: Loaded.
-        from_checkpoint: Whether each parameter must be in the checkpoint, unless the model says that some need not.
+        from_checkpoint: Whether parameters must be in the checkpoint, except those that the model's class allows to be missing.
 
     Raises:
-        CheckpointError: Names the first that is not.
+        CheckpointError: Names the first that fails.
     """
     required = from_checkpoint and not may_be_missing(model)
     for name, parameter in model.named_parameters():
@@ -75,7 +75,7 @@ def check_floats(model: Any, *, from_checkpoint: bool) -> None:
             raise CheckpointError(f"tensor {name} is missing from the checkpoint")
         if not parameter.is_floating_point():
             continue
-        chunks = parameter.detach().flatten().split(CHUNK)  # a sum in float32 makes a copy in float32
+        chunks = parameter.detach().flatten().split(CHUNK)  # a sum in float32 copies its input to float32
         if not math.isfinite(sum(chunk.sum(dtype=torch.float32) for chunk in chunks)):
             bad = int((~parameter.isfinite()).sum())
             if bad:
@@ -83,7 +83,7 @@ def check_floats(model: Any, *, from_checkpoint: bool) -> None:
 
 
 def cast(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Before 5.21 transformers leaves floats of a quantized checkpoint in their own dtype where it renames them."""
+    """Cast floats to their expected dtype: before 5.21 transformers does not where it renames them."""
     for name, parameter in model.named_parameters():
         expected = dtypes.get(name, parameter.dtype)
         if parameter.device.type != "meta" and parameter.dtype != expected:

@@ -1,4 +1,4 @@
-"""Quantized modules take the place of float modules in a model, and float modules theirs again."""
+"""Replaces float modules of a model by quantized ones, and the reverse."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Modules:
     """Builds the quantized modules of a plan.
 
     Attributes:
-        plan: Which modules and stacks get which scheme.
-        scale_dtypes: Layer to the dtype of its scales in the checkpoint, where there is one.
+        plan: Modules and stacks with their schemes.
+        scale_dtypes: Layer to the dtype of its scales in the checkpoint, if there is one.
     """
 
     plan: Plan
     scale_dtypes: Mapping[str, torch.dtype]
 
     def put_in_place(self, model: Any, by_name: Mapping[str, Candidate], *, quantized: bool) -> None:
-        """Replace every module of the plan by a quantized one, whose parameters are empty.
+        """Replace every module of the plan by a quantized one with empty parameters.
 
         Args:
             model: In floating point.
@@ -49,7 +49,7 @@ class Modules:
             self._tie_companions(model)
 
     def place(self, model: Any, layer: str, parts: Mapping[str, nn.Parameter]) -> None:
-        """Put the codes of one layer, or of one stack of experts, into a float model.
+        """Store the codes of a layer, or of a stack of experts, in a float model.
 
         Args:
             model: Its module is replaced if it is still in floating point.
@@ -90,7 +90,7 @@ class Modules:
         model.set_submodule(name, new)
 
     def _replace_experts(self, model: Any, name: str, quantized: bool) -> None:
-        """All stacks of one experts layer; its own class stays part of the new one."""
+        """Quantize all stacks of an experts layer; its own class is a base of the new one."""
         stack_schemes: dict[str, QuantScheme] = {
             full.removeprefix(f"{name}."): scheme
             for full, scheme in self.plan.schemes.items()
@@ -104,7 +104,7 @@ class Modules:
             )  # fmt: skip
 
     def _scale_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype | None:
-        """The dtype of a layer's scales in the checkpoint, if ``dtype`` cannot hold all their values."""
+        """The dtype of a layer's scales in the checkpoint, if ``dtype`` cannot represent all their values."""
         stored = self.scale_dtypes.get(name)
         return stored if stored is not None and torch.promote_types(stored, dtype) != dtype else None
 
@@ -123,11 +123,11 @@ class Modules:
 
 
 def to_float(model: Any, dtype: torch.dtype | None) -> None:
-    """Replace every quantized module by the float module that it stands in for.
+    """Replace every quantized module by the float module that it replaced.
 
     Args:
         model: Quantized, with all codes in memory.
-        dtype: Of the weights; None for that of each layer's scales.
+        dtype: The dtype of weights; None for that of each layer's scales.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantExperts):
@@ -149,7 +149,7 @@ def _float_module(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | Non
         return nn.Embedding(n, k, module.padding_idx, _weight=weight, _freeze=True)
     dense: nn.Module
     with torch.device("meta"):
-        conv1d: Any = Conv1D  # transformers leaves its __init__ untyped
+        conv1d: Any = Conv1D  # its __init__ is not annotated
         dense = conv1d(n, k) if module.conv1d else nn.Linear(k, n, bias=module.bias is not None)
     dense.weight = frozen(weight.T.contiguous() if module.conv1d else weight)
     if module.bias is not None:

@@ -1,4 +1,4 @@
-"""What happens to a tensor between the checkpoint and the model: transformers calls these while it loads."""
+"""Conversions of float tensors between the checkpoint and the model, called by transformers while it loads."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from hf_quant.nn._weight import frozen
 
 
 class Quantizer(Protocol):
-    """What the operations need of the quantizer."""
+    """The part of the quantizer that the operations use."""
 
     failure: HfQuantError | None
     plan: Plan
 
     def param_needs_quantization(self, model: Any, param_name: str, **how: Any) -> bool:
-        """Whether a parameter becomes codes while it is loaded."""
+        """Whether a parameter is quantized while it is loaded."""
         ...
 
 
 class Apart(list[list[Tensor]]):
-    """A stack still in pieces: for each source (gate, up) the matrices of all experts."""
+    """The matrices of a stack before stacking: for each source (gate, up), those of all experts."""
 
 
 class KeepApart(ConversionOps):
-    """In place of stacking and joining the float experts: that would hold a whole layer of them twice.
+    """Replaces the stacking and concatenation of float experts, which would hold a whole layer of them twice.
 
-    Stacks that stay in floating point are made as the model's own operations make them.
+    Stacks that stay in floating point are made by the model's own operations.
     """
 
     def __init__(self, quantizer: Quantizer, operations: list[ConversionOps]) -> None:
@@ -49,7 +49,7 @@ class KeepApart(ConversionOps):
 
     @classmethod
     def instead_of(cls, converter: Any, quantizer: Quantizer) -> Any:
-        """The same converter with this operation, if its own ones only stack and concatenate."""
+        """The same converter with this operation, if its own operations only stack and concatenate."""
         operations = getattr(converter, "operations", [])
         merges = operations[:1] and type(operations[0]) is MergeModulelist and operations[0].dim == 0
         joins = not operations[1:] or (type(operations[1]) is Concatenate and operations[1].dim == 1)
@@ -59,7 +59,7 @@ class KeepApart(ConversionOps):
         if len(targets) != 1:
             return converter
         replacement = WeightConverter(sources, targets, [cls(quantizer, operations)])
-        for scope in ("scope_prefix", "base_model_prefix"):  # of a model within a model
+        for scope in ("scope_prefix", "base_model_prefix"):  # for a model within a model
             if hasattr(converter, scope):
                 setattr(replacement, scope, getattr(converter, scope))
         return replacement
@@ -86,7 +86,7 @@ class KeepApart(ConversionOps):
 
 
 class QuantizeOnLoad(ConversionOps):
-    """A float weight becomes codes, scales and zero points; one expert of a stack after the other."""
+    """Quantizes a float weight; the experts of a stack are quantized one after the other."""
 
     def __init__(self, quantizer: Quantizer) -> None:
         self.quantizer = quantizer
@@ -95,7 +95,7 @@ class QuantizeOnLoad(ConversionOps):
     def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:  # type: ignore[override]
         converted: dict[str, Tensor] = {}
         for name in list(input_dict):
-            value = input_dict.pop(name)  # so that the float tensor is gone before the next one comes
+            value = input_dict.pop(name)  # so that this float tensor is freed before the next one is read
             converted |= self._one(name, value[0] if type(value) is list else value, model)
         give_back_memory()
         return converted
@@ -107,7 +107,7 @@ class QuantizeOnLoad(ConversionOps):
             if self.quantizer.failure is not None:
                 raise self.quantizer.failure
             parts = self._quantized(name, leaf, value, module)
-        except HfQuantError as error:  # raised again after loading: from here transformers would only log it
+        except HfQuantError as error:  # raised again after loading, since here transformers would only log it
             self.quantizer.failure = error
             return {name: frozen(torch.empty(0))}
         return {part_name(name, part): frozen(tensor) for part, tensor in parts.items()}

@@ -19,27 +19,27 @@ from hf_quant.hf.unquantized import others
 from hf_quant.solve.recipes import Decision
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
-GATED = "down_proj"  # reads products of two activations, whose peaks no one scale holds: most of what INT8 activations cost
-READ_DIRECTLY = {"dt_proj"}  # Mamba multiplies by this weight itself, without calling the module
+GATED = "down_proj"  # its input, a product of two activations, has peaks that one scale cannot represent
+READ_DIRECTLY = {"dt_proj"}  # Mamba multiplies by this weight without calling the module
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What happens to every weight of a model.
+    """The plan for every weight of a model.
 
     Attributes:
         schemes: Module name, or full name of a stack (``...experts.down_proj``), to its scheme.
-        left: The candidates that stay in floating point, each with its reason.
-        regrouped: Those that got another scheme than asked for, each with a sentence.
+        left: Candidates that stay in floating point, with the reason.
+        regrouped: Modules whose scheme differs from the requested one, with a sentence.
         tied: Whether the quantized output head and embeddings are one table.
         params: Parameters of the model, tied ones counted once.
-        params_quantized: Those that become codes.
+        params_quantized: Parameters that are quantized.
         bytes_float: Size of all weights before.
         bytes_quantized: Size of all weights after, scales and zero points included.
-        format: Name of the format it will be saved in.
-        format_reason: Why that one.
-        decision: What the method means for every scheme in ``schemes``.
-        others: Weights of kinds that are never quantized, each with its reason; with `schemes` and `left` these are all.
+        format: Name of the format for saving.
+        format_reason: The reason for that format.
+        decision: Transforms and method for every scheme in ``schemes``.
+        others: Weights of kinds that are never quantized, with the reason; with `schemes` and `left`, these are all weights.
     """
 
     schemes: dict[str, QuantScheme]
@@ -57,16 +57,16 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """Share of the parameters that are codes, 0 to 1."""
+        """Share of the quantized parameters, 0 to 1."""
         return self.params_quantized / max(1, self.params)
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the whole model, what stays in floating point included."""
+        """Bits per weight of the whole model, with the weights in floating point."""
         return 8 * self.bytes_quantized / max(1, self.params)
 
     def summary(self) -> str:
-        """One line for a person, then one for each reason something stayed in floating point."""
+        """A line of totals, then a line for each reason why weights stay in floating point."""
         lines = [
             f"{self.share:.1%} of {self.params:,} parameters quantized in {len(self.schemes)} layers, "
             f"{self.bits_per_weight:.2f} bits per weight, format {self.format} ({self.format_reason})"
@@ -88,7 +88,7 @@ def _count(named: dict[str, str], sentence: str) -> str:
 
 @dataclass
 class _Draft:
-    """A plan in the making."""
+    """A plan that is not complete yet."""
 
     schemes: dict[str, QuantScheme] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
@@ -98,13 +98,13 @@ class _Draft:
 def make_plan(
     model: Any, config: HfQuantConfig, *, frozen: bool = False, stored: Mapping[str, QuantScheme] | None = None
 ) -> Plan:
-    """Decide what happens to every weight.
+    """Plan every weight.
 
     Args:
         model: A transformers model before any module is replaced; may be on the meta device.
-        config: What is asked for.
-        frozen: Whether ``config`` comes from a quantized checkpoint: then nothing is defaulted or adjusted.
-        stored: The layers of a quantized checkpoint, where its files are at hand: then nothing is decided at all.
+        config: The settings.
+        frozen: Whether ``config`` comes from a quantized checkpoint, so that nothing is defaulted or adjusted.
+        stored: The layers of a quantized checkpoint, if its files are available; then nothing is decided here.
 
     Raises:
         PlanError: A glob matches nothing, nothing is left to quantize, or the format cannot hold the plan.
@@ -142,7 +142,7 @@ def _decide(
 ) -> None:
     named = next((glob for glob in config.overrides if fnmatchcase(name, glob)), None)
     slug = config.scheme if named is None else config.overrides[named]
-    matches = fnmatchcase if frozen else _matches  # what is stored names every module in full
+    matches = fnmatchcase if frozen else _matches  # a stored config has full names
     if slug is None or any(matches(name, pattern) for pattern in config.modules_to_not_convert):
         draft.left[name] = "as asked"
     elif named is None and candidate.kind == "embedding" and not config.quantize_embeddings:
@@ -160,7 +160,7 @@ def _decide(
 
 
 def _spared(name: str, scheme: QuantScheme, config: HfQuantConfig) -> bool:
-    """Whether what loses least leaves the inputs of this layer in floating point; the threshold does so by itself."""
+    """Whether the best choice leaves the inputs of this layer in floating point; ``"threshold"`` does so by itself."""
     rounds = scheme.activations not in (None, "threshold")
     return rounds and config.method in ("calibrated", "learned") and name.rpartition(".")[2] == GATED
 
@@ -183,7 +183,7 @@ def _fit(name: str, candidate: Candidate, asked: QuantScheme, draft: _Draft, fro
 
 
 def freeze(config: HfQuantConfig, plan: Plan) -> None:
-    """Write the resolved plan into ``config``: on reload nothing is decided again, by whatever version."""
+    """Write the resolved plan into ``config``, so that loading the result decides nothing again."""
     config.overrides = {name: str(s) for name, s in plan.schemes.items() if str(s) != config.scheme}
     config.modules_to_not_convert = sorted(plan.left)
     config.format = plan.format
@@ -192,7 +192,7 @@ def freeze(config: HfQuantConfig, plan: Plan) -> None:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """A glob, a module's name, or trailing parts of it; everything below a named module is meant too."""
+    """Whether a glob, a name, or trailing parts of a name match a module or a parent of it."""
     return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
 
 
@@ -210,7 +210,7 @@ def _check_globs(model: Any, config: HfQuantConfig, by_name: dict[str, Candidate
 
 
 def _default_skips(model: Any, config: HfQuantConfig, by_name: dict[str, Candidate]) -> dict[str, str]:
-    """What is wiser left alone unless it is asked for by name."""
+    """Modules that are quantized only if they are named."""
     skips: dict[str, str] = {}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = {id(module): name for name, module in model.named_modules()}
@@ -252,7 +252,7 @@ def _is_tied(model: Any, head_name: str) -> bool:
 
 
 def _tie(model: Any, by_name: dict[str, Candidate], draft: _Draft) -> bool:
-    """Where the output head is tied to the embeddings, quantize all that is one table with one scheme, or nothing of it."""
+    """Where the output head is tied to the embeddings, give all modules of that table one scheme, or none."""
     groups: dict[str, list[str]] = {}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if target.endswith(".weight"):
@@ -302,10 +302,10 @@ def _unfit(fmt: Format, by_name: dict[str, Candidate], draft: _Draft) -> str | N
 
 
 def _sizes(model: Any, by_name: dict[str, Candidate], draft: _Draft, tied: bool) -> tuple[int, int, int, int]:
-    """Parameters, those quantized, bytes before, bytes after; tied parameters are counted once."""
+    """Number of parameters, number of quantized ones, bytes before and after; tied parameters count once."""
     before = {id(p): p for p in model.parameters()}
     ties = getattr(model, "all_tied_weights_keys", None) or {}
-    for target, source in ties.items():  # while loading, tied parameters are still two objects
+    for target, source in ties.items():  # while loading, tied parameters are still separate objects
         if model.get_parameter(target) is not model.get_parameter(source):
             before.pop(id(model.get_parameter(target)), None)
     bytes_float = sum(p.numel() * p.element_size() for p in before.values())

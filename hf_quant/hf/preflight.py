@@ -1,7 +1,7 @@
-"""The one judgement of a quantized checkpoint: loading asks for it before anything is allocated, and so does ``verify``.
+"""All checks of a quantized checkpoint before memory is allocated, for loading and for ``verify``.
 
-Everything is judged by the place in the model that it arrives at, under whatever name it stands in the file: transformers
-renames tensors, and a check by name alone would miss those.
+Tensors are checked by their place in the model and not by their name in the file: transformers renames tensors, and a check by
+name alone would miss those.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from hf_quant.hf._hooks import may_be_missing
 from hf_quant.hf.community import Placed, aliases, as_asked, place
 from hf_quant.hf.config import HfQuantConfig
 
-# what only quantized layers have: GPTQ and AWQ, compressed-tensors, HQQ, optimum-quanto, bitsandbytes
+# suffixes of quantized layers only: GPTQ and AWQ, compressed-tensors, HQQ, optimum-quanto, bitsandbytes
 CODES = (".qweight", ".weight_packed", ".W_q", ".weight._data", ".weight.absmax", ".weight.quant_map", ".SCB")
-MOST_BUFFERS = 1 << 28  # bytes besides the size of the file that tables made from config.json may take
+MOST_BUFFERS = 1 << 28  # bytes that buffers made from config.json may take, besides the size of the checkpoint
 
 
 def examine(model: Any, checkpoint: Checkpoint, config: HfQuantConfig) -> tuple[Contents, Placed]:
-    """Find out what the quantized layers of a checkpoint are and where they belong, and check what is small of them.
+    """Find the quantized layers of a checkpoint and their places in the model, and check their small tensors.
 
     Args:
         model: Without weights, before any module is replaced.
-        checkpoint: Its headers have been checked.
-        config: Its ``quantization_config``, understood.
+        checkpoint: With checked headers.
+        config: The parsed ``quantization_config``.
 
     Raises:
-        HfQuantError: A layer is damaged, has no place in the model or another shape there; the message names file and tensor.
+        HfQuantError: A layer is damaged, or has no place in the model or another shape there; names file and tensor.
     """
     stored = config.stored if config.stored is not None else _as_stored(config)
     contents = Contents.of(checkpoint, stored, called=aliases(model))
@@ -46,7 +46,7 @@ def examine(model: Any, checkpoint: Checkpoint, config: HfQuantConfig) -> tuple[
 
 
 def _as_stored(config: HfQuantConfig) -> dict[str, Any]:
-    """Our own layout, whatever else the checkpoint says of itself: no field of it leads around a check."""
+    """Check tensors in our own format, whatever the config says, so that no field can bypass it."""
     return {"quant_method": "hf_quant", "scheme": config.scheme, "overrides": config.overrides,
             "modules_to_not_convert": config.modules_to_not_convert}  # fmt: skip
 
@@ -54,16 +54,16 @@ def _as_stored(config: HfQuantConfig) -> dict[str, Any]:
 def check_rest(
     model: Any, checkpoint: Checkpoint, names: Iterable[str], shaped: Collection[str] | None = None
 ) -> set[str]:
-    """Check what is not quantized, from the headers: it has the shape that the model has for it, and is no integers.
+    """Check tensors that are not quantized, from the headers: they need the shape of the model, and a floating-point type.
 
     Args:
-        model: Without weights; its quantized modules are in place.
-        checkpoint: Its headers have been checked.
-        names: Of the tensors in it.
-        shaped: The parameters whose shape counts; None for all.
+        model: Without weights, with its quantized modules inserted.
+        checkpoint: With checked headers.
+        names: Names of these tensors.
+        shaped: Parameters whose shape is checked; None for all.
 
     Returns:
-        The names that the model has for them.
+        Their names in the model.
 
     Raises:
         CheckpointError: Names file and tensor.
@@ -77,7 +77,7 @@ def check_rest(
         targets, converted = arriving(name)
         target = targets[0]
         if target not in state:
-            continue  # transformers says so
+            continue  # transformers reports it
         if state[target].is_floating_point() and not (info.is_float and SIZES[info.dtype] > 1):
             raise CheckpointError(
                 f"{where} has dtype {info.dtype}, the model wants floating point: quantization_config does not say how to read it"
@@ -95,7 +95,7 @@ def check_rest(
 
 
 def refuse_unexplained(checkpoint: Checkpoint) -> None:
-    """Refuse codes of a checkpoint that does not say that it is quantized: transformers would fill in random weights.
+    """Refuse codes in a checkpoint without a quantization config: transformers would use random weights.
 
     Raises:
         CheckpointError: Names file and tensor.
@@ -108,16 +108,16 @@ def refuse_unexplained(checkpoint: Checkpoint) -> None:
 
 
 def check_complete(model: Any, placed: Placed, covered: set[str], names: Iterable[str] | None = None) -> None:
-    """Every parameter comes from the checkpoint, or the model says itself that it need not.
+    """Check that every parameter is in the checkpoint, unless the model's class allows it to be missing.
 
     Args:
-        model: Without weights; its quantized modules are in place.
+        model: Without weights, with its quantized modules inserted.
         placed: The quantized layers.
-        covered: The names of other parameters that the checkpoint has.
-        names: Of the parameters that must be there; None for all.
+        covered: Names of other parameters in the checkpoint.
+        names: Names of the required parameters; None for all.
 
     Raises:
-        CheckpointError: Names the first that does not.
+        CheckpointError: Names the first missing parameter.
     """
     stems = [stem for home in (*placed.schemes, *placed.dense) for stem in (home, f"{home}.weight")]
     covered = covered | {stem + part for stem in stems for part in ("", *COMPANIONS)}
@@ -130,7 +130,7 @@ def check_complete(model: Any, placed: Placed, covered: set[str], names: Iterabl
 
 
 def check_buffers(model: Any, tensors: Mapping[str, TensorInfo]) -> None:
-    """Tables that the model makes for itself are in proportion to the checkpoint.
+    """Check that buffers of the model are in proportion to the size of the checkpoint.
 
     Raises:
         CheckpointError: They would take far more memory than all weights.

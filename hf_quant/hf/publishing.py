@@ -1,4 +1,4 @@
-"""Every way that transformers has of publishing a quantized model leads through the gate, or ends in one sentence."""
+"""Sends every way in which transformers publishes a quantized model through the gate, or refuses it."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ def guard(model: Any) -> None:
 
 
 def release(model: Any) -> None:
-    """Give back the methods of transformers: the model is no longer quantized."""
+    """Restore transformers' methods: the model is no longer quantized."""
     for name in ("push_to_hub", "save_pretrained"):
         model.__dict__.pop(name, None)
 
 
 def push_to_hub(model: Any, repo_id: str, **how: Any) -> Any:
-    """Of a quantized model; see ``hf_quant.publish.push.push_model``. Of adapters on one, transformers' own."""
+    """Publish a quantized model, see ``hf_quant.publish.push.push_model``; adapters on one are published by transformers' method."""
     if has_adapters(model):
         return type(model).push_to_hub(model, repo_id, **how)
     return _upwards.push_model(model, repo_id, **how)
 
 
 def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
-    """Transformers' own, which saves only the adapters of a model that has some.
+    """transformers' ``save_pretrained``, which saves only the adapters of a model that has some.
 
     Raises:
-        PushError: It shall publish a quantized model, too.
+        PushError: It is asked to publish a quantized model, too.
     """
     original = type(model).save_pretrained
     asked = inspect.signature(original).bind_partial(model, *args, **kwargs).arguments
@@ -48,14 +48,14 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
 
 
 def _refusal(thing: Any, folder: Path) -> PushError | None:
-    """Why a folder that transformers is about to upload must go another way; None if it may."""
+    """Why a folder must not be uploaded by transformers; None if it may be."""
     if not _is_ours(folder):
         return None
     return PushError(f"{type(thing).__name__}.push_to_hub would publish a quantized model unmeasured: {HOW}")
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a folder that transformers has just saved holds a model that this package quantized."""
+    """Whether a folder that transformers has saved contains a model quantized by this package."""
     try:
         stored = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config") or {}
     except (OSError, ValueError, AttributeError):

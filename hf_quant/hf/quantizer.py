@@ -1,4 +1,4 @@
-"""Puts quantized modules in place before transformers loads the weights, and finishes them afterwards."""
+"""The quantizer that transformers calls: it inserts quantized modules before the weights are loaded, and finishes them afterwards."""
 
 from __future__ import annotations
 
@@ -52,33 +52,33 @@ logger = logging.get_logger(__name__)
 
 @register_quantizer("hf_quant")
 class HfQuantQuantizer(HfQuantizer):
-    """Quantizes while loading (RTN needs no data), or loads what was quantized before."""
+    """Quantizes a float model while it loads, or loads a quantized checkpoint."""
 
     requires_calibration = False  # True would refuse float checkpoints
     quantization_config: HfQuantConfig
-    # from this the base class derives converters and parallel plans for the companions of stacked experts
+    # the base class derives converters and parallel plans for the companions of stacked experts from these
     serialized_names = {WEIGHT: list(PARTS)}  # noqa: RUF012
 
     plan: Plan
-    data: Calibration | None = None  # what was calibrated on, and what became of each block
+    data: Calibration | None = None  # the calibration data, and the record of each block
     blocks: list[dict[str, Any]] = []  # noqa: RUF012
-    placed: Placed  # where the layers of another program's checkpoint belong
-    _reader: Format | None = None  # of that checkpoint
-    _dtypes: Mapping[str, torch.dtype] = MappingProxyType({})  # what floats of a quantized checkpoint shall be
-    failure: HfQuantError | None = None  # met in a conversion, where transformers would bury it in a log table
+    placed: Placed  # the layers of a quantized checkpoint, by their names in the model
+    _reader: Format | None = None  # the format of another program's checkpoint
+    _dtypes: Mapping[str, torch.dtype] = MappingProxyType({})  # expected dtypes of floats in a quantized checkpoint
+    failure: HfQuantError | None = None  # raised in a conversion, where transformers would only log it
     _converters: list[Any] | None = None
     saving: tuple[dict[str, Tensor], set[str]] | None = (
-        None  # what a trainable model is saved as, and which of it is codes
+        None  # what is saved of a trainable model, and which tensors of it are coded
     )
 
     @property
     def calibrates(self) -> bool:
-        """Whether the model is quantized after it was loaded, on what goes through it."""
+        """Whether the model is calibrated after it was loaded."""
         return not self.pre_quantized and self.plan.decision.calibrated
 
     @property
     def trains(self) -> bool:
-        """Whether the model trains, with float weights that the forward pass rounds."""
+        """Whether the model is trained with fake quantization."""
         return self.quantization_config.training
 
     @property
@@ -105,11 +105,11 @@ class HfQuantQuantizer(HfQuantizer):
         self.prepare(model, checkpoint_files)
 
     def prepare(self, model: Any, checkpoint_files: list[str] | None) -> Contents | None:
-        """Check a checkpoint as far as its headers and small tensors tell, and put quantized modules in place.
+        """Check the headers and small tensors of a checkpoint, and insert quantized modules.
 
         Args:
             model: On the meta device.
-            checkpoint_files: Where its weights are; None where they come as a state dict.
+            checkpoint_files: Files of its weights; None for a state dict.
 
         Returns:
             The layers of a quantized checkpoint.
@@ -121,7 +121,7 @@ class HfQuantQuantizer(HfQuantizer):
         by_name = candidates(model)
         checkpoint = Checkpoint.of_files([Path(file) for file in checkpoint_files]) if checkpoint_files else None
         contents: Contents | None = None
-        with torch.device("cpu"):  # transformers calls this where everything is made on meta
+        with torch.device("cpu"):  # transformers calls this where the default device is meta
             if self.pre_quantized and self.trains:
                 self.plan = make_plan(model, config, frozen=True)
                 make_trainable(model, self.plan)
@@ -155,7 +155,7 @@ class HfQuantQuantizer(HfQuantizer):
         return contents
 
     def _examine(self, model: Any, checkpoint: Checkpoint, names: list[str]) -> Contents:
-        """Learn from a quantized checkpoint what its layers are; of another program's, write that into the config too."""
+        """Find the layers of a quantized checkpoint; those of another program are also written into the config."""
         config = self.quantization_config
         foreign = config.stored is not None
         contents, self.placed = examine(model, checkpoint, config)
@@ -206,7 +206,7 @@ class HfQuantQuantizer(HfQuantizer):
         if self.trains and not self.pre_quantized:
             make_trainable(model, self.plan)
         if self.calibrates or self.trains:
-            fresh = get_model_conversion_mapping(model)  # while it loaded, stacks had no scales that belong to them
+            fresh = get_model_conversion_mapping(model)  # when the model was loaded, its stacks had no scales
             self._converters = updated_conversions(super().update_weight_conversions, fresh, model)
         keep_for_saving(model, self._converters)
         if self.trains:
@@ -218,7 +218,7 @@ class HfQuantQuantizer(HfQuantizer):
                 self._finish(name, module, dispatched)
         check_floats(model, from_checkpoint=self.pre_quantized and not dispatched)
         report_true_sizes(model)
-        guard(model)  # transformers' own ways would publish it unmeasured
+        guard(model)  # transformers' own methods would publish it without a gate
         give_back_memory()
         logger.info(self.plan.summary())
         return model
@@ -243,7 +243,7 @@ class HfQuantQuantizer(HfQuantizer):
         if not dispatched:
             check_complete_module(name, module)
         for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(False)  # the loader switches it on for every float tensor
+            parameter.requires_grad_(False)  # the loader enables it for every float tensor
         check_codes(name, module, self.placed, pre_quantized=self.pre_quantized)
         if isinstance(module, (QuantLinear, QuantExperts)):
             module.keeps_layout = dispatched and is_hooked(module)
@@ -258,7 +258,7 @@ class HfQuantQuantizer(HfQuantizer):
         if self.quantization_config.saves_training and self.saving is not None:
             return self.saving[0], {}
         state, coded = self.saving or state_on_disk(model, self.quantization_config.format)
-        fresh = get_model_conversion_mapping(model)  # as it will be on loading; it may have been another for the base
+        fresh = get_model_conversion_mapping(model)  # as in loading the result, which may differ from loading the base
         if self.quantization_config.format in (AUTO, in_memory_format()):
             fresh = updated_conversions(super().update_weight_conversions, fresh, model)
         files = settle(model, state, coded, fresh)

@@ -1,8 +1,8 @@
 """The names under which ``save_pretrained`` writes the tensors of a quantized model.
 
-transformers undoes on saving what it did on loading: it renames, splits and joins. Codes can be renamed, and stacks of experts
-taken apart, but not every conversion of float weights can be done to codes and to what belongs to them. So all that would
-be written is worked out before, with shapes alone, and read back as the loader would.
+On saving, transformers undoes the conversions of loading: it renames, splits and joins. Codes can be renamed, and stacks of experts
+split, but other conversions of float weights cannot be applied to codes and their companions. So the names are computed here
+first, with shapes only, and read back as the loader would.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from hf_quant.nn._outside import Outside
 
 
 def state_on_disk(model: Any, format: str) -> tuple[dict[str, Tensor], set[str]]:
-    """All that is written of a quantized model, by the names of its modules; and which of it is codes and their companions.
+    """The state dict of a quantized model as it is saved, and the names of codes and companions in it.
 
     Args:
         model: Quantized.
-        format: In which.
+        format: Name of the format.
     """
     as_in_memory = format == in_memory_format()
     state: dict[str, Tensor] = model.state_dict()
@@ -62,42 +62,42 @@ def state_on_disk(model: Any, format: str) -> tuple[dict[str, Tensor], set[str]]
 
 
 def all_names(codes: str) -> list[str]:
-    """Names of all parts that a weight may have whose codes have that name."""
+    """Names of all possible parts of a weight, from the name of its codes."""
     return [part_name(codes, part) for part in PARTS]
 
 
 def stems(files: Mapping[str, str]) -> dict[str, str]:
-    """Module to the name that it has in the file, of those that have another one there."""
+    """Module to its name in the file, for modules with another name there."""
     pairs = [(name.rpartition("."), file.rpartition(".")) for name, file in files.items()]
     return {name[0]: file[0] for name, file in pairs if name[0] != file[0] and name[2] == file[2]}
 
 
 def settle(model: Any, state: Mapping[str, Tensor], coded: Collection[str], conversions: list[Any]) -> dict[str, str]:
-    """Let ``save_pretrained`` write names that load again: those of the model's own checkpoints, else those of its modules.
+    """Let ``save_pretrained`` write names that can be loaded: those of the model's own checkpoints, or else of its modules.
 
     Args:
-        model: Quantized; what it is to undo on saving is changed.
-        state: All that is to be written, by the names of the modules.
-        coded: The names of codes and what belongs to them.
-        conversions: What transformers will do when it loads the result.
+        model: Quantized; the conversions that saving undoes are replaced.
+        state: All tensors to save, by the names in the model.
+        coded: Names of codes and companions.
+        conversions: The conversions of loading the result.
 
     Returns:
-        Name of each coded tensor to its name in the file, but of stacks that are taken apart.
+        Name of each coded tensor to its name in the file, without stacks that are split.
 
     Raises:
-        PlanError: Neither names load again.
+        PlanError: Neither can be loaded.
     """
     shapes = {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
     problem = ""
     used = conversions_of(model)
     if model.config.to_dict().get("model_type") != model.config.model_type:
-        used = []  # loaded as another kind of model than config.json will say
+        used = []  # the model was loaded as another type than config.json will name
     for undone in (used, []):
         set_conversions(model, undone)
         try:
             files = revert_weight_conversion(model, dict(shapes))
             return _read_back(model, files, shapes, coded, deepcopy(conversions))
-        except Exception as error:  # conversions raise whatever they come across in a shape they were not made for
+        except Exception as error:  # conversions raise any error for shapes that they do not expect
             problem = problem or f"{type(error).__name__}: {error}"
     raise PlanError(f"{type(model).__name__} cannot be saved so that it loads again: {problem}")
 
@@ -109,7 +109,7 @@ def _read_back(
     coded: Collection[str],
     conversions: list[Any],
 ) -> dict[str, str]:
-    """Load the files, with shapes alone; returns what `settle` does."""
+    """Load the files with shapes only; returns what `settle` returns."""
     renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -139,7 +139,7 @@ def _read_back(
 
 
 def _stacks(converter: Any) -> bool:
-    """Whether it only stacks the matrices of experts, after joining gate and up."""
+    """Whether a converter only joins gate and up, and stacks experts."""
     first, *others = converter.operations
     stacks = isinstance(first, MergeModulelist) and first.dim == 0
     return stacks and all(type(op) is Concatenate and op.dim == 1 for op in others)

@@ -127,7 +127,7 @@ def tune(model: Any, reference: Reference, tuning: Tuning, say: Callable[[str], 
 
     Args:
         model: Quantized; a causal language model.
-        reference: The base's word on a text.
+        reference: The stored outputs of the base on a text.
         tuning: How.
         say: Told of every pass.
 

@@ -138,7 +138,7 @@ class Ladder:
         schemes: The rungs, from many bits to few.
         options: For every `HfQuantConfig`: method, modules_to_not_convert, quantize_lm_head, ...
         load_base: The base in a dtype.
-        trial: Makes the base's word on the text that sensitivities are measured on.
+        trial: Computes the base's outputs on the text for sensitivities.
         progress: Wraps lists of trials.
     """
 

@@ -1,4 +1,4 @@
-"""Codes in the layout of a kernel, of which nobody else notices anything."""
+"""Codes repacked into the layout of a kernel, invisible to other code."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ _handed: WeakKeyDictionary[Any, list[Tensor]] = WeakKeyDictionary()
 
 
 def _keep_for_child(tensors: Iterable[Tensor]) -> None:
-    """Tensors that a process being started is given share memory with it, and must live until it has begun to read."""
+    """Keep tensors alive that are shared with a process being started, until it has begun to read them."""
     child = get_spawning_popen()
     if child is not None:
         _handed.setdefault(child, []).extend(tensors)
 
 
 class Repacking(Outside):
-    """A module whose codes `choose_kernel` may lay out anew, in place of the portable ones.
+    """A module whose codes `choose_kernel` may repack, in place of the portable ones.
 
-    ``state_dict``, copies and pickles have the portable layout, and every move chooses again.
+    ``state_dict``, copies and pickles have the portable layout, and every move of the module chooses a kernel again.
     """
 
-    keeps_layout: bool = False  # True where hooks move the codes about (offloading)
+    keeps_layout: bool = False  # True if hooks move the codes (offloading)
     _backend: LinearBackend | None = None
     _repacked: dict[str, tuple[Tensor, ...]] = {}  # noqa: RUF012  by the name of the parameter; replaced, never changed
-    _specs: dict[str, LinearSpec]  # by the name of the parameter, as they were when the kernel was chosen
+    _specs: dict[str, LinearSpec]  # by parameter name, as they were when the kernel was chosen
 
     def choose_kernel(self) -> None:
-        """Choose the backend for where the parameters are now, and lay the codes out as it reads them."""
+        """Choose the backend for the device of the parameters, and repack the codes for it."""
         raise NotImplementedError
 
     def _schemes(self) -> Mapping[str, QuantScheme]:
-        """Of every parameter that holds codes."""
+        """The scheme of every parameter that holds codes."""
         raise NotImplementedError
 
     def _quantized(self, name: str) -> QuantizedTensor:
-        """In the portable layout; a copy of the codes where only a kernel's layout is left."""
+        """The weight in the portable layout; its codes are copied if only a kernel's layout is in memory."""
         scheme, qweight = self._schemes()[name], None
         if self._backend is not None and self._emptied(name):
             qweight = self._backend.restore(self._repacked[name], self._specs[name])
         return read(self, name, scheme, qweight=qweight)
 
     def _emptied(self, name: str) -> bool:
-        """Whether only the layout of a kernel is left of these codes."""
+        """Whether these codes exist only in the layout of a kernel."""
         return name in self._repacked and 0 in self._codes(name).shape
 
     def _repack(self, name: str, *, shared: bool = False) -> None:
@@ -71,7 +71,7 @@ class Repacking(Outside):
         self._count(name)
 
     def _portable(self) -> Iterator[tuple[str, Tensor]]:
-        """The parameters that `_repack` emptied, as they were."""
+        """The original parameters of those that `_repack` emptied."""
         for name in self._repacked:
             if self._emptied(name):
                 yield name, self._quantized(name).parts()[WEIGHT]
@@ -82,7 +82,7 @@ class Repacking(Outside):
         self._backend, self._repacked = None, {}
 
     def _finer(self) -> list[nn.Parameter]:
-        """Scales finer than what the module computes in, and what goes with them."""
+        """Scales of a finer dtype than the module computes in, with the other parts of their weights."""
         finer = [name for name in self._schemes() if getattr(self, f"{name}_scale").dtype != self.compute_dtype]
         names = [part_name(name, part) for name in finer for part in PARTS]
         return [parameter for name in names if (parameter := self._parameters.get(name)) is not None]
@@ -115,7 +115,7 @@ class Repacking(Outside):
             self.choose_kernel()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For ``copy.deepcopy`` and pickles: in the portable layout, since that of a kernel is for this processor only."""
+        """For ``copy.deepcopy`` and pickles: the portable layout, since that of a kernel is for this processor only."""
         state, codes = self.__dict__.copy(), dict(self._portable())
         _keep_for_child(codes.values())
         state["_parameters"] = self._parameters | {name: frozen(tensor) for name, tensor in codes.items()}

@@ -1,4 +1,4 @@
-"""The parameters every quantized module holds, under the names and shapes of `core.layout`."""
+"""The parameters of every quantized module, with the names and shapes of `core.layout`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_quant.nn._outside import Outside
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter no optimizer touches; parameters and not buffers, since accelerate does not offload buffers."""
+    """A parameter that no optimizer changes. It is not a buffer, since accelerate does not offload buffers."""
     return nn.Parameter(tensor, requires_grad=False)
 
 
@@ -26,25 +26,26 @@ def register(
     *,
     codes: bool = True,
 ) -> None:
-    """Give ``module`` empty parameters ``name``, ``name_scale`` and its other companions for a weight ``[..., N, K]``.
+    """Register empty parameters ``name``, ``name_scale`` and other companions for a weight ``[..., N, K]``.
 
-    ``dtype`` is that of the scales, which keep it whatever the module computes in. ``codes=False`` leaves ``name`` as it is: a float placeholder that the loader replaces by codes.
+    ``dtype`` is that of the scales, whatever the module computes in. ``codes=False`` keeps ``name``, a float placeholder that the
+    loader replaces by codes.
     """
     for part, (size, kind) in shapes_of(shape, scheme, dtype).items():
         if codes or part != WEIGHT:
             empty = frozen(torch.empty(size, dtype=kind))
             mark_initialized(empty, AWAITED)
             module.register_parameter(part_name(name, part), empty)
-    # last: some models take the type of a module's first parameter for that of all, and the scales' is the right one
+    # last: some models take the dtype of a module's first parameter for that of all, which is right for the scales
     module._parameters[name] = module._parameters.pop(name)
 
 
 def read(
     module: Outside, name: str, scheme: QuantScheme, index: int | Tensor | None = None, qweight: Tensor | None = None
 ) -> QuantizedTensor:
-    """The parameters as one value; ``qweight`` stands in for repacked codes.
+    """The parameters as one value; ``qweight`` replaces repacked codes.
 
-    ``index`` picks one of a stack, or rows by their numbers; what has a single axis belongs to all rows.
+    ``index`` selects one matrix of a stack, or rows by number; tensors with a single axis belong to all rows.
     """
     parts: dict[str, Tensor] = {WEIGHT: module._codes(name) if qweight is None else qweight}
     for part in PARTS[1:]:
@@ -56,8 +57,7 @@ def read(
 
 
 def _picked(tensor: Tensor, index: int | Tensor) -> Tensor:
-    """As ``tensor[index]``, but as strict about rows as ``nn.Embedding``: a negative number is none of the last rows, and
-    truth values are no numbers."""
+    """``tensor[index]``, but as strict about row numbers as ``nn.Embedding``: negative numbers and booleans are refused."""
     if isinstance(index, int):
         return tensor[index]
     return tensor.index_select(0, index.flatten()).view(*index.shape, *tensor.shape[1:])

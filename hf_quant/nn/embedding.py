@@ -1,4 +1,4 @@
-"""An embedding table whose rows are codes."""
+"""An embedding table with quantized rows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class QuantEmbedding(Outside, nn.Embedding):
     Args:
         num_embeddings: V.
         embedding_dim: K, a multiple of 32.
-        scheme: How a row is coded.
-        padding_idx: As in ``nn.Embedding``; no gradient reaches a quantized table anyway.
-        dtype: Of the rows returned and of the scales.
-        quantized: Whether the table starts as codes, or as the float placeholder that loading quantizes.
+        scheme: The quantization of a row.
+        padding_idx: As in ``nn.Embedding``, but without effect on gradients, which do not reach a quantized table.
+        dtype: The dtype of returned rows and of scales.
+        quantized: Whether the table holds codes, or a float placeholder that loading quantizes.
     """
 
     weight = seen("weight")
@@ -42,7 +42,7 @@ class QuantEmbedding(Outside, nn.Embedding):
 
     @property
     def compute_dtype(self) -> torch.dtype:  # type: ignore[override]
-        """Of the rows returned."""
+        """The dtype of returned rows."""
         return self.weight_scale.dtype
 
     def float_shape(self, name: str) -> tuple[int, ...] | None:
@@ -52,7 +52,7 @@ class QuantEmbedding(Outside, nn.Embedding):
         return self.dequantize(dtype or self.compute_dtype)
 
     def quantized_weight(self) -> QuantizedTensor:
-        """Codes, scales and zero points in the portable layout."""
+        """The table in the portable layout."""
         return read(self, "weight", self.scheme)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

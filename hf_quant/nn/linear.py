@@ -1,4 +1,4 @@
-"""A linear layer whose weight is codes."""
+"""A linear layer with a quantized weight."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from hf_quant.nn._weight import frozen, read, register
 class QuantLinear(Repacking, nn.Linear):
     """Drop-in for ``nn.Linear(in_features, out_features)``; a subclass, so that PEFT trains adapters on top of it.
 
-    The parameters are those of `core.layout`; `choose_kernel` is called once after loading and after every move. After
-    `finished`, code outside of this package sees ``weight`` as a float tensor.
+    Its parameters are those of `core.layout`. `choose_kernel` is called after loading and after every move. After `finished`, code
+    outside of this package sees ``weight`` as a float tensor.
 
     Args:
         in_features: K, a multiple of 32.
         out_features: N.
-        scheme: How the weight is coded.
-        bias: Whether there is one.
-        dtype: What the layer computes in, and the dtype of the bias.
-        scale_dtype: Of the scales; None for ``dtype``.
-        quantized: Whether the weight starts as codes; if not, as the float placeholder that loading quantizes.
-        conv1d: Whether this stands in for GPT-2's ``Conv1D``, whose float weight is ``[K, N]``.
+        scheme: The quantization of the weight.
+        bias: Whether the layer has a bias.
+        dtype: In which the layer computes; also that of the bias.
+        scale_dtype: The dtype of scales; None for ``dtype``.
+        quantized: Whether ``weight`` holds codes, or a float placeholder that loading quantizes.
+        conv1d: Whether it replaces GPT-2's ``Conv1D``, whose float weight is ``[K, N]``.
     """
 
     weight = seen("weight")
@@ -53,17 +53,17 @@ class QuantLinear(Repacking, nn.Linear):
             self.weight = frozen(torch.empty(shape, dtype=dtype))
         register(self, "weight", (out_features, in_features), scheme, scale_dtype or dtype, codes=quantized)
         self.register_parameter("bias", frozen(torch.empty(out_features, dtype=dtype)) if bias else None)
-        self.shares_codes = False  # True where the embeddings read the same codes
+        self.shares_codes = False  # True if the embeddings use the same codes
         mark_initialized(self)
 
     @property
     def spec(self) -> LinearSpec:
-        """What a kernel needs to know of this layer."""
+        """What a kernel needs to know about this layer."""
         device = self.weight_scale.device.type
         return LinearSpec(self.scheme, self.out_features, self.in_features, self.compute_dtype, device)
 
     def quantized_weight(self) -> QuantizedTensor:
-        """Codes, scales and zero points in the portable layout; a copy of the codes where a kernel repacked them."""
+        """The weight in the portable layout; its codes are copied if a kernel has repacked them."""
         return self._quantized("weight")
 
     def choose_kernel(self) -> None:

@@ -1,7 +1,7 @@
-"""The module compiled from ``hf_quant/kernels/_native/csrc``, and weights in its layout: what the backends that call it share.
+"""The compiled module of ``hf_quant/kernels/_native/csrc``, and weights in its layout, for all backends that call it.
 
-HF_QUANT_CPU_LEVEL caps the instruction set: portable, avx2, avx512, vnni or amx. HF_QUANT_LARGE_PAGES=0 keeps weights in
-ordinary memory, over which a sanitizer can watch.
+HF_QUANT_CPU_LEVEL limits the instruction set: portable, avx2, avx512, vnni or amx. HF_QUANT_LARGE_PAGES=0 keeps weights in
+ordinary memory, which a sanitizer can observe.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hf_quant.kernels._shared.registration import Arguments
 
 try:
     from hf_quant.kernels import _cpu as _cpu
-except ImportError:  # it was not built; `why_not` says so
+except ImportError:  # not built; `why_not` reports it
     _cpu = None  # type: ignore[assignment]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -43,12 +43,12 @@ if _cpu is not None and (wanted := os.environ.get("HF_QUANT_CPU_LEVEL")):
 
 
 def built() -> str | None:
-    """The instruction set in use; None where nothing was compiled."""
+    """The instruction set in use; None if the module is not built."""
     return None if _cpu is None else _cpu.level()
 
 
 def why_not(spec: LinearSpec) -> str | None:
-    """Why a weight cannot lie in this layout, or None if it can."""
+    """Why a weight cannot have this layout; None if it can."""
     if spec.device != "cpu":
         return f"needs a CPU, got {spec.device}"
     if _cpu is None:
@@ -63,22 +63,24 @@ def why_not(spec: LinearSpec) -> str | None:
 
 
 class LaidOut(tuple[Tensor, ...]):
-    """Tiles, scales, and zero points where they are not all ``2 ** (bits - 1)``; see ``csrc/cpu.h``. Others may follow.
+    """Tiles, scales, and zero points unless all are ``2 ** (bits - 1)``; see ``csrc/cpu.h``. Others may follow.
 
-    ``weight`` is what `described` says of them, asked once: every tensor that is looked at costs one row a percent.
+    ``weight`` is the result of `described`, cached: reading a property of a tensor costs one percent of the time for one row.
     """
 
     weight: bytes
 
 
 def laid_out(weight: QuantizedTensor, spec: LinearSpec, *more: Tensor) -> LaidOut:
-    """In memory that nothing moves; ``more`` goes along."""
+    """Copy the parts of a weight into memory that does not move; ``more`` is appended."""
     n, k, bits = spec.out_features, spec.in_features, spec.scheme.bits
     codes = weight.qweight.contiguous()
     tiles = _room.take((n + 15) // 16 * 2 * k * bits).view(-1, k // 32, 64 * bits)
     _cpu.pack(codes.data_ptr(), tiles.data_ptr(), bits, n, k, torch.get_num_threads())
     scale, zero = weight.scale, weight.zero_point
-    if zero is not None and zero.is_floating_point():  # of another dtype, maybe; integers up to 255 are exact in all
+    if (
+        zero is not None and zero.is_floating_point()
+    ):  # cast to the dtype of scales, in which integers up to 255 are exact
         scale, zero = (t.to(torch.promote_types(scale.dtype, zero.dtype)) for t in (scale, zero))
     scales, zeros = _in_blocks(scale), None if zero is None else _in_blocks(zero.to(scale.dtype))
     weight_parts = LaidOut(part for part in (tiles, scales, zeros, *more) if part is not None)
@@ -87,15 +89,15 @@ def laid_out(weight: QuantizedTensor, spec: LinearSpec, *more: Tensor) -> LaidOu
 
 
 class _Room:
-    """Memory in large pages, some megabytes at a time, given out piece by piece: a core that waits for addresses does not
-    read, and scales in small pages would make it wait as often as codes do. A piece keeps its mapping alive, nothing else does."""
+    """Memory in large pages, allocated in chunks of some megabytes. With small pages, a core waits for address translation instead of
+    reading, for scales as often as for codes. A chunk is freed with the last tensor in it."""
 
     def __init__(self) -> None:
         self.lock, self.used = Lock(), 0
         self.last: Callable[[], mmap.mmap | None] = lambda: None
 
     def take(self, size: int) -> Tensor:
-        """``size`` bytes, uint8, not set to anything."""
+        """``size`` uninitialized bytes, uint8."""
         if size == 0 or not LARGE_PAGES:
             return torch.empty(size, dtype=torch.uint8)
         with self.lock:
@@ -110,7 +112,7 @@ class _Room:
 
 def _mapped(size: int) -> mmap.mmap:
     room = mmap.mmap(-1, -(-size // LARGE) * LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a hint: this kernel may have no such pages
+    with suppress(OSError):  # a hint, which the system may not know
         room.madvise(mmap.MADV_HUGEPAGE)
     return room
 
@@ -119,7 +121,7 @@ _room = _Room()
 
 
 def output(x: Tensor, weight: bytes) -> tuple[int, Tensor]:
-    """How many rows ``x [..., K]`` has, and room for its product with a weight that was `described`, ``[..., N]``."""
+    """The number of rows of ``x [..., K]``, and an uninitialized tensor for its product with a `described` weight, ``[..., N]``."""
     shape, (n, k) = x.shape, _sizes(weight, SIZES_AT)
     if not shape or shape[-1] != k:
         raise KernelError(f"x has {shape[-1] if shape else 'no'} columns, the weight has {k}")
@@ -133,7 +135,7 @@ def output(x: Tensor, weight: bytes) -> tuple[int, Tensor]:
 
 
 def portable(tiles: Tensor, spec: LinearSpec) -> Tensor:
-    """The codes back in the portable layout, bit for bit."""
+    """The codes in the portable layout, bit for bit."""
     n, k, bits = spec.out_features, spec.in_features, spec.scheme.bits
     codes = tiles.new_empty(n, k // 8 * bits)
     _cpu.unpack(tiles.data_ptr(), codes.data_ptr(), bits, n, k, torch.get_num_threads())
@@ -158,7 +160,7 @@ _sizes = struct.Struct("2q").unpack_from  # N and K of what `described` says
 
 
 def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> bytes:
-    """What the module wants to know of a weight."""
+    """The address, shapes and types of a weight, as the compiled module reads them."""
     k, zero_address = tiles.shape[1] * 32, 0 if zero is None else zero.data_ptr()
     return struct.pack(
         "8q", tiles.data_ptr(), scale.data_ptr(), zero_address, TYPES[scale.dtype], bits, n, k, k // scale.shape[1]
@@ -166,7 +168,7 @@ def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: i
 
 
 def weight_of(prepared: tuple[Tensor, ...], zero: Tensor | None, bits: int, n: int) -> bytes:
-    """What `described` says of a weight, or has said. A part of what a backend holds may come from anywhere and is checked."""
+    """The cached result of `described`, or a new one. Parts of a prepared weight are checked, since they may come from anywhere."""
     if isinstance(prepared, LaidOut):
         return prepared.weight
     tiles, scale = prepared[:2]
@@ -188,7 +190,7 @@ def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, T
 
 @implements("cpu_native_linear_backward")
 def backward(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
-    """``grad [M, N]`` times W: ``[M, K]``; blocks of W are added up in float32 at least."""
+    """``grad [M, N]`` times W: ``[M, K]``; blocks of W are summed in float32 or a finer dtype."""
     dtype = compute_dtype(grad)
     out = grad.new_zeros(grad.shape[0], tiles.shape[1] * 32, dtype=torch.promote_types(dtype, torch.float32))
     wide = grad.to(dtype)

@@ -1,6 +1,6 @@
-"""Which tiles the Triton product works in: a table for each kind of GPU, and what `bench.gpu.tune` found on this machine.
+"""The tiles of the Triton product: a table for each kind of GPU, and the results of `bench.gpu.tune` on this machine.
 
-Nothing is tried out while a model runs. The tables are choices by the machine code (``benchmarks/gpu_static.py``), not timings.
+Nothing is timed while a model runs. The tables follow from the machine code (``benchmarks/gpu_static.py``), not from timings.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ MOST_PARTS = 16
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a product is cut up.
+    """The blocks of a product.
 
     Attributes:
-        block_m: Rows of x together.
-        block_n: Rows of the weight together.
-        warps: Of a program.
-        stages: Blocks of columns on their way from memory at once.
-        split_k: Programs that share the columns; 0 to find a number by `parts`.
+        block_m: Rows of x in a tile.
+        block_n: Rows of the weight in a tile.
+        warps: Warps of a program.
+        stages: Blocks of columns that are loaded at once.
+        split_k: Programs that share the columns; 0 to choose a number by `parts`.
     """
 
     block_m: int
@@ -38,19 +38,19 @@ class Tile:
 
     @property
     def after(self) -> bool:
-        """Whether sums are multiplied by scales, and not weights."""
+        """Whether scales multiply sums, and not weights."""
         return self.block_m <= AFTER
 
 
 @lru_cache
 def tables() -> dict[str, Any]:
-    """The file that comes with the package: kind of GPU to its tiles, and rows from which to dequantize."""
+    """The bundled table: kind of GPU to its tiles, and the number of rows from which to dequantize."""
     content: dict[str, Any] = json.loads(Path(__file__).with_name("tiles.json").read_text())
     return content
 
 
 def kind_of(device: torch.device) -> str:
-    """The table for a GPU; for a CPU (interpreting) that of sm_90."""
+    """The table for a GPU; for a CPU (the interpreter), that of sm_90."""
     if device.type != "cuda":
         return "sm_90"
     if torch.version.hip:
@@ -62,7 +62,7 @@ def kind_of(device: torch.device) -> str:
 
 
 def tuned_path(device: torch.device) -> Path:
-    """Where `bench.gpu.tune` keeps what it found."""
+    """The file where `bench.gpu.tune` stores its results."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     safe = "".join(c if c.isalnum() else "-" for c in name)
@@ -70,7 +70,7 @@ def tuned_path(device: torch.device) -> Path:
 
 
 def holds_outliers(tile: Tile) -> bool:
-    """Whether threads have registers for outliers that every row has elsewhere: what each number of a tile is multiplied by."""
+    """Whether the threads have enough registers for outliers at different positions in each row: a factor for each number of a tile."""
     return tile.block_m * tile.block_n <= 64 * 128
 
 
@@ -82,7 +82,7 @@ def _on(device: torch.device) -> tuple[str, int, dict[str, Any]]:
 
 
 def tuned(device: torch.device) -> dict[str, Any]:
-    """What `bench.gpu.tune` kept: layer to its tiles. A file, or a layer in it, that cannot be used is as good as not there."""
+    """The results of `bench.gpu.tune`: layer to its tiles. Invalid files and entries are ignored."""
     path = tuned_path(device)
     try:
         kept = json.loads(path.read_text()) if path.is_file() else {}
@@ -93,7 +93,7 @@ def tuned(device: torch.device) -> dict[str, Any]:
 
 
 def _sound(entry: Any) -> bool:
-    """Whether what a file says of a layer has the form that `bench.gpu.tune` writes, and numbers that a kernel can have."""
+    """Whether an entry has the form that `bench.gpu.tune` writes, and numbers that a kernel accepts."""
     if not isinstance(entry, dict) or type(entry.get("dense")) is not int or not isinstance(entry.get("tiles"), dict):
         return False
     tiles = entry["tiles"]
@@ -127,7 +127,7 @@ OLDEST = (8, 0)
 def too_old() -> str | None:
     """Why the kernels cannot run on the GPUs here: one of them lacks their instructions or shared memory; None if none does.
 
-    A layer may be moved to any of them, so the weakest decides.
+    A layer may be moved to any of them, so the weakest GPU decides.
     """
     if torch.version.hip or not torch.cuda.is_available():
         return None
@@ -145,12 +145,12 @@ def forget() -> None:
 
 
 def key(bits: int, n: int, k: int) -> str:
-    """Of the tuned tiles of a layer."""
+    """Key of a layer in the tuned tiles."""
     return f"W{bits} {n}x{k}"
 
 
 def parts(tile: Tile, m: int, n: int, blocks: int, processors: int) -> int:
-    """Programs to share the columns, so that every processor has a few: a power of two, each with two blocks at least."""
+    """Number of programs that share the columns, so that every processor has several: a power of two, with at least two blocks each."""
     tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
     split = 1
     while split < MOST_PARTS and tiles * split * 2 <= 4 * processors and blocks >= 4 * split:
@@ -164,8 +164,8 @@ def tile_for(
 ) -> Tile | None:
     """The tile for ``x [m, k] @ W.T``, W ``[n, k]``; None where W should be dequantized and multiplied densely.
 
-    Of several ``experts`` as many have a row as can, and all the same number: where rows really go only the GPU knows.
-    ``scattered``: every row of W has outliers of its own.
+    Rows are assumed to be spread evenly over as many ``experts`` as possible, since only the GPU knows the real numbers.
+    ``scattered``: outliers have different columns in every row.
     """
     kind, processors, kept = _on(device)
     table = tables()[kind]

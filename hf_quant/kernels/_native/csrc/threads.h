@@ -45,7 +45,7 @@ struct Job {
   }
 };
 
-// f(0), ..., f(count - 1), by as many threads as come. Throws std::bad_alloc where one of them did.
+// Calls f(0), ..., f(count - 1) from all available threads. Throws std::bad_alloc if one of the calls did.
 template <class F>
 void each(long count, long threads, F f) {
   if (threads > count) threads = count;

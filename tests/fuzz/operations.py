@@ -178,10 +178,21 @@ def _announced(name: str, args: tuple[Any, ...], result: Tensor) -> str:
     """How a result differs from what the operation gives for tensors without values."""
     if any(isinstance(arg, Tensor) and arg.layout is not torch.strided for arg in args):
         return ""
-    told = ops.OPS[name](*(arg.to("meta") if isinstance(arg, Tensor) else arg for arg in args))
+    operation = ops.OPS[name]
+    types = [str(argument.type) for argument in operation._opoverload._schema.arguments]
+    told = operation(*map(_without_values, args, types))
     if (told.shape, told.dtype) == (result.shape, result.dtype):
         return ""
     return f"result is {result.dtype} {list(result.shape)}, announced {told.dtype} {list(told.shape)}"
+
+
+def _without_values(arg: Any, kind: str) -> Any:
+    """A tensor on the meta device; the number, where PyTorch takes a tensor of one element for a number."""
+    if not isinstance(arg, Tensor):
+        return arg
+    if "Tensor" in kind:
+        return arg.to("meta")
+    return int(arg) if "int" in kind else arg.item()
 
 
 @_quiet()

@@ -10,6 +10,7 @@ ones: a share may exceed 1.
 """
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 from importlib.metadata import version
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ from torch import Tensor
 from hf_quant.bench.machine import cpu_name
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
-from hf_quant.kernels import LinearBackend, LinearSpec
+from hf_quant.kernels import LinearBackend, LinearSpec, prepared_tensors
 from hf_quant.kernels._native.compiled import built
 from hf_quant.kernels.cpu_int4 import CpuInt4
 from hf_quant.kernels.cpu_native import CpuNative
@@ -35,8 +37,8 @@ from hf_quant.kernels.cpu_native import CpuNative
 SHAPES = ((2048, 2048), (4096, 4096), (11008, 4096))  # N, K
 ROWS = (1, 4, 16, 128, 512)
 BYTES, SECONDS, TURNS = 1 << 30, 0.1, 5
-Run = Callable[[tuple[Tensor, ...]], Tensor]
-Ways = dict[str, tuple[list[tuple[Tensor, ...]], Run]]
+Run = Callable[[Any], Tensor]
+Ways = dict[str, tuple[list[Any], Run]]
 CELLS = [("W4A16-g128", *shape) for shape in SHAPES] + [
     (slug, 4096, 4096) for slug in ("W8A16-g128", "W3A16-g128", "W2A16-g128")
 ]
@@ -48,25 +50,23 @@ def weight(slug: str, n: int, k: int) -> QuantizedTensor:
     return QuantizedTensor(codes, torch.full((n, scheme.groups(k)), 1e-3, dtype=torch.bfloat16), None, scheme)
 
 
-def rotating(
-    tensors: tuple[Tensor, ...], again: Callable[[], tuple[Tensor, ...]] | None = None
-) -> list[tuple[Tensor, ...]]:
+def rotating(tensors: Any, again: Callable[[], Any] | None = None) -> list[Any]:
     """Copies, or tensors made again, where they are laid out in pages that a copy would not have."""
-    size = sum(t.nbytes for t in tensors)
-    return [again() if again else tuple(t.clone() for t in tensors) for _ in range(max(2, BYTES // size))]
+    size = sum(t.nbytes for t in prepared_tensors(tensors))
+    return [again() if again else copy.deepcopy(tensors) for _ in range(max(2, BYTES // size))]
 
 
-def packed(backend: LinearBackend, x: Tensor, spec: LinearSpec) -> Run:
+def packed(backend: LinearBackend[Any], x: Tensor, spec: LinearSpec) -> Run:
     return lambda prepared: backend.linear(x, prepared, spec)
 
 
 def product(x: Tensor) -> Run:
-    return lambda prepared: F.linear(x, prepared[0])
+    return lambda prepared: F.linear(x, prepared)
 
 
-def reading() -> tuple[list[tuple[Tensor, ...]], Run]:
+def reading() -> tuple[list[Any], Run]:
     buffer = torch.ones(BYTES // 4)
-    return [(buffer,)], lambda held: torch.dot(held[0], held[0])  # one stream; sums are slower
+    return [buffer], lambda held: torch.dot(held, held)  # one stream; sums are slower
 
 
 def in_turns(ways: Ways) -> dict[str, list[float]]:
@@ -93,8 +93,8 @@ def measure(threads: int) -> list[dict[str, object]]:
             for name, b in backends.items()
             if b.why_not(spec) is None
         }
-        dense = rotating((torch.randn(n, k).bfloat16(),))
-        wide = rotating((torch.randn(n, k),)) if n == k == 4096 and slug.startswith("W4") else None
+        dense = rotating(torch.randn(n, k).bfloat16())
+        wide = rotating(torch.randn(n, k)) if n == k == 4096 and slug.startswith("W4") else None
         for m in ROWS:
             x = torch.randn(m, k).bfloat16()
             ways: Ways = {name: (copies, packed(backends[name], x, spec)) for name, copies in held.items()}
@@ -107,7 +107,7 @@ def measure(threads: int) -> list[dict[str, object]]:
             rows.append({"threads": threads, "scheme": slug, "n": n, "k": k, "rows": m,
                          "seconds": {name: statistics.median(each) for name, each in times.items()}})  # fmt: skip
             if m == 1:
-                size, passes = sum(t.nbytes for t in held["compiled"][0]), times["reading"]
+                size, passes = sum(t.nbytes for t in prepared_tensors(held["compiled"][0])), times["reading"]
                 speeds = {"median": BYTES / statistics.median(passes), "best": BYTES / min(passes)}
                 own = size / statistics.median(times["compiled"])
                 rows[-1] |= {"read_bytes_per_second": speeds, "share": {name: own / v for name, v in speeds.items()}}

@@ -12,6 +12,7 @@ import argparse
 import itertools
 import random
 import sys
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def cases() -> list[Case]:
     return list(itertools.product(_plugins.names("kernels"), SCHEMES, HEIGHTS, WIDTHS, DTYPES))
 
 
-def backend_for(case: Case) -> tuple[LinearBackend, LinearSpec] | None:
+def backend_for(case: Case) -> tuple[LinearBackend[Any], LinearSpec] | None:
     """None where the backend says that it cannot run this, or the scheme does not fit the width."""
     name, slug, n, k, dtype = case
     if name.startswith("triton"):
@@ -52,11 +53,11 @@ def backend_for(case: Case) -> tuple[LinearBackend, LinearSpec] | None:
     except SchemeError:
         return None
     spec = LinearSpec(scheme, n, k, dtype, "cpu")
-    backend: LinearBackend = _plugins.load("kernels", name).BACKEND()
+    backend: LinearBackend[Any] = _plugins.load("kernels", name).BACKEND()
     return None if refusal(backend, spec) else (backend, spec)
 
 
-def error(backend: LinearBackend, spec: LinearSpec) -> float:
+def error(backend: LinearBackend[Any], spec: LinearSpec) -> float:
     """The largest error of a product over some numbers of rows, relative to the size of its terms; NaN where it has a wrong shape or dtype."""
     scheme, n, k, dtype = spec.scheme, spec.out_features, spec.in_features, spec.dtype
     plain = QuantScheme(scheme.bits, scheme.group_size, scheme.symmetric)

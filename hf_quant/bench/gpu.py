@@ -117,16 +117,14 @@ def _tuned(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torc
     spec, backend = LinearSpec(scheme, n, k, dtype, "cuda"), BACKEND()
     quantized = weight(scheme, n, k, dtype, device)
     prepared = [backend.prepare(quantized, spec) for _ in range(copies(quantized.qweight.numel()))]
-    zero = [p[3] if len(p) == 4 and not scheme.codebook else None for p in prepared]
-    table = [p[3] if len(p) == 4 and scheme.codebook else None for p in prepared]
 
     def sparsely(x: Tensor, tile: Tile, i: int) -> Tensor:
-        packed, counters, scale, *_ = prepared[i]
-        return launch(x, packed, counters, scale, zero[i], table[i], None, None, None, scheme, tile)
+        w = prepared[i]
+        return launch(x, w.packed, w.counters, w.scale, w.zero, w.table, None, None, None, scheme, tile)
 
     def many(x: Tensor, i: int) -> Tensor:
-        packed, _, scale, *_ = prepared[i]
-        return densely(x, packed, scale, zero[i], table[i], None, None, None, scheme)
+        w = prepared[i]
+        return densely(x, w.packed, w.scale, w.zero, w.table, None, None, None, scheme)
 
     tiles: dict[str, list[int]] = {}
     for rows in ROWS:

@@ -125,8 +125,10 @@ def _stored(tensor: Any) -> tuple[int, int]:
 
 def _tensors(model: Any) -> list[Any]:
     """Parameters, buffers and repacked codes."""
-    laid_out = [parts for module in model.modules() for parts in getattr(module, "_repacked", {}).values()]
-    return [*model.parameters(), *model.buffers(), *chain.from_iterable(laid_out)]
+    from hf_quant.kernels import prepared_tensors
+
+    laid_out = [prepared for module in model.modules() for prepared in getattr(module, "_repacked", {}).values()]
+    return [*model.parameters(), *model.buffers(), *chain.from_iterable(map(prepared_tensors, laid_out))]
 
 
 if __name__ == "__main__":

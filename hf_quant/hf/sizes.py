@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from hf_quant.kernels import prepared_tensors
 from hf_quant.nn._outside import Outside
 from hf_quant.nn._repacking import Repacking
 
@@ -58,7 +59,7 @@ def memory_footprint(model: Any, return_buffers: bool = True) -> int:
     tensors = [*model.parameters(), *(model.buffers() if return_buffers else ())]
     for module in model.modules():
         if isinstance(module, Repacking):
-            tensors += [t for prepared in module._repacked.values() for t in prepared if isinstance(t, Tensor)]
+            tensors += [t for prepared in module._repacked.values() for t in prepared_tensors(prepared)]
     total, counted = 0, set()
     for tensor in tensors:
         place = (tensor.device, tensor.data_ptr()) if tensor.device.type != "meta" else id(tensor)

@@ -6,11 +6,13 @@ import logging
 import os
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from hf_quant import _plugins
 from hf_quant.errors import BackendError
 from hf_quant.kernels._interface import LinearBackend as LinearBackend
 from hf_quant.kernels._interface import LinearSpec as LinearSpec
+from hf_quant.kernels._interface import prepared_tensors as prepared_tensors
 from hf_quant.kernels._shared.outliers import outlier_linear as outlier_linear
 from hf_quant.kernels._shared.rounded import RoundedPacked, RoundedViews
 from hf_quant.kernels._shared.routing import back_in_order as back_in_order
@@ -19,7 +21,7 @@ from hf_quant.kernels._shared.routing import by_expert as by_expert
 logger = logging.getLogger(__name__)
 
 
-def select(spec: LinearSpec, *, repacking: bool = True) -> LinearBackend:
+def select(spec: LinearSpec, *, repacking: bool = True) -> LinearBackend[Any]:
     """The first backend, highest priority first, that can run ``spec``; HF_QUANT_BACKEND names one.
 
     Args:
@@ -30,7 +32,7 @@ def select(spec: LinearSpec, *, repacking: bool = True) -> LinearBackend:
     return _select(spec, repacking, os.environ.get("HF_QUANT_BACKEND"))
 
 
-def refusal(backend: LinearBackend, spec: LinearSpec) -> str | None:
+def refusal(backend: LinearBackend[Any], spec: LinearSpec) -> str | None:
     """Why ``backend`` cannot run ``spec`` as it is; None if it can."""
     int8 = getattr(backend, "int8_activations", False)
     if int8 and spec.scheme.activations is None:
@@ -41,7 +43,7 @@ def refusal(backend: LinearBackend, spec: LinearSpec) -> str | None:
 
 
 @lru_cache
-def _select(spec: LinearSpec, repacking: bool, wanted: str | None) -> LinearBackend:
+def _select(spec: LinearSpec, repacking: bool, wanted: str | None) -> LinearBackend[Any]:
     backends = {n: _plugins.load("kernels", n).BACKEND() for n in ([wanted] if wanted else _plugins.names("kernels"))}
     reasons, int8 = [], []
     for name, backend in sorted(backends.items(), key=lambda item: -item[1].priority):
@@ -49,7 +51,7 @@ def _select(spec: LinearSpec, repacking: bool, wanted: str | None) -> LinearBack
         if reason is None and backend.repacks and not repacking:
             reason = "the codes must keep their layout here"
         if reason is None:
-            chosen: LinearBackend = backend
+            chosen: LinearBackend[Any] = backend
             return chosen
         reasons.append(f"{name}: {reason}")
         int8 += reasons[-1:] if getattr(backend, "int8_activations", False) else []

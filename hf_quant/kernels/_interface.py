@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
+
+P = TypeVar("P")  # a frozen dataclass: the weight as a backend reads it
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,10 @@ class LinearSpec:
 
 
 @runtime_checkable
-class LinearBackend(Protocol):
-    """One way to run a quantized linear layer.
+class LinearBackend(Protocol[P]):
+    """One way to run a quantized linear layer, from a weight that it has prepared as a ``P``.
+
+    ``P`` is a frozen dataclass whose fields have names; `prepared_tensors` finds the tensors in it.
 
     A backend may also have ``fused(x, prepared, spec, bias, outliers)``: `linear` with both added before it rounds; and
     ``experts(x, prepared, spec, ends, order, bias, outliers)``: the same for a stack of weights, rows sorted by `by_expert`.
@@ -54,14 +59,23 @@ class LinearBackend(Protocol):
         """Why this backend cannot run ``spec``, or None if it can."""
         ...
 
-    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
-        """The tensors `linear` reads."""
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> P:
+        """The weight as `linear` reads it."""
         ...
 
-    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+    def restore(self, prepared: P, spec: LinearSpec) -> Tensor:
         """The portable ``qweight``, bit for bit; only called where ``repacks``."""
         ...
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+    def linear(self, x: Tensor, prepared: P, spec: LinearSpec) -> Tensor:
         """``[..., K]`` to ``[..., N]``, in the dtype of ``x``; differentiable in ``x``."""
         ...
+
+
+def prepared_tensors(prepared: object) -> Iterator[Tensor]:
+    """The tensors of what `LinearBackend.prepare` returned, those of dataclasses inside it too."""
+    if isinstance(prepared, Tensor):
+        yield prepared
+    elif is_dataclass(prepared):
+        for field in fields(prepared):
+            yield from prepared_tensors(getattr(prepared, field.name))

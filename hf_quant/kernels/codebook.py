@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -36,6 +37,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 codebook_linear.register_autograd(_backward, setup_context=_save)
 
 
+@dataclass(frozen=True, slots=True)
+class CodebookWeight:
+    """A weight ``[N, K]`` of indices into a table.
+
+    Attributes:
+        qweight: uint8 ``[N, K / 2]``, the portable codes.
+        scale: Floating point ``[N, G]``.
+        table: float32 ``[16]``, the levels.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    table: Tensor
+
+
 class Codebook:
     """The fall-back for codebooks."""
 
@@ -45,15 +61,15 @@ class Codebook:
     def why_not(self, spec: LinearSpec) -> str | None:
         return None if spec.scheme.codebook else "codebooks only, no integers"
 
-    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> CodebookWeight:
         assert spec.scheme.codebook is not None
-        return weight.qweight, weight.scale, levels(spec.scheme.codebook, weight.qweight.device)
+        return CodebookWeight(weight.qweight, weight.scale, levels(spec.scheme.codebook, weight.qweight.device))
 
-    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        return prepared[0]
+    def restore(self, prepared: CodebookWeight, spec: LinearSpec) -> Tensor:
+        return prepared.qweight
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        y = codebook_linear(flat(x, spec.in_features), *prepared)
+    def linear(self, x: Tensor, prepared: CodebookWeight, spec: LinearSpec) -> Tensor:
+        y = codebook_linear(flat(x, spec.in_features), prepared.qweight, prepared.scale, prepared.table)
         return y.reshape(*x.shape[:-1], spec.out_features)
 
 

@@ -12,6 +12,7 @@ that they would be thirty times slower. HF_QUANT_BACKEND=dequant keeps them narr
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -149,6 +150,23 @@ def _group_size(spec: LinearSpec) -> int | None:
     return next((size for size in GROUPS if size_of_layer % size == 0), None)
 
 
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """A weight ``[N, K]`` in the layout of PyTorch's op.
+
+    Attributes:
+        planes: uint8 ``[P, N, K / 2]``; P is 2 for eight bits (high, low), else 1.
+        scale_and_zero: bf16 ``[P, K / group_size, N, 2]``.
+        scale: ``[N, G]``, as stored.
+        zero: uint8 ``[N, G]``, or None where the scheme is symmetric.
+    """
+
+    planes: Tensor
+    scale_and_zero: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+
 class CpuInt4:
     """3 and 4 bits, and 8 bits symmetric in bf16 models."""
 
@@ -175,7 +193,7 @@ class CpuInt4:
             return f"group size {scheme.group_size} is not a multiple of 32"
         return None
 
-    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> Int4Weight:
         size = _group_size(spec)
         assert size is not None
         repeat = spec.in_features // weight.scale.shape[1] // size
@@ -185,21 +203,19 @@ class CpuInt4:
             params = [torch.stack([scale, (8 - zero) * scale], -1)]
         else:  # (16 high + low - 128) scale = (high - 8) 16 scale + ((low - 8) scale + 8 scale)
             params = [torch.stack([16 * scale, 0 * scale], -1), torch.stack([scale, 8 * scale], -1)]
-        packed = _planes(weight.qweight, spec.scheme.bits)
-        prepared = (packed, torch.stack(params).to(torch.bfloat16).contiguous(), weight.scale)
-        return prepared if weight.zero_point is None else (*prepared, weight.zero_point)
+        scale_and_zero = torch.stack(params).to(torch.bfloat16).contiguous()
+        return Int4Weight(_planes(weight.qweight, spec.scheme.bits), scale_and_zero, weight.scale, weight.zero_point)
 
-    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        codes = _codes(prepared[0])
+    def restore(self, prepared: Int4Weight, spec: LinearSpec) -> Tensor:
+        codes = _codes(prepared.planes)
         rows = [codes(i, min(i + CHUNK, spec.out_features)) for i in range(0, spec.out_features, CHUNK)]
         return torch.cat([pack(part, spec.scheme.bits) for part in rows])
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        planes, params, scale = prepared[:3]
-        zero = prepared[3] if len(prepared) == 4 else None
-        size = spec.in_features // params.shape[1]
-        fixed = spec.scheme.zero
-        y = cpu_int4_linear(flat(x, spec.in_features), planes, params, scale, zero, size, fixed)
+    def linear(self, x: Tensor, prepared: Int4Weight, spec: LinearSpec) -> Tensor:
+        params = prepared.scale_and_zero
+        size, fixed = spec.in_features // params.shape[1], spec.scheme.zero
+        rows = flat(x, spec.in_features)
+        y = cpu_int4_linear(rows, prepared.planes, params, prepared.scale, prepared.zero, size, fixed)
         return y.reshape(*x.shape[:-1], spec.out_features)
 
 

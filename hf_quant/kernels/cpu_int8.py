@@ -8,6 +8,7 @@ it gives ``sum(q * w) * scale_w``, exact but for the last rounding, and each row
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from hf_quant.core.private_torch import cpu_has, may_skip_dispatcher
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
-from hf_quant.kernels._shared.blocks import BLOCK, companions, compute_dtype, flat
+from hf_quant.kernels._shared.blocks import BLOCK, Rounding, compute_dtype, flat, rounding
 from hf_quant.kernels._shared.ops import implements
 
 ROWS, PART = 512, 32  # multiplied together; rounded together, 512 kB of float32 at 4096 columns
@@ -116,6 +117,21 @@ def _why_not_here() -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class OneDnnWeight:
+    """A weight ``[N, K]`` in the layout of oneDNN.
+
+    Attributes:
+        packed: int8 ``[K, N]``, what ``qlinear_prepack`` returns.
+        scale: float32 ``[N]``.
+        rounding: How the activations are rounded.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    rounding: Rounding
+
+
 class CpuInt8:
     """8 bits without zero points, one scale a row."""
 
@@ -135,18 +151,17 @@ class CpuInt8:
             return f"rounds in float32, too coarse for {spec.dtype}"
         return _why_not_here()
 
-    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> OneDnnWeight:
         codes = (weight.qweight ^ 0x80).view(torch.int8)  # 0..255 to -128..127
-        return (*companions(weight), _pack(codes), weight.scale[:, 0].float().contiguous())
+        return OneDnnWeight(_pack(codes), weight.scale[:, 0].float().contiguous(), rounding(weight))
 
-    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        return prepared[-2].to_dense().T.contiguous().view(torch.uint8) ^ 0x80
+    def restore(self, prepared: OneDnnWeight, spec: LinearSpec) -> Tensor:
+        return prepared.packed.to_dense().T.contiguous().view(torch.uint8) ^ 0x80
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        columns = prepared[0] if spec.scheme.outlier_columns else None
-        ranges = prepared[-3] if spec.scheme.activations == "tensor" else None
+    def linear(self, x: Tensor, prepared: OneDnnWeight, spec: LinearSpec) -> Tensor:
+        grid = prepared.rounding
         product = _product if may_skip_dispatcher(x) and x.is_floating_point() else cpu_int8_linear
-        y = product(flat(x, spec.in_features), prepared[-2], prepared[-1], columns, ranges)
+        y = product(flat(x, spec.in_features), prepared.packed, prepared.scale, grid.columns, grid.scale)
         return y.reshape(*x.shape[:-1], spec.out_features)
 
 

@@ -20,7 +20,7 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._native.compiled import (
     TYPES,
-    LaidOut,
+    NativeWeight,
     _cpu,
     backward,
     dequantized,
@@ -28,7 +28,6 @@ from hf_quant.kernels._native.compiled import (
     laid_out,
     output,
     portable,
-    weight_of,
     why_not,
 )
 from hf_quant.kernels._shared.blocks import as_asked, compute_dtype, cpu_multiplies_bf16, flat
@@ -96,21 +95,17 @@ class CpuNative:
     def why_not(self, spec: LinearSpec) -> str | None:
         return why_not(spec)
 
-    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> NativeWeight:
         return laid_out(weight, spec)
 
-    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        return portable(prepared[0], spec)
+    def restore(self, prepared: NativeWeight, spec: LinearSpec) -> Tensor:
+        return portable(prepared.tiles, spec)
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        direct = may_skip_dispatcher(x)
-        if direct and isinstance(prepared, LaidOut):
-            return _product(x, prepared.weight)
-        tiles, scale, *rest = prepared
-        bits, n, zero = spec.scheme.bits, spec.out_features, rest[0] if rest else None
-        if direct:
-            return _product(x, weight_of(prepared, zero, bits, n))
-        y = cpu_native_linear(flat(x, spec.in_features), tiles, scale, zero, bits, n)
+    def linear(self, x: Tensor, prepared: NativeWeight, spec: LinearSpec) -> Tensor:
+        if may_skip_dispatcher(x):
+            return _product(x, prepared.description)
+        rows, n = flat(x, spec.in_features), spec.out_features
+        y = cpu_native_linear(rows, prepared.tiles, prepared.scale, prepared.zero, spec.scheme.bits, n)
         return y.reshape(*x.shape[:-1], n)
 
 

@@ -7,6 +7,7 @@ floating point beside it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._native.compiled import (
     TYPES,
+    NativeWeight,
     _cpu,
     backward,
     built,
@@ -24,10 +26,9 @@ from hf_quant.kernels._native.compiled import (
     laid_out,
     output,
     portable,
-    weight_of,
     why_not,
 )
-from hf_quant.kernels._shared.blocks import companions, flat
+from hf_quant.kernels._shared.blocks import Rounding, flat, rounding
 from hf_quant.kernels._shared.ops import implements
 from hf_quant.kernels._shared.registration import FLOATS, Arguments
 
@@ -80,6 +81,19 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 cpu_native_int8_linear.register_autograd(_backward, setup_context=_save)
 
 
+@dataclass(frozen=True, slots=True)
+class NativeInt8Weight:
+    """A weight in the layout of the compiled module, and the grid of its activations.
+
+    Attributes:
+        weight: Codes, scales and zero points.
+        rounding: How the activations are rounded.
+    """
+
+    weight: NativeWeight
+    rounding: Rounding
+
+
 class CpuNativeInt8:
     """INT8 activations, integers of every width in groups of a multiple of 32."""
 
@@ -94,21 +108,18 @@ class CpuNativeInt8:
             return f"needs products of bytes (VNNI), got {built()}"
         return why_not(spec)
 
-    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
-        return laid_out(weight, spec, *companions(weight))
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> NativeInt8Weight:
+        return NativeInt8Weight(laid_out(weight, spec), rounding(weight))
 
-    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        return portable(prepared[0], spec)
+    def restore(self, prepared: NativeInt8Weight, spec: LinearSpec) -> Tensor:
+        return portable(prepared.weight.tiles, spec)
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        tiles, scale, *rest = prepared
-        scheme, n = spec.scheme, spec.out_features
-        zero = None if scheme.symmetric else rest.pop(0)
-        columns = rest.pop(0) if scheme.outlier_columns else None
-        ranges = rest.pop(0) if scheme.activations == "tensor" else None
+    def linear(self, x: Tensor, prepared: NativeInt8Weight, spec: LinearSpec) -> Tensor:
+        weight, grid = prepared.weight, prepared.rounding
         if may_skip_dispatcher(x):
-            return _product(x, weight_of(prepared, zero, scheme.bits, n), columns, ranges)
-        y = cpu_native_int8_linear(flat(x, spec.in_features), tiles, scale, zero, columns, ranges, scheme.bits, n)
+            return _product(x, weight.description, grid.columns, grid.scale)
+        rows, bits, n = flat(x, spec.in_features), spec.scheme.bits, spec.out_features
+        y = cpu_native_int8_linear(rows, weight.tiles, weight.scale, weight.zero, grid.columns, grid.scale, bits, n)
         return y.reshape(*x.shape[:-1], n)
 
 

@@ -51,17 +51,15 @@ class Dequant:
     def why_not(self, spec: LinearSpec) -> str | None:
         return "integers only, no codebooks" if spec.scheme.codebook else None
 
-    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
-        parts = (weight.qweight, weight.scale, weight.zero_point)
-        return tuple(part for part in parts if part is not None)
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> QuantizedTensor:
+        return weight
 
-    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        return prepared[0]
+    def restore(self, prepared: QuantizedTensor, spec: LinearSpec) -> Tensor:
+        return prepared.qweight
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        zero = prepared[2] if len(prepared) == 3 else None
+    def linear(self, x: Tensor, prepared: QuantizedTensor, spec: LinearSpec) -> Tensor:
         rows = flat(x, spec.in_features)
-        y = dequant_linear(rows, prepared[0], prepared[1], zero, spec.scheme.bits)
+        y = dequant_linear(rows, prepared.qweight, prepared.scale, prepared.zero_point, spec.scheme.bits)
         return y.reshape(*x.shape[:-1], spec.out_features)
 
 

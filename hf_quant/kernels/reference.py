@@ -20,15 +20,14 @@ class Reference:
     def why_not(self, spec: LinearSpec) -> str | None:
         return None
 
-    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
-        return weight.qweight, weight.scale, weight.zeros()
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> QuantizedTensor:
+        return QuantizedTensor(weight.qweight, weight.scale, weight.zeros(), spec.scheme)
 
-    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        return prepared[0]
+    def restore(self, prepared: QuantizedTensor, spec: LinearSpec) -> Tensor:
+        return prepared.qweight
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        qweight, scale, zero = prepared
-        return F.linear(x, QuantizedTensor(qweight, scale, zero, spec.scheme).dequantize(x.dtype))
+    def linear(self, x: Tensor, prepared: QuantizedTensor, spec: LinearSpec) -> Tensor:
+        return F.linear(x, prepared.dequantize(x.dtype))
 
 
 BACKEND = Reference

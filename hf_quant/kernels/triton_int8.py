@@ -8,6 +8,7 @@ stand two in a byte, so activations are read (or stored) as two planes: columns 
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from hf_quant.core.packing import unpack
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
-from hf_quant.kernels._shared.blocks import companions, flat, multiply_back
+from hf_quant.kernels._shared.blocks import Rounding, flat, multiply_back, rounding
 from hf_quant.kernels._shared.ops import implements
 from hf_quant.kernels._triton.tiles import too_old
 
@@ -214,6 +215,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 triton_int8.register_autograd(_backward, setup_context=_save)
 
 
+@dataclass(frozen=True, slots=True)
+class TritonInt8Weight:
+    """A weight ``[N, K]`` in portable codes, and the grid of its activations.
+
+    Attributes:
+        qweight: uint8 ``[N, K / 8 * bits]``.
+        scale: Floating point ``[N, G]``.
+        zero: uint8 ``[N, G]``, or None where the scheme is symmetric.
+        rounding: How the activations are rounded.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    rounding: Rounding
+
+
 class TritonInt8:
     """8 bits without zero points and 4 bits, on a GPU that Triton compiles for or with TRITON_INTERPRET=1."""
 
@@ -243,20 +261,15 @@ class TritonInt8:
             return "the interpreter computes bf16 silently wrong"
         return None
 
-    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
-        zero = () if weight.zero_point is None else (weight.zero_point,)
-        return (weight.qweight, weight.scale, *zero, *companions(weight))
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> TritonInt8Weight:
+        return TritonInt8Weight(weight.qweight, weight.scale, weight.zero_point, rounding(weight))
 
-    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        return prepared[0]
+    def restore(self, prepared: TritonInt8Weight, spec: LinearSpec) -> Tensor:
+        return prepared.qweight
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        rest, scheme = list(prepared[2:]), spec.scheme
-        zero = None if scheme.symmetric else rest.pop(0)
-        columns = rest.pop(0) if scheme.outlier_columns else None
-        ranges = rest.pop(0) if scheme.activations == "tensor" else None
-        rows = flat(x, spec.in_features)
-        y = triton_int8(rows, prepared[0], prepared[1], zero, scheme.bits, columns, ranges)
+    def linear(self, x: Tensor, prepared: TritonInt8Weight, spec: LinearSpec) -> Tensor:
+        rows, bits, grid = flat(x, spec.in_features), spec.scheme.bits, prepared.rounding
+        y = triton_int8(rows, prepared.qweight, prepared.scale, prepared.zero, bits, grid.columns, grid.scale)
         return y.reshape(*x.shape[:-1], spec.out_features)
 
 

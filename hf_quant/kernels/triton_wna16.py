@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -292,6 +293,25 @@ def _experts_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 triton_experts.register_autograd(_experts_backward, setup_context=_save_experts)
 
 
+@dataclass(frozen=True, slots=True)
+class PlanarWeight:
+    """A weight ``[N, K]`` in planes, or a stack of them, whose tensors but ``counters`` and ``table`` begin with an axis E.
+
+    Attributes:
+        packed: int16 ``[N, words]``.
+        counters: int32 zeros; a product that shares columns counts in them, and leaves zeros.
+        scale: ``[G, N]``.
+        zero: ``[G, N]``, or None where the scheme is symmetric or has a codebook.
+        table: float32 ``[16]``, the levels of a codebook, or None.
+    """
+
+    packed: Tensor
+    counters: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    table: Tensor | None
+
+
 class TritonWNA16:
     """Needs a GPU that Triton compiles for, or TRITON_INTERPRET=1."""
 
@@ -313,48 +333,44 @@ class TritonWNA16:
             return "the interpreter computes bf16 silently wrong"
         return None
 
-    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> PlanarWeight:
         scheme = spec.scheme
         packed = to_planes(weight.qweight, scheme.bits, plane(grouped(scheme, spec.in_features), scheme.bits))
         counters = torch.zeros(COUNTERS, dtype=torch.int32, device=packed.device)
-        prepared = (packed, counters, weight.scale.mT.contiguous())
-        if scheme.codebook:
-            return *prepared, levels(scheme.codebook, packed.device)
-        return prepared if weight.zero_point is None else (*prepared, weight.zero_point.mT.contiguous())
+        zero = None if weight.zero_point is None else weight.zero_point.mT.contiguous()
+        table = levels(scheme.codebook, packed.device) if scheme.codebook else None
+        return PlanarWeight(packed, counters, weight.scale.mT.contiguous(), zero, table)
 
-    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+    def restore(self, prepared: PlanarWeight, spec: LinearSpec) -> Tensor:
         size = plane(grouped(spec.scheme, spec.in_features), spec.scheme.bits)
-        return from_planes(prepared[0], spec.scheme.bits, size, spec.in_features)
+        return from_planes(prepared.packed, spec.scheme.bits, size, spec.in_features)
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
+    def linear(self, x: Tensor, prepared: PlanarWeight, spec: LinearSpec) -> Tensor:
         return self.fused(x, prepared, spec)
 
     def fused(
-        self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec, bias: Tensor | None = None,
+        self, x: Tensor, prepared: PlanarWeight, spec: LinearSpec, bias: Tensor | None = None,
         outliers: Outliers | None = None,
     ) -> Tensor:  # fmt: skip
         """`linear` with bias and outliers added before the result is rounded."""
-        y = triton_wna16(flat(x, spec.in_features), *_operands(prepared, spec, bias, outliers), str(spec.scheme))
+        y = triton_wna16(flat(x, spec.in_features), *_operands(prepared, bias, outliers), str(spec.scheme))
         return y.reshape(*x.shape[:-1], spec.out_features)
 
     def experts(
-        self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec, ends: Tensor, order: Tensor | None = None,
+        self, x: Tensor, prepared: PlanarWeight, spec: LinearSpec, ends: Tensor, order: Tensor | None = None,
         bias: Tensor | None = None, outliers: Outliers | None = None,
     ) -> Tensor:  # fmt: skip
         """`fused` for a stack of weights; see `triton_experts`."""
         return triton_experts(
-            flat(x, spec.in_features), *_operands(prepared, spec, bias, outliers), str(spec.scheme), ends, order
+            flat(x, spec.in_features), *_operands(prepared, bias, outliers), str(spec.scheme), ends, order
         )
 
 
-def _operands(
-    prepared: tuple[Tensor, ...], spec: LinearSpec, bias: Tensor | None, outliers: Outliers | None
-) -> tuple[Any, ...]:
+def _operands(prepared: PlanarWeight, bias: Tensor | None, outliers: Outliers | None) -> tuple[Any, ...]:
     """What the ops are given between x and the scheme."""
-    last = prepared[3] if len(prepared) == 4 else None
-    zero, table = (None, last) if spec.scheme.codebook else (last, None)
+    weight = (prepared.packed, prepared.counters, prepared.scale, prepared.zero, prepared.table)
     index, value = (None, None) if outliers is None else (outliers.index, outliers.value)
-    return *prepared[:3], zero, table, bias, index, value
+    return *weight, bias, index, value
 
 
 BACKEND = TritonWNA16

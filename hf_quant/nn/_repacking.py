@@ -36,8 +36,8 @@ class Repacking(Outside):
     """
 
     keeps_layout: bool = False  # True if hooks move the codes (offloading)
-    _backend: LinearBackend | None = None
-    _repacked: dict[str, tuple[Tensor, ...]] = {}  # noqa: RUF012  by the name of the parameter; replaced, never changed
+    _backend: LinearBackend[Any] | None = None
+    _repacked: dict[str, Any] = {}  # noqa: RUF012  results of `prepare` by parameter name; replaced, never changed
     _specs: dict[str, LinearSpec]  # by parameter name, as they were when the kernel was chosen
 
     def choose_kernel(self) -> None:

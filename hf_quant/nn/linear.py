@@ -90,10 +90,10 @@ class QuantLinear(Repacking, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         prepared = self._repacked.get("weight")
-        spec = self._specs["weight"] if prepared else self.spec
+        spec = self.spec if prepared is None else self._specs["weight"]
         if self._backend is None:
             self._backend = select(spec, repacking=False)
-        if not prepared:
+        if prepared is None:
             prepared = self._backend.prepare(read(self, "weight", self.scheme), spec)
         if self.scheme.permuted:
             x = x.index_select(-1, self.weight_perm[0])

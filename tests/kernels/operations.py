@@ -62,16 +62,21 @@ def arguments(name: str, slug: str = ASYMMETRIC, m: int = M, dtype: torch.dtype 
     if kind == "codebook":
         return first, w.qweight, w.scale, levels("nf4", torch.device("cpu"))
     if kind == "cpu_int4":
-        planes, params, *rest = _plugins.load("kernels", kind).BACKEND().prepare(w, spec_of(w))
-        scale, zero = rest if len(rest) == 2 else (*rest, None)
+        p = _plugins.load("kernels", kind).BACKEND().prepare(w, spec_of(w))
         fixed = w.scheme.zero
-        return (grad, planes, scale, zero, fixed) if first is grad else (x, planes, params, scale, zero, 32, fixed)
+        return (
+            (grad, p.planes, p.scale, p.zero, fixed)
+            if first is grad
+            else (x, p.planes, p.scale_and_zero, p.scale, p.zero, 32, fixed)
+        )
     if kind == "cpu_int8":
         codes, scale = torch.randint(-128, 128, (N, K), dtype=torch.int8), torch.rand(N)
         return (grad, codes, scale) if first is grad else (x, codes, scale, row, torch.tensor([0.1]))
     if kind.startswith("cpu_native"):
-        tiles, scale, *rest = (part.clone() for part in CpuNative().prepare(w, spec_of(w)))  # not in a large page
-        zero = rest[0] if rest else None
+        p = CpuNative().prepare(w, spec_of(w))
+        tiles, scale, zero = (
+            None if t is None else t.clone() for t in (p.tiles, p.scale, p.zero)
+        )  # not in a large page
         if first is grad:
             return grad, tiles, scale, zero, bits
         more = (row, torch.tensor([0.1])) if kind == "cpu_native_int8" else ()
@@ -88,13 +93,12 @@ def in_planes(
 ) -> tuple[Any, ...]:
     stacked, slug = "experts" in name, str(w.scheme)
     backend = _plugins.load("kernels", "triton_wna16").BACKEND()
-    packed, counters, scale, *rest = backend.prepare(w, spec_of(w))
-    zero = rest.pop(0) if w.zero_point is not None else None
-    parts = [scale, zero, torch.randn(N).bfloat16(), index, value]
+    p = backend.prepare(w, spec_of(w))
+    packed, counters, table = p.packed, p.counters, p.table
+    parts = [p.scale, p.zero, torch.randn(N).bfloat16(), index, value]
     if stacked:
         packed, *parts = (None if part is None else torch.stack([part, part]) for part in (packed, *parts))
     scale, zero, bias, index, value = parts
-    table = rest.pop(0) if w.scheme.codebook else None
     more = (torch.tensor([1, grad.shape[0]]), None) if stacked else ()
     if first is grad:
         return (grad, packed, scale, zero, table, index, value, *more[:1], slug, K)

@@ -58,8 +58,8 @@ def layer(n: int, k: int, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Quan
     return moved, LinearSpec(scheme, n, k, dtype, DEVICE)
 
 
-def backend_for(name: str, spec: LinearSpec) -> LinearBackend:
-    backend: LinearBackend = _plugins.load("kernels", name).BACKEND()
+def backend_for(name: str, spec: LinearSpec) -> LinearBackend[Any]:
+    backend: LinearBackend[Any] = _plugins.load("kernels", name).BACKEND()
     assert isinstance(backend, LinearBackend)
     if reason := refusal(backend, spec):
         pytest.skip(reason)
@@ -162,8 +162,8 @@ def test_ops_are_well_formed() -> None:
         torch.library.opcheck(dequant_linear, args, test_utils=tests)
         backend = _plugins.load("kernels", "cpu_int4").BACKEND()
         if refusal(backend, spec) is None:
-            planes, params, scale, *zero = backend.prepare(weight, spec)
-            args = (x, planes, params, scale, zero[0] if zero else None, 32, 8)
+            w = backend.prepare(weight, spec)
+            args = (x, w.planes, w.scale_and_zero, w.scale, w.zero, 32, 8)
             torch.library.opcheck(cpu_int4_linear, args, test_utils=tests, atol=0.3, rtol=0.1)
 
 
@@ -172,7 +172,7 @@ def test_the_op_of_codebooks_is_well_formed() -> None:
     x = torch.randn(3, 64, device=DEVICE, requires_grad=True)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
     prepared = _plugins.load("kernels", "codebook").BACKEND().prepare(weight, spec)
-    torch.library.opcheck(codebook_linear, (x, *prepared), test_utils=tests)
+    torch.library.opcheck(codebook_linear, (x, prepared.qweight, prepared.scale, prepared.table), test_utils=tests)
 
 
 def test_what_a_codebook_holds() -> None:

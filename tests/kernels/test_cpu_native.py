@@ -14,7 +14,7 @@ import torch
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
-from hf_quant.kernels import LinearSpec, cpu_native, cpu_native_int8, select
+from hf_quant.kernels import LinearSpec, cpu_native, cpu_native_int8, prepared_tensors, select
 from hf_quant.kernels._native import compiled
 from hf_quant.methods import method
 
@@ -104,11 +104,12 @@ def test_codes_in_large_pages_are_those_of_small_ones(monkeypatch: pytest.Monkey
     weight = QuantizedTensor.from_codes(codes, torch.rand(4100, 9), None, scheme)
     spec = LinearSpec(scheme, 4100, 1152, torch.float32, "cpu")
     large = compiled.laid_out(weight, spec)
-    assert [part.untyped_storage().nbytes() for part in large] == [part.nbytes for part in large]
+    parts = list(prepared_tensors(large))
+    assert len(parts) == 2 and all(part.untyped_storage().nbytes() == part.nbytes for part in parts)
     monkeypatch.delattr("mmap.MADV_HUGEPAGE", raising=False)  # as on other systems
     small = compiled.laid_out(weight, spec)
-    assert all(torch.equal(one, other) for one, other in zip(large, small, strict=True))
-    assert torch.equal(compiled.portable(large[0], spec), weight.qweight)
+    assert all(torch.equal(one, other) for one, other in zip(parts, prepared_tensors(small), strict=True))
+    assert torch.equal(compiled.portable(large.tiles, spec), weight.qweight)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages on this system")
@@ -152,6 +153,7 @@ def test_rows_of_any_shape_and_none_of_another_width(slug: str) -> None:
     backend = select(spec)
     prepared, x = backend.prepare(weight, spec), torch.randn(6, 64).bfloat16()
     flat = backend.linear(x, prepared, spec)
+    w = prepared.weight if slug == "W8A8" else prepared
     for shape in ((6, 64), (1, 6, 64), (2, 3, 64), (3, 1, 2, 64)):
         y = backend.linear(x.view(shape), prepared, spec)
         assert y.is_contiguous() and torch.equal(y, flat.view(*shape[:-1], 20))
@@ -163,9 +165,9 @@ def test_rows_of_any_shape_and_none_of_another_width(slug: str) -> None:
             backend.linear(other, prepared, spec)
         with pytest.raises(RuntimeError, match=f"x has {other.shape[1]} columns, the weight has 64"):  # the op itself
             if slug == "W8A8":
-                cpu_native_int8.cpu_native_int8_linear(other, *prepared, None, None, None, 8, 20)
+                cpu_native_int8.cpu_native_int8_linear(other, w.tiles, w.scale, None, None, None, 8, 20)
             else:
-                cpu_native.cpu_native_linear(other, *prepared, None, 4, 20)
+                cpu_native.cpu_native_linear(other, w.tiles, w.scale, None, 4, 20)
 
 
 @built
@@ -198,12 +200,12 @@ def test_the_op_is_well_formed() -> None:
     scheme = QuantScheme(4, 32, symmetric=False)
     weight = method("rtn", steps=0).quantize(torch.randn(48, 64), scheme, torch.float32)
     backend, spec = cpu_native.BACKEND(), LinearSpec(scheme, 48, 64, torch.float32, "cpu")
-    tiles, scale, zero = backend.prepare(weight, spec)
+    w = backend.prepare(weight, spec)
     x = torch.randn(5, 64, requires_grad=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(cpu_native.cpu_native_linear, (x, tiles, scale, zero, 4, 48), test_utils=checks)
+    torch.library.opcheck(cpu_native.cpu_native_linear, (x, w.tiles, w.scale, w.zero, 4, 48), test_utils=checks)
     grad = torch.randn(5, 48)
-    backend.linear(x, (tiles, scale, zero), spec).backward(grad)
+    backend.linear(x, w, spec).backward(grad)
     torch.testing.assert_close(x.grad, grad @ weight.dequantize(torch.float32), rtol=1e-4, atol=1e-4)
-    whole = torch.compile(lambda x: backend.linear(x, (tiles, scale, zero), spec), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(whole(x.detach()), backend.linear(x.detach(), (tiles, scale, zero), spec))
+    whole = torch.compile(lambda x: backend.linear(x, w, spec), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(whole(x.detach()), backend.linear(x.detach(), w, spec))

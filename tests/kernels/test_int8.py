@@ -61,7 +61,7 @@ def expected(x: Tensor, weight: QuantizedTensor) -> Tensor:
     return y
 
 
-def whole(backend: LinearBackend, x: Tensor, weight: QuantizedTensor, spec: LinearSpec) -> Tensor:
+def whole(backend: LinearBackend[Any], x: Tensor, weight: QuantizedTensor, spec: LinearSpec) -> Tensor:
     y = backend.linear(x, backend.prepare(weight, spec), spec)
     return y if weight.outliers is None else y + outlier_linear(x, weight.outliers.index, weight.outliers.value)
 
@@ -78,7 +78,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", made)
 
 
-def every(spec: LinearSpec) -> list[LinearBackend]:
+def every(spec: LinearSpec) -> list[LinearBackend[Any]]:
     """All that run it here, and what does where no codes may move."""
     there = [_plugins.load("kernels", name).BACKEND() for name in _plugins.names("kernels")]
     return [*(b for b in there if refusal(b, spec) is None), select(spec), select(spec, repacking=False)]
@@ -150,8 +150,8 @@ def test_the_ops_are_well_formed() -> None:
     torch.library.opcheck(cpu_int8_linear, args, test_utils=checks)
     columns, ranges = weight.outliers.index, weight.input_scale
     if compiled.built() in ("vnni", "amx"):
-        tiles, scale = compiled.laid_out(weight, LinearSpec(weight.scheme, 33, 96, torch.float32, "cpu"))
-        args = (x, tiles, scale, None, columns, ranges, 8, 33)
+        w = compiled.laid_out(weight, LinearSpec(weight.scheme, 33, 96, torch.float32, "cpu"))
+        args = (x, w.tiles, w.scale, None, columns, ranges, 8, 33)
         torch.library.opcheck(cpu_native_int8_linear, args, test_utils=checks)
     torch.library.opcheck(round_activations, (x, weight.outliers.index, None, 6.0), test_utils=checks)
 

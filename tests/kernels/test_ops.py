@@ -177,8 +177,8 @@ def test_columns_that_are_not_there(backend: str, columns: list[int]) -> None:
 def test_the_module_holds_columns_and_scales_against_bounds_itself() -> None:
     """What was laid out before anything was checked, or was changed in place since, writes nowhere else."""
     w = weight("W8A8-g32")
-    tiles, scale = CpuNative().prepare(w, spec_of(replace(w, scheme=w.scheme.weights)))
-    x, y, told = torch.randn(1, K), torch.zeros(1, N), compiled.described(tiles, scale, None, 8, N)
+    p = CpuNative().prepare(w, spec_of(replace(w, scheme=w.scheme.weights)))
+    x, y, told = torch.randn(1, K), torch.zeros(1, N), p.description
 
     def call(columns: list[int], fixed: float | None) -> None:
         index, range_ = torch.tensor(columns, dtype=torch.int32), torch.tensor([fixed or 1.0])

@@ -98,7 +98,7 @@ def test_equals_float64(bits: int, kind: str, group: int, m: int, dtype: torch.d
     assert off(got, expected) < DTYPES[dtype]
     if DEVICE != "cpu" or m < 20:
         assert torch.equal(got, backend.fused(x, prepared, spec, bias, weight.outliers))  # the same bits every time
-    assert not prepared[1].any()  # counters are as they were
+    assert not prepared.counters.any()  # counters are as they were
 
 
 TILES = [
@@ -118,18 +118,18 @@ SLUGS = ["W4A16-g128", "W8A16-g64-asym-o1%", "W2A16-g-1-asym-real", "W3A16-g128-
 )
 def test_columns_shared_by_several_programs(tile: Tile, slug: str) -> None:
     weight, spec = layer(70, 2176, slug, torch.float16)  # 8.5 blocks of four bits
-    packed, counters, scale, *zero = BACKEND().prepare(weight, spec)
+    w = BACKEND().prepare(weight, spec)
     x, bias = torch.randn(19, 2176, device=DEVICE).half(), torch.randn(70, device=DEVICE).half()
     index, value = (weight.outliers.index, weight.outliers.value) if weight.outliers else (None, None)
-    args = (x, packed, counters, scale, zero[0] if zero else None, None, bias, index, value, spec.scheme, tile)
+    args = (x, w.packed, w.counters, w.scale, w.zero, None, bias, index, value, spec.scheme, tile)
     got = module.launch(*args)
     size = plane(grouped(spec.scheme, 2176), spec.scheme.bits)
-    dense = naive.weights(packed, scale, zero[0] if zero else None, None, spec.scheme, size, 2176)
+    dense = naive.weights(w.packed, w.scale, w.zero, None, spec.scheme, size, 2176)
     block = 16 // spec.scheme.bits * size
     expected = naive.product(x, dense, bias, index, value, split_k=tile.split_k, block=block)
     assert off(got.cpu(), expected) < 2e-3
     assert off(expected.to(DEVICE), x.double() @ weight.dequantize(torch.float64).T + bias.double()) < 1e-6
-    assert torch.equal(got, module.launch(*args)) and not counters.any()
+    assert torch.equal(got, module.launch(*args)) and not w.counters.any()
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,10 @@ def test_many_rows_are_multiplied_by_the_dequantized_weight(slug: str, monkeypat
     got = BACKEND().fused(x, prepared, spec, bias, weight.outliers)
     assert off(got, x.double() @ weight.dequantize(torch.float64).T + bias.double()) < 2e-3
     if weight.outliers is None:  # rounded once, as `dequantize` does
-        rows = module._dense(prepared[0], *_companions(prepared, spec), None, None, spec.scheme, 192, torch.float16)
+        rows = module._dense(
+            prepared.packed, prepared.scale, prepared.zero, prepared.table, None, None, spec.scheme, 192, torch.float16
+        )
         assert torch.equal(torch.cat([w for _, _, w in rows]), weight.dequantize(torch.float16))
-
-
-def _companions(prepared: tuple[Tensor, ...], spec: LinearSpec) -> tuple[Tensor | None, ...]:
-    scale, *last = prepared[2:]
-    own = last[0] if last else None
-    return (scale, None, own) if spec.scheme.codebook else (scale, own, None)
 
 
 @pytest.mark.parametrize("slug", ["W3A16-g32-asym", "W4A16-g32-nf4", "W4A16-g32-o4%", "W2A16-g32-o4%-columns"])
@@ -164,10 +160,8 @@ def test_gradient_and_schema(slug: str, monkeypatch: pytest.MonkeyPatch) -> None
     BACKEND().fused(x, prepared, spec, bias, weight.outliers).backward(grad)
     torch.testing.assert_close(x.grad, grad @ weight.dequantize(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(bias.grad, grad.sum(0))
-    _, zero, table = _companions(prepared, spec)
-    index, value = (weight.outliers.index, weight.outliers.value) if weight.outliers else (None, None)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    args = (x, *prepared[:3], zero, table, bias, index, value, slug)
+    args = (x, *module._operands(prepared, bias, weight.outliers), slug)
     torch.library.opcheck(triton_wna16, args, test_utils=checks)
     assert triton_wna16(x[:0], *args[1:]).shape == (0, 33)
 
@@ -238,11 +232,11 @@ def test_experts(slug: str, split: int, m: int) -> None:
     x, bias = torch.randn(m, 640, device=DEVICE).half(), torch.randn(3, 40, device=DEVICE).half()
     chosen = torch.randint(4, (m, 2), device=DEVICE)  # expert 3 is another rank's
     ends, order = by_expert(chosen, 3)
-    operands = module._operands(prepared, spec, bias, weight.outliers)
+    operands = module._operands(prepared, bias, weight.outliers)
     expected = routed(x, weight, bias, chosen)
     got = module.launch(x, *operands, spec.scheme, Tile(8, 32, 2, 2, split), ends, order)
     assert got.shape == (2 * m, 40) and float((got - expected).norm()) <= 2e-3 * float(expected.norm())
-    assert not prepared[1].any()
+    assert not prepared.counters.any()
     each = x[order // 2]  # the second product of experts is given rows that are sorted
     again = module.launch(each, *operands, spec.scheme, Tile(8, 32, 2, 2, split), ends)
     assert torch.equal(got, again) and torch.equal(BACKEND().experts(x[:0], prepared, spec, ends, order[:0]), got[:0])
@@ -275,7 +269,7 @@ def test_uneven_routes(route: str, densely: bool, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("slug", ["W3A16-g32-asym", "W4A16-g32-nf4", "W4A16-g32-o4%", "W2A16-g32-o4%-columns"])
 def test_gradient_and_schema_of_experts(slug: str, sort: bool) -> None:
     weight, spec = stacked(slug, 3, 33, 64, torch.float32)
-    operands = module._operands(BACKEND().prepare(weight, spec), spec, None, weight.outliers)
+    operands = module._operands(BACKEND().prepare(weight, spec), None, weight.outliers)
     chosen = torch.tensor([[0, 2], [2, 3], [0, 3], [2, 0]], device=DEVICE)
     ends, order = by_expert(chosen, 3)
     x = torch.randn(8 if sort else 4, 64, device=DEVICE, requires_grad=True)

@@ -12,6 +12,7 @@ import struct
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from threading import Lock
 
 import torch
@@ -21,10 +22,8 @@ from hf_quant.core.private_torch import empty_on_cpu
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import BackendError, KernelError
 from hf_quant.kernels._interface import LinearSpec
-from hf_quant.kernels._shared import checks
 from hf_quant.kernels._shared.blocks import BLOCK, as_asked, compute_dtype
 from hf_quant.kernels._shared.ops import implements
-from hf_quant.kernels._shared.registration import Arguments
 
 try:
     from hf_quant.kernels import _cpu as _cpu
@@ -62,30 +61,35 @@ def why_not(spec: LinearSpec) -> str | None:
     return None
 
 
-class LaidOut(tuple[Tensor, ...]):
-    """Tiles, scales, and zero points unless all are ``2 ** (bits - 1)``; see ``csrc/cpu.h``. Others may follow.
+@dataclass(frozen=True, slots=True)
+class NativeWeight:
+    """A weight ``[N, K]`` in the layout of ``csrc/cpu.h``, in memory that nothing moves.
 
-    ``weight`` is the result of `described`, cached: reading a property of a tensor costs one percent of the time for one row.
+    Attributes:
+        tiles: uint8 ``[ceil(N / 16), K / 32, 64 bits]``, the codes.
+        scale: float32 or bf16 ``[ceil(N / 16), G, 16]``.
+        zero: Zero points like ``scale``, or None where all are ``2 ** (bits - 1)``.
+        description: What `described` says of the tensors above, computed once: to look at a tensor takes one percent of
+            the product with one row.
     """
 
-    weight: bytes
+    tiles: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    description: bytes
 
 
-def laid_out(weight: QuantizedTensor, spec: LinearSpec, *more: Tensor) -> LaidOut:
-    """Copy the parts of a weight into memory that does not move; ``more`` is appended."""
+def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> NativeWeight:
+    """The weight in the layout of the compiled module."""
     n, k, bits = spec.out_features, spec.in_features, spec.scheme.bits
     codes = weight.qweight.contiguous()
     tiles = _room.take((n + 15) // 16 * 2 * k * bits).view(-1, k // 32, 64 * bits)
     _cpu.pack(codes.data_ptr(), tiles.data_ptr(), bits, n, k, torch.get_num_threads())
     scale, zero = weight.scale, weight.zero_point
-    if (
-        zero is not None and zero.is_floating_point()
-    ):  # cast to the dtype of scales, in which integers up to 255 are exact
+    if zero is not None and zero.is_floating_point():  # of another dtype, maybe; integers up to 255 are exact in all
         scale, zero = (t.to(torch.promote_types(scale.dtype, zero.dtype)) for t in (scale, zero))
     scales, zeros = _in_blocks(scale), None if zero is None else _in_blocks(zero.to(scale.dtype))
-    weight_parts = LaidOut(part for part in (tiles, scales, zeros, *more) if part is not None)
-    weight_parts.weight = described(tiles, scales, zeros, bits, n)
-    return weight_parts
+    return NativeWeight(tiles, scales, zeros, described(tiles, scales, zeros, bits, n))
 
 
 class _Room:
@@ -165,15 +169,6 @@ def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: i
     return struct.pack(
         "8q", tiles.data_ptr(), scale.data_ptr(), zero_address, TYPES[scale.dtype], bits, n, k, k // scale.shape[1]
     )
-
-
-def weight_of(prepared: tuple[Tensor, ...], zero: Tensor | None, bits: int, n: int) -> bytes:
-    """The cached result of `described`, or a new one. Parts of a prepared weight are checked, since they may come from anywhere."""
-    if isinstance(prepared, LaidOut):
-        return prepared.weight
-    tiles, scale = prepared[:2]
-    checks.native_weight(Arguments("cpu_native_linear", tiles), tiles, scale, zero, bits, n)
-    return described(tiles, scale, zero, bits, n)
 
 
 def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:

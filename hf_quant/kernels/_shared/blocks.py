@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -92,12 +93,29 @@ def multiply_back(
     return out.to(grad.dtype)
 
 
-def companions(weight: QuantizedTensor) -> tuple[Tensor, ...]:
-    """What rounding the activations takes: the columns to leave out, then their scale, where the scheme has these."""
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """How the activations of a layer are rounded to INT8.
+
+    Attributes:
+        columns: int16 or int32 ``[C]``, the outlier columns, which are left out; None for none.
+        scale: Floating point ``[1]``, of all activations; None for one of each row.
+    """
+
+    columns: Tensor | None
+    scale: Tensor | None
+
+
+def rounding(weight: QuantizedTensor) -> Rounding:
+    """How the scheme of ``weight`` rounds its activations.
+
+    Raises:
+        KernelError: An outlier column is outside of the weight.
+    """
     index = weight.outliers.index if weight.outliers is not None and weight.scheme.outlier_columns else None
     if index is not None and (wrong := outside(index, weight.in_features)) is not None:
         raise KernelError(f"the index of outlier columns {wrong}")
-    return tuple(part for part in (index, weight.input_scale) if part is not None)
+    return Rounding(index, weight.input_scale)
 
 
 def flat(x: Tensor, columns: int) -> Tensor:

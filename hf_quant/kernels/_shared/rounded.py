@@ -6,14 +6,15 @@ The same product in floating point: what integer kernels are compared with, and 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic
 
 import torch
 from torch import Tensor
 
 from hf_quant.core.numerics import quantize_rows
 from hf_quant.core.scheme import THRESHOLD
-from hf_quant.kernels._shared.blocks import companions, flat
+from hf_quant.kernels._interface import P
+from hf_quant.kernels._shared.blocks import Rounding, flat, rounding
 from hf_quant.kernels._shared.ops import implements
 
 if TYPE_CHECKING:
@@ -46,11 +47,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
 round_activations.register_autograd(_backward)
 
 
+@dataclass(frozen=True, slots=True)
+class RoundedWeight(Generic[P]):
+    """A weight and the grid of its activations.
+
+    Attributes:
+        weight: What the backend inside reads.
+        rounding: How the activations are rounded.
+    """
+
+    weight: P
+    rounding: Rounding
+
+
 @dataclass(frozen=True)
-class RoundedViews:
+class RoundedViews(Generic[P]):
     """Around a backend that reads the portable codes."""
 
-    inner: LinearBackend
+    inner: LinearBackend[P]
     priority: ClassVar[int] = 0
     repacks: ClassVar[bool] = False
     int8_activations: ClassVar[bool] = True
@@ -58,22 +72,19 @@ class RoundedViews:
     def why_not(self, spec: LinearSpec) -> str | None:
         return self.inner.why_not(_plain(spec))
 
-    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> tuple[Tensor, ...]:
-        return companions(weight) + self.inner.prepare(weight, _plain(spec))
+    def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> RoundedWeight[P]:
+        return RoundedWeight(self.inner.prepare(weight, _plain(spec)), rounding(weight))
 
-    def restore(self, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        return self.inner.restore(prepared[_count(spec) :], _plain(spec))
+    def restore(self, prepared: RoundedWeight[P], spec: LinearSpec) -> Tensor:
+        return self.inner.restore(prepared.weight, _plain(spec))
 
-    def linear(self, x: Tensor, prepared: tuple[Tensor, ...], spec: LinearSpec) -> Tensor:
-        scheme, count = spec.scheme, _count(spec)
-        columns = prepared[0] if scheme.outlier_columns else None
-        scale = prepared[count - 1] if scheme.activations == "tensor" else None
-        threshold = THRESHOLD if scheme.activations == "threshold" else 0.0
-        rounded = round_activations(flat(x, spec.in_features), columns, scale, threshold)
-        return self.inner.linear(rounded.view(x.shape), prepared[count:], _plain(spec))
+    def linear(self, x: Tensor, prepared: RoundedWeight[P], spec: LinearSpec) -> Tensor:
+        grid, threshold = prepared.rounding, THRESHOLD if spec.scheme.activations == "threshold" else 0.0
+        rounded = round_activations(flat(x, spec.in_features), grid.columns, grid.scale, threshold)
+        return self.inner.linear(rounded.view(x.shape), prepared.weight, _plain(spec))
 
 
-class RoundedPacked(RoundedViews):
+class RoundedPacked(RoundedViews[P]):
     """Around one that has a layout of its own."""
 
     repacks: ClassVar[bool] = True
@@ -81,7 +92,3 @@ class RoundedPacked(RoundedViews):
 
 def _plain(spec: LinearSpec) -> LinearSpec:
     return replace(spec, scheme=spec.scheme.weights)
-
-
-def _count(spec: LinearSpec) -> int:
-    return spec.scheme.outlier_columns + (spec.scheme.activations == "tensor")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ import pytest
 import torch
 
 Saved = Callable[..., Path]
+FIGURES: list[str] = []
 
 
 def pytest_report_header() -> list[str]:
@@ -38,8 +41,20 @@ def pytest_report_header() -> list[str]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Hosts warn of much that is theirs: warnings are no errors here."""
-    for item in items:
+    for item in (item for item in items if HOSTS in item.path.parents):
         item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def record(what: str, **figures: Any) -> None:
+    """Show what a test measured at the end of the run."""
+    rounded = json.dumps(figures, default=str)
+    FIGURES.append(f"{what}: {re.sub(r'[0-9]+[.][0-9]{5,}', lambda match: f'{float(match[0]):.4g}', rounded)}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The figures that were recorded."""
+    for line in FIGURES:
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

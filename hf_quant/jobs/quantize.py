@@ -101,7 +101,15 @@ class QuantizedModel(Result):
         yield self.scheme, *size, *quality, f"{self.seconds:.1f}"
 
     def footnotes(self) -> list[str]:
-        return missed(self.gate.misses if self.gate else (), self.layers)
+        kept = [kept_state(self.record["training"])] if "training" in self.record else []
+        return [*kept, *missed(self.gate.misses if self.gate else (), self.layers)]
+
+
+def kept_state(training: Mapping[str, Any]) -> str:
+    """Which state of a training was written, and why."""
+    losses = f"held-out loss {training['before']:.4f} -> {training['after']:.4f}"
+    start = "" if training["step"] else ": the model before training, since no step was better"
+    return f"kept step {training['step']} of {training['steps']}; {losses}{start}"
 
 
 @dataclass(frozen=True, repr=False)

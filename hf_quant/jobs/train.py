@@ -38,7 +38,8 @@ def train(
     """Train a model with its weights rounded to a scheme, and write it quantized into a folder; ``hf-quant train``.
 
     What is trained are the weights that are rounded, their scales and zero points; everything else stays as it is. The same call
-    goes on with a training that was stopped, and ends with the bytes of one that was not.
+    goes on with a training that was stopped, and ends with the bytes of one that was not. A few windows of the text are held out,
+    and the state with the least loss on them is written, which may be that before the first step.
 
     Args:
         model: Folder or Hub id, in floating point.
@@ -47,7 +48,7 @@ def train(
         teacher: Folder or Hub id of the model whose distributions of next tokens are learned; None: of ``model`` itself.
             ``"none"``: the text is learned.
         steps: Updates of the weights.
-        epochs: Times that the text is seen, in place of ``steps``; default: 1.
+        epochs: Times that the text, without the windows held out, is seen, in place of ``steps``; default: 1.
         lr: Learning rate of AdamW, which rises in the first steps and then falls along a cosine.
         batch: Windows of text in an update.
         train_context: Tokens in a window; default: 512, or what the model allows.
@@ -101,7 +102,7 @@ def train(
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
     from hf_quant.jobs.compress import Job
-    from hf_quant.jobs.training import Training, train_model
+    from hf_quant.jobs.training import Training, held_windows, train_model
     from hf_quant.training.loop import Settings
 
     (plan,) = configs(
@@ -118,7 +119,8 @@ def train(
         if not allow_overlap:
             _refuse_overlap(data, learned, held_out)
         measure = how.yardstick(model, held_out, tokenizer, report, device=device, **from_hub)
-        updates = steps or math.ceil((epochs or 1) * len(learned.ids) / batch)
+        held = held_windows(len(learned.ids))
+        updates = steps or math.ceil((epochs or 1) * int((~held).sum()) / batch)
         report.say(f"{updates} steps of {batch * learned.ids.shape[1]:,} tokens of {learned.name}")
         training = Training(
             learned, Settings(updates, batch, lr, seed=seed), _teacher(teacher, base), method, 60 * checkpoint_minutes,

@@ -26,8 +26,10 @@ from hf_quant.hf.auto import hub_options, tokenizer_of
 from hf_quant.jobs.compress import Job, compress
 from hf_quant.jobs.outputs import RECIPE, work_folder
 from hf_quant.training.distillation import divergence
+from hf_quant.training.held_out import held_out
 from hf_quant.training.loop import Loss, Settings, State, Steps
 
+HELD, JUDGED = 16, 128  # of so many windows one is held out; at most about that many windows are
 CALIBRATED_ON = 65536  # tokens of the training text, where training begins from the codes of a calibrated method
 
 
@@ -51,13 +53,24 @@ class Training:
     seconds: float = 300.0
     watch: Progress = iter
 
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """The windows that are trained on and those held out, ``[S, T]`` and ``[H, T]``."""
+        held = held_windows(len(self.text.ids))
+        return self.text.ids[~held], self.text.ids[held]
+
     def to_dict(self) -> dict[str, Any]:
         """For the recipe."""
         return {
+            "held_out": int(held_windows(len(self.text.ids)).sum()),
             "loss": "cross-entropy with the text" if self.teacher is None else "KL divergence to the teacher",
             "teacher": None if self.teacher is None else _name(self.teacher.model),
             "start": self.start, "settings": self.settings.to_dict(), "text": self.text.to_dict(),
         }  # fmt: skip
+
+
+def held_windows(total: int) -> Tensor:
+    """Which windows of a training text are held out, bool ``[total]``."""
+    return held_out(total, max(HELD, total // JUDGED))
 
 
 def train_model(job: Job, training: Training, config: HfQuantConfig, out: Path) -> dict[str, Any]:
@@ -96,14 +109,18 @@ class _TrainJob(Job):
         training, work = self.training, work_folder(self.out)
         with open_journal(work, self._plan(config), self.say) as log:
             model = self._trainable(config)
-            if (count := len(training.text.ids) // training.settings.batch) < 1:
-                raise PlanError(f"{training.text.name}: {len(training.text.ids)} windows are fewer than one batch")
+            ids, held = training.windows()
+            if (count := len(ids) // training.settings.batch) < 1:
+                raise PlanError(
+                    f"{training.text.name}: {len(ids)} windows, beside {len(held)} held out, are fewer than one batch"
+                )
             loss = text_loss if training.teacher is None else distilled(training.teacher.load(model.dtype))
-            steps = Steps(model, training.text.ids, loss, training.settings, log, training.seconds, self.say)
+            steps = Steps(model, ids, held, loss, training.settings, log, training.seconds, self.say)
             *_, state = training.watch(steps)
             self.became.update(
                 tokens=len(state.losses) * training.settings.batch * training.text.ids.shape[1], epochs=state.step / count,
                 losses=_ends(state), skipped=state.skipped, learning_rates=state.rates,
+                kept=_kept(state),
             )  # fmt: skip
             with tempfile.TemporaryDirectory(dir=work) as folder:
                 model.save_pretrained(folder)
@@ -114,7 +131,7 @@ class _TrainJob(Job):
                 return saved
 
     def _trainable(self, config: HfQuantConfig) -> Any:
-        ids = self.training.text.ids
+        ids, _ = self.training.windows()
         requested = HfQuantConfig(
             config.scheme, method=self.training.start, overrides=config.overrides, format=config.format, training=True,
             modules_to_not_convert=config.modules_to_not_convert, quantize_lm_head=config.quantize_lm_head,
@@ -134,7 +151,7 @@ class _TrainJob(Job):
         """Write into the recipe what was trained."""
         recipe = json.loads((stage / RECIPE).read_text(encoding="utf-8"))
         write_json(stage / RECIPE, recipe | {"training": self.training.to_dict() | self.became})
-        return self.finish(stage, row)
+        return self.finish(stage, row) | {"training": self.became["kept"] | {"steps": self.training.settings.steps}}
 
 
 def refuse_other_vocabulary(job: Job, teacher: Base | None) -> None:
@@ -185,6 +202,12 @@ def _ends(state: State) -> dict[str, float | None]:
     parts = {"first": state.losses[:count], "last": state.losses[-count:]}
     finite = {name: [loss for loss in losses if math.isfinite(loss)] for name, losses in parts.items()}
     return {name: sum(losses) / len(losses) if losses else None for name, losses in finite.items()}
+
+
+def _kept(state: State) -> dict[str, Any]:
+    """The state that is written: its step, and the loss on the windows held out before training and in it."""
+    assert state.best is not None  # there is a look before the first step
+    return {name: getattr(state.best, name) for name in ("step", "before", "after")}
 
 
 def _appeared(out: Path, training: Training) -> bool:

@@ -27,6 +27,7 @@ from hf_quant.evaluation.reference import Part, Reference, log_probabilities
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import load
 from hf_quant.nn import QuantExperts, QuantLinear
+from hf_quant.training.held_out import held_out
 from hf_quant.training.scales import trainable_scales
 
 HELD = 8  # of so many windows one is held out
@@ -201,7 +202,7 @@ def _held(reference: Reference, number: int) -> Tensor:
     """bool ``[B]``: which windows of a part are held out; of very few, the last one."""
     total, batch = len(reference.windows.ids), reference.meta["batch"]
     numbers = torch.arange(number * batch, min((number + 1) * batch, total))
-    return numbers == total - 1 if total < HELD else numbers % HELD == HELD - 1
+    return held_out(total, HELD)[numbers]
 
 
 def _training(reference: Reference, number: int) -> Tensor:

@@ -18,6 +18,7 @@ from hf_quant.training.modules import FakeQuant
 
 Loss = Callable[[Any, Tensor], Tensor]  # of a model and some windows [B, T]: the mean per token
 PATIENCE = 3  # losses in a row that are not finite
+LOOKS = 10  # times that the loss on the windows held out is measured
 LAST = 0.05  # share of the learning rate that is left at the end (EfficientQAT, arXiv:2407.11062)
 
 
@@ -55,12 +56,33 @@ class Settings:
         orders = {epoch: self._order(epoch, count) for epoch in {i // count for i in at}}
         return torch.stack([orders[i // count][i % count] for i in at])
 
+    def looks(self, step: int) -> bool:
+        """Whether the loss on the windows held out is measured after ``step`` steps: `LOOKS` times, and after the last."""
+        return step in {round(look * self.steps / LOOKS) for look in range(1, LOOKS + 1)}
+
     def _order(self, epoch: int, count: int) -> Tensor:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed + 7919 * epoch))
 
     def to_dict(self) -> dict[str, Any]:
         """What must be the same for a training to go on: all but the learning rate."""
         return {name: value for name, value in asdict(self).items() if name != "lr"}
+
+
+@dataclass
+class Best:
+    """The state with the least loss on the windows held out.
+
+    Attributes:
+        step: Steps that were done; 0 is the model before training.
+        before: Loss before training.
+        after: Loss of this state.
+        parameters: The trained parameters then, on the CPU.
+    """
+
+    step: int
+    before: float
+    after: float
+    parameters: dict[str, Tensor]
 
 
 @dataclass
@@ -71,11 +93,13 @@ class State:
         step: Steps that are done.
         losses: Of each of them; NaN of those that were skipped.
         rates: Steps from which a learning rate held, and that rate: a training may go on with another.
+        best: The best state so far; None before the first look.
     """
 
     step: int
     losses: list[float]
     rates: list[tuple[int, float]]
+    best: Best | None = None
 
     @property
     def skipped(self) -> int:
@@ -87,18 +111,22 @@ class State:
 class Steps:
     """A training of the rounded weights of a model, and of nothing else of it; iterating trains, and yields the state after each step.
 
+    At the end the model is in the state with the least loss on the windows held out, which may be that before the first step.
+
     Attributes:
         model: Trainable (`hf_quant.training.FakeQuant`).
-        ids: int64 ``[S, T]``.
+        ids: What is trained on, int64 ``[S, T]``.
+        held: Windows held out, int64 ``[H, T]``, H at least 1.
         loss: Mean loss per token of some windows ``[B, T]``.
         settings: How.
         journal: Of the work folder; a training that is in it goes on.
         seconds: From one checkpoint to the next; 0 writes one after every step.
-        say: Is told of the loss ten times, and of each step that is skipped.
+        say: Is told of the losses at each look, and of each step that is skipped.
     """
 
     model: nn.Module
     ids: Tensor
+    held: Tensor
     loss: Loss
     settings: Settings
     journal: Journal
@@ -123,6 +151,8 @@ class Steps:
         state = _restore(self.journal, parameters, optimizer)
         if not state.rates or state.rates[-1][1] != settings.lr:
             state.rates.append((state.step, settings.lr))
+        if state.best is None:
+            self._look(state, parameters)
         yield state
         self.model.train()
         written = time.monotonic()
@@ -130,15 +160,28 @@ class Steps:
             rows = self.ids[settings.windows(state.step, len(self.ids))]
             state.losses.append(_update(self.model, rows, self.loss, optimizer, settings, state.step))
             state.step += 1
+            if settings.looks(state.step):
+                self._look(state, parameters)
             if not math.isfinite(state.losses[-1]):
                 _refuse_divergence(state, self.journal, self.say)
             elif time.monotonic() - written >= self.seconds or state.step == settings.steps:
                 _write(self.journal, state, parameters, optimizer)
                 written = time.monotonic()
-            if state.step % max(1, settings.steps // 10) == 0:
-                self.say(f"step {state.step} of {settings.steps}: loss {state.losses[-1]:.4f}")
             yield state
+        _set(parameters, _best(state).parameters)
         self.model.eval()
+
+    def _look(self, state: State, parameters: dict[str, nn.Parameter]) -> None:
+        """Measure the loss on the windows held out, and remember the state if none was better."""
+        training = self.model.training
+        held = _held_out_loss(self.model.eval(), self.held, self.loss, self.settings.batch)
+        self.model.train(training)
+        if state.best is None or held < state.best.after:
+            before = held if state.best is None else state.best.before
+            copies = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+            state.best = Best(state.step, before, held, copies)
+        loss = f"loss {state.losses[-1]:.4f}, " if state.losses else ""
+        self.say(f"step {state.step} of {self.settings.steps}: {loss}held-out loss {held:.4f}")
 
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -150,6 +193,24 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
                 for parameter in values.values():
                     parameter.requires_grad_(True)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def _held_out_loss(model: nn.Module, ids: Tensor, loss: Loss, batch: int) -> float:
+    """Mean loss per token of ``ids [H, T]``; infinite where it is not a number, so that no such state is the best one."""
+    value = sum(loss(model, rows).item() * len(rows) for rows in ids.split(batch)) / len(ids)
+    return math.inf if math.isnan(value) else value
+
+
+def _best(state: State) -> Best:
+    assert state.best is not None  # there is a look before the first step
+    return state.best
+
+
+@torch.no_grad()
+def _set(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 def _update(
@@ -186,7 +247,7 @@ def _write(
         "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
         "optimizer": optimizer.state_dict(),
         "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())],
-        "losses": state.losses, "rates": state.rates,
+        "losses": state.losses, "rates": state.rates, "best": vars(_best(state)),
     }  # fmt: skip
     journal.replace(f"step-{state.step:08d}.pt", lambda draft: torch.save(content, draft), {"step": state.step})
 
@@ -196,14 +257,12 @@ def _restore(journal: Journal, parameters: dict[str, nn.Parameter], optimizer: t
     if not journal.parts:
         return State(0, [], [])
     stored: Any = torch.load(_file(journal), map_location="cpu", weights_only=True)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(stored["parameters"][name])
+    _set(parameters, stored["parameters"])
     optimizer.load_state_dict(stored["optimizer"])
     torch.set_rng_state(stored["random"][0])
     if torch.cuda.is_available() and len(stored["random"]) > 1:
         torch.cuda.set_rng_state_all(stored["random"][1:])
-    return State(journal.parts[-1]["step"], stored["losses"], stored["rates"])
+    return State(journal.parts[-1]["step"], stored["losses"], stored["rates"], Best(**stored["best"]))
 
 
 def _file(journal: Journal) -> Path:

@@ -79,6 +79,52 @@ def test_a_gate_that_is_missed(peaked: Path, tmp_path: Path) -> None:
     assert recipe["training"]["teacher"] is None and recipe["training"]["loss"] == "cross-entropy with the text"
 
 
+def test_training_that_makes_the_model_worse_keeps_the_initial_model(peaked: Path, tmp_path: Path) -> None:
+    rounded = CliRunner().invoke(
+        main, ["quantize", str(peaked), "-o", str(tmp_path / "rtn"), *W2, "--max-tokens", "256", "--max-kl", "99"]
+    )
+    assert rounded.exit_code == 0, rounded.output
+    said = train(peaked, tmp_path / "out", *W2, *FEW, "--lr", "10")
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())["training"]
+    assert recipe["kept"]["step"] == 0 and recipe["kept"]["after"] == recipe["kept"]["before"]
+    assert recipe["losses"]["last"] > recipe["losses"]["first"]  # it did become worse
+    assert "kept step 0 of 6; held-out loss" in said.stderr and "no step was better" in said.stderr
+    assert weights(tmp_path / "out") == weights(tmp_path / "rtn")
+
+
+def test_a_resumed_training_knows_the_best_state_so_far(
+    peaked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It becomes worse after step 2, and is killed after step 4: what is written is step 2, as without the kill."""
+
+    def worse(*held: float) -> None:
+        left = iter(held)
+        monkeypatch.setattr(loop, "_held_out_loss", lambda *_: next(left))
+
+    worse(5.0, 4.0, 3.0, 4.0, 5.0, 6.0, 7.0)
+    train(peaked, tmp_path / "whole", *W2, *FEW)
+    worse(5.0, 4.0, 3.0, 4.0, 5.0)  # the sixth look does not come
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_update", _stopping(loop._update, at=4))
+        with pytest.raises(Stopped):
+            train(peaked, tmp_path / "out", *W2, *FEW)
+    worse(6.0, 7.0)
+    done = train(peaked, tmp_path / "out", *W2, *FEW, "--json")
+    kept = json.loads(done.stdout)["results"][0]["training"]
+    assert kept == {"step": 2, "before": 5.0, "after": 3.0, "steps": 6}
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def _stopping(original: Any, at: int) -> Any:
+    def update(*args: Any) -> float:
+        if args[-1] == at:
+            raise Stopped
+        value: float = original(*args)
+        return value
+
+    return update
+
+
 class Stopped(BaseException):
     """A kill, as far as one process can feel it."""
 

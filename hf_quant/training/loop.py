@@ -143,7 +143,7 @@ class Steps:
         """The first state is that before any step, or of a training that goes on.
 
         Raises:
-            HfQuantError: The loss or its gradient was not finite several times in a row.
+            HfQuantError: The loss or its gradient was not finite several times in a row, or the loss before the first step.
         """
         settings, parameters = self.settings, _trained(self.model)
         optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
@@ -176,6 +176,8 @@ class Steps:
         training = self.model.training
         held = _held_out_loss(self.model.eval(), self.held, self.loss, self.settings.batch)
         self.model.train(training)
+        if state.best is None and not math.isfinite(held):
+            raise HfQuantError("training: the loss of the model before the first step is not finite")
         if state.best is None or held < state.best.after:
             before = held if state.best is None else state.best.before
             copies = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
@@ -197,9 +199,8 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def _held_out_loss(model: nn.Module, ids: Tensor, loss: Loss, batch: int) -> float:
-    """Mean loss per token of ``ids [H, T]``; infinite where it is not a number, so that no such state is the best one."""
-    value = sum(loss(model, rows).item() * len(rows) for rows in ids.split(batch)) / len(ids)
-    return math.inf if math.isnan(value) else value
+    """Mean loss per token of ``ids [H, T]``."""
+    return sum(loss(model, rows).item() * len(rows) for rows in ids.split(batch)) / len(ids)
 
 
 def _best(state: State) -> Best:

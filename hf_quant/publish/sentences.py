@@ -107,11 +107,9 @@ def training(trained: Mapping[str, Any]) -> str:
     teacher = f" ({md(str(trained['teacher']))})" if trained["teacher"] else ""
     start = "" if trained["start"] == "rtn" else f", beginning from the codes of {code(trained['start'])}"
     state = trained.get("kept")
-    kept = (
-        ""
-        if state is None
-        else (f"; step {state['step']:,} is kept, held-out loss {state['before']:.4f} -> {state['after']:.4f}")
-    )
+    kept = ""
+    if state is not None:
+        kept = f"; step {state['step']:,} is kept, held-out loss {state['before']:.4f} -> {state['after']:.4f}"
     return (
         f"trained with the rounded weights for {trained['settings']['steps']:,} steps on {trained['tokens']:,} tokens of "
         f"{md(trained['text']['name'])} (sha256 {code(trained['text']['sha256'][:16])}) by {trained['loss']}{teacher}{start}{kept}"

@@ -80,6 +80,7 @@ def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, 
     shutil.rmtree(out, ignore_errors=True)
     if row in OURS:
         text = ["--calibration", str(model / "calibration.txt"), "--calibration-tokens", str(CALIBRATION)]
+        text = [] if row == "ours rtn" else text  # rounding looks at no text
         gate = ["--max-kl", "1000", "--max-tokens", "1024"] if bits == 2 else ["--no-eval"]  # 2 bits need a gate
         how = ["--bits", str(bits), "--group-size", str(group_size), *OURS[row], *text, *gate]
         return call(

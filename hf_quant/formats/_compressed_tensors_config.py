@@ -39,9 +39,14 @@ class Group:
 IN_FLOAT = "its activations stay in floating point"
 
 
+def in_bytes(scheme: QuantScheme) -> bool:
+    """Whether its codes are stored one a byte: what engines take for the products of INT8 matrices."""
+    return scheme.activations is not None and (scheme.bits, scheme.group_size) == (8, -1)
+
+
 def stored_as(schemes: Iterable[QuantScheme]) -> str:
     """The format's name for the way `write` stores weights in these schemes, all of them together."""
-    names = {"int-quantized" if scheme.activations else "pack-quantized" for scheme in schemes}
+    names = {"int-quantized" if in_bytes(scheme) else "pack-quantized" for scheme in schemes}
     return names.pop() if len(names) == 1 else MIXED
 
 

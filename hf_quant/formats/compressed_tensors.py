@@ -1,7 +1,8 @@
 """compressed-tensors: the format that vLLM, SGLang and the Hub's parameter counter read without this package.
 
-Written as ``pack-quantized`` with 4 and 8 bits, or as ``int-quantized`` if activations are INT8 too. Read: packed integers of every
-width, in the current layout and in the one before 0.13, in which no code crosses a word; columns in another order
+Written as ``pack-quantized`` in every width, or as ``int-quantized`` where activations are INT8 and a row of 8 bits has one
+scale. Read: packed integers of every width, in the current layout, which compressed-tensors has since 0.13, and in the one
+before, in which no code crosses a word (in 2, 4 and 8 bits both are one); columns in another order
 (``weight_g_idx``, actorder "group"); ``int-quantized`` and ``naive-quantized`` integers; and 8-bit floats, which are
 dequantized. Activations are rounded to symmetric INT8 if the config says so (by token, or with one stored scale), and stay in
 floating point for any other rounding.
@@ -48,6 +49,7 @@ from hf_quant.formats._compressed_tensors_config import (
     as_glob,
     check_fields,
     config_of,
+    in_bytes,
     read_group,
     stored_as,
 )
@@ -119,10 +121,8 @@ class CompressedTensors(Traits):
             return "it holds integers with integer zero points only"
         if scheme.permuted:
             return "its readers no longer know columns in another order (weight_g_idx)"
-        if scheme.bits not in (4, 8):
-            return f"its {scheme.bits}-bit packing differs between its versions"
-        if scheme.activations and (scheme.activations not in INPUTS or (scheme.bits, scheme.group_size) != (8, -1)):
-            return f"beside INT8 activations it holds 8 bits with one scale a row, and not {scheme}"
+        if scheme.activations not in (None, "token") and not (scheme.activations in INPUTS and in_bytes(scheme)):
+            return f"of INT8 activations it holds those by row, and static ones beside W8A8 with one scale a row, not {scheme}"
         if scheme.outliers:
             return f"it has no place for outliers beside the {scheme.bits}-bit codes"
         return None
@@ -133,7 +133,7 @@ class CompressedTensors(Traits):
         n, k = shape
         groups = scheme.groups(k)
         tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]
-        if scheme.activations:
+        if in_bytes(scheme):
             tensors = {"weight": ((n, k), torch.int8), "weight_scale": ((n, 1), dtype)}
             tensors |= {} if scheme.symmetric else {"weight_zero_point": ((n, 1), torch.int8)}
             return tensors | ({"input_scale": ((1,), dtype)} if scheme.activations == "tensor" else {})
@@ -149,7 +149,7 @@ class CompressedTensors(Traits):
     def write(self, tensor: QuantizedTensor) -> dict[str, Tensor]:
         if (reason := self.why_not(tensor.scheme)) is not None:
             raise FormatError(f"compressed-tensors: {tensor.scheme.bits} bits: {reason}")
-        if tensor.scheme.activations:
+        if in_bytes(tensor.scheme):
             return _unpacked(tensor)
         n, bits = tensor.scale.shape[0], tensor.scheme.bits
         tensors = {
@@ -167,17 +167,17 @@ class CompressedTensors(Traits):
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
         if "weight_packed" in tensors:
             n, k = _stored_shape(tensors)
-            packed = _bytes(tensors["weight_packed"], n, k, scheme.bits)
+            packed, old = _bytes(tensors["weight_packed"], n, k, scheme.bits)
         elif "weight" not in tensors:
             raise FormatError("neither weight_packed nor weight is there")
         else:
             n, k = need(tensors, "weight", (torch.int8,), (None, None)).shape
-            packed = pack(codes_of("weight", tensors["weight"], scheme), scheme.bits)
+            packed, old = pack(codes_of("weight", tensors["weight"], scheme), scheme.bits), False
         scale = _scale(tensors, n)
         groups = scale.shape[1]
         if scheme.groups(k) % groups:
             raise FormatError(f"weight_scale has {groups} groups for {k} input features, expected {scheme.groups(k)}")
-        zero = _zero(tensors, n, groups, scheme)
+        zero = _zero(tensors, n, groups, scheme, old)
         zero = None if zero is None else spread(zero, k, k // groups, scheme)
         quantized = QuantizedTensor(packed, spread(scale, k, k // groups, scheme), zero, scheme)
         if scheme.activations == "tensor":
@@ -332,12 +332,12 @@ def _apart(words: Tensor, bits: int) -> Tensor:
     return ((words[..., None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)
 
 
-def _bytes(words: Tensor, n: int, k: int, bits: int) -> Tensor:
-    """Portable codes uint8 ``[N, K / 8 * bits]``."""
+def _bytes(words: Tensor, n: int, k: int, bits: int) -> tuple[Tensor, bool]:
+    """Portable codes uint8 ``[N, K / 8 * bits]``, and whether they were in the layout before 0.13."""
     need({"weight_packed": words}, "weight_packed", (torch.int32,))
     if _width(words.shape, n, k, bits):
-        return pack(_apart(words, bits)[:, :k], bits)
-    return words.contiguous().view(torch.uint8)
+        return pack(_apart(words, bits)[:, :k], bits), True
+    return words.contiguous().view(torch.uint8), False
 
 
 def _scale(tensors: Mapping[str, Tensor], n: int) -> Tensor:
@@ -351,8 +351,12 @@ def _scale(tensors: Mapping[str, Tensor], n: int) -> Tensor:
     return need({"weight_scale": scale}, "weight_scale", FLOATS, (n, None))
 
 
-def _zero(tensors: Mapping[str, Tensor], n: int, groups: int, scheme: QuantScheme) -> Tensor | None:
-    """Zero points, uint8 ``[N, G]``; None for a symmetric scheme."""
+def _zero(tensors: Mapping[str, Tensor], n: int, groups: int, scheme: QuantScheme, old: bool) -> Tensor | None:
+    """Zero points, uint8 ``[N, G]``; None for a symmetric scheme.
+
+    ``old``: in the layout before 0.13, like the codes. The number of words does not tell: 20 zero points of 3 bits fill two
+    words in both layouts, and lie there differently.
+    """
     if scheme.symmetric:
         return None
     stored = need(tensors, "weight_zero_point", (torch.int32, torch.int8))
@@ -365,10 +369,10 @@ def _zero(tensors: Mapping[str, Tensor], n: int, groups: int, scheme: QuantSchem
             need({"weight_zero_point": stored}, "weight_zero_point", (torch.int8,), (n, groups)),
             scheme,
         )
-    now, before = -(-n * scheme.bits // 32), -(-n // (32 // scheme.bits))
-    if list(stored.shape) not in ([now, groups], [before, groups]):
-        raise FormatError(f"weight_zero_point has shape {list(stored.shape)}, expected {[now, groups]}")
-    if stored.shape[0] != now:
+    words = -(-n // (32 // scheme.bits)) if old else -(-n * scheme.bits // 32)
+    if list(stored.shape) != [words, groups]:
+        raise FormatError(f"weight_zero_point has shape {list(stored.shape)}, expected {[words, groups]}")
+    if old:
         return _apart(stored.T, scheme.bits)[:, :n].T.contiguous()
     packed = stored.T.contiguous()
     padded = F.pad(packed, (0, -(-n // 32) * scheme.bits - packed.shape[1]))

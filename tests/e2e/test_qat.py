@@ -67,8 +67,8 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize(("arch", "scheme", "how", "format"), [
     ("llama", "W4A16-g32", {}, "compressed_tensors"),
-    ("llama", "W2A16-g32-asym", {}, "native"),
-    ("llama", "W4A8-g32", {"dtype": torch.float32}, "native"),
+    ("llama", "W2A16-g32-asym", {}, "compressed_tensors"),
+    ("llama", "W4A8-g32", {"dtype": torch.float32}, "compressed_tensors"),
     ("llama-tied", "W8A8", {"quantize_embeddings": True, "modules_to_not_convert": ["down_proj"]}, "native"),
     ("gpt2", "W3A16-g64-asym", {}, "native"),
     ("qwen3-moe", "W4A16-g32-asym", {}, "native"),

@@ -21,7 +21,10 @@ from hf_quant.formats._compressed_tensors_config import config_of
 from hf_quant.methods import method
 
 FORMAT = format_named("compressed_tensors")
-SCHEMES = [QuantScheme(*args) for args in product((4, 8), (32, 128, -1), (True, False))]
+SCHEMES = [QuantScheme(*args) for args in product((2, 3, 4, 8), (32, 128, -1), (True, False))]
+SCHEMES += [QuantScheme.parse(slug) for slug in ("W4A8-g32", "W2A8-g128-asym", "W8A8-g64")]  # INT8 by row, codes packed
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PAIRS = [(scheme, DTYPES[i % 3], (12, 20, 48, 64)[i % 4]) for i, scheme in enumerate(SCHEMES)]
 
 # Made by compressed-tensors 0.20.0:
 #   i = torch.arange(64).reshape(2, 32)
@@ -32,6 +35,18 @@ SCHEMES = [QuantScheme(*args) for args in product((4, 8), (32, 128, -1), (True, 
 #        "weight_zero_point": (zero - half).to(torch.int8)},
 #       QuantizationScheme(targets=["Linear"], weights=args))
 GOLDEN = {
+    2: {
+        "weight_packed": "1b1b1b1b1b1b1b1b6c6c6c6c6c6c6c6c",
+        "weight_scale": "0000003f0000003f",
+        "weight_shape": "02000000000000002000000000000000",
+        "weight_zero_point": "09000000",
+    },
+    3: {
+        "weight_packed": "5370975370975370975370979c82bb9c82bb9c82bb9c82bb",
+        "weight_scale": "0000003f0000003f",
+        "weight_shape": "02000000000000002000000000000000",
+        "weight_zero_point": "31000000",
+    },
     4: {
         "weight_packed": "a3816f4d2b09e7c5a3816f4d2b09e7c5b492705e3c1af8d6b492705e3c1af8d6",
         "weight_scale": "0000003f0000003f",
@@ -62,6 +77,22 @@ def test_golden_bytes(bits: int) -> None:
     back = FORMAT.read(written, scheme)
     assert torch.equal(back.qweight, tensor.qweight) and back.zero_point is not None
     assert torch.equal(back.zero_point, zero.to(torch.uint8))
+
+
+def test_twenty_zero_points_of_three_bits_fill_two_words_in_both_layouts() -> None:
+    zero, scheme = torch.arange(20)[:, None] % 7, QuantScheme(3, -1, symmetric=False)
+    tensor = QuantizedTensor.from_codes(torch.arange(640).reshape(20, 32) % 8, torch.ones(20, 1), zero, scheme)
+
+    def old(codes: torch.Tensor) -> torch.Tensor:
+        """Ten codes a word, as before 0.13."""
+        padded = torch.nn.functional.pad(codes.long(), (0, -codes.shape[1] % 10)).unflatten(1, (-1, 10))
+        return (padded << torch.arange(10) * 3).sum(-1).to(torch.int32)
+
+    written = FORMAT.write(tensor)
+    before = written | {"weight_packed": old(tensor.codes()), "weight_zero_point": old(zero.T).T.contiguous()}
+    assert before["weight_zero_point"].shape == written["weight_zero_point"].shape
+    for stored in (written, before):
+        assert torch.equal(FORMAT.read(stored, scheme).dequantize(), tensor.dequantize())
 
 
 # -- the configuration --------------------------------------------------------------------------------------------
@@ -140,9 +171,7 @@ def test_names_count_before_patterns_and_order_of_storing_does_not_matter() -> N
 # -- the package as oracle ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [12, 48, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize(("scheme", "dtype", "n"), PAIRS, ids=str)
 def test_the_package_decompresses_ours_bit_for_bit(scheme: QuantScheme, dtype: torch.dtype, n: int) -> None:
     pytest.importorskip("compressed_tensors")
     from compressed_tensors.compressors import PackedQuantizationCompressor
@@ -161,6 +190,7 @@ def test_we_read_what_the_package_compresses(scheme: QuantScheme) -> None:
     from compressed_tensors.quantization import QuantizationConfig
 
     group = QuantizationConfig.model_validate(config_of(scheme, {}, [])).config_groups["group_0"]
+    assert group.input_activations is None or group.input_activations.strategy == "token"
     scale = torch.rand(40, scheme.groups(256)) * 0.01 + 0.01
     zero = torch.randint(-scheme.zero, scheme.zero, scale.shape).to(torch.int8)
     tensors = {"weight": torch.randn(40, 256) * 0.05, "weight_scale": scale, "weight_zero_point": zero}

@@ -22,7 +22,9 @@ from hf_quant.methods import method
 
 FORMAT = format_named("compressed_tensors")
 SCHEMES = [QuantScheme(*args) for args in product((2, 3, 4, 8), (32, 128, -1), (True, False))]
-SCHEMES += [QuantScheme.parse(slug) for slug in ("W4A8-g32", "W2A8-g128-asym", "W8A8-g64")]  # INT8 by row, codes packed
+SCHEMES += [
+    QuantScheme.parse(slug) for slug in ("W4A8-g32", "W2A8-g128-asym", "W8A8-g64")
+]  # INT8 by row, codes packed
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PAIRS = [(scheme, DTYPES[i % 3], (12, 20, 48, 64)[i % 4]) for i, scheme in enumerate(SCHEMES)]
 

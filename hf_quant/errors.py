@@ -1,5 +1,10 @@
 """All errors that this package raises on purpose."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 LONGEST = 2000  # characters of a message
 
 
@@ -19,6 +24,13 @@ def printable(text: str, longest: int = LONGEST, *, lines: bool = True) -> str:
 
 def _cut(text: str, longest: int) -> str:
     return text if len(text) <= longest else f"{text[: longest * 2 // 3]} ... {text[-(longest // 4) :]}"
+
+
+def suggestion(word: str, names: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: ``"; did you mean gptq?"``, or nothing if no name is like it."""
+    known = {name.lower().replace("_", "-"): name for name in names}
+    close = difflib.get_close_matches(word[:LONGEST].lower().replace("_", "-"), known, 1)
+    return f"; did you mean {known[close[0]]}?" if close else ""
 
 
 class HfQuantError(Exception):

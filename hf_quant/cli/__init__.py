@@ -17,10 +17,11 @@ from typing import Any
 import click
 
 from hf_quant import __version__, _plugins
+from hf_quant.cli._words import Group, explain
 from hf_quant.errors import GateError, HfQuantError, OptionError, PlanError, SchemeError, printable
 
 
-class _Commands(click.Group):
+class _Commands(Group):
     """Imports a command when it is asked for: ``--help`` needs no torch."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -89,10 +90,11 @@ def _stoppable() -> Iterator[None]:
 
 @contextmanager
 def _escaped() -> Iterator[None]:
-    """Wrong usage is reported by click, which repeats the input unescaped."""
+    """Wrong usage is reported by click, which repeats the input unescaped and does not say what was meant."""
     try:
         yield
     except click.ClickException as error:
+        explain(error)
         error.message = printable(error.message)  # type: ignore[misc]  # final for those who only catch it
         raise
 
@@ -104,7 +106,12 @@ def _report(error: Exception, code: int) -> None:
     sys.exit(code)
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def _hyphens(name: str) -> str:
+    """Of commands and options: ``--trust_remote_code`` is ``--trust-remote-code``."""
+    return name.replace("_", "-")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _hyphens})
 @click.version_option(__version__, prog_name="hf-quant")
 def main() -> None:
     """Make a Hugging Face model several times smaller, and measure what that cost."""

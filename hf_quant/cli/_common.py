@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from hf_quant.cli._types import Format, Limit, Method, Override, Scheme, Share, Size
+from hf_quant.cli._types import SAVED, Limit, Method, Override, Scheme, Share, Size
 from hf_quant.errors import printable
 from hf_quant.jobs.progress import Important
 
@@ -35,7 +35,7 @@ def scheme_options(function: Function) -> Function:
         click.option("--override", multiple=True, metavar="GLOB=SCHEME", type=Override(), callback=_as_dict,
                      help="Another scheme for some layers; float leaves them in floating point."),
         click.option("--ignore", multiple=True, metavar="GLOB", help="Layers to leave in floating point."),
-        click.option("--format", type=Format(), metavar="NAME", default="auto",
+        click.option("--format", type=SAVED, metavar="NAME", default="auto",
                      help="auto, native or compressed-tensors."),
         click.option("--method", type=Method(), default="rtn", show_default=True, help="How codes are chosen."),
         click.option("--asym", is_flag=True, help="With zero points."),

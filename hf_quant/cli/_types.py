@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_quant.errors import HfQuantError
-from hf_quant.jobs.options import DTYPES, check_model, size_in_bytes
+from hf_quant import _plugins
+from hf_quant.errors import HfQuantError, suggestion
+from hf_quant.jobs.options import DTYPES, WANTED, check_device, check_model, no_folder, size_in_bytes
 
 if TYPE_CHECKING:  # it became generic in click 8.2
     ParamType = click.ParamType[Any]
 else:
     ParamType = click.ParamType
+
+
+REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", re.ASCII)
 
 
 class Size(ParamType):
@@ -72,7 +78,14 @@ class Scheme(ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from hf_quant.core.scheme import QuantScheme
+        from hf_quant.solve.recipes import PRESETS
 
+        for option, known in (
+            ("--method", {*PRESETS, *_plugins.names("methods")}),
+            ("--format", _plugins.names("formats")),
+        ):
+            if value in known:
+                self.fail(f"{value!r} is not a scheme: say {option} {value} for that", param, ctx)
         return _checked(self, lambda: str(QuantScheme.parse(value)), param, ctx)
 
 
@@ -97,10 +110,15 @@ class Named(ParamType):
     def __init__(self, names: dict[str, str]) -> None:
         self.names = names
 
+    def hint(self, value: str) -> str:
+        """The end of the message about ``value``, which is no name."""
+        return suggestion(value, self.names)
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         value_named = self.names.get(str(value).lower())
         if value_named is None:
-            self.fail(f"{value!r} is not one of {', '.join(dict.fromkeys(self.names.values()))}", param, ctx)
+            listed = ", ".join(dict.fromkeys(self.names.values()))
+            self.fail(f"{value!r} is not one of {listed}{self.hint(str(value))}", param, ctx)
         return value_named
 
 
@@ -111,23 +129,58 @@ def _checked(kind: ParamType, read: Any, param: click.Parameter | None, ctx: cli
         kind.fail(str(error), param, ctx)
 
 
-DTYPE = Named(DTYPES)
+class Dtype(Named):
+    """What a model computes in."""
+
+    def hint(self, value: str) -> str:
+        from hf_quant.core.scheme_names import equivalent
+
+        if close := suggestion(value, self.names):
+            return close
+        scheme = equivalent(value)
+        return f"; that is what the model computes in; for its weights there is --scheme: {scheme}" if scheme else ""
+
+
+DTYPE = Dtype(DTYPES)
 
 
 class Format(ParamType):
-    """``auto``, or a format that ``save_pretrained`` writes, by its name or its label."""
+    """A format with a certain trait, by its name or its label, or one of a few other words.
+
+    Args:
+        trait: ``"saved"``: what ``save_pretrained`` writes; ``"converted_to"``: what ``hf-quant convert`` writes.
+        others: Words besides.
+        advice: How to get a format that lacks the trait.
+    """
 
     name = "format"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        if value == "auto":
-            return "auto"
-        from hf_quant.formats import saved_formats
+    def __init__(self, trait: str, others: tuple[str, ...], advice: str) -> None:
+        self.trait, self.others, self.advice = trait, others, advice
 
-        name = str(value).lower().replace("-", "_")
-        if name not in saved_formats():
-            self.fail(f"{value!r} is not one of auto, {', '.join(saved_formats())}", param, ctx)
-        return name
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        labels = {
+            name: str(_plugins.constants("formats", name).get("label", name)) for name in _plugins.names("formats")
+        }
+        able = [label for name, label in labels.items() if self._is_able(name)]
+        word = str(value).lower().replace("_", "-")
+        if word in (*able, *self.others):
+            return word
+        listed = ", ".join([*self.others, *able])
+        known = word in labels.values()
+        hint = f"; {self.advice}" if known else suggestion(word, [*self.others, *able])
+        return self.fail(f"{value!r} is not one of {listed}{hint}", param, ctx)
+
+    def _is_able(self, name: str) -> bool:
+        """Read from the source of the format, since importing it takes seconds; those of other packages have to be imported."""
+        declared = _plugins.constants("formats", name)
+        return bool(
+            declared.get(self.trait) if declared else getattr(_plugins.load("formats", name).FORMAT, self.trait)
+        )
+
+
+SAVED = Format("saved", ("auto",), "hf-quant convert --to makes one of others afterwards")
+TARGET = Format("converted_to", ("dense",), "it is read, and not written")
 
 
 class Override(ParamType):
@@ -146,6 +199,54 @@ class Model(ParamType):
     """A folder or a Hub id. What is neither is told apart from a model, with what to do about it."""
 
     name = "model"
+    what = WANTED[0].upper() + WANTED[1:]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         return check_model(str(value))
+
+
+class Folder(ParamType):
+    """A folder that is there, with a quantized model in it."""
+
+    name = "folder"
+    what = "Name the folder of a model that hf-quant has quantized"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(value)
+        if path.is_file():
+            self.fail(f"{value}: a file, not a folder", param, ctx)
+        if not path.is_dir():
+            self.fail(f"{value}: {no_folder(path, 'name the folder of a quantized model')}", param, ctx)
+        return path
+
+
+class Device(ParamType):
+    """Where a model computes, as torch and accelerate call it."""
+
+    name = "device"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        return str(_checked(self, lambda: check_device(str(value)), param, ctx))
+
+
+class RepoId(ParamType):
+    """A repository of the Hub, ``owner/name``."""
+
+    name = "repo id"
+    what = "Name the repository on the Hub, such as owner/name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        word = str(value).removeprefix("https://huggingface.co/").removeprefix("hf://").strip("/")
+        good = re.sub(r"[^\w./-]+", "-", word, flags=re.ASCII).strip("-.")
+        if word != value and re.fullmatch(REPO_ID, word):
+            self.fail(f"{value!r} is an address; did you mean {word}?", param, ctx)
+        if "/" not in word:
+            self.fail(
+                f"{value!r} names no owner: write owner/{good or 'name'}, with your name or your organization's",
+                param,
+                ctx,
+            )
+        if not re.fullmatch(REPO_ID, word) or ".." in word or "--" in word:
+            hint = f"; did you mean {good}?" if re.fullmatch(REPO_ID, good) and good != word else ""
+            self.fail(f"{value!r} is not owner/name, of letters, digits, '-', '_' and '.'{hint}", param, ctx)
+        return word

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_quant.cli._common import bars, emit, output_options, say
-from hf_quant.cli._types import DTYPE, Model
+from hf_quant.cli._types import DTYPE, Device, Model
 from hf_quant.errors import HfQuantError
 from hf_quant.jobs.options import hub
 
@@ -29,7 +29,7 @@ FEW = 3  # repeats, at least
     "--kv-cache", type=click.Choice(["int8", "int4"]), help="Keys and values of MODEL like that; the base's stay."
 )
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True)
-@click.option("--device", help="Where to run: cpu, cuda, auto, ...")
+@click.option("--device", type=Device(), help="Where to run: cpu, cuda, auto, ...")
 @click.option(
     "--tune", is_flag=True, help="Only find the fastest tiles of this GPU for MODEL's layers, and keep them."
 )

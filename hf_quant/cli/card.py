@@ -7,12 +7,14 @@ from pathlib import Path
 import click
 
 from hf_quant.cli._common import emit, output_options
+from hf_quant.cli._types import Folder
+from hf_quant.cli._words import Group
 from hf_quant.errors import PushError
 
-FOLDER = click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+FOLDER = click.argument("folder", type=Folder())
 
 
-@click.group()
+@click.group(cls=Group)
 def command() -> None:
     """Write, show or check the model card of a folder."""
 

@@ -7,14 +7,18 @@ from pathlib import Path
 import click
 
 from hf_quant.cli._common import bars, emit, output_options, say
-from hf_quant.cli._types import Model
+from hf_quant.cli._types import TARGET, Model
 from hf_quant.jobs.outputs import check_output
 
 
 @click.command()
 @click.argument("folder", type=Model())
 @click.option(
-    "--to", required=True, metavar="FORMAT", help="native, compressed-tensors, gptq or awq; dense: floating point."
+    "--to",
+    required=True,
+    type=TARGET,
+    metavar="FORMAT",
+    help="native, compressed-tensors, gptq or awq; dense: floating point.",
 )
 @click.option("-o", "--output", required=True, help="Folder of the result.")
 @click.option(

@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from hf_quant.cli._common import bars, emit, gate_options, measure_options, output_options, say
-from hf_quant.cli._types import Model
+from hf_quant.cli._types import Device, Model
 
 
 @click.command()
 @click.argument("model", type=Model())
 @click.option("--base", type=Model(), help="The model it was made from; default: the one its recipe.json names.")
-@click.option("--device", help="Where to run both: cpu, cuda, auto, ...")
+@click.option("--device", type=Device(), help="Where to run both: cpu, cuda, auto, ...")
 @click.option(
     "--kv-cache", type=click.Choice(["int8", "int4"]), help="Measure it with keys and values kept like that."
 )

@@ -17,7 +17,7 @@ from hf_quant.cli._common import (
     output_options,
     say,
 )
-from hf_quant.cli._types import DTYPE, Method, Model, Size
+from hf_quant.cli._types import DTYPE, Device, Method, Model, Size
 
 
 @click.command()
@@ -39,7 +39,7 @@ from hf_quant.cli._types import DTYPE, Method, Model, Size
 @click.option("--trial-text", help="UTF-8 file for sensitivities; default: calibration.txt beside the model.")
 @click.option("--trial-tokens", type=click.IntRange(1), default=4096, show_default=True, help="How much of it.")
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="What the models compute in.")
-@click.option("--device", help="Where to run: cpu, cuda, auto, ...")
+@click.option("--device", type=Device(), help="Where to run: cpu, cuda, auto, ...")
 @model_options
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")

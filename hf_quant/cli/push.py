@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_quant.cli._common import bars, emit, gate_options, output_options, say
+from hf_quant.cli._types import Folder, RepoId
 
 if TYPE_CHECKING:
     from hf_quant.jobs.push import PushResult
 
 
 @click.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
-@click.argument("repo_id")
+@click.argument("folder", type=Folder())
+@click.argument("repo_id", type=RepoId())
 @click.option("--private/--public", default=None, help="Default: a new one private, an old one as it is.")
 @click.option("--gated", type=click.Choice(["inherit", "auto", "manual", "off"]), default="inherit", show_default=True,
               help="Whether readers have to ask.")  # fmt: skip

@@ -18,7 +18,7 @@ from hf_quant.cli._common import (
     say,
     scheme_options,
 )
-from hf_quant.cli._types import DTYPE, Model, Size
+from hf_quant.cli._types import DTYPE, Device, Model, Size
 
 
 @click.command()
@@ -26,7 +26,7 @@ from hf_quant.cli._types import DTYPE, Model, Size
 @click.option("-o", "--output", required=True, help="Folder of the result; of several schemes, their parent.")
 @scheme_options
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="What the model computes in.")
-@click.option("--device", help="Where to quantize: cpu, cuda, auto, ...")
+@click.option("--device", type=Device(), help="Where to quantize: cpu, cuda, auto, ...")
 @model_options
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")

@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from hf_quant.cli._common import emit, output_options
+from hf_quant.cli._types import Folder
 from hf_quant.errors import HfQuantError
 
 
 @click.command()
-@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("folder", type=Folder())
 @click.option(
     "-o",
     "--output",

@@ -17,7 +17,7 @@ from hf_quant.cli._common import (
     say,
     scheme_options,
 )
-from hf_quant.cli._types import DTYPE, Model, Size
+from hf_quant.cli._types import DTYPE, Device, Model, Size
 
 
 @click.command()
@@ -51,7 +51,7 @@ from hf_quant.cli._types import DTYPE, Model, Size
 )
 @scheme_options
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="What the model computes in.")
-@click.option("--device", help="Where to train: cpu, cuda, ...")
+@click.option("--device", type=Device(), help="Where to train: cpu, cuda, ...")
 @model_options
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")

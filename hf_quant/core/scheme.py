@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from hf_quant.core.scheme_names import equivalent
 from hf_quant.errors import SchemeError
 
 BITS = (2, 3, 4, 8)
@@ -166,7 +167,8 @@ class QuantScheme:
         """Inverse of ``str``: ``QuantScheme.parse("W4A16-g128-asym")``."""
         match = _SLUG.fullmatch(slug) if isinstance(slug, str) else None
         if match is None or not (match["int8"] or match["group"]):
-            raise SchemeError(f"not a scheme: {slug!r} (for example 'W4A16-g128-asym' or 'W8A8')")
+            hint = equivalent(slug) if isinstance(slug, str) else ""
+            raise SchemeError(f"not a scheme: {slug!r}; {hint or 'write for example W4A16-g128-asym or W8A8'}")
         how = next(name for name, suffix in ACTIVATIONS.items() if suffix == (match["how"] or ""))
         share = round(float(match["share"] or 0) / 100, 6)
         return cls(

@@ -21,7 +21,7 @@ from hf_quant.core.layout import part_name
 from hf_quant.core.tensor import QuantizedTensor, in_order
 from hf_quant.disk.atomic import copy_file, write_json
 from hf_quant.disk.safetensors import write_tensors
-from hf_quant.errors import CheckpointError, FormatError, HfQuantError, OptionError, SchemeError
+from hf_quant.errors import CheckpointError, FormatError, HfQuantError, OptionError, SchemeError, suggestion
 from hf_quant.formats import Format, Layer, conversion_targets, formats
 from hf_quant.hf.candidates import candidates
 from hf_quant.hf.community import homes, place
@@ -139,8 +139,9 @@ def convert(
         FormatError: The other format cannot hold a layer exactly, or the engine cannot run it.
         CheckpointError: The source is damaged; or what was written does not read back as it was.
     """
+    to = to.lower().replace("_", "-")
     if to not in targets():
-        raise OptionError(f"--to {to}: there is {', '.join(targets())}")
+        raise OptionError(f"--to {to}: there is {', '.join(targets())}{suggestion(to, targets())}")
     if target is not None and target not in ENGINES:
         raise OptionError(f"--target {target}: there is {', '.join(ENGINES)}")
     if tp != 1 and target is None:

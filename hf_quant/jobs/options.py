@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.errors import HfQuantError, OptionError, suggestion
 
 if TYPE_CHECKING:
     from hf_quant.evaluation.gate import Budget
@@ -20,6 +22,26 @@ DTYPES = {
     "auto": "auto", "float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16",
     "float16": "float16", "fp16": "float16", "half": "float16",
 }  # fmt: skip
+DEVICES = (
+    "cpu",
+    "cuda",
+    "mps",
+    "xpu",
+    "auto",
+    "balanced",
+    "balanced_low_0",
+    "sequential",
+)  # the last four divide a model
+GPU_NODES = (
+    "nvidiactl",
+    "nvidia0",
+    "kfd",
+    "dxg",
+    "nvhost-gpu",
+    "nvmap",
+)  # in /dev, of drivers; the last two are Jetson's
+TYPO = 0.85  # likeness of two names of which one was meant for the other
+MANY, LONGEST = 1000, 255  # names in a folder that are compared, and characters of a name
 WANTED = "name the folder of a Hugging Face model (config.json and safetensors), or a Hub id such as owner/name"
 
 
@@ -36,9 +58,48 @@ def check_model(model: str | os.PathLike[str]) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise HfQuantError(f"{name}: {_of_folder(path)}")
-    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise HfQuantError(f"{name}: no such folder")
+        return name
+    nearest = _nearest(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or (nearest and _is_typo(path, nearest)):
+        raise HfQuantError(f"{name}: {no_folder(path, WANTED)}")
     return name
+
+
+def no_folder(path: Path, wanted: str) -> str:
+    """That there is no such folder, and which one is called much like it; or else what is ``wanted``."""
+    nearest = _nearest(path)
+    return "no such folder; " + (f"did you mean {nearest}?" if nearest else wanted)
+
+
+def _nearest(path: Path) -> Path | None:
+    """What lies where ``path`` would, and is called much like it; None if nothing is."""
+    above = next(folder for folder in path.parents if folder.is_dir() or folder == folder.parent)
+    if not above.is_dir():
+        return None
+    wanted = path.relative_to(above).parts[0]
+    try:
+        names = [entry.name for entry in above.iterdir() if not entry.name.startswith(".")][:MANY]
+    except OSError:
+        return None
+    close = difflib.get_close_matches(wanted[:LONGEST], names, 1)
+    if not close:
+        return None
+    nearest = above / close[0] / Path(*path.relative_to(above).parts[1:])
+    return nearest if nearest.exists() else above / close[0]
+
+
+def _is_typo(path: Path, nearest: Path) -> bool:
+    """Whether a name that could be a Hub id rather means a folder: the same version numbers, and hardly another letter."""
+    digits = [re.findall(r"\d+", name.name) for name in (path, nearest)]
+    longer = path.name.startswith(nearest.name) or nearest.name.startswith(path.name)
+    alike = difflib.SequenceMatcher(None, path.name, nearest.name).ratio() > TYPO
+    return (
+        path.parent == nearest.parent
+        and digits[0] == digits[1]
+        and alike
+        and not longer
+        and (nearest / "config.json").is_file()
+    )
 
 
 def _of_file(path: Path) -> str:
@@ -163,13 +224,32 @@ def budget(max_kl: float | None, max_ppl_increase: float | None, min_top1: float
     return Budget(max_kl, max_ppl_increase, min_top1)
 
 
+def check_device(device: str | None) -> str | None:
+    """The device, if it is one; whether this machine has it is said here as far as that is known without torch.
+
+    Raises:
+        OptionError: There is no such kind of device, or no GPU here.
+    """
+    if device is None:
+        return None
+    name = re.sub(r"^(cuda|xpu)(\d+)$", r"\1:\2", {"gpu": "cuda", "rocm": "cuda", "mps:0": "mps"}.get(device, device))
+    kind = name.partition(":")[0]
+    if name != device:
+        raise OptionError(f"--device {device!r}: did you mean {name}?")
+    if kind not in DEVICES:
+        raise OptionError(f"--device {device!r} is not one of {', '.join(DEVICES)}{suggestion(kind, DEVICES)}")
+    if kind == "cuda" and sys.platform == "linux" and not any(Path("/dev", node).exists() for node in GPU_NODES):
+        raise OptionError(f"--device {device}: this machine has no NVIDIA or AMD GPU; leave --device out for the CPU")
+    return device
+
+
 def load_options(dtype: object, device: str | None, from_hub: Mapping[str, Any]) -> dict[str, Any]:
     """How the model is loaded, as arguments of ``from_pretrained``; ``from_hub`` as `hub` gives it.
 
     Raises:
-        OptionError: There is no such type.
+        OptionError: There is no such type, or no such device.
     """
-    return {"dtype": dtype_named(dtype)} | ({"device_map": device} if device else {}) | dict(from_hub)
+    return {"dtype": dtype_named(dtype)} | ({"device_map": check_device(device)} if device else {}) | dict(from_hub)
 
 
 def hub(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:

@@ -225,9 +225,9 @@ def quantize(
     """
     model = check_model(model)
     slugs, gate = schemes(scheme, bits, group_size, asym), budget(max_kl, max_ppl_increase, min_top1)
+    _refuse_measuring(eval, bool(gate), text or dataset)
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
     other = overrides(override or {})
-    _refuse_measuring(eval, bool(gate), how)
     _refuse_two_bits([*slugs, *filter(None, other.values())], bool(gate))
     source = find_calibration(calibration, model)
     calibrated = needs_calibration(method, slugs, calibration)
@@ -311,10 +311,10 @@ def resumable(schemes: dict[Path, str], what: str, report: Reporter) -> Iterator
         raise
 
 
-def _refuse_measuring(measure: bool | None, gated: bool, how: Measuring) -> None:
+def _refuse_measuring(measure: bool | None, gated: bool, text: str | None) -> None:
     if measure is False and gated:
         raise OptionError("a gate has to measure: it cannot go with --no-eval")
-    if measure is False and (how.text or how.dataset):
+    if measure is False and text:
         raise OptionError("--text and --dataset say what to measure on: they cannot go with --no-eval")
 
 

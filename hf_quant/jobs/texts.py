@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.errors import HfQuantError, OptionError, suggestion
 from hf_quant.jobs.progress import Reporter
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Measuring:
         if self.base_dtype not in BASE_DTYPES:
             raise OptionError(f"--base-dtype {self.base_dtype!r} is not one of {', '.join(BASE_DTYPES)}")
         find_text(self.text)
+        need_datasets(self.dataset)
 
     def beside(self, *folders: str) -> tuple[str, str] | None:
         """Name and content of the text to measure on: the one named, or the one in ``folders``; None if there is none."""
@@ -97,11 +99,17 @@ class Measuring:
         )  # fmt: skip
 
 
+def need_datasets(name: str | None) -> None:
+    """Refuse the name of a ``datasets`` set where that package is not installed."""
+    if name is not None and find_spec("datasets") is None:
+        raise HfQuantError(f"{name}: needs the package datasets: pip install datasets")
+
+
 def find_text(text: str | None, *folders: str) -> Path | None:
     """The file asked for, else the held-out text in one of the folders."""
     if text is not None:
         if not Path(text).is_file():
-            raise HfQuantError(f"{text}: no such file")
+            raise HfQuantError(f"{text}: no such file{nearby(text)}")
         return Path(text)
     return next((path for folder in folders if (path := Path(folder) / TEXT).is_file()), None)
 
@@ -117,6 +125,13 @@ def check_overlap(folder: str, text: str) -> None:
         refuse_overlap(text, [paragraph for record in texts if record for paragraph in record.get("paragraphs", [])])
 
 
+def nearby(file: str) -> str:
+    """The end of a message about a file that is not there: another one that is called much like it."""
+    folder = Path(file).parent
+    names = [path.name for path in folder.iterdir() if path.is_file()][:1000] if folder.is_dir() else []
+    return suggestion(Path(file).name, names)
+
+
 def find_calibration(text: str | None, model: str) -> str | None:
     """The calibration text asked for, else the one beside the model, else None for the bundled one.
 
@@ -127,7 +142,9 @@ def find_calibration(text: str | None, model: str) -> str | None:
         beside = Path(model) / CALIBRATION
         return str(beside) if beside.is_file() else None
     if Path(text).is_dir() or (Path(text).suffix in (".txt", ".jsonl", ".json", ".md") and not Path(text).is_file()):
-        raise HfQuantError(f"--calibration {text}: no such file")
+        raise HfQuantError(f"--calibration {text}: no such file{nearby(text)}")
+    if not Path(text).is_file():
+        need_datasets(text)
     return text
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_quant import _plugins
 from hf_quant.core.scheme import BITS, QuantScheme
-from hf_quant.errors import PlanError
+from hf_quant.errors import PlanError, suggestion
 
 if TYPE_CHECKING:  # names can be checked before torch is imported
     from hf_quant.methods import Method
@@ -58,8 +58,11 @@ class Preset:
 
     @property
     def calibrated(self) -> bool:
-        """Whether it needs calibration data."""
-        return bool(self.transforms) or self.solver().calibrated
+        """Whether it needs calibration data; known without torch, which methods import."""
+        if self.transforms:
+            return True
+        declared = _plugins.constants("methods", self.method).get("calibrated")
+        return bool(self.solver().calibrated if declared is None else declared)
 
     def solver(self) -> Method:
         """The method with its hyperparameters."""
@@ -101,9 +104,10 @@ def preset(name: str, scheme: QuantScheme, epochs: int = EPOCHS) -> Preset:
     methods, known = _plugins.names("methods"), _plugins.names("transforms")
     wrong = next((t for t in transforms if t not in known), None if last in methods else last)
     if wrong is not None:
+        every = [*PRESETS, *methods]
         raise PlanError(
-            f"method {name!r}: no {wrong!r}; there is {', '.join([*PRESETS, *methods])}, and before a method, joined by +, "
-            + ", ".join(known)
+            f"method {name!r}: no {wrong!r}; there is {', '.join(every)}, and before a method, joined by +, "
+            f"{', '.join(known)}{suggestion(wrong, [*every, *known])}"
         )
     return Preset(last, tuple(transforms))
 

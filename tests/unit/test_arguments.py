@@ -1,19 +1,23 @@
 """What is wrong with the arguments is said at once, before torch is imported, in a sentence that names what works."""
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 SCRIPT = """
-import json, sys
+import json, sys, time
 from click.testing import CliRunner
 from hf_quant.cli import main
 for args in json.loads(sys.stdin.read()):
+    start = time.process_time()
     result = CliRunner().invoke(main, args)
-    print(json.dumps([result.exit_code, result.stderr, "torch" in sys.modules or "transformers" in sys.modules]))
+    imported = "torch" in sys.modules or "transformers" in sys.modules
+    print(json.dumps([result.exit_code, result.stderr, time.process_time() - start, imported]))
 """
 CASES = [  # command and options, exit code, what is said
     ("quantize M -o Q --scheme W4A16-g32 --bits 4", 2, "give one of them"),
@@ -53,41 +57,98 @@ CASES = [  # command and options, exit code, what is said
     ("inspect adapter", 1, "adapter"),
     ("eval M --base adapter", 1, "adapter"),
     ("bench M --dtype double", 2, "float32"),
-    (
-        "quantize M -o Q --format gguf",
-        2,
-        "auto, native, compressed_tensors",
-    ),  # last: formats say themselves which are saved, and need torch
+    ("quantize M -o Q --format gguf", 2, "auto, compressed-tensors, native"),
 ]
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> Path:
-    """Things that are no models, and one that might be."""
+MISTAKES = [  # what people type, exit code, and what they are told to type instead
+    ("quantise M -o Q", 2, "did you mean quantize?"),
+    ("evaluate M", 2, "did you mean eval?"),
+    ("M -o Q", 2, "before it, say what to do with it: bench, card"),
+    ("card M", 2, "say what to do with it: build, show, validate"),
+    ("quantize M", 2, "Missing option '-o' / '--output'. Folder of the result"),
+    ("quantize -o Q", 2, "a Hub id such as owner/name"),
+    ("quantize M --output-dir Q", 2, "did you mean -o FOLDER?"),
+    ("quantize M -o Q --wbits 4", 2, "did you mean --bits?"),
+    ("quantize M -o Q --trust_remote_cod", 2, "did you mean --trust-remote-code?"),
+    ("quantize M -o Q --scheme int4", 2, "did you mean W4A16-g128?"),
+    ("quantize M -o Q --scheme w4a16", 2, "did you mean W4A16-g128?"),
+    ("quantize M -o Q --scheme W4A16g128", 2, "did you mean W4A16-g128?"),
+    ("quantize M -o Q --scheme 4bit", 2, "did you mean W4A16-g128?"),
+    ("quantize M -o Q --scheme W8A16_g32_asym", 2, "did you mean W8A16-g32-asym?"),
+    ("quantize M -o Q --scheme nf4", 2, "use W4A16-g64"),
+    ("quantize M -o Q --scheme fp8", 2, "use W8A16-g128"),
+    ("quantize M -o Q --scheme Q4_K_M", 2, "the nearest scheme is W4A16-g32-asym"),
+    ("quantize M -o Q --scheme 5bit", 2, "the nearest scheme is W8A16-g128"),
+    ("quantize M -o Q --scheme w4a4", 2, "or 8 in W8A8 and W4A8-g128"),
+    ("quantize M -o Q --scheme gptq", 2, "say --method gptq"),
+    ("quantize M -o Q --method gtpq", 2, "did you mean gptq?"),
+    ("quantize M -o Q --method smoothqant+gptq", 2, "did you mean smoothquant?"),
+    ("quantize M -o Q --format compresed_tensors", 2, "did you mean compressed-tensors?"),
+    ("quantize M -o Q --format gptq", 2, "hf-quant convert --to"),
+    ("convert M -o Q --to compressed_tensor", 2, "did you mean compressed-tensors?"),
+    ("quantize M -o Q --override *.down_proj=8bit", 2, "did you mean W8A16-g128?"),
+    ("quantize M -o Q --dtype fp61", 2, "did you mean fp16?"),
+    ("quantize M -o Q --dtype int4", 2, "for its weights there is --scheme"),
+    ("quantize M -o Q --device gpu", 2, "did you mean cuda?"),
+    ("quantize M -o Q --min-top1 95", 2, "write it with a percent sign"),
+    ("quantize M -o Q --max-memory 2KG", 2, "write for example 4GB"),
+    ("quantize M -o Q --text M/heldut.txt", 1, "did you mean heldout.txt?"),
+    ("quantize M -o M --overwrite", 1, "inputs are never replaced"),
+    ("quantize M -o empty", 1, "--overwrite"),
+    ("quantize models/lama -o Q", 1, "did you mean models/llama?"),
+    ("quantize ./models/lama -o Q", 1, "did you mean models/llama?"),
+    ("quantize model.gguf -o Q", 1, "name the folder of a Hugging Face model"),
+    ("quantize adapter -o Q", 1, "merge_and_unload"),
+    ("push M name", 2, "write owner/name"),
+    ("push M https://huggingface.co/owner/name", 2, "did you mean owner/name?"),
+    ("report models/lama", 2, "did you mean models/llama?"),
+    ("inspect ./nowhere", 1, "a Hub id such as owner/name"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Things that are no models, and some that might be."""
+    home = tmp_path_factory.mktemp("folders")
     for name in (
-        "M/config.json",
-        "adapter/adapter_config.json",
-        "diffusers/model_index.json",
-        "diffusers/text_encoder/config.json",
-        "ggufs/model.gguf",
-        "model.gguf",
-        "model.safetensors",
-        "empty/x",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("{}")  # fmt: skip
-    return tmp_path
+        "M/config.json", "M/heldout.txt", "models/llama/config.json", "adapter/adapter_config.json",
+        "diffusers/model_index.json", "diffusers/text_encoder/config.json", "ggufs/model.gguf", "model.gguf",
+        "model.safetensors", "empty/x",
+    ):  # fmt: skip
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text("{}")
+    return home
 
 
-def test_arguments_are_checked_before_torch_is_imported(folders: Path) -> None:
-    calls = json.dumps([call.split() for call, _, _ in CASES])
+@pytest.fixture(scope="module")
+def answers(folders: Path) -> dict[str, Any]:
+    """For each command line: exit code, message, seconds of the processor, and whether torch was imported."""
+    calls = [call for call, _, _ in [*CASES, *MISTAKES]]
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=calls, cwd=folders, capture_output=True, text=True, check=True
-    )
-    for (call, code, said), line in zip(CASES, done.stdout.splitlines(), strict=True):
-        exit_code, message, imported = json.loads(line)
-        assert exit_code == code and said in message and "Traceback" not in message, (call, exit_code, message)
-        assert not imported or "--format" in call, call  # formats say themselves whether they can be saved
+        [sys.executable, "-c", SCRIPT], input=json.dumps([call.split() for call in calls]), cwd=folders,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return dict(zip(calls, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize(("call", "code", "said"), [*CASES, *MISTAKES])
+def test_a_mistake_is_answered_before_torch_is_imported(
+    call: str, code: int, said: str, answers: dict[str, Any]
+) -> None:
+    exit_code, message, seconds, imported = answers[call]
+    assert exit_code == code and said in " ".join(message.split()) and "Traceback" not in message, message
+    assert not imported and seconds < 1
+
+
+@pytest.mark.parametrize("call", [["quantise", "M"], ["quantize", "M", "-o", "Q", "--format", "gptq"]])
+def test_a_mistake_takes_less_than_a_second(call: list[str], folders: Path) -> None:
+    """Of the processor, as a process of its own, so that other work on this machine does not count."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-m", "hf_quant.cli", *call], cwd=folders, capture_output=True, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
 @pytest.mark.parametrize(
@@ -108,9 +169,9 @@ def test_shares(value: str, share: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "name"), [("fp16", "float16"), ("bf16", "bfloat16"), ("compressed-tensors", "compressed_tensors")]
+    ("value", "name"), [("fp16", "float16"), ("bf16", "bfloat16"), ("Compressed_Tensors", "compressed-tensors")]
 )
 def test_names_may_be_spelled_in_more_than_one_way(value: str, name: str) -> None:
-    from hf_quant.cli._types import DTYPE, Format
+    from hf_quant.cli._types import DTYPE, SAVED
 
-    assert (Format() if "tensors" in value else DTYPE).convert(value, None, None) == name
+    assert (SAVED if "Tensors" in value else DTYPE).convert(value, None, None) == name

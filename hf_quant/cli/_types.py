@@ -180,7 +180,7 @@ class Format(ParamType):
 
 
 SAVED = Format("saved", ("auto",), "hf-quant convert --to makes one of others afterwards")
-TARGET = Format("converted_to", ("dense",), "it is read, and not written")
+TARGET = Format("converted_to", ("gguf", "dense"), "it is read, and not written")
 
 
 class Override(ParamType):
@@ -201,8 +201,11 @@ class Model(ParamType):
     name = "model"
     what = WANTED[0].upper() + WANTED[1:]
 
+    def __init__(self, *, gguf: bool = False) -> None:
+        self.gguf = gguf
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return check_model(str(value))
+        return str(value) if self.gguf and str(value).endswith(".gguf") else check_model(str(value))
 
 
 class Folder(ParamType):

@@ -12,13 +12,13 @@ from hf_quant.jobs.outputs import check_output
 
 
 @click.command()
-@click.argument("folder", type=Model())
+@click.argument("folder", type=Model(gguf=True))
 @click.option(
     "--to",
     required=True,
     type=TARGET,
     metavar="FORMAT",
-    help="native, compressed-tensors, gptq or awq; dense: floating point.",
+    help="native, compressed-tensors, gptq, awq or gguf; dense: floating point.",
 )
 @click.option("-o", "--output", required=True, help="Folder of the result.")
 @click.option(
@@ -30,7 +30,7 @@ from hf_quant.jobs.outputs import check_output
 def command(
     folder: str, to: str, output: str, target: str | None, tp: int, overwrite: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Write the quantized checkpoint in FOLDER in another format, without rounding anything again.
+    """Write the quantized checkpoint in FOLDER, or a GGUF file, in another format, without rounding anything again.
 
     Every layer is read back from disk and compared before the result appears.
     """

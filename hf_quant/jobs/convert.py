@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,13 +31,16 @@ from hf_quant.hf.loading import skeleton
 from hf_quant.hf.shards import write_index
 from hf_quant.jobs.companions import copy_companions, inside
 from hf_quant.jobs.engines import ENGINES, Verdict
+from hf_quant.jobs.from_gguf import is_gguf, read_gguf
 from hf_quant.jobs.options import check_model
 from hf_quant.jobs.outputs import CONVERSION, RECIPE, check_output, claimed, record
 from hf_quant.jobs.outputs import output as output_folder
-from hf_quant.jobs.progress import Bar, Say, reporting
+from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
 from hf_quant.jobs.results import Result, Row, fields
+from hf_quant.jobs.to_gguf import why_not_gguf, write_gguf
 
 DENSE = "dense"  # floating point
+GGUF = "gguf"
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,7 +103,7 @@ class _Job:
 
 def targets() -> list[str]:
     """What a checkpoint can be converted to."""
-    return [*conversion_targets(), DENSE]
+    return [*conversion_targets(), GGUF, DENSE]
 
 
 def open_quantized(folder: Path, *, thorough: bool = True) -> Contents:
@@ -124,9 +128,10 @@ def convert(
     Every layer is read back from disk and compared before the result appears.
 
     Args:
-        folder: A quantized checkpoint, in any format that is read here.
+        folder: A quantized checkpoint, in any format that is read here; or a GGUF file.
         output: Folder of the result; it becomes a complete checkpoint, or is not there.
-        to: Label of a format (`formats.conversion_targets`), or ``"dense"`` for floating point in the dtype of config.json.
+        to: Label of a format (`formats.conversion_targets`), ``"gguf"`` for one file of llama.cpp, or ``"dense"`` for floating point in
+            the dtype of config.json.
         target: An engine (`engines.ENGINES`) that must be able to run the result.
         tp: GPUs that it splits each layer over.
         overwrite: Whether ``output`` may exist, if hf-quant wrote it.
@@ -146,28 +151,57 @@ def convert(
         raise OptionError(f"--target {target}: there is {', '.join(ENGINES)}")
     if tp != 1 and target is None:
         raise OptionError("--tp says how --target splits the layers: name a --target")
-    source, out = Path(check_model(folder)), Path(output)
+    source, out = Path(folder), Path(output)
     check_output(out, [source], overwrite=overwrite)
+    if is_gguf(source):
+        with (
+            tempfile.TemporaryDirectory(prefix=".gguf-", dir=out.resolve().parent) as native,
+            reporting(progress, say) as report,
+        ):
+            read_gguf(source, Path(native))
+            done = _convert(Path(native), out, to, target, tp, overwrite, report)
+        return replace(done, source=GGUF, bytes_before=source.stat().st_size)
+    check_model(folder)
+    with reporting(progress, say) as report:
+        return _convert(source, out, to, target, tp, overwrite, report)
+
+
+def _convert(
+    source: Path, out: Path, to: str, target: str | None, tp: int, overwrite: bool, report: Reporter
+) -> ConvertResult:
     contents = open_quantized(source)
     verdict = ENGINES[target](conversion_targets().get(to, to), contents.layers, tp) if target else None
     if verdict is not None and verdict.refused:
         raise FormatError(f"{target}: " + "; ".join(verdict.lines()[len(verdict.kernels) :]))
-    job = _job(contents, to)
-    with reporting(progress, say) as report, claimed(out), output_folder(out, [source], overwrite=overwrite) as stage:
-        files = sorted({info.file for info in contents.checkpoint.tensors.values()})
-        where: dict[str, str] = {}
-        for file in report.bar(files, "files"):
-            where |= dict.fromkeys(_write(job, file, stage), file.name)
-        _rest(job, stage, where, report.say)
-        _compare(job, stage)
-        size = sum(file.stat().st_size for file in stage.glob("*.safetensors"))
-    before = sum(file.stat().st_size for file in files)
+    _refuse(contents, to)
+    with claimed(out), output_folder(out, [source], overwrite=overwrite) as stage:
+        if to == GGUF:
+            write_gguf(contents, stage, report)
+            write_json(stage / CONVERSION, {"from": contents.format, "to": to} | record(stage))
+        else:
+            _safetensors(_job(contents, to), stage, report)
+        size = sum(file.stat().st_size for kind in ("*.safetensors", "*.gguf") for file in stage.glob(kind))
+    before = sum(file.stat().st_size for file in _files(contents))
     return ConvertResult(contents.format, to, out, len(contents.layers), before, size, target, tp, verdict)
+
+
+def _files(contents: Contents) -> list[Path]:
+    return sorted({info.file for info in contents.checkpoint.tensors.values()})
+
+
+def _safetensors(job: _Job, stage: Path, report: Reporter) -> None:
+    where: dict[str, str] = {}
+    for file in report.bar(_files(job.contents), "files"):
+        where |= dict.fromkeys(_write(job, file, stage), file.name)
+    _rest(job, stage, where, report.say)
+    _compare(job, stage)
 
 
 def why_not(contents: Contents, to: str) -> dict[str, list[str]]:
     """Why a format cannot hold the layers of a checkpoint exactly: sentence to layers; empty if it can."""
     reasons: dict[str, list[str]] = {}
+    if to == GGUF:
+        return why_not_gguf(contents)
     if to != DENSE:
         fmt = _writer(contents, to)
         for name, layer in contents.layers.items():
@@ -195,11 +229,14 @@ def _writer(contents: Contents, to: str) -> Format:
     return formats()[conversion_targets()[to]].writer(schemes)
 
 
-def _job(contents: Contents, to: str) -> _Job:
+def _refuse(contents: Contents, to: str) -> None:
     if reasons := why_not(contents, to):
         reason, names = next(iter(reasons.items()))
         others = sum(map(len, reasons.values())) - 1
         raise FormatError(f"--to {to}: {names[0]}{f' and {others} more layers' if others else ''}: {reason}")
+
+
+def _job(contents: Contents, to: str) -> _Job:
     schemes = {name: layer.scheme for name, layer in contents.layers.items() if layer.scheme is not None}
     left = [n.removesuffix(".weight") for n in contents.rest if _is_linear(n, contents.checkpoint)]
     fmt = None if to == DENSE else _writer(contents, to)

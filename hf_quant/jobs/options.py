@@ -104,7 +104,7 @@ def _is_typo(path: Path, nearest: Path) -> bool:
 
 def _of_file(path: Path) -> str:
     if path.suffix == ".gguf":
-        return f"a GGUF file, which hf-quant does not read; {WANTED}"
+        return f"a GGUF file: hf-quant convert {path} --to native -o FOLDER makes a model of it"
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
         return f"a single file; name the folder that holds it, {path.parent}"
     return f"a file, not a model; {WANTED}"

@@ -107,7 +107,7 @@ def test_a_missed_gate_is_a_result(tiny: Path, tmp_path: Path) -> None:
         (lambda m, o: hq.evaluate(m, kv_cache="int2"), "int8, int4"),
         (lambda m, o: hq.evaluate(m, context=8, stride=9), "more than"),
         (lambda m, o: hq.ladder(m, o), "what to keep"),
-        (lambda m, o: hq.convert(m, o, to="gguf"), "native"),
+        (lambda m, o: hq.convert(m, o, to="ggml"), "native"),
         (lambda m, o: hq.push(m, "a/b", create_pr=True, tag="v1"), "goes alone"),
         (lambda m, o: hq.plan(m / "nowhere" / "at" / "all"), "no such folder"),
     ],

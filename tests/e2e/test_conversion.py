@@ -97,7 +97,9 @@ def test_convert_and_verify(tmp_path: Path) -> None:
         (["gptq-4bit-asym", "--to", "gptq", "--target", "vllm"], 1, "without zero points"),
         (["gptq-4bit", "--to", "gptq", "--target", "vllm", "--tp", "3"], 1, "cannot be split over 3 GPUs"),
         (["gptq-4bit", "--to", "native", "--target", "vllm"], 1, "does not read native"),
-        (["gptq-4bit", "--to", "gguf"], 2, "gguf"),
+        (["gptq-4bit", "--to", "ggml"], 2, "gguf"),
+        (["bnb-nf4", "--to", "gguf"], 1, "codebook"),
+        (["gptq-4bit-act-order", "--to", "gguf"], 1, "natural order"),
         (["gptq-4bit", "--to", "gptq", "--tp", "2"], 2, "name a --target"),
     ],
 )

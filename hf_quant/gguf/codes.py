@@ -1,0 +1,176 @@
+"""Blocks of llama.cpp as a `QuantizedTensor`, and back: the same codes and scales, or a sentence on why not.
+
+A block holds codes around a fixed center with one float16 scale for 32 weights (Q4_0, Q5_0, Q8_0), or codes with an offset
+(Q4_1), or, in K-quants, scales that are small multiples of a float16 shared by 256 weights. So a type whose range holds
+``code - zero_point`` holds the weight, also a narrower or an asymmetric one. Scales of larger groups are repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_quant.core.packing import pack
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import FormatError
+from hf_quant.gguf.blocks import BLOCKS, Block, Parts
+
+SIMPLE = ("Q4_0", "Q5_0", "Q8_0")  # with a center and no integer scales, the smallest first
+WIDTHS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 8: 8}  # bits of a code there and here
+
+
+def scheme_of(block: Block, *, integer_zero: bool = False) -> QuantScheme:
+    """The scheme that holds blocks of a type; ``integer_zero``: whether all offsets are codes times scales."""
+    bits, symmetric = WIDTHS[block.bits], block.center is not None
+    return QuantScheme(bits, block.group, symmetric, real_zero=not symmetric and not integer_zero)
+
+
+def tensor_of(parts: Parts, block: Block) -> QuantizedTensor:
+    """The weight of these blocks, to the last bit; beside real zero points, to the rounding of float32."""
+    scale = parts.d if block.scales == () else parts.scale()
+    offset, dead = parts.offset(), scale == 0
+    # a group of one value may have a scale of zero: it gets a legal one, of the same block if that has any
+    legal = parts.d[..., None].expand(-1, -1, block.groups).flatten(1).to(scale.dtype)
+    legal = torch.where(dead, torch.where(legal == 0, 1, legal), scale)
+    if offset is None:
+        assert block.center is not None
+        scheme = scheme_of(block)
+        codes = (parts.codes.short() + (scheme.zero - block.center)).masked_fill_(_each(dead, block), scheme.zero)
+        return QuantizedTensor(pack(codes, scheme.bits), legal, None, scheme)
+    zero = (offset / scale.float()).nan_to_num(0, 0, 0)
+    whole = zero.round()
+    exact = (whole * scale.float() == offset) & (whole >= 0) & (whole < 1 << block.bits) & (scale != 0)
+    if block.scales == () and bool(exact.all()):
+        scheme = scheme_of(block, integer_zero=True)
+        return QuantizedTensor(pack(parts.codes, scheme.bits), scale, whole.to(torch.uint8), scheme)
+    scheme, legal = scheme_of(block), legal.float()
+    codes = parts.codes.masked_fill(_each(dead, block), 0)
+    return QuantizedTensor(pack(codes, scheme.bits), legal, offset / legal, scheme)
+
+
+def _each(groups: Tensor, block: Block) -> Tensor:
+    """A value of every group, for every weight."""
+    return groups.repeat_interleave(block.group, 1)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A weight in blocks."""
+
+    block: Block
+    parts: Parts
+
+
+def blocks_of(tensor: QuantizedTensor) -> Fit:
+    """A weight ``[N, K]`` in blocks of the smallest type that holds it.
+
+    Raises:
+        FormatError: None does; the sentence says why.
+    """
+    scheme = tensor.scheme
+    if (reason := why_not(scheme)) is not None:
+        raise FormatError(reason)
+    if scheme.real_zero or scheme.group_size == 16:
+        return _k_quant(tensor)
+    groups = max(1, tensor.in_features // 32 // tensor.scale.shape[-1])
+    scale = tensor.scale.half()
+    if not torch.equal(scale.float(), tensor.scale.float()):
+        if (fit := _perhaps_k_quant(tensor)) is not None:
+            return fit
+        raise FormatError("its scales need more than float16 holds, in which GGUF stores them")
+    scale = scale.repeat_interleave(groups, -1)
+    zeros = tensor.zeros().repeat_interleave(groups, -1)
+    if scheme.bits == 4 and not scheme.symmetric:
+        offset = -(zeros.float() * scale.float())
+        if torch.equal(offset.half().float(), offset):
+            return Fit(BLOCKS["Q4_1"], Parts(tensor.codes(), scale, dmin=offset.half()))
+    signed = tensor.codes().short() - zeros.short().repeat_interleave(32, -1)
+    least, most = int(signed.min()), int(signed.max())
+    for name in SIMPLE:
+        block = BLOCKS[name]
+        assert block.center is not None
+        if -block.center <= least and most < block.center:
+            return Fit(block, Parts((signed + block.center).to(torch.uint8), scale))
+    raise FormatError(f"code - zero_point reaches from {least} to {most}, and Q8_0 holds -128 to 127")
+
+
+def why_not(scheme: QuantScheme) -> str | None:
+    """Why no type of GGUF holds a scheme, or None where one may; the scales decide then."""
+    if scheme.codebook:
+        return f"GGUF has no type for a codebook of {scheme.bits} bits ({scheme.codebook})"
+    if scheme.permuted:
+        return f"blocks of GGUF hold columns in their natural order, and these {scheme.bits}-bit codes have another"
+    if scheme.outliers:
+        return f"GGUF has no place for outliers beside the {scheme.bits}-bit codes"
+    if scheme.real_zero and (scheme.bits, scheme.group_size) not in ((2, 16), (4, 32), (8, 32)):
+        return f"real zero points are held in 2 bits in groups of 16 and in 4 in groups of 32 (Q2_K, Q4_K), not as {scheme}"
+    return None
+
+
+def _perhaps_k_quant(tensor: QuantizedTensor) -> Fit | None:
+    try:
+        return _k_quant(tensor)
+    except FormatError:
+        return None
+
+
+def _k_quant(tensor: QuantizedTensor) -> Fit:
+    """A weight whose scales are multiples of a float16 shared by 256 columns, as such blocks."""
+    scheme, n = tensor.scheme, tensor.scale.shape[0]
+    for block in BLOCKS.values():
+        mine = block.scales and WIDTHS[block.bits] == scheme.bits and block.group == scheme.group_size
+        if not mine or (block.center is None) != scheme.real_zero or tensor.in_features % block.weights:
+            continue
+        codes = tensor.codes()
+        if block.center is not None:
+            codes = codes.short() - (scheme.zero - block.center)
+        if int(codes.max()) >= 1 << block.bits or int(codes.min()) < 0:
+            continue
+        scale = tensor.scale.float().view(n, -1, block.groups)
+        least, most = _range(block)
+        if (found := _multiples(scale, least, most)) is None:
+            continue
+        d, scales = found
+        if block.center is not None:
+            return Fit(block, Parts(codes.to(torch.uint8), d, scales))
+        assert tensor.zero_point is not None
+        zero = tensor.zero_point.float().view_as(scale)
+        if (offsets := _multiples(zero.double() * scale.double(), 0, most, scale, zero)) is not None:
+            return Fit(block, Parts(codes, d, scales, *offsets))
+    raise FormatError(
+        f"the scales of {scheme} are not multiples of one float16 for every 256 columns, which K-quants need"
+    )
+
+
+def _range(block: Block) -> tuple[int, int]:
+    """The least and the largest integer scale."""
+    width = sum(plane.width for plane in block.scales)
+    return -block.zero_scale, (1 << width) - 1 - block.zero_scale
+
+
+def _multiples(
+    values: Tensor, least: int, most: int, scale: Tensor | None = None, zero: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """``values [N, B, G]`` as integers times a float16 ``[N, B]``, exactly; None if there is none.
+
+    Values that are only nearly multiples, since they are zero points times ``scale``, must give ``zero`` again.
+    """
+    peak = values.gather(-1, values.abs().argmax(-1, keepdim=True))  # with its sign
+    d = torch.zeros_like(peak).half()
+    integers = torch.zeros_like(values, dtype=torch.int16)
+    open_ = peak != 0
+    for k in (k for size in range(max(most, -least), 0, -1) for k in (size, -size) if least <= k <= most):
+        if not bool(open_.any()):
+            break
+        candidate = (peak / k).half()
+        whole = (values / candidate).round().nan_to_num(0, 0, 0).clamp(least, most)
+        made = candidate.float() * whole.float()
+        same = made == values if scale is None or zero is None else made / scale == zero
+        fits = open_ & same.all(-1, keepdim=True) & (candidate != 0)
+        d = torch.where(fits, candidate, d)
+        integers = torch.where(fits, whole.short(), integers)
+        open_ &= ~fits
+    return None if bool(open_.any()) else (d.squeeze(-1), integers)

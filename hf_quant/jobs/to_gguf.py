@@ -1,0 +1,194 @@
+"""A quantized checkpoint as one GGUF file, for llama.cpp and what is built on it: the same codes, read back and compared."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_quant.checkpoint.contents import Contents
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import CheckpointError, FormatError, HfQuantError
+from hf_quant.gguf.architectures import ROPE, Architecture, metadata_of, of_config, rope_divisors, row_order, there
+from hf_quant.gguf.blocks import BLOCKS, pack, unpack
+from hf_quant.gguf.codes import blocks_of, tensor_of
+from hf_quant.gguf.codes import why_not as why_no_blocks
+from hf_quant.gguf.file import File
+from hf_quant.gguf.tokenizer import tokenizer_keys
+from hf_quant.jobs.progress import Reporter
+
+FILE = "model.gguf"
+FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18}
+
+
+@dataclass(frozen=True)
+class _Source:
+    contents: Contents
+    config: dict[str, Any]
+    architecture: Architecture
+
+    @classmethod
+    def of(cls, contents: Contents) -> _Source:
+        config = contents.checkpoint.config
+        return cls(contents, config, of_config(config))
+
+    def layer(self, module: str) -> QuantizedTensor:
+        """A quantized layer with its rows in the order of GGUF."""
+        read = self.contents.read(module)
+        assert isinstance(read, QuantizedTensor)
+        order = self.order(there(f"{module}.weight"), read.scale.shape[0])
+        if order is None:
+            return read
+        zero = None if read.zero_point is None else read.zero_point[order]
+        return replace(read, qweight=read.qweight[order], scale=read.scale[order], zero_point=zero)
+
+    def floats(self, name: str) -> Tensor:
+        """A tensor in floating point, likewise: vectors in float32, matrices in 16 bits where they have no more."""
+        tensor = self.contents.checkpoint.read(name)
+        order = self.order(there(name), tensor.shape[0])
+        tensor = tensor if order is None else tensor[order]
+        return tensor.float() if tensor.ndim == 1 else tensor
+
+    def order(self, name: str, rows: int) -> Tensor | None:
+        return row_order(name, self.architecture, self.config, rows)
+
+    def rest(self) -> list[str]:
+        """Tensors in floating point that a file has a place for."""
+        tied = self.config.get("tie_word_embeddings")
+        return [
+            n
+            for n in self.contents.rest
+            if not n.endswith("rotary_emb.inv_freq") and not (tied and n == "lm_head.weight")
+        ]
+
+
+def why_not_gguf(contents: Contents) -> dict[str, list[str]]:
+    """Why a GGUF file cannot hold a checkpoint, from its headers alone: sentence to layers; empty if it may."""
+    try:
+        source = _Source.of(contents)
+        rope_divisors(source.config)
+        tokenizer_keys(contents.checkpoint.folder, source.config)
+        for name in source.rest():
+            there(name)
+    except FormatError as error:
+        return {str(error): sorted(contents.layers)[:1]}
+    reasons: dict[str, list[str]] = {}
+    for module, layer in contents.layers.items():
+        reason = f"not integer codes ({layer.note})" if layer.scheme is None else why_no_blocks(layer.scheme)
+        if reason is not None:
+            reasons.setdefault(f"{reason}; --to dense makes it floating point", []).append(module)
+    return reasons
+
+
+def write_gguf(contents: Contents, stage: Path, report: Reporter) -> Path:
+    """Write ``model.gguf`` into a folder, and compare every layer with what reads back.
+
+    Raises:
+        FormatError: A layer has no exact place in it; names the layer.
+        CheckpointError: What was written does not read back as it was.
+        HfQuantError: The package gguf is missing.
+    """
+    source, path = _Source.of(contents), stage / FILE
+    types = {module: _type(source, module) for module in report.bar(list(contents.layers), "layers")}
+    writer = _writer(source, types, path)
+    divisors = rope_divisors(source.config)
+    infos: dict[str, Tensor] = {} if divisors is None else {ROPE: divisors}
+    for name, tensor in _tensors(source, infos, types, shapes=True):
+        raw = types.get(name.removesuffix(".weight"))
+        _announce(writer, ROPE if name == ROPE else there(name), tensor, raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for _, tensor in _tensors(source, infos, types, shapes=False):
+        writer.write_tensor_data(tensor.contiguous().view(torch.uint8).numpy())
+    writer.close()
+    _compare(source, File.open(path))
+    counts = Counter(types.values())
+    report.say(f"{path.name}: " + ", ".join(f"{count} layers in {name}" for name, count in counts.most_common()))
+    return path
+
+
+def _type(source: _Source, module: str) -> str:
+    try:
+        return blocks_of(source.layer(module)).block.name
+    except FormatError as error:
+        raise FormatError(f"--to gguf: {module}: {error}; --to dense makes it floating point") from None
+
+
+def _tensors(
+    source: _Source, infos: dict[str, Tensor], types: dict[str, str], *, shapes: bool
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in the order of the file; for ``shapes``, layers without their bytes."""
+    yield from infos.items()
+    for name in source.rest():
+        yield name, source.floats(name)
+    for module, layer in source.contents.layers.items():
+        block = BLOCKS[types[module]]
+        if shapes:
+            yield (
+                f"{module}.weight",
+                torch.empty(layer.shape[0], layer.shape[1] // block.weights * block.size, dtype=torch.uint8),
+            )
+        else:
+            fit = blocks_of(source.layer(module))
+            yield f"{module}.weight", pack(fit.parts, fit.block)
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise HfQuantError("--to gguf needs the package gguf: pip install hf-quant[gguf]") from None
+    return gguf
+
+
+def _writer(source: _Source, types: dict[str, str], path: Path) -> Any:
+    """A writer that knows all keys of the file."""
+    writer = _package().GGUFWriter(path, source.architecture.name)
+    keys = metadata_of(source.config, source.architecture) | tokenizer_keys(
+        source.contents.checkpoint.folder, source.config
+    )
+    most = Counter(types.values()).most_common(1)[0][0]
+    keys |= {"general.name": source.contents.checkpoint.folder.name, "general.file_type": FILE_TYPES[most],
+             "general.quantization_version": 2}  # fmt: skip
+    for key, value in keys.items():
+        add = {
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+            list: writer.add_array,
+        }
+        add[type(value)](key, value)
+    return writer
+
+
+def _announce(writer: Any, name: str, tensor: Tensor, block: str | None) -> None:
+    types = _package().GGMLQuantizationType
+    if block is not None:
+        shape, raw = tuple(tensor.shape), types[block]
+    else:
+        raw = {torch.float32: types.F32, torch.float16: types.F16, torch.bfloat16: types.BF16}.get(tensor.dtype)
+        if raw is None:
+            raise FormatError(f"--to gguf: tensor {name}: GGUF holds no {tensor.dtype}")
+        shape = (*tensor.shape[:-1], tensor.shape[-1] * tensor.element_size())
+    numpy = tensor.new_empty(0, dtype=torch.uint8).numpy()
+    writer.add_tensor_info(name, shape, numpy.dtype, tensor.nbytes, raw)
+
+
+def _compare(source: _Source, written: File) -> None:
+    for name in source.rest():
+        if not torch.equal(written.floats(there(name)).float(), source.floats(name).float()):
+            raise CheckpointError(f"{name}: what was written does not read back as it was; nothing is kept")
+    for module in source.contents.layers:
+        name = there(f"{module}.weight")
+        block = written.tensors[name].block
+        assert block is not None
+        read = tensor_of(unpack(written.bytes_of(name), block), block).dequantize(torch.float32)
+        if not torch.equal(read, source.layer(module).dequantize(torch.float32)):
+            raise CheckpointError(f"{module}: what was written does not read back as it was; nothing is kept")

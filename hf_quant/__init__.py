@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from hf_quant.jobs.train import train as train
     from hf_quant.jobs.verify import VerifyResult as VerifyResult
     from hf_quant.jobs.verify import verify as verify
+    from hf_quant.nn import QuantLinear as QuantLinear
     from hf_quant.training import Distillation as Distillation
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "PlannedModel",
     "PushResult",
     "QuantCache",
+    "QuantLinear",
     "QuantizeResult",
     "QuantizedModel",
     "VerifyResult",
@@ -82,6 +84,7 @@ _HOMES = {
     "jobs.quantize": ("QuantizeResult", "QuantizedModel", "quantize"),
     "jobs.train": ("train",),
     "jobs.verify": ("VerifyResult", "verify"),
+    "nn": ("QuantLinear",),
     "training": ("Distillation",),
 }
 

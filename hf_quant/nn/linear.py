@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.layout import in_features, wrong_shape, wrong_values
+from hf_quant.core.pieces import below, columns_of, rows_of, why_not_below
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
+from hf_quant.errors import CheckpointError
 from hf_quant.kernels import LinearSpec, outlier_linear, select
 from hf_quant.nn._hooks import mark_initialized
 from hf_quant.nn._outside import seen
@@ -55,6 +58,63 @@ class QuantLinear(Repacking, nn.Linear):
         self.register_parameter("bias", frozen(torch.empty(out_features, dtype=dtype)) if bias else None)
         self.shares_codes = False  # True if the embeddings use the same codes
         mark_initialized(self)
+
+    @classmethod
+    def of(cls, weight: QuantizedTensor, dtype: torch.dtype | None = None) -> QuantLinear:
+        """The layer of a weight ``[N, K]``, without a bias, ready to run.
+
+        Args:
+            weight: Quantized.
+            dtype: In which the layer computes; None for that of its scales.
+        """
+        n, k = weight.qweight.shape[0], weight.in_features
+        layer = cls(k, n, weight.scheme, bias=False, dtype=dtype or weight.scale.dtype, scale_dtype=weight.scale.dtype)
+        for name, tensor in weight.parts().items():
+            layer._parameters[name] = frozen(tensor)
+        layer.choose_kernel()
+        layer.finished()
+        return layer
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], scheme: QuantScheme | str, dtype: torch.dtype | None = None
+    ) -> QuantLinear:
+        """The layer of the tensors that a native checkpoint has for it, without a bias, ready to run.
+
+        Args:
+            tensors: By the end of their names: ``weight`` (codes), ``weight_scale``, ... as in `core.layout`.
+            scheme: Of the weight, or its slug.
+            dtype: In which the layer computes; None for that of its scales.
+
+        Raises:
+            CheckpointError: The tensors contradict the scheme, or hold values that no kernel may meet.
+        """
+        known = QuantScheme.parse(scheme) if isinstance(scheme, str) else scheme
+        wrong = wrong_shape(tensors, known) or wrong_values(tensors, known, in_features(tensors["weight"], known))
+        if wrong is not None:
+            raise CheckpointError(wrong)
+        return cls.of(QuantizedTensor.from_parts(tensors, known), dtype)
+
+    def narrowed(self, axis: int, start: int, count: int) -> QuantLinear:
+        """A layer with a part of this one, as tensor parallelism gives it to one of several devices.
+
+        Args:
+            axis: 0 for outputs (rows of the weight), 1 for inputs (its columns).
+            start: The first of them.
+            count: How many.
+
+        Raises:
+            SchemeError: There are no such rows or columns, or they cut a group of columns.
+        """
+        weight = self.quantized_weight()
+        part = (rows_of, columns_of)[axis](weight, start, count)
+        return type(self).of(part, self.compute_dtype)
+
+    @classmethod
+    def joined(cls, layers: Sequence[QuantLinear]) -> QuantLinear | None:
+        """One layer whose outputs are those of all ``layers``, one after the other; None where their weights do not fit together."""
+        weights = [layer.quantized_weight() for layer in layers]
+        return None if why_not_below(weights) is not None else cls.of(below(weights), layers[0].compute_dtype)
 
     @property
     def spec(self) -> LinearSpec:

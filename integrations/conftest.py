@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import torch
 
 Saved = Callable[..., Path]
 FIGURES: list[str] = []
+CELLS: list[dict[str, str]] = []  # of the matrix of hosts and schemes
 
 
 def pytest_report_header() -> list[str]:
@@ -43,6 +46,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Hosts warn of much that is theirs: warnings are no errors here."""
     for item in (item for item in items if HOSTS in item.path.parents):
         item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def cell(scheme: str, format: str, seen: str, device: str = "cpu") -> None:
+    """Note what a host did with a scheme in a format, for `integrations/matrix`; it counts if the test passes.
+
+    Args:
+        scheme: Slug.
+        format: As in ``hf-quant convert --to``.
+        seen: In few words: ``"served"``, or why not.
+        device: On which it ran.
+    """
+    test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
+    CELLS.append({"test": test, "scheme": scheme, "format": format, "seen": seen, "device": device})
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Forget what a test noted that failed after all."""
+    if report.failed:
+        CELLS[:] = [entry for entry in CELLS if entry["test"] != report.nodeid]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write what was seen, where `integrations/try` asks for it."""
+    if (folder := os.environ.get("HF_QUANT_RESULTS")) is not None:
+        hosts = {entry["test"].split("/")[1] for entry in CELLS}
+        for host in hosts:
+            seen = [{k: v for k, v in entry.items() if k != "test"} for entry in CELLS if f"/{host}/" in entry["test"]]
+            lines = [line.partition(": ")[2] for line in pytest_report_header() if line.startswith(f"{host}: ")]
+            known = {"versions": [*lines, f"torch {torch.__version__}", f"transformers {version('transformers')}"]}
+            known |= {"processor": _processor(), "date": f"{date.today():%Y-%m-%d}"}
+            text = json.dumps(known | {"seen": sorted(seen, key=str)}, indent=1, ensure_ascii=False)
+            (Path(folder) / f"{host}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 def record(what: str, **figures: Any) -> None:
@@ -100,3 +140,9 @@ def run(arguments: list[Any], **options: Any) -> str:
 def of_ours(model: torch.nn.Module) -> int:
     """How many layers of a model are quantized layers of this package."""
     return sum(type(module).__module__.startswith("hf_quant.nn") for module in model.modules())
+
+
+def written(folder: Path) -> str:
+    """The format of a quantized checkpoint, as ``hf-quant convert --to`` calls it."""
+    method: str = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+    return "native" if method == "hf_quant" else method

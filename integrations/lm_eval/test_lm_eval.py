@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from integrations.conftest import REFERENCE, Saved, of_ours
+from integrations.conftest import REFERENCE, Saved, cell, of_ours, record
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: integrations/try lm_eval")
 FORMATS = ["native", "compressed-tensors", "gptq", "awq"]
@@ -78,3 +78,5 @@ def test_the_same_numbers_from_our_layers(
     assert of_ours(model) == 8 * 7
     assert numbers == native
     assert numbers["acc,none"] > 0.5, "it has learnt something"
+    cell("W4A16-g32-asym", to, "measured")
+    record(to, **numbers)

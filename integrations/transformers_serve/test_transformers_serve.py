@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.utils.import_utils import is_serve_available
 
-from integrations.conftest import Saved, of_ours
+from integrations.conftest import Saved, cell, of_ours
 
 COMMAND = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
 PROMPT = "The following functions are provided to"
@@ -73,7 +73,7 @@ def server(folder: Path, tmp_path: Path) -> Iterator[str]:
             process.wait(60)
 
 
-def test_served(server: str, folder: Path) -> None:
+def test_served(server: str, folder: Path, request: pytest.FixtureRequest) -> None:
     body = {
         "model": str(folder),
         "messages": [{"role": "user", "content": PROMPT}],
@@ -82,6 +82,7 @@ def test_served(server: str, folder: Path) -> None:
     }
     answer = post(server, body)
     assert answer["choices"][0]["message"]["content"] == expected(folder)
+    cell(*request.node.callspec.params["folder"], "served")
 
 
 def test_pipeline(folder: Path) -> None:

@@ -1,0 +1,213 @@
+"""Quantized checkpoints served by vLLM: greedy tokens are those of transformers."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from integrations.conftest import REFERENCE, cell, of_ours, record
+
+vllm = pytest.importorskip("vllm", reason="vLLM is not installed: integrations/try vllm")
+arithmetic = pytest.importorskip("hf_quant_vllm.linear", reason="pip install integrations/vllm")
+os.environ |= {
+    "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+}  # fmt: skip
+
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+from hf_quant import HfQuantConfig, HfQuantError, convert
+
+LENGTH = 32
+TOKENIZER = AutoTokenizer.from_pretrained(REFERENCE)
+TEXTS = [text.strip() for text in (REFERENCE / "heldout.txt").read_text().split("<|endoftext|>")]
+PROMPTS = [TOKENIZER(text[:200]).input_ids[:24] for text in TEXTS[:8]]
+MIXED = {"overrides": {"*q_proj": "W3A16-g64", "*.down_proj": "W8A16-g128", "*.v_proj": None}}
+# fields of HfQuantConfig besides the scheme
+NATIVE = {
+    "W2A16-g32-asym": {},
+    "W3A16-g128": {},
+    "W3A16-g128-o0.1%": {},
+    "W4A16-g128-asym": {},
+    "W4A16-g128-o0.5%-columns": {},
+    "W8A16-g128": {},
+    "W8A8": {},
+    "W8A8-o0.5%-columns": {"method": "calibrated", "calibration_tokens": 4096},
+    "W4A8-g128": {},
+    "W4A16-g64": MIXED,
+}
+# what stock vLLM 0.32 does with other formats on CPUs: None if it serves them, or a part of its refusal
+STOCK = {
+    ("W4A16-g128", "compressed-tensors"): None,
+    ("W4A16-g128-asym", "compressed-tensors"): None,
+    ("W8A8", "compressed-tensors"): None,
+    ("W4A8-g128", "compressed-tensors"): "",
+    ("W8A16-g128", "compressed-tensors"): "",
+    ("W3A16-g128", "compressed-tensors"): "",
+    ("W2A16-g32", "compressed-tensors"): "",
+    ("W4A16-g128", "gptq"): None,
+    ("W4A16-g128-asym", "awq"): None,
+}
+
+
+Made = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """``made("W4A16-g128", "gptq", **fields)`` is a folder with the reference model; fields are those of HfQuantConfig."""
+
+    def folder(scheme: str, to: str = "native", source: Path = REFERENCE, **fields: Any) -> Path:
+        out = tmp_path_factory.mktemp("made") / to
+        saves = to if to in ("native", "compressed-tensors") else "native"
+        config = HfQuantConfig(scheme, format=saves, **fields)
+        AutoModelForCausalLM.from_pretrained(source, quantization_config=config).save_pretrained(out.with_name(saves))
+        TOKENIZER.save_pretrained(out.with_name(saves))
+        if saves != to:
+            convert(out.with_name(saves), out, to=to)
+        return out
+
+    return folder
+
+
+def served(
+    folder: Path, dtype: str = "float32", prompts: list[list[int]] = PROMPTS, **options: Any
+) -> list[list[int]]:
+    """The greedy continuations that vLLM gives."""
+    host = vllm.LLM(
+        model=str(folder), dtype=dtype, max_model_len=128, enforce_eager=True, max_num_seqs=8,
+        **({"distributed_executor_backend": "uni"} | options),
+    )  # fmt: skip
+    try:
+        sampling = vllm.SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True)
+        made = host.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        return [list(one.outputs[0].token_ids) for one in made]
+    finally:
+        host.llm_engine.engine_core.shutdown()
+        del host
+        gc.collect()
+
+
+def expected(folder: Path, dtype: torch.dtype = torch.float32) -> list[list[int]]:
+    """Those of transformers, with kernels of ours."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert of_ours(model)
+    tokens = []
+    for ids in map(torch.tensor, PROMPTS):
+        options = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "do_sample": False}
+        made = model.generate(ids[None], attention_mask=torch.ones_like(ids[None]), **options)
+        tokens.append(made[0, len(ids) :].tolist())
+    return tokens
+
+
+def agreement(got: list[list[int]], wanted: list[list[int]]) -> int:
+    """How many continuations are the same to the last token."""
+    return sum(one == other for one, other in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("scheme", NATIVE)
+def test_native(scheme: str, made: Made) -> None:
+    folder = made(scheme, **NATIVE[scheme])
+    equal = agreement(served(folder), expected(folder))
+    record(f"native {scheme} {NATIVE[scheme] or ''}", equal=f"{equal} of {len(PROMPTS)}", by="plug-in")
+    assert equal == len(PROMPTS)
+    cell(scheme + (", W3A16-g64, W8A16-g128, float" if "overrides" in NATIVE[scheme] else ""), "native", "served")
+
+
+@pytest.mark.parametrize(("scheme", "to"), STOCK)
+def test_other_formats(scheme: str, to: str, made: Made) -> None:
+    """Without the plug-in's help: what stock vLLM serves on this processor, and in which words it refuses."""
+    folder, refused = made(scheme, to), STOCK[scheme, to]
+    if refused is None:
+        equal = agreement(served(folder), expected(folder))
+        record(f"{to} {scheme}", equal=f"{equal} of {len(PROMPTS)}", by="stock vLLM")
+        assert equal == len(PROMPTS)
+    else:
+        with pytest.raises(Exception, match=refused) as caught:
+            served(folder)
+        record(f"{to} {scheme}", refused=" ".join(str(caught.value).split())[:300])
+    cell(scheme, to, "served by stock vLLM" if refused is None else "refused by stock vLLM")
+
+
+def test_fused_and_stacked(made: Made, tmp_path: Path) -> None:
+    """A mixture of experts with two widths, random weights, and an output head in 8 bits."""
+    config = MixtralConfig(
+        vocab_size=TOKENIZER.vocab_size, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, head_dim=32, max_position_embeddings=256,
+        initializer_range=0.2,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    overrides = {"*down_proj": "W3A16-g64-o1%", "lm_head": "W8A16-g128"}
+    folder = made("W4A16-g32-asym", source=tmp_path, overrides=overrides, quantize_lm_head=True)
+    equal = agreement(served(folder), expected(folder))
+    record("native, mixture of experts, W4A16-g32-asym and W3A16-g64-o1%, head W8A16-g128", equal=f"{equal} of 8")
+    assert equal == len(PROMPTS)
+    cell("W4A16-g32-asym, W3A16-g64-o1%, W8A16-g128 (experts, head)", "native", "served")
+
+
+def test_two_ranks_share_each_layer(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor parallelism: outputs of q/k/v and gate/up, inputs of o_proj and down_proj, with outliers in them."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    folder = made("W3A16-g64-asym-o0.5%", overrides={"*.down_proj": "W4A16-g128-o1%-columns"})
+    equal = agreement(served(folder, tensor_parallel_size=2, distributed_executor_backend="mp"), expected(folder))
+    record("native W3A16-g64-asym-o0.5% on two ranks", equal=f"{equal} of 8")
+    assert equal == len(PROMPTS)
+    cell("W3A16-g64-asym-o0.5%, W4A16-g128-o1%-columns", "native", "served on two ranks")
+
+
+def test_what_cannot_be_served_is_refused(made: Made) -> None:
+    with pytest.raises(Exception, match="1 or 3 does not"):
+        arithmetic.refuse_cut_groups("model.layers.0.self_attn.o_proj", "W4A16-g128", 384, 64)
+    with pytest.raises(HfQuantError, match="the input embeddings are quantized"):
+        served(made("W4A16-g128", quantize_lm_head=True))
+
+
+@pytest.fixture
+def server(made: Made, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    folder = made("W3A16-g128-o0.1%")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder, "--dtype", "float32", "--port", port,
+        "--max-model-len", "128", "--enforce-eager", "--host", "127.0.0.1", "--served-model-name", "quantized",
+    ]  # fmt: skip
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=subprocess.STDOUT)
+        try:
+            for _ in range(600):
+                time.sleep(1)
+                assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                except OSError:
+                    continue
+                break
+            yield f"http://127.0.0.1:{port}/v1/completions", folder
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def test_the_server(server: tuple[str, Path]) -> None:
+    url, folder = server
+    body = {"model": "quantized", "prompt": PROMPTS, "max_tokens": LENGTH, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=300) as answer:
+        choices = json.load(answer)["choices"]
+    texts = [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+    equal = sum(text == TOKENIZER.decode(ids) for text, ids in zip(texts, expected(folder), strict=True))
+    record("OpenAI-compatible server, native W3A16-g128-o0.1%", equal=f"{equal} of {len(PROMPTS)}")
+    assert equal == len(PROMPTS)

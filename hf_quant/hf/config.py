@@ -12,7 +12,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.scheme import QuantScheme, fixed_zero
 from hf_quant.data.calibration import Source
 from hf_quant.disk.strict_json import shown
 from hf_quant.errors import FormatError, PlanError, SchemeError, printable
@@ -52,7 +52,7 @@ class HfQuantConfig(QuantizationConfigMixin):
             three that follow, which may not contradict it.
         bits: Width of one code: 8, 4, 3 or 2; 4 by default.
         group_size: Input columns that share a scale: a power of two from 16, or -1 for a whole row; 128 by default.
-        symmetric: Whether the zero point is fixed, as it is by default.
+        symmetric: Whether the zero point is fixed; by default it is not at 2 and 3 bits.
         method: ``"rtn"`` (rounding, needs no data), ``"calibrated"`` (what loses least at each width without
             training), ``"learned"`` (`calibrated`, then training block by block), ``"gptq"``, ``"awq"``, ``"hqq"``, or transforms and a method joined by ``+``: see `hf_quant.solve.recipes`.
         overrides: Glob over module names to slug, or to None to leave those modules in floating point; the first match
@@ -291,7 +291,8 @@ def _default_scheme(scheme: str | None, **fields: Any) -> QuantScheme:
     """The scheme that is named, or the one of the fields that are not None."""
     named = {name: value for name, value in fields.items() if value is not None}
     if scheme is None:
-        return QuantScheme(**({"bits": 4} | named))
+        bits = named.get("bits", 4)
+        return QuantScheme(**({"bits": bits, "symmetric": fixed_zero(bits)} | named))
     parsed = QuantScheme.parse(scheme)
     for name, value in named.items():
         if getattr(parsed, name) != value:

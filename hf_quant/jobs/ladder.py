@@ -115,7 +115,7 @@ def _shown(kl: float | None, ends: str, perplexity: float | None, top1: float | 
 def ladder(
     model: str | os.PathLike[str], output: str | os.PathLike[str], *, max_size: int | str | None = None,
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
-    group_size: int = 128, asym: bool = False, int8_activations: bool = False, method: str = "rtn", ignore: Sequence[str] = (),
+    group_size: int = 128, asym: bool | None = None, int8_activations: bool = False, method: str | None = None, ignore: Sequence[str] = (),
     lm_head: bool = False, embeddings: bool = False,
     calibration: str | None = None, calibration_tokens: int = 65536, epochs: int | None = None, max_memory: int | str | None = None,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
@@ -137,9 +137,10 @@ def ladder(
         max_ppl_increase: Perplexity over the base's minus one, such as 0.01.
         min_top1: Share of predictions whose likeliest token is the base's, such as 0.95.
         group_size: Columns that share a scale.
-        asym: With zero points.
+        asym: With zero points; default: at 2 and 3 bits.
         int8_activations: W8A8 and W4A8 on the way down, for speed in prefill and batches.
-        method: How codes are chosen.
+        method: How codes are chosen; None: ``"calibrated"`` where ``calibration`` names a text or calibration.txt lies beside the
+            model, else ``"rtn"``.
         ignore: Globs of layers to leave in floating point.
         lm_head: Quantize the output head too.
         embeddings: Quantize the input embeddings too.
@@ -175,6 +176,7 @@ def ladder(
     if not gate and size is None:
         raise OptionError("say what to keep: --max-kl, --max-ppl-increase, --min-top1 or --max-size")
     source = find_calibration(calibration, model)
+    method = method or ("rtn" if source is None else "calibrated")
     calibrated = needs_calibration(method, _slugs(group_size, asym, int8_activations), calibration)
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
     inputs = list(filter(None, (text, dataset, trial_text, calibration)))
@@ -213,7 +215,7 @@ def ladder(
             "quantize_embeddings": embeddings, "epochs": epochs,
         } | ({} if looked_at is None else {"calibration": looked_at.ids})  # fmt: skip
         walk = Ladder(
-            job, limits, rungs(group_size, not asym, int8_activations), options, base.load,
+            job, limits, rungs(group_size, asym, int8_activations), options, base.load,
             lambda: _trial(base, tokenizer, choosing, trial_text, trial_tokens, report), report.over("sensitivity"),
         ).walk()  # fmt: skip
         record = walk.to_dict() | {"limits": asdict(gate) | {"max_size": size}, "held_back": None}
@@ -247,11 +249,11 @@ def _base(model: str, dtype: str, device: str | None, from_hub: dict[str, Any]) 
     return base
 
 
-def _slugs(group_size: int, asym: bool, int8_activations: bool) -> list[str]:
+def _slugs(group_size: int, asym: bool | None, int8_activations: bool) -> list[str]:
     """Of the rungs, as `hf_quant.jobs.walk.rungs` makes them; no torch is needed to know whether text is looked at."""
-    from hf_quant.core.scheme import QuantScheme
+    from hf_quant.core.scheme import QuantScheme, fixed_zero
 
-    plain = [str(QuantScheme(bits, group_size, not asym)) for bits in (8, 4, 3, 2)]
+    plain = [str(QuantScheme(bits, group_size, fixed_zero(bits, asym))) for bits in (8, 4, 3, 2)]
     return [*plain, "W8A8"] if int8_activations else plain
 
 

@@ -151,7 +151,7 @@ def dtype_named(dtype: object) -> str:
 
 
 def schemes(
-    scheme: str | Sequence[str] | None, bits: int | None, group_size: int | None, asym: bool
+    scheme: str | Sequence[str] | None, bits: int | None, group_size: int | None, asym: bool | None
 ) -> tuple[str, ...]:
     """Slugs of the schemes that were asked for, either by name or by their parts.
 
@@ -159,12 +159,17 @@ def schemes(
         SchemeError: One of them is impossible.
         OptionError: A scheme is named twice, or in both ways.
     """
-    from hf_quant.core.scheme import QuantScheme
+    from hf_quant.core.scheme import QuantScheme, fixed_zero
 
     named = (scheme,) if isinstance(scheme, str) else tuple(scheme or ())
     if not named:
-        return (str(QuantScheme(4 if bits is None else bits, 128 if group_size is None else group_size, not asym)),)
-    options = {"--bits": bits is not None, "--group-size": group_size is not None, "--asym": asym}
+        bits = 4 if bits is None else bits
+        return (str(QuantScheme(bits, 128 if group_size is None else group_size, fixed_zero(bits, asym))),)
+    options = {
+        "--bits": bits is not None,
+        "--group-size": group_size is not None,
+        "--asym" if asym else "--sym": asym is not None,
+    }
     if also := [option for option, is_given in options.items() if is_given]:
         raise OptionError(f"--scheme {named[0]} says all that {also[0]} would: give one of them")
     slugs = tuple(str(QuantScheme.parse(name)) for name in named)

@@ -102,7 +102,7 @@ class PlanResult(Result):
 
 def plan(
     model: str | os.PathLike[str], *, scheme: str | Sequence[str] | None = None, bits: int | None = None,
-    group_size: int | None = None, asym: bool = False, method: str = "rtn", format: str = "auto", ignore: Sequence[str] = (),
+    group_size: int | None = None, asym: bool | None = None, method: str = "rtn", format: str = "auto", ignore: Sequence[str] = (),
     override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
     revision: str | None = None, trust_remote_code: bool = False,
 ) -> PlanResult:  # fmt: skip
@@ -113,7 +113,7 @@ def plan(
         scheme: As for `quantize`, like all others.
         bits: 8, 4, 3 or 2; default: 4.
         group_size: Columns that share a scale; default: 128.
-        asym: With zero points.
+        asym: With zero points; default: at 2 and 3 bits.
         method: How codes are chosen.
         format: Of the checkpoint.
         ignore: Globs of layers to leave in floating point.

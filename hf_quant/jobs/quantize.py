@@ -163,7 +163,7 @@ class QuantizeResult(Result):
 
 def quantize(
     model: str | os.PathLike[str], output: str | os.PathLike[str], *, scheme: str | Sequence[str] | None = None,
-    bits: int | None = None, group_size: int | None = None, asym: bool = False, method: str = "rtn", format: str = "auto",
+    bits: int | None = None, group_size: int | None = None, asym: bool | None = None, method: str = "rtn", format: str = "auto",
     ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
     max_shard_size: int | str = "5GB", overwrite: bool = False, eval: bool | None = None,
@@ -183,7 +183,7 @@ def quantize(
         scheme: Slug such as ``"W4A16-g128"``, or several of them; in place of ``bits``, ``group_size`` and ``asym``.
         bits: 8, 4, 3 or 2; default: 4.
         group_size: Columns that share a scale, -1 for a whole row; default: 128.
-        asym: With zero points.
+        asym: With zero points; default: at 2 and 3 bits.
         method: How codes are chosen: a file of ``hf_quant/methods``, a preset, or transforms and a method joined by ``+``.
         format: Of the checkpoint: ``"auto"``, ``"native"`` or ``"compressed_tensors"``.
         ignore: Globs of layers to leave in floating point.

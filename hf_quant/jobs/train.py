@@ -26,7 +26,7 @@ def train(
     model: str | os.PathLike[str], output: str | os.PathLike[str], *, data: str, teacher: str | None = None,
     steps: int | None = None, epochs: float | None = None, lr: float = 1e-4, batch: int = 8, train_context: int | None = None,
     seed: int = 0, checkpoint_minutes: float = 5.0, scheme: str | Sequence[str] | None = None,
-    bits: int | None = None, group_size: int | None = None, asym: bool = False, method: str = "rtn", format: str = "auto",
+    bits: int | None = None, group_size: int | None = None, asym: bool | None = None, method: str = "rtn", format: str = "auto",
     ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
     max_shard_size: int | str = "5GB", overwrite: bool = False,

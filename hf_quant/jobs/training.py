@@ -29,7 +29,7 @@ from hf_quant.training.distillation import divergence
 from hf_quant.training.held_out import held_out
 from hf_quant.training.loop import Loss, Settings, State, Steps
 
-HELD, JUDGED = 16, 128  # of so many windows one is held out; at most about that many windows are
+HELD, JUDGED = 16, 64  # of so many windows one is held out; at most about that many windows are
 CALIBRATED_ON = 65536  # tokens of the training text, where training begins from the codes of a calibrated method
 
 

@@ -16,7 +16,7 @@ import torch
 
 from hf_quant.bench.speed import Speed, compare
 from hf_quant.core.layout import bytes_of
-from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.scheme import QuantScheme, fixed_zero
 from hf_quant.evaluation.gate import Budget, unfavourable
 from hf_quant.evaluation.knapsack import Frontier, frontier
 from hf_quant.evaluation.measure import means
@@ -35,9 +35,9 @@ TRIES = 4  # mixed plans to measure, at most
 CLOSE = 0.97  # of the budget used: near enough
 
 
-def rungs(group_size: int, symmetric: bool, int8_activations: bool) -> list[QuantScheme]:
+def rungs(group_size: int, asym: bool | None, int8_activations: bool) -> list[QuantScheme]:
     """From many bits to few; with INT8 activations where kernels multiply them, beside 8 and 4 bits."""
-    plain = [QuantScheme(bits, group_size, symmetric) for bits in LADDER]
+    plain = [QuantScheme(bits, group_size, fixed_zero(bits, asym)) for bits in LADDER]
     if not int8_activations:
         return plain
     return [QuantScheme(8, -1, activations="token"), replace(plain[1], activations="token"), *plain[2:]]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_quant.errors import PlanError
 
+CACHED = 1 << 20  # logits that a core works on at a time: 4 MB in float32
 IGNORED = -100  # a label that is not scored, in transformers
 STUDENTS = ("labels", "num_items_in_batch", "use_cache", "past_key_values", "cache")  # what only the student is given
 
@@ -66,11 +67,32 @@ def divergence(given: Tensor, expected: Tensor, temperature: float = 1.0) -> Ten
     """KL divergence of two distributions of next tokens, in log space: nats ``[P]``, float32 or wider.
 
     Args:
-        given: Logits of the student ``[P, V]``.
-        expected: Logits of the teacher ``[P, V]``; -inf for tokens that it rules out.
+        given: Logits of the student ``[P, V]``, or ``[..., V]``.
+        expected: Logits of the teacher, likewise; -inf for tokens that it rules out.
         temperature: Of both; the result is multiplied by its square, so that gradients keep their size.
     """
-    wide = torch.promote_types(given.dtype, torch.float32)
-    log_q, log_p = ((logits.to(wide) / temperature).log_softmax(-1) for logits in (given, expected))
-    p = log_p.exp()
-    return (p * (log_p - log_q).masked_fill(p == 0, 0)).sum(-1) * temperature**2
+    rows = (logits.reshape(-1, logits.shape[-1]) for logits in (given, expected))
+    nats: Tensor = _Divergence.apply(*rows, temperature)  # type: ignore[no-untyped-call]
+    return nats.view(given.shape[:-1])
+
+
+class _Divergence(torch.autograd.Function):
+    """`divergence`, some rows at a time: what is kept for the backward pass is the gradient, in the dtype of the logits, and on a
+    CPU everything else stays in its cache."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, expected: Tensor, temperature: float) -> Tensor:
+        nats = torch.empty(len(given), dtype=torch.promote_types(given.dtype, torch.float32), device=given.device)
+        ctx.gradient = torch.empty_like(given) if ctx.needs_input_grad[0] else None
+        size = max(1, CACHED // given.shape[-1]) if given.device.type == "cpu" else max(1, len(given))
+        for rows in (slice(i, i + size) for i in range(0, len(given), size)):
+            log_q, log_p = ((part[rows].to(nats.dtype) / temperature).log_softmax(-1) for part in (given, expected))
+            p = log_p.exp()
+            nats[rows] = (p * (log_p - log_q).masked_fill_(p == 0, 0)).sum(-1) * temperature**2
+            if ctx.gradient is not None:
+                ctx.gradient[rows] = log_q.exp_().sub_(p) * temperature
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.gradient * grad[:, None].to(ctx.gradient.dtype), None, None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_quant.disk.journal import Journal
 from hf_quant.errors import HfQuantError
-from hf_quant.training.modules import FakeQuant
+from hf_quant.training.modules import SUFFIXES, FakeQuant
 
 Loss = Callable[[Any, Tensor], Tensor]  # of a model and some windows [B, T]: the mean per token
 PATIENCE = 3  # losses in a row that are not finite
@@ -29,7 +29,8 @@ class Settings:
     Attributes:
         steps: Updates of the weights.
         batch: Windows of text in each.
-        lr: Learning rate of AdamW, of weights, scales and offsets alike; it falls along a cosine.
+        lr: Learning rate of AdamW, of weights; it falls along a cosine.
+        ranges: Share of it that scales and offsets have: each moves all the weights of its group.
         warmup: Share of the steps in which it rises to that.
         clip: Norm that the gradient is cut down to.
         seed: Of the order of the windows, and of dropout.
@@ -38,6 +39,7 @@ class Settings:
     steps: int
     batch: int
     lr: float
+    ranges: float = 0.1
     warmup: float = 0.05
     clip: float = 1.0
     seed: int = 0
@@ -146,7 +148,7 @@ class Steps:
             HfQuantError: The loss or its gradient was not finite several times in a row, or the loss before the first step.
         """
         settings, parameters = self.settings, _trained(self.model)
-        optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = _optimizer(parameters, settings)
         torch.manual_seed(settings.seed)
         state = _restore(self.journal, parameters, optimizer)
         if not state.rates or state.rates[-1][1] != settings.lr:
@@ -197,6 +199,13 @@ def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def _optimizer(parameters: dict[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    ranges = [parameter for name, parameter in parameters.items() if name.endswith(SUFFIXES[1:])]
+    weights = [parameter for name, parameter in parameters.items() if not name.endswith(SUFFIXES[1:])]
+    groups = [{"params": weights, "share": 1.0}, {"params": ranges, "share": settings.ranges}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
 @torch.no_grad()
 def _held_out_loss(model: nn.Module, ids: Tensor, loss: Loss, batch: int) -> float:
     """Mean loss per token of ``ids [H, T]``."""
@@ -219,12 +228,15 @@ def _update(
     settings: Settings, step: int,
 ) -> float:  # fmt: skip
     """One step; returns its loss, or NaN where that or the gradient was not finite and nothing was changed."""
-    optimizer.param_groups[0]["lr"] = settings.rate(step)
+    for group in optimizer.param_groups:
+        group["lr"] = settings.rate(step) * group["share"]
     batch_loss = loss(model, rows)
     value = batch_loss.item()
     if math.isfinite(value):
         batch_loss.backward()
-        norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], settings.clip)
+        norm = nn.utils.clip_grad_norm_(
+            [p for group in optimizer.param_groups for p in group["params"]], settings.clip
+        )
         value = value if bool(norm.isfinite()) else math.nan
     if math.isfinite(value):
         optimizer.step()

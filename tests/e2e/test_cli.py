@@ -251,7 +251,7 @@ def test_ladder_of_a_calibrated_method(
     looked_at.write_text("something else to look at, one time and again\n" * 40)
     call = ["ladder", folder, "-o", out, "--group-size", 32, "--trial-tokens", 64, "--context", 32, "--text", text]
     call += ["--max-kl", 0.5, "--json"]
-    assert "looks at no text" in run(*call, "--calibration", looked_at, code=2).stderr
+    assert "looks at no text" in run(*call, "--method", "rtn", "--calibration", looked_at, code=2).stderr
     told: list[set[str]] = []
     real = hf_quant.disk.folders._swap
     monkeypatch.setattr(
@@ -259,13 +259,13 @@ def test_ladder_of_a_calibrated_method(
         "_swap",
         lambda stage, to: (told.append({p.name for p in stage.iterdir()}) if to == out else None, real(stage, to)),
     )
-    record = json.loads(run(*call, "--method", "gptq", "--calibration", looked_at).stdout)
+    record = json.loads(run(*call, "--calibration", looked_at).stdout)
     assert {"ladder.json", "results.json", "recipe.json", "size_and_kl-dark.png"} < told[0]
     quality = checked(out)["quality"]
     assert quality == record["held_back"] and quality["documents"] == 22
     chosen = next(r for r in record["rungs"] if r["bytes"] == record["chosen_bytes"])
     assert chosen["quality"]["text_sha256"] != quality["text_sha256"] and chosen["quality"]["documents"] == 22
-    assert json.loads((out / "recipe.json").read_text())["method"] == "gptq"
+    assert json.loads((out / "recipe.json").read_text())["method"] == "calibrated"  # since there is a text for it
 
 
 def test_measuring_the_wrong_thing_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import pytest
 
 from hf_quant import HfQuantConfig
 from hf_quant.errors import PlanError, SchemeError
+from hf_quant.jobs.options import schemes
+from hf_quant.jobs.walk import rungs
 
 
 @pytest.mark.parametrize(
@@ -27,6 +29,16 @@ def test_a_field_that_contradicts_the_scheme_is_refused(fields: dict[str, Any]) 
     with pytest.raises(SchemeError, match=next(iter(fields))):
         HfQuantConfig("W4A16-g32", **fields)
     assert HfQuantConfig("W4A16-g32", bits=4, group_size=32, symmetric=True).scheme == "W4A16-g32"
+
+
+@pytest.mark.parametrize(("bits", "slug"), [(2, "-asym"), (3, "-asym"), (4, ""), (8, "")])
+def test_few_bits_have_zero_points_where_nobody_says_otherwise(bits: int, slug: str) -> None:
+    assert HfQuantConfig(bits=bits, group_size=64).scheme == f"W{bits}A16-g64{slug}"
+    assert schemes(None, bits, 64, None) == (f"W{bits}A16-g64{slug}",)
+    assert [scheme.symmetric for scheme in rungs(64, None, False)] == [True, True, False, False]
+    assert HfQuantConfig(bits=bits, symmetric=True).symmetric and schemes(None, bits, None, False) == (
+        f"W{bits}A16-g128",
+    )
 
 
 def test_a_stored_configuration_may_hold_fields_of_other_software(caplog: pytest.LogCaptureFixture) -> None:

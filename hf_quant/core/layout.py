@@ -25,6 +25,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hf_quant.core.numerics import LEVELS
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import SchemeError
 
@@ -137,7 +138,7 @@ def wrong_values(parts: Mapping[str, Tensor], scheme: QuantScheme, columns: int)
     good = scale.isfinite() if scheme.foreign else scale.isfinite() & (scale != 0)
     if not bool(good.all()):
         return f"weight_scale: {int((~good).sum())} scales are zero or not finite numbers"
-    largest = 1 if scheme.codebook else scheme.zero if scheme.symmetric else scheme.qmax
+    largest = max(LEVELS[scheme.codebook]) if scheme.codebook else scheme.zero if scheme.symmetric else scheme.qmax
     if (
         not scheme.real_zero
         and scale.numel()

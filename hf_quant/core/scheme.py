@@ -11,7 +11,7 @@ from hf_quant.errors import SchemeError
 BITS = (2, 3, 4, 8)
 MULTIPLE = 32  # in_features must be a multiple of this: 32 codes of any width fill whole int32 words
 MOST_OUTLIERS = 0.1  # a larger share would be another precision
-CODEBOOKS = ("nf4", "fp4")  # read from bitsandbytes checkpoints; no method here produces them
+CODEBOOKS = ("nf4", "fp4", "e2m1")  # of bitsandbytes, and of MXFP4 and NVFP4; no method here produces them
 ACTIVATIONS = {
     "token": "",
     "tensor": "-static",
@@ -19,7 +19,7 @@ ACTIVATIONS = {
 }  # kinds of INT8 rounding, and their suffixes
 THRESHOLD = 6.0  # of LLM.int8: an input column with such a large value stays in floating point
 _SLUG = re.compile(
-    r"W(?P<bits>\d)(A16|(?P<int8>A8)(?P<how>-static|-threshold)?)(-g(?P<group>\d{1,5}|-1))?(?P<asym>-asym(?P<real>-real)?)?(-(?P<codebook>nf4|fp4))?(?P<permuted>-perm)?"
+    r"W(?P<bits>\d)(A16|(?P<int8>A8)(?P<how>-static|-threshold)?)(-g(?P<group>\d{1,5}|-1))?(?P<asym>-asym(?P<real>-real)?)?(-(?P<codebook>nf4|fp4|e2m1))?(?P<permuted>-perm)?"
     r"(-o(?P<share>\d{1,2}(\.\d{1,4})?)%(?P<columns>-columns)?)?"
 )
 

@@ -20,6 +20,7 @@ INPUTS = {  # our names of activations, as fields of this format
     "tensor": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "tensor", "dynamic": False},
 }
 MIXED = "mixed-precision"
+FP4 = ("mxfp4-pack-quantized", "nvfp4-pack-quantized")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Group:
     block: tuple[int, int] | None  # rows and columns that share a scale, if there are several rows
     activations: str | None  # as in a `QuantScheme`
     note: str  # on activations that stay in floating point although the config quantizes them
+    fp4: bool = False  # 4-bit floats
 
 
 IN_FLOAT = "its activations stay in floating point"
@@ -98,7 +100,7 @@ def written_group(scheme: QuantScheme, targets: list[str]) -> dict[str, Any]:
 
 # fields and the values that have no effect here
 LEGAL: dict[str, tuple[Any, ...]] = {
-    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", MIXED),
+    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", *FP4, MIXED),
     "quantization_status": ("compressed", "frozen", None),
     "kv_cache_scheme": (None, {}),
     "transform_config": (None, {}),
@@ -106,13 +108,13 @@ LEGAL: dict[str, tuple[Any, ...]] = {
 }
 LEGAL_IN_GROUP: dict[str, tuple[Any, ...]] = {
     "output_activations": (None,),
-    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", None),
+    "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", *FP4, None),
 }
 LEGAL_IN_WEIGHTS: dict[str, tuple[Any, ...]] = {
     "type": ("int", "float", None),
     "dynamic": (False, None),
     "symmetric": (True, False, None),
-    "strategy": ("group", "channel", "tensor", "block"),
+    "strategy": ("group", "channel", "tensor", "block", "tensor_group"),
 }
 
 
@@ -134,6 +136,8 @@ def read_group(where: str, group: Any) -> Group:
     targets = group.get("targets")
     if not is_sequence(targets):
         raise refused(f"{where}.targets", targets, "must be a list of names")
+    if weights.get("type") == "float" and weights.get("num_bits") == 4:
+        return _read_fp4(where, group, weights, tuple(targets))
     floats, strategy, block = weights.get("type") == "float", weights["strategy"], weights.get("block_structure")
     try:
         bits = integer(weights, "num_bits", (8,) if floats else BITS, 8 if floats else None)
@@ -151,6 +155,17 @@ def read_group(where: str, group: Any) -> Group:
     shared = (block[0], block[1]) if strategy == "block" and block else None
     activations, note = _read_inputs(where, group.get("input_activations"), floats)
     return Group(tuple(targets), bits, size, weights.get("symmetric") is not False, floats, shared, activations, note)
+
+
+def _read_fp4(where: str, group: Mapping[str, Any], weights: Mapping[str, Any], targets: tuple[str, ...]) -> Group:
+    """MXFP4 or NVFP4, which differ in their group size."""
+    size, kinds = weights.get("group_size"), {32: "group", 16: "tensor_group"}
+    if type(size) is not int or kinds.get(size) != weights["strategy"] or weights.get("symmetric") is False:
+        raise refused(
+            f"{where}.weights.group_size", size, "4-bit floats are read in groups of 32 (MXFP4) and 16 (NVFP4)"
+        )
+    _, note = _read_inputs(where, group.get("input_activations"), True)
+    return Group(targets, 4, size, True, False, None, None, note, fp4=True)
 
 
 def _read_inputs(where: str, inputs: Any, floats: bool) -> tuple[str | None, str]:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from hf_quant.core.numerics import levels
-from hf_quant.core.scheme import CODEBOOKS, THRESHOLD, QuantScheme
+from hf_quant.core.scheme import THRESHOLD, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import ReadOnly, check_scale, need, refused, scheme_for, settled
 
+BOOKS = ("nf4", "fp4")
 STATE = "weight.quant_state.bitsandbytes__"
 BLOCKS = tuple(1 << i for i in range(5, 14))
 MAX_STATE = 4096  # bytes of JSON
@@ -46,7 +47,7 @@ class BitsAndBytes(ReadOnly):
     label: ClassVar[str] = "bitsandbytes"
     methods: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     suffixes: ClassVar[tuple[str, ...]] = (
-        *(f"{STATE}{name}" for name in CODEBOOKS), "weight.nested_quant_map", "weight.nested_absmax", "weight.quant_map",
+        *(f"{STATE}{name}" for name in BOOKS), "weight.nested_quant_map", "weight.nested_absmax", "weight.quant_map",
         "weight.absmax", "weight_format", "SCB", "weight",
     )  # fmt: skip
 
@@ -146,7 +147,7 @@ def _int8(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor
 
 def _state(tensors: Mapping[str, Any], value: Value) -> _State:
     """The facts in the JSON, checked against the shapes of the tensors beside it."""
-    codebook = next((name for name in CODEBOOKS if STATE + name in tensors), None)
+    codebook = next((name for name in BOOKS if STATE + name in tensors), None)
     if codebook is None:
         raise FormatError(f"{STATE}nf4 or {STATE}fp4 is missing")
     stored = need(tensors, STATE + codebook, (torch.uint8,), (None,))

@@ -4,7 +4,7 @@ Written as ``pack-quantized`` in every width, or as ``int-quantized`` where acti
 scale. Read: packed integers of every width, in the current layout, which compressed-tensors has since 0.13, and in the one
 before, in which no code crosses a word (in 2, 4 and 8 bits both are one); columns in another order
 (``weight_g_idx``, actorder "group"); ``int-quantized`` and ``naive-quantized`` integers; and 8-bit floats, which are
-dequantized. Activations are rounded to symmetric INT8 if the config says so (by token, or with one stored scale), and stay in
+dequantized; MXFP4 and NVFP4 (`_fp4`). Activations are rounded to symmetric INT8 if the config says so (by token, or with one stored scale), and stay in
 floating point for any other rounding.
 """
 
@@ -53,9 +53,10 @@ from hf_quant.formats._compressed_tensors_config import (
     read_group,
     stored_as,
 )
+from hf_quant.formats._fp4 import GLOBAL, fp4_layer, read_fp4
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+ACTIVATIONS = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "input_global_scale")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class CompressedTensors(Traits):
     vllm: ClassVar[bool] = True
     vllm_int8: ClassVar[bool] = True
     suffixes: ClassVar[tuple[str, ...]] = (
-        "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", *ACTIVATIONS, "weight",
+        "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", GLOBAL, *ACTIVATIONS,
+        "weight",
     )  # fmt: skip
 
     @classmethod
@@ -165,6 +167,8 @@ class CompressedTensors(Traits):
         return tensors
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+        if scheme.codebook:
+            return read_fp4(tensors, scheme)
         if "weight_packed" in tensors:
             n, k = _stored_shape(tensors)
             packed, old = _bytes(tensors["weight_packed"], n, k, scheme.bits)
@@ -226,6 +230,8 @@ class CompressedTensors(Traits):
         return config_of(default, {name: scheme for name, scheme in schemes.items() if scheme != default}, left)
 
     def _layer(self, module: str, group: Group, tensors: Mapping[str, Any], value: Value) -> Layer:
+        if group.fp4:
+            return fp4_layer(tensors, group.group_size, group.note)
         if "weight_packed" in tensors:
             need(tensors, "weight_packed", (torch.int32,), (None, None))
             need(tensors, "weight_shape", SHAPES, (2,))

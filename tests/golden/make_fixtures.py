@@ -588,6 +588,103 @@ def torchao():
         keep(name, out, weights, ["torchao"])
 
 
+def floats():
+    """4-bit floats by compressed-tensors; blocks of 8-bit floats and ternary weights as transformers has them."""
+    cases = {
+        "ct-mxfp4": {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "group",
+            "group_size": 32,
+            "scale_dtype": "torch.uint8",
+        },
+        "ct-nvfp4": {
+            "num_bits": 4,
+            "type": "float",
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "scale_dtype": "torch.float8_e4m3fn",
+        },
+    }
+    for name, weights in missing(cases):
+        one_fp4(name, weights)
+    for name, one in missing({"fp8-block": one_fp8, "bitnet": one_bitnet}):
+        made = transformers.AutoModelForCausalLM.from_pretrained(WORK / "dense", dtype=torch.float16)
+        out = clean(name)
+        made.save_pretrained(out)
+        tensors, weights = load_file(out / "model.safetensors"), {}
+        for layer, module in made.named_modules():
+            if type(module) is torch.nn.Linear and layer != "lm_head":
+                stored, weights[layer] = one(module.weight.detach())
+                del tensors[f"{layer}.weight"]
+                tensors |= {f"{layer}.{local}": tensor for local, tensor in stored.items()}
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((out / "config.json").read_text())
+        kind = {
+            "fp8-block": transformers.FineGrainedFP8Config(weight_block_size=[64, 64]),
+            "bitnet": transformers.BitNetQuantConfig(),
+        }[name]
+        config["quantization_config"] = json.loads(kind.to_json_string(use_diff=False))
+        (out / "config.json").write_text(json.dumps(config))
+        keep(name, out, weights, [])
+
+
+def one_fp4(name, weights):
+    """Scales by the package's own functions, then its compressor and decompressor, one layer after the other."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+    kind = "mxfp4-pack-quantized" if weights["group_size"] == 32 else "nvfp4-pack-quantized"
+    scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": weights, "format": kind})
+    made = transformers.AutoModelForCausalLM.from_pretrained(WORK / "dense", dtype=torch.float16)
+    out = clean(name)
+    made.save_pretrained(out)
+    tensors, dense, compressor = load_file(out / "model.safetensors"), {}, BaseCompressor.get_value_from_registry(kind)
+    for layer, module in made.named_modules():
+        if type(module) is torch.nn.Linear and layer != "lm_head":
+            weight = module.weight.detach().float()
+            groups = weight.unflatten(-1, (-1, weights["group_size"]))
+            whole = generate_gparam(weight.amin(), weight.amax()).reshape(1) if "nvfp4" in kind else None
+            scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights, global_scale=whole)
+            state = {"weight": weight, "weight_scale": scale} | (
+                {} if whole is None else {"weight_global_scale": whole}
+            )
+            stored = compressor.compress(state, scheme)
+            dense[layer] = compressor.decompress(stored, scheme)["weight"].detach()
+            del tensors[f"{layer}.weight"]
+            tensors |= {f"{layer}.{local}": tensor.detach().contiguous() for local, tensor in stored.items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    group = json.loads(scheme.model_dump_json())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": kind, "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head"], "kv_cache_scheme": None,
+    }  # fmt: skip
+    (out / "config.json").write_text(json.dumps(config))
+    keep(name, out, dense, ["compressed-tensors"], dtype=torch.bfloat16)
+
+
+def one_fp8(weight):
+    """Blocks of 64 x 64, multiplied out by transformers' own conversion."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    blocks = weight.float().unflatten(0, (-1, 64)).unflatten(-1, (-1, 64))
+    scale = blocks.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+    stored = (blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1).to(torch.float8_e4m3fn)
+    dense = Fp8Dequantize(None)._dequantize_one(stored, scale, torch.float32)
+    return {"weight": stored, "weight_scale_inv": scale}, dense
+
+
+def one_bitnet(weight):
+    """Ternary weights, packed and unpacked by transformers."""
+    from transformers.integrations.bitnet import pack_weights, unpack_weights
+
+    scale = 1 / weight.float().abs().mean()
+    packed = pack_weights((weight.float() * scale).round().clamp(-1, 1))
+    return {"weight": packed, "weight_scale": scale.reshape(1)}, unpack_weights(packed, torch.float32) / scale
+
+
 # -- the shipped model ------------------------------------------------------------------------------------------------
 
 
@@ -625,7 +722,7 @@ def shipped():
 GROUPS = {
     "shipped": shipped,
     "models": models, "gptqmodel": gptqmodel, "autoawq": autoawq, "auto_round": auto_round, "bitsandbytes": bitsandbytes,
-    "hqq": hqq, "llmcompressor": llmcompressor, "old": old, "quanto": quanto, "torchao": torchao, "logits": logits,
+    "hqq": hqq, "llmcompressor": llmcompressor, "old": old, "quanto": quanto, "torchao": torchao, "floats": floats, "logits": logits,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""FP4 (E2M1) in compressed-tensors: MXFP4 with a power of two for 32 weights, NVFP4 with an E4M3 scale for 16 and one for all.
+
+A code is a place in a table of 16 levels, so such a weight is a codebook with scales: bf16 holds powers of two, and float32 the
+quotient of the two scales of NVFP4. The OCP specification of microscaling: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import FormatError
+from hf_quant.formats import Layer
+from hf_quant.formats._common import check_scale, need
+
+MX, NV = 32, 16  # weights that share a scale, which tells the two apart
+GLOBAL = "weight_global_scale"
+
+
+def fp4_layer(tensors: Mapping[str, Any], group_size: int, note: str) -> Layer:
+    """A layer, from its headers: weight_packed uint8 ``[N, K / 2]``, weight_scale ``[N, K / group_size]``."""
+    n, half = need(tensors, "weight_packed", (torch.uint8,), (None, None)).shape
+    k = 2 * half
+    scheme = QuantScheme(4, group_size, codebook="e2m1")
+    dtypes = (torch.uint8,) if group_size == MX else (torch.float8_e4m3fn,)
+    if k % group_size or k % MX:
+        raise FormatError(f"weight_packed has rows of {k}, expected a multiple of {MX}")
+    need(tensors, "weight_scale", dtypes, (n, k // group_size))
+    if group_size == NV:
+        need(tensors, GLOBAL, (torch.float32,), (1,))
+    return Layer((n, k), scheme, torch.bfloat16 if group_size == MX else torch.float32, note)
+
+
+def read_fp4(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
+    """The codes as they are, and the scales that they are multiplied by.
+
+    Raises:
+        FormatError: A tensor is misshapen, or a scale is not a number.
+    """
+    fp4_layer(tensors, scheme.group_size, "")
+    stored = tensors["weight_scale"]
+    if scheme.group_size == MX:
+        if bool((stored == 255).any()):
+            raise FormatError("weight_scale: 255 is no exponent but NaN")
+        scale = torch.exp2(stored.float() - 127).bfloat16()
+    else:
+        whole = tensors[GLOBAL]
+        if not bool((whole.isfinite() & (whole > 0)).all()):
+            raise FormatError(f"{GLOBAL}: must be a finite number above zero")
+        scale = stored.float() / whole
+        check_scale("weight_scale", scale)
+    return QuantizedTensor(tensors["weight_packed"].contiguous(), scale, None, scheme)

@@ -1,0 +1,79 @@
+"""The documentation: its code runs, the README is short, and the site is built without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "examples" / "ref-llama-16m"
+PAGES = (  # what a page makes, a later one uses
+    "docs/index.md", "README.md", "docs/tutorials/quantize.md", "docs/guides/convert.md", "docs/tutorials/community.md",
+    "docs/tutorials/lora.md", "docs/tutorials/serve.md", "docs/tutorials/publish.md", "docs/guides/calibrate.md",
+    "docs/guides/activations.md", "docs/guides/train.md", "docs/tutorials/ladder.md",
+)  # fmt: skip
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+RUN = """
+import shlex, sys
+from hf_quant.cli import main
+for number, line in enumerate(filter(None, map(str.strip, open(sys.argv[1]))), 1):
+    main(shlex.split(line)[1:], standalone_mode=False)
+"""
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Kind and text of the blocks of a page that a reader runs; installing is left to the environment."""
+    found = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+    return [(kind, text) for kind, text in found if "pip install" not in text]
+
+
+def test_every_page_with_code_is_run() -> None:
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")} | {"README.md"}
+    assert {page for page in pages if blocks(page)} == set(PAGES)
+
+
+@pytest.mark.slow
+def test_every_block_runs(tmp_path: Path) -> None:
+    model = tmp_path / "examples" / SHIPPED.name
+    shutil.copytree(SHIPPED, model)
+    for text in ("heldout.txt", "calibration.txt"):  # less of it, so that measuring takes seconds
+        documents = (SHIPPED / text).read_text(encoding="utf-8").split("<|endoftext|>")
+        (model / text).write_text("<|endoftext|>".join(part[:1500] for part in documents[:24]), encoding="utf-8")
+    for page in PAGES:
+        for number, (kind, text) in enumerate(blocks(page), 1):
+            script = tmp_path / f"{Path(page).stem}{number}"
+            script.write_text(text if kind == "python" else text.replace("\\\n", " "), encoding="utf-8")
+            command = [sys.executable, script] if kind == "python" else [sys.executable, "-c", RUN, script]
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{page}, block {number}:\n{text}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+
+
+def test_the_readme_is_short() -> None:
+    words = len((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert words <= 1200, f"README.md has {words} words"
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(
+        r"\]\(([^)#:]+)(?:#[^)]*)?\)|(?:src|href|srcset)=\"([^\":#]+)\"", (ROOT / page).read_text(encoding="utf-8")
+    )
+    missing = [link for pair in links for link in pair if link and not (ROOT / page).parent.joinpath(link).exists()]
+    assert links and not missing
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "llms.txt").is_file() and (tmp_path / "reference" / "commands" / "index.html").is_file()

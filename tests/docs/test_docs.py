@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -20,11 +21,16 @@ PAGES = (  # what a page makes, a later one uses
     "docs/guides/activations.md", "docs/guides/train.md", "docs/tutorials/ladder.md",
 )  # fmt: skip
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# One process a page, since importing torch takes longer than most blocks.
 RUN = """
-import shlex, sys
+import json, shlex, sys
 from hf_quant.cli import main
-for number, line in enumerate(filter(None, map(str.strip, open(sys.argv[1]))), 1):
-    main(shlex.split(line)[1:], standalone_mode=False)
+for number, (kind, text) in enumerate(json.load(sys.stdin), 1):
+    print(f"block {number}:\\n{text}", file=sys.stderr)
+    if kind == "python":
+        exec(compile(text, f"block {number}", "exec"), {"__name__": "__main__"})
+    for line in text.replace("\\\\\\n", " ").splitlines() if kind == "bash" else []:
+        assert not main(shlex.split(line)[1:], standalone_mode=False), line
 """
 
 
@@ -47,12 +53,9 @@ def test_every_block_runs(tmp_path: Path) -> None:
         documents = (SHIPPED / text).read_text(encoding="utf-8").split("<|endoftext|>")
         (model / text).write_text("<|endoftext|>".join(part[:1500] for part in documents[:24]), encoding="utf-8")
     for page in PAGES:
-        for number, (kind, text) in enumerate(blocks(page), 1):
-            script = tmp_path / f"{Path(page).stem}{number}"
-            script.write_text(text if kind == "python" else text.replace("\\\n", " "), encoding="utf-8")
-            command = [sys.executable, script] if kind == "python" else [sys.executable, "-c", RUN, script]
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"{page}, block {number}:\n{text}\n{done.stdout[-2000:]}{done.stderr[-4000:]}"
+        given, command = json.dumps(blocks(page)), [sys.executable, "-c", RUN]
+        done = subprocess.run(command, cwd=tmp_path, input=given, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{page}: {done.stdout[-2000:]}{done.stderr[-6000:]}"
 
 
 def test_the_readme_is_short() -> None:

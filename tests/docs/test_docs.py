@@ -45,17 +45,32 @@ def test_every_page_with_code_is_run() -> None:
     assert {page for page in pages if blocks(page)} == set(PAGES)
 
 
+def examples(folder: Path) -> Path:
+    """The shipped model in a folder of its own, with less text, so that measuring takes seconds."""
+    model = folder / "examples" / SHIPPED.name
+    shutil.copytree(SHIPPED, model)
+    for text, length in (("heldout.txt", 500), ("calibration.txt", 1500)):
+        documents = (SHIPPED / text).read_text(encoding="utf-8").split("<|endoftext|>")
+        (model / text).write_text("<|endoftext|>".join(part[:length] for part in documents[:24]), encoding="utf-8")
+    return folder / "examples"
+
+
 @pytest.mark.slow
 def test_every_block_runs(tmp_path: Path) -> None:
-    model = tmp_path / "examples" / SHIPPED.name
-    shutil.copytree(SHIPPED, model)
-    for text in ("heldout.txt", "calibration.txt"):  # less of it, so that measuring takes seconds
-        documents = (SHIPPED / text).read_text(encoding="utf-8").split("<|endoftext|>")
-        (model / text).write_text("<|endoftext|>".join(part[:1500] for part in documents[:24]), encoding="utf-8")
+    examples(tmp_path)
     for page in PAGES:
         given, command = json.dumps(blocks(page)), [sys.executable, "-c", RUN]
         done = subprocess.run(command, cwd=tmp_path, input=given, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{page}: {done.stdout[-2000:]}{done.stderr[-6000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")  # of Jupyter's packages
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks(notebook: Path, tmp_path: Path) -> None:
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    place = {"metadata": {"path": str(examples(tmp_path))}}
+    nbclient.NotebookClient(nbformat.read(notebook, 4), timeout=600, resources=place).execute()
 
 
 def test_the_readme_is_short() -> None:

@@ -11,8 +11,9 @@ from hf_quant.core.layout import in_features, wrong_shape, wrong_values
 from hf_quant.core.pieces import below, columns_of, rows_of, why_not_below
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
-from hf_quant.errors import CheckpointError
+from hf_quant.errors import CheckpointError, PlanError
 from hf_quant.kernels import LinearSpec, outlier_linear, select
+from hf_quant.methods import method as method_named
 from hf_quant.nn._hooks import mark_initialized
 from hf_quant.nn._outside import seen
 from hf_quant.nn._repacking import Repacking
@@ -28,7 +29,7 @@ class QuantLinear(Repacking, nn.Linear):
     Args:
         in_features: K, a multiple of 32.
         out_features: N.
-        scheme: The quantization of the weight.
+        scheme: The quantization of the weight, or its slug.
         bias: Whether the layer has a bias.
         dtype: In which the layer computes; also that of the bias.
         scale_dtype: The dtype of scales; None for ``dtype``.
@@ -45,10 +46,11 @@ class QuantLinear(Repacking, nn.Linear):
     weight_input_scale: nn.Parameter
 
     def __init__(
-        self, in_features: int, out_features: int, scheme: QuantScheme, *, bias: bool, dtype: torch.dtype,
+        self, in_features: int, out_features: int, scheme: QuantScheme | str, *, bias: bool, dtype: torch.dtype,
         scale_dtype: torch.dtype | None = None, quantized: bool = True, conv1d: bool = False,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
+        scheme = _known(scheme)
         self.in_features, self.out_features, self.scheme, self.conv1d = in_features, out_features, scheme, conv1d
         self.compute_dtype = dtype  # PEFT gives its adapters this dtype
         if not quantized:
@@ -76,6 +78,28 @@ class QuantLinear(Repacking, nn.Linear):
         return layer
 
     @classmethod
+    def from_weight(
+        cls, weight: Tensor, scheme: QuantScheme | str, dtype: torch.dtype | None = None, *, method: str = "rtn"
+    ) -> QuantLinear:
+        """The layer of a float weight, without a bias, ready to run.
+
+        Args:
+            weight: ``[N, K]``.
+            scheme: Of the weight, or its slug; with a smaller group size where its own does not divide K.
+            dtype: In which the layer computes; None for that of the weight.
+            method: How codes are chosen, without looking at inputs: ``"rtn"`` or ``"hqq"``.
+
+        Raises:
+            SchemeError: The scheme does not fit the weight.
+            PlanError: There is no such method, or it looks at inputs.
+        """
+        known = _known(scheme).fitted(weight.shape[1])
+        solver = method_named(method)
+        if solver.calibrated or known.needs_ranges:
+            raise PlanError(f"{method}, {known}: a layer by itself has no inputs to look at; rtn and hqq need none")
+        return cls.of(solver.quantize(weight, known, weight.dtype), dtype or weight.dtype)
+
+    @classmethod
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], scheme: QuantScheme | str, dtype: torch.dtype | None = None
     ) -> QuantLinear:
@@ -89,7 +113,7 @@ class QuantLinear(Repacking, nn.Linear):
         Raises:
             CheckpointError: The tensors contradict the scheme, or hold values that no kernel may meet.
         """
-        known = QuantScheme.parse(scheme) if isinstance(scheme, str) else scheme
+        known = _known(scheme)
         wrong = wrong_shape(tensors, known) or wrong_values(tensors, known, in_features(tensors["weight"], known))
         if wrong is not None:
             raise CheckpointError(wrong)
@@ -174,3 +198,7 @@ class QuantLinear(Repacking, nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"
+
+
+def _known(scheme: QuantScheme | str) -> QuantScheme:
+    return QuantScheme.parse(scheme) if isinstance(scheme, str) else scheme

@@ -5,7 +5,7 @@ import torch
 
 from hf_quant import QuantLinear
 from hf_quant.core.scheme import QuantScheme
-from hf_quant.errors import CheckpointError, SchemeError
+from hf_quant.errors import CheckpointError, PlanError, SchemeError
 from hf_quant.methods import method
 
 N, K = 12, 256
@@ -21,6 +21,8 @@ def layer(slug: str, seed: int = 0) -> QuantLinear:
     weight = torch.randn(N, K)
     weight[:, 3] *= 20
     weight[0, -9:] *= 20  # the halves have different numbers of outliers
+    if not scheme.needs_ranges:
+        return QuantLinear.from_weight(weight, slug)
     return QuantLinear.of(method("rtn").quantize(weight, scheme, torch.float32))
 
 
@@ -50,6 +52,9 @@ def test_what_cannot_be_taken_apart_is_refused() -> None:
         whole.narrowed(1, 64, 64)
     with pytest.raises(SchemeError, match="rows 8 to 16: there are 12"):
         whole.narrowed(0, 8, 8)
+    for name, slug in (("gptq", "W4A16-g128"), ("rtn", "W8A8-static")):
+        with pytest.raises(PlanError, match="no inputs to look at"):
+            QuantLinear.from_weight(torch.randn(N, K), slug, method=name)
     assert QuantLinear.joined([whole, layer("W3A16-g128")]) is None
     tensors = whole.quantized_weight().parts()
     with pytest.raises(CheckpointError, match="weight_zero_point is missing"):

@@ -8,6 +8,7 @@ import click
 
 from hf_quant.cli._common import bars, emit, output_options, say
 from hf_quant.cli._types import TARGET, Model
+from hf_quant.jobs.engine_rules import ENGINE_NAMES
 from hf_quant.jobs.outputs import check_output
 
 
@@ -18,11 +19,11 @@ from hf_quant.jobs.outputs import check_output
     required=True,
     type=TARGET,
     metavar="FORMAT",
-    help="native, compressed-tensors, gptq, awq or gguf; dense: floating point.",
+    help="native, compressed-tensors, gptq, awq, mlx or gguf; dense: floating point.",
 )
 @click.option("-o", "--output", required=True, help="Folder of the result.")
 @click.option(
-    "--target", type=click.Choice(["vllm"]), help="Refuse what this engine cannot run, and say which kernel will."
+    "--target", type=click.Choice(ENGINE_NAMES), help="Refuse what this engine cannot run, and say which kernel will."
 )
 @click.option("--tp", default=1, show_default=True, help="GPUs that the engine splits each layer over.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")

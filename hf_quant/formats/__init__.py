@@ -63,6 +63,7 @@ class Traits(Protocol):
         variant_fields: Fields of a ``quantization_config`` that tell its variants apart; the first that is there counts.
         config_file: Name of a file beside the weights where its programs write the ``quantization_config``.
         marker_file: Name of a file that says, by being there, that the checkpoint has this format.
+        also_in: Fields of config.json where its programs look for the ``quantization_config`` besides.
         vllm: Whether vLLM reads it.
         vllm_int8: Whether vLLM reads its layers with INT8 activations.
     """
@@ -77,6 +78,7 @@ class Traits(Protocol):
     variant_fields: ClassVar[tuple[str, ...]] = ("format",)
     config_file: ClassVar[str | None] = None
     marker_file: ClassVar[str | None] = None
+    also_in: ClassVar[tuple[str, ...]] = ()
     vllm: ClassVar[bool] = False
     vllm_int8: ClassVar[bool] = False
 

@@ -337,7 +337,9 @@ def _rest(job: _Job, stage: Path, where: dict[str, str], say: Callable[[str], No
         config["text_config"].pop("quantization_config", None)
     config.pop("quantization_config", None)
     config.pop("transformers_weights", None)
-    write_json(stage / "config.json", config | ({"quantization_config": job.config} if job.config else {}))
+    config.pop("quantization", None)  # of MLX
+    fields = ["quantization_config", *(job.fmt.also_in if job.fmt else ())]
+    write_json(stage / "config.json", config | (dict.fromkeys(fields, job.config) if job.config else {}))
     recipe = source.folder / RECIPE
     if recipe.is_file() and inside(recipe, source.folder):
         copy_file(recipe, stage / RECIPE)

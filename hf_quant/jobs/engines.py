@@ -1,6 +1,6 @@
 """What other engines can run, asked before anything is written: rules of their kernels, as sentences.
 
-vLLM's are those of version 0.33.0 on NVIDIA GPUs, read in ``vllm/model_executor/layers/quantization/auto_gptq.py``,
+vLLM's are those of version 0.33.0 on NVIDIA GPUs with its own dependency Humming, read in ``vllm/model_executor/layers/quantization/auto_gptq.py``,
 ``auto_awq.py``, ``utils/{marlin,machete}_utils.py`` and ``vllm/model_executor/kernels/linear/mixed_precision``; not run.
 """
 
@@ -10,13 +10,16 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import HfQuantError
 from hf_quant.formats import Format, Layer, formats
+from hf_quant.jobs.engine_rules import NVIDIA, RULES, Rule, nearest
 
 ROWS = ("o_proj", "down_proj", "out_proj", "dense_4h_to_h", "fc2", "w2", "wo")  # split along the input features
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+HYBRID = (("in_proj_qkv", "in_proj_z"), ("in_proj_b", "in_proj_a"))  # linear attention of Qwen3-Next and Qwen3.5
 _EXPERT = re.compile(r".*\.experts\.\d+\.")
 
 
@@ -104,13 +107,16 @@ class _Part:
 
 
 MARLIN = (-1, 32, 64, 128)
+HUMMING = "Humming (Turing and newer)"
 
 
 def _int8(scheme: QuantScheme, fmt: Format, expert: bool) -> str:
-    """INT8 activations, of formats that vLLM reads them in: 8 bits with one scale a row."""
+    """INT8 activations, of formats that vLLM reads them in: 8 bits with one scale a row, or packed codes and inputs by row."""
+    if fmt.vllm_int8 and scheme.activations == "token" and (scheme.bits, scheme.group_size) != (8, -1):
+        return HUMMING if not scheme.outliers else f"!{scheme} is none of its types"
     if not fmt.vllm_int8 or scheme.bits != 8 or scheme.group_size != -1 or scheme.outliers or not scheme.symmetric:
         held = " or ".join(name for name, other in formats().items() if other.vllm_int8)
-        return f"!of INT8 activations it runs W8A8 without zero points in {held}, not {scheme} in {fmt.label}"
+        return f"!of INT8 activations it runs W8A8 without zero points, and packed codes with inputs by row, in {held}, not {scheme} in {fmt.label}"
     if expert and scheme.activations != "token":
         return f"!experts take activations by token, not {scheme}"
     return "fused Triton for experts in INT8" if expert else "CUTLASS INT8 (scaled_mm)"
@@ -140,14 +146,14 @@ def _mixed(part: _Part) -> str:
         return "Exllama (float16 only)"
     if scheme.bits == 4 and size in (*MARLIN, 256) and part.n % 8 == 0:
         return "Triton"
-    return f"!no kernel for {scheme} in {part.n} x {part.k}"
+    return HUMMING
 
 
 def _expert(part: _Part, leaf: str) -> str:
     hidden, inner = (part.n, part.k) if leaf in ROWS else (part.k, part.n)
     scheme, size = part.scheme, part.scheme.group_size
     if scheme.bits not in ((4, 8) if scheme.symmetric else (4,)) or size not in MARLIN:
-        return f"!experts in 4 bits, or 8 without zero points, in groups of 32, 64, 128 or a row, not {scheme}"
+        return f"{HUMMING} for experts"
     if hidden % 128 or (size > 0 and inner % size):
         return f"!experts of a hidden size in multiples of 128 and whole groups, not {hidden} and {inner}"
     return "fused Marlin for experts"
@@ -158,7 +164,7 @@ def _unequal(layers: Mapping[str, Layer]) -> dict[str, list[str]]:
     layers_by_reason: dict[str, list[str]] = {}
     for name in layers:
         stem, _, leaf = name.rpartition(".")
-        for family in FUSED:
+        for family in (*FUSED, *HYBRID):
             if leaf != family[0]:
                 continue
             members = [f"{stem}.{other}" for other in family]
@@ -169,4 +175,46 @@ def _unequal(layers: Mapping[str, Layer]) -> dict[str, list[str]]:
     return layers_by_reason
 
 
-ENGINES: dict[str, Callable[[str, Mapping[str, Layer], int], Verdict]] = {"vllm": vllm}
+def by_rules(rules: tuple[Rule, ...], fmt: str, layers: Mapping[str, Layer], tp: int = 1) -> Verdict:
+    """What an engine whose rules are data does with each layer; arguments and errors as of `vllm`."""
+    if tp < 1:
+        raise HfQuantError(f"--tp {tp}: must be at least 1")
+    kernels: Counter[str] = Counter()
+    refused: dict[str, list[str]] = {}
+    labels = {name: other.label for name, other in formats().items()}
+    for name, layer in layers.items():
+        outcome = _by_rules(rules, fmt, name, layer, tp, labels)
+        if outcome.startswith("!"):
+            refused.setdefault(outcome[1:], []).append(name)
+        else:
+            kernels[outcome] += 1
+    return Verdict(dict(kernels.most_common()), refused)
+
+
+def _by_rules(rules: tuple[Rule, ...], fmt: str, name: str, layer: Layer, tp: int, labels: Mapping[str, str]) -> str:
+    """The kernel, or ``!`` and why there is none."""
+    scheme = layer.scheme
+    if scheme is None:
+        return f"!not in integer codes ({layer.note})"
+    if len(layer.shape) != 2:
+        return "!experts must stand apart in the file"
+    fitting = [rule for rule in rules if fmt in rule.formats and rule.takes(scheme)]
+    if not fitting:
+        return f"!it does not run {scheme} in {labels.get(fmt, fmt)}; {nearest(rules, scheme, fmt, labels)}"
+    by_rows = name.rpartition(".")[2] in ROWS
+    n, k = layer.shape
+    n, k = (n, k / tp) if by_rows else (n / tp, k)
+    size = scheme.group_size
+    for rule in fitting:
+        if n % rule.rows == 0 and k % rule.columns == 0 and (size == -1 or k % size == 0):
+            return rule.kernel
+    rule = fitting[0]
+    return (
+        f"!{rule.kernel} needs out_features in multiples of {rule.rows} and in_features of {max(rule.columns, size)}, "
+        f"not {n:g} and {k:g}"
+    )
+
+
+ENGINES: dict[str, Callable[[str, Mapping[str, Layer], int], Verdict]] = {NVIDIA: vllm} | {
+    engine: partial(by_rules, rules) for engine, rules in RULES.items()
+}

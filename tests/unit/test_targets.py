@@ -6,7 +6,8 @@ import torch
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import HfQuantError
 from hf_quant.formats import Layer
-from hf_quant.jobs.engines import vllm
+from hf_quant.jobs.engine_rules import ENGINE_NAMES, RULES
+from hf_quant.jobs.engines import ENGINES, vllm
 
 ATTN, MLP, EXPERT = "model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.0.mlp.experts.3"
 
@@ -24,13 +25,15 @@ RUNS = {
     ("compressed_tensors", "W4A16-g128", 4160, 4096): "Marlin",
     ("compressed_tensors", "W4A16-g256", 4096, 4096): "Exllama (float16 only)",
     ("compressed_tensors", "W4A16-g256-asym", 4096, 4096): "Triton",
+    ("compressed_tensors", "W3A16-g128", 4096, 4096): "Humming (Turing and newer)",
+    ("compressed_tensors", "W2A16-g64-asym", 4096, 4096): "Humming (Turing and newer)",
+    ("compressed_tensors", "W4A16-g16-asym", 4096, 4096): "Humming (Turing and newer)",
+    ("compressed_tensors", "W4A8-g128", 4096, 4096): "Humming (Turing and newer)",
     ("gptq", "W4A16-g128", 4096, 4096): "Machete on Hopper, else Marlin",
     ("awq", "W4A16-g128-asym", 4096, 4096): "Marlin",
     ("awq", "W4A16-g128", 4096, 4096): "AWQ kernel",
 }
 REFUSED = {
-    ("compressed_tensors", "W3A16-g128"): "no kernel for W3A16",
-    ("compressed_tensors", "W4A16-g16-asym"): "no kernel",
     ("gptq", "W4A16-g128-perm"): "another order",
     ("gptq", "W4A16-g128-asym"): "without zero points",
     ("gptq", "W4A16-g256"): "groups of 32, 64, 128",
@@ -83,7 +86,7 @@ def test_what_becomes_one_layer_must_be_quantized_alike() -> None:
         ("W4A16-g128", 2048, 768, 6, "fused Marlin"),
         ("W4A16-g128", 2048, 768, 4, "are cut"),
         ("W4A16-g128", 2000, 768, 1, "multiples of 128"),
-        ("W8A16-g128-asym", 2048, 768, 1, "without zero points"),
+        ("W8A16-g128-asym", 2048, 768, 1, "Humming"),
     ],
 )
 def test_experts(slug: str, n: int, k: int, tp: int, said: str) -> None:
@@ -95,3 +98,50 @@ def test_stacks_and_floats_are_refused() -> None:
     assert "apart" in vllm("compressed_tensors", {"experts.down_proj": stack}).lines()[0]
     dense = Layer((64, 64), None, torch.float16, "8-bit floats")
     assert "integer codes" in vllm("compressed_tensors", {f"{MLP}.down_proj": dense}).lines()[0]
+
+
+OTHERS = {  # engine, format, scheme, out and in features, GPUs -> what is said
+    ("vllm-cpu", "compressed_tensors", "W4A16-g32", 64, 64, 1): "CPU WNA16",
+    ("vllm-cpu", "compressed_tensors", "W8A8", 64, 64, 1): "CPU INT8",
+    ("vllm-cpu", "compressed_tensors", "W4A8-g32", 64, 64, 1): "activations in 16 bits",
+    ("vllm-cpu", "compressed_tensors", "W4A16-g32", 48, 64, 1): "out_features in multiples of 32",
+    ("vllm-cpu", "compressed_tensors", "W2A16-g32", 64, 64, 1): "nearest that it runs is W4A16-g128",
+    ("vllm-rocm", "compressed_tensors", "W3A16-g128", 64, 128, 1): "nearest that it runs is W4A16-g128",
+    ("vllm-rocm", "gptq", "W8A16-g128", 64, 128, 1): "Exllama",
+    ("vllm-xpu", "compressed_tensors", "W4A8-g32", 64, 64, 1): "XPU W4A8",
+    ("sglang", "compressed_tensors", "W8A8", 64, 64, 1): "CUTLASS INT8",
+    ("sglang", "compressed_tensors", "W4A16-g128", 128, 256, 4): "in_features of 128",
+    ("llama.cpp", "compressed_tensors", "W4A16-g32", 64, 64, 1): "from gguf: hf-quant convert --to",
+    ("llama.cpp", "gguf", "W4A16-g32", 64, 64, 1): "Q4_0",
+    ("llama.cpp", "gguf", "W4A16-g16", 64, 64, 1): "nearest that it runs is",
+    ("mlx", "mlx", "W3A16-g64-asym", 64, 64, 1): "affine",
+    ("mlx", "gptq", "W3A16-g64-asym", 64, 64, 1): "from mlx",
+    ("onnx", "gptq", "W4A16-g32-asym", 64, 64, 1): "MatMulNBits",
+    ("onnx", "compressed_tensors", "W4A16-g32-nf4", 64, 64, 1): "nearest",
+}
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+def test_other_engines_name_their_kernel_or_the_nearest_that_works(case: tuple[str, str, str, int, int, int]) -> None:
+    engine, fmt, slug, n, k, tp = case
+    verdict = ENGINES[engine](fmt, {f"{MLP}.down_proj": layer(slug, n, k)}, tp)
+    assert OTHERS[case] in "".join(verdict.lines())
+
+
+def test_what_a_rule_runs_its_formats_hold() -> None:
+    from hf_quant.formats import formats
+
+    assert set(ENGINE_NAMES) == set(ENGINES)
+    for rules in RULES.values():
+        for rule in rules:
+            assert rule.takes(rule.example())
+            for name in rule.formats:
+                assert (
+                    name == "gguf" or formats()[name].why_not(rule.example()) is None or not rule.example().symmetric
+                )
+
+
+def test_linear_attention_is_fused_too() -> None:
+    stem = "model.layers.0.linear_attn"
+    layers = {f"{stem}.in_proj_qkv": layer("W4A16-g128"), f"{stem}.in_proj_z": layer("W8A16-g128")}
+    assert "in_proj_qkv, in_proj_z become one layer" in "".join(vllm("compressed_tensors", layers).lines())

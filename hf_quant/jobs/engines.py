@@ -202,6 +202,8 @@ def _by_rules(rules: tuple[Rule, ...], fmt: str, name: str, layer: Layer, tp: in
     if not fitting:
         return f"!it does not run {scheme} in {labels.get(fmt, fmt)}; {nearest(rules, scheme, fmt, labels)}"
     by_rows = name.rpartition(".")[2] in ROWS
+    n: float
+    k: float
     n, k = layer.shape
     n, k = (n, k / tp) if by_rows else (n / tp, k)
     size = scheme.group_size
@@ -215,6 +217,7 @@ def _by_rules(rules: tuple[Rule, ...], fmt: str, name: str, layer: Layer, tp: in
     )
 
 
-ENGINES: dict[str, Callable[[str, Mapping[str, Layer], int], Verdict]] = {NVIDIA: vllm} | {
-    engine: partial(by_rules, rules) for engine, rules in RULES.items()
+ENGINES: Mapping[str, Callable[[str, Mapping[str, Layer], int], Verdict]] = {
+    NVIDIA: vllm,
+    **{engine: partial(by_rules, rules) for engine, rules in RULES.items()},
 }

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from hf_quant.jobs.quantize import QuantizedModel as QuantizedModel
     from hf_quant.jobs.quantize import QuantizeResult as QuantizeResult
     from hf_quant.jobs.quantize import quantize as quantize
+    from hf_quant.jobs.repair import RepairResult as RepairResult
+    from hf_quant.jobs.repair import repair as repair
     from hf_quant.jobs.train import train as train
     from hf_quant.jobs.verify import VerifyResult as VerifyResult
     from hf_quant.jobs.verify import verify as verify
@@ -59,6 +61,7 @@ __all__ = [
     "QuantLinear",
     "QuantizeResult",
     "QuantizedModel",
+    "RepairResult",
     "VerifyResult",
     "convert",
     "evaluate",
@@ -69,6 +72,7 @@ __all__ = [
     "prepare_for_training",
     "push",
     "quantize",
+    "repair",
     "take_over",
     "train",
     "verify",
@@ -82,6 +86,7 @@ _HOMES = {
     "jobs.plan": ("PlanResult", "PlannedModel", "plan"),
     "jobs.push": ("PushResult", "push"),
     "jobs.quantize": ("QuantizeResult", "QuantizedModel", "quantize"),
+    "jobs.repair": ("RepairResult", "repair"),
     "jobs.train": ("train",),
     "jobs.verify": ("VerifyResult", "verify"),
     "nn": ("QuantLinear",),

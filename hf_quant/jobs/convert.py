@@ -173,7 +173,7 @@ def _convert(
     verdict = ENGINES[target](conversion_targets().get(to, to), contents.layers, tp) if target else None
     if verdict is not None and verdict.refused:
         raise FormatError(f"{target}: " + "; ".join(verdict.lines()[len(verdict.kernels) :]))
-    _refuse(contents, to)
+    refuse(contents, to)
     with claimed(out), output_folder(out, [source], overwrite=overwrite) as stage:
         if to == GGUF:
             write_gguf(contents, stage, report)
@@ -229,7 +229,8 @@ def _writer(contents: Contents, to: str) -> Format:
     return formats()[conversion_targets()[to]].writer(schemes)
 
 
-def _refuse(contents: Contents, to: str) -> None:
+def refuse(contents: Contents, to: str) -> None:
+    """Refuse a format that cannot hold the layers of a checkpoint exactly; says why."""
     if reasons := why_not(contents, to):
         reason, names = next(iter(reasons.items()))
         others = sum(map(len, reasons.values())) - 1

@@ -16,10 +16,13 @@ from hf_quant.core.numerics import levels
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.data.calibration import calibration
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import HfQuantError, OptionError
 from hf_quant.evaluation.yardstick import Base
+from hf_quant.jobs.convert import convert
 from hf_quant.jobs.quantize import quantize
+from hf_quant.jobs.repair import repair
 from hf_quant.jobs.tune import Tuning, tune, tune_checkpoint, windows_of
+from hf_quant.jobs.verify import verify
 from hf_quant.methods import method
 from hf_quant.publish.sentences import command
 from hf_quant.training.scales import product, trainable_scales
@@ -101,6 +104,22 @@ def test_a_checkpoint_comes_closer_to_its_base(source: Path, tmp_path: Path) -> 
     (folder / "model.safetensors").unlink()
     os.link(tmp_path / "linked.safetensors", folder / "model.safetensors")
     assert now < 0.9 * divergence(load(str(folder), dtype=torch.float32), floats, ids)
+
+
+def test_a_gptq_checkpoint_is_repaired(source: Path, tmp_path: Path) -> None:
+    """Its codes and everything else stay; its scales say what the base says, and the folder says by how much."""
+    made, gptq, out = tmp_path / "made", tmp_path / "gptq", tmp_path / "out"
+    load(str(source), quantization_config=HfQuantConfig("W2A16-g32-asym")).save_pretrained(made)
+    convert(str(made), str(gptq), to="gptq")
+    done = repair(gptq, out, base=str(source), calibration_tokens=2048, passes=2)
+    assert done.source == "gptq" and done.after < done.before and verify(str(out)).to_dict()
+    written = json.loads((out / "conversion.json").read_text())
+    assert written["tuned"]["kl_after"] == done.after and "calibration" in written
+    before, after = load_file(made / "model.safetensors"), load_file(out / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith("weight_scale") for name in changed)
+    with pytest.raises(OptionError, match="--passes 0"):
+        repair(gptq, tmp_path / "again", base=str(source), passes=0)
 
 
 def test_nothing_that_is_worse_is_kept_and_nothing_is_left_behind(source: Path) -> None:

@@ -1,0 +1,39 @@
+"""``hf-quant repair``: a quantized checkpoint comes closer to its base, with the codes that it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from hf_quant.cli._common import bars, emit, output_options, say
+from hf_quant.cli._types import Model
+
+
+@click.command()
+@click.argument("folder", type=Model())
+@click.option("-o", "--output", required=True, help="Folder of the result.")
+@click.option("--base", required=True, type=Model(), help="The model that FOLDER was made from, in floating point.")
+@click.option(
+    "--calibration",
+    metavar="TEXT",
+    help="What to train on: a UTF-8 or JSONL file, or ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
+    "default: calibration.txt beside the base, else a bundled text.",
+)
+@click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it.")
+@click.option("--passes", type=click.IntRange(1), help="Times that it is seen. Default: 4.")
+@click.option("--device", help="Where to train: cpu, cuda, ...")
+@click.option("--revision", help="Of a base from the Hub.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoints bring along.")
+@click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
+@output_options
+def command(folder: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Train the scales of the quantized checkpoint in FOLDER (GPTQ, AWQ, compressed-tensors, native) until it says what its
+    base says. Its codes stay, and what is worse on text that was held out is not kept."""
+    from hf_quant.jobs.repair import repair
+
+    done = repair(folder, output, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
+    emit(as_json, quiet, record=done.to_dict(), essential=output, human=done.table())
+
+
+COMMAND = command

@@ -1,0 +1,153 @@
+"""A quantized checkpoint, whoever made it, comes closer to its base: its scales are trained end to end, its codes stay."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.jobs.options import check_model, hub
+from hf_quant.jobs.outputs import CONVERSION, check_output, claimed, record
+from hf_quant.jobs.outputs import output as output_folder
+from hf_quant.jobs.progress import Bar, Say, reporting
+from hf_quant.jobs.results import Result, Row
+from hf_quant.jobs.texts import calibration_for, find_calibration
+
+if TYPE_CHECKING:
+    from hf_quant.checkpoint.contents import Contents
+
+
+@dataclass(frozen=True, repr=False)
+class RepairResult(Result):
+    """What `repair` wrote.
+
+    Attributes:
+        source: Format it came in.
+        to: Format of what was written.
+        folder: Where it is.
+        base: What it was made from.
+        before: KL divergence to the base on the windows held out, nats per token, as it came.
+        after: The same as it was written; no more than ``before``.
+        record: As ``--json`` prints it.
+    """
+
+    source: str
+    to: str
+    folder: Path
+    base: str
+    before: float
+    after: float
+    record: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.record)
+
+    def title(self) -> str:
+        return f"quantized model in {self.folder}, closer to {self.base}"
+
+    def head(self) -> Row:
+        return ("from", "to", "KL before (nats)", "KL after", "change")
+
+    def rows(self) -> Iterator[Row]:
+        yield self.source, self.to, f"{self.before:.5f}", f"{self.after:.5f}", f"{self.after / self.before - 1:+.1%}"
+
+
+def repair(
+    folder: str | os.PathLike[str], output: str | os.PathLike[str], *, base: str, calibration: str | None = None,
+    calibration_tokens: int = 65536, passes: int | None = None, device: str | None = None, revision: str | None = None,
+    trust_remote_code: bool = False, overwrite: bool = False, progress: bool | Bar = False, say: Say | None = None,
+) -> RepairResult:  # fmt: skip
+    """Train the scales of a quantized checkpoint until it says what its base says; ``hf-quant repair``.
+
+    Works on every checkpoint of integer codes that `hf_quant.convert` reads: GPTQ, AWQ, compressed-tensors, native. The base is run
+    once, before the quantized model is loaded. One window of the text in eight is held out, and what is worse there is not kept.
+
+    Args:
+        folder: The quantized model.
+        output: Folder of the result, in compressed-tensors, or native where that cannot hold the codes.
+        base: Folder or Hub id of the model that it was made from, in floating point.
+        calibration: As for `hf_quant.quantize`, like the next one.
+        calibration_tokens: How many tokens are looked at.
+        passes: Times that the text is seen.
+        device: Where to train.
+        revision: Of a base from the Hub.
+        trust_remote_code: Run code that the checkpoints bring along.
+        overwrite: Replace a folder that hf-quant wrote.
+        progress: As for `hf_quant.quantize`.
+        say: As for `hf_quant.quantize`.
+
+    Raises:
+        OptionError: ``passes`` is less than 1.
+        FormatError: The codes are none that can be put into another format.
+        HfQuantError: The vocabularies differ, or something in one of the models is not as it must be.
+    """
+    source, out, base = Path(check_model(folder)), Path(output), check_model(base)
+    if passes is not None and passes < 1:
+        raise OptionError(f"--passes {passes}: must be at least 1")
+    check_output(out, [source, base], overwrite=overwrite)
+    text = find_calibration(calibration, base)
+
+    from hf_quant.evaluation.yardstick import Base
+    from hf_quant.hf.auto import tokenizer_of
+    from hf_quant.jobs.convert import convert, open_quantized
+    from hf_quant.jobs.tune import Tuning, tune_checkpoint
+
+    contents: Contents = open_quantized(source)
+    to, from_hub = _target(contents), hub(revision, trust_remote_code)
+    with reporting(progress, say) as report:
+        tokenizer = tokenizer_of(base, **from_hub)
+        if tokenizer is None:
+            raise HfQuantError(f"{base}: no tokenizer found, and training begins with text")
+        data = calibration_for(base, text, calibration_tokens, tokenizer, from_hub)
+        with (
+            claimed(out),
+            output_folder(out, [source, base], overwrite=overwrite) as stage,
+            tempfile.TemporaryDirectory(prefix=".repair-", dir=out.resolve().parent) as scratch,
+        ):
+            draft = Path(scratch) / out.name
+            convert(str(source), str(draft), to=to, say=report.say)
+            options = {"trust_remote_code": trust_remote_code} | ({} if device is None else {"device_map": device})
+            tuned = tune_checkpoint(
+                draft,
+                Base(base, device=device, **from_hub),
+                data,
+                Tuning(passes or Tuning.epochs),
+                options,
+                report.say,
+            )
+            for file in draft.iterdir():
+                file.rename(stage / file.name)
+            made = {"from": contents.format, "to": to, "tuned": tuned.to_dict(), "calibration": data.to_dict()}
+            _note(stage, made)
+    shown = {name: value for name, value in made.items() if name != "calibration"} | {"folder": str(out)}
+    return RepairResult(contents.format, to, out, base, tuned.before, tuned.after, shown)
+
+
+def _target(contents: Contents) -> str:
+    """The format of the result.
+
+    Raises:
+        FormatError: None can hold these codes.
+    """
+    from hf_quant.formats import conversion_targets, saved_formats
+    from hf_quant.jobs.convert import refuse, why_not
+
+    labels = {name: label for label, name in conversion_targets().items()}
+    *others, last = [labels[name] for name in reversed(saved_formats())]  # the last one holds every plan
+    to = next((label for label in others if not why_not(contents, label)), last)
+    refuse(contents, to)
+    return to
+
+
+def _note(stage: Path, made: dict[str, Any]) -> None:
+    """The record of the conversion says what was trained since."""
+    from hf_quant.disk.atomic import write_json
+
+    file = stage / CONVERSION
+    before = json.loads(file.read_text(encoding="utf-8"))
+    write_json(file, before | made | record(stage))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from hf_quant.core.private_torch import tree_map, wrapper_subclass, written_arguments
 from hf_quant.errors import PlanError
 
-# modules that move or tie parameters, and need the parameter itself
-MOVERS = ("torch.nn.modules.module", "accelerate.")
+# modules that move, share out or tie parameters, and need the parameter itself
+MOVERS = ("torch.nn.modules.module", "torch.distributed.", "accelerate.")
 READ_ONLY = (
     "the weights of this layer are codes, which cannot be written to: model.dequantize() gives a model of ordinary layers, "
     "to merge adapters into or to edit, and to save and quantize again; hf_quant.merge_adapters(model) merges PEFT's adapters "

@@ -21,6 +21,13 @@ from integrations.conftest import REFERENCE, cell, of_ours, record
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: integrations/try vllm")
 arithmetic = pytest.importorskip("hf_quant_vllm.linear", reason="pip install integrations/vllm")
+from hf_quant_vllm import arriving
+from hf_quant_vllm import config as settings
+from safetensors.torch import load_file
+from vllm.config import VllmConfig as HostConfig
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers import linear as layers
+
 os.environ |= {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -31,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 from hf_quant import HfQuantConfig, HfQuantError, convert
 
 LENGTH = 32
+ATTENTION = ("q_proj", "k_proj", "v_proj")
 TOKENIZER = AutoTokenizer.from_pretrained(REFERENCE)
 TEXTS = [text.strip() for text in (REFERENCE / "heldout.txt").read_text().split("<|endoftext|>")]
 PROMPTS = [TOKENIZER(text[:200]).input_ids[:24] for text in TEXTS[:8]]
@@ -173,14 +181,41 @@ def test_fused_and_stacked(made: Made, tmp_path: Path) -> None:
     cell("W4A16-g32-asym, W3A16-g64-o1%, W8A16-g128 (experts, head)", "native", "served")
 
 
-def test_two_ranks_share_each_layer(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensor parallelism: outputs of q/k/v and gate/up, inputs of o_proj and down_proj, with outliers in them."""
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    folder = made("W3A16-g64-asym-o0.5%", overrides={"*.down_proj": "W4A16-g128-o1%-columns"})
-    equal = agreement(served(folder, tensor_parallel_size=2, distributed_executor_backend="mp"), expected(folder))
-    record("native W3A16-g64-asym-o0.5% on two ranks", equal=f"{equal} of 8")
-    assert equal == len(PROMPTS)
-    cell("W3A16-g64-asym-o0.5%, W4A16-g128-o1%-columns", "native", "served on two ranks")
+@pytest.mark.parametrize("size", [2, 6])
+def test_ranks_share_each_layer(size: int, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor parallelism, with vLLM's own layers for one rank after the other; with six ranks three share a head of keys."""
+    fields = {"*.o_proj": "W3A16-g64-o1%", "*k_proj": "W8A16-g128", "*.down_proj": "W4A16-g64-o1%-columns"}
+    scheme = "W3A16-g64-asym-o0.5%"
+    folder, x = made(scheme, overrides=fields), torch.randn(5, 384)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    attention = model.model.layers[0].self_attn
+    tensors = load_file(folder / "model.safetensors")
+    config = settings.VllmConfig.from_config(json.loads((folder / "config.json").read_text())["quantization_config"])
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    monkeypatch.setattr(layers, "get_tensor_model_parallel_world_size", lambda: size)
+    prefix = "model.layers.0.self_attn"
+    given = {"quant_config": config, "bias": False, "params_dtype": torch.float32}
+    wanted = {name: attention.get_submodule(name)(x).chunk(size if name == "q_proj" else 2, -1) for name in ATTENTION}
+    summed = torch.zeros(5, 384)
+    with set_current_vllm_config(HostConfig()), torch.no_grad():
+        for rank in range(size):
+            monkeypatch.setattr(layers, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+            fused = layers.QKVParallelLinear(384, 64, 6, 2, prefix=f"{prefix}.qkv_proj", **given)
+            inner = layers.RowParallelLinear(384, 384, prefix=f"{prefix}.o_proj", **given)
+            for name in (*ATTENTION, "o_proj"):
+                for leaf in (leaf for leaf in arriving.NAMES if f"{prefix}.{name}.{leaf}" in tensors):
+                    layer = inner if name == "o_proj" else fused
+                    parameter, shard = layer.get_parameter(leaf), () if name == "o_proj" else (name[0],)
+                    parameter.weight_loader(parameter, tensors[f"{prefix}.{name}.{leaf}"], *shard)
+            for layer in (fused, inner):
+                layer.quant_method.process_weights_after_loading(layer)
+            part = rank * 2 // size
+            expected_here = torch.cat([wanted["q_proj"][rank], wanted["k_proj"][part], wanted["v_proj"][part]], -1)
+            torch.testing.assert_close(fused.quant_method.apply(fused, x), expected_here, rtol=1e-3, atol=1e-3)
+            mine = x.chunk(size, -1)[rank].contiguous()
+            summed += inner.quant_method.apply(inner, mine)
+    torch.testing.assert_close(summed, attention.o_proj(x), rtol=1e-3, atol=1e-3)
+    cell(f"{scheme}, W8A16-g128, W3A16-g64-o1%", "native", f"layers shared by {size} ranks")
 
 
 def test_what_cannot_be_served_is_refused(made: Made) -> None:

@@ -62,3 +62,10 @@ def test_what_cannot_be_taken_apart_is_refused() -> None:
     tensors["weight_scale"] = torch.full_like(tensors["weight_scale"], torch.nan)
     with pytest.raises(CheckpointError, match="weight_scale: 24 scales are zero or not finite"):
         QuantLinear.from_tensors(tensors, "W4A16-g128")
+
+
+@pytest.mark.parametrize("caller", ["torch.distributed.fsdp._fully_shard._fsdp_param", "accelerate.hooks"])
+def test_who_shares_out_parameters_sees_the_codes(caller: str) -> None:
+    whole = layer("W4A16-g128")
+    assert eval("whole.weight", {"__name__": caller, "whole": whole}) is whole._parameters["weight"]
+    assert eval("whole.weight", {"__name__": "somebody", "whole": whole}).is_floating_point()

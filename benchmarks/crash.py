@@ -1,6 +1,6 @@
 """Calibrated quantization under SIGKILL, failing disks and loss of power.
 
-    python benchmarks/crash.py [kills] [schemes] [shipped] [faults] [power] [wrong] [ext4] [full]
+    python benchmarks/crash.py [kills] [schemes] [learned] [shipped] [faults] [power] [wrong] [ext4] [full]
 
 Everything runs the real command, ``hf-quant quantize MODEL`` with a calibrated method, in forked children or in this process. What has
 to be true afterwards is said in ``tests/e2e/crashes.py``, and how a disk fails in ``tests/e2e/faulty_disk.py``. No section
@@ -8,6 +8,7 @@ named means all of them; the results of the others stay. The last two mount file
 
 kills    at least 100 SIGKILLs at random moments on a tiny Llama of twelve blocks, again and again until it gets through
 schemes  at least 20 SIGKILLs for each kind of tensor that blocks are stored in: W8A8, static, mixed, native, ... (200 in all)
+learned  at least 20 while codes are learned block by block and scales are trained end to end, on a tiny model
 shipped  at least 15 on the model in examples/, which is measured on held-out text too
 faults   every durable operation, killed before it, torn in the midst of it, on a full disk, and with EIO
 power    every moment of five runs, in several ways that unsynced data and entries may be lost
@@ -54,6 +55,17 @@ from tests.e2e.crashes import FEW, SCENARIOS, SCHEMES, TINY, WRONG, Case, quanti
 from tests.e2e.faulty_disk import KINDS  # noqa: E402
 
 LONG = ("--scheme", "W4A16-g32", "--calibration-tokens", "4096", "--no-eval")
+LEARNED = (
+    "--scheme",
+    "W3A16-g32-asym",
+    "--method",
+    "learned",
+    "--epochs",
+    "2",
+    "--calibration-tokens",
+    "1024",
+    "--no-eval",
+)
 SHIPPED = ("--scheme", "W4A16-g128", "--calibration-tokens", "2048", "--max-tokens", "1024")
 
 
@@ -67,6 +79,10 @@ def schemes(root: Path) -> dict[str, object]:
         name: _kills(model, root / name, (*options, *FEW), 200 // len(SCHEMES)) for name, options in SCHEMES.items()
     }
     return {"schemes": rows}
+
+
+def learned(root: Path) -> dict[str, object]:
+    return _kills(crashes.make_model(root / "model", 6), root, LEARNED, 20)
 
 
 def shipped(root: Path) -> dict[str, object]:
@@ -182,7 +198,7 @@ def full(root: Path) -> dict[str, object]:
 
 
 SECTIONS: dict[str, Callable[[Path], dict[str, object]]] = {
-    "kills": kills, "schemes": schemes, "shipped": shipped, "faults": faults, "power": powerless, "wrong": wrong, "ext4": ext4, "full": full,
+    "kills": kills, "schemes": schemes, "learned": learned, "shipped": shipped, "faults": faults, "power": powerless, "wrong": wrong, "ext4": ext4, "full": full,
 }  # fmt: skip
 
 
@@ -297,7 +313,7 @@ def of_full(row: dict) -> list[str]:
 
 
 LINES: dict[str, Callable[[dict], list[str]]] = {
-    "kills": of_kills, "schemes": of_schemes, "shipped": of_kills, "faults": of_faults, "power": of_power, "wrong": of_wrong, "ext4": of_ext4,
+    "kills": of_kills, "schemes": of_schemes, "learned": of_kills, "shipped": of_kills, "faults": of_faults, "power": of_power, "wrong": of_wrong, "ext4": of_ext4,
     "full": of_full,
 }  # fmt: skip
 

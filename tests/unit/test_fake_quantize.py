@@ -13,6 +13,7 @@ from hf_quant.errors import PlanError
 from hf_quant.methods import method
 from hf_quant.training import FakeQuantLinear, why_not
 from hf_quant.training.fake_quantize import fake_quant_linear, fake_quantize
+from hf_quant.training.loop import Settings, _optimizer
 
 SLUGS = ("W4A16-g16", "W3A16-g16-asym", "W2A16-g32-asym", "W8A16-g-1", "W2A16-g16")
 
@@ -157,3 +158,19 @@ def test_schemes_that_cannot_be_trained(slug: str, instead: str) -> None:
     reason = why_not(QuantScheme.parse(slug))
     assert reason is not None and reason.endswith(f"{instead} can")
     assert why_not(QuantScheme.parse("W2A16-g64-asym")) is None and why_not(QuantScheme.parse("W4A8-g128")) is None
+
+
+def test_ranges_learn_slower_than_weights() -> None:
+    """A scale moves all the weights of its group: at their rate it made a calibrated model worse."""
+    parameters = {
+        f"l.{name}": torch.nn.Parameter(torch.ones(2)) for name in ("weight", "weight_scale", "weight_offset")
+    }
+    settings = Settings(steps=1, batch=1, lr=1e-3)
+    optimizer = _optimizer(parameters, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = settings.rate(0) * group["share"]
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(2)
+    optimizer.step()
+    moved = {name: 1 - parameter[0].item() for name, parameter in parameters.items()}
+    assert moved == pytest.approx({"l.weight": 1e-3, "l.weight_scale": 1e-4, "l.weight_offset": 1e-4}, rel=1e-2)

@@ -80,17 +80,22 @@ def _passes(
     """Learn, and stop after every pass for a look at the result, which is in the block.
 
     The first half of the passes leaves the codes as they are: there are few scales, so that little text tells what they
-    should be, and where there is too little for the codes, what the first half has found is kept.
+    should be, and where there is too little for the codes, what the first half has found is kept. Each half has its own warmup
+    and cosine, and scales go a quarter as fast while codes change.
     """
-    rates = {"place": learning.codes, "factor": learning.scales}
     optimizer = torch.optim.Adam(
-        [{"params": [getattr(latent, name) for latent in latents.values()], "name": name} for name in rates],
+        [{"params": [getattr(latent, name) for latent in latents.values()]} for name in ("place", "factor")],
         betas=(0.9, 0.95),
     )
-    steps, step = learning.epochs * -(-len(train) // TOGETHER), 0
     draw, failed = torch.Generator().manual_seed(learning.seed), 0
+    first = learning.epochs // 2
     for epoch in range(learning.epochs):
-        rates["place"] = learning.codes if epoch >= learning.epochs // 2 else 0.0
+        alone = epoch < first
+        rates = (0.0, learning.scales) if alone else learning.together
+        steps, step = (
+            (passes * -(-len(train) // TOGETHER))
+            for passes in ((first, epoch) if alone else (learning.epochs - first, epoch - first))
+        )
         order = [train[i] for i in torch.randperm(len(train), generator=draw).tolist()]
         for start in range(0, len(order), TOGETHER):
             with _only_these_learn(block, latents):
@@ -102,8 +107,8 @@ def _passes(
                     "are kept, the same command goes on from there; --method calibrated needs no learning"
                 )
             if not failed:
-                for group in optimizer.param_groups:
-                    group["lr"] = rates[group["name"]] * _rate(step, steps)
+                for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = rate * _rate(step, steps)
                 optimizer.step()
                 for name, latent in latents.items():
                     latent.keep_inside()

@@ -30,14 +30,19 @@ class Learning:
     Attributes:
         epochs: Passes over the calibration text.
         codes: Learning rate of the codes, in steps of the grid.
-        scales: Learning rate of the scales, relative to what they start from.
+        scales: Learning rate of the scales, relative to what they start from; a quarter of it while codes are learned.
         seed: Of the order of the text.
     """
 
     epochs: int = EPOCHS
-    codes: float = 0.01
+    codes: float = 0.02
     scales: float = 0.002
     seed: int = 0
+
+    @property
+    def together(self) -> tuple[float, float]:
+        """Learning rates of codes and scales while both are learned."""
+        return self.codes, self.scales / 4
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,7 @@ def plan(
 
     from hf_quant.checkpoint.folder import Checkpoint
     from hf_quant.hf import plan_of
+    from hf_quant.jobs.grids import grid_of
 
     if Path(model).is_dir():
         Checkpoint.open(Path(model))
@@ -142,15 +143,16 @@ def plan(
         slugs, method=method, format=format, ignore=ignore, override=override or {}, lm_head=lm_head, embeddings=embeddings
     ):  # fmt: skip
         skeleton, planned = plan_of(model, config, **hub(revision, trust_remote_code))
-        plans.append(_planned(config.scheme, config.bits, planned, _cache_bytes(skeleton.config.get_text_config())))
+        cache = _cache_bytes(skeleton.config.get_text_config())
+        plans.append(_planned(config.scheme, config.bits, planned, cache, grid_of(model, slugs)))
     return PlanResult(model, plans)
 
 
-def _planned(scheme: str, bits: int, plan: Plan, cache: int) -> PlannedModel:
+def _planned(scheme: str, bits: int, plan: Plan, cache: int, grid: str | None) -> PlannedModel:
     return PlannedModel(
         scheme, plan.bytes_float, plan.bytes_quantized, int(plan.bytes_quantized + WORKING), plan.bits_per_weight, plan.share,
         plan.params, plan.format, plan.format_reason, plan.left | plan.others, cache, int(cache * KV_BITS["int8"] / 16),
-        int(cache * KV_BITS["int4"] / 16), [*_advice(plan.params, bits), *_worth(plan, cache)], plan.summary(),
+        int(cache * KV_BITS["int4"] / 16), [*_advice(plan.params, bits), *_worth(plan, cache), *filter(None, [grid])], plan.summary(),
     )  # fmt: skip
 
 

@@ -242,6 +242,7 @@ def quantize(
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
     from hf_quant.jobs.compress import Job, compress
+    from hf_quant.jobs.grids import grid_of
     from hf_quant.jobs.tune import Tuning
     from hf_quant.solve.ranks import Ranks
 
@@ -259,6 +260,8 @@ def quantize(
     with reporting(progress if ranks.first else False, say if ranks.first else _silent) as report:
         _check_folder(model, report)
         refuse_quantized(model, **from_hub)
+        if (grid := grid_of(model, slugs)) is not None:
+            report.say(grid)
         tokenizer = tokenizer_of(model, **from_hub)
         if tokenizer is None:
             report.say(Important(f"{model}: no tokenizer found, none is saved"))

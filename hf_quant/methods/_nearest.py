@@ -8,6 +8,7 @@ from math import isnan
 import torch
 from torch import Tensor
 
+from hf_quant.core.grid import recovered
 from hf_quant.core.numerics import quantize, search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
@@ -21,7 +22,7 @@ def nearest(
     weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, steps: int, least: float,
     importance: Tensor | None = None, columns: Tensor | None = None,
 ) -> QuantizedTensor:  # fmt: skip
-    """Round each weight to its nearest code, on the grid with the least squared error.
+    """Round each weight to its nearest code, on the grid with the least squared error, or on the one that it lies on already.
 
     Args:
         weight: ``[N, K]``.
@@ -45,6 +46,8 @@ def nearest(
         groups = wide.unflatten(-1, (scheme.groups(wide.shape[-1]), -1))  # [n, G, K/G]
         by_group = None if importance is None else importance.view(groups.shape[1], -1)
         scale, zero = search(groups, scheme, dtype, steps, least, by_group)
+        if steps and (grid := recovered(groups, scheme, dtype)) is not None:
+            scale, zero = torch.where(grid[2], grid[0], scale), torch.where(grid[2], grid[1], zero)
         codes = quantize(groups, scale, zero, scheme.qmax).to(torch.uint8).flatten(-2)
         return QuantizedTensor.from_codes(codes, scale.squeeze(-1).to(dtype), zero.squeeze(-1), scheme, outliers)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,3 +41,10 @@ def test_the_package_knows_no_integration() -> None:
     for file in (ROOT / "hf_quant").rglob("*.py"):
         roots = {name.partition(".")[0] for name in used(file)}
         assert not [root for root in roots if root == "integrations" or root.startswith("hf_quant_")], file
+
+
+def test_the_page_is_what_the_tests_of_the_hosts_saw() -> None:
+    matrix = runpy.run_path(str(ROOT / "integrations/matrix"))
+    seen = matrix["results"]()
+    assert seen.keys() <= {host.name for host in HOSTS}
+    assert (ROOT / "docs/hosts.md").read_text(encoding="utf-8") == matrix["page"](seen)

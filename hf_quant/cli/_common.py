@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import click
 
+from hf_quant.cli._screen import Part, show
 from hf_quant.cli._types import SAVED, Limit, Method, Override, Scheme, Share, Size
 from hf_quant.errors import printable
 from hf_quant.jobs.progress import Important
+from hf_quant.jobs.results import Grid
 
 Function = Callable[..., Any]
 
@@ -116,15 +118,16 @@ def say(message: str, quiet: bool = False) -> None:
         click.echo("\n".join(map(printable, message.split("\n"))), err=True)
 
 
-def emit(as_json: bool, quiet: bool, *, record: dict[str, Any], essential: str, human: str) -> None:
+def emit(as_json: bool, quiet: bool, *, record: dict[str, Any], essential: str, human: Part | Sequence[Part]) -> None:
     """The result, in the one form that was asked for. Only what a script reads from a pipe, ``essential``, stays as it is."""
     if as_json:
         click.echo(json.dumps(record))
     elif quiet and not sys.stdout.isatty():
         click.echo(essential)
+    elif quiet:
+        click.echo(printable(essential, sys.maxsize))
     else:
-        text = essential if quiet else human
-        click.echo(printable(text, sys.maxsize))
+        show([human] if isinstance(human, str | Grid) else human)
 
 
 def bars(quiet: bool) -> bool:

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_quant.cli._common import bars, emit, output_options, say
+from hf_quant.cli._screen import Part
 from hf_quant.cli._types import DTYPE, Device, Model
 from hf_quant.errors import HfQuantError
+from hf_quant.jobs.base import base_of, recipe_of
 from hf_quant.jobs.options import hub
+from hf_quant.jobs.results import Grid
 
 if TYPE_CHECKING:
     from hf_quant.jobs.progress import Reporter
@@ -20,7 +23,12 @@ FEW = 3  # repeats, at least
 
 @click.command()
 @click.argument("model", type=Model())
-@click.option("--base", type=Model(), help="Measure this model too, in turns with the first.")
+@click.option(
+    "--base",
+    type=Model(),
+    help="Measured too, in turns with MODEL; default: the model its recipe.json names, if it is here.",
+)
+@click.option("--alone", is_flag=True, help="Measure no base.")
 @click.option("--batch", multiple=True, type=click.IntRange(1), default=(1, 4, 16), show_default=True)
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(2), default=32, show_default=True)
@@ -36,7 +44,7 @@ FEW = 3  # repeats, at least
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings along.")
 @output_options
 def command(
-    model: str, base: str | None, trust_remote_code: bool, batch: tuple[int, ...], prompt_tokens: int, new_tokens: int, repeats: int, dtype: str,
+    model: str, base: str | None, alone: bool, trust_remote_code: bool, batch: tuple[int, ...], prompt_tokens: int, new_tokens: int, repeats: int, dtype: str,
     device: str | None, kv_cache: str | None, tune: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Measure memory, time to load, and prefill and decode speed of MODEL."""
@@ -50,11 +58,24 @@ def command(
             lines = [f"{name}: dense from {tile['dense'] + 1} rows" for name, tile in tiles.items()]
             emit(as_json, quiet, record={"tiles": tiles}, essential=str(len(tiles)), human="\n".join(lines))
             return
+        base = None if alone else base or _base(model, report)
         names = {"base": base, "model": model} if base else {"model": model}
         record = _measured(names, how, batch, kv_cache, prompt_tokens, new_tokens, repeats, report)
         store_results(Path(model), {"bench": record}, report.say)
     decode = record["model"]["speed"][0]["decode"]
     emit(as_json, quiet, record=record, essential=f"{decode:.4g}", human=_human(record, list(names)))
+
+
+def _base(model: str, report: Reporter) -> str | None:
+    """The model that MODEL was made from; None where its recipe names none, or it is not known where that is."""
+    recipe = recipe_of(model)
+    if not recipe:
+        return None
+    try:
+        return base_of(model, recipe, None)[0]
+    except HfQuantError as error:
+        report.say(f"{error}; until then it is measured alone")
+        return None
 
 
 def _tuned(model: str, dtype: str, device: str | None) -> dict[str, Any]:
@@ -122,9 +143,7 @@ def _machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _human(record: dict[str, Any], roles: list[str]) -> str:
-    from hf_quant.jobs.results import table
-
+def _human(record: dict[str, Any], roles: list[str]) -> list[Part]:
     head = ("", "weights MB", "peak MB", "load s")
     sizes = [
         (
@@ -142,11 +161,8 @@ def _human(record: dict[str, Any], roles: list[str]) -> str:
         for role in roles
         for s in record[role]["speed"]
     ]  # fmt: skip
-    parts = [
-        table(head, sizes),
-        table(("", "prefill tokens/s", "decode tokens/s", "first token ms", "KV cache MB"), speeds),
-    ]
-    return "\n\n".join([*parts, *(["\n".join(record["slower"])] if record["slower"] else [])])
+    titles = ("", "prefill tokens/s", "decode tokens/s", "first token ms", "KV cache MB")
+    return [Grid(head, sizes), "", Grid(titles, speeds), *([""] if record["slower"] else []), *record["slower"]]
 
 
 COMMAND = command

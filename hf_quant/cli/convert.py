@@ -44,7 +44,7 @@ def command(
     )
     for line in done.footnotes():
         say(line, quiet or as_json)
-    emit(as_json, quiet, record=done.to_dict(), essential=output, human=done.table())
+    emit(as_json, quiet, record=done.to_dict(), essential=output, human=[done.title(), done.grid()])
 
 
 COMMAND = command

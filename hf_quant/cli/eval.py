@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from hf_quant.cli._common import bars, emit, gate_options, measure_options, output_options, say
+from hf_quant.cli._screen import Part
 from hf_quant.cli._types import Device, Model
 
 
@@ -28,7 +29,7 @@ def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     from hf_quant.jobs.evaluate import evaluate
 
     done = evaluate(model, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
-    human = "\n".join([done.table(), *done.footnotes()])
+    human: list[Part] = [done.grid(), *done.footnotes()]
     emit(as_json, quiet, record=done.to_dict(), essential=f"{done.main.value:.6g}", human=human)
     for line in done.misses():
         say(line)

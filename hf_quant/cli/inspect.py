@@ -11,7 +11,7 @@ import click
 from hf_quant.cli._common import emit, output_options
 from hf_quant.cli._types import Model
 from hf_quant.errors import CheckpointError, printable
-from hf_quant.jobs.results import table
+from hf_quant.jobs.results import Grid, Row, fields
 
 if TYPE_CHECKING:
     from hf_quant.checkpoint.contents import Contents
@@ -45,10 +45,33 @@ def command(model: str, as_json: bool, quiet: bool) -> None:
         "bytes": sum(sizes.values()),
         "bytes_by_dtype": dict(sizes.most_common()),
     }
-    lines = [(name, str(value)) for name, value in record.items() if name not in ("left", "schemes")]
-    lines += [(f"{count} layers", scheme) for scheme, count in record["schemes"].items()]
-    lines += [("in floating point", _shown(left))] if left else []
-    emit(as_json, quiet, record=record, essential=record["format"], human=table(("field", "value"), lines))
+    emit(as_json, quiet, record=record, essential=record["format"], human=Grid(("field", "value"), _lines(record)))
+
+
+def _lines(record: dict[str, Any]) -> list[Row]:
+    """What a person reads of it."""
+    coded = record["layers_quantized"] > 0
+    notable = (
+        "format",
+        "bits",
+        "group_size",
+        "codebook",
+        "layers_quantized",
+        "share_quantized",
+        "files",
+        "bytes",
+        "bytes_by_dtype",
+    )
+    lines = list(fields({name: record[name] for name in notable if coded or name not in ("layers_quantized",)}))
+    if coded:
+        zeros = "none: the codes are symmetric" if record["symmetric"] else "one a group"
+        lines.insert(3, ("zero points", zeros))
+        lines += [(f"{count} layers", scheme) for scheme, count in record["schemes"].items()]
+    if record["act_order"]:
+        lines.append(("order of columns", "by their activations (desc_act)"))
+    lines += [("note", note) for note in record["notes"]]
+    left = record["left"]
+    return [*lines, (f"{len(left)} matrices in floating point", _shown(left))] if left else lines
 
 
 def _layers(contents: Contents | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from hf_quant.cli._common import (
     output_options,
     say,
 )
+from hf_quant.cli._screen import Part
 from hf_quant.cli._types import DTYPE, Device, Method, Model, Size
 
 
@@ -54,7 +55,7 @@ def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any)
     from hf_quant.jobs.ladder import ladder
 
     done = ladder(model, output, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
-    human = "\n".join([done.table(), "", *done.footnotes()])
+    human: list[Part] = [done.grid(), "", *done.footnotes()]
     emit(as_json, quiet, record=done.to_dict(), essential=str(done.folder or ""), human=human)
     if not done.passed:
         for line in done.misses():

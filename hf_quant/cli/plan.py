@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from hf_quant.cli._common import emit, model_options, output_options, scheme_options
+from hf_quant.cli._screen import Part
 from hf_quant.cli._types import Model
 
 
@@ -20,7 +21,7 @@ def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     from hf_quant.jobs.plan import plan
 
     done = plan(model, **options)
-    human = "\n".join([done.table(), "", *done.footnotes()])
+    human: list[Part] = [done.grid(), "", *done.footnotes()]
     essential = f"{done.plans[0].bytes_after / 1e6:.1f}"
     emit(as_json, quiet, record=done.to_dict(), essential=essential, human=human)
 

@@ -18,6 +18,7 @@ from hf_quant.cli._common import (
     say,
     scheme_options,
 )
+from hf_quant.cli._screen import Part
 from hf_quant.cli._types import DTYPE, Device, Model, Size
 
 
@@ -54,11 +55,11 @@ def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any)
     done = quantize(model, output, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
     if not done.results:  # another process shows the result
         return
-    human = done.table()
+    human: list[Part] = [done.grid()]
     if done.results[0].quality is not None and done.text is not None:
-        human += f"\n\n{measured_on(done.results[0].quality, done.text)}"
+        human += ["", measured_on(done.results[0].quality, done.text)]
     if done.generated:
-        human += f"\n\n{done.folder} continues:\n{done.generated}"
+        human += ["", f"{done.folder} continues:", done.generated]
     essential = "\n".join(str(result.folder) for result in done.results)
     emit(as_json, quiet, record=done.to_dict(), essential=essential, human=human)
     for result in done.results:

@@ -1,4 +1,4 @@
-"""``hf-quant report``: one page about what was measured."""
+"""``hf-quant report``: one page about what was measured, of one model or of two side by side."""
 
 from __future__ import annotations
 
@@ -7,29 +7,46 @@ from pathlib import Path
 import click
 
 from hf_quant.cli._common import emit, output_options
-from hf_quant.cli._types import Folder
+from hf_quant.cli._types import Folder, Model
 from hf_quant.errors import HfQuantError
 
 
 @click.command()
 @click.argument("folder", type=Folder())
+@click.argument("other", type=Folder(), required=False)
 @click.option(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Default: report.html in FOLDER; only a report is replaced.",
 )
+@click.option("--samples", is_flag=True, help="Let FOLDER and its base continue a few texts, and show both.")
+@click.option("--prompt", multiple=True, help="A text to continue, in place of those; may be given several times.")
+@click.option("--base", type=Model(), help="The model FOLDER was made from; default: the one its recipe.json names.")
+@click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoints bring along.")
 @output_options
-def command(folder: Path, output: Path | None, as_json: bool, quiet: bool) -> None:
-    """Write one HTML file on FOLDER: numbers, charts and recipe, readable without a network and on a phone."""
+def command(
+    folder: Path, other: Path | None, output: Path | None, samples: bool, prompt: tuple[str, ...], base: str | None,
+    trust_remote_code: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Write one HTML file on FOLDER, or on FOLDER beside OTHER.
+
+    Numbers, charts, layers and recipe, readable without a network and on a phone.
+    """
     from hf_quant.disk.atomic import write_bytes
     from hf_quant.publish.page import html_page, why_not
 
     out = output or folder / "report.html"
     if (reason := why_not(out)) is not None:
         raise HfQuantError(f"{out}: {reason}")
-    write_bytes(out, html_page(folder).encode())
-    emit(as_json, quiet, record={"report": str(out)}, essential=str(out), human=str(out))
+    texts = []
+    if samples or prompt:
+        from hf_quant.jobs.samples import PROMPTS
+        from hf_quant.jobs.samples import samples as continued
+
+        texts = continued(folder, base, prompt or PROMPTS, trust_remote_code=trust_remote_code)
+    write_bytes(out, html_page(folder, other, texts).encode())
+    emit(as_json, quiet, record={"report": str(out)}, essential=str(out), human=f"{out}: open it in a browser")
 
 
 COMMAND = command

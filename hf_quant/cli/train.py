@@ -17,6 +17,7 @@ from hf_quant.cli._common import (
     say,
     scheme_options,
 )
+from hf_quant.cli._screen import Part
 from hf_quant.cli._types import DTYPE, Device, Model, Size
 
 
@@ -68,9 +69,9 @@ def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any)
 
     done = train(model, output, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
     trained = done.results[0]
-    human = done.table()
+    human: list[Part] = [done.grid()]
     if trained.quality is not None and done.text is not None:
-        human += f"\n\n{measured_on(trained.quality, done.text)}"
+        human += ["", measured_on(trained.quality, done.text)]
     emit(as_json, quiet, record=done.to_dict(), essential=str(trained.folder), human=human)
     for line in trained.footnotes():
         say(line)

@@ -21,7 +21,7 @@ def command(model: str, revision: str | None, as_json: bool, quiet: bool) -> Non
     from hf_quant.jobs.verify import verify
 
     done = verify(model, revision=revision, progress=bars(quiet or as_json), say=lambda line: say(line, quiet))
-    emit(as_json, quiet, record=done.to_dict(), essential="sound", human=done.table())
+    emit(as_json, quiet, record=done.to_dict(), essential="sound", human=[done.title(), done.grid()])
 
 
 COMMAND = command

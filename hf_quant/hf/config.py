@@ -33,6 +33,7 @@ UNSTORED = (
     "training",
     "saves_training",
 )  # the text may be private; the recipe has its hash
+SAID_BY_SCHEME = ("bits", "group_size", "symmetric")
 AUTO = "auto"  # compressed-tensors where it can hold the plan
 VERSION = 1  # of this configuration's meaning
 OTHER_NAMES = {  # of the same things in other packages
@@ -157,6 +158,14 @@ class HfQuantConfig(QuantizationConfigMixin):
             type(share_quantized) not in (int, float) or not 0 <= share_quantized <= 1
         ):
             raise PlanError(f"quantization_config.share_quantized {share_quantized!r}: must be a number from 0 to 1")
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, on one line."""
+        known = inspect.signature(type(self)).parameters
+        names = [name for name in known if name not in ("scheme", *SAID_BY_SCHEME, *UNSTORED) and hasattr(self, name)]
+        values = {name: getattr(self, name) for name in names}
+        shown = [f"{name}={value!r}" for name, value in values.items() if value and value != known[name].default]
+        return printable(f"{type(self).__name__}({', '.join([repr(self.scheme), *shown])})", lines=False)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

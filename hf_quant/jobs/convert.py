@@ -85,7 +85,7 @@ class ConvertResult(Result):
         )
 
     def rows(self) -> Iterator[Row]:
-        return fields(self.to_dict())
+        return fields({name: value for name, value in self.to_dict().items() if name != "identical"})
 
     def footnotes(self) -> list[str]:
         return [f"{self.target}: {line}" for line in self.verdict.lines()] if self.verdict is not None else []

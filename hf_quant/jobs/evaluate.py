@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.jobs.base import base_of, recipe_of
 from hf_quant.jobs.options import budget, check_model, hub
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
@@ -113,7 +113,7 @@ def evaluate(
 
     Args:
         model: Folder or Hub id.
-        base: The model it was made from; None: the one that its recipe.json names.
+        base: The model it was made from; None: the one that its recipe.json names, or the folder that it was made from here.
         device: Where to run both, such as ``"cpu"``, ``"cuda"`` or ``"auto"``.
         kv_cache: ``"int8"`` or ``"int4"``: measure it with keys and values kept like that.
         tasks: Tasks of lm-evaluation-harness too: a list, or names separated by commas.
@@ -148,8 +148,8 @@ def evaluate(
     from hf_quant.hf import load
     from hf_quant.hf.auto import tokenizer_of
 
-    recipe = _recipe(model)
-    base, revision = _base_of(model, recipe, base)
+    recipe = recipe_of(model)
+    base, revision = base_of(model, recipe, base)
     from_hub, of_base = hub(None, trust_remote_code), hub(revision, trust_remote_code)
     name, content = how.find(model, base)
     if not allow_overlap:
@@ -189,33 +189,6 @@ def _tasks(model: Any, tokenizer: Any, tasks: str | Sequence[str]) -> dict[str, 
     from hf_quant.evaluation.tasks import run_tasks
 
     return run_tasks(model, tokenizer, tasks.split(",") if isinstance(tasks, str) else list(tasks))
-
-
-def _recipe(model: str) -> dict[str, Any]:
-    """What ``model`` says of how it was made; empty where it says nothing."""
-    file = Path(model) / "recipe.json"
-    if not file.is_file():
-        return {}
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HfQuantError(f"{file}: {error}") from None
-    if not isinstance(stored, dict) or not isinstance(stored.get("source", {}), dict):
-        raise HfQuantError(f"{file}: is not a recipe: an object with the object source was expected")
-    return stored
-
-
-def _base_of(model: str, recipe: dict[str, Any], named: str | None) -> tuple[str, str | None]:
-    """The base ``named``, or else the one of the recipe; and its commit, where the recipe knows it."""
-    source = recipe.get("source", {})
-    base = named or source.get("model")
-    if base is None:
-        raise HfQuantError(f"{model} does not say what it was made from: name it with --base")
-    if Path(base).is_dir():
-        return str(base), None
-    if named is None and "/" not in base:
-        raise HfQuantError(f"{model} was made from a folder called {base!r}: say where it is with --base")
-    return str(base), source.get("revision") if base == source.get("model") else None
 
 
 def _same_tokenizer(model: str, base: Any, from_hub: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.jobs.base import remember
 from hf_quant.jobs.options import budget, check_model, hub, load_options, size_in_bytes
 from hf_quant.jobs.outputs import check_places
 from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
@@ -229,6 +230,7 @@ def ladder(
             if held_back is not None:
                 last = replace(last, measure=measure_on(held_back))
             folder = out.with_name(compress(last, walk.chosen.config, out)["folder"])
+            remember(folder, model)
     again = record["held_back"]
     return LadderResult(
         model, walk.rungs, record["chosen"], folder, folder is not None and folder.name == out.name, name,

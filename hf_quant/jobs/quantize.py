@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.jobs.base import remember
 from hf_quant.jobs.options import budget, check_model, configs, hub, load_options, overrides, schemes, size_in_bytes
 from hf_quant.jobs.outputs import check_places, work_folder
 from hf_quant.jobs.progress import Bar, Important, Reporter, Say, reporting
@@ -285,6 +286,8 @@ def quantize(
         if not ranks.first:
             return QuantizeResult(model, ())
         models = [QuantizedModel.of(record, out) for record, out in zip(records, outs, strict=True)]
+        for quantized in models:
+            remember(quantized.folder, model)
         generated = _continue(models[-1].folder, prompt, tokenizer, trust_remote_code) if prompt else None
     return QuantizeResult(model, models, name, generated)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_quant.errors import printable
 
@@ -40,9 +41,13 @@ class Result:
         """Lines below the table."""
         return ()
 
+    def grid(self) -> Grid:
+        """The table, not laid out yet."""
+        return Grid(self.head(), list(self.rows()))
+
     def table(self) -> str:
         """The table as text."""
-        return table(self.head(), self.rows())
+        return str(self.grid())
 
     def __repr__(self) -> str:
         lines = (printable(line, lines=False) for line in (self.title(), *self.footnotes()))
@@ -55,14 +60,32 @@ class Result:
         return f"<p>{_html(self.title())}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{notes}"
 
 
+class Grid(NamedTuple):
+    """A table before it is laid out; ``str`` aligns its columns, numbers to the right."""
+
+    head: Row
+    rows: Sequence[Row]
+
+    def is_numeric(self, column: int) -> bool:
+        """Whether a column holds numbers, or nothing; the first one holds names."""
+        return column > 0 and all(re.match(r"[-+±]?\d|-?$|within", row[column]) for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [[printable(cell, lines=False) for cell in row] for row in (self.head, *self.rows)][
+            0 if any(self.head) else 1 :
+        ]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.head))]
+        right = [self.is_numeric(i) for i in range(len(self.head))]
+        columns = list(zip(widths, right, strict=True))
+        return "\n".join(
+            "  ".join(c.rjust(w) if r else c.ljust(w) for c, (w, r) in zip(line, columns, strict=True)).rstrip()
+            for line in lines
+        )
+
+
 def table(head: Row, rows: Iterable[Row]) -> str:
-    """Columns aligned: the first to the left, numbers to the right; a cell is one printable line."""
-    lines = [[printable(cell, lines=False) for cell in row] for row in (head, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
+    """Columns aligned; a cell is one printable line."""
+    return str(Grid(head, list(rows)))
 
 
 def interval(estimate: Estimate) -> str:
@@ -70,9 +93,39 @@ def interval(estimate: Estimate) -> str:
     return "-" if estimate.low is None else f"{estimate.low:.5f}..{estimate.high:.5f}"
 
 
-def fields(record: dict[str, Any]) -> Iterator[Row]:
-    """Rows of a table with one line for each field of a record."""
-    return ((name, str(value)) for name, value in record.items())
+def fields(record: Mapping[str, Any]) -> Iterator[Row]:
+    """Rows of a table with one line for each field of a record, in words; what is empty is left out."""
+    for name, value in record.items():
+        if value not in (None, "", [], (), {}):
+            yield name.replace("_", " "), in_words(name, value)
+
+
+def in_words(name: str, value: Any) -> str:
+    """A value as people write it; the name of the field says what a number means."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case int() if "bytes" in name:
+            return size(value)
+        case float() if "share" in name:
+            return f"{value:.1%}"
+        case int():
+            return f"{value:,}"
+        case Mapping():
+            return ", ".join(f"{key}: {in_words(name, number)}" for key, number in value.items())
+        case list() | tuple():
+            return ", ".join(in_words(name, item) for item in value)
+        case None:
+            return "none"
+    return str(value)
+
+
+def size(count: float) -> str:
+    """Bytes, as people write them: ``"18.2 MB"``."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}" if count < 100 * unit else f"{count / unit:,.0f} {name}"
+    return f"{count:.0f} bytes"
 
 
 def _html(text: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.jobs.base import remember
 from hf_quant.jobs.options import budget, check_model, configs, hub, load_options, overrides, schemes, size_in_bytes
 from hf_quant.jobs.outputs import check_places
 from hf_quant.jobs.progress import Bar, Say, reporting
@@ -129,7 +130,9 @@ def train(
         job = Job(model, given, shard, overwrite, report.say, tokenizer, gate, measure, inputs=inputs)
         with resumable({out: plan.scheme}, "the last checkpoint", report):
             record = train_model(job, training, plan, out)
-    return QuantizeResult(model, [QuantizedModel.of(record, out)], name)
+    trained = QuantizedModel.of(record, out)
+    remember(trained.folder, model)
+    return QuantizeResult(model, [trained], name)
 
 
 def _check_options(

@@ -63,11 +63,15 @@ class VerifyResult(Result):
         return record
 
     def title(self) -> str:
-        size = "" if self.bytes is None else f", {self.bytes / 1e6:.1f} MB"
-        return f"{self.model} is sound{size}"
+        if self.format == NOT_QUANTIZED:
+            return f"{self.model} is sound, and nothing in it is quantized"
+        return f"{self.model} is sound"
 
     def rows(self) -> Iterator[Row]:
-        return fields(self.to_dict())
+        without = "no manifest.json, since it was not published: sha256 sums were not compared"
+        files = without if self.files is None else f"{self.files} files have the sha256 of manifest.json"
+        yield "files", files
+        yield from fields({name: value for name, value in self.to_dict().items() if name not in ("sound", "files")})
 
 
 def verify(

@@ -63,4 +63,4 @@ class QuantEmbedding(Outside, nn.Embedding):
         return read(self, "weight", self.scheme, ids).dequantize()
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}"

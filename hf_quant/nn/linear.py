@@ -197,7 +197,11 @@ class QuantLinear(Repacking, nn.Linear):
         return self.quantized_weight().dequantize(dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"
+        bits = self.scheme.bits_per_weight(self.in_features, 8 * self.weight_scale.element_size())
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"scheme={self.scheme}, bits_per_weight={bits:.4g}"
+        )
 
 
 def _known(scheme: QuantScheme | str) -> QuantScheme:

@@ -83,7 +83,7 @@ def sensitivity(walk: dict[str, Any], dark: bool) -> bytes:
     from matplotlib.colors import LogNorm
 
     bits, costs = walk["sensitivity"]["bits"], walk["sensitivity"]["kl"]
-    places = {group: _place(group) for group in costs}
+    places = {group: place(group) for group in costs}
     blocks = sorted({block for block, _ in places.values()})
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     every = [max(value, 1e-9) for values in costs.values() for value in values]
@@ -114,7 +114,7 @@ def layers(errors: list[dict[str, Any]], dark: bool) -> bytes:
         errors: ``layers`` of results.json.
         dark: For a dark background.
     """
-    places = {layer["layer"]: _place(layer["layer"].removesuffix(".weight")) for layer in errors}
+    places = {layer["layer"]: place(layer["layer"].removesuffix(".weight")) for layer in errors}
     blocks = sorted({block for block, _ in places.values()})
     kinds = sorted(
         {kind for _, kind in places.values()}, key=lambda kind: (kind not in ORDER, ORDER.get(kind, 0), kind)
@@ -157,7 +157,7 @@ def _labelled(rungs: list[dict[str, Any]], walk: dict[str, Any]) -> list[dict[st
     return [rung for rung in rungs if rung["name"] != "mixed" or rung is shown]
 
 
-def _place(group: str) -> tuple[int, str]:
+def place(group: str) -> tuple[int, str]:
     """Number of the block (-1 outside of blocks) and the name within the block."""
     match = re.search(r"\.(\d+)\.(.+)$", group)
     if match is None:

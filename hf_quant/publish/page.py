@@ -1,51 +1,100 @@
-"""A self-contained HTML page about a folder: its content, its quality, and how it was made. It loads nothing."""
+"""A self-contained HTML page about one model, or two side by side: content, quality, speed, and how it was made.
+
+It loads nothing: styles, data and charts (`hf_quant.publish.page_charts`) are in the one file, and its numbers are readable
+without its script, too.
+"""
 
 from __future__ import annotations
 
-import base64
-import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, UndefinedError
 
-from hf_quant.errors import CheckpointError, HfQuantError
-from hf_quant.publish import charts
-from hf_quant.publish.facts import read_facts
+from hf_quant.errors import CheckpointError
+from hf_quant.evaluation.results import interval_shown
+from hf_quant.publish import page_charts
+from hf_quant.publish.markdown import number, percent, size
+from hf_quant.publish.page_model import Model, Sample
+from hf_quant.publish.sentences import TITLES
 
-TITLES = {
-    "kl": "KL divergence, nats per token", "perplexity": "perplexity", "base_perplexity": "perplexity of the base",
-    "perplexity_ratio": "perplexity over the base's", "top1": "top-1 agreement",
-    "embedding_cosine": "cosine of embeddings", "logits_cosine": "cosine of logits",
-}  # fmt: skip
+NONE = "\u2013"  # a dash, where there is no number
 MARK = "hf-quant report"  # identifies pages of this package
-SHOWN = 12  # layers with the largest errors
+SHOWN: dict[str, Callable[[float], str]] = {
+    "percent": percent,
+    "perplexity": "{:.3f}".format,
+    "ratio": "{:.4f}".format,
+}
+Cell = tuple[str, str]  # a value, and its interval
 
 
-def html_page(folder: Path) -> str:
+def html_page(folder: Path, other: Path | None = None, samples: Sequence[Sample] = ()) -> str:
     """HTML from results.json, ladder.json and recipe.json in ``folder``, as far as they exist.
+
+    Args:
+        folder: A model that was measured.
+        other: Another one, to be shown beside it.
+        samples: What the base and the model in ``folder`` say.
 
     Raises:
         HfQuantError: There is neither results.json nor ladder.json, or one is damaged.
     """
-    results, ladder, recipe = (read_facts(folder, name) or {} for name in ("results", "ladder", "recipe"))
-    if not results and not ladder:
-        raise HfQuantError(f"{folder}: neither results.json nor ladder.json; measure first, with eval or ladder")
-    pictures = []
-    if ladder and charts.available() is None:
-        pictures.append(("Size against quality", *_both(charts.size_and_kl, ladder)))
-        if ladder.get("sensitivity", {}).get("kl"):
-            pictures.append(("Where it hurts", *_both(charts.sensitivity, ladder)))
-    noise = next((rung["quality"] for rung in ladder.get("rungs", []) if rung["quality"]), None)
-    environment = Environment(loader=PackageLoader("hf_quant.publish"), autoescape=True, trim_blocks=True)
+    models = [Model.of(path) for path in (folder, other) if path is not None]
+    environment = Environment(
+        loader=PackageLoader("hf_quant.publish"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"size": size, "percent": percent, "number": number}
     try:
         return environment.get_template("page.html.jinja").render(
-            mark=MARK, name=folder.resolve().name, results=results, ladder=ladder, recipe=recipe, pictures=pictures,
-            titles=TITLES, noise=noise, layers=(results.get("layers") or [])[:SHOWN],
-            recipe_json=json.dumps(recipe, indent=2) if recipe else "",
+            mark=MARK, title=" and ".join(model.name for model in models), models=models, samples=samples,
+            quality=_quality(models), layers=_layers(models), charts=page_charts.of(models), speeds=_speeds(models),
         )  # fmt: skip
     except UndefinedError as error:
         raise CheckpointError(f"{folder}: recipe.json, results.json or ladder.json: {error.message}") from None
+
+
+def _quality(models: Sequence[Model]) -> list[tuple[str, list[Cell], str]]:
+    """A row for each measure: its title, value and interval of each model, and the noise floor of the base."""
+    measured = [model.results.get("quality") or {"metrics": {}, "quantiles": {}} for model in models]
+    names = dict.fromkeys(name for quality in measured for kind in ("metrics", "quantiles") for name in quality[kind])
+    order = {name: i for i, name in enumerate(TITLES)}
+    rows = []
+    for name in sorted(names, key=lambda name: order.get(name, len(order))):
+        title, kind = TITLES.get(name, (name, "number"))
+        shown = SHOWN.get(kind, number)
+        noise = next((q["metrics"][name]["noise"] for q in measured if name in q["metrics"]), None)
+        floor = NONE if name == "base_perplexity" or noise is None else shown(noise)
+        rows.append((title, [_cell(quality, name, shown) for quality in measured], floor))
+    return rows
+
+
+def _cell(quality: Mapping[str, Any], name: str, shown: Callable[[float], str]) -> Cell:
+    if (metric := quality["metrics"].get(name)) is not None:
+        within = " (within noise)" if metric["within_noise"] else ""
+        return shown(metric["value"]) + within, "" if metric["low"] is None else interval_shown(metric, shown)
+    return (shown(quality["quantiles"][name]), "") if name in quality["quantiles"] else (NONE, "")
+
+
+def _layers(models: Sequence[Model]) -> list[tuple[str, list[Mapping[str, Any] | None]]]:
+    """Each layer with what every model did to it; the largest error of the first one comes first."""
+    by_name = [{layer["layer"]: layer for layer in model.results.get("layers") or []} for model in models]
+    for layers, model in zip(by_name, models, strict=True):  # layers whose errors say nothing still have a scheme
+        for name, slug in (model.recipe.get("schemes") or {}).items():
+            layers.setdefault(name, {"layer": name, "scheme": slug, "error": None, "sqnr_db": None})
+    names = dict.fromkeys(name for layers in by_name for name in layers)
+    return [(name, [layers.get(name) for layers in by_name]) for name in names]
+
+
+def _speeds(models: Sequence[Model]) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Who was measured, its memory, and one of its speeds."""
+    rows = []
+    for model in models:
+        bench = model.results.get("bench") or {}
+        for role in ("base", "model"):
+            name = "the base" if role == "base" else model.name if len(models) > 1 else "the model"
+            rows += [(name, bench[role], speed) for speed in bench.get(role, {}).get("speed", [])]
+    return rows
 
 
 def why_not(out: Path) -> str | None:
@@ -58,9 +107,3 @@ def why_not(out: Path) -> str | None:
         head = file.read(1000)
     known = f'name="generator" content="{MARK}"'.encode()
     return None if known in head else "is there already, and is not a report of hf-quant: name another file"
-
-
-def _both(draw: Any, ladder: dict[str, Any]) -> tuple[str, str]:
-    """The chart for light and for dark backgrounds, as data URLs."""
-    light, dark = (base64.b64encode(draw(ladder, dark)).decode() for dark in (False, True))
-    return light, dark

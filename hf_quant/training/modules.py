@@ -137,7 +137,7 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.scheme}, bias={self.bias is not None}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}, bias={self.bias is not None}"
 
 
 class FakeQuantEmbedding(FakeQuant, nn.Embedding):
@@ -174,7 +174,7 @@ class FakeQuantEmbedding(FakeQuant, nn.Embedding):
         return nn.functional.embedding(ids, table, self.padding_idx)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}"
 
 
 def refuse_cast(weight: Tensor) -> None:

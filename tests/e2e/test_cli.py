@@ -70,8 +70,11 @@ def test_quantize_several_schemes(folder: Path, tmp_path: Path) -> None:
 def test_eval_inspect_plan_doctor(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "q"
     run("quantize", folder, "-o", out, "--scheme", "W4A16-g32", "--format", "native", "--no-eval", "-q")
-    assert "say where it is with --base" in run("eval", out, code=1).stderr
-    record = json.loads(run("eval", out, "--base", folder, "--context", 64, "--json").stdout)
+    record = json.loads(
+        run("eval", out, "--context", 64, "--json").stdout
+    )  # the folder it was made from is remembered
+    copy = shutil.copytree(out, tmp_path / "copy")
+    assert "say where it is with --base" in run("eval", copy, code=1).stderr
     quality = record["quality"]
     assert quality["metrics"]["kl"]["value"] > 0 and quality["context"] == 64
     assert json.loads((out / "results.json").read_text())["quality"] == quality
@@ -84,7 +87,11 @@ def test_eval_inspect_plan_doctor(folder: Path, tmp_path: Path) -> None:
     assert plan["parameters"] == model.num_parameters() and len(plan["advice"]) == 4
     assert plan["bytes_before"] == 4 * model.num_parameters()
     assert plan["kv_cache_bytes"] == 2 * 2 * 2 * 64 * model.config.max_position_embeddings
-    assert "loads_without_import" in run("doctor").stdout
+    lines = run("doctor", "--no-speed").stdout.splitlines()
+    assert sum(line.startswith("W") for line in lines) == 6 and not any("not cpu" in line for line in lines), (
+        "a line a scheme"
+    )
+    assert "    not triton_wna16: " in run("doctor", "--no-speed", "--verbose").stdout
 
 
 def test_a_tied_model_is_counted_once(zoo: Any) -> None:
@@ -203,11 +210,13 @@ def test_bench_and_report(folder: Path, tmp_path: Path, checked: Any) -> None:
         assert all(s["prefill"] > 0 and s["decode"] > 0 and s["first_token"] > 0 for s in record[role]["speed"])
     assert record["model"]["weight_bytes"] < record["base"]["weight_bytes"]
     assert record["base"]["weight_bytes"] >= (folder / "model.safetensors").stat().st_size - 10_000
-    alone = json.loads(run("bench", out, *few, "--json").stdout)
+    alone = json.loads(run("bench", out, "--alone", *few, "--json").stdout)
     assert "base" not in alone and alone["slower"] == []
     page = Path(run("report", out, "-q").stdout.strip()).read_text()
     assert "&lt;b&gt;q" in page and "<b>q" not in page and "http" not in page.replace("http-equiv", "")
     before = (out / "config.json").read_text()
+    two = Path(run("report", out, out, "--prompt", "some words", "-q").stdout.strip()).read_text()
+    assert "<h1>tiny, W4A16-g32 and tiny, W4A16-g32</h1>" in two and "some words …" in two and "<mark>" in two
     run("report", out, "-q")  # a report is replaced, and nothing else
     assert "is there already" in run("report", out, "-o", out / "config.json", code=1).stderr
     assert (out / "config.json").read_text() == before
@@ -233,7 +242,8 @@ def test_ladder(folder: Path, tmp_path: Path, checked: Any) -> None:
     assert {p.name for p in out.glob("*.png")} == {
         f"{chart}-{ground}.png" for chart in ("size_and_kl", "sensitivity") for ground in ("light", "dark")
     }
-    assert "data:image/png;base64" in Path(run("report", out, "-q").stdout.strip()).read_text()
+    page = Path(run("report", out, "-q").stdout.strip()).read_text()
+    assert 'data-chart="0-ladder"' in page and '"kind": "scatter"' in page and 'data-chart="0-sensitivity-4"' in page
     assert "overwrite" in run(*call, "--max-kl", "0.1", code=1).stderr
     lost = run("ladder", folder, "-o", tmp_path / "none", "--max-kl", "1e-12", "--context", 64, code=3)
     assert "no rung is inside" in lost.stdout and "W8A16-g128: KL" in lost.stderr and not (tmp_path / "none").exists()

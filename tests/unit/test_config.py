@@ -59,3 +59,9 @@ def test_the_defaults() -> None:
 
 def test_the_format_may_be_spelled_as_its_project_does() -> None:
     assert HfQuantConfig(format="compressed-tensors").format == "compressed_tensors"
+
+
+def test_its_repr_is_one_line_with_what_is_not_the_default() -> None:
+    assert repr(HfQuantConfig(bits=4)) == "HfQuantConfig('W4A16-g128')"
+    shown = repr(HfQuantConfig("W8A16-g32-asym", method="gptq", overrides={"*.k_proj": None}, calibration=["private"]))
+    assert shown == "HfQuantConfig('W8A16-g32-asym', method='gptq', overrides={'*.k_proj': None})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hf_quant.cli._common import emit, say
 from hf_quant.errors import LONGEST, printable
 from hf_quant.jobs.outputs import shown
 from hf_quant.jobs.push import PushResult
-from hf_quant.jobs.results import table
+from hf_quant.jobs.results import Grid, fields, table
 
 EVIL = "a\x1b[31m\x07\r\u202e\u200b\x9b\udcff"
 ESCAPED = r"a\x1b[31m\x07\r\u202e\u200b\x9b\udcff"
@@ -61,6 +62,38 @@ def test_results(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(sys, "stdout", terminal)
     emit(False, True, record={}, essential=EVIL, human="")
     assert terminal.getvalue() == f"{ESCAPED}\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("titles", "count", "turned"), [(9, 2, True), (6, 30, False), (3, 1, False)])
+def test_a_table_fits_the_terminal(titles: int, count: int, turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is too wide has titles in two lines, or is turned on its side; in a pipe it is one line a row."""
+    head = ("scheme", "bits/weight", "95 % interval", *(f"measure {i}" for i in range(6)))[:titles]
+    rows = [tuple(f"{10 ** (i % 7)}.{row:02}" for i in range(titles)) for row in range(count)]
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal, pipe = Terminal(), io.StringIO()
+    for out in (terminal, pipe):
+        monkeypatch.setattr(sys, "stdout", out)
+        emit(False, False, record={}, essential="", human=[Grid(head, rows)])
+    lines = re.sub(r"\x1b\[\d*m", "", terminal.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 80
+    words = " ".join(lines).split()
+    assert all(cell in words for row in rows for cell in row)
+    assert (lines[1].split()[0] == "bits/weight") is turned
+    assert len(pipe.getvalue().splitlines()) == count + 1 and "\x1b" not in pipe.getvalue()
+
+
+def test_records_in_words() -> None:
+    record = {"bits": 4, "group_size": None, "sound": True, "notes": [], "bytes": 18_200_000, "left": ["a", "b"],
+              "bytes_by_dtype": {"BF16": 31_470_336}, "share_quantized": 0.9421, "act_order": False}  # fmt: skip
+    assert [" ".join(row) for row in fields(record)] == [
+        "bits 4", "sound yes", "bytes 18.2 MB", "left a, b", "bytes by dtype BF16: 31.5 MB", "share quantized 94.2%",
+        "act order no",
+    ]  # fmt: skip
 
 
 def test_plan_of_a_push() -> None:

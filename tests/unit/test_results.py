@@ -16,7 +16,7 @@ from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
-from hf_quant.jobs.evaluate import _base_of
+from hf_quant.jobs.base import base_of, remember
 from hf_quant.jobs.stored import store_results
 
 
@@ -62,14 +62,33 @@ def test_who_writes_at_the_same_time_loses_nothing(tmp_path: Path, monkeypatch: 
 
 def test_a_model_is_held_against_the_commit_it_was_made_from(tmp_path: Path) -> None:
     recipe = {"source": {"model": "owner/name", "revision": "abc"}}
-    assert _base_of("m", recipe, None) == ("owner/name", "abc")
-    assert _base_of("m", recipe, "owner/name") == ("owner/name", "abc")
-    assert _base_of("m", recipe, "owner/other") == ("owner/other", None)
-    assert _base_of("m", recipe, str(tmp_path)) == (str(tmp_path), None)
+    assert base_of("m", recipe, None) == ("owner/name", "abc")
+    assert base_of("m", recipe, "owner/name") == ("owner/name", "abc")
+    assert base_of("m", recipe, "owner/other") == ("owner/other", None)
+    assert base_of("m", recipe, str(tmp_path)) == (str(tmp_path), None)
     with pytest.raises(HfQuantError, match="--base"):
-        _base_of("m", {}, None)
+        base_of("m", {}, None)
     with pytest.raises(HfQuantError, match="folder called 'name'"):
-        _base_of("m", {"source": {"model": "name"}}, None)
+        base_of("m", {"source": {"model": "name"}}, None)
+
+
+def test_a_local_base_is_remembered_and_not_published(tmp_path: Path) -> None:
+    base, out, moved = (tmp_path / name for name in ("base", "out", "moved"))
+    for path in (base, out):
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+    recipe = {"source": {"model": "base", "revision": None}}
+    (out / "recipe.json").write_text(json.dumps(recipe))
+    remember(out, str(base))
+    assert base_of(str(out), recipe, None) == (str(base), None)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "recipe.json"]
+    (out / "recipe.json").write_text(json.dumps(recipe | {"scheme": "another"}))
+    with pytest.raises(HfQuantError, match="--base"):
+        base_of(str(out), recipe, None)
+    remember(out, str(base))
+    base.rename(moved)
+    with pytest.raises(HfQuantError, match="--base"):
+        base_of(str(out), recipe, None)
 
 
 @pytest.fixture(scope="module")

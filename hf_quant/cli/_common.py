@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from hf_quant.cli._types import SAVED, Limit, Method, Override, Scheme, Share, S
 from hf_quant.errors import printable
 from hf_quant.jobs.progress import Important
 from hf_quant.jobs.results import Grid
+from hf_quant.publish.markdown import shell_word
 
 Function = Callable[..., Any]
 
@@ -128,6 +130,19 @@ def emit(as_json: bool, quiet: bool, *, record: dict[str, Any], essential: str, 
         click.echo(printable(essential, sys.maxsize))
     else:
         show([human] if isinstance(human, str | Grid) else human)
+
+
+def say_next(folder: Path | None, *, measured: bool, passed: bool, quiet: bool) -> None:
+    """Where the result is, and what to do with it."""
+    if folder is None or quiet:
+        return
+    name = shell_word(folder)
+    if not passed:
+        say(f"in {folder}, since it missed its budget; hf-quant ladder mixes bits until a model is inside it")
+    elif measured:
+        say(f"in {folder}; next: hf-quant report {name}, or hf-quant push {name} OWNER/NAME")
+    else:
+        say(f"in {folder}; next: hf-quant eval {name} says what it lost")
 
 
 def bars(quiet: bool) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FEW = 3  # repeats, at least
 
 
-@click.command()
+@click.command(short_help="Memory and speed, beside the base.")
 @click.argument("model", type=Model())
 @click.option(
     "--base",
@@ -93,9 +93,10 @@ def _measured(
     from hf_quant.bench import memory, speed
     from hf_quant.hf import load
 
-    report.say("memory and time to load")
-    record: dict[str, Any] = {role: memory.measure(name, **how).to_dict() for role, name in names.items()}
-    models = {role: load(name, **how).eval() for role, name in names.items()}
+    with report.stage("memory and time to load"):
+        record: dict[str, Any] = {role: memory.measure(name, **how).to_dict() for role, name in names.items()}
+    with report.stage("loading"):
+        models = {role: load(name, **how).eval() for role, name in names.items()}
     for role, model in models.items():
         if not model.can_generate() or model.config.is_encoder_decoder:
             raise HfQuantError(f"{names[role]}: bench measures causal language models, not {type(model).__name__}")

@@ -14,7 +14,7 @@ from hf_quant.errors import PushError
 FOLDER = click.argument("folder", type=Folder())
 
 
-@click.group(cls=Group)
+@click.group(cls=Group, short_help="Write or check a model card.")
 def command() -> None:
     """Write, show or check the model card of a folder."""
 

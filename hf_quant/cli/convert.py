@@ -12,8 +12,9 @@ from hf_quant.jobs.engine_rules import ENGINE_NAMES
 from hf_quant.jobs.outputs import check_output
 
 
-@click.command()
-@click.argument("folder", type=Model(gguf=True))
+@click.command(short_help="The same codes in another format.")
+@click.argument("model", type=Model(gguf=True))
+@click.option("--revision", help="Of a Hub model.")
 @click.option(
     "--to",
     required=True,
@@ -29,18 +30,34 @@ from hf_quant.jobs.outputs import check_output
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
 @output_options
 def command(
-    folder: str, to: str, output: str, target: str | None, tp: int, overwrite: bool, as_json: bool, quiet: bool
+    model: str,
+    revision: str | None,
+    to: str,
+    output: str,
+    target: str | None,
+    tp: int,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Write the quantized checkpoint in FOLDER, or a GGUF file, in another format, without rounding anything again.
+    """Write the quantized checkpoint MODEL, a folder, a Hub id or a GGUF file, in another format, with the same codes.
 
     Every layer is read back from disk and compared before the result appears.
     """
-    check_output(Path(output), [folder], overwrite=overwrite)  # before torch is imported
+    check_output(Path(output), [model], overwrite=overwrite)  # before torch is imported
 
     from hf_quant.jobs.convert import convert
 
     done = convert(
-        folder, output, to=to, target=target, tp=tp, overwrite=overwrite, progress=bars(quiet or as_json), say=say
+        model,
+        output,
+        to=to,
+        revision=revision,
+        target=target,
+        tp=tp,
+        overwrite=overwrite,
+        progress=bars(quiet or as_json),
+        say=say,
     )
     for line in done.footnotes():
         say(line, quiet or as_json)

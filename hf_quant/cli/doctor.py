@@ -21,7 +21,7 @@ LAYER = (4096, 4096)
 SCHEMES = ("W8A8", "W4A8-g128", "W8A16-g128", "W4A16-g128", "W3A16-g128", "W2A16-g128")
 
 
-@click.command()
+@click.command(short_help="What runs here, and how fast.")
 @click.option("-v", "--verbose", is_flag=True, help="Why each of the other kernels does not run a scheme.")
 @click.option("--speed/--no-speed", default=True, show_default=True, help="Time each kernel on one layer.")
 @output_options

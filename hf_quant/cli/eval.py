@@ -12,7 +12,7 @@ from hf_quant.cli._screen import Part
 from hf_quant.cli._types import Device, Model
 
 
-@click.command()
+@click.command(short_help="What a model lost beside its base.")
 @click.argument("model", type=Model())
 @click.option("--base", type=Model(), help="The model it was made from; default: the one its recipe.json names.")
 @click.option("--device", type=Device(), help="Where to run both: cpu, cuda, auto, ...")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hf_quant.cli._common import emit, output_options
 from hf_quant.cli._types import Model
-from hf_quant.errors import CheckpointError, printable
+from hf_quant.errors import printable
 from hf_quant.jobs.results import Grid, Row, fields
 
 if TYPE_CHECKING:
@@ -18,19 +17,21 @@ if TYPE_CHECKING:
     from hf_quant.checkpoint.folder import Checkpoint
 
 
-@click.command()
+@click.command(short_help="How a checkpoint is quantized.")
 @click.argument("model", type=Model())
+@click.option("--revision", help="Of a Hub model.")
 @output_options
-def command(model: str, as_json: bool, quiet: bool) -> None:
-    """Say how the checkpoint in the folder MODEL is quantized: format, schemes, which layers and which not."""
-    if not Path(model).is_dir():
-        raise CheckpointError(f"{model}: no such folder; inspect reads local checkpoints")
-    from hf_quant.checkpoint.contents import Contents, quantization_of
-    from hf_quant.checkpoint.folder import Checkpoint
+def command(model: str, revision: str | None, as_json: bool, quiet: bool) -> None:
+    """Say how MODEL, a folder or a Hub id, is quantized: format, schemes, which layers and which not.
 
-    checkpoint = Checkpoint.open(Path(model))
-    stored = quantization_of(Path(model), checkpoint.config)
-    contents = None if stored is None else Contents.of(checkpoint, stored, thorough=False)
+    Of a Hub id only the headers of the weights are fetched.
+    """
+    from hf_quant.checkpoint.contents import Contents, quantization_of
+    from hf_quant.jobs.headers import opened
+
+    with opened(model, revision) as checkpoint:
+        stored = quantization_of(checkpoint.folder, checkpoint.config)
+        contents = None if stored is None else Contents.of(checkpoint, stored, thorough=False)
     sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
         sizes[info.dtype] += info.nbytes

@@ -16,12 +16,13 @@ from hf_quant.cli._common import (
     model_options,
     output_options,
     say,
+    say_next,
 )
 from hf_quant.cli._screen import Part
 from hf_quant.cli._types import DTYPE, Device, Method, Model, Size
 
 
-@click.command()
+@click.command(short_help="The smallest model inside a budget.")
 @click.argument("model", type=Model())
 @click.option("-o", "--output", required=True, help="Folder of the chosen model.")
 @click.option("--max-size", type=Size(), help="Bytes of all weights, such as 4GB; alone: the best model inside it.")
@@ -57,6 +58,7 @@ def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any)
     done = ladder(model, output, progress=bars(quiet or as_json), say=lambda line: say(line, quiet), **options)
     human: list[Part] = [done.grid(), "", *done.footnotes()]
     emit(as_json, quiet, record=done.to_dict(), essential=str(done.folder or ""), human=human)
+    say_next(done.folder, measured=True, passed=done.passed, quiet=quiet or as_json)
     if not done.passed:
         for line in done.misses():
             say(line)

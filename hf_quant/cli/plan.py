@@ -11,7 +11,7 @@ from hf_quant.cli._screen import Part
 from hf_quant.cli._types import Model
 
 
-@click.command()
+@click.command(short_help="What quantizing would give.")
 @click.argument("model", type=Model())
 @scheme_options
 @model_options

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from hf_quant.jobs.push import PushResult
 
 
-@click.command()
+@click.command(short_help="Publish a measured model on the Hub.")
 @click.argument("folder", type=Folder())
 @click.argument("repo_id", type=RepoId())
 @click.option("--private/--public", default=None, help="Default: a new one private, an old one as it is.")

@@ -16,13 +16,14 @@ from hf_quant.cli._common import (
     model_options,
     output_options,
     say,
+    say_next,
     scheme_options,
 )
 from hf_quant.cli._screen import Part
 from hf_quant.cli._types import DTYPE, Device, Model, Size
 
 
-@click.command()
+@click.command(short_help="A model becomes a smaller one.")
 @click.argument("model", type=Model())
 @click.option("-o", "--output", required=True, help="Folder of the result; of several schemes, their parent.")
 @scheme_options
@@ -65,6 +66,8 @@ def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any)
     for result in done.results:
         for line in result.footnotes():
             say(line)
+        measured = result.quality is not None
+        say_next(result.folder, measured=measured, passed=result.passed, quiet=quiet or as_json)
     if not done.passed:
         sys.exit(3)
 

@@ -11,7 +11,7 @@ from hf_quant.cli._types import Folder, Model
 from hf_quant.errors import HfQuantError
 
 
-@click.command()
+@click.command(short_help="A page on one model, or on two.")
 @click.argument("folder", type=Folder())
 @click.argument("other", type=Folder(), required=False)
 @click.option(

@@ -15,13 +15,14 @@ from hf_quant.cli._common import (
     model_options,
     output_options,
     say,
+    say_next,
     scheme_options,
 )
 from hf_quant.cli._screen import Part
 from hf_quant.cli._types import DTYPE, Device, Model, Size
 
 
-@click.command()
+@click.command(short_help="Training with rounded weights.")
 @click.argument("model", type=Model())
 @click.option("-o", "--output", required=True, help="Folder of the result.")
 @click.option(
@@ -75,6 +76,7 @@ def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any)
     emit(as_json, quiet, record=done.to_dict(), essential=str(trained.folder), human=human)
     for line in trained.footnotes():
         say(line)
+    say_next(trained.folder, measured=trained.quality is not None, passed=trained.passed, quiet=quiet or as_json)
     if not done.passed:
         sys.exit(3)
 

@@ -8,7 +8,7 @@ from hf_quant.cli._common import bars, emit, output_options, say
 from hf_quant.cli._types import Model
 
 
-@click.command()
+@click.command(short_help="Every check of a checkpoint.")
 @click.argument("model", type=Model())
 @click.option("--revision", help="Of a Hub model.")
 @output_options

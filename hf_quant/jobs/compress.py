@@ -39,6 +39,7 @@ from hf_quant.hf.plan import Plan
 from hf_quant.hf.shards import keep, unclaimed
 from hf_quant.jobs.companions import PATTERNS, copy_companions
 from hf_quant.jobs.outputs import RECIPE, check_name, check_places, claimed, failed_folder, output, record, work_folder
+from hf_quant.jobs.progress import Stage, unshown
 from hf_quant.jobs.tune import Tuned, Tuning, tune_checkpoint
 from hf_quant.publish.source import copy_notices, describe
 from hf_quant.solve.ranks import ALONE, Ranks
@@ -67,6 +68,7 @@ class Job:
         tuning: How the scales are trained end to end after ``learned``; None leaves them as they are.
         finish: Adds files to the folder before it appears. It receives the folder and the content of results.json so far, and
             returns further content.
+        stage: Shows a step that has no items.
     """
 
     model: str
@@ -84,6 +86,7 @@ class Job:
     inputs: Sequence[str] = ()
     tuning: Tuning | None = None
     finish: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _folder, _row: {}
+    stage: Stage = unshown
 
     def options(self, *names: str) -> dict[str, Any]:
         """Arguments of `load` that are not None."""
@@ -158,7 +161,8 @@ def _compress(
             tuned = _tune(job, plan, stage)
             quantized_model = load(str(stage), **job.options("device_map", "dtype", "trust_remote_code")).eval()
         else:
-            quantized_model, blocks = job.quantized(config), []
+            with job.stage(f"loading and quantizing, {config.scheme}"):
+                quantized_model, blocks = job.quantized(config), []
             plan = quantized_model.hf_quantizer.plan
         seconds = time.perf_counter() - start
         job.say(f"{config.scheme}: {plan.summary()}")
@@ -166,7 +170,8 @@ def _compress(
             job.say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers")
         if not calibrated:
             need_space(stage, plan.bytes_quantized)
-            _save(quantized_model, stage, max_shard_size=job.shard)
+            with job.stage("saving"):
+                _save(quantized_model, stage, max_shard_size=job.shard)
             copy_companions(source, stage, job.say, code=trusted)
         unclaimed_names = _keep_unclaimed(job, stage)
         if job.tokenizer is not None:
@@ -178,15 +183,20 @@ def _compress(
         if not calibrated:  # a calibrated model is read from there already
             del quantized_model
             gc.collect()  # frees the first model, which has reference cycles, before the second is loaded
-            quantized_model = load(str(stage), dtype=dtype, **job.options("device_map", "trust_remote_code")).eval()
-            again = sample_logits(quantized_model)
+            with job.stage("reading back and comparing"):
+                quantized_model = load(
+                    str(stage), dtype=dtype, **job.options("device_map", "trust_remote_code")
+                ).eval()
+                again = sample_logits(quantized_model)
         _check(logits, again, config.scheme)
+        with job.stage("sha256 of the files"):
+            files = weight_files(stage)
         row |= {
             "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
             "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),
             "base_bytes": plan.bytes_float, "parameters": plan.params, "seconds": seconds,
             "layers_by_scheme": dict(Counter(map(str, plan.schemes.values()))), "date": str(date.today()),
-            "files": weight_files(stage),
+            "files": files,
         }  # fmt: skip
         row |= _measured(job, quantized_model, blocks)
         if row.get("gate", {}).get("misses"):

@@ -29,9 +29,10 @@ from hf_quant.hf.community import homes, place
 from hf_quant.hf.config import VERSION
 from hf_quant.hf.loading import skeleton
 from hf_quant.hf.shards import write_index
-from hf_quant.jobs.companions import copy_companions, inside
+from hf_quant.jobs.companions import PATTERNS, copy_companions, inside
 from hf_quant.jobs.engines import ENGINES, Verdict
 from hf_quant.jobs.from_gguf import is_gguf, read_gguf
+from hf_quant.jobs.headers import downloaded
 from hf_quant.jobs.options import check_model
 from hf_quant.jobs.outputs import CONVERSION, RECIPE, check_output, claimed, record
 from hf_quant.jobs.outputs import output as output_folder
@@ -121,19 +122,20 @@ def open_quantized(folder: Path, *, thorough: bool = True) -> Contents:
 
 def convert(
     folder: str | os.PathLike[str], output: str | os.PathLike[str], *, to: str, target: str | None = None, tp: int = 1,
-    overwrite: bool = False, progress: bool | Bar = False, say: Say | None = None,
+    revision: str | None = None, overwrite: bool = False, progress: bool | Bar = False, say: Say | None = None,
 ) -> ConvertResult:  # fmt: skip
     """Write a quantized checkpoint in another format, with the same codes; ``hf-quant convert``.
 
     Every layer is read back from disk and compared before the result appears.
 
     Args:
-        folder: A quantized checkpoint, in any format that is read here; or a GGUF file.
+        folder: A quantized checkpoint, in any format that is read here; a Hub id is downloaded; or a GGUF file.
         output: Folder of the result; it becomes a complete checkpoint, or is not there.
         to: Label of a format (`formats.conversion_targets`), ``"gguf"`` for one file of llama.cpp, or ``"dense"`` for floating point in
             the dtype of config.json.
         target: An engine (`engines.ENGINES`) that must be able to run the result.
         tp: GPUs that it splits each layer over.
+        revision: Of a Hub model.
         overwrite: Whether ``output`` may exist, if hf-quant wrote it.
         progress: As for `quantize`.
         say: As for `quantize`.
@@ -161,7 +163,7 @@ def convert(
             read_gguf(source, Path(native))
             done = _convert(Path(native), out, to, target, tp, overwrite, report)
         return replace(done, source=GGUF, bytes_before=source.stat().st_size)
-    check_model(folder)
+    source = downloaded(check_model(folder), revision, [*PATTERNS, "*.safetensors"])
     with reporting(progress, say) as report:
         return _convert(source, out, to, target, tp, overwrite, report)
 

@@ -162,7 +162,8 @@ def evaluate(
         _same_tokenizer(model, tokenizer, from_hub)
         report.say(f"measuring {model} against {base} on {name}")
         measure = how.yardstick(base, content, tokenizer, report, device=device, **of_base)
-        loaded = load(model, **from_hub, **({"device_map": device} if device else {})).eval()
+        with report.stage(f"loading {Path(model).name}"):
+            loaded = load(model, **from_hub, **({"device_map": device} if device else {})).eval()
         measured = _cached(loaded, kv_cache) if kv_cache else loaded
         quality = measure(measured)
         done = EvaluateResult(
@@ -173,7 +174,8 @@ def evaluate(
             _tasks(loaded, tokenizer, tasks) if tasks else None,
         )  # fmt: skip
         if not kv_cache:  # results.json is about the model alone
-            store_results(Path(model), done.to_dict(), report.say)
+            with report.stage("sha256 of the files"):
+                store_results(Path(model), done.to_dict(), report.say)
     return done
 
 

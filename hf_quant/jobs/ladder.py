@@ -209,7 +209,7 @@ def ladder(
         limits = Limits(gate, size, 2.0 if held_back else 1.0)
         job = Job(
             model, load_arguments, shard, overwrite, report.say, tokenizer, gate, measure_on(choosing), looked_at,
-            report.over("blocks"), memory, inputs=inputs,
+            report.over("blocks"), memory, inputs=inputs, stage=report.stage,
         )  # fmt: skip
         options = {
             "method": method, "modules_to_not_convert": list(ignore), "quantize_lm_head": lm_head,

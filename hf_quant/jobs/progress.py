@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 Bar = Callable[[Iterable[Any], str], Iterable[Any]]
 Say = Callable[[str], None]
+Stage = Callable[[str], AbstractContextManager[None]]
+SILENT, TICK = 2.0, 1.0  # seconds before a stage without a bar is shown, and between two of its signs of life
 
 
 class Important(str):
@@ -23,10 +26,12 @@ class Reporter:
     Attributes:
         bar: Wraps the items that a job walks through, given what they are, such as ``"blocks"``.
         say: Is told what is worth knowing.
+        stage: A context for a step that has no items, given what it is, such as ``"saving"``.
     """
 
     bar: Bar
     say: Say
+    stage: Stage
 
     def over(self, what: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
         """`bar` for one kind of items."""
@@ -45,7 +50,7 @@ def reporting(progress: bool | Bar, say: Say | None) -> Iterator[Reporter]:
 
     bar = progress if callable(progress) else _bars if progress else _no_bars
     with _their_bars(shown=progress is True):
-        yield Reporter(bar, say or logging.getLogger("hf_quant").info)
+        yield Reporter(bar, say or logging.getLogger("hf_quant").info, _ticking if progress is True else unshown)
 
 
 def peak_memory() -> int:
@@ -70,6 +75,35 @@ def _bars(items: Iterable[Any], what: str) -> Iterable[Any]:
             yield item
             if what == "blocks":
                 bar.set_postfix_str(f"peak {peak_memory() / 1e9:.1f} GB")
+
+
+@contextmanager
+def unshown(_what: str) -> Iterator[None]:
+    """A stage that nobody watches."""
+    yield
+
+
+@contextmanager
+def _ticking(what: str) -> Iterator[None]:
+    """Show what is being done, for how long, and the memory, if it takes more than two seconds."""
+    done = threading.Event()
+    thread = threading.Thread(target=_tick, args=(what, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _tick(what: str, done: threading.Event) -> None:
+    from tqdm.auto import tqdm
+
+    if done.wait(SILENT):
+        return
+    with tqdm(desc=what, bar_format="{desc}: {elapsed}{postfix}", leave=False) as bar:
+        while not done.wait(TICK):
+            bar.set_postfix_str(f"peak {peak_memory() / 1e9:.1f} GB")
 
 
 @contextmanager

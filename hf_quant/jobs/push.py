@@ -127,10 +127,11 @@ def push(
 
     api, target = HfApi(), Target(repo_id, private, create_pr=create_pr, revision=revision, tag=tag)
     with reporting(progress, say) as report:
-        ready = prepare(
-            Path(folder), target, api, gated=gated, budget=limits, allow_failed_gate=allow_failed_gate, base_model=base_model,
-            license=license, say=report.say,
-        )  # fmt: skip
+        with report.stage("hashing and checking the files"):
+            ready = prepare(
+                Path(folder), target, api, gated=gated, budget=limits, allow_failed_gate=allow_failed_gate, base_model=base_model,
+                license=license, say=report.say,
+            )  # fmt: skip
         planned = PushResult.of(ready)
         if dry_run:
             return planned
@@ -138,5 +139,6 @@ def push(
             report.say(more)
         if confirm is not None and not confirm(planned):
             return planned
-        sent = publish(ready, api, say=report.say)
+        with report.stage("uploading and comparing"):
+            sent = publish(ready, api, say=report.say)
     return replace(planned, url=sent.url, revision=sent.revision, commit=sent.commit)

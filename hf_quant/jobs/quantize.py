@@ -277,7 +277,7 @@ def quantize(
             measure = how.yardstick(model, content, tokenizer, report, device=device, **from_hub)
         job = Job(
             model, given, shard, overwrite, report.say, tokenizer, gate, measure, looked_at, report.over("blocks"), memory,
-            ranks, inputs, Tuning() if tune else None,
+            ranks, inputs, Tuning() if tune else None, stage=report.stage,
         )  # fmt: skip
         with resumable(
             {out: plan.scheme for plan, out in zip(plans, outs, strict=True)}, "the finished blocks", report

@@ -127,7 +127,9 @@ def train(
             learned, Settings(updates, batch, lr, seed=seed), _teacher(teacher, base), method, 60 * checkpoint_minutes,
             report.over("training"),
         )  # fmt: skip
-        job = Job(model, given, shard, overwrite, report.say, tokenizer, gate, measure, inputs=inputs)
+        job = Job(
+            model, given, shard, overwrite, report.say, tokenizer, gate, measure, inputs=inputs, stage=report.stage
+        )
         with resumable({out: plan.scheme}, "the last checkpoint", report):
             record = train_model(job, training, plan, out)
     trained = QuantizedModel.of(record, out)

@@ -28,6 +28,7 @@ from hf_quant.errors import CheckpointError, GateError, PushError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.hf import integrity
 from hf_quant.hf.loading import sample_logits
+from hf_quant.jobs.headers import opened
 from hf_quant.publish import push as publishing
 from hf_quant.publish.replay import replay
 from hf_quant.publish.source import copy_notices, describe, metadata
@@ -380,6 +381,7 @@ from transformers import AutoModelForCausalLM
 models = {name: AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[3:]}
 from hf_quant.hf import integrity
 from hf_quant.hf.loading import sample_logits
+from hf_quant.jobs.headers import opened
 for name, model in models.items():
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"
     torch.save(sample_logits(model), f"{sys.argv[1]}/{name.rpartition('/')[2]}.pt")
@@ -453,6 +455,19 @@ def test_errors_hold_no_request(hub: FakeHub, folder: Path) -> None:
         with pytest.raises(PushError) as error:
             model.push_to_hub(TO if not how else "alice/nothing", say=lambda _: None, **how)
         assert error.value.__cause__ is None and error.value.__context__ is None, error.value
+
+
+def test_of_a_model_on_the_hub_headers_are_enough(hub: FakeHub, push: Push, folder: Path, tmp_path: Path) -> None:
+    push()
+    seen = json.loads(run("inspect", TO, "--json").stdout)
+    assert seen == json.loads(run("inspect", folder, "--json").stdout) and seen["layers_quantized"] == 14
+    assert not list((tmp_path / "cache").rglob("*.safetensors")), "no weights were downloaded"
+    with opened(TO) as checkpoint:
+        name = next(name for name in checkpoint.tensors if name.endswith("norm.weight"))
+        assert torch.equal(checkpoint.read(name), load_file(folder / "model.safetensors")[name])
+    run("convert", TO, "--to", "dense", "-o", tmp_path / "dense")
+    assert not json.loads(run("inspect", tmp_path / "dense", "--json").stdout)["layers_quantized"]
+    assert "the Hub gives no model of that name" in run("inspect", "alice/nothing", code=1).stderr
 
 
 def test_what_was_pulled_is_checked(hub: FakeHub, push: Push, folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hf_quant.cli._common import bars, emit, output_options, say
 from hf_quant.cli._types import Model
 
 
-@click.command()
+@click.command(short_help="Train the scales of a quantized model.")
 @click.argument("folder", type=Model())
 @click.option("-o", "--output", required=True, help="Folder of the result.")
 @click.option("--base", required=True, type=Model(), help="The model that FOLDER was made from, in floating point.")

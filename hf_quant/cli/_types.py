@@ -80,10 +80,8 @@ class Scheme(ParamType):
         from hf_quant.core.scheme import QuantScheme
         from hf_quant.solve.recipes import PRESETS
 
-        for option, known in (
-            ("--method", {*PRESETS, *_plugins.names("methods")}),
-            ("--format", _plugins.names("formats")),
-        ):
+        saved = [name for name in _plugins.names("formats") if _plugins.constants("formats", name).get("saved")]
+        for option, known in (("--method", {*PRESETS, *_plugins.names("methods")}), ("--format", saved)):
             if value in known:
                 self.fail(f"{value!r} is not a scheme: say {option} {value} for that", param, ctx)
         return _checked(self, lambda: str(QuantScheme.parse(value)), param, ctx)

@@ -13,52 +13,92 @@ from torch import Tensor, nn
 from hf_quant.core.private_torch import tree_leaves
 from hf_quant.errors import HfQuantError
 from hf_quant.hf._hooks import replaced
-from hf_quant.solve.block import Call, states_of
-
-Calls = dict[str, tuple[Call, Call]]  # name of each block to its arguments for a batch, and for one sequence
+from hf_quant.solve.block import states_of
+from hf_quant.solve.hidden_states import Call
 
 
 @dataclass
 class Passing:
-    """The recorded inputs and arguments.
+    """One run of a model in which blocks return their input.
 
     Attributes:
-        entered: Hidden states that entered the first block, one tensor for each run.
-        calls: Name of each block to its other arguments; must be emptied before a batch of another size.
+        results: Name of the last block of each chain that is finished to its outputs in this run.
+        steps: Name, input and other arguments of each block, in the order of calling.
+        starts: Blocks whose input is not what the block before returned.
+        carrying: Lists of which a block takes more of the one before than hidden states.
     """
 
-    entered: list[Tensor] = field(default_factory=list)
-    calls: dict[str, Call] = field(default_factory=dict)
-    _returned: list[Any] = field(default_factory=list)  # the output of the first block
-    _computed: list[Tensor] = field(default_factory=list)  # tensors in it that are neither hidden states nor arguments
+    results: Mapping[str, Tensor] = field(default_factory=dict)
+    steps: dict[str, tuple[Tensor, Call]] = field(default_factory=dict)
+    starts: list[str] = field(default_factory=list)
+    carrying: set[str] = field(default_factory=set)
+    _returned: Tensor | None = None  # by the block before
 
-    def stand_in(self, name: str, forward: Callable[..., Any], *, first: bool) -> Callable[..., Any]:
-        """A ``forward`` for the block of that name that returns its input; ``forward`` is its own."""
 
-        def passing(*args: Any, **kwargs: Any) -> Any:
-            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            self._look(name, (args, kwargs))
-            if first:
-                self.entered.append(hidden)
-            if not self._returned:
-                self._learn(name, forward(hidden, *args, **kwargs), (args, kwargs))
-            form = self._returned[0]
-            return hidden if isinstance(form, Tensor) else type(form)((hidden, *form[1:]))
+@dataclass
+class Forms:
+    """In which form the blocks of each list return hidden states: that of the first one, which is computed.
 
-        return passing
+    Attributes:
+        returned: Name of the list to what its first block returned.
+        extras: Name of the list to the tensors among it that are neither hidden states nor arguments.
+    """
 
-    def _look(self, name: str, call: Call) -> None:
-        if any(argument is computed for argument in _tensors(call) for computed in self._computed):
-            raise HfQuantError(
-                f"{name}: takes more of the block before than hidden states, which cannot be calibrated yet"
-            )
-        if not alike(self.calls.setdefault(name, call), call):
-            raise HfQuantError(f"{name}: takes inputs that depend on the tokens, which cannot be calibrated yet")
+    returned: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, list[Tensor]] = field(default_factory=dict)
 
-    def _learn(self, name: str, returned: Any, call: Call) -> None:
+    def learn(self, name: str, returned: Any, call: Call) -> None:
+        """Keep what the first block of a list has returned."""
         known = [states_of(name, returned), *_tensors(call)]
-        self._returned.append(returned)
-        self._computed += [tensor for tensor in _tensors(returned) if not any(tensor is other for other in known)]
+        self.returned[list_of(name)] = returned
+        new = [tensor for tensor in _tensors(returned) if not any(tensor is other for other in known)]
+        self.extras[list_of(name)] = new
+
+    def forget(self, name: str) -> None:
+        """Let the first block of a list be computed once more."""
+        self.returned.pop(name, None)
+
+    def like(self, name: str, hidden: Tensor) -> Any:
+        """``hidden`` in the form of the list."""
+        form = self.returned[list_of(name)]
+        return hidden if isinstance(form, Tensor) else type(form)((hidden, *form[1:]))
+
+
+def list_of(block: str) -> str:
+    """Name of the list that a block is in."""
+    return block.rpartition(".")[0]
+
+
+def stand_in(name: str, forward: Callable[..., Any], run: Passing, forms: Forms) -> Callable[..., Any]:
+    """A ``forward`` for the block of that name that returns its input; ``forward`` is its own."""
+
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        hidden, args, kwargs = _without_states(name, args, kwargs)
+        if name in run.steps:
+            raise HfQuantError(f"{name}: is run more than once, which cannot be calibrated yet")
+        if any(leaf is extra for leaf in _tensors((args, kwargs)) for extra in forms.extras.get(list_of(name), [])):
+            run.carrying.add(list_of(name))
+        if hidden is not run._returned:
+            run.starts.append(name)
+        run.steps[name] = hidden, (args, kwargs)
+        if list_of(name) not in forms.returned:
+            forms.learn(name, forward(hidden, *args, **kwargs), (args, kwargs))
+        run._returned = run.results.get(name, hidden)
+        return forms.like(name, run._returned)
+
+    return passing
+
+
+def _without_states(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden states among the arguments of a block, and the others."""
+    if args:
+        return args[0], args[1:], kwargs
+    first = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "")
+    if not isinstance(kwargs.get(first), Tensor):
+        raise HfQuantError(f"{name}: takes no hidden states, and only blocks that do can be calibrated yet")
+    return kwargs[first], (), {key: value for key, value in kwargs.items() if key != first}
 
 
 def _tensors(tree: Any) -> list[Tensor]:
@@ -66,20 +106,21 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 @contextmanager
-def passed_through(blocks: Mapping[str, nn.Module]) -> Iterator[Passing]:
-    """Inside, blocks return their input, in the form in which the first block returns its output.
+def passed_through(blocks: Mapping[str, nn.Module], run: Passing, forms: Forms) -> Iterator[Passing]:
+    """Inside, blocks return their input, in the form in which the first block of their list returns its output.
 
     Args:
-        blocks: In order; the first one has its weights, in the dtype of the hidden states, and is computed once.
+        blocks: The first one of each list has its weights, in the dtype of the hidden states.
+        run: What to record.
+        forms: Learned here, unless they are known.
 
     Raises:
-        HfQuantError: The arguments of a block differ between batches, or depend on what another block has computed.
+        HfQuantError: A block is run twice, takes no hidden states, or returns none.
     """
-    seen = Passing()
     with ExitStack() as stack:
-        for i, (name, block) in enumerate(blocks.items()):
-            stack.enter_context(replaced(block, "forward", seen.stand_in(name, block.forward, first=i == 0)))
-        yield seen
+        for name, block in blocks.items():
+            stack.enter_context(replaced(block, "forward", stand_in(name, block.forward, run, forms)))
+        yield run
 
 
 def alike(one: Any, other: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,17 +26,22 @@ def part_of(block: Block, codes: Mapping[str, QuantizedTensor], fmt: Format, sou
         fmt: The format.
         source: Tensors of the float model: the other tensors of the block, and the dtypes that floats are stored in.
     """
-    tensors = {
-        _stored_name(block, layer, local): tensor
-        for layer, quantized in codes.items()
-        for local, tensor in fmt.write(quantized).items()
-    }
+    tensors = written(block.module, codes, fmt, block.name)
     coded = {*codes, *(f"{layer}.weight" for layer in codes)}
     for name, parameter in block.module.named_parameters(prefix=block.name):
         if name not in coded:
             tensors[name] = parameter.to(source.dtype(name))
     tensors |= {name: tensor for name, tensor in source.unused(f"{block.name}.") if name not in tensors}
     return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def written(model: Any, codes: Mapping[str, QuantizedTensor], fmt: Format, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of coded layers by their names in the checkpoint; ``model`` is the part of the model called ``prefix``."""
+    return {
+        _stored_name(model, prefix, layer, local): tensor
+        for layer, quantized in codes.items()
+        for local, tensor in fmt.write(quantized).items()
+    }
 
 
 def take_part(block: Block, file: Path, fmt: Format) -> None:
@@ -48,7 +54,7 @@ def take_part(block: Block, file: Path, fmt: Format) -> None:
     """
     tensors, codes = load_file(file), {}
     for layer, scheme in block.layers.items():
-        names = {local: _stored_name(block, layer, local) for local in fmt.suffixes}
+        names = {local: _stored_name(block.module, block.name, layer, local) for local in fmt.suffixes}
         codes[layer] = fmt.read({local: tensors[name] for local, name in names.items() if name in tensors}, scheme)
     coded = {*codes, *(f"{layer}.weight" for layer in codes)}
     for name, parameter in block.module.named_parameters(prefix=block.name):
@@ -57,8 +63,8 @@ def take_part(block: Block, file: Path, fmt: Format) -> None:
     use(block, codes)
 
 
-def _stored_name(block: Block, layer: str, local: str) -> str:
+def _stored_name(model: Any, prefix: str, layer: str, local: str) -> str:
     """Full name of a tensor that the format calls ``local``; stacks of experts are parameters, not modules."""
-    path, _, leaf = block.local(layer).rpartition(".")
-    stacked = leaf in stacks(block.module.get_submodule(path))
+    path, _, leaf = (layer.removeprefix(f"{prefix}.") if prefix else layer).rpartition(".")
+    stacked = leaf in stacks(model.get_submodule(path))
     return part_name(layer, local) if stacked else f"{layer}.{local}"

@@ -1,8 +1,16 @@
-"""The decoder blocks of a model, whether they can be calibrated, and their inputs."""
+"""The blocks of a model, the chains that they run in, and what enters each chain.
+
+A block is an element of a list of modules that holds layers of the plan. A chain is a row of blocks of which each takes what the one
+before returned: the layers of a decoder, or those of an encoder and then those of its decoder. Chains are calibrated one after the
+other: the model is run around its blocks, which return their input, or, at the end of a chain that is finished, its outputs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.core.scheme import QuantScheme
-from hf_quant.errors import HfQuantError, PlanError
-from hf_quant.hf.block_calls import Calls, passed_through
+from hf_quant.errors import HfQuantError
+from hf_quant.hf.block_calls import Forms, Passing, alike, list_of, passed_through
 from hf_quant.hf.plan import Plan
-from hf_quant.solve.hidden_states import HiddenStates
+from hf_quant.solve.hidden_states import Call, HiddenStates
 from hf_quant.solve.ranks import Ranks
 
 BATCH = 2  # sequences in a batch of hidden states; larger batches exceed the processor's caches and gain nothing
+Calls = dict[str, tuple[Call, Call]]  # name of each block to its arguments for a batch, and for one sequence
+NO_CALL: Call = ((), {})
 
 
 def layers_of(plan: Plan, block: str) -> dict[str, QuantScheme]:
@@ -24,55 +34,183 @@ def layers_of(plan: Plan, block: str) -> dict[str, QuantScheme]:
     return {name: scheme for name, scheme in plan.schemes.items() if name.startswith(f"{block}.")}
 
 
-def refuse_other_kinds(kind: Any, config: Any, method: str) -> None:
-    """Refuse models other than decoders; ``kind`` is the class of the model."""
-    if getattr(config, "is_encoder_decoder", False) or not getattr(kind, "can_generate", bool)():
-        raise HfQuantError(f"{method} calibrates decoder-only models so far, not {kind.__name__}")
+def refuse_other_kinds(kind: Any, method: str) -> None:
+    """Refuse models that read no text; ``kind`` is the class of the model."""
+    reads = getattr(kind, "main_input_name", "input_ids")
+    if reads != "input_ids":
+        raise HfQuantError(f"{method} calibrates on text, and {kind.__name__} reads {reads}; rtn and hqq need no text")
 
 
-def refuse_outside_blocks(plan: Plan, blocks: Mapping[str, nn.Module], method: str) -> None:
-    """Refuse to calibrate the output head and embeddings."""
-    for name in plan.schemes:
-        if not any(name.startswith(f"{block}.") for block in blocks):
-            raise PlanError(f"{method} calibrates the layers of blocks so far, and {name} is in none")
-
-
-def blocks_of(model: Any) -> dict[str, nn.Module]:
-    """The decoder layers by name, in order."""
-    count = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return {f"{name}.{i}": block for i, block in enumerate(module)}
-    raise HfQuantError(f"{type(model).__name__}: no list of {count} blocks found")
-
-
-def embed(
-    base: Any, blocks: Mapping[str, nn.Module], ids: Tensor, file: Path | None, ranks: Ranks
-) -> tuple[HiddenStates, Calls]:
-    """The hidden states that enter the first block, and the arguments of all blocks.
-
-    The first block is computed once, to find out in which form blocks return hidden states.
+def blocks_of(model: Any, plan: Plan) -> dict[str, nn.Module]:
+    """The elements of the outermost lists of modules that hold layers of the plan, by name.
 
     Raises:
-        HfQuantError: The arguments of a block differ between batches, or depend on what another block has computed.
+        HfQuantError: There are none.
     """
-    size = next(n for n in range(min(BATCH, max(1, len(ids) // max(2, ranks.world))), 0, -1) if len(ids) % n == 0)
-    hidden_states: HiddenStates | None = None
-    wide = base.get_input_embeddings().register_forward_hook(lambda _module, _args, out: out.float())
+    blocks: dict[str, nn.Module] = {}
+    done: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not f"{name}.".startswith(done):
+            elements = {f"{name}.{i}": element for i, element in enumerate(module)}
+            if any(layers_of(plan, element) for element in elements):
+                blocks |= elements
+                done = (*done, f"{name}.")
+    if not blocks:
+        raise HfQuantError(f"{type(model).__name__}: no list of blocks with layers to quantize found")
+    return blocks
+
+
+@dataclass
+class Around:
+    """A model around its blocks.
+
+    Attributes:
+        base: What is run on token ids.
+        blocks: As `blocks_of`.
+        ids: Token ids ``[S, T]``.
+        ranks: The processes that share the job.
+        chains: Names of blocks, chain by chain, in the order they run; blocks that do not run on text are in none.
+    """
+
+    base: Any
+    blocks: Mapping[str, nn.Module]
+    ids: Tensor
+    ranks: Ranks
+    chains: list[list[str]] = field(default_factory=list)
+    _forms: Forms = field(default_factory=Forms)
+    _carrying: set[str] = field(default_factory=set)
+
+    def find_chains(self) -> None:
+        """Fill `chains`. The first block of each list must have its weights.
+
+        Raises:
+            HfQuantError: Blocks are called in a way that cannot be followed; names the block.
+        """
+        run = self._run(self.ids[:1], {})
+        self._carrying = run.carrying
+        for name in run.steps:
+            if name in run.starts:
+                self.chains.append([])
+            self.chains[-1].append(name)
+
+    def first_blocks(self) -> list[str]:
+        """The first block of each list."""
+        return list({list_of(name): name for name in reversed(self.blocks)}.values())
+
+    def enter(
+        self, chain: list[str], results: Sequence[Mapping[str, HiddenStates]], files: Sequence[Path | None]
+    ) -> tuple[list[HiddenStates], Calls]:
+        """The hidden states that enter a chain, and the arguments of its blocks.
+
+        Args:
+            chain: One of `chains`.
+            results: For each stream of states (that of the quantized model, and that of the float model if it is followed) the last
+                block of each chain before, with its outputs.
+            files: For each stream, where to keep its states; None for memory.
+
+        Returns:
+            The states of each stream, and the arguments that all batches share, by block; where they differ, the states hold them.
+
+        Raises:
+            HfQuantError: What a block takes from the block before, besides hidden states, depends on the tokens.
+        """
+        first, calls = self._enter(chain, results[0], files[0])
+        streams = [first]
+        for before, file in zip(results[1:], files[1:], strict=True):
+            if before:
+                streams.append(self._enter(chain, before, file)[0])
+            else:
+                states = HiddenStates.room(tuple(first.states.shape), first.size, first.states.dtype, file)
+                streams.append(replace(states, calls=first.calls))
+                streams[-1].copy_from(first)
+        return streams, calls
+
+    def _enter(
+        self, chain: list[str], results: Mapping[str, HiddenStates], file: Path | None
+    ) -> tuple[HiddenStates, Calls]:
+        count, world = len(self.ids), self.ranks.world
+        size = next(n for n in range(min(BATCH, max(1, count // max(2, world))), 0, -1) if count % n == 0)
+        states, calls = self._record(chain, results, size, file)
+        if any(not alike(each[0], other) for each in calls.values() for other in each[1:]):
+            if size > 1:  # so that a batch need never be divided
+                states, calls = self._record(chain, results, 1, file)
+            own = {name: [_sparing(each[0], call) for call in each] for name, each in calls.items()}
+            return HiddenStates(states.states, 1, own), dict.fromkeys(chain, (NO_CALL, NO_CALL))
+        together = {name: each[0] for name, each in calls.items()}
+        alone = together
+        if size > 1:
+            steps = self._pass(chain, self.ids[:1], {name: r.states[:1] for name, r in results.items()}).steps
+            alone = {name: steps[name][1] for name in chain}
+        return states, {name: (together[name], alone[name]) for name in chain}
+
+    def _record(
+        self, chain: list[str], results: Mapping[str, HiddenStates], size: int, file: Path | None
+    ) -> tuple[HiddenStates, dict[str, list[Call]]]:
+        """The states that enter a chain, in batches of ``size``, and the other arguments of its blocks for each batch."""
+        states: HiddenStates | None = None
+        calls: dict[str, list[Call]] = {name: [] for name in chain}
+        carried: list[list[Tensor]] = []
+        for number, ids in enumerate(self.ids.split(size)):
+            rows = slice(number * size, number * size + len(ids))
+            steps = self._pass(chain, ids, {name: result.states[rows] for name, result in results.items()}).steps
+            entered = steps[chain[0]][0]
+            states = states or HiddenStates.room((len(self.ids), *entered.shape[1:]), size, torch.float32, file)
+            states.put(number, entered)
+            for name in chain:
+                calls[name].append(steps[name][1])
+            if list_of(chain[0]) in self._carrying:
+                carried.append(self._forms.extras[list_of(chain[0])])
+                if not alike(carried[0], carried[-1]):
+                    raise HfQuantError(
+                        f"{chain[0]}: the blocks after it take more of it than hidden states, which depends on the tokens "
+                        "and cannot be calibrated yet"
+                    )
+        assert states is not None
+        return states, calls
+
+    def _pass(self, chain: list[str], ids: Tensor, results: Mapping[str, Tensor]) -> Passing:
+        """Run the model around its blocks to enter a chain."""
+        if list_of(chain[0]) in self._carrying and chain[0] in self.first_blocks():
+            self._forms.forget(list_of(chain[0]))
+        return self._run(ids, results)
+
+    def _run(self, ids: Tensor, results: Mapping[str, Tensor]) -> Passing:
+        run = Passing({name: states.to(ids.device) for name, states in results.items()})
+        with passed_through(self.blocks, run, self._forms), _wide_embeddings(self.base):
+            self.base(**_inputs(self.base, ids))
+        return run
+
+
+def _inputs(base: Any, ids: Tensor) -> dict[str, Any]:
+    """The arguments of the model for token ids; a decoder beside an encoder gets them one place further on."""
+    takes = inspect.signature(base.forward).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+    given: dict[str, Any] = {"input_ids": ids}
+    if "use_cache" in takes or open_ended:
+        given["use_cache"] = False
+    if "decoder_input_ids" in takes:
+        start = getattr(base.config, "decoder_start_token_id", None)
+        given["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start or 0), ids[:, :-1]], dim=1)
+    return given
+
+
+@contextmanager
+def _wide_embeddings(base: nn.Module) -> Iterator[None]:
+    """Inside, embeddings give float32, whatever they are stored in."""
+    handles = [
+        module.register_forward_hook(lambda _module, _args, out: out.float())
+        for module in base.modules()
+        if isinstance(module, nn.Embedding)
+    ]
     try:
-        with passed_through(blocks) as seen:
-            for number, batch in enumerate(ids.split(size)):
-                base(input_ids=batch, use_cache=False)
-                states = seen.entered.pop()
-                hidden_states = hidden_states or HiddenStates.room(
-                    (len(ids), *states.shape[1:]), size, torch.float32, file
-                )
-                hidden_states.put(number, states)
-            together, seen.calls = seen.calls, {}
-            if size > 1:
-                base(input_ids=ids[:1], use_cache=False)
+        yield
     finally:
-        wide.remove()
-    assert hidden_states is not None
-    alone = seen.calls or together
-    return hidden_states, {name: (call, alone[name]) for name, call in together.items()}
+        for handle in handles:
+            handle.remove()
+
+
+def _sparing(first: Call, call: Call) -> Call:
+    """The same arguments, with those of the first batch where they are equal, so that memory holds them once."""
+    args = tuple(one if alike(one, own) else own for one, own in zip(first[0], call[0], strict=True))
+    kwargs = {name: first[1][name] if alike(first[1].get(name), own) else own for name, own in call[1].items()}
+    return args, kwargs

@@ -12,9 +12,10 @@ from torch import nn
 from hf_quant.data.calibration import Calibration, calibration
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.hf.auto import tokenizer_of
-from hf_quant.hf.blocks import blocks_of, embed, layers_of, refuse_other_kinds, refuse_outside_blocks
+from hf_quant.hf.blocks import Around, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
+from hf_quant.hf.rounded import float_weight, outside, rounded
 from hf_quant.nn._weight import frozen
 from hf_quant.solve.block import Block, Stored
 from hf_quant.solve.hidden_states import HiddenStates
@@ -67,29 +68,38 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     Returns:
         A record of each block.
     """
-    refuse_other_kinds(type(model), model.config, config.method)
-    blocks, base = blocks_of(model), model.base_model
-    refuse_outside_blocks(plan, blocks, config.method)
-    recipe, records = Recipe(plan.decision, model.dtype), []
+    refuse_other_kinds(type(model), config.method)
+    blocks, recipe, records = blocks_of(model, plan), Recipe(plan.decision, model.dtype), []
+    around = Around(model.base_model, blocks, data.ids.to(model.device), ALONE)
     inside = tuple(f"{name}." for name in blocks)
-    outside = [
+    others = [
         m for n, m in model.named_modules() if not f"{n}.".startswith(inside) and not isinstance(m, nn.Embedding)
     ]
-    entry = [*(p for m in outside for p in m.parameters(recurse=False)), *next(iter(blocks.values())).parameters()]
+    entry = [p for m in others for p in m.parameters(recurse=False)]
+    entry += [p for name in around.first_blocks() for p in blocks[name].parameters()]
     with _in_float32(entry):
-        hidden, calls = embed(base, blocks, data.ids.to(model.device), None, ALONE)
-    streams, followed = [hidden], recipe.decision.needs_twin(plan.schemes.values())
-    if followed:
-        streams.append(HiddenStates(hidden.states.clone(), hidden.size))
-    for name, module in blocks.items():
-        block = Block(
-            name, module, layers_of(plan, name), *calls[name], stored=_stored(name, module, followed=followed)
-        )
-        with _in_float32(list(module.parameters())):
-            solved = solve(block, streams[0], recipe, *streams[1:])
-        for layer, codes in solved.codes.items():
-            place(layer, {part: frozen(tensor) for part, tensor in codes.parts().items()})
-        records.append(solved.record(name))
+        around.find_chains()
+    coded = {name: rounded(model, name, plan, recipe) for name in outside(plan, around.chains)}
+    followed = recipe.decision.needs_twin(plan.schemes.values())
+    results: list[dict[str, HiddenStates]] = [{}, {}] if followed else [{}]
+    for chain in around.chains:
+        with _in_float32(entry):
+            streams, calls = around.enter(chain, results, [None] * len(results))
+        for name in chain:
+            module = blocks[name]
+            stored = _stored(name, module, followed=followed)
+            block = Block(name, module, layers_of(plan, name), *calls[name], stored=stored)
+            with _in_float32(list(module.parameters())):
+                solved = solve(block, streams[0], recipe, *streams[1:])
+            for layer, codes in solved.codes.items():
+                place(layer, {part: frozen(tensor) for part, tensor in codes.parts().items()})
+            records.append(solved.record(name))
+        for result, states in zip(results, streams, strict=True):
+            result[chain[-1]] = states
+    for layer, codes in coded.items():
+        parameter, _ = float_weight(model, layer)
+        parameter.data = parameter.data.to(model.dtype)
+        place(layer, {part: frozen(tensor) for part, tensor in codes.parts().items()})
     return records
 
 

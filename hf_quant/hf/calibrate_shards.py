@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.core.private_torch import tree_map_only
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.data.calibration import Calibration
 from hf_quant.disk.atomic import blaming, copy_file, link_file, need_space, write_json
 from hf_quant.disk.journal import Journal, digest, open_journal
@@ -28,13 +28,13 @@ from hf_quant.errors import HfQuantError
 from hf_quant.formats import format_named
 from hf_quant.hf._hooks import build
 from hf_quant.hf.auto import class_of, config_of
-from hf_quant.hf.block_calls import Calls
-from hf_quant.hf.block_files import part_of, take_part
-from hf_quant.hf.blocks import blocks_of, embed, layers_of, refuse_other_kinds, refuse_outside_blocks
+from hf_quant.hf.block_files import part_of, take_part, written
+from hf_quant.hf.blocks import Around, Calls, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.checkpoint_tensors import Tensors
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, freeze, make_plan
+from hf_quant.hf.rounded import outside, rounded
 from hf_quant.hf.shards import write_index
 from hf_quant.solve.block import Block, Stored
 from hf_quant.solve.hidden_states import HiddenStates
@@ -116,6 +116,8 @@ def quantize_streaming(
     ranks.barrier(patient=True)  # the first one may still be measuring the model before this
     opened = open_journal(work, job, settings.say) if ranks.first else nullcontext(None)
     with opened as done, torch.no_grad():
+        around, source = _around(source, data.ids, ranks)
+        rounded = _round_outside(source, around, recipe)
         parts = ranks.shared(done.parts if done else None)
         if done is not None:
             finished = sum((work / part["file"]).stat().st_size for part in parts)
@@ -126,26 +128,30 @@ def quantize_streaming(
             settings.say(f"{len(parts)} of {len(source.blocks)} blocks are done already")
         if len(parts) < len(source.blocks):
             with _beside(work) as scratch:
-                _walk(source, data.ids, recipe, done, work, len(parts), scratch, settings)
+                _walk(source, around, recipe, done, work, len(parts), scratch, settings)
         if done is None:
             return source.plan, []
-        _assemble(source, done, stage)
+        _assemble(source, done, rounded, stage)
         report(done.parts, settings.say)
         return source.plan, done.parts
 
 
 def _walk(
-    source: _Source, ids: Tensor, recipe: Recipe, done: Journal | None, work: Path, finished: int, scratch: Path,
+    source: _Source, around: Around, recipe: Recipe, done: Journal | None, work: Path, finished: int, scratch: Path,
     settings: Settings,
 ) -> None:  # fmt: skip
     """Block by block: finished blocks are only run, the others are quantized and committed."""
-    stored = Stored(source.tensors.dtype, source.tensors.read)
-    streams, calls = _embed(source, ids, recipe.decision.needs_twin(source.plan.schemes.values()), scratch, settings)
+    followed = recipe.decision.needs_twin(source.plan.schemes.values())
+    results: list[dict[str, HiddenStates]] = [{}, {}] if followed else [{}]
+    chain: list[str] = []
+    chains = iter(around.chains)
     for i, name in enumerate(settings.progress(list(source.blocks))):
-        call, alone = tree_map_only(Tensor, lambda tensor: tensor.to(settings.device), calls[name])
-        block = Block(name, source.blocks[name], layers_of(source.plan, name), call, alone, stored=stored)
-        _fill(source, lambda tensor, name=name: tensor.startswith(f"{name}."))  # type: ignore[misc]
-        block.module.to(settings.device)
+        if name not in chain:
+            chain = next(chains)
+            streams, calls = _enter(source, around, chain, results, scratch, settings)
+            for result, states in zip(results, streams, strict=True):
+                result[chain[-1]] = states
+        block = _block(source, name, streams, calls, settings.device)
         if i < finished:
             _pass_by(source, block, work / _part(i), streams, recipe.ranks)
         else:
@@ -155,6 +161,15 @@ def _walk(
             recipe.ranks.barrier()  # no rank continues before the block is on disk
         block.module.to("meta")
         give_back_memory()
+
+
+def _block(source: _Source, name: str, streams: list[HiddenStates], calls: Calls, device: str) -> Block:
+    """A block with its weights, on the device, and its arguments there too."""
+    call, alone = tree_map_only(Tensor, lambda tensor: tensor.to(device), calls[name])
+    _fill(source, lambda tensor: tensor.startswith(f"{name}."))
+    source.blocks[name].to(device)
+    stored = Stored(source.tensors.dtype, source.tensors.read)
+    return Block(name, source.blocks[name], layers_of(source.plan, name), call, alone, stored=stored)
 
 
 def _part(index: int) -> str:
@@ -194,14 +209,13 @@ def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool) -> _Sour
     hub = {"trust_remote_code": trust_remote_code}
     stored = config_of(str(folder), **hub)
     kind = class_of(stored, **hub)
-    refuse_other_kinds(kind, stored, config.method)
+    refuse_other_kinds(kind, config.method)
     dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
     with explained(str(folder)), init_empty_weights(include_buffers=False):
         model = build(kind, stored, dtype).eval()
     config = copy.deepcopy(config)
     plan = make_plan(model, config)
-    blocks = blocks_of(model)
-    refuse_outside_blocks(plan, blocks, config.method)
+    blocks = blocks_of(model, plan)
     freeze(config, plan)
     return _Source(checkpoint, Tensors(checkpoint, model), model, plan, config, blocks, dtype)
 
@@ -225,28 +239,54 @@ def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
             module.register_parameter(leaf, nn.Parameter(kept, False))
 
 
-def _embed(
-    source: _Source, ids: Tensor, twice: bool, scratch: Path, settings: Settings
-) -> tuple[list[HiddenStates], Calls]:
-    """The inputs of the first block (twice if the float model is followed), and the arguments of all blocks."""
-    model, base = source.model, source.model.base_model
-    prefix = "" if base is model else f"{model.base_model_prefix}."
-    _fill(source, lambda name: name.startswith(prefix) and source.owner(name) in (None, next(iter(source.blocks))))
+def _around(source: _Source, ids: Tensor, ranks: Ranks) -> tuple[Around, _Source]:
+    """The model around its blocks, with its weights, and the source with those blocks only that run, in their order."""
+    model = source.model
+    around = Around(model.base_model, source.blocks, ids, ranks)
+    prefix, firsts = _prefix(model), around.first_blocks()
+    _fill(source, lambda name: name.startswith(prefix) and source.owner(name) in (None, *firsts))
+    around.find_chains()
+    for name in firsts:
+        _empty(source.blocks[name])
+    return around, replace(source, blocks={name: source.blocks[name] for chain in around.chains for name in chain})
+
+
+def _empty(block: nn.Module) -> None:
+    """Give back the memory of a block that will be filled again; its buffers would not be."""
+    for module in block.modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(leaf, nn.Parameter(parameter.to("meta"), False))
+
+
+def _prefix(model: Any) -> str:
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+def _round_outside(source: _Source, around: Around, recipe: Recipe) -> dict[str, QuantizedTensor]:
+    """The codes of layers that calibration does not reach; the model computes with them from now on."""
+    names = outside(source.plan, around.chains)
+    _fill(source, lambda tensor: tensor.removesuffix(".weight") in names)
+    return {name: rounded(source.model, name, source.plan, recipe) for name in names}
+
+
+def _enter(
+    source: _Source, around: Around, chain: list[str], results: list[dict[str, HiddenStates]], scratch: Path,
+    settings: Settings,
+) -> tuple[list[HiddenStates], Calls]:  # fmt: skip
+    """The inputs of a chain (twice if the float model is followed), and the arguments of its blocks."""
+    _fill(source, lambda name: name.startswith(f"{chain[0]}."))
     width = source.model.config.get_text_config().hidden_size
-    shape = (*ids.shape, width)
-    need = math.prod(shape) * 4 * (2 if twice else 1)
+    need = around.ids.numel() * width * 4 * len(results) * len(around.chains)
     room = settings.max_memory if settings.max_memory is not None else free_memory() // 2
     if need > room:
         settings.say(f"{need / 1e9:.1f} GB of activations go to disk")
-    hidden, calls = embed(base, source.blocks, ids, None if need <= room else scratch / "hidden", settings.ranks)
-    for module in base.modules():
-        if isinstance(module, nn.Embedding):  # which may be larger than a block, and are no longer needed
-            module.to("meta")
-    streams = [hidden]
-    if twice:
-        other = HiddenStates.room(shape, hidden.size, torch.float32, None if need <= room else scratch / "original")
-        other.copy_from(hidden)
-        streams.append(other)
+    number = around.chains.index(chain)
+    files = [None if need <= room else scratch / f"{number}-{stream}" for stream in range(len(results))]
+    streams, calls = around.enter(chain, results, files)
+    if chain is around.chains[-1]:
+        for module in around.base.modules():
+            if isinstance(module, nn.Embedding):  # which may be larger than a block, and are no longer needed
+                module.to("meta")
     return streams, calls
 
 
@@ -263,13 +303,15 @@ def _commit(done: Journal, source: _Source, block: Block, solved: Solved, index:
     done.add(_part(index), lambda path: write_tensors(path, tensors), solved.record(block.name))
 
 
-def _assemble(source: _Source, done: Journal, stage: Path) -> None:
+def _assemble(source: _Source, done: Journal, rounded: Mapping[str, QuantizedTensor], stage: Path) -> None:
     """Write a complete checkpoint: the files of the blocks, a file for all other tensors, and an index."""
     count = len(done.parts) + 1
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, part in zip(names, done.parts, strict=False):
         link_file(done.folder / part["file"], stage / name)
-    write_tensors(stage / names[-1], dict(source.tensors.outside(source.blocks)))
+    fmt = format_named(source.plan.format)
+    others = dict(source.tensors.outside(source.blocks, {*rounded, *(f"{layer}.weight" for layer in rounded)}))
+    write_tensors(stage / names[-1], others | written(source.model, rounded, fmt))
     write_index(stage, names)
     config = json.loads((source.checkpoint.folder / "config.json").read_text())
     config["quantization_config"] = source.config.to_dict()

@@ -6,7 +6,7 @@ a time, so that a block can be read alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,9 @@ class Tensors:
     model: Any
     _sources: dict[str, list[tuple[str, str | None]]] = field(default_factory=dict)  # parameter: tensors, patterns
     _converters: dict[str, Any] = field(default_factory=dict)
+    _tied: dict[str, str] = field(
+        default_factory=dict
+    )  # parameter to the one of the same value that the checkpoint has
 
     def __post_init__(self) -> None:
         self._parameters = {n for n, _ in self.model.named_parameters()}
@@ -45,12 +48,18 @@ class Tensors:
                 if converter is not None:
                     self._converters[parameter] = converter
 
+        for target, source in (getattr(self.model, "all_tied_weights_keys", None) or {}).items():
+            for one, other in ((target, source), (source, target)):  # a file holds either of them, or both
+                if one not in self._sources and other in self._sources:
+                    self._tied[one] = other
+
     def read(self, name: str) -> Tensor:
         """A parameter of the model.
 
         Raises:
             HfQuantError: The checkpoint has no tensors for it.
         """
+        name = self._tied.get(name, name)
         sources = self._sources.get(name)
         if sources is None:
             raise HfQuantError(f"the checkpoint has no tensor for {name}")
@@ -74,7 +83,7 @@ class Tensors:
         Raises:
             CheckpointError: It is stored as 8-bit floats or integers, which have no meaning without their scales.
         """
-        source = self._sources[name][0][0]
+        source = self._sources[self._tied.get(name, name)][0][0]
         info = self.checkpoint.tensors[source]
         if info.dtype not in DTYPES:
             raise CheckpointError(
@@ -89,10 +98,10 @@ class Tensors:
             if target.startswith(prefix) and target not in self._parameters:
                 yield target, self.checkpoint.read(sources[0][0])
 
-    def outside(self, blocks: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-        """All tensors outside of the blocks; those that go through a conversion keep their names in the checkpoint."""
+    def outside(self, blocks: Mapping[str, Any], coded: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """All tensors outside of the blocks that are not ``coded``; those that are converted keep their names in the checkpoint."""
         for target, sources in self._sources.items():
-            if not any(target.startswith(f"{block}.") for block in blocks):
+            if target not in coded and not any(target.startswith(f"{block}.") for block in blocks):
                 for name, pattern in sources:
                     yield target if pattern is None else name, self.checkpoint.read(name)
 

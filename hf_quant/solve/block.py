@@ -13,8 +13,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
 from hf_quant.nn.experts import stacks
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+from hf_quant.solve.hidden_states import Batch, Call
 
 
 @dataclass(frozen=True)
@@ -61,36 +60,37 @@ class Block:
         name = f"{self.name}.{parameter}"
         return self.stored.dtype(name) if self.stored is not None else torch.float32
 
-    def run(self, hidden: Tensor, module: nn.Module | None = None, again: Callable[[], None] | None = None) -> Tensor:
+    def run(self, batch: Batch, module: nn.Module | None = None, again: Callable[[], None] | None = None) -> Tensor:
         """The output of the block.
 
         ``accelerate.utils.find_executable_batch_size`` is not used: it hides the error of the last attempt, and would begin anew
         with every batch, where ``rows`` stays small for the rest of the block.
 
         Args:
-            hidden: ``[B, T, d]``; the output has the same shape.
+            batch: With hidden states ``[B, T, d]``; the output has the same shape.
             module: To run in place of `module`, if given.
             again: Called when memory has run out and the run is repeated one sequence at a time, so that hooks can drop what they
                 have collected.
         """
         while True:
             try:
-                parts = hidden.split(self.rows) if self.rows < len(hidden) else [hidden]
-                outputs = [self._run(part, module or self.module) for part in parts]
+                parts = batch.states.split(self.rows) if self.rows < len(batch.states) else [batch.states]
+                outputs = [self._run(batch._replace(states=part), module or self.module) for part in parts]
                 return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
             except RuntimeError as error:
-                if not _out_of_memory(error) or min(self.rows, len(hidden)) == 1:
+                if not _out_of_memory(error) or min(self.rows, len(batch.states)) == 1:
                     raise
                 self.rows = 1
                 if again is not None:
                     again()
 
-    def sample(self, batch: Tensor, module: nn.Module | None = None) -> Tensor:
+    def sample(self, batch: Batch, module: nn.Module | None = None) -> Tensor:
         """The output for the first sequence of a batch."""
-        return self._run(batch[:1], module or self.module)
+        return self._run(batch._replace(states=batch.states[:1]), module or self.module)
 
-    def _run(self, hidden: Tensor, module: nn.Module) -> Tensor:
-        args, kwargs = self.alone if len(hidden) == 1 else self.call
+    def _run(self, batch: Batch, module: nn.Module) -> Tensor:
+        hidden = batch.states
+        args, kwargs = batch.call or (self.alone if len(hidden) == 1 else self.call)
         out = module(hidden.to(next(module.parameters()).device), *args, **kwargs)
         return states_of(self.name, out)
 

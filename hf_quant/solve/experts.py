@@ -39,7 +39,7 @@ def solve_experts(
             chunk = range(start, min(start + step, count))
             stats = {e: InputStats.empty(k, getattr(module, stack).device) for e in chunk}
             for i in mine:
-                states, chosen, *_ = inputs_of(block, block.module, [path], hidden[i])[path]
+                states, chosen, *_ = inputs_of(block, block.module, [path], hidden.batch(i, block.name))[path]
                 for e in chunk:
                     inputs = expert_input(module, stack, e, states.reshape(-1, states.shape[-1]), chosen)
                     stats[e].update(inputs, held=HELD if stats[e].seen < HELD * EXPERT_HELD else 0)

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_quant.disk.atomic import blaming
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block besides hidden states
+
+
+class Batch(NamedTuple):
+    """Hidden states of some sequences, and the block's other arguments for them; None where all batches share those."""
+
+    states: Tensor
+    call: Call | None = None
+
 
 @dataclass(frozen=True)
 class HiddenStates:
-    """Hidden states ``[S, T, d]``, read and replaced in batches.
+    """Hidden states ``[S, T, ...]``, read and replaced in batches.
 
     Attributes:
         states: All of them.
         size: Sequences in a batch; the last one may have fewer.
+        calls: Name of each block to its other arguments for each batch; empty where all batches share them.
     """
 
     states: Tensor
     size: int
+    calls: Mapping[str, Sequence[Call]] = field(default_factory=dict)
 
     @classmethod
-    def room(cls, shape: tuple[int, int, int], size: int, dtype: torch.dtype, file: Path | None) -> HiddenStates:
+    def room(cls, shape: tuple[int, ...], size: int, dtype: torch.dtype, file: Path | None) -> HiddenStates:
         """Uninitialized states, in memory, or in ``file``, which is mapped and so does not count as memory of this process.
 
         Raises:
             DiskError: The disk is full.
         """
-        count = shape[0] * shape[1] * shape[2]
+        count = math.prod(shape)
         if file is None:
             return cls(torch.empty(shape, dtype=dtype), size)
         nbytes = count * dtype.itemsize
@@ -46,6 +60,11 @@ class HiddenStates:
         if not 0 <= number < len(self):
             raise IndexError(number)
         return self.states[number * self.size : (number + 1) * self.size]
+
+    def batch(self, number: int, block: str) -> Batch:
+        """A batch with the arguments of a block."""
+        calls = self.calls.get(block)
+        return Batch(self[number], None if calls is None else calls[number])
 
     def put(self, number: int, batch: Tensor) -> None:
         """Replace a batch."""

@@ -14,7 +14,7 @@ from hf_quant.core.stats import HELD_ROWS, SAMPLE_ROWS, InputStats
 from hf_quant.errors import HfQuantError
 from hf_quant.nn.experts import stacks
 from hf_quant.solve.block import Block
-from hf_quant.solve.hidden_states import HiddenStates
+from hf_quant.solve.hidden_states import Batch, HiddenStates
 from hf_quant.solve.ranks import Ranks
 from hf_quant.transforms import weight_of
 
@@ -30,8 +30,8 @@ class Group:
     experts: bool = False
 
 
-def groups_of(block: Block, batch: Tensor) -> list[Group]:
-    """The layers in the order they run; those that share an input are one group."""
+def groups_of(block: Block, batch: Batch) -> list[Group]:
+    """The layers in the order they run; those that share an input are one group, those that do not run are in none."""
     made_by: list[tuple[Tensor, str]] = []  # keeps tensors alive, so that no two have the same identity
     consumers: list[tuple[Tensor, list[str]]] = []
     experts: dict[str, list[str]] = {}
@@ -64,9 +64,6 @@ def groups_of(block: Block, batch: Tensor) -> list[Group]:
         layers = tuple(name for name in names if name not in experts)
         groups += [Group(layers, source)] if layers else []
         groups += [Group(tuple(experts[name]), None, experts=True) for name in names if name in experts]
-    missing = {*linear, *(n for names in experts.values() for n in names)} - {n for g in groups for n in g.layers}
-    if missing:
-        raise HfQuantError(f"{block.name}.{min(missing)} saw no tokens")
     return groups
 
 
@@ -83,14 +80,14 @@ class _SeenError(Exception):
     """Ends the run of a block early, when all inputs have been seen."""
 
 
-def inputs_of(block: Block, module: nn.Module, names: list[str], batch: Tensor) -> dict[str, tuple[Tensor, ...]]:
+def inputs_of(block: Block, module: nn.Module, names: list[str], batch: Batch) -> dict[str, tuple[Tensor, ...]]:
     """The arguments of modules, by local name; the block is not run any further than needed."""
     by_module: dict[str, list[tuple[Tensor, ...]]] = {}
 
     def look(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             by_module.setdefault(name, []).append((*args, *kwargs.values()))
-            if len(by_module) == len(names) and block.rows >= batch.shape[0]:
+            if len(by_module) == len(names) and block.rows >= batch.states.shape[0]:
                 raise _SeenError
 
         return hook
@@ -114,8 +111,10 @@ def collect(
     judged = max(1, len(hidden) // HELD)
     rounds = {g.layers[0]: any(block.layers[f"{block.name}.{n}"].activations for n in g.layers) for g in part}
     for i in mine:
-        seen = inputs_of(block, block.module, leaders, hidden[i])
-        original_inputs = {} if twin is None or original is None else inputs_of(block, twin, leaders, original[i])
+        seen = inputs_of(block, block.module, leaders, hidden.batch(i, block.name))
+        original_inputs = (
+            {} if twin is None or original is None else inputs_of(block, twin, leaders, original.batch(i, block.name))
+        )
         held = i % HELD == HELD - 1 or (1 < len(hidden) < HELD and i == len(hidden) - 1)
         tokens, all_tokens = hidden[i].shape[:2].numel(), hidden.states.shape[:2].numel()
         every = -(-judged * tokens // min(HELD_ROWS, -(-all_tokens // HELD)))

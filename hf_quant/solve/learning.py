@@ -14,7 +14,7 @@ from hf_quant.core.activations import rounded
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
 from hf_quant.solve.block import Block, parameter_of, put, use
-from hf_quant.solve.hidden_states import HiddenStates
+from hf_quant.solve.hidden_states import Batch, HiddenStates
 from hf_quant.solve.inputs import HELD
 from hf_quant.solve.latent import Latent
 from hf_quant.solve.recipes import LEARNED, Learning
@@ -125,7 +125,7 @@ def _step(
     loss = 0.0
     for i in numbers:
         if recipe.ranks.owner(i) == recipe.ranks.rank:
-            part = _error(block, hidden[i], wanted[i]) / len(numbers)
+            part = _error(block, hidden.batch(i, block.name), wanted[i]) / len(numbers)
             part.backward()
             loss += part.item()
     (loss,) = recipe.ranks.total(loss)
@@ -140,7 +140,7 @@ def _step(
     return loss
 
 
-def _error(block: Block, given: Tensor, wanted: Tensor) -> Tensor:
+def _error(block: Block, given: Batch, wanted: Tensor) -> Tensor:
     """Squared error of the output of every token over its squared size, the mean of all tokens."""
     output = block.run(given)
     wanted = wanted.to(output.device)
@@ -150,7 +150,9 @@ def _error(block: Block, given: Tensor, wanted: Tensor) -> Tensor:
 
 def _loss(block: Block, hidden: HiddenStates, wanted: HiddenStates, numbers: list[int], recipe: Recipe) -> float:
     ranks = recipe.ranks
-    errors = [_error(block, hidden[i], wanted[i]).item() for i in numbers if ranks.owner(i) == ranks.rank]
+    errors = [
+        _error(block, hidden.batch(i, block.name), wanted[i]).item() for i in numbers if ranks.owner(i) == ranks.rank
+    ]
     (total,) = ranks.total(sum(errors))
     return total / len(numbers)
 

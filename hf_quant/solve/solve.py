@@ -17,12 +17,13 @@ from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import HfQuantError
 from hf_quant.solve.block import Block, put
 from hf_quant.solve.experts import solve_experts
-from hf_quant.solve.hidden_states import HiddenStates
+from hf_quant.solve.hidden_states import Batch, HiddenStates
 from hf_quant.solve.inputs import Group, collect, groups_of
 from hf_quant.solve.latent import place_of
 from hf_quant.solve.learning import learn
 from hf_quant.solve.ranks import ALONE, Ranks
 from hf_quant.solve.result import Recipe, Solved, with_range
+from hf_quant.solve.unseen import round_unseen
 from hf_quant.transforms import Stage
 
 SAMPLE = 4  # batches for the error of a block, if the float model is not followed
@@ -44,9 +45,14 @@ def solve(block: Block, hidden: HiddenStates, recipe: Recipe, original: HiddenSt
     twin = copy.deepcopy(block.module) if original is not None else None
     solved, mine = Solved(), [i for i in range(len(hidden)) if recipe.ranks.owner(i) == recipe.ranks.rank]
     # each rank advances its own batches only; for the others, the first batch is still that of an earlier block
-    first = recipe.ranks.shared(hidden[0] if recipe.ranks.first else None)
+    first = recipe.ranks.shared(hidden.batch(0, block.name) if recipe.ranks.first else None)
     groups = groups_of(block, first)
-    sample = {i: block.run(hidden[i]) for i in mine[:: -(-len(mine) // SAMPLE) or 1]} if twin is None else {}
+    round_unseen(block, groups, recipe, solved)
+    sample = (
+        {i: block.run(hidden.batch(i, block.name)) for i in mine[:: -(-len(mine) // SAMPLE) or 1]}
+        if twin is None
+        else {}
+    )
     staged = recipe.decision.staged(block.layers.values())
     together = [] if staged else [group for group in groups if not group.experts]
     for part in [together] * bool(together) + [[group] for group in groups if group not in together]:
@@ -60,13 +66,13 @@ def solve(block: Block, hidden: HiddenStates, recipe: Recipe, original: HiddenSt
     _settle(block, twin, solved.codes)
     if twin is not None and original is not None:
         for i in mine:
-            original.put(i, block.run(original[i], twin))
+            original.put(i, block.run(original.batch(i, block.name), twin))
         sample = {i: original[i] for i in mine}
         twin = None  # training needs its memory
         learn(block, hidden, original, recipe, solved)
     squared_error = squared_output = 0.0
     for i in mine:
-        after = block.run(hidden[i])
+        after = block.run(hidden.batch(i, block.name))
         if (before := sample.get(i)) is not None:
             squared_error += (after - before).double().square().sum().item()
             squared_output += before.double().square().sum().item()
@@ -82,7 +88,7 @@ def advance(block: Block, hidden: HiddenStates, ranks: Ranks = ALONE) -> None:
     """Replace ``hidden`` by the outputs of the block."""
     mine = [i for i in range(len(hidden)) if ranks.owner(i) == ranks.rank]
     for i in mine:
-        hidden.put(i, block.run(hidden[i]))
+        hidden.put(i, block.run(hidden.batch(i, block.name)))
     _check(block, hidden, mine)
 
 
@@ -99,7 +105,7 @@ def _settle(block: Block, twin: nn.Module | None, codes: Mapping[str, QuantizedT
 
 
 def _solve_group(
-    block: Block, group: Group, stats: InputStats, first: Tensor, recipe: Recipe, solved: Solved,
+    block: Block, group: Group, stats: InputStats, first: Batch, recipe: Recipe, solved: Solved,
     twin: nn.Module | None,
 ) -> None:  # fmt: skip
     full = {local: f"{block.name}.{local}" for local in group.layers}

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.errors import HfQuantError
-from hf_quant.hf.block_calls import alike, passed_through
-from hf_quant.hf.blocks import embed
+from hf_quant.hf.block_calls import Forms, Passing, alike, passed_through
+from hf_quant.hf.blocks import Around
 from hf_quant.solve.block import Block
+from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.ranks import ALONE
 
 
@@ -26,17 +27,24 @@ class Layer(nn.Module):
         batch, length, _ = hidden_states.shape
         assert bias.shape == (2 * batch, 1, length) and pair[0].shape == (3, batch, length)  # as ALiBi, as M-RoPE
         out = hidden_states + self.lin(hidden_states)
-        return {"tensor": out, "tuple": (out, None), "list": [out], "more": (out, out + 1), "none": None}[self.form]
+        return {
+            "tensor": out,
+            "tuple": (out, None),
+            "list": [out],
+            "more": (out, out + 1),
+            "none": None,
+            "constant": (out, torch.ones(3)),
+        }[self.form]
 
 
 class Model(nn.Module):
-    def __init__(self, form: str, carry: bool = False, depends: bool = False) -> None:
+    """``carry``: what later layers take from the first one, nothing, a constant, or something that depends on the tokens."""
+
+    def __init__(self, form: str, carry: str = "", depends: bool = False, between: bool = False) -> None:
         super().__init__()
         self.embedding, self.layers = nn.Embedding(9, 4), nn.ModuleList([Layer(form), Layer(form)])
-        self.form, self.carry, self.depends = form, carry, depends
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embedding
+        self.form, self.carry, self.depends, self.between = form, carry, depends, between
+        self.config = SimpleNamespace()
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
         states, (batch, length), extra = self.embedding(input_ids), input_ids.shape, None
@@ -46,13 +54,22 @@ class Model(nn.Module):
             out = layer(states, bias=torch.zeros(2 * batch, 1, length), pair=(pair, pair), extra=given)
             states = out if self.form == "tensor" else out[0]
             extra = out[1] if self.carry else None
+            states = states + 1 if self.between else states
             assert states.shape == (batch, length, 4)
         return states
 
 
+def around(model: Model, ids: Tensor) -> Around:
+    made = Around(model, {f"layers.{i}": layer for i, layer in enumerate(model.layers)}, ids, ALONE)
+    made.find_chains()
+    return made
+
+
 def embedded(model: Model, ids: Tensor) -> Any:
     with torch.inference_mode():
-        return embed(model, {f"layers.{i}": layer for i, layer in enumerate(model.layers)}, ids, None, ALONE)
+        made = around(model, ids)
+        (states,), calls = made.enter(made.chains[0], [{}], [None])
+        return states, calls
 
 
 @pytest.mark.parametrize("sequences", [2, 3, 4])
@@ -63,32 +80,58 @@ def test_every_form_of_block(form: str, sequences: int) -> None:
     entered, calls = embedded(model, ids)
     torch.testing.assert_close(entered.states, model.embedding(ids))
     assert len(entered) > 1  # something is left to judge on
-    block = Block("layers.1", model.layers[1], {}, *calls["layers.1"])
+    block, batch = Block("layers.1", model.layers[1], {}, *calls["layers.1"]), entered.batch(0, "layers.1")
     with torch.inference_mode():
         expected = entered[0] + model.layers[1].lin(entered[0])  # type: ignore[operator]
-        torch.testing.assert_close(block.run(entered[0]), expected)
-        torch.testing.assert_close(block.sample(entered[0]), expected[:1])
+        torch.testing.assert_close(block.run(batch), expected)
+        torch.testing.assert_close(block.sample(batch), expected[:1])
         block.rows = 1  # as after memory ran out
-        torch.testing.assert_close(block.run(entered[0]), expected)
+        torch.testing.assert_close(block.run(batch), expected)
     assert "forward" not in model.layers[0].__dict__
+
+
+def test_arguments_that_depend_on_the_tokens_are_kept_for_each_sequence() -> None:
+    ids = torch.arange(8).view(4, 2)
+    entered, _ = embedded(Model("tuple", depends=True), ids)
+    assert len(entered) == 4
+    assert [call[1]["extra"] for call in entered.calls["layers.1"]] == [0, 2, 4, 6]
+
+
+def test_what_the_first_block_computes_is_passed_on_if_it_is_the_same_for_all_tokens() -> None:
+    ids = torch.arange(8).view(4, 2)
+    _, calls = embedded(Model("constant", carry="constant"), ids)
+    assert torch.equal(calls["layers.1"][0][1]["extra"], torch.ones(3))
+
+
+def test_a_change_between_blocks_begins_a_chain_which_the_results_of_the_one_before_enter() -> None:
+    ids = torch.arange(4).view(2, 2)
+    model = Model("tensor", between=True)
+    with torch.inference_mode():
+        made = around(model, ids)
+        assert made.chains == [["layers.0"], ["layers.1"]]
+        computed = HiddenStates(torch.randn(2, 2, 4), 1)
+        (states,), _ = made.enter(made.chains[1], [{"layers.0": computed}], [None])
+    torch.testing.assert_close(states.states, computed.states + 1)
 
 
 def test_what_cannot_be_calibrated_is_said() -> None:
     ids = torch.arange(8).view(4, 2)
-    with pytest.raises(HfQuantError, match=r"layers\.1: takes more of the block before"):
-        embedded(Model("more", carry=True), ids)
-    with pytest.raises(HfQuantError, match=r"layers\.0: takes inputs that depend on the tokens"):
-        embedded(Model("tuple", depends=True), ids)
+    with pytest.raises(HfQuantError, match=r"layers\.0: the blocks after it take more of it"):
+        embedded(Model("more", carry="tokens"), ids)
     with pytest.raises(HfQuantError, match=r"layers\.0: returns NoneType"):
         embedded(Model("none"), ids)
+    shared = Model("tensor")
+    shared.layers[1] = shared.layers[0]
+    with pytest.raises(HfQuantError, match=r"layers\.[01]: is run more than once"):
+        embedded(shared, ids)
 
 
 def test_a_forward_of_its_own_is_put_back() -> None:
     layer = nn.Linear(4, 4)
     layer.forward = own = lambda x: x  # type: ignore[method-assign]
-    with passed_through({"a": layer}) as what:
+    with passed_through({"a": layer}, Passing(), Forms()) as what:
         assert torch.equal(layer(hidden_states=torch.ones(2, 4)), torch.ones(2, 4))
-    assert layer.forward is own and len(what.entered) == 1
+    assert layer.forward is own and list(what.steps) == ["a"]
 
 
 class Kind(Enum):

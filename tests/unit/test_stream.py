@@ -52,7 +52,7 @@ def test_memory_that_runs_out_within_a_block_counts_no_row_twice(twin: bool) -> 
         torch.manual_seed(1)
         block, hidden = block_of(Mlp(most)), HiddenStates(states.clone(), 2)
         with torch.inference_mode():
-            groups = groups_of(block, hidden[0])
+            groups = groups_of(block, hidden.batch(0, block.name))
             float_block = Mlp(most).requires_grad_(False) if twin else None
             found.append(collect(block, groups, hidden, [0, 1], ALONE, float_block, hidden if twin else None))
         assert block.rows == (1 if most == 1 else 1 << 30)

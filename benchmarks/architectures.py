@@ -1,0 +1,197 @@
+"""A tiny model of every architecture of the installed transformers: rounded, saved, read back, calibrated; about an hour.
+
+    python benchmarks/architectures.py [MODEL_TYPE ...] [--again] [--out FOLDER]
+
+Each class runs in a process of its own with a limit of time. Results are kept in ``results/architectures.json`` after each
+class, and a later run goes on from there: it runs only what is new, or with ``--again`` what failed. Models named on the command line
+are always run. ``docs/architectures.md`` is written from the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections import Counter
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import torch
+from transformers.utils import logging as hf_logging
+
+from tests.architectures import check_calibration, check_rounding, reads_text, saved
+from tests.tiny_models import VARIANTS, build, classes_of, inputs_of, model_types, run
+
+LIMIT = 240  # seconds for a class
+Row = dict[str, Any]
+
+
+def examine(model_type: str, class_name: str, variant: str | None) -> Row:
+    """Build one class and check it; the variant that could be built, faults and numbers."""
+    quiet()
+    model, used = built(model_type, class_name, variant)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = saved(model, folder)
+        if base is None:
+            return {"variant": used, "unbuilt": "transformers itself does not read it back as it was"}
+        del model
+        kind, inputs = base
+        rounding = check_rounding(kind, inputs, folder)
+        row = {"variant": used, "rounding": vars(rounding)}
+        if reads_text(inputs) and rounding.numbers.get("layers"):
+            row["calibration"] = vars(check_calibration(kind, inputs, folder))
+        return row
+
+
+def built(model_type: str, class_name: str, variant: str | None) -> tuple[Any, str]:
+    """A model that also runs, and the variant of it."""
+    first: Exception | None = None
+    for name in VARIANTS if variant is None else [variant]:
+        try:
+            model = build(model_type, class_name, name)
+            run(model, inputs_of(model))
+            return model, name
+        except Exception as error:  # of any type: the model's own code
+            first = first or error
+    raise NotBuiltError(f"{type(first).__name__}: {first}")
+
+
+class NotBuiltError(Exception):
+    """No variant of a class can be built and run in floating point."""
+
+
+def quiet() -> None:
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+
+
+def _work(pipe: Any, arguments: tuple[Any, ...]) -> None:
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    torch.set_num_threads(1)
+    try:
+        pipe.send(examine(*arguments))
+    except NotBuiltError as error:
+        pipe.send({"unbuilt": str(error)[:200]})
+    except Exception as error:
+        pipe.send({"unbuilt": f"{type(error).__name__}: {error}"[:200]})
+
+
+def limited(*arguments: Any) -> Row:
+    """`examine` in a process of its own, which is ended after `LIMIT` seconds."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(theirs, arguments))
+    process.start()
+    theirs.close()
+    try:
+        return ours.recv() if ours.poll(LIMIT) else {"unbuilt": f"it takes more than {LIMIT} seconds"}
+    except EOFError:
+        return {"unbuilt": "its process ended"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def state_of(row: Row) -> str:
+    """A word for what happened: ``"built"``, ``"failed"``, ``"worked"``."""
+    if "unbuilt" in row:
+        return "unbuilt"
+    parts = [part for part in (row["rounding"], row.get("calibration")) if part is not None]
+    return "failed" if any(part["faults"] for part in parts) else "worked"
+
+
+def page(rows: dict[str, Row]) -> str:
+    """The table for people."""
+    built = {name: row for name, row in rows.items() if "unbuilt" not in row}
+    linear = {n: r for n, r in built.items() if r["rounding"]["numbers"].get("layers")}
+    rounded = sum(not r["rounding"]["faults"] for r in linear.values())
+    texts = {n: r["calibration"] for n, r in linear.items() if "calibration" in r}
+    calibrated = sum(not part["faults"] for part in texts.values())
+    types = {name.split(":")[0] for name in built}
+    lines = [
+        "# Architectures",
+        "",
+        f"One tiny random model of each class, transformers {version('transformers')}, torch {torch.__version__}, "
+        f"{platform.processor() or platform.machine()}, {date.today()}; made by `benchmarks/architectures.py`.",
+        "",
+        f"{len(built)} classes of {len(types)} model types can be built from a small configuration, {len(rows) - len(built)} "
+        f"cannot. {len(linear)} have layers to quantize.",
+        "",
+        f"- Rounded (W4A16-g32, W8A8, W2A16-g32: load, run, generate, save, read back bit for bit, dequantized twin): "
+        f"{rounded} of {len(linear)}.",
+        f"- Calibrated (W4A16-g32, in memory and from shards with equal bits): {calibrated} of {len(texts)} that read text.",
+        "",
+        "| model type | class | rounded | calibrated |",
+        "|---|---|---|---|",
+    ]
+    for name, row in sorted(linear.items()):
+        kind, cls = name.split(":")
+        calibration = _cell(row["calibration"]) if "calibration" in row else "reads no text alone"
+        lines.append(f"| {kind} | {cls} | {_cell(row['rounding'])} | {calibration} |")
+    lines += ["", "## Nothing to quantize", "", ", ".join(sorted(built.keys() - linear.keys())), ""]
+    lines += ["## Not built from a small configuration", "", "| class | reason |", "|---|---|"]
+    lines += [f"| {name} | {_short(row['unbuilt'])} |" for name, row in sorted(rows.items()) if "unbuilt" in row]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(part: Row) -> str:
+    if not part["faults"]:
+        return "yes"
+    step, fault = next(iter(part["faults"].items()))
+    return f"{step}: {_short(fault)}"
+
+
+def _short(sentence: str) -> str:
+    return re.sub(r"\s+", " ", sentence.split(" (")[0]).replace("|", "/")[:110]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("types", nargs="*")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--page", action="store_true", help="only write the table")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    file = options.out / "architectures.json"
+    options.out.mkdir(exist_ok=True)
+    stored = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
+    rows: dict[str, Row] = stored["rows"]
+    quiet()
+    for model_type in [] if options.page else options.types or model_types():
+        for class_name in classes_of(model_type):
+            name = f"{model_type}:{class_name}"
+            before = rows.get(name)
+            if before is not None and not options.types and not (options.again and state_of(before) == "failed"):
+                continue
+            row = limited(model_type, class_name, (before or {}).get("variant"))
+            rows[name] = {"versions": {n: version(n) for n in ("torch", "transformers", "hf-quant")}, **row}
+            print(name, state_of(row), row.get("unbuilt", ""), flush=True)
+            for part in ("rounding", "calibration"):
+                for step, fault in row.get(part, {}).get("faults", {}).items():
+                    print(f"    {part} {step}: {fault}", flush=True)
+            file.write_text(
+                json.dumps({"machine": platform.processor(), "date": str(date.today()), "rows": rows}, indent=1)
+            )
+    (
+        ROOT / "docs" / "architectures.md" if options.out.parent == ROOT / "benchmarks" else options.out / "page.md"
+    ).write_text(page(rows))
+    print(Counter(map(state_of, rows.values())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Layers of a plan that calibration does not reach: rounded to nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import PlanError
+from hf_quant.hf.plan import Plan
+from hf_quant.nn.experts import stacks
+from hf_quant.solve.result import Recipe
+from hf_quant.solve.unseen import nearest
+
+REASON = "outside of the blocks that a text runs through: rounded to nearest"
+
+TIED = "calibrated methods leave the output head in floating point where it is tied to the embeddings; rtn and hqq quantize both"
+
+
+def outside(plan: Plan, chains: Sequence[Sequence[str]]) -> list[str]:
+    """The layers of the plan that are in no block of ``chains``; the plan says so from now on.
+
+    Raises:
+        PlanError: One of them needs calibration.
+    """
+    if plan.tied:
+        raise PlanError(TIED)
+    blocks = tuple(f"{block}." for chain in chains for block in chain)
+    names = [name for name in plan.schemes if not name.startswith(blocks)]
+    for name in names:
+        if plan.schemes[name].activations == "tensor":
+            raise PlanError(f"{name}: {REASON}, but one scale for all its inputs has to be calibrated: leave it out")
+        plan.regrouped[name] = REASON
+    return names
+
+
+@torch.no_grad()
+def rounded(model: Any, name: str, plan: Plan, recipe: Recipe) -> QuantizedTensor:
+    """The codes of a layer, or of a stack of experts, in floating point in memory, which gets the values of the codes in float32."""
+    parameter, turned = float_weight(model, name)
+    codes = nearest(parameter, turned, plan.schemes[name], recipe)
+    real = codes.dequantize(torch.float32)
+    parameter.data = real.transpose(-1, -2).contiguous() if turned else real
+    return codes
+
+
+def float_weight(model: Any, name: str) -> tuple[nn.Parameter, bool]:
+    """The parameter with the weight of a layer, or a stack of experts, and whether it is ``[..., K, N]``.
+
+    Raises:
+        PlanError: It is a table of embeddings.
+    """
+    path, _, leaf = name.rpartition(".")
+    parent: Any = model.get_submodule(path)
+    if leaf in stacks(parent):
+        return getattr(parent, leaf), parent.is_transposed
+    module: Any = model.get_submodule(name)
+    if isinstance(module, nn.Embedding):
+        raise PlanError(f"{name}: calibrated methods leave embeddings in floating point; rtn and hqq quantize them")
+    return module.weight, not isinstance(module, nn.Linear)

@@ -1,0 +1,44 @@
+"""Layers that no token of the calibration text reaches: rounded to nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import HfQuantError
+from hf_quant.solve.block import Block, parameter_of, put
+from hf_quant.solve.inputs import Group
+from hf_quant.solve.result import Recipe, Solved
+
+
+def round_unseen(block: Block, groups: Iterable[Group], recipe: Recipe, solved: Solved) -> None:
+    """Round the layers of a block that are in no group, and say so.
+
+    Raises:
+        HfQuantError: No layer of the block saw a token, or one needs to have seen some; names it.
+    """
+    seen = {f"{block.name}.{local}" for group in groups for local in group.layers}
+    for name, scheme in block.layers.items():
+        if name in seen:
+            continue
+        if not seen or scheme.activations == "tensor":
+            raise HfQuantError(f"{name} saw no tokens")
+        parameter, turned = parameter_of(block, name)
+        solved.codes[name] = nearest(parameter, turned, scheme, recipe)
+        solved.errors[name] = 0.0
+        solved.note(name, ["saw no tokens: rounded to nearest"])
+        put(block, name, solved.codes[name].dequantize(torch.float32))
+
+
+def nearest(parameter: Tensor, turned: bool, scheme: QuantScheme, recipe: Recipe) -> QuantizedTensor:
+    """The codes of a weight, or of a stack of experts, without data; ``turned`` if it is ``[..., K, N]``."""
+    solver = recipe.decision.without_data()
+    weight = parameter.float()
+    weight = (weight.transpose(-1, -2) if turned else weight).contiguous()
+    if weight.ndim == 3:
+        return QuantizedTensor.stack([solver.quantize(expert, scheme, recipe.dtype) for expert in weight])
+    return solver.quantize(weight, scheme, recipe.dtype)

@@ -1,0 +1,183 @@
+"""What must hold for a model of any architecture: quantized while it loads, run, saved, read back, and calibrated.
+
+Each check returns its faults, step by step, and numbers; an empty dictionary of faults means that all of it works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_quant import HfQuantConfig
+from hf_quant.data.calibration import Calibration
+from hf_quant.errors import HfQuantError, PlanError
+from hf_quant.hf.calibrate_shards import Settings, quantize_streaming
+from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
+from tests.tiny_models import inputs_of, relative, run, vocabulary_of
+
+SCHEMES = ("W4A16-g32", "W8A8", "W2A16-g32")
+TWIN = {"W8A8": 0.15}  # its activations are rounded, those of the float twin are not
+NEAR = 0.03  # bf16 activations, where an operation for few bits runs
+SEQUENCES, CONTEXT = 8, 24
+
+
+@dataclass
+class Findings:
+    """Steps that failed with their error, and what was measured."""
+
+    faults: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def attempt(self, step: str, action: Callable[[], Any]) -> Any:
+        """What ``action`` returns; None, and a fault, if it raises."""
+        try:
+            return action()
+        except Exception as error:
+            trace, frames = error.__traceback__, []
+            while trace is not None:
+                frames.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+                trace = trace.tb_next
+            self.faults[step] = f"{type(error).__name__}: {error}"[:300] + f" ({' < '.join(reversed(frames[-4:]))})"
+            return None
+
+    def expect(self, step: str, holds: bool, sentence: str) -> None:
+        """A fault unless ``holds``."""
+        if not holds:
+            self.faults[step] = sentence
+
+
+def saved(model: Any, folder: Path) -> tuple[Any, dict[str, Any]] | None:
+    """Save the float model as ``folder/float``; its class and inputs, or None if transformers itself cannot read it back."""
+    inputs, kind = inputs_of(model), type(model)
+    expected = run(model, inputs)
+    model.save_pretrained(folder / "float")
+    again = kind.from_pretrained(folder / "float").eval()
+    return None if relative(run(again, inputs), expected) else (kind, inputs)
+
+
+def check_rounding(kind: Any, inputs: Mapping[str, Any], folder: Path, schemes: tuple[str, ...] = SCHEMES) -> Findings:
+    """Round the model in ``folder/float`` while it loads, and do with it whatever a user would."""
+    found = Findings()
+    base = kind.from_pretrained(folder / "float").eval()
+    expected, said = run(base, inputs), _generated(base, inputs)
+    for scheme in schemes:
+        config = HfQuantConfig(scheme)
+        model = found.attempt(
+            f"{scheme} load", lambda: kind.from_pretrained(folder / "float", quantization_config=config).eval()
+        )
+        if model is None:
+            if "nothing to quantize" in found.faults.get(f"{scheme} load", ""):
+                found.numbers["layers"] = 0
+            continue
+        plan = model.hf_quantizer.plan
+        found.numbers |= {"layers": len(plan.schemes), "share": round(plan.share, 3)}
+        got = found.attempt(f"{scheme} forward", lambda: run(model, inputs))
+        if got is None:
+            continue
+        found.numbers[f"{scheme} error"] = relative(got, expected)
+        if said is not None and scheme == schemes[0]:
+            found.attempt(f"{scheme} generate", lambda: _generate(model, inputs))
+        _check_saved(found, scheme, kind, model, got, inputs, folder / scheme)
+        _check_twin(found, scheme, model, got, inputs)
+    return found
+
+
+def _check_saved(
+    found: Findings, step: str, kind: Any, model: Any, got: Tensor, inputs: Mapping[str, Any], folder: Path
+) -> None:
+    found.attempt(f"{step} save", lambda: model.save_pretrained(folder))
+    if f"{step} save" in found.faults:
+        return
+    again = found.attempt(f"{step} reload", lambda: kind.from_pretrained(folder).eval())
+    if again is not None:
+        back = found.attempt(f"{step} run again", lambda: run(again, inputs))
+        same = back is not None and torch.equal(torch.nan_to_num(back), torch.nan_to_num(got))
+        found.expect(f"{step} bits", same, "the reloaded model computes something else")
+
+
+def _check_twin(found: Findings, step: str, model: Any, got: Tensor, inputs: Mapping[str, Any]) -> None:
+    twin = found.attempt(f"{step} dequantize", lambda: model.dequantize())
+    if twin is None:
+        return
+    left = {type(m).__name__ for m in twin.modules() if isinstance(m, QuantLinear | QuantEmbedding | QuantExperts)}
+    found.expect(f"{step} dequantize", not left, f"still quantized: {sorted(left)}")
+    dense = found.attempt(f"{step} twin", lambda: run(twin, inputs))
+    if dense is not None:
+        found.numbers[f"{step} twin"] = distance = relative(got, dense)
+        found.expect(f"{step} twin", distance < TWIN.get(step, NEAR), f"{distance:.3g} away from its dequantized twin")
+
+
+def _generated(model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Two tokens that the float model generates; None if it does not."""
+    try:
+        return _generate(model, inputs)
+    except Exception:  # of any type: transformers' own
+        return None
+
+
+def _generate(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    if not model.can_generate():
+        raise PlanError("it generates nothing")
+    given = {n: v for n, v in inputs.items() if n not in ("use_cache", "decoder_input_ids")}
+    return model.generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+
+
+def reads_text(inputs: Mapping[str, Any]) -> bool:
+    """Whether the model can be calibrated on tokens alone."""
+    return "input_ids" in inputs and not {"pixel_values", "input_features", "input_values"} & inputs.keys()
+
+
+def check_calibration(
+    kind: Any, inputs: Mapping[str, Any], folder: Path, scheme: str = "W4A16-g32", method: str = "calibrated"
+) -> Findings:
+    """Calibrate the model in ``folder/float`` in memory and from its shards, and compare the two bit for bit."""
+    found = Findings()
+    base = kind.from_pretrained(folder / "float").eval()
+    expected = run(base, inputs)
+    random = torch.Generator().manual_seed(7)
+    limit = min(vocabulary_of(base.config), 140)
+    data = torch.randint(min(20, limit - 1), limit, (SEQUENCES, CONTEXT), generator=random)
+    model = found.attempt(
+        "memory",
+        lambda: kind.from_pretrained(
+            folder / "float", quantization_config=HfQuantConfig(scheme, method=method, calibration=data)
+        ).eval(),
+    )
+    if model is None:
+        return found
+    got = found.attempt("memory forward", lambda: run(model, inputs))
+    if got is None:
+        return found
+    found.numbers["error"] = relative(got, expected)
+    rounded = kind.from_pretrained(folder / "float", quantization_config=HfQuantConfig(scheme)).eval()
+    found.numbers["error of rounding"] = relative(run(rounded, inputs), expected)
+    _check_saved(found, "memory", kind, model, got, inputs, folder / "memory")
+    streamed = found.attempt("stream", lambda: _stream(kind, folder, HfQuantConfig(scheme, method=method), data))
+    if streamed is not None:
+        one, other = model.state_dict(), streamed.state_dict()
+        differ = sorted(
+            name for name in one.keys() | other.keys()
+            if name not in one or name not in other or not torch.equal(one[name], other[name])
+        )  # fmt: skip
+        found.expect("stream bits", not differ, f"{len(differ)} tensors differ from those in memory: {differ[:3]}")
+    return found
+
+
+def _stream(kind: Any, folder: Path, config: HfQuantConfig, ids: Tensor) -> Any:
+    stage = folder / "stream"
+    stage.mkdir()
+    quantize_streaming(
+        folder / "float", config, Calibration(ids, "ids", []), folder / "work", stage, Settings(lambda _line: None)
+    )
+    return kind.from_pretrained(stage).eval()
+
+
+def refused(findings: Findings) -> bool:
+    """Whether the first fault is a refusal of this package, with a sentence."""
+    first = next(iter(findings.faults.values()), "")
+    return first.startswith((HfQuantError.__name__, PlanError.__name__))

@@ -24,15 +24,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import torch
 from transformers.utils import logging as hf_logging
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.architectures import check_calibration, check_rounding, reads_text, saved
 from tests.tiny_models import VARIANTS, build, classes_of, inputs_of, model_types, run
 
+ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 240  # seconds for a class
 Row = dict[str, Any]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_quant import HfQuantConfig
 from hf_quant.data.calibration import Calibration
-from hf_quant.errors import HfQuantError, PlanError
+from hf_quant.errors import PlanError
 from hf_quant.hf.calibrate_shards import Settings, quantize_streaming
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
 from tests.tiny_models import inputs_of, relative, run, vocabulary_of
@@ -23,6 +23,7 @@ from tests.tiny_models import inputs_of, relative, run, vocabulary_of
 SCHEMES = ("W4A16-g32", "W8A8", "W2A16-g32")
 TWIN = {"W8A8": 0.15}  # its activations are rounded, those of the float twin are not
 NEAR = 0.03  # bf16 activations, where an operation for few bits runs
+NOTHING = "nothing to quantize"
 SEQUENCES, CONTEXT = 8, 24
 
 
@@ -66,25 +67,31 @@ def check_rounding(kind: Any, inputs: Mapping[str, Any], folder: Path, schemes: 
     base = kind.from_pretrained(folder / "float").eval()
     expected, said = run(base, inputs), _generated(base, inputs)
     for scheme in schemes:
-        config = HfQuantConfig(scheme)
-        model = found.attempt(
-            f"{scheme} load", lambda: kind.from_pretrained(folder / "float", quantization_config=config).eval()
-        )
-        if model is None:
-            if "nothing to quantize" in found.faults.get(f"{scheme} load", ""):
-                found.numbers["layers"] = 0
-            continue
-        plan = model.hf_quantizer.plan
-        found.numbers |= {"layers": len(plan.schemes), "share": round(plan.share, 3)}
-        got = found.attempt(f"{scheme} forward", lambda: run(model, inputs))
-        if got is None:
-            continue
-        found.numbers[f"{scheme} error"] = relative(got, expected)
-        if said is not None and scheme == schemes[0]:
-            found.attempt(f"{scheme} generate", lambda: _generate(model, inputs))
-        _check_saved(found, scheme, kind, model, got, inputs, folder / scheme)
-        _check_twin(found, scheme, model, got, inputs)
+        _check_scheme(found, scheme, kind, inputs, folder, expected, generates=said is not None)
     return found
+
+
+def _check_scheme(
+    found: Findings, scheme: str, kind: Any, inputs: Mapping[str, Any], folder: Path, expected: Tensor, generates: bool
+) -> None:
+    def load() -> Any:
+        return kind.from_pretrained(folder / "float", quantization_config=HfQuantConfig(scheme)).eval()
+
+    model = found.attempt(f"{scheme} load", load)
+    if model is None:
+        if NOTHING in found.faults[f"{scheme} load"]:
+            found.numbers["nothing"] = found.faults.pop(f"{scheme} load")
+        return
+    plan = model.hf_quantizer.plan
+    found.numbers |= {"layers": len(plan.schemes), "share": round(plan.share, 3)}
+    got = found.attempt(f"{scheme} forward", lambda: run(model, inputs))
+    if got is None:
+        return
+    found.numbers[f"{scheme} error"] = relative(got, expected)
+    if generates:
+        found.attempt(f"{scheme} generate", lambda: _generate(model, inputs))
+    _check_saved(found, scheme, kind, model, got, inputs, folder / scheme)
+    _check_twin(found, scheme, model, got, inputs)
 
 
 def _check_saved(
@@ -175,9 +182,3 @@ def _stream(kind: Any, folder: Path, config: HfQuantConfig, ids: Tensor) -> Any:
         folder / "float", config, Calibration(ids, "ids", []), folder / "work", stage, Settings(lambda _line: None)
     )
     return kind.from_pretrained(stage).eval()
-
-
-def refused(findings: Findings) -> bool:
-    """Whether the first fault is a refusal of this package, with a sentence."""
-    first = next(iter(findings.faults.values()), "")
-    return first.startswith((HfQuantError.__name__, PlanError.__name__))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -45,11 +48,8 @@ def _input_embeddings(model: Any) -> Any:
 
 
 def _candidates_in(name: str, module: nn.Module, is_embedding: bool) -> Iterator[tuple[str, Candidate]]:
-    if type(module) is nn.Linear:
-        yield name, Candidate("linear", (module.out_features, module.in_features))
-    elif isinstance(module, nn.Linear):
-        reason = f"{type(module).__name__} computes with its weight in its own way"
-        yield name, Candidate("linear", (module.out_features, module.in_features), reason)
+    if isinstance(module, nn.Linear):
+        yield name, Candidate("linear", (module.out_features, module.in_features), why_not_linear(type(module)))
     elif type(module) is Conv1D:
         k, n = module.weight.shape
         yield name, Candidate("conv1d", (n, k))
@@ -59,3 +59,28 @@ def _candidates_in(name: str, module: nn.Module, is_embedding: bool) -> Iterator
     else:
         for stack, shape in stacks(module).items():
             yield f"{name}.{stack}", Candidate("experts", shape, why_not_experts(module))
+
+
+@cache
+def why_not_linear(kind: type[nn.Linear]) -> str | None:
+    """Why layers of a subclass of ``nn.Linear`` cannot be replaced; None if they compute ``x @ W.T + b`` and nothing else.
+
+    A small layer of that class, without what its own ``__init__`` may add, is compared with ``nn.Linear``.
+    """
+    if kind is nn.Linear or kind.forward is nn.Linear.forward:
+        return None
+    refusal = f"{kind.__name__} computes with its weight in its own way"
+    random = torch.Generator(device="cpu").manual_seed(0)
+    with torch.device("cpu"), torch.no_grad():
+        plain = nn.Linear(4, 3)
+        for parameter in plain.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=random))
+        other = kind.__new__(kind)
+        other.__dict__.update(copy.deepcopy(plain).__dict__)
+        x = torch.randn(2, 5, 4, generator=random)
+        try:
+            same = all(torch.allclose(other(rows), plain(rows), atol=1e-6) for rows in (x, x[0]))
+            other.bias = plain.bias = None
+            return None if same and torch.allclose(other(x), plain(x), atol=1e-6) else refusal
+        except Exception:  # of any type: the class's own code
+            return refusal

@@ -21,6 +21,10 @@ from hf_quant.solve.recipes import Decision
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 GATED = "down_proj"  # its input, a product of two activations, has peaks that one scale cannot represent
 READ_DIRECTLY = {"dt_proj"}  # Mamba multiplies by this weight without calling the module
+RESCALED = (
+    "attention.output",
+    "feed_forward.value",
+)  # RWKV divides these weights in place, as config.rescale_every says
 
 
 @dataclass(frozen=True)
@@ -231,6 +235,8 @@ def _default_skips(model: Any, config: HfQuantConfig, by_name: dict[str, Candida
             skips[name] = "a router: small, and an error here sends tokens to the wrong experts"
         elif leaf in READ_DIRECTLY:
             skips[name] = "its weight is read without calling the module"
+        elif getattr(model.config, "rescale_every", 0) and name.endswith(RESCALED):
+            skips[name] = "the model rescales it in place"
     return skips
 
 
@@ -264,6 +270,8 @@ def _tie(model: Any, by_name: dict[str, Candidate], draft: _Draft) -> bool:
             continue
         strange = next((name for name in names if name not in by_name), None)
         refusal = f"tied to {strange}, which cannot be quantized" if strange is not None else None
+        if refusal is None and by_name[names[0]].kind != "embedding":
+            refusal = f"{', '.join(names)} are one weight"
         refusal = refusal or next((reason for name in names if (reason := by_name[name].refusal)), None)
         for name in [name for name in names if name in by_name]:
             if refusal is not None:

@@ -23,7 +23,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from hf_quant.core.layout import PARTS, part_name
+from hf_quant.core.layout import COMPANIONS, PARTS, part_name
 from hf_quant.errors import PlanError
 from hf_quant.formats import format_named, in_memory_format
 from hf_quant.hf._hooks import conversions_of, set_conversions
@@ -135,7 +135,17 @@ def _read_back(
                 file_names[name] = next(iter(one.layer_targets[first]))
     if back != set(shapes):
         raise PlanError(f"{min(set(shapes) - back)} would not be found again")
+    _check_together(file_names, coded)
     return file_names
+
+
+def _check_together(file_names: Mapping[str, str], coded: Collection[str]) -> None:
+    """Refuse codes whose companions would be renamed in another way, since readers look for them beside each other."""
+    for name in coded:
+        for companion in COMPANIONS:
+            other = name + companion
+            if other in coded and file_names.get(other, other) != file_names.get(name, name) + companion:
+                raise PlanError(f"{name} and {other} would not keep their names together")
 
 
 def _stacks(converter: Any) -> bool:

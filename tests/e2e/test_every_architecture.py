@@ -1,0 +1,68 @@
+"""A fixed sample of architectures, one of each kind that needed something of its own; `benchmarks/architectures.py` runs all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hf_quant.hf.candidates import why_not_linear
+from tests.architectures import check_calibration, check_rounding, saved
+from tests.tiny_models import build
+
+ROUNDED = [
+    # a subclass of nn.Linear that computes as it; weights rescaled in place; two layers that are one weight; experts that are
+    # transposed on loading; weights that are fused, renamed or split on loading
+    ("falcon", "FalconForCausalLM"), ("rwkv", "RwkvForCausalLM"), ("neomme", "NeoMMEForMaskedLM"),
+    ("aria_text", "AriaTextForCausalLM"), ("gte", "GteForMaskedLM"), ("tipsv2_text_model", "Tipsv2TextModel"),
+    ("clip", "CLIPForImageClassification"), ("data2vec-audio", "Data2VecAudioForCTC"),
+]  # fmt: skip
+CALIBRATED = [
+    # an encoder before a decoder; a position bias that the first block computes; cross-attention that no text reaches; an encoder;
+    # a classifier; the text decoder of a vision-language model; layers outside the blocks
+    ("bart", "BartForConditionalGeneration"), ("t5", "T5ForConditionalGeneration"), ("bart", "BartForCausalLM"),
+    ("bert", "BertForSequenceClassification"), ("llava", "LlavaForConditionalGeneration"),
+    ("gemma4_text", "Gemma4ForCausalLM"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("model_type", "class_name"), ROUNDED)
+def test_rounding(model_type: str, class_name: str, tmp_path: Path) -> None:
+    base = saved(build(model_type, class_name), tmp_path)
+    assert base is not None
+    found = check_rounding(*base, tmp_path, ("W4A16-g32",))
+    assert not found.faults and found.numbers["layers"]
+
+
+@pytest.mark.parametrize(("model_type", "class_name"), CALIBRATED)
+def test_calibration_in_memory_and_from_shards(model_type: str, class_name: str, tmp_path: Path) -> None:
+    base = saved(build(model_type, class_name), tmp_path)
+    assert base is not None
+    found = check_calibration(*base, tmp_path)
+    assert not found.faults
+
+
+class Plain(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(64, 64)
+        self.unused = "of its own"
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        product = input @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class Scaled(Plain):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(input)
+
+
+class Pair(Plain):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input), input  # type: ignore[return-value]
+
+
+def test_a_linear_map_is_told_by_what_it_computes() -> None:
+    assert why_not_linear(nn.Linear) is None and why_not_linear(Plain) is None
+    for kind in (Scaled, Pair):
+        assert why_not_linear(kind) == f"{kind.__name__} computes with its weight in its own way"

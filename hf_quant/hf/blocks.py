@@ -95,7 +95,7 @@ class Around:
 
     def first_blocks(self) -> list[str]:
         """The first block of each list."""
-        return list({list_of(name): name for name in reversed(self.blocks)}.values())
+        return list({list_of(name): name for name in reversed(list(self.blocks))}.values())
 
     def enter(
         self, chain: list[str], results: Sequence[Mapping[str, HiddenStates]], files: Sequence[Path | None]

@@ -15,7 +15,7 @@ from hf_quant.hf.auto import tokenizer_of
 from hf_quant.hf.blocks import Around, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
-from hf_quant.hf.rounded import float_weight, outside, rounded
+from hf_quant.hf.rounded import float_weight, outside, refuse_embeddings, rounded
 from hf_quant.nn._weight import frozen
 from hf_quant.solve.block import Block, Stored
 from hf_quant.solve.hidden_states import HiddenStates
@@ -69,6 +69,7 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
         A record of each block.
     """
     refuse_other_kinds(type(model), config.method)
+    refuse_embeddings(model, plan)
     blocks, recipe, records = blocks_of(model, plan), Recipe(plan.decision, model.dtype), []
     around = Around(model.base_model, blocks, data.ids.to(model.device), ALONE)
     inside = tuple(f"{name}." for name in blocks)

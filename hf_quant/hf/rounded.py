@@ -17,7 +17,18 @@ from hf_quant.solve.unseen import nearest
 
 REASON = "outside of the blocks that a text runs through: rounded to nearest"
 
-TIED = "calibrated methods leave the output head in floating point where it is tied to the embeddings; rtn and hqq quantize both"
+
+def refuse_embeddings(model: Any, plan: Plan) -> None:
+    """Refuse a plan with a table of embeddings, or an output head that is tied to one.
+
+    Raises:
+        PlanError: Names the table.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name in plan.schemes:
+            raise PlanError(
+                f"{name}: calibrated methods leave embeddings in floating point; rtn and hqq quantize them"
+            )
 
 
 def outside(plan: Plan, chains: Sequence[Sequence[str]]) -> list[str]:
@@ -26,8 +37,6 @@ def outside(plan: Plan, chains: Sequence[Sequence[str]]) -> list[str]:
     Raises:
         PlanError: One of them needs calibration.
     """
-    if plan.tied:
-        raise PlanError(TIED)
     blocks = tuple(f"{block}." for chain in chains for block in chain)
     names = [name for name in plan.schemes if not name.startswith(blocks)]
     for name in names:
@@ -48,16 +57,10 @@ def rounded(model: Any, name: str, plan: Plan, recipe: Recipe) -> QuantizedTenso
 
 
 def float_weight(model: Any, name: str) -> tuple[nn.Parameter, bool]:
-    """The parameter with the weight of a layer, or a stack of experts, and whether it is ``[..., K, N]``.
-
-    Raises:
-        PlanError: It is a table of embeddings.
-    """
+    """The parameter with the weight of a layer, or a stack of experts, and whether it is ``[..., K, N]``."""
     path, _, leaf = name.rpartition(".")
     parent: Any = model.get_submodule(path)
     if leaf in stacks(parent):
         return getattr(parent, leaf), parent.is_transposed
     module: Any = model.get_submodule(name)
-    if isinstance(module, nn.Embedding):
-        raise PlanError(f"{name}: calibrated methods leave embeddings in floating point; rtn and hqq quantize them")
     return module.weight, not isinstance(module, nn.Linear)

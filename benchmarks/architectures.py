@@ -3,8 +3,8 @@
     python benchmarks/architectures.py [MODEL_TYPE ...] [--again] [--out FOLDER]
 
 Each class runs in a process of its own with a limit of time. Results are kept in ``results/architectures.json`` after each
-class, and a later run goes on from there: it runs only what is new, or with ``--again`` what failed. Models named on the command line
-are always run. ``docs/architectures.md`` is written from the results.
+class, and a later run goes on from there: it runs only what is new, or with ``--again`` what failed. Models named on the
+command line are always run. ``results/architectures.md`` is the table for people.
 """
 
 from __future__ import annotations
@@ -186,9 +186,7 @@ def main() -> None:
             file.write_text(
                 json.dumps({"machine": platform.processor(), "date": str(date.today()), "rows": rows}, indent=1)
             )
-    (
-        ROOT / "docs" / "architectures.md" if options.out.parent == ROOT / "benchmarks" else options.out / "page.md"
-    ).write_text(page(rows))
+    (options.out / "architectures.md").write_text(page(rows))
     print(Counter(map(state_of, rows.values())))
 
 

@@ -247,6 +247,10 @@ def _around(source: _Source, ids: Tensor, ranks: Ranks) -> tuple[Around, _Source
     prefix, firsts = _prefix(model), around.first_blocks()
     _fill(source, lambda name: name.startswith(prefix) and source.owner(name) in (None, *firsts))
     around.find_chains()
+    if ranks.world > 1 and len(around.chains) > 1:  # a process knows only its own share of the outputs of a chain
+        raise HfQuantError(
+            f"{type(model).__name__}: its chains of blocks are calibrated by one process, not {ranks.world}"
+        )
     for name in firsts:
         _empty(source.blocks[name])
     return around, replace(source, blocks={name: source.blocks[name] for chain in around.chains for name in chain})

@@ -62,6 +62,7 @@ STOCK = {
     ("W4A16-g128", "compressed-tensors"): None,
     ("W4A16-g128-asym", "compressed-tensors"): None,
     ("W8A8", "compressed-tensors"): None,
+    ("W4A8-g128", "compressed-tensors"): None,
     ("W8A16-g128", "compressed-tensors"): NO_KERNEL,
     ("W3A16-g128", "compressed-tensors"): NO_KERNEL,
     ("W2A16-g32", "compressed-tensors"): NO_KERNEL,

@@ -30,7 +30,7 @@ import hf_quant
 from hf_quant import HfQuantConfig
 from hf_quant.bench.machine import cpu_name
 from hf_quant.checkpoint.folder import Checkpoint
-from hf_quant.gguf.architectures import of_config, row_order, there
+from hf_quant.gguf.architectures import gguf_name, of_config, row_order
 from hf_quant.jobs.convert import convert
 
 MODEL = Path(__file__).parents[1] / "examples" / "ref-llama-16m"
@@ -59,7 +59,7 @@ def float_file(quantized: Path, out: Path) -> None:
     for name in checkpoint.tensors:
         if name == "lm_head.weight":
             continue
-        tensor, target = checkpoint.read(name).float(), there(name)
+        tensor, target = checkpoint.read(name).float(), gguf_name(name)
         order = row_order(target, architecture, checkpoint.config, tensor.shape[0])
         writer.add_tensor(target, (tensor if order is None else tensor[order]).contiguous().numpy())
     writer.write_header_to_file()

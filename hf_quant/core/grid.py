@@ -15,6 +15,7 @@ from hf_quant.core.scheme import QuantScheme
 SAMPLE = 64  # groups that are looked at first
 MOST = 0.9  # share of them that must lie on a grid
 TOLERANCE = 2**-7  # of each whole number: the rounding of a weight and of a scale to eight bits
+NEAR = 0.25  # and never more than this, since every number is within 0.5 of a whole one
 
 
 def recovered(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -29,19 +30,19 @@ def recovered(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[
         Scale, zero point and whether the group lies on that grid, ``[..., G, 1]`` each; None if most groups lie on none.
     """
     flat = groups.reshape(-1, groups.shape[-1])
-    some = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE]
-    some = some[some.count_nonzero(-1) > 2]  # a group of one or two values lies on many grids
-    if not len(some) or float(_on_grid(some, scheme)[0].float().mean()) < MOST:
+    sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE]
+    sample = sample[sample.count_nonzero(-1) > 2]  # a group of one or two values lies on many grids
+    if not len(sample) or float(_on_grid(sample, scheme)[0].float().mean()) < MOST:
         return None
-    found, scale, zero = _on_grid(flat, scheme)
+    fitting, scale, zero = _on_grid(flat, scheme)
     shape = (*groups.shape[:-1], 1)
-    return floored(scale, dtype).view(shape), zero.view(shape), found.view(shape)
+    return floored(scale, dtype).view(shape), zero.view(shape), fitting.view(shape)
 
 
 def _on_grid(groups: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tensor]:
     """Whether each group ``[M, S]`` lies on a grid, its scale and its zero point, ``[M]`` each: the coarsest grid that fits."""
     peak = groups.abs().amax(-1)
-    found = torch.zeros_like(peak, dtype=torch.bool)
+    fitting = torch.zeros_like(peak, dtype=torch.bool)
     scale, zero = torch.ones_like(peak), torch.full_like(peak, scheme.zero)
     for k in range(1, (scheme.zero if scheme.symmetric else scheme.qmax) + 1):
         real = groups / (peak / k)[:, None]
@@ -49,16 +50,14 @@ def _on_grid(groups: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tenso
         least, most = whole.amin(-1).clamp(max=0), whole.amax(-1).clamp(min=0)
         moved = torch.full_like(least, scheme.zero) if scheme.symmetric else -least
         fits = (
-            ((real - whole).abs() <= TOLERANCE * whole.abs()).all(-1)
+            ((real - whole).abs() <= (TOLERANCE * whole.abs()).clamp(max=NEAR)).all(-1)
             & (least >= -moved)
             & (most + moved <= scheme.qmax)
         )
-        fits &= ~found & (peak > 0)
-        best = (groups * whole).sum(-1) / whole.square().sum(
-            -1
-        )  # least squares, since every weight was rounded by itself
+        fits &= ~fitting & (peak > 0)
+        best = (groups * whole).sum(-1) / whole.square().sum(-1)  # least squares: every weight was rounded by itself
         scale, zero = torch.where(fits, best, scale), torch.where(fits, moved, zero)
-        found |= fits
-        if bool(found.all()):
+        fitting |= fits
+        if bool(fitting.all()):
             break
-    return found, scale, zero
+    return fitting, scale, zero

@@ -99,6 +99,6 @@ def below(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
     return QuantizedTensor.of_rows(iter(tensors), sum(tensor.qweight.shape[0] for tensor in tensors))
 
 
-def _check(start: int, count: int, there: int, what: str) -> None:
-    if start < 0 or count < 1 or start + count > there:
-        raise SchemeError(f"{what} {start} to {start + count}: there are {there}")
+def _check(start: int, count: int, size: int, what: str) -> None:
+    if start < 0 or count < 1 or start + count > size:
+        raise SchemeError(f"{what} {start} to {start + count}: there are {size}")

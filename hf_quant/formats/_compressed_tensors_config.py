@@ -138,7 +138,11 @@ def read_group(where: str, group: Any) -> Group:
         raise refused(f"{where}.targets", targets, "must be a list of names")
     if weights.get("type") == "float" and weights.get("num_bits") == 4:
         return _read_fp4(where, group, weights, tuple(targets))
+    if group.get("format") in FP4:
+        raise refused(f"{where}.format", group["format"], "its weights are no 4-bit floats")
     floats, strategy, block = weights.get("type") == "float", weights["strategy"], weights.get("block_structure")
+    if strategy == "tensor_group":
+        raise refused(f"{where}.weights.strategy", strategy, "only 4-bit floats (NVFP4) are read in it")
     try:
         bits = integer(weights, "num_bits", (8,) if floats else BITS, 8 if floats else None)
         size = integer(weights, "group_size", range(1, 1 << 20)) if strategy == "group" else -1
@@ -160,7 +164,9 @@ def read_group(where: str, group: Any) -> Group:
 def _read_fp4(where: str, group: Mapping[str, Any], weights: Mapping[str, Any], targets: tuple[str, ...]) -> Group:
     """MXFP4 or NVFP4, which differ in their group size."""
     size, kinds = weights.get("group_size"), {32: "group", 16: "tensor_group"}
-    if type(size) is not int or kinds.get(size) != weights["strategy"] or weights.get("symmetric") is False:
+    if weights.get("symmetric") is False:
+        raise refused(f"{where}.weights.symmetric", False, "4-bit floats have no zero points")
+    if type(size) is not int or kinds.get(size) != weights["strategy"]:
         raise refused(
             f"{where}.weights.group_size", size, "4-bit floats are read in groups of 32 (MXFP4) and 16 (NVFP4)"
         )

@@ -42,6 +42,7 @@ from hf_quant.formats._common import (
     spread,
 )
 from hf_quant.formats._compressed_tensors_config import (
+    FP4,
     IN_FLOAT,
     INPUTS,
     LEGAL,
@@ -98,6 +99,8 @@ class CompressedTensors(Traits):
         parsed_groups = tuple(
             read_group(f"config_groups.{ascii(name)[1:-1]}", group) for name, group in groups.items()
         )
+        if config.get("format") in FP4 and not any(group.fp4 for group in parsed_groups):
+            raise refused("format", config["format"], "no group has 4-bit floats")
         counted = Counter(target for group in parsed_groups for target in group.targets)
         for target, count in counted.items():
             if count > 1:

@@ -162,9 +162,9 @@ class MLX(Traits):
         kinds = {name: (scheme.bits, max(32, min(128, scheme.group_size)) if scheme.group_size > 0 else 32)
                  for name, scheme in schemes.items()}  # fmt: skip
         (bits, size), _ = Counter(kinds.values()).most_common(1)[0]
-        made: dict[str, Any] = {"quant_method": "mlx", "bits": bits, "group_size": size, "mode": MODE}
-        made |= {name: {"bits": b, "group_size": s} for name, (b, s) in kinds.items() if (b, s) != (bits, size)}
-        return made | {"schemes": {name: str(scheme) for name, scheme in schemes.items()}}
+        config: dict[str, Any] = {"quant_method": "mlx", "bits": bits, "group_size": size, "mode": MODE}
+        config |= {name: {"bits": b, "group_size": s} for name, (b, s) in kinds.items() if (b, s) != (bits, size)}
+        return config | {"schemes": {name: str(scheme) for name, scheme in schemes.items()}}
 
 
 def _size(scheme: QuantScheme, in_features: int) -> int:

@@ -22,7 +22,7 @@ _INSIDE = {  # of a block
     "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
-_HERE = {name: other for other, name in (_OUTSIDE | _INSIDE).items()}
+_GGUF_NAMES = {name: other for other, name in (_OUTSIDE | _INSIDE).items()}
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", re.ASCII)
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)", re.ASCII)
 ROPE = "rope_freqs.weight"  # divisors of the frequencies, from the scaling of rotary embeddings
@@ -106,22 +106,22 @@ def of_file(metadata: Mapping[str, Any]) -> Architecture:
     )
 
 
-def there(name: str) -> str:
+def gguf_name(name: str) -> str:
     """Name of a tensor in GGUF for one of a checkpoint.
 
     Raises:
         FormatError: GGUF has no such tensor.
     """
-    if (match := _LAYER.fullmatch(name)) and match[2] in _HERE:
-        return f"blk.{match[1]}.{_HERE[match[2]]}.{match[3]}"
+    if (match := _LAYER.fullmatch(name)) and match[2] in _GGUF_NAMES:
+        return f"blk.{match[1]}.{_GGUF_NAMES[match[2]]}.{match[3]}"
     stem, _, leaf = name.rpartition(".")
     if stem in _OUTSIDE.values():
-        return f"{_HERE[stem]}.{leaf}"
+        return f"{_GGUF_NAMES[stem]}.{leaf}"
     raise FormatError(f"tensor {name}: files of GGUF have no place for it")
 
 
-def here(name: str) -> str:
-    """Inverse of `there`."""
+def model_name(name: str) -> str:
+    """Inverse of `gguf_name`."""
     if (match := _BLOCK.fullmatch(name)) and match[2] in _INSIDE:
         return f"model.layers.{match[1]}.{_INSIDE[match[2]]}.{match[3]}"
     stem, _, leaf = name.rpartition(".")
@@ -180,8 +180,10 @@ def metadata_of(config: Mapping[str, Any], architecture: Architecture) -> dict[s
     """The keys of a file for a config.json."""
     filled = dict(config) | {"head_dim": head_dim(config), "rope_theta": theta_of(config)}
     filled.setdefault("num_key_value_heads", config["num_attention_heads"])
-    made = {f"{architecture.name}.{key}": kind(filled[field]) for key, field, kind in NUMBERS}
-    return made | ({f"{architecture.name}.vocab_size": int(config["vocab_size"])} if architecture.vocab_size else {})
+    numbers = {f"{architecture.name}.{key}": kind(filled[field]) for key, field, kind in NUMBERS}
+    return numbers | (
+        {f"{architecture.name}.vocab_size": int(config["vocab_size"])} if architecture.vocab_size else {}
+    )
 
 
 def config_of(

@@ -38,7 +38,7 @@ def tensor_of(parts: Parts, block: Block) -> QuantizedTensor:
     if offset is None:
         assert block.center is not None
         scheme = scheme_of(block)
-        codes = (parts.codes.short() + (scheme.zero - block.center)).masked_fill_(_each(dead, block), scheme.zero)
+        codes = (parts.codes.short() + (scheme.zero - block.center)).masked_fill_(_by_weight(dead, block), scheme.zero)
         return QuantizedTensor(pack(codes, scheme.bits), legal, None, scheme)
     zero = (offset / scale.float()).nan_to_num(0, 0, 0)
     whole = zero.round()
@@ -47,11 +47,11 @@ def tensor_of(parts: Parts, block: Block) -> QuantizedTensor:
         scheme = scheme_of(block, integer_zero=True)
         return QuantizedTensor(pack(parts.codes, scheme.bits), scale, whole.to(torch.uint8), scheme)
     scheme, legal = scheme_of(block), legal.float()
-    codes = parts.codes.masked_fill(_each(dead, block), 0)
+    codes = parts.codes.masked_fill(_by_weight(dead, block), 0)
     return QuantizedTensor(pack(codes, scheme.bits), legal, offset / legal, scheme)
 
 
-def _each(groups: Tensor, block: Block) -> Tensor:
+def _by_weight(groups: Tensor, block: Block) -> Tensor:
     """A value of every group, for every weight."""
     return groups.repeat_interleave(block.group, 1)
 
@@ -131,9 +131,9 @@ def _k_quant(tensor: QuantizedTensor) -> Fit:
             continue
         scale = tensor.scale.float().view(n, -1, block.groups)
         least, most = _range(block)
-        if (found := _multiples(scale, least, most)) is None:
+        if (multiples := _multiples(scale, least, most)) is None:
             continue
-        d, scales = found
+        d, scales = multiples
         if block.center is not None:
             return Fit(block, Parts(codes.to(torch.uint8), d, scales))
         assert tensor.zero_point is not None
@@ -167,8 +167,8 @@ def _multiples(
             break
         candidate = (peak / k).half()
         whole = (values / candidate).round().nan_to_num(0, 0, 0).clamp(least, most)
-        made = candidate.float() * whole.float()
-        same = made == values if scale is None or zero is None else made / scale == zero
+        products = candidate.float() * whole.float()
+        same = products == values if scale is None or zero is None else products / scale == zero
         fits = open_ & same.all(-1, keepdim=True) & (candidate != 0)
         d = torch.where(fits, candidate, d)
         integers = torch.where(fits, whole.short(), integers)

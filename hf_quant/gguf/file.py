@@ -131,17 +131,17 @@ class _Reader:
             metadata[key] = self.value(self.number("<I", key), key)
         if metadata.get("split.count", 1) not in (0, 1):
             raise self.refused("one of several parts: join them with llama-gguf-split --merge")
-        found = self.infos(tensors)
-        return File(self.path, metadata, self.placed(found, self.alignment(metadata)))
+        infos = self.infos(tensors)
+        return File(self.path, metadata, self.placed(infos, self.alignment(metadata)))
 
     def infos(self, count: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
         """Name to type, shape, and offset from the start of the data."""
-        found: dict[str, tuple[str, tuple[int, ...], int]] = {}
+        infos: dict[str, tuple[str, tuple[int, ...], int]] = {}
         for _ in range(count):
             name = self.string("name of a tensor")
-            if not _NAME.fullmatch(name) or ".." in name or name in found:
+            if not _NAME.fullmatch(name) or ".." in name or name in infos:
                 raise self.refused(
-                    f"tensor {shown(name)} {'stands twice' if name in found else 'has a name that is not allowed'}"
+                    f"tensor {shown(name)} {'stands twice' if name in infos else 'has a name that is not allowed'}"
                 )
             axes = self.number("<I", f"axes of {name}")
             if not 1 <= axes <= MAX_AXES:
@@ -149,12 +149,12 @@ class _Reader:
             shape = tuple(self.number("<Q", f"shape of {name}") for _ in range(axes))[::-1]
             if any(not 1 <= axis <= MAX_AXIS for axis in shape):
                 raise self.refused(f"tensor {name}: shape {list(shape)}")
-            found[name] = (
+            infos[name] = (
                 self.type(name, self.number("<I", f"type of {name}")),
                 shape,
                 self.number("<Q", f"offset of {name}"),
             )
-        return found
+        return infos
 
     def type(self, name: str, number: int) -> str:
         for known, (its, _) in FLOATS.items():
@@ -167,11 +167,11 @@ class _Reader:
             )
         return block
 
-    def placed(self, found: dict[str, tuple[str, tuple[int, ...], int]], alignment: int) -> dict[str, Stored]:
+    def placed(self, infos: dict[str, tuple[str, tuple[int, ...], int]], alignment: int) -> dict[str, Stored]:
         """The tensors, none of which leaves the file or meets another."""
         start = -(-self.at // alignment) * alignment
         tensors, end, last = {}, start, "the header"
-        for name, (kind, shape, offset) in sorted(found.items(), key=lambda item: item[1][2]):
+        for name, (kind, shape, offset) in sorted(infos.items(), key=lambda item: item[1][2]):
             block = BLOCKS.get(kind)
             if block is not None and shape[-1] % block.weights:
                 raise self.refused(f"tensor {name}: rows of {shape[-1]} do not divide into blocks of {block.weights}")
@@ -185,7 +185,7 @@ class _Reader:
             if end > self.size:
                 raise self.refused(f"tensor {name}: it ends at byte {end}, the file at {self.size}: truncated")
             tensors[name] = Stored(kind, shape, start + offset, nbytes)
-        return {name: tensors[name] for name in found}
+        return {name: tensors[name] for name in infos}
 
     def alignment(self, metadata: dict[str, Any]) -> int:
         value = metadata.get("general.alignment", 32)

@@ -42,13 +42,13 @@ def tokenizer_keys(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     size = int(config["vocab_size"])
     if max(tokens, default=0) >= size:
         raise FormatError(f"tokenizer.json has a token {max(tokens)}, and vocab_size is {size}")
-    made = {
+    keys = {
         "ggml.tokens": [tokens.get(number, f"[PAD{number}]") for number in range(size)],
         "ggml.token_type": [_type(number, tokens, added) for number in range(size)],
     }
-    made |= _sentencepiece(made) if model.get("byte_fallback") else _byte_level(stored)
-    made |= _special(folder, config, stored)
-    return {f"tokenizer.{key}": value for key, value in made.items()}
+    keys |= _sentencepiece(keys) if model.get("byte_fallback") else _byte_level(stored)
+    keys |= _special(folder, config, stored)
+    return {f"tokenizer.{key}": value for key, value in keys.items()}
 
 
 def _type(number: int, tokens: Mapping[int, str], added: Mapping[int, Mapping[str, Any]]) -> int:
@@ -60,9 +60,9 @@ def _type(number: int, tokens: Mapping[int, str], added: Mapping[int, Mapping[st
     return BYTE if len(text) == 6 and text.startswith("<0x") and text.endswith(">") else NORMAL
 
 
-def _sentencepiece(made: Mapping[str, Any]) -> dict[str, Any]:
+def _sentencepiece(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Merges in the order of the vocabulary, as SentencePiece writes them: an earlier token is a better one."""
-    scores = [-float(number) for number in range(len(made["ggml.tokens"]))]
+    scores = [-float(number) for number in range(len(keys["ggml.tokens"]))]
     return {"ggml.model": "llama", "ggml.pre": "default", "ggml.scores": scores}
 
 
@@ -86,20 +86,20 @@ def _split(before: Mapping[str, Any]) -> str:
 
 
 def _special(folder: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     for name, field in SPECIAL.items():
         value = config.get(field)
         value = value[0] if isinstance(value, list) and value else value
         if type(value) is int:
-            made[f"ggml.{name}_token_id"] = value
+            keys[f"ggml.{name}_token_id"] = value
     post = json.dumps(stored.get("post_processor") or {})
-    bos = made.get("ggml.bos_token_id")
+    bos = keys.get("ggml.bos_token_id")
     first = next((t["content"] for t in stored.get("added_tokens") or [] if t["id"] == bos), None)
-    made["ggml.add_bos_token"] = first is not None and json.dumps(first) in post
+    keys["ggml.add_bos_token"] = first is not None and json.dumps(first) in post
     template = folder / "chat_template.jinja"
     if template.is_file():
-        made["chat_template"] = template.read_text(encoding="utf-8")
-    return made
+        keys["chat_template"] = template.read_text(encoding="utf-8")
+    return keys
 
 
 def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:

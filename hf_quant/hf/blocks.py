@@ -131,12 +131,12 @@ class Around:
         count, world = len(self.ids), self.ranks.world
         size = next(n for n in range(min(BATCH, max(1, count // max(2, world))), 0, -1) if count % n == 0)
         states, calls = self._record(chain, results, size, file)
-        if any(not alike(each[0], other) for each in calls.values() for other in each[1:]):
+        if any(not alike(batches[0], other) for batches in calls.values() for other in batches[1:]):
             if size > 1:  # so that a batch need never be divided
                 states, calls = self._record(chain, results, 1, file)
-            own = {name: [_sparing(each[0], call) for call in each] for name, each in calls.items()}
-            return HiddenStates(states.states, 1, own), dict.fromkeys(chain, (NO_CALL, NO_CALL))
-        together = {name: each[0] for name, each in calls.items()}
+            by_batch = {name: [_sparing(batches[0], call) for call in batches] for name, batches in calls.items()}
+            return HiddenStates(states.states, 1, by_batch), dict.fromkeys(chain, (NO_CALL, NO_CALL))
+        together = {name: batches[0] for name, batches in calls.items()}
         alone = together
         if size > 1:
             steps = self._pass(chain, self.ids[:1], {name: r.states[:1] for name, r in results.items()}).steps
@@ -211,6 +211,6 @@ def _wide_embeddings(base: nn.Module) -> Iterator[None]:
 
 def _sparing(first: Call, call: Call) -> Call:
     """The same arguments, with those of the first batch where they are equal, so that memory holds them once."""
-    args = tuple(one if alike(one, own) else own for one, own in zip(first[0], call[0], strict=True))
-    kwargs = {name: first[1][name] if alike(first[1].get(name), own) else own for name, own in call[1].items()}
+    args = tuple(one if alike(one, other) else other for one, other in zip(first[0], call[0], strict=True))
+    kwargs = {name: first[1][name] if alike(first[1].get(name), other) else other for name, other in call[1].items()}
     return args, kwargs

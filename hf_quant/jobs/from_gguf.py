@@ -17,7 +17,7 @@ from hf_quant.disk.atomic import write_json
 from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import CheckpointError, FormatError
 from hf_quant.formats import formats, in_memory_format
-from hf_quant.gguf.architectures import ROPE, Architecture, config_of, here, of_file, rope_divisors, row_order
+from hf_quant.gguf.architectures import ROPE, Architecture, config_of, model_name, of_file, rope_divisors, row_order
 from hf_quant.gguf.blocks import unpack
 from hf_quant.gguf.codes import tensor_of
 from hf_quant.gguf.file import File
@@ -69,7 +69,7 @@ def _write(file: File, out: Path) -> None:
     write_index(out, files)
     left = [
         n.removesuffix(".weight")
-        for n in map(here, (n for n in file.tensors if n != ROPE))
+        for n in map(model_name, (n for n in file.tensors if n != ROPE))
         if n.endswith(("proj.weight", "head.weight"))
     ]
     if not schemes:
@@ -108,7 +108,7 @@ def _read(
     file: File, name: str, architecture: Architecture, config: Mapping[str, Any], schemes: dict[str, QuantScheme]
 ) -> dict[str, Tensor]:
     """The tensors of a checkpoint for one of the file."""
-    stored, target = file.tensors[name], here(name)
+    stored, target = file.tensors[name], model_name(name)
     order = row_order(name, architecture, config, stored.shape[0])
     back = None if order is None else order.argsort()
     if stored.block is None:

@@ -38,7 +38,7 @@ def grid_of(model: str, slugs: Sequence[str]) -> str | None:
         if weight.shape[1] % 32 or weight.shape[1] % max(1, scheme.group_size):
             continue
         groups = weight.unflatten(-1, (scheme.groups(weight.shape[1]), -1))
-        found = recovered(groups, scheme, torch.float32)
-        if found is not None and bool(found[2].float().mean() > 0.9):
+        grid = recovered(groups, scheme, torch.float32)
+        if grid is not None and bool(grid[2].float().mean() > 0.9):
             return f"the weights lie on a grid of {slug} already, from training: in that scheme their own codes are recovered"
     return None

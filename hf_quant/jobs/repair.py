@@ -122,9 +122,9 @@ def repair(
             )
             for file in draft.iterdir():
                 file.rename(stage / file.name)
-            made = {"from": contents.format, "to": to, "tuned": tuned.to_dict(), "calibration": data.to_dict()}
-            _note(stage, made)
-    shown = {name: value for name, value in made.items() if name != "calibration"} | {"folder": str(out)}
+            changes = {"from": contents.format, "to": to, "tuned": tuned.to_dict(), "calibration": data.to_dict()}
+            _note(stage, changes)
+    shown = {name: value for name, value in changes.items() if name != "calibration"} | {"folder": str(out)}
     return RepairResult(contents.format, to, out, base, tuned.before, tuned.after, shown)
 
 
@@ -144,10 +144,10 @@ def _target(contents: Contents) -> str:
     return to
 
 
-def _note(stage: Path, made: dict[str, Any]) -> None:
+def _note(stage: Path, changes: dict[str, Any]) -> None:
     """The record of the conversion says what was trained since."""
     from hf_quant.disk.atomic import write_json
 
     file = stage / CONVERSION
     before = json.loads(file.read_text(encoding="utf-8"))
-    write_json(file, before | made | record(stage))
+    write_json(file, before | changes | record(stage))

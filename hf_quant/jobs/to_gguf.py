@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_quant.checkpoint.contents import Contents
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError
-from hf_quant.gguf.architectures import ROPE, Architecture, metadata_of, of_config, rope_divisors, row_order, there
+from hf_quant.gguf.architectures import ROPE, Architecture, gguf_name, metadata_of, of_config, rope_divisors, row_order
 from hf_quant.gguf.blocks import BLOCKS, pack, unpack
 from hf_quant.gguf.codes import blocks_of, tensor_of
 from hf_quant.gguf.codes import why_not as why_no_blocks
@@ -41,7 +41,7 @@ class _Source:
         """A quantized layer with its rows in the order of GGUF."""
         read = self.contents.read(module)
         assert isinstance(read, QuantizedTensor)
-        order = self.order(there(f"{module}.weight"), read.scale.shape[0])
+        order = self.order(gguf_name(f"{module}.weight"), read.scale.shape[0])
         if order is None:
             return read
         zero = None if read.zero_point is None else read.zero_point[order]
@@ -50,7 +50,7 @@ class _Source:
     def floats(self, name: str) -> Tensor:
         """A tensor in floating point, likewise: vectors in float32, matrices in 16 bits where they have no more."""
         tensor = self.contents.checkpoint.read(name)
-        order = self.order(there(name), tensor.shape[0])
+        order = self.order(gguf_name(name), tensor.shape[0])
         tensor = tensor if order is None else tensor[order]
         return tensor.float() if tensor.ndim == 1 else tensor
 
@@ -74,7 +74,7 @@ def why_not_gguf(contents: Contents) -> dict[str, list[str]]:
         rope_divisors(source.config)
         tokenizer_keys(contents.checkpoint.folder, source.config)
         for name in source.rest():
-            there(name)
+            gguf_name(name)
     except FormatError as error:
         return {str(error): sorted(contents.layers)[:1]}
     reasons: dict[str, list[str]] = {}
@@ -100,7 +100,7 @@ def write_gguf(contents: Contents, stage: Path, report: Reporter) -> Path:
     infos: dict[str, Tensor] = {} if divisors is None else {ROPE: divisors}
     for name, tensor in _tensors(source, infos, types, shapes=True):
         raw = types.get(name.removesuffix(".weight"))
-        _announce(writer, ROPE if name == ROPE else there(name), tensor, raw)
+        _announce(writer, ROPE if name == ROPE else gguf_name(name), tensor, raw)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -183,10 +183,10 @@ def _announce(writer: Any, name: str, tensor: Tensor, block: str | None) -> None
 
 def _compare(source: _Source, written: File) -> None:
     for name in source.rest():
-        if not torch.equal(written.floats(there(name)).float(), source.floats(name).float()):
+        if not torch.equal(written.floats(gguf_name(name)).float(), source.floats(name).float()):
             raise CheckpointError(f"{name}: what was written does not read back as it was; nothing is kept")
     for module in source.contents.layers:
-        name = there(f"{module}.weight")
+        name = gguf_name(f"{module}.weight")
         block = written.tensors[name].block
         assert block is not None
         read = tensor_of(unpack(written.bytes_of(name), block), block).dequantize(torch.float32)

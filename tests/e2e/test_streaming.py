@@ -90,7 +90,7 @@ def test_formats(scheme: str, fmt: str, tmp_path: Path) -> None:
     source = make(tmp_path / "base", "llama")
     stream(source, tmp_path / "out", scheme, format=fmt, overrides={"*.down_proj": "W8A16-g32"})
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == ("compressed-tensors" if scheme.startswith("W4") else "hf_quant")
+    assert config["quant_method"] == ("hf_quant" if fmt == "native" else "compressed-tensors")
     model = load(str(tmp_path / "out"))
     assert str(model.model.layers[0].mlp.down_proj.scheme) == "W8A16-g32"
     assert str(model.model.layers[0].mlp.up_proj.scheme) == scheme and torch.isfinite(logits(model)).all()
@@ -241,11 +241,11 @@ def test_activations_on_disk_and_little_memory_change_nothing(tmp_path: Path, mo
     stream(source, tmp_path / "whole", method="calibrated")
     run, failed = Block._run, []
 
-    def scarce(self: Any, hidden: Tensor, *args: Any) -> Tensor:
-        if hidden.shape[0] > 1:
-            failed.append(hidden.shape[0])
+    def scarce(self: Any, batch: Any, *args: Any) -> Tensor:
+        if len(batch.states) > 1:
+            failed.append(len(batch.states))
             raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
-        return run(self, hidden, *args)
+        return run(self, batch, *args)
 
     monkeypatch.setattr(Block, "_run", scarce)
     (tmp_path / "out").mkdir()
@@ -390,7 +390,7 @@ def test_two_processes_share_the_work(tmp_path: Path) -> None:
     assert one.tensors.keys() == two.tensors.keys()
     base, single, both = (logits(load(str(p))) for p in (source, tmp_path / "one", tmp_path / "two"))
     assert (both - single).norm() < 0.2 * (single - base).norm()
-    names = [n for n, t in one.tensors.items() if t.dtype == "U8"]
+    names = [n for n in one.tensors if n.endswith("weight_packed")]
     same = [(one.read(n) == two.read(n)).double().mean().item() for n in names]
     assert min(same) > 0.9
 
@@ -458,7 +458,7 @@ def test_the_command(tmp_path: Path) -> None:
     result = CliRunner().invoke(main, [str(a) for a in (*call, *few, *text)])
     assert result.exit_code == 1 and "were calibrated on" in result.stderr
     result = CliRunner().invoke(main, [str(a) for a in (*call, *few, "--device", "gpu", "--no-eval")])
-    assert result.exit_code == 1 and "--device gpu: " in result.stderr
+    assert result.exit_code == 2 and "'gpu'" in result.stderr
     result = CliRunner().invoke(main, [str(a) for a in (*call, *few, "--max-kl", "0.02")])
     assert result.exit_code == 0, result.output
     assert [p.name for p in tmp_path.iterdir()] == ["q"], "the work folder is gone"

@@ -18,7 +18,7 @@ import hf_quant
 from hf_quant import HfQuantConfig
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError
-from hf_quant.gguf.architectures import here, row_order, there
+from hf_quant.gguf.architectures import gguf_name, model_name, row_order
 from hf_quant.gguf.blocks import BLOCKS, dequantize, pack, unpack
 from hf_quant.gguf.codes import blocks_of, tensor_of
 from hf_quant.gguf.file import File
@@ -165,7 +165,7 @@ def test_files_of_others_run_packed(qwen3: Path, tmp_path: Path) -> None:
         if len(shape) == 2:
             data = blocks(kind.name, shape[0], shape[1] // BLOCKS[kind.name].weights)
             writer.add_tensor(tensor.name, data.numpy(), raw_dtype=kind)
-            dense[here(tensor.name)] = torch.from_numpy(gguf.dequantize(data.numpy(), kind))
+            dense[model_name(tensor.name)] = torch.from_numpy(gguf.dequantize(data.numpy(), kind))
         else:
             writer.add_tensor(tensor.name, tensor.data)
     writer.write_header_to_file()
@@ -192,9 +192,9 @@ def test_names_and_order_of_rows() -> None:
         "lm_head.weight",
         "model.norm.weight",
     ):
-        assert here(there(name)) == name
+        assert model_name(gguf_name(name)) == name
     with pytest.raises(FormatError, match="no place"):
-        there("model.layers.0.mlp.experts.0.up_proj.weight")
+        gguf_name("model.layers.0.mlp.experts.0.up_proj.weight")
     from hf_quant.gguf.architectures import ARCHITECTURES
 
     order = row_order("blk.0.attn_k.weight", ARCHITECTURES[0], {"num_attention_heads": 4, "num_key_value_heads": 2}, 8)

@@ -308,7 +308,7 @@ def test_a_model_made_from_the_hub(hub: FakeHub, api: HfApi, base: Path, tmp_pat
 def test_usage(hub: FakeHub, push: Push, folder: Path) -> None:
     assert "nobody is there to ask" in run("push", folder, TO, code=2).stderr
     assert "goes alone" in push("--create-pr", "--tag", "v1", code=2).stderr
-    assert "is not owner/name" in push(to="tiny", code=1).stderr
+    assert "'tiny' names no owner" in push(to="tiny", code=2).stderr
 
 
 def test_pull_request(hub: FakeHub, push: Push) -> None:

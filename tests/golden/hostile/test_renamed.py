@@ -164,7 +164,7 @@ def test_codes_are_never_taken_for_weights(method: str | None, quantized: Any, t
         asked = hf_quant.HfQuantConfig("W4A16-g32")
         ways.append(lambda: tf.AutoModelForCausalLM.from_pretrained(folder, quantization_config=asked))
     for way in ways:
-        with pytest.raises(HfQuantError, match="no format reads it" if method else "has dtype U8"):
+        with pytest.raises(HfQuantError, match="has dtype U8"):
             way()
 
 

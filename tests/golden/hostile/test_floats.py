@@ -127,7 +127,11 @@ CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         lambda c: c["config_groups"]["group_0"]["weights"].update(strategy="group"),
         "16",
     ),
-    "zero points": ("ct-nvfp4", lambda c: c["config_groups"]["group_0"]["weights"].update(symmetric=False), "symmetric"),
+    "zero points": (
+        "ct-nvfp4",
+        lambda c: c["config_groups"]["group_0"]["weights"].update(symmetric=False),
+        "symmetric",
+    ),
     "six bits": ("ct-mxfp4", lambda c: c["config_groups"]["group_0"]["weights"].update(num_bits=6), "format"),
     "another format": ("ct-mxfp4", lambda c: c.update(format="mxfp6-pack-quantized"), "format"),
     "a block of one size": ("fp8-block", lambda c: c.update(weight_block_size=[64]), "weight_block_size"),

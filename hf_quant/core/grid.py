@@ -15,7 +15,8 @@ from hf_quant.core.scheme import QuantScheme
 SAMPLE = 64  # groups that are looked at first
 MOST = 0.9  # share of them that must lie on a grid
 TOLERANCE = 2**-7  # of each whole number: the rounding of a weight and of a scale to eight bits
-NEAR = 0.25  # and never more than this, since every number is within 0.5 of a whole one
+TELLING = 16  # whole numbers up to this tell a grid: a much larger one is within its tolerance of everything
+FEW = 4  # so many of them must be in a group
 
 
 def recovered(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -50,7 +51,8 @@ def _on_grid(groups: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor, Tenso
         least, most = whole.amin(-1).clamp(max=0), whole.amax(-1).clamp(min=0)
         moved = torch.full_like(least, scheme.zero) if scheme.symmetric else -least
         fits = (
-            ((real - whole).abs() <= (TOLERANCE * whole.abs()).clamp(max=NEAR)).all(-1)
+            ((real - whole).abs() <= TOLERANCE * whole.abs()).all(-1)
+            & ((whole.abs() <= TELLING).sum(-1) >= FEW)
             & (least >= -moved)
             & (most + moved <= scheme.qmax)
         )

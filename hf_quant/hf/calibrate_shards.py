@@ -224,7 +224,7 @@ def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool) -> _Sour
 def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
     """Read parameters by name, in float32, which is faster than bf16 on most CPUs and loses nothing.
 
-    Embeddings stay mapped from the file, since only a few rows are read. All others are copies, since they are changed and
+    Embeddings outside of blocks stay mapped from the file, since only a few rows are read. All others are copies, since they are changed and
     read again.
     """
     for name, parameter in list(source.model.named_parameters()):
@@ -236,7 +236,9 @@ def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
                 )
             path, _, leaf = name.rpartition(".")
             module = source.model.get_submodule(path)
-            kept = tensor if isinstance(module, nn.Embedding) else tensor.to(torch.float32, copy=True)
+            inside = any(name.startswith(f"{block}.") for block in source.blocks)  # such as a table of position biases
+            mapped = isinstance(module, nn.Embedding) and not inside
+            kept = tensor if mapped else tensor.to(torch.float32, copy=True)
             module.register_parameter(leaf, nn.Parameter(kept, False))
 
 

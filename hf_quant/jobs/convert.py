@@ -121,7 +121,7 @@ def open_quantized(folder: Path, *, thorough: bool = True) -> Contents:
 
 
 def convert(
-    folder: str | os.PathLike[str], output: str | os.PathLike[str], *, to: str, target: str | None = None, tp: int = 1,
+    model: str | os.PathLike[str], output: str | os.PathLike[str], *, to: str, target: str | None = None, tp: int = 1,
     revision: str | None = None, overwrite: bool = False, progress: bool | Bar = False, say: Say | None = None,
 ) -> ConvertResult:  # fmt: skip
     """Write a quantized checkpoint in another format, with the same codes; ``hf-quant convert``.
@@ -129,7 +129,7 @@ def convert(
     Every layer is read back from disk and compared before the result appears.
 
     Args:
-        folder: A quantized checkpoint, in any format that is read here; a Hub id is downloaded; or a GGUF file.
+        model: A quantized checkpoint, in any format that is read here; a Hub id is downloaded; or a GGUF file.
         output: Folder of the result; it becomes a complete checkpoint, or is not there.
         to: Label of a format (`formats.conversion_targets`), ``"gguf"`` for one file of llama.cpp, or ``"dense"`` for floating point in
             the dtype of config.json.
@@ -153,7 +153,7 @@ def convert(
         raise OptionError(f"--target {target}: there is {', '.join(ENGINES)}")
     if tp != 1 and target is None:
         raise OptionError("--tp says how --target splits the layers: name a --target")
-    source, out = Path(folder), Path(output)
+    source, out = Path(model), Path(output)
     check_output(out, [source], overwrite=overwrite)
     if is_gguf(source):
         with (
@@ -163,7 +163,7 @@ def convert(
             read_gguf(source, Path(native))
             done = _convert(Path(native), out, to, target, tp, overwrite, report)
         return replace(done, source=GGUF, bytes_before=source.stat().st_size)
-    source = downloaded(check_model(folder), revision, [*PATTERNS, "*.safetensors"])
+    source = downloaded(check_model(model), revision, [*PATTERNS, "*.safetensors"])
     with reporting(progress, say) as report:
         return _convert(source, out, to, target, tp, overwrite, report)
 

@@ -103,8 +103,8 @@ def test_fewer_batches_than_ranks(scheme: str, method: str, source: Path, tmp_pa
     ids = torch.randint(0, 64, (2, 32), generator=torch.Generator().manual_seed(0))
     looked, sample = [], Block.sample
 
-    def watched(self: Block, batch: torch.Tensor, *args: Any) -> torch.Tensor:
-        looked.append(batch.double().sum().item())
+    def watched(self: Block, batch: Any, *args: Any) -> torch.Tensor:
+        looked.append(batch.states.double().sum().item())
         return sample(self, batch, *args)
 
     def work(ranks: Ranks) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from hf_quant.checkpoint.folder import Checkpoint
-from hf_quant.core.grid import recovered
+from hf_quant.core.grid import MOST, recovered
 from hf_quant.core.scheme import QuantScheme
 
 ROWS = 64
@@ -39,6 +39,6 @@ def grid_of(model: str, slugs: Sequence[str]) -> str | None:
             continue
         groups = weight.unflatten(-1, (scheme.groups(weight.shape[1]), -1))
         grid = recovered(groups, scheme, torch.float32)
-        if grid is not None and bool(grid[2].float().mean() > 0.9):
+        if grid is not None and bool(grid[2].float().mean() > MOST):
             return f"the weights lie on a grid of {slug} already, from training: in that scheme their own codes are recovered"
     return None

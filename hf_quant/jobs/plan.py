@@ -138,13 +138,13 @@ def plan(
 
     if Path(model).is_dir():
         Checkpoint.open(Path(model))
-    plans = []
+    plans, grid = [], grid_of(model, slugs)
     for config in configs(
         slugs, method=method, format=format, ignore=ignore, override=override or {}, lm_head=lm_head, embeddings=embeddings
     ):  # fmt: skip
         skeleton, planned = plan_of(model, config, **hub(revision, trust_remote_code))
         cache = _cache_bytes(skeleton.config.get_text_config())
-        plans.append(_planned(config.scheme, config.bits, planned, cache, grid_of(model, slugs)))
+        plans.append(_planned(config.scheme, config.bits, planned, cache, grid))
     return PlanResult(model, plans)
 
 

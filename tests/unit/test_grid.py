@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hf_quant.core import grid
 from hf_quant.core.grid import recovered
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
@@ -49,6 +50,15 @@ def test_ordinary_weights_lie_on_none() -> None:
         for weight in (torch.randn(64, 256) * 0.02, torch.zeros(8, 256), torch.ones(8, 256)):
             groups = weight.bfloat16().float().unflatten(-1, (scheme.groups(256), -1))
             assert recovered(groups, scheme, torch.bfloat16) is None or not groups.any() or weight.std() == 0
+
+
+@pytest.mark.parametrize("slug", ["W8A16-g-1", "W8A16-g32-asym", "W4A16-g128", "W3A16-g64"])
+def test_ordinary_weights_are_told_by_a_few_columns(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer is looked at while a model loads: the search through all widths would take several times the rounding."""
+    monkeypatch.setattr(grid, "_on_grid", lambda *_: pytest.fail("searched"))
+    scheme = QuantScheme.parse(slug)
+    groups = (torch.randn(64, 256) * 0.02).bfloat16().float().unflatten(-1, (scheme.groups(256), -1))
+    assert recovered(groups, scheme, torch.bfloat16) is None
 
 
 def test_the_grid_of_a_checkpoint_is_named_whatever_scheme_was_asked_for(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import click
 
 from hf_quant.errors import suggestion
 
-ITSELF, DEFAULT = "it alone, without an option before it", "nothing, since it is the default"
+ITSELF = "it alone, without an option before it"
 COMMANDS = {  # of other programs
     "quantise": "quantize", "compress": "quantize", "oneshot": "quantize", "prune": "quantize", "evaluate": "eval",
     "measure": "eval", "perplexity": "eval", "ppl": "eval", "benchmark": "bench", "speed": "bench", "export": "convert",
@@ -23,7 +23,7 @@ OPTIONS = {
     "--save-path": "-o FOLDER", "--model": ITSELF, "--model-id": ITSELF, "--model-name-or-path": ITSELF, "--repo-id": ITSELF,
     "--wbits": "--bits", "--w-bit": "--bits", "--nbits": "--bits", "--weight-bits": "--bits", "--q-bits": "--bits",
     "--load-in-4bit": "--bits 4", "--load-in-8bit": "--bits 8", "--weight-format": "--scheme", "--quant-method": "--method",
-    "--quantization": "--scheme", "--q-group-size": "--group-size", "--groupsize": "--group-size", "--sym": DEFAULT, "--symmetric": DEFAULT,
+    "--quantization": "--scheme", "--q-group-size": "--group-size", "--groupsize": "--group-size", "--symmetric": "--sym",
     "--zero-point": "--asym", "--asymmetric": "--asym", "--desc-act": "--method gptq",
     "--torch-dtype": "--dtype", "--device-map": "--device", "--iters": "--epochs", "--nsamples": "--calibration-tokens",
     "--num-samples": "--calibration-tokens", "--seqlen": "--context", "--max-length": "--context", "--calib-data": "--calibration",
@@ -64,7 +64,11 @@ def explain(error: click.ClickException) -> None:
 
 
 def _no_option(error: click.NoSuchOption) -> str:
-    known = {name for param in error.ctx.command.params for name in param.opts} if error.ctx else set()
+    known = (
+        {name for param in error.ctx.command.params for name in (*param.opts, *param.secondary_opts)}
+        if error.ctx
+        else set()
+    )
     word = error.option_name.lower().replace("_", "-")
     equivalent = OPTIONS.get(word)
     if equivalent is not None and (not equivalent.startswith("-") or equivalent.split()[0] in known):

@@ -142,7 +142,7 @@ def _name(backend: Any) -> str:
 
 def _faster(backends: dict[str, Any], reasons: dict[str, str | None], chosen: str, device: str) -> str | None:
     """Why a kernel that would be tried before the chosen one cannot run; None if there is none for this machine."""
-    before = [name for name in backends if name in backends and backends[name].priority > backends[chosen].priority]
+    before = [name for name in backends if backends[name].priority > backends[chosen].priority]
     for name in sorted(before, key=lambda name: -backends[name].priority):
         reason = reasons[name] or ""
         if reason.startswith("not built") or (

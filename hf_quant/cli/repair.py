@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from hf_quant.cli._common import bars, emit, output_options, say
-from hf_quant.cli._types import Model
+from hf_quant.cli._types import Device, Model
 
 
 @click.command(short_help="Train the scales of a quantized model.")
@@ -22,7 +22,7 @@ from hf_quant.cli._types import Model
 )
 @click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it.")
 @click.option("--passes", type=click.IntRange(1), help="Times that it is seen. Default: 4.")
-@click.option("--device", help="Where to train: cpu, cuda, ...")
+@click.option("--device", type=Device(), help="Where to train: cpu, cuda, ...")
 @click.option("--revision", help="Of a base from the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoints bring along.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from hf_quant.core.scheme import MULTIPLE
 from hf_quant.core.tensor import Outliers, QuantizedTensor
@@ -19,14 +20,17 @@ def rows_of(tensor: QuantizedTensor, start: int, count: int) -> QuantizedTensor:
         SchemeError: There are no such rows.
     """
     _check(start, count, tensor.qweight.shape[0], "rows")
-    end, outliers = start + count, tensor.outliers
+    return rows_at(tensor, slice(start, start + count))
+
+
+def rows_at(tensor: QuantizedTensor, rows: slice | Tensor) -> QuantizedTensor:
+    """Some rows of a matrix ``[N, K]``, or all of them in another order: a slice, or their numbers, int64."""
+    outliers = tensor.outliers
     if outliers is not None:
-        index = outliers.index[start:end] if outliers.index.ndim == 2 else outliers.index
-        outliers = Outliers(index, outliers.value[start:end])
-    zero = None if tensor.zero_point is None else tensor.zero_point[start:end]
-    return replace(
-        tensor, qweight=tensor.qweight[start:end], scale=tensor.scale[start:end], zero_point=zero, outliers=outliers
-    )
+        index = outliers.index[rows] if outliers.index.ndim == 2 else outliers.index
+        outliers = Outliers(index, outliers.value[rows])
+    zero = None if tensor.zero_point is None else tensor.zero_point[rows]
+    return replace(tensor, qweight=tensor.qweight[rows], scale=tensor.scale[rows], zero_point=zero, outliers=outliers)
 
 
 def columns_of(tensor: QuantizedTensor, start: int, count: int) -> QuantizedTensor:

@@ -17,7 +17,7 @@ from hf_quant.core.packing import pack
 from hf_quant.core.scheme import MULTIPLE, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
-from hf_quant.formats import Traits
+from hf_quant.formats import Headers, Layer, Traits
 
 MAX_GLOBS = 200
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,6 +43,23 @@ class ReadOnly(Traits):
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
         """Raises FormatError."""
         raise FormatError(f"{type(self).__name__}: it is read and run, not written")
+
+
+def each_layer(headers: Headers, layer: Callable[[str, Mapping[str, Any]], Layer | None]) -> dict[str, Layer]:
+    """`Format.layers` by what ``layer`` makes of a module and its headers: None for one in floating point.
+
+    Raises:
+        FormatError: Of ``layer``, with the name of the module before it.
+    """
+    layers = {}
+    for module, tensors in headers.items():
+        try:
+            coded = layer(module, tensors)
+        except FormatError as error:
+            raise FormatError(f"{module}: {error}") from None
+        if coded is not None:
+            layers[module] = coded
+    return layers
 
 
 def need(

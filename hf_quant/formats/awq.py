@@ -18,7 +18,18 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
-from hf_quant.formats._common import FLOATS, check_scale, group_of, integer, need, refused, scheme_for, settled, spread
+from hf_quant.formats._common import (
+    FLOATS,
+    check_scale,
+    each_layer,
+    group_of,
+    integer,
+    need,
+    refused,
+    scheme_for,
+    settled,
+    spread,
+)
 
 ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # which of eight columns each nibble of a GEMM word holds
 VERSIONS = ("gemm", "gemv", "gemv_fast")
@@ -117,16 +128,13 @@ class AWQ(Traits):
         return (codes.float() - zero.float()[:, group]) * scale.float()[:, group]
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        layers = {}
-        for module, tensors in headers.items():
-            try:
-                n, k, _groups, size = self._facts(tensors)
-            except FormatError as error:
-                raise FormatError(f"{module}: {error}") from None
-            scheme = scheme_for(4, -1 if self.group_size == -1 else size, k, self.symmetric)
-            note = "" if scheme else f"groups of {size} in rows of {k} do not divide into legal ones"
-            layers[module] = Layer((n, k), scheme, tensors["scales"].dtype, note)
-        return layers
+        return each_layer(headers, lambda _module, tensors: self._layer(tensors))
+
+    def _layer(self, tensors: Mapping[str, Any]) -> Layer:
+        n, k, _groups, size = self._facts(tensors)
+        scheme = scheme_for(4, -1 if self.group_size == -1 else size, k, self.symmetric)
+        note = "" if scheme else f"groups of {size} in rows of {k} do not divide into legal ones"
+        return Layer((n, k), scheme, tensors["scales"].dtype, note)
 
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
         different = sorted({str(scheme) for scheme in schemes.values()})

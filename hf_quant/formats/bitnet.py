@@ -18,7 +18,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
-from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, need, refused, scheme_for
+from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, each_layer, need, refused, scheme_for
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,7 @@ class BitNet(ReadOnly):
         return (self._codes(tensors).float() - 1) * self._scale(tensors)
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        layers = {}
-        for module, tensors in headers.items():
-            if "weight_scale" not in tensors and (
-                "weight" not in tensors or tensors["weight"].dtype is not torch.uint8
-            ):
-                continue
-            try:
-                n, k = _shape(tensors)
-            except FormatError as error:
-                raise FormatError(f"{module}: {error}") from None
-            scheme = scheme_for(2, -1, k, True, activations="token")
-            note = "" if scheme else f"{k} input features are not a multiple of 32"
-            layers[module] = Layer((n, k), scheme, torch.float32, note)
-        return layers
+        return each_layer(headers, lambda _module, tensors: _layer(tensors))
 
     def _scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         scale = tensors["weight_scale"].float()
@@ -90,6 +77,14 @@ class BitNet(ReadOnly):
         if bool((codes == 3).any()):
             raise FormatError("weight: 3 is none of the three codes of a ternary weight")
         return codes
+
+
+def _layer(tensors: Mapping[str, Any]) -> Layer | None:
+    if "weight_scale" not in tensors and ("weight" not in tensors or tensors["weight"].dtype is not torch.uint8):
+        return None
+    n, k = _shape(tensors)
+    scheme = scheme_for(2, -1, k, True, activations="token")
+    return Layer((n, k), scheme, torch.float32, "" if scheme else f"{k} input features are not a multiple of 32")
 
 
 def _shape(tensors: Mapping[str, Any]) -> tuple[int, int]:

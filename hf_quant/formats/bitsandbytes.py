@@ -21,7 +21,7 @@ from hf_quant.core.scheme import THRESHOLD, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
-from hf_quant.formats._common import ReadOnly, check_scale, need, refused, scheme_for, settled
+from hf_quant.formats._common import ReadOnly, check_scale, each_layer, need, refused, scheme_for, settled
 
 BOOKS = ("nf4", "fp4")
 STATE = "weight.quant_state.bitsandbytes__"
@@ -95,15 +95,9 @@ class BitsAndBytes(ReadOnly):
         return (table[codes] * scale).view(state.shape)
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        layers = {}
-        for module, tensors in headers.items():
-            if len(tensors) == 1 and "weight" in tensors and tensors["weight"].dtype not in (torch.int8, torch.uint8):
-                continue  # a layer in floating point
-            try:
-                layers[module] = self._layer(module, tensors, value)
-            except FormatError as error:
-                raise FormatError(f"{module}: {error}") from None
-        return layers
+        return each_layer(
+            headers, lambda module, tensors: self._layer(module, tensors, value) if _is_coded(tensors) else None
+        )
 
     def _layer(self, module: str, tensors: Mapping[str, Any], value: Value) -> Layer:
         if "SCB" in tensors or ("weight" in tensors and tensors["weight"].dtype is torch.int8):
@@ -203,6 +197,10 @@ def _absmax(tensors: Mapping[str, Tensor], state: _State) -> Tensor:
         absmax = tensors["weight.nested_quant_map"][absmax.int()] * outer + state.nested_offset
     check_scale("weight.absmax", absmax)
     return absmax
+
+
+def _is_coded(tensors: Mapping[str, Any]) -> bool:
+    return tensors.keys() != {"weight"} or tensors["weight"].dtype in (torch.int8, torch.uint8)
 
 
 FORMAT = BitsAndBytes

@@ -32,6 +32,7 @@ from hf_quant.formats._common import (
     check_input_scale,
     check_scale,
     codes_of,
+    each_layer,
     is_sequence,
     need,
     order_of,
@@ -213,26 +214,14 @@ class CompressedTensors(Traits):
         return weight.float() * wide.repeat_interleave(rows, 0)[:n].repeat_interleave(across, 1)[:, :k]
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        layers = {}
-        for module, tensors in headers.items():
-            weight = tensors.get("weight")
-            if weight is not None and weight.dtype in FLOATS:
-                if "weight_scale" in tensors or "weight_packed" in tensors:
-                    raise FormatError(
-                        f"{module}: weight is in floating point, and codes or scales of it stand beside it"
-                    )
-                continue  # a layer in floating point
-            try:
-                layers[module] = self._layer(module, self._group(called(module)), tensors, value)
-            except FormatError as error:
-                raise FormatError(f"{module}: {error}") from None
-        return layers
+        return each_layer(headers, lambda m, t: self._layer(m, called(m), t, value) if _is_coded(t) else None)
 
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
         default = Counter(schemes.values()).most_common(1)[0][0]
         return config_of(default, {name: scheme for name, scheme in schemes.items() if scheme != default}, left)
 
-    def _layer(self, module: str, group: Group, tensors: Mapping[str, Any], value: Value) -> Layer:
+    def _layer(self, module: str, names: Sequence[str], tensors: Mapping[str, Any], value: Value) -> Layer:
+        group = self._group(names)
         if group.fp4:
             return fp4_layer(tensors, group.group_size, group.note)
         if "weight_packed" in tensors:
@@ -395,6 +384,13 @@ def _order(tensors: Mapping[str, Tensor], k: int, groups: int) -> Tensor | None:
     if bool((g_idx == -1).all()):  # marks columns in their natural order
         return None
     return order_of("weight_g_idx", g_idx, groups, k // groups)
+
+
+def _is_coded(tensors: Mapping[str, Any]) -> bool:
+    dense = "weight" in tensors and tensors["weight"].dtype in FLOATS
+    if dense and ("weight_scale" in tensors or "weight_packed" in tensors):
+        raise FormatError("weight is in floating point, and codes or scales of it stand beside it")
+    return not dense
 
 
 FORMAT = CompressedTensors

@@ -17,7 +17,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
-from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, need, refused
+from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, each_layer, need, refused
 
 FLOAT8 = (torch.float8_e4m3fn,)
 SCALE = "weight_scale_inv"
@@ -70,15 +70,12 @@ class FP8(ReadOnly):
         return wide * grid.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        layers = {}
-        for module, tensors in headers.items():
-            if SCALE not in tensors and ("weight" not in tensors or tensors["weight"].dtype not in FLOAT8):
-                continue
-            try:
-                layers[module] = Layer(self._shape(tensors), None, tensors[SCALE].dtype, "8-bit floats")
-            except FormatError as error:
-                raise FormatError(f"{module}: {error}") from None
-        return layers
+        return each_layer(headers, lambda _module, tensors: self._layer(tensors))
+
+    def _layer(self, tensors: Mapping[str, Any]) -> Layer | None:
+        if SCALE not in tensors and ("weight" not in tensors or tensors["weight"].dtype not in FLOAT8):
+            return None
+        return Layer(self._shape(tensors), None, tensors[SCALE].dtype, "8-bit floats")
 
     def _shape(self, tensors: Mapping[str, Any]) -> tuple[int, int]:
         n, k = need(tensors, "weight", FLOAT8, (None, None)).shape

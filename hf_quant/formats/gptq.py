@@ -24,6 +24,7 @@ from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
 from hf_quant.formats._common import (
     FLOATS,
     check_scale,
+    each_layer,
     group_of,
     integer,
     need,
@@ -176,7 +177,7 @@ class GPTQ(Traits):
         return (codes - zero[:, group]) * scale[:, group]
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        return {module: self._layer(module, tensors, value) for module, tensors in headers.items()}
+        return each_layer(headers, lambda module, tensors: self._layer(module, tensors, value))
 
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
         default = Counter(schemes.values()).most_common(1)[0][0]
@@ -199,22 +200,19 @@ class GPTQ(Traits):
         } | ({"dynamic": dynamic} if dynamic else {})  # fmt: skip
 
     def _layer(self, module: str, tensors: Mapping[str, Any], value: Value) -> Layer:
-        try:
-            n, k, bits, groups = _facts(tensors)
-            size = self._size(k, groups)
-            if bits != self.bits and not self.mixed:
-                raise FormatError(f"qzeros holds {bits}-bit zero points, quantization_config.bits is {self.bits}")
-            scattered, symmetric = self.desc_act and groups > 1, self.symmetric
-            if scattered and "g_idx" not in tensors:
-                raise FormatError("g_idx is missing, and desc_act says that columns are out of order")
-            g_idx = value(f"{module}.g_idx") if "g_idx" in tensors else None
-            if g_idx is not None:  # only read in a thorough look; it tells the actual order
-                scattered = self._order({"g_idx": g_idx}, k, groups) is not None
-            qzeros = value(f"{module}.qzeros") if self.mixed else None
-            if qzeros is not None:
-                symmetric = bool((self._zeros(qzeros, bits) == 1 << (bits - 1)).all())
-        except FormatError as error:
-            raise FormatError(f"{module}: {error}") from None
+        n, k, bits, groups = _facts(tensors)
+        size = self._size(k, groups)
+        if bits != self.bits and not self.mixed:
+            raise FormatError(f"qzeros holds {bits}-bit zero points, quantization_config.bits is {self.bits}")
+        scattered, symmetric = self.desc_act and groups > 1, self.symmetric
+        if scattered and "g_idx" not in tensors:
+            raise FormatError("g_idx is missing, and desc_act says that columns are out of order")
+        g_idx = value(f"{module}.g_idx") if "g_idx" in tensors else None
+        if g_idx is not None:  # only read in a thorough look; it tells the actual order
+            scattered = self._order({"g_idx": g_idx}, k, groups) is not None
+        qzeros = value(f"{module}.qzeros") if self.mixed else None
+        if qzeros is not None:
+            symmetric = bool((self._zeros(qzeros, bits) == 1 << (bits - 1)).all())
         scheme = scheme_for(bits, -1 if self.group_size == -1 else size, k, symmetric, permuted=scattered)
         note = "" if scheme else f"groups of {size} in rows of {k} do not divide into legal ones"
         return Layer((n, k), scheme, tensors["scales"].dtype, note)

@@ -20,7 +20,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
-from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, need, scheme_for
+from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, each_layer, need, scheme_for
 
 NUMBERS = ("nbits", "group_size", "axis")
 FLAGS = ("view_as_float", "quant_scale", "quant_zero")
@@ -66,22 +66,18 @@ class HQQ(ReadOnly):
         return ((codes.float() - zero.float()) * scale.float()).view(facts.shape)
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        layers = {}
-        for module, tensors in headers.items():
-            if "W_q" not in tensors and "nbits" not in tensors:
-                continue  # other modules have a scale too
-            try:
-                facts = _facts(tensors, lambda name: value(f"{module}.{name}"))  # noqa: B023  (called at once)
-            except FormatError as error:
-                raise FormatError(f"{module}: {error}") from None
-            scheme = scheme_for(facts.bits, facts.size, facts.shape[1], False, real_zero=True)
-            note = (
-                "" if scheme else f"groups of {facts.size} in rows of {facts.shape[1]} do not divide into legal ones"
-            )
-            if facts.axis == 0:
-                scheme, note = None, "HQQ with axis 0: its groups are spread over the rows"
-            layers[module] = Layer(facts.shape, scheme, tensors["scale"].dtype, note)
-        return layers
+        return each_layer(headers, lambda module, tensors: _layer(tensors, lambda name: value(f"{module}.{name}")))
+
+
+def _layer(tensors: Mapping[str, Any], value: Value) -> Layer | None:
+    if "W_q" not in tensors and "nbits" not in tensors:
+        return None  # other modules have a scale too
+    facts, dtype = _facts(tensors, value), tensors["scale"].dtype
+    if facts.axis == 0:
+        return Layer(facts.shape, None, dtype, "HQQ with axis 0: its groups are spread over the rows")
+    scheme = scheme_for(facts.bits, facts.size, facts.shape[1], False, real_zero=True)
+    note = "" if scheme else f"groups of {facts.size} in rows of {facts.shape[1]} do not divide into legal ones"
+    return Layer(facts.shape, scheme, dtype, note)
 
 
 def _facts(tensors: Mapping[str, Any], value: Value) -> _Facts:

@@ -21,7 +21,7 @@ from hf_quant.core.scheme import BITS, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError, SchemeError
 from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
-from hf_quant.formats._common import FLOATS, check_scale, integer, need, refused
+from hf_quant.formats._common import FLOATS, check_scale, each_layer, integer, need, refused
 
 SIZES = (32, 64, 128)
 MODE = "affine"
@@ -140,15 +140,9 @@ class MLX(Traits):
         return (codes * scales[..., None] + biases[..., None]).flatten(1)
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        layers = {}
-        for module, tensors in headers.items():
-            if "scales" not in tensors and ("weight" not in tensors or tensors["weight"].dtype in FLOATS):
-                continue  # a layer in floating point
-            try:
-                layers[module] = self._layer(called(module), tensors)
-            except FormatError as error:
-                raise FormatError(f"{module}: {error}") from None
-        return layers
+        return each_layer(
+            headers, lambda module, tensors: self._layer(called(module), tensors) if _is_coded(tensors) else None
+        )
 
     def _layer(self, names: Sequence[str], tensors: Mapping[str, Any]) -> Layer:
         bits, size = next((self.entries[name] for name in names if name in self.entries), (self.bits, self.group_size))
@@ -159,21 +153,27 @@ class MLX(Traits):
         return Layer((n, k), scheme, dtype, "" if scheme else "its biases are no multiples of its scales")
 
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
-        kinds = {name: (scheme.bits, max(32, min(128, scheme.group_size)) if scheme.group_size > 0 else 32)
-                 for name, scheme in schemes.items()}  # fmt: skip
+        kinds = {name: (scheme.bits, _columns(scheme)) for name, scheme in schemes.items()}
         (bits, size), _ = Counter(kinds.values()).most_common(1)[0]
         config: dict[str, Any] = {"quant_method": "mlx", "bits": bits, "group_size": size, "mode": MODE}
         config |= {name: {"bits": b, "group_size": s} for name, (b, s) in kinds.items() if (b, s) != (bits, size)}
         return config | {"schemes": {name: str(scheme) for name, scheme in schemes.items()}}
 
 
+def _is_coded(tensors: Mapping[str, Any]) -> bool:
+    return "scales" in tensors or ("weight" in tensors and tensors["weight"].dtype not in FLOATS)
+
+
 def _size(scheme: QuantScheme, in_features: int) -> int:
-    """Columns that share a scale in the file: the largest legal group inside one of the scheme; 32 in whole rows."""
-    if scheme.group_size == -1:
-        return min(SIZES)
-    if in_features % scheme.group_size:
+    """`_columns`, where groups of the scheme divide a row."""
+    if scheme.group_size != -1 and in_features % scheme.group_size:
         raise FormatError(f"groups of {scheme.group_size} do not divide {in_features} columns")
-    return min(scheme.group_size, max(SIZES))
+    return _columns(scheme)
+
+
+def _columns(scheme: QuantScheme) -> int:
+    """Columns that share a scale in the file: the largest legal group inside one of the scheme; 32 in whole rows."""
+    return min(SIZES) if scheme.group_size == -1 else min(scheme.group_size, max(SIZES))
 
 
 def _facts(tensors: Mapping[str, Any], bits: int, size: int | None) -> tuple[int, int, torch.dtype]:

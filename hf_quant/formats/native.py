@@ -16,7 +16,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError, SchemeError
 from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
-from hf_quant.formats._common import FLOATS, Globs, is_sequence, need, refused
+from hf_quant.formats._common import FLOATS, Globs, each_layer, is_sequence, need, refused
 
 
 @dataclass(frozen=True)
@@ -93,15 +93,9 @@ class Native(Traits):
         raise FormatError("native: the scheme of the layer is unknown")
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        layers = {}
-        for module, tensors in headers.items():
-            if tensors["weight"].dtype in FLOATS if "weight" in tensors else False:
-                continue  # a layer in floating point
-            try:
-                layers[module] = self._layer(called(module), tensors)
-            except FormatError as error:
-                raise FormatError(f"{module}: {error}") from None
-        return layers
+        return each_layer(
+            headers, lambda module, tensors: self._layer(called(module), tensors) if _is_coded(tensors) else None
+        )
 
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
         default = Counter(schemes.values()).most_common(1)[0][0]
@@ -137,6 +131,10 @@ def _default(config: Mapping[str, Any]) -> QuantScheme:
     if slug is not None:
         return QuantScheme.parse(slug)
     return QuantScheme(config.get("bits", 4), config.get("group_size", 128), config.get("symmetric", True))
+
+
+def _is_coded(tensors: Mapping[str, Any]) -> bool:
+    return "weight" not in tensors or tensors["weight"].dtype not in FLOATS
 
 
 FORMAT = Native

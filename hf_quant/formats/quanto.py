@@ -16,7 +16,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
-from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, need, scheme_for, settled
+from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, each_layer, need, scheme_for, settled
 
 
 class Quanto(ReadOnly):
@@ -44,18 +44,16 @@ class Quanto(ReadOnly):
         return tensors["weight._data"].float() * tensors["weight._scale"].float()
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        layers = {}
-        for module, tensors in headers.items():
-            if not any(local.startswith("weight.") for local in tensors):
-                continue
-            try:
-                n, k = _facts(tensors)
-            except FormatError as error:
-                raise FormatError(f"{module}: {error}") from None
-            scheme = scheme_for(8, -1, k, True)
-            note = "" if scheme else f"{k} input features are not a multiple of 32"
-            layers[module] = Layer((n, k), scheme, tensors["weight._scale"].dtype, note)
-        return layers
+        return each_layer(headers, lambda _module, tensors: _layer(tensors))
+
+
+def _layer(tensors: Mapping[str, Any]) -> Layer | None:
+    if not any(local.startswith("weight.") for local in tensors):
+        return None
+    n, k = _facts(tensors)
+    scheme = scheme_for(8, -1, k, True)
+    note = "" if scheme else f"{k} input features are not a multiple of 32"
+    return Layer((n, k), scheme, tensors["weight._scale"].dtype, note)
 
 
 def _facts(tensors: Mapping[str, Any]) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from hf_quant.formats._common import (
     ReadOnly,
     check_scale,
     codes_of,
+    each_layer,
     need,
     refused,
     scheme_for,
@@ -91,18 +92,15 @@ class TorchAO(ReadOnly):
         return dense * scale.float().repeat_interleave(k // groups, 1)
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
-        layers = {}
-        for module, tensors in headers.items():
-            try:
-                n, k, groups = _facts(tensors)
-                if not self.symmetric:
-                    need(tensors, "_weight_zero_point", (torch.int8,), (n, groups))
-            except FormatError as error:
-                raise FormatError(f"{module}: {error}") from None
-            scheme = scheme_for(self.bits, -1 if groups == 1 else k // groups, k, self.symmetric)
-            note = "" if scheme else f"groups of {k // groups} in rows of {k} do not divide into legal ones"
-            layers[module] = Layer((n, k), scheme, tensors["_weight_scale"].dtype, note)
-        return layers
+        return each_layer(headers, lambda _module, tensors: self._layer(tensors))
+
+    def _layer(self, tensors: Mapping[str, Any]) -> Layer:
+        n, k, groups = _facts(tensors)
+        if not self.symmetric:
+            need(tensors, "_weight_zero_point", (torch.int8,), (n, groups))
+        scheme = scheme_for(self.bits, -1 if groups == 1 else k // groups, k, self.symmetric)
+        note = "" if scheme else f"groups of {k // groups} in rows of {k} do not divide into legal ones"
+        return Layer((n, k), scheme, tensors["_weight_scale"].dtype, note)
 
 
 def _inner(value: Any, default: str) -> str:

@@ -15,9 +15,9 @@ from hf_quant.hf.auto import tokenizer_of
 from hf_quant.hf.blocks import Around, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
-from hf_quant.hf.rounded import float_weight, outside, refuse_embeddings, rounded
+from hf_quant.hf.rounded import outside, refuse_embeddings, rounded
 from hf_quant.nn._weight import frozen
-from hf_quant.solve.block import Block, Stored
+from hf_quant.solve.block import Block, Stored, parameter_in
 from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.ranks import ALONE
 from hf_quant.solve.result import Recipe
@@ -98,7 +98,7 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
         for result, states in zip(results, streams, strict=True):
             result[chain[-1]] = states
     for layer, codes in coded.items():
-        parameter, _ = float_weight(model, layer)
+        parameter, _ = parameter_in(model, layer)
         parameter.data = parameter.data.to(model.dtype)
         place(layer, {part: frozen(tensor) for part, tensor in codes.parts().items()})
     return records

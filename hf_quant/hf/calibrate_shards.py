@@ -236,8 +236,7 @@ def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
                 )
             path, _, leaf = name.rpartition(".")
             module = source.model.get_submodule(path)
-            inside = any(name.startswith(f"{block}.") for block in source.blocks)  # such as a table of position biases
-            mapped = isinstance(module, nn.Embedding) and not inside
+            mapped = isinstance(module, nn.Embedding) and source.owner(name) is None
             kept = tensor if mapped else tensor.to(torch.float32, copy=True)
             module.register_parameter(leaf, nn.Parameter(kept, False))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -48,7 +49,8 @@ def _input_embeddings(model: Any) -> Any:
 
 def _candidates_in(name: str, module: nn.Module, is_embedding: bool) -> Iterator[tuple[str, Candidate]]:
     if isinstance(module, nn.Linear):
-        yield name, Candidate("linear", (module.out_features, module.in_features), why_not_linear(type(module)))
+        reason = why_not_linear(type(module))  # type: ignore[arg-type]  # mypy doubts that classes can be hashed
+        yield name, Candidate("linear", (module.out_features, module.in_features), reason)
     elif type(module) is Conv1D:
         k, n = module.weight.shape
         yield name, Candidate("conv1d", (n, k))
@@ -60,6 +62,7 @@ def _candidates_in(name: str, module: nn.Module, is_embedding: bool) -> Iterator
             yield f"{name}.{stack}", Candidate("experts", shape, why_not_experts(module))
 
 
+@lru_cache
 def why_not_linear(kind: type[nn.Linear]) -> str | None:
     """Why layers of a subclass of ``nn.Linear`` cannot be replaced; None if they compute ``x @ W.T + b`` and nothing else.
 

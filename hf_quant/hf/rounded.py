@@ -11,7 +11,7 @@ from torch import nn
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import PlanError
 from hf_quant.hf.plan import Plan
-from hf_quant.nn.experts import stacks
+from hf_quant.solve.block import parameter_in
 from hf_quant.solve.result import Recipe
 from hf_quant.solve.unseen import nearest
 
@@ -49,18 +49,8 @@ def outside(plan: Plan, chains: Sequence[Sequence[str]]) -> list[str]:
 @torch.no_grad()
 def rounded(model: Any, name: str, plan: Plan, recipe: Recipe) -> QuantizedTensor:
     """The codes of a layer, or of a stack of experts, in floating point in memory, which gets the values of the codes in float32."""
-    parameter, turned = float_weight(model, name)
+    parameter, turned = parameter_in(model, name)
     codes = nearest(parameter, turned, plan.schemes[name], recipe)
     real = codes.dequantize(torch.float32)
     parameter.data = real.transpose(-1, -2).contiguous() if turned else real
     return codes
-
-
-def float_weight(model: Any, name: str) -> tuple[nn.Parameter, bool]:
-    """The parameter with the weight of a layer, or a stack of experts, and whether it is ``[..., K, N]``."""
-    path, _, leaf = name.rpartition(".")
-    parent: Any = model.get_submodule(path)
-    if leaf in stacks(parent):
-        return getattr(parent, leaf), parent.is_transposed
-    module: Any = model.get_submodule(name)
-    return module.weight, not isinstance(module, nn.Linear)

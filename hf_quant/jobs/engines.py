@@ -55,22 +55,31 @@ def vllm(fmt: str, layers: Mapping[str, Layer], tp: int = 1) -> Verdict:
     Raises:
         HfQuantError: ``tp`` is less than one.
     """
+    reader = formats().get(fmt)
+
+    def outcome(name: str, layer: Layer) -> str:
+        if reader is None or not reader.vllm:
+            return f"!it does not read {fmt}: convert to {' or '.join(n for n, f in formats().items() if f.vllm)}"
+        return _one(reader, name, layer, tp)
+
+    verdict = _verdict(layers, tp, outcome)
+    for reason, names in _unequal(layers).items():
+        verdict.refused.setdefault(reason, []).extend(names)
+    return verdict
+
+
+def _verdict(layers: Mapping[str, Layer], tp: int, outcome: Callable[[str, Layer], str]) -> Verdict:
+    """Counts what becomes of each layer: a kernel, or ``!`` and why there is none."""
     if tp < 1:
         raise HfQuantError(f"--tp {tp}: must be at least 1")
     kernels: Counter[str] = Counter()
     refused: dict[str, list[str]] = {}
-    reader = formats().get(fmt)
     for name, layer in layers.items():
-        if reader is None or not reader.vllm:
-            outcome = f"!it does not read {fmt}: convert to {' or '.join(n for n, f in formats().items() if f.vllm)}"
+        result = outcome(name, layer)
+        if result.startswith("!"):
+            refused.setdefault(result[1:], []).append(name)
         else:
-            outcome = _one(reader, name, layer, tp)
-        if outcome.startswith("!"):
-            refused.setdefault(outcome[1:], []).append(name)
-        else:
-            kernels[outcome] += 1
-    for reason, names in _unequal(layers).items():
-        refused.setdefault(reason, []).extend(names)
+            kernels[result] += 1
     return Verdict(dict(kernels.most_common()), refused)
 
 
@@ -177,18 +186,8 @@ def _unequal(layers: Mapping[str, Layer]) -> dict[str, list[str]]:
 
 def by_rules(rules: tuple[Rule, ...], fmt: str, layers: Mapping[str, Layer], tp: int = 1) -> Verdict:
     """What an engine whose rules are data does with each layer; arguments and errors as of `vllm`."""
-    if tp < 1:
-        raise HfQuantError(f"--tp {tp}: must be at least 1")
-    kernels: Counter[str] = Counter()
-    refused: dict[str, list[str]] = {}
     labels = {name: other.label for name, other in formats().items()}
-    for name, layer in layers.items():
-        outcome = _by_rules(rules, fmt, name, layer, tp, labels)
-        if outcome.startswith("!"):
-            refused.setdefault(outcome[1:], []).append(name)
-        else:
-            kernels[outcome] += 1
-    return Verdict(dict(kernels.most_common()), refused)
+    return _verdict(layers, tp, lambda name, layer: _by_rules(rules, fmt, name, layer, tp, labels))
 
 
 def _by_rules(rules: tuple[Rule, ...], fmt: str, name: str, layer: Layer, tp: int, labels: Mapping[str, str]) -> str:

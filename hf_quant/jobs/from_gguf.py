@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_quant.core.pieces import rows_at
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.atomic import write_json
@@ -118,8 +118,7 @@ def _read(
         raise FormatError(f"tensor {name}: shape {list(stored.shape)} in {stored.type}")
     weight = tensor_of(unpack(file.bytes_of(name), stored.block), stored.block)
     if back is not None:
-        zero = None if weight.zero_point is None else weight.zero_point[back]
-        weight = replace(weight, qweight=weight.qweight[back], scale=weight.scale[back], zero_point=zero)
+        weight = rows_at(weight, back)
     module = target.removesuffix(".weight")
     schemes[module] = weight.scheme
     return _parts(module, weight)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError
-from hf_quant.jobs.options import check_model, hub
+from hf_quant.jobs.options import check_device, check_model, hub
 from hf_quant.jobs.outputs import CONVERSION, check_output, claimed, record
 from hf_quant.jobs.outputs import output as output_folder
 from hf_quant.jobs.progress import Bar, Say, reporting
@@ -82,13 +82,14 @@ def repair(
         say: As for `hf_quant.quantize`.
 
     Raises:
-        OptionError: ``passes`` is less than 1.
+        OptionError: ``passes`` is less than 1, or there is no such device.
         FormatError: The codes are none that can be put into another format.
         HfQuantError: The vocabularies differ, or something in one of the models is not as it must be.
     """
     source, out, base = Path(check_model(folder)), Path(output), check_model(base)
     if passes is not None and passes < 1:
         raise OptionError(f"--passes {passes}: must be at least 1")
+    check_device(device)
     check_output(out, [source, base], overwrite=overwrite)
     text = find_calibration(calibration, base)
 

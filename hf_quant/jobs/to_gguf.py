@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_quant.checkpoint.contents import Contents
+from hf_quant.core.pieces import rows_at
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.disk.safetensors import TORCH
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError
 from hf_quant.gguf.architectures import ROPE, Architecture, gguf_name, metadata_of, of_config, rope_divisors, row_order
 from hf_quant.gguf.blocks import BLOCKS, pack, unpack
@@ -42,10 +44,7 @@ class _Source:
         read = self.contents.read(module)
         assert isinstance(read, QuantizedTensor)
         order = self.order(gguf_name(f"{module}.weight"), read.scale.shape[0])
-        if order is None:
-            return read
-        zero = None if read.zero_point is None else read.zero_point[order]
-        return replace(read, qweight=read.qweight[order], scale=read.scale[order], zero_point=zero)
+        return read if order is None else rows_at(read, order)
 
     def floats(self, name: str) -> Tensor:
         """A tensor in floating point, likewise: vectors in float32, matrices in 16 bits where they have no more."""
@@ -53,6 +52,12 @@ class _Source:
         order = self.order(gguf_name(name), tensor.shape[0])
         tensor = tensor if order is None else tensor[order]
         return tensor.float() if tensor.ndim == 1 else tensor
+
+    def floats_shape(self, name: str) -> Tensor:
+        """`floats` on the meta device, from the header alone."""
+        info = self.contents.checkpoint.tensors[name]
+        dtype = torch.float32 if len(info.shape) == 1 else TORCH[info.dtype]
+        return torch.empty(info.shape, dtype=dtype, device="meta")
 
     def order(self, name: str, rows: int) -> Tensor | None:
         return row_order(name, self.architecture, self.config, rows)
@@ -93,6 +98,7 @@ def write_gguf(contents: Contents, stage: Path, report: Reporter) -> Path:
         CheckpointError: What was written does not read back as it was.
         HfQuantError: The package gguf is missing.
     """
+    _package()  # before every layer is looked at
     source, path = _Source.of(contents), stage / FILE
     types = {module: _type(source, module) for module in report.bar(list(contents.layers), "layers")}
     writer = _writer(source, types, path)
@@ -123,17 +129,15 @@ def _type(source: _Source, module: str) -> str:
 def _tensors(
     source: _Source, infos: dict[str, Tensor], types: dict[str, str], *, shapes: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors in the order of the file; for ``shapes``, layers without their bytes."""
+    """All tensors in the order of the file; for ``shapes``, on the meta device and without reading any."""
     yield from infos.items()
     for name in source.rest():
-        yield name, source.floats(name)
+        yield name, source.floats_shape(name) if shapes else source.floats(name)
     for module, layer in source.contents.layers.items():
         block = BLOCKS[types[module]]
         if shapes:
-            yield (
-                f"{module}.weight",
-                torch.empty(layer.shape[0], layer.shape[1] // block.weights * block.size, dtype=torch.uint8),
-            )
+            size = layer.shape[1] // block.weights * block.size
+            yield f"{module}.weight", torch.empty(layer.shape[0], size, dtype=torch.uint8, device="meta")
         else:
             fit = blocks_of(source.layer(module))
             yield f"{module}.weight", pack(fit.parts, fit.block)
@@ -177,8 +181,8 @@ def _announce(writer: Any, name: str, tensor: Tensor, block: str | None) -> None
         if raw is None:
             raise FormatError(f"--to gguf: tensor {name}: GGUF holds no {tensor.dtype}")
         shape = (*tensor.shape[:-1], tensor.shape[-1] * tensor.element_size())
-    numpy = tensor.new_empty(0, dtype=torch.uint8).numpy()
-    writer.add_tensor_info(name, shape, numpy.dtype, tensor.nbytes, raw)
+    as_bytes = torch.empty(0, dtype=torch.uint8).numpy().dtype
+    writer.add_tensor_info(name, shape, as_bytes, tensor.nbytes, raw)
 
 
 def _compare(source: _Source, written: File) -> None:

@@ -123,12 +123,16 @@ def put(block: Block, name: str, real: Tensor) -> None:
 
 def parameter_of(block: Block, name: str) -> tuple[nn.Parameter, bool]:
     """The parameter that holds the weight of a layer, or a stack of experts, and whether it is ``[..., K, N]``."""
-    local = block.local(name)
-    path, _, leaf = local.rpartition(".")
-    parent: Any = block.module.get_submodule(path)
+    return parameter_in(block.module, block.local(name))
+
+
+def parameter_in(root: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
+    """`parameter_of` by the name inside of ``root``, which may be a whole model."""
+    path, _, leaf = name.rpartition(".")
+    parent: Any = root.get_submodule(path)
     if leaf in stacks(parent):
         return getattr(parent, leaf), parent.is_transposed
-    module: Any = block.module.get_submodule(local)
+    module: Any = root.get_submodule(name)
     return module.weight, not isinstance(module, nn.Linear)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_quant.core.activations import rounded
 from hf_quant.core.numerics import floored
+from hf_quant.core.pieces import rows_at
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import read
@@ -48,17 +49,12 @@ def product(x: Tensor, weight: QuantizedTensor, stored: torch.dtype) -> Tensor:
     if weight.perm is not None:  # each part of the rows has an order of its own
         rows = [torch.arange(len(weight.scale)).chunk(len(weight.perm))[part] for part in range(len(weight.perm))]
         parts = [
-            product(x.index_select(-1, order), _rows(weight, positions), stored)
+            product(x.index_select(-1, order), replace(rows_at(weight, positions), perm=None), stored)
             for order, positions in zip(weight.perm, rows, strict=True)
         ]
         return torch.cat(parts, -1)
     result: Tensor = ScaledProduct.apply(rounded(x, weight), weight.scale, weight, stored)  # type: ignore[no-untyped-call]
     return result
-
-
-def _rows(weight: QuantizedTensor, rows: Tensor) -> QuantizedTensor:
-    zero = None if weight.zero_point is None else weight.zero_point[rows]
-    return replace(weight, qweight=weight.qweight[rows], scale=weight.scale[rows], zero_point=zero, perm=None)
 
 
 @contextmanager

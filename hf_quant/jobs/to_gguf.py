@@ -56,6 +56,8 @@ class _Source:
     def floats_shape(self, name: str) -> Tensor:
         """`floats` on the meta device, from the header alone."""
         info = self.contents.checkpoint.tensors[name]
+        if info.dtype not in TORCH:
+            raise FormatError(f"--to gguf: tensor {name}: GGUF holds no {info.dtype}")
         dtype = torch.float32 if len(info.shape) == 1 else TORCH[info.dtype]
         return torch.empty(info.shape, dtype=dtype, device="meta")
 

@@ -106,7 +106,8 @@ def calibration_options(function: Function) -> Function:
         click.option(
             "--calibration",
             metavar="TEXT",
-            help="For calibrated methods: a UTF-8 or JSONL file, or ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
+            help="For calibrated methods: a UTF-8 or JSONL file, a safetensors file with token ids, or "
+            "ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
             "default: calibration.txt beside the model, else a bundled text.",
         ),
     ):

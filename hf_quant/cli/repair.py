@@ -17,7 +17,8 @@ from hf_quant.cli._types import Device, Model
 @click.option(
     "--calibration",
     metavar="TEXT",
-    help="What to train on: a UTF-8 or JSONL file, or ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
+    help="What to train on: a UTF-8 or JSONL file, a safetensors file with token ids, or "
+    "ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
     "default: calibration.txt beside the base, else a bundled text.",
 )
 @click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it.")

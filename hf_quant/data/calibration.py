@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_quant.data.text import SEPARATOR, dataset_rows, document, documents, paragraphs, read_text, windows
+from hf_quant.disk.safetensors import read_header
 from hf_quant.errors import HfQuantError
 
 BUNDLED = Path(__file__).parent / "bundled" / "calibration.txt"  # Python's documentation; its licence lies beside it
@@ -51,8 +53,8 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
     """Windows of ``context`` tokens, about ``tokens`` in all, spread evenly over the text.
 
     Args:
-        source: Token ids ``[S, T]``, used as they are; texts; a UTF-8 file, or a JSONL file with ``text`` or ``messages`` in each
-            line; a data set as in `text.read_dataset`; None for the bundled text.
+        source: Token ids ``[S, T]``, used as they are, or a safetensors file with them; texts; a UTF-8 file, or a JSONL file with
+            ``text`` or ``messages`` in each line; a data set as in `text.read_dataset`; None for the bundled text.
         tokenizer: Of the model; its chat template is applied to ``messages``. May be None if ids are given; otherwise it decodes
             them, to find out later whether a text for measuring overlaps with them.
         context: Tokens in a window.
@@ -62,13 +64,18 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
     Raises:
         HfQuantError: The text is missing, too short or malformed, or an id is out of range; says where.
     """
+    name = "token ids"
+    if is_file_of_ids(source):
+        name, source = Path(source).name, _ids_in(Path(source))
     if isinstance(source, Tensor):
-        data = Calibration(_ids(source), "token ids", [])
+        data = Calibration(_ids(source), name, [])
     else:
         if type(tokens) is not int or tokens < 1:
             raise HfQuantError(f"calibration_tokens must be a whole number from 1, got {tokens!r}")
         if tokenizer is None:
-            raise HfQuantError("calibration: the model has no tokenizer; pass token ids instead")
+            raise HfQuantError(
+                "calibration: the model has no tokenizer; pass token ids instead, or a safetensors file with them"
+            )
         name, text = _read(source, tokenizer)
         data = Calibration(windows(tokenizer, text, context, tokens).ids, name, sorted(paragraphs(text)))
     low, high = int(data.ids.min()), int(data.ids.max())
@@ -84,6 +91,20 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
         texts = tokenizer.batch_decode(data.ids.tolist(), skip_special_tokens=True)
         data = replace(data, paragraphs=sorted(paragraphs(SEPARATOR.join(texts))))
     return data
+
+
+def is_file_of_ids(source: Source | None) -> TypeGuard[str | Path]:
+    """Whether token ids are in the file of that name, and no text."""
+    return isinstance(source, str | Path) and Path(source).suffix == ".safetensors"
+
+
+def _ids_in(path: Path) -> Tensor:
+    if not path.is_file():
+        raise HfQuantError(f"calibration: {path}: no such file")
+    tensors = read_header(path)
+    if len(tensors) != 1:
+        raise HfQuantError(f"{path.name}: holds {len(tensors)} tensors, and token ids are one, int64 [S, T]")
+    return next(iter(load_file(path).values()))
 
 
 def _ids(source: Tensor) -> Tensor:

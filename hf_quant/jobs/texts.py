@@ -141,7 +141,9 @@ def find_calibration(text: str | None, model: str) -> str | None:
     if text is None:
         beside = Path(model) / CALIBRATION
         return str(beside) if beside.is_file() else None
-    if Path(text).is_dir() or (Path(text).suffix in (".txt", ".jsonl", ".json", ".md") and not Path(text).is_file()):
+    if Path(text).is_dir() or (
+        Path(text).suffix in (".txt", ".jsonl", ".json", ".md", ".safetensors") and not Path(text).is_file()
+    ):
         raise HfQuantError(f"--calibration {text}: no such file{nearby(text)}")
     if not Path(text).is_file():
         need_datasets(text)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hf_quant.data.calibration import BUNDLED, calibration
 from hf_quant.data.text import BUNDLED as HELD
@@ -139,3 +140,16 @@ def test_an_overlap_is_seen_through_token_ids_and_line_endings() -> None:
 def test_no_tokens_at_all_is_refused() -> None:
     with pytest.raises(HfQuantError, match="calibration_tokens must be a whole number from 1, got 0"):
         calibration(None, Bytes(), 512, 0, 256)
+
+
+def test_token_ids_from_a_file(tmp_path: Path) -> None:
+    ids = torch.arange(64).view(4, 16)
+    save_file({"ids": ids}, tmp_path / "ids.safetensors")
+    data = calibration(str(tmp_path / "ids.safetensors"), None, 16, 64, 100)
+    assert data.ids.equal(ids) and data.name == "ids.safetensors"
+    assert data.sha256 == calibration(ids, None, 16, 64, 100).sha256
+    save_file({"ids": ids, "mask": ids.clone()}, tmp_path / "two.safetensors")
+    (tmp_path / "no.safetensors").write_bytes(b"no")
+    for name, what in {"two": "holds 2 tensors", "no": "no.safetensors", "away": "no such file"}.items():
+        with pytest.raises(HfQuantError, match=what):
+            calibration(str(tmp_path / f"{name}.safetensors"), None, 16, 64, 100)

@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -27,6 +29,8 @@ import torch
 Saved = Callable[..., Path]
 FIGURES: list[str] = []
 CELLS: list[dict[str, str]] = []  # of the matrix of hosts and schemes
+OUTCOMES: dict[str, Counter[str]] = {}  # by host, how many tests passed, failed and were skipped
+BEGUN = time.monotonic()
 
 
 def pytest_report_header() -> list[str]:
@@ -62,20 +66,29 @@ def cell(scheme: str, format: str, seen: str, device: str = "cpu") -> None:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Forget what a test noted that failed after all."""
+    """Count tests, and forget what one noted that failed after all."""
+    if report.when == "call" or not report.passed:
+        OUTCOMES.setdefault(host_of(report.nodeid), Counter())[report.outcome] += 1
     if report.failed:
         CELLS[:] = [entry for entry in CELLS if entry["test"] != report.nodeid]
+
+
+def host_of(test: str) -> str:
+    """The folder of a test: ``"peft"`` of ``"integrations/peft/test_peft.py::test_trainer"``."""
+    return Path(test.partition("::")[0]).parent.name
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write what was seen, where `integrations/try` asks for it."""
     if (folder := os.environ.get("HF_QUANT_RESULTS")) is not None:
-        hosts = {entry["test"].split("/")[1] for entry in CELLS}
-        for host in hosts:
-            seen = [{k: v for k, v in entry.items() if k != "test"} for entry in CELLS if f"/{host}/" in entry["test"]]
+        for host in {host_of(entry["test"]) for entry in CELLS}:
+            noted = [entry for entry in CELLS if host_of(entry["test"]) == host]
+            seen = [{k: v for k, v in entry.items() if k != "test"} for entry in noted]
             lines = [line.partition(": ")[2] for line in pytest_report_header() if line.startswith(f"{host}: ")]
             known = {"versions": [*lines, f"torch {torch.__version__}", f"transformers {version('transformers')}"]}
             known |= {"processor": _processor(), "date": f"{date.today():%Y-%m-%d}"}
+            known |= {outcome: OUTCOMES[host][outcome] for outcome in ("passed", "skipped", "failed")}
+            known |= {"seconds": round(time.monotonic() - BEGUN)}
             text = json.dumps(known | {"seen": sorted(seen, key=str)}, indent=1, ensure_ascii=False)
             (Path(folder) / f"{host}.json").write_text(text + "\n", encoding="utf-8")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from integrations.conftest import REFERENCE
+from integrations.conftest import REFERENCE, Saved, cell
 
 pytest.importorskip("huggingface_hub.cli.extensions", reason="this client has no extensions: integrations/try hf_cli")
 COMMAND = shutil.which("hf-quant", path=str(Path(sys.executable).parent))
@@ -41,9 +41,19 @@ def hf(tmp_path: Path) -> Any:
 
 def test_it_is_listed_and_runs(hf: Any) -> None:
     assert "someone/hf-quant" in hf("--help").stdout
+    assert "someone/hf-quant" in hf("extensions", "list").stdout
     done = hf("quant", "inspect", REFERENCE, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bytes"] > 30e6
+
+
+@pytest.mark.parametrize("to", ["native", "compressed-tensors"])
+def test_it_writes_what_hf_quant_writes(hf: Any, saved: Saved, tmp_path: Path, to: str) -> None:
+    done = hf("quant", "quantize", REFERENCE, "-o", tmp_path / "q", "--scheme", "W4A16-g128", "--format", to, "--no-eval")
+    assert done.returncode == 0, done.stderr
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "q" / name).read_bytes() == (saved("W4A16-g128", to) / name).read_bytes()
+    cell("W4A16-g128", to, "`hf quant` writes the same bytes")
 
 
 def test_it_keeps_the_exit_status(hf: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_quant import HfQuantConfig
-from integrations.conftest import REFERENCE, Saved, cell, of_ours, run
+from integrations.conftest import REFERENCE, Saved, cell, of_ours, run, written
 
 pytest.importorskip("optimum.quantization_base", reason="optimum is not installed: integrations/try optimum")
 adapter = pytest.importorskip("hf_quant_optimum", reason="pip install integrations/optimum")
@@ -31,7 +31,7 @@ def test_it_writes_what_hf_quant_writes(saved: Saved, tmp_path: Path) -> None:
     expected = saved("W4A16-g128", "compressed-tensors")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "q" / name).read_bytes() == (expected / name).read_bytes()
-    cell("W4A16-g128", "compressed-tensors", "quantized")
+    cell("W4A16-g128", "compressed-tensors", "`optimum-cli` writes the same bytes")
 
 
 def test_it_fails_as_hf_quant_fails(tmp_path: Path) -> None:
@@ -51,7 +51,7 @@ def test_the_quantizer(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "q")("a cell object").input_ids
     with pytest.raises(ValueError, match="not empty"):
         quantizer.quantize(tmp_path / "q")
-    cell("W3A16-g32, W8A16-g32", "compressed-tensors", "quantized")
+    cell("W3A16-g32, W8A16-g32", written(tmp_path / "q"), "`HfQuantizer` writes, same logits")
 
 
 def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:

@@ -162,7 +162,9 @@ def test_sft_trainer_and_back_onto_the_grid(scheme: str, tmp_path: Path) -> None
     )  # fmt: skip
     assert adapted[0] < 0.5 * start[0] and losses[-1] < 0.5 * losses[0]
     assert kl(adapted[1], merged["gptq"][1]) < kl(adapted[1], start[1])
-    cell(scheme, "native", "trained by SFTTrainer, merged")
+    seen = [f"SFTTrainer: loss {start[0]:.2f} to {adapted[0]:.2f}", "KL to it when merged"]
+    seen += [f"{how} {kl(adapted[1], logs):.2g}" for how, (_, logs) in merged.items()]
+    cell(scheme, "native", f"{seen[0]}; {seen[1]}: {', '.join(seen[2:])}")
 
 
 @pytest.mark.parametrize("scheme", ["W3A16-g32", "W2A16-g32-asym"])

@@ -103,6 +103,7 @@ def test_the_embedding_table_too(texts: Any, base: Any, tmp_path: Path) -> None:
     size = (tmp_path / "model.safetensors").stat().st_size
     record("W4A16-g32, embeddings too", cosine=mean, least=worst, found=share, bytes=size)
     assert mean > 0.94 and size < 18e6
+    cell("W4A16-g32, table of words too", written(tmp_path), f"cosine {mean:.4f}")
 
 
 def test_a_field_that_does_not_exist_is_refused() -> None:

@@ -1,8 +1,9 @@
-"""``transformers serve`` and ``pipeline`` on quantized checkpoints: neither is told anything of this package."""
+"""``transformers serve``, ``transformers chat`` and ``pipeline`` on quantized checkpoints: neither is told anything of this package."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -18,9 +19,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from transformers.utils.import_utils import is_serve_available
 
-from integrations.conftest import Saved, cell, of_ours
+from integrations.conftest import Saved, cell, of_ours, run
 
-COMMAND = [sys.executable, "-m", "transformers.cli.transformers", "serve"]
+CLI = [sys.executable, "-m", "transformers.cli.transformers"]
 PROMPT = "The following functions are provided to"
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"  # the reference model has none
 KINDS = [("W4A16-g128", "native"), ("W3A16-g128-o0.1%", "native"), ("W4A16-g128", "gptq")]
@@ -56,7 +57,7 @@ def server(folder: Path, tmp_path: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with (tmp_path / "log").open("w") as log:
-        arguments = [*COMMAND, str(folder), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+        arguments = [*CLI, "serve", str(folder), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
         process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT)
         try:
             for _ in range(600):
@@ -82,11 +83,15 @@ def test_served(server: str, folder: Path, request: pytest.FixtureRequest) -> No
     }
     answer = post(server, body)
     assert answer["choices"][0]["message"]["content"] == expected(folder)
-    cell(*request.node.callspec.params["folder"], "served")
+    words = [folder, server.removesuffix("/chat/completions"), "max_new_tokens=16", "do_sample=False"]
+    printed = run([*CLI, "chat", *words], input=f"{PROMPT}\nn\n!exit\n", env=os.environ | {"COLUMNS": "500"})
+    assert " ".join(expected(folder).split()) in " ".join(printed.split())
+    cell(*request.node.callspec.params["folder"], "served, same text there and by `transformers chat`")
 
 
-def test_pipeline(folder: Path) -> None:
+def test_pipeline(folder: Path, request: pytest.FixtureRequest) -> None:
     generator = pipeline("text-generation", model=str(folder))
     assert of_ours(generator.model) == 8 * 7
     made = generator(PROMPT, max_new_tokens=16, do_sample=False, return_full_text=False)
     assert made[0]["generated_text"] == expected(folder)
+    cell(*request.node.callspec.params["folder"], "pipeline, same text")

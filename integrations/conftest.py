@@ -84,8 +84,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         for host in {host_of(entry["test"]) for entry in CELLS}:
             noted = [entry for entry in CELLS if host_of(entry["test"]) == host]
             seen = [{k: v for k, v in entry.items() if k != "test"} for entry in noted]
-            lines = [line.partition(": ")[2] for line in pytest_report_header() if line.startswith(f"{host}: ")]
-            known = {"versions": [*lines, f"torch {torch.__version__}", f"transformers {version('transformers')}"]}
+            versions = [line.partition(": ")[2] for line in pytest_report_header() if line.startswith(f"{host}: ")]
+            versions += [f"torch {torch.__version__}", f"transformers {version('transformers')}"]
+            known: dict[str, Any] = {"versions": versions}
             known |= {"processor": _processor(), "date": f"{date.today():%Y-%m-%d}"}
             known |= {outcome: OUTCOMES[host][outcome] for outcome in ("passed", "skipped", "failed")}
             known |= {"seconds": round(time.monotonic() - BEGUN)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def test_a_model(kind: Any, folder: Path, scheme: str, tmp_path: Path) -> None:
     dense = again.dequantize()
     assert quantized(dense) == 0
     torch.testing.assert_close(output(dense), got, rtol=1e-3, atol=1e-3)
-    cell(scheme, "native", f"{kind.__name__.partition('2D')[0].removesuffix('Transformer')}: {100 * error:.2g} % error")
+    name = kind.__name__.partition("2D")[0].removesuffix("Transformer")
+    cell(scheme, "native", f"{name} {100 * error:.2g} % error")
 
 
 def test_a_pipeline(tmp_path: Path) -> None:
@@ -88,6 +90,16 @@ def test_a_pipeline(tmp_path: Path) -> None:
         generator = torch.Generator().manual_seed(0)
         images.append(made([1], num_inference_steps=2, generator=generator, output_type="np").images)
     assert (images[0] == images[1]).all()
+
+
+def test_another_version_of_the_host_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(diffusers, "__version__", "0.50.0")
+    for name in ("AUTO_QUANTIZATION_CONFIG_MAPPING", "AUTO_QUANTIZER_MAPPING"):  # a second run registers anew
+        monkeypatch.setattr(diffusers.quantizers.auto, name, {})
+    runpy.run_path(adapter.__file__)
+    assert "was tried with diffusers 0.42.x, and this is 0.50.0" in caplog.text
 
 
 def test_what_cannot_be_done_is_refused() -> None:

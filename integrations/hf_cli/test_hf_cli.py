@@ -49,7 +49,8 @@ def test_it_is_listed_and_runs(hf: Any) -> None:
 
 @pytest.mark.parametrize("to", ["native", "compressed-tensors"])
 def test_it_writes_what_hf_quant_writes(hf: Any, saved: Saved, tmp_path: Path, to: str) -> None:
-    done = hf("quant", "quantize", REFERENCE, "-o", tmp_path / "q", "--scheme", "W4A16-g128", "--format", to, "--no-eval")
+    options = ["--scheme", "W4A16-g128", "--format", to, "--no-eval"]
+    done = hf("quant", "quantize", REFERENCE, "-o", tmp_path / "q", *options)
     assert done.returncode == 0, done.stderr
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "q" / name).read_bytes() == (saved("W4A16-g128", to) / name).read_bytes()

@@ -78,6 +78,6 @@ def test_the_same_numbers_from_our_layers(
     assert of_ours(model) == 8 * 7
     assert numbers == native
     assert numbers["acc,none"] > 0.5, "it has learnt something"
-    accuracy, brier = numbers["acc,none"], numbers["brier_score,none"]
-    cell("W4A16-g32-asym", to, f"accuracy {accuracy:.3f}, Brier score {brier:.4f}, from {of_ours(model)} layers of ours")
+    seen = f"accuracy {numbers['acc,none']:.3f}, Brier score {numbers['brier_score,none']:.4f}"
+    cell("W4A16-g32-asym", to, f"{seen}, from {of_ours(model)} layers of ours")
     record(to, **numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from integrations.conftest import REFERENCE, Saved, cell, of_ours, run, written
 
 pytest.importorskip("optimum.quantization_base", reason="optimum is not installed: integrations/try optimum")
 adapter = pytest.importorskip("hf_quant_optimum", reason="pip install integrations/optimum")
-CLI = shutil.which("optimum-cli", path=str(Path(sys.executable).parent))
+CLI = str(shutil.which("optimum-cli", path=str(Path(sys.executable).parent)))
 
 
 def test_it_is_listed_and_costs_nothing_until_it_runs() -> None:
@@ -35,7 +36,7 @@ def test_it_writes_what_hf_quant_writes(saved: Saved, tmp_path: Path) -> None:
 
 
 def test_it_fails_as_hf_quant_fails(tmp_path: Path) -> None:
-    command = [CLI, "hf-quant", "quantize", REFERENCE, "-o", tmp_path / "q", "--scheme", "W5A16"]
+    command: list[str | Path] = [CLI, "hf-quant", "quantize", REFERENCE, "-o", tmp_path / "q", "--scheme", "W5A16"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "W5A16" in done.stderr and not (tmp_path / "q").exists()
 
@@ -52,6 +53,14 @@ def test_the_quantizer(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not empty"):
         quantizer.quantize(tmp_path / "q")
     cell("W3A16-g32, W8A16-g32", written(tmp_path / "q"), "`HfQuantizer` writes, same logits")
+
+
+def test_another_version_of_the_host_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.9.0")
+    runpy.run_path(adapter.__file__)
+    assert "was tried with optimum 2.3.x, and this is 2.9.0" in caplog.text
 
 
 def test_what_cannot_be_done_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,7 +98,7 @@ def trained(model: Any, folder: Path, steps: int = 10, rate: float = 1e-3) -> tu
     padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     rows = [{n: F.pad(t, (0, width - len(t)), value=padding[n]) for n, t in row.items()} for row in rows]
     arguments = TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=8, learning_rate=rate, report_to="none", save_strategy="no",
+        str(folder), max_steps=steps, per_device_train_batch_size=8, learning_rate=rate, report_to="none", save_strategy="no",
         use_cpu=True, logging_strategy="no", disable_tqdm=True, lr_scheduler_type="constant",
     )  # fmt: skip
     Trainer(model, arguments, train_dataset=rows).train()
@@ -151,7 +152,7 @@ def test_sft_trainer_and_back_onto_the_grid(scheme: str, tmp_path: Path) -> None
     same_grid, lost = merge_adapters(trainer.model)
     merged = {"the same grid": measured(same_grid, held)}
     for method in ("rtn", "gptq"):
-        options = {"calibration": facts(48, seed=2)} if method == "gptq" else {}
+        options: dict[str, Any] = {"calibration": facts(48, seed=2)} if method == "gptq" else {}
         config = HfQuantConfig(scheme, method=method, **options)
         new = adapter.merge_and_requantize(tmp_path / "model", tmp_path / "adapter", config)
         merged[method] = measured(new, held)
@@ -204,6 +205,14 @@ def test_the_start_is_the_best_of_its_rank(options: dict[str, Any], experts: Pat
                     m.model.layers[0].self_attn.get_submodule(name) for m in (model.base_model.model, base)
                 )
                 torch.testing.assert_close(layer(x), exact(x), rtol=1e-3, atol=1e-4)
+
+
+def test_another_version_of_the_host_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(peft, "__version__", "0.30.0")
+    runpy.run_path(adapter.__file__)
+    assert "was tried with PEFT 0.21.x, and this is 0.30.0" in caplog.text
 
 
 def test_fsdp2_shares_out_the_codes() -> None:

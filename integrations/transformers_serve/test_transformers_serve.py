@@ -31,7 +31,7 @@ def expected(folder: Path) -> str:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     made = model.generate(ids, max_new_tokens=16, do_sample=False, attention_mask=torch.ones_like(ids))
-    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+    return str(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def post(url: str, body: dict[str, Any]) -> Any:
@@ -86,7 +86,8 @@ def test_served(server: str, folder: Path, request: pytest.FixtureRequest) -> No
     words = [folder, server.removesuffix("/chat/completions"), "max_new_tokens=16", "do_sample=False"]
     printed = run([*CLI, "chat", *words], input=f"{PROMPT}\nn\n!exit\n", env=os.environ | {"COLUMNS": "500"})
     assert " ".join(expected(folder).split()) in " ".join(printed.split())
-    cell(*request.node.callspec.params["folder"], "served, same text there and by `transformers chat`")
+    scheme, to = request.node.callspec.params["folder"]
+    cell(scheme, to, "served, same text there and by `transformers chat`")
 
 
 def test_pipeline(folder: Path, request: pytest.FixtureRequest) -> None:
@@ -94,4 +95,5 @@ def test_pipeline(folder: Path, request: pytest.FixtureRequest) -> None:
     assert of_ours(generator.model) == 8 * 7
     made = generator(PROMPT, max_new_tokens=16, do_sample=False, return_full_text=False)
     assert made[0]["generated_text"] == expected(folder)
-    cell(*request.node.callspec.params["folder"], "pipeline, same text")
+    scheme, to = request.node.callspec.params["folder"]
+    cell(scheme, to, "pipeline, same text")

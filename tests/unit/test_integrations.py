@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import runpy
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,3 +49,13 @@ def test_the_page_is_what_the_tests_of_the_hosts_saw() -> None:
     seen = matrix["results"]()
     assert seen.keys() <= {host.name for host in HOSTS}
     assert (ROOT / "docs/hosts.md").read_text(encoding="utf-8") == matrix["page"](seen)
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.name)
+def test_an_adapter_was_tried_with_the_version_that_is_required(host: Path) -> None:
+    """Of another one the adapter warns."""
+    texts = [file.read_text() for file in host.rglob("src/**/*.py")]
+    tried = re.findall(r'^TRIED = "(.+)"$', "\n".join(texts), re.MULTILINE)
+    required = (host / "requirements.txt").read_text().split("==")[1]
+    assert len(tried) == (host / "pyproject.toml").is_file()
+    assert all(required.startswith(version) for version in tried)

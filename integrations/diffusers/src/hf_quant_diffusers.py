@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
 
+import diffusers
 import torch
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
@@ -16,6 +18,10 @@ from torch import Tensor, nn
 import hf_quant
 
 __all__ = ["HfQuantDiffusersConfig"]
+TRIED = "0.42."
+logger = logging.getLogger(__name__)
+if not diffusers.__version__.startswith(TRIED):
+    logger.warning("hf-quant-diffusers was tried with diffusers %sx, and this is %s", TRIED, diffusers.__version__)
 
 
 class Method(str, Enum):

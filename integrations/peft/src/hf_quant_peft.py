@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
@@ -16,6 +18,10 @@ from transformers.pytorch_utils import Conv1D
 import hf_quant
 
 __all__ = ["merge_and_requantize", "start_from_error"]
+TRIED = "0.21."
+logger = logging.getLogger(__name__)
+if not peft.__version__.startswith(TRIED):
+    logger.warning("hf-quant-peft was tried with PEFT %sx, and this is %s", TRIED, peft.__version__)
 
 
 @torch.no_grad()
@@ -37,7 +43,8 @@ def start_from_error(model: PeftModel, base: nn.Module, adapter: str = "default"
         ValueError: The model has no LoRA adapter of that name, or one on embeddings.
     """
     left = {}
-    for name, layer in model.base_model.model.named_modules():
+    whole: Any = model.base_model.model
+    for name, layer in whole.named_modules():
         if not isinstance(layer, LoraLayer) or adapter not in layer.r:
             continue
         if adapter not in layer.lora_A:

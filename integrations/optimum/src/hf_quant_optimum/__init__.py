@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,10 @@ from transformers import AutoTokenizer
 import hf_quant
 
 __all__ = ["HfQuantizer"]
+TRIED = "2.3."
 logger = logging.getLogger(__name__)
+if not (found := importlib.metadata.version("optimum")).startswith(TRIED):
+    logger.warning("hf-quant-optimum was tried with optimum %sx, and this is %s", TRIED, found)
 
 
 class HfQuantizer(OptimumQuantizer):

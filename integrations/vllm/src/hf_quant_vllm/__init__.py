@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 __all__ = ["register"]
-TRIED = ("0.32.",)
+TRIED = "0.32."
 logger = logging.getLogger("vllm.hf_quant")
 
 
@@ -17,6 +17,5 @@ def register() -> None:
     from hf_quant_vllm.config import VllmConfig
 
     if not vllm.__version__.startswith(TRIED):
-        tried = " and ".join(f"{version}x" for version in TRIED)
-        logger.warning("hf-quant-vllm was tried with vLLM %s, and this is %s", tried, vllm.__version__)
+        logger.warning("hf-quant-vllm was tried with vLLM %sx, and this is %s", TRIED, vllm.__version__)
     register_quantization_config("hf_quant")(VllmConfig)

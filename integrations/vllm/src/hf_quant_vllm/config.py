@@ -72,9 +72,11 @@ class VllmConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             path = prefix.removesuffix(".routed_experts")
             first, second = self._of_stack(path, FIRST), self._of_stack(path, ("down_proj",))
-            if (first is None) != (second is None):
+            if first is None and second is None:
+                return None
+            if first is None or second is None:
                 raise hf_quant.HfQuantError(f"{prefix}: one stack of its experts is quantized and the other is not")
-            return ExpertsMethod(first, second, layer) if first is not None else None
+            return ExpertsMethod(first, second, layer)
         scheme = self.scheme_of(prefix) if isinstance(layer, ParallelLMHead) else None
         return HeadMethod([scheme], prefix) if scheme is not None else None
 

@@ -27,7 +27,7 @@ class ExpertsMethod(FusedMoEMethodBase):
         HfQuantError: Its experts are of a kind that is not run here.
     """
 
-    def __init__(self, first: str, second: str | None, layer: Any) -> None:
+    def __init__(self, first: str, second: str, layer: Any) -> None:
         super().__init__(layer.moe_config)
         self.schemes = {"w1": first, "w3": first, "w2": second}
 

@@ -53,8 +53,8 @@ class LinearMethod(LinearMethodBase):
             tensors = {name: tensor.to(device) for name, tensor in arrived[shard].items()}
             parts += self._parts(layer, shard, built(tensors, scheme, layer.kind, f"{self.prefix} {shard or ''}"))
         layer.arrived = None
-        same = all(isinstance(part, hf_quant.QuantLinear) for part in parts)
-        whole = hf_quant.QuantLinear.joined(parts) if same and len(parts) > 1 else None
+        quantized = [part for part in parts if isinstance(part, hf_quant.QuantLinear)]
+        whole = hf_quant.QuantLinear.joined(quantized) if len(quantized) == len(parts) > 1 else None
         layer.pieces = nn.ModuleList([whole] if whole is not None else parts)
 
     def _parts(self, layer: Any, shard: Any, whole: nn.Linear) -> list[nn.Linear]:

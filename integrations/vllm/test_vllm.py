@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from integrations.conftest import REFERENCE, cell, of_ours, record
+from integrations.conftest import REFERENCE, cell, of_ours, record, run
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed: integrations/try vllm")
 adapter = pytest.importorskip("hf_quant_vllm", reason="pip install integrations/vllm")
@@ -263,6 +263,21 @@ def test_ranks_share_each_layer(size: int, made: Made, monkeypatch: pytest.Monke
             summed += inner.quant_method.apply(inner, mine)
     torch.testing.assert_close(summed, attention.o_proj(x), rtol=1e-3, atol=1e-3)
     cell(f"{scheme}, W8A16-g128, W3A16-g64-o1%", "native", f"layers shared by {size} ranks")
+
+
+def test_two_ranks_through_the_whole_engine(made: Made) -> None:
+    """In processes that are spawned: forked from one that has computed, they wait for threads that they do not have."""
+    scheme = "W3A16-g64-asym-o0.5%"
+    folder = made(scheme)
+    options = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    options |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    command = [sys.executable, Path(__file__).with_name("ranks.py"), folder, 2, LENGTH]
+    printed = run(command, input=json.dumps(PROMPTS), env=os.environ | options)
+    answers = json.loads(printed.strip().splitlines()[-1])
+    equal = sum(one == other for one, other in zip(answers, expected(folder), strict=True))
+    record(f"two ranks, native {scheme}", equal=f"{equal} of {len(PROMPTS)}")
+    assert equal == len(PROMPTS)
+    cell(scheme, "native", f"served by 2 ranks, {equal} of {len(PROMPTS)} equal")
 
 
 def test_another_version_of_the_host_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import sys
 
 
 def main() -> None:
-    """Print the greedy continuations as the last line."""
+    """Print the greedy continuations in a line of their own."""
     from vllm import LLM, SamplingParams
 
     host = LLM(

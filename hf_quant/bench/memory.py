@@ -91,7 +91,7 @@ def _main(model: str, load: dict[str, Any]) -> None:
     from transformers import logging
 
     from hf_quant.hf import load as load_model
-    from hf_quant.hf.auto import class_of, config_of, hub_options
+    from hf_quant.hf.auto import class_of, config_of, hub_options, vocabulary_of
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     hub = hub_options(load)
@@ -103,7 +103,7 @@ def _main(model: str, load: dict[str, Any]) -> None:
     seconds = time.perf_counter() - start
     device = loaded.device
     with torch.inference_mode():
-        loaded(torch.arange(128, device=device)[None] % loaded.config.get_text_config().vocab_size)
+        loaded(torch.arange(128, device=device)[None] % vocabulary_of(loaded.config))
     peak = watch.stop()
     if device.type != "cpu":
         peak = torch.get_device_module(device).max_memory_allocated(device)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hf_quant.hf._compat import cache_argument
+from hf_quant.hf.auto import vocabulary_of
 from hf_quant.hf.kv_cache import cache_bytes
 
 WARM_UP = 1
@@ -51,7 +52,7 @@ class Speed:
 @torch.inference_mode()
 def once(model: Any, batch: int, prompt: int, new: int, cache: str | None = None) -> tuple[float, float, int]:
     """Seconds to the first token, seconds for the ``new - 1`` tokens that follow (greedy, with a cache), and the cache's bytes."""
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = vocabulary_of(model.config)
     ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(model.device)
     _wait(model)
     start = time.perf_counter()

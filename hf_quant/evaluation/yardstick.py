@@ -22,7 +22,7 @@ from hf_quant.evaluation.reference import Progress, Reference, cached_reference
 from hf_quant.evaluation.results import Quality
 from hf_quant.hf import load
 from hf_quant.hf._hooks import attention_of
-from hf_quant.hf.auto import class_of, config_of, hub_options
+from hf_quant.hf.auto import class_of, config_of, hub_options, vocabulary_of
 from hf_quant.hf.loading import skeleton
 
 CONTEXT = 512
@@ -97,8 +97,7 @@ class Base:
 
     def vocabulary(self) -> int:
         """The number of token ids."""
-        size: int = config_of(self.model, **self._hub()).get_text_config().vocab_size
-        return size
+        return vocabulary_of(config_of(self.model, **self._hub()))
 
     def causal(self) -> bool:
         """Whether it predicts next tokens; otherwise it is measured as an encoder."""

@@ -23,6 +23,7 @@ HUB = (
     "revision", "code_revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download",
     "trust_remote_code",
 )  # fmt: skip
+CHARACTERS = 0x110000  # code points of Unicode
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 CODE = (
     "is defined by code in the checkpoint, which is run only where you trust it: "
@@ -101,6 +102,12 @@ def class_of(config: PretrainedConfig, **hub: Any) -> Any:
     kind: Any = get_class_from_dynamic_module(references[auto], str(config.name_or_path), **options)
     kind.register_for_auto_class(auto)  # `save_pretrained` then copies its code
     return kind
+
+
+def vocabulary_of(config: Any) -> int:
+    """The number of token ids; a model without a vocabulary, such as CANINE, reads code points of Unicode."""
+    sizes = (getattr(part, "vocab_size", None) for part in (config.get_text_config(), config))
+    return next((size for size in sizes if isinstance(size, int) and size > 0), CHARACTERS)
 
 
 def refuse_other_inputs(model: str, **hub: Any) -> None:

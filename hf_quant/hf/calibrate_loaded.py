@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_quant.data.calibration import Calibration, calibration
 from hf_quant.errors import CheckpointError, HfQuantError
-from hf_quant.hf.auto import tokenizer_of
+from hf_quant.hf.auto import tokenizer_of, vocabulary_of
 from hf_quant.hf.blocks import Around, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
@@ -42,9 +42,9 @@ def data_for(config: HfQuantConfig, model: Any) -> Calibration:
         tokenizer = tokenizer_of(model.config.name_or_path, trust_remote_code=own_code)
     if tokenizer is None and not ids:
         raise HfQuantError("calibration: no tokenizer beside the model, pass token ids instead")
-    text = model.config.get_text_config()
+    vocabulary = vocabulary_of(model.config)
     return calibration(
-        config.calibration, tokenizer, context_of(model.config), config.calibration_tokens, text.vocab_size
+        config.calibration, tokenizer, context_of(model.config), config.calibration_tokens, vocabulary
     )
 
 

@@ -19,7 +19,7 @@ from hf_quant.errors import PlanError
 from hf_quant.formats import known_methods
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf._hooks import build
-from hf_quant.hf.auto import class_of, config_of, hub_options
+from hf_quant.hf.auto import class_of, config_of, hub_options, vocabulary_of
 from hf_quant.hf.config import HfQuantConfig, quantized_already, taken_over
 from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, make_plan
@@ -141,7 +141,7 @@ def skeleton(model: str, *, weights: Checkpoint | None = None, **hub: Any) -> An
 
 def sample_logits(model: Any) -> Tensor:
     """Logits of a few tokens ``[1, 16, vocab]``, or the first output of a model without logits: to compare models."""
-    ids = torch.arange(3, 19, device=model.device)[None] % model.config.get_text_config().vocab_size
+    ids = torch.arange(3, 19, device=model.device)[None] % vocabulary_of(model.config)
     extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, **extra)[0]

@@ -21,10 +21,10 @@ ROUNDED = [
 ]  # fmt: skip
 CALIBRATED = [
     # an encoder before a decoder; a position bias that the first block computes; cross-attention that no text reaches; an encoder;
-    # a classifier; the text decoder of a vision-language model; layers outside the blocks
+    # a classifier; the text decoder of a vision-language model; layers outside the blocks; characters in place of a vocabulary
     ("bart", "BartForConditionalGeneration"), ("t5", "T5ForConditionalGeneration"), ("bart", "BartForCausalLM"),
     ("bert", "BertForSequenceClassification"), ("llava", "LlavaForConditionalGeneration"),
-    ("gemma4_text", "Gemma4ForCausalLM"),
+    ("gemma4_text", "Gemma4ForCausalLM"), ("canine", "CanineForSequenceClassification"),
 ]  # fmt: skip
 
 

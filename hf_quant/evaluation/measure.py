@@ -1,4 +1,4 @@
-"""Measures a causal language model against its base, on the same held-out text.
+"""Measures a model that predicts next tokens against its base, on the same held-out text.
 
 The outputs of the base are computed once and stored on disk (`reference`), so the two models are never in memory together.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.bootstrap import interval, sums
 from hf_quant.evaluation.metrics import all_metrics
-from hf_quant.evaluation.reference import Part, Progress, Reference, log_probabilities, require_causal
+from hf_quant.evaluation.reference import Part, Progress, Reference, log_probabilities, require_predictions
 from hf_quant.evaluation.results import FEWEST_DOCUMENTS, Estimate, Quality
 
 
@@ -24,12 +24,12 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
     """Measure ``model`` against a base.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, or an encoder with its decoder.
         reference: The stored outputs of the base on a text.
         progress: Wraps the list of batches, for a progress bar.
 
     Raises:
-        HfQuantError: The vocabularies differ, the model is not a causal language model, or logits are not finite.
+        HfQuantError: The vocabularies differ, the model does not predict next tokens, or logits are not finite.
     """
     values, variances = token_values(model, reference, progress)
     windows, noise = reference.windows, reference.meta["noise"]
@@ -47,7 +47,7 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
     }
     tokens = int(windows.scored.sum())
     return Quality(
-        kind="causal", tokens=tokens, documents=len(document.unique()), resampled=resampled(document),
+        kind="seq2seq" if getattr(model.config, "is_encoder_decoder", False) else "causal", tokens=tokens, documents=len(document.unique()), resampled=resampled(document),
         context=windows.ids.shape[1], stride=windows.stride, text_sha256=windows.sha256, dtype=str(model.dtype).removeprefix("torch."),
         base_dtype=reference.meta["base_dtype"], metrics=metrics, quantiles=quantiles,
         kl_error=3 * math.sqrt(variances["kl"].sum().item()) / tokens,
@@ -103,7 +103,7 @@ def token_values(
     Raises:
         HfQuantError: As for `evaluate`.
     """
-    require_causal(model)
+    require_predictions(model)
     values: dict[str, list[Tensor]] = {}
     variances: dict[str, list[Tensor]] = {}
     batch = reference.meta["batch"]

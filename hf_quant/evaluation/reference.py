@@ -24,6 +24,7 @@ from hf_quant.data.text import Windows
 from hf_quant.disk.atomic import write_json
 from hf_quant.disk.folders import staged
 from hf_quant.errors import HfQuantError
+from hf_quant.evaluation import seq2seq
 from hf_quant.evaluation.metrics import BaseTokens
 from hf_quant.evaluation.metrics.kl import log_mass_without
 
@@ -121,15 +122,15 @@ def cached_reference(
     return Reference(folder, windows, computed.meta)
 
 
-def require_causal(model: Any) -> None:
+def require_predictions(model: Any) -> None:
     """Raise an `HfQuantError` if ``model`` does not predict next tokens."""
-    if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
-        raise HfQuantError(f"{type(model).__name__} is no causal language model")
+    if not model.can_generate():
+        raise HfQuantError(f"{type(model).__name__} predicts no next tokens")
 
 
 @torch.inference_mode()
 def _compute(model: Any, folder: Path, windows: Windows, dtype: torch.dtype, progress: Progress) -> Reference:
-    require_causal(model)
+    require_predictions(model)
     vocabulary = model.config.get_text_config().vocab_size
     batch = max(1, LOGITS // (windows.ids.shape[1] * vocabulary * 4))
     draw = torch.Generator().manual_seed(0)
@@ -151,23 +152,31 @@ def log_probabilities(model: Any, ids: Tensor, scored: Tensor, first: int) -> Te
     """Log-probabilities of the next token at the scored positions: float64 ``[P, V]`` on the CPU; -inf for masked tokens.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, or an encoder and its decoder.
         ids: ``[B, T]``.
-        scored: bool ``[B, T - 1]``.
+        scored: bool ``[B, T - 1]``; for an encoder-decoder as `seq2seq.second_halves` makes it.
         first: Number of the first window, for the message.
 
     Raises:
         HfQuantError: Logits are not finite (-inf is allowed: it masks a token, as padding of the vocabulary is masked);
             names the window and the module that gave the first such value.
     """
-    logits = model(ids.to(model.device), use_cache=False).logits[:, :-1]
+    logits, scored = _logits(model, ids.to(model.device), scored)
     bad = (logits.isnan() | (logits == torch.inf) | (logits == -torch.inf).all(-1, True)).flatten(1).any(1).nonzero()
     if len(bad):
         at = int(bad[0])
-        origin = first_not_finite(model, ids[at : at + 1])
+        origin = first_not_finite(model, ids[at : at + 1].to(model.device))
         raise HfQuantError(f"logits of {type(model).__name__} are not finite in window {first + at}: {origin}")
     picked: Tensor = logits[scored.to(logits.device)]
     return picked.cpu().double().log_softmax(-1)  # on the CPU, since not every device has float64
+
+
+def _logits(model: Any, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of tokens of a window that follow others, and which of them are scored."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        given, first = seq2seq.halves(ids, model.config)
+        return model(**given, use_cache=False).logits, scored[:, first - 1 :]
+    return model(ids, use_cache=False).logits[:, :-1], scored
 
 
 def first_not_finite(model: Any, ids: Tensor) -> str:
@@ -184,7 +193,7 @@ def first_not_finite(model: Any, ids: Tensor) -> str:
     leaves = [(name, m) for name, m in model.named_modules() if not next(m.children(), None)]
     handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
     try:
-        model(ids.to(model.device), use_cache=False)
+        _logits(model, ids, ids)
     finally:
         for handle in handles:
             handle.remove()

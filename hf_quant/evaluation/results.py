@@ -36,7 +36,8 @@ class Quality:
     """The quality of a model against its base on one text.
 
     Attributes:
-        kind: ``"causal"`` (next-token distributions) or ``"encoder"`` (embeddings).
+        kind: ``"causal"`` (next-token distributions), ``"seq2seq"`` (those of a decoder beside an encoder) or ``"encoder"``
+            (embeddings).
         tokens: Number of predictions measured; for encoders, of tokens read.
         documents: Number of documents that they come from.
         resampled: ``"documents"``, the units of the intervals; None where there are too few for intervals. Older records also

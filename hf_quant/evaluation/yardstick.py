@@ -20,6 +20,7 @@ from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passage
 from hf_quant.evaluation.measure import evaluate, means
 from hf_quant.evaluation.reference import Progress, Reference, cached_reference
 from hf_quant.evaluation.results import Quality
+from hf_quant.evaluation.seq2seq import second_halves
 from hf_quant.hf import load
 from hf_quant.hf._hooks import attention_of
 from hf_quant.hf.auto import class_of, config_of, hub_options, vocabulary_of
@@ -99,12 +100,16 @@ class Base:
         """The number of token ids."""
         return vocabulary_of(config_of(self.model, **self._hub()))
 
-    def causal(self) -> bool:
+    def predicts(self) -> bool:
         """Whether it predicts next tokens; otherwise it is measured as an encoder."""
-        config = config_of(self.model, **self._hub())
-        return bool(class_of(config, **self._hub()).can_generate()) and not getattr(
-            config, "is_encoder_decoder", False
-        )
+        return bool(class_of(config_of(self.model, **self._hub()), **self._hub()).can_generate())
+
+    def causal(self) -> bool:
+        """Whether it predicts next tokens without an encoder beside it."""
+        return self.predicts() and not self._seq2seq()
+
+    def _seq2seq(self) -> bool:
+        return bool(getattr(config_of(self.model, **self._hub()), "is_encoder_decoder", False))
 
     def reference(
         self, tokenizer: Any, text: str, *, context: int | None = None, stride: int | None = None,
@@ -124,7 +129,11 @@ class Base:
             progress: Wraps lists of batches.
             cache: Folder of stored outputs; None for a folder in the Hugging Face cache.
         """
-        text_windows = windows(tokenizer, text, context or self.context(), max_tokens, stride)
+        if self._seq2seq():  # one half of every window is scored
+            max_tokens = None if max_tokens is None else 2 * max_tokens
+            text_windows = second_halves(windows(tokenizer, text, context or self.context(), max_tokens, stride))
+        else:
+            text_windows = windows(tokenizer, text, context or self.context(), max_tokens, stride)
         return self.reference_on(text_windows, noise=noise, say=say, progress=progress, cache=cache)
 
     def reference_on(
@@ -160,7 +169,7 @@ def yardstick(
         progress: Wraps lists of batches.
         cache: Folder of stored outputs; None for a folder in the Hugging Face cache.
     """
-    if not base.causal():
+    if not base.predicts():
         context = context or base.context()
         texts = passages(tokenizer, text, context, max_tokens)
         base_result = base_outputs(base.load, texts, base.dtype, progress)

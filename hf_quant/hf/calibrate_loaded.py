@@ -43,9 +43,7 @@ def data_for(config: HfQuantConfig, model: Any) -> Calibration:
     if tokenizer is None and not ids:
         raise HfQuantError("calibration: no tokenizer beside the model, pass token ids instead")
     vocabulary = vocabulary_of(model.config)
-    return calibration(
-        config.calibration, tokenizer, context_of(model.config), config.calibration_tokens, vocabulary
-    )
+    return calibration(config.calibration, tokenizer, context_of(model.config), config.calibration_tokens, vocabulary)
 
 
 class Place(Protocol):

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_quant.evaluation.gate import Gate
     from hf_quant.evaluation.layers import LayerError
     from hf_quant.evaluation.results import Quality
+    from hf_quant.jobs.tune import Tuning
 
 TOKENS = 32768  # measured by default: enough for intervals, and soon done
 
@@ -91,7 +92,7 @@ class QuantizedModel(Result):
         return ("scheme", "MB", "bits/weight", "quantized", "perplexity", "KL (nats)", "95 % interval", "top-1", "seconds")  # fmt: skip
 
     def rows(self) -> Iterator[Row]:
-        of = self.quality.metrics if self.quality is not None and self.quality.kind == "causal" else {}
+        of = self.quality.metrics if self.quality is not None and self.quality.kind != "encoder" else {}
         base = f"{of['base_perplexity'].value:.3f}" if of else "-"
         yield "base", f"{self.base_bytes / 1e6:.1f}", "-", "-", base, "-", "-", "-", "-"
         size = (f"{self.bytes / 1e6:.1f}", f"{self.bits_per_weight:.2f}", f"{self.share_quantized:.1%}")
@@ -244,7 +245,6 @@ def quantize(
     from hf_quant.hf.loading import refuse_quantized
     from hf_quant.jobs.compress import Job, compress
     from hf_quant.jobs.grids import grid_of
-    from hf_quant.jobs.tune import Tuning
     from hf_quant.solve.ranks import Ranks
 
     plans = configs(
@@ -277,7 +277,7 @@ def quantize(
             measure = how.yardstick(model, content, tokenizer, report, device=device, **from_hub)
         job = Job(
             model, given, shard, overwrite, report.say, tokenizer, gate, measure, looked_at, report.over("blocks"), memory,
-            ranks, inputs, Tuning() if tune else None, stage=report.stage,
+            ranks, inputs, _tuning(tune and method == "learned", model, from_hub, report), stage=report.stage,
         )  # fmt: skip
         with resumable(
             {out: plan.scheme for plan, out in zip(plans, outs, strict=True)}, "the finished blocks", report
@@ -290,6 +290,17 @@ def quantize(
             remember(quantized.folder, model)
         generated = _continue(models[-1].folder, prompt, tokenizer, trust_remote_code) if prompt else None
     return QuantizeResult(model, models, name, generated)
+
+
+def _tuning(wanted: bool, model: str, from_hub: dict[str, Any], report: Reporter) -> Tuning | None:
+    """How scales are trained end to end; None where that is not wanted, or the model is no causal language model."""
+    from hf_quant.evaluation.yardstick import Base
+    from hf_quant.jobs.tune import Tuning
+
+    if wanted and not Base(model, **from_hub).causal():
+        report.say("the scales are learned block by block, not end to end too: this is no causal language model")
+        return None
+    return Tuning() if wanted else None
 
 
 def _silent(_line: str) -> None:

@@ -26,6 +26,11 @@ from hf_quant.publish.source import metadata
 CARD, ASSETS = "README.md", "assets"
 MARK = "<sub>Written by hf-quant from `recipe.json` and `results.json`"  # the last line of the template
 SHOWN = 12  # layers with the largest errors
+TASKS = {  # of the Hub, by `Quality.kind`
+    "causal": {"type": "text-generation", "name": "Text generation"},
+    "seq2seq": {"type": "text2text-generation", "name": "Text2text generation"},
+    "encoder": {"type": "feature-extraction"},
+}
 
 
 # -- facts ------------------------------------------------------------------------------------------------------------
@@ -122,7 +127,6 @@ def card_data(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str
 
 
 def _model_index(recipe: Mapping[str, Any], quality: Mapping[str, Any]) -> list[dict[str, Any]]:
-    causal = quality["kind"] == "causal"
     metrics = [
         {
             "type": "kl_divergence" if name == "kl" else name, "value": metric["value"],
@@ -131,7 +135,7 @@ def _model_index(recipe: Mapping[str, Any], quality: Mapping[str, Any]) -> list[
         }
         for name, metric in quality["metrics"].items() if name != "base_perplexity"
     ]  # fmt: skip
-    task = {"type": "text-generation", "name": "Text generation"} if causal else {"type": "feature-extraction"}
+    task = TASKS[quality["kind"]]
     dataset = {"type": "text", "name": f"held-out text, sha256 of the token ids {quality['text_sha256'][:12]}"}
     return [
         {"name": line(sentences.title(recipe)), "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}

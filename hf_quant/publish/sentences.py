@@ -36,6 +36,12 @@ TITLES = {
     "logits_cosine": ("cosine of logits", "ratio"),
 }
 
+AUTO = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "encoder": "AutoModel",
+}  # by `Quality.kind`
+
 
 def title(recipe: Mapping[str, Any]) -> str:
     """Title of the card: the repository, or the base and its quantization."""
@@ -131,7 +137,7 @@ def loading(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     kind = (results.get("quality") or {}).get("kind")
     if kind is None:
         return f"import hf_quant\n\nmodel = hf_quant.load({where})"
-    auto = "AutoModelForCausalLM" if kind == "causal" else "AutoModel"
+    auto = AUTO[kind]
     return (
         f"from transformers import {auto}, AutoTokenizer\n\nmodel = {auto}.from_pretrained({where})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({where})"

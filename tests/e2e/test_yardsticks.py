@@ -63,6 +63,21 @@ def test_int8_activations_are_calibrated_at_every_width(folders: Any, tmp_path: 
 
 @pytest.mark.parametrize("method", ["rtn", "calibrated"])
 def test_an_encoder_decoder(method: str, folders: Any, tmp_path: Path) -> None:
-    args = ("quantize", folders("seq2seq"), "-o", tmp_path / "q", "--scheme", "W4A16-g32", "--no-eval", "-q")
+    args = (
+        "quantize",
+        folders("seq2seq"),
+        "-o",
+        tmp_path / "q",
+        "--scheme",
+        "W4A16-g32",
+        "--eval",
+        "--max-tokens",
+        512,
+        "-q",
+    )
     run(*args, "--method", method, *(("--calibration-tokens", 1024) if method == "calibrated" else ()))
     run("verify", tmp_path / "q", "-q")
+    quality = json.loads((tmp_path / "q" / "results.json").read_text())["quality"]
+    assert quality["kind"] == "seq2seq" and 0 < quality["metrics"]["kl"]["value"] < 1
+    run("card", "build", tmp_path / "q")
+    assert "AutoModelForSeq2SeqLM" in (tmp_path / "q" / "README.md").read_text()

@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5Model
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Model,
+)
 
 import hf_quant.evaluation.metrics as metrics_folder
 from hf_quant.checkpoint.folder import Checkpoint
@@ -24,6 +33,7 @@ from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.measure import evaluate, means
 from hf_quant.evaluation.reference import Reference, cached_reference
 from hf_quant.evaluation.results import Estimate, Quality, why_no_interval
+from hf_quant.evaluation.seq2seq import second_halves
 from hf_quant.hf import HfQuantConfig, load
 
 
@@ -351,4 +361,31 @@ def test_the_broken_layer_comes_first(tmp_path: Path) -> None:
         first.layer == name
         and first.error == pytest.approx(1, abs=0.05)
         and first.sqnr_db == pytest.approx(0, abs=0.5)
+    )
+
+
+def test_a_decoder_beside_an_encoder_predicts_the_second_half(tmp_path: Path) -> None:
+    """Against a loop over windows, with all logits in float64; the encoder reads what the decoder is not asked for."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    base = T5ForConditionalGeneration(config).eval()
+    model, text = near(base, 0.3), second_halves(windows(letters, TEXT, 32))
+    reference = cached_reference(
+        lambda dtype: copy.deepcopy(base).to(dtype), "base", text, cache=tmp_path, base_dtype=torch.float32, noise=None,
+        say=print,
+    )  # fmt: skip
+    got = evaluate(model, reference)
+    lost = []
+    for ids in text.ids:
+        given = {
+            "input_ids": ids[None, :16],
+            "decoder_input_ids": torch.cat([torch.zeros(1).long(), ids[16:-1]])[None],
+        }
+        with torch.no_grad():
+            p, q = (one(**given).logits[0].double().log_softmax(-1) for one in (base, model))
+        lost.append((p.exp() * (p - q)).sum(-1))
+    assert got.kind == "seq2seq" and got.tokens == 16 * len(text.ids)
+    assert (
+        got.metrics["kl"].value == pytest.approx(torch.cat(lost).mean().item(), rel=1e-4)
+        and got.metrics["kl"].value > 0.01
     )

@@ -1,0 +1,30 @@
+"""How an encoder with a decoder is measured: the encoder reads the first half of a window, the decoder predicts the second."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_quant.data.text import Windows
+
+
+def halves(ids: Tensor, config: Any) -> tuple[dict[str, Tensor], int]:
+    """The arguments of the model for windows ``[B, T]``, and the position of the first token that it predicts.
+
+    The decoder is given the second half one place further on, after the token that it starts with (teacher forcing).
+    """
+    first = ids.shape[1] // 2
+    start = getattr(config, "decoder_start_token_id", None) or 0
+    target = ids[:, first:]
+    shifted = torch.cat([torch.full_like(target[:, :1], start), target[:, :-1]], dim=1)
+    return {"input_ids": ids[:, :first], "decoder_input_ids": shifted}, first
+
+
+def second_halves(windows: Windows) -> Windows:
+    """The windows with only those tokens scored that the decoder predicts."""
+    scored = windows.scored.clone()
+    scored[:, : windows.ids.shape[1] // 2 - 1] = False
+    return replace(windows, scored=scored)

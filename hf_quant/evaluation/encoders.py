@@ -1,4 +1,7 @@
-"""What quantization costs an encoder: cosine similarity of its sentence embeddings and logits to those of the base."""
+"""What quantization costs an encoder: cosine similarity of its sentence embeddings and logits to those of the base.
+
+Of a classifier, and of a model that predicts masked tokens, also the share of predictions that stay the same.
+"""
 
 from __future__ import annotations
 
@@ -86,13 +89,24 @@ def outputs(model: Any, texts: Passages, progress: Progress = iter) -> dict[str,
     return {name: values for name, values in collected.items() if values}
 
 
-def _cosines(base: dict[str, list[Tensor]], model: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+def measures_of(base: dict[str, list[Tensor]]) -> list[str]:
+    """The measures that the `outputs` of a base allow."""
+    several = "logits_cosine" in base and base["logits_cosine"][0].shape[-1] > 1
+    return [*base, "top1"] if several else list(base)
+
+
+def _compared(base: dict[str, list[Tensor]], model: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Each measure for each passage, ``[D]``."""
     if {n: v[0].shape for n, v in base.items()} != {n: v[0].shape for n, v in model.items()}:
         raise HfQuantError("the outputs differ in shape from the base's")
-    return {
+    compared = {
         name: torch.stack([_cosine(p, q) for p, q in zip(values, model[name], strict=True)])
         for name, values in base.items()
     }
+    if "top1" in measures_of(base):
+        logits = zip(base["logits_cosine"], model["logits_cosine"], strict=True)
+        compared["top1"] = torch.stack([(p.argmax(-1) == q.argmax(-1)).double().mean() for p, q in logits])
+    return compared
 
 
 def _cosine(p: Tensor, q: Tensor) -> Tensor:
@@ -104,7 +118,7 @@ def base_outputs(load_base: Load, texts: Passages, dtype: torch.dtype, progress:
     exact = outputs(load_base(dtype), texts, progress)
     noise: dict[str, float] = {}
     if dtype is not torch.bfloat16:
-        coarse = _cosines(exact, outputs(load_base(torch.bfloat16), texts, progress))
+        coarse = _compared(exact, outputs(load_base(torch.bfloat16), texts, progress))
         noise = {name: values.mean().item() for name, values in coarse.items()}
     return {"outputs": exact, "dtype": str(dtype).removeprefix("torch."), "noise": noise}
 
@@ -126,7 +140,7 @@ def evaluate_encoder(
     """
     metrics = {
         name: estimate(values, texts.document, noise=base["noise"].get(name), ideal=1, most=1)
-        for name, values in _cosines(base["outputs"], outputs(model, texts, progress)).items()
+        for name, values in _compared(base["outputs"], outputs(model, texts, progress)).items()
     }
     return Quality(
         kind="encoder", tokens=sum(i.shape[1] for i in texts.ids), documents=len(texts.document.unique()),

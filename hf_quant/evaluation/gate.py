@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,19 +67,11 @@ class Budget:
         Raises:
             HfQuantError: A limited metric was not measured, as KL divergence for an encoder.
         """
-        checks = (
-            ("kl", "KL", self.max_kl, 0.0, 1),
-            ("perplexity_ratio", "the increase of perplexity", self.max_ppl_increase, 1.0, 1),
-            ("top1", "top-1 agreement", self.min_top1, 0.0, -1),
-        )
         if self and quality.tokens < 1:
             return ["nothing was measured: 0 tokens"]
+        self.refuse_unmeasured(quality.metrics, f"{quality.kind} models")
         sentences = []
-        for name, title, limit, offset, sign in checks:
-            if limit is None:
-                continue
-            if name not in quality.metrics:
-                raise HfQuantError(f"the gate asks for {title}, which is not measured for {quality.kind} models")
+        for name, title, limit, offset, sign in self._limits():
             measured = quality.metrics[name]
             judged = unfavourable(measured, sign, margin) - offset
             if not sign * judged <= sign * limit:
@@ -89,6 +82,22 @@ class Budget:
                     sentence += f" ({times}95 % interval {'up' if sign > 0 else 'down'} to {judged:.5g})"
                 sentences.append(f"{sentence} is {side} the {limit:g} allowed, by {abs(judged - limit):.3g}")
         return sentences
+
+    def refuse_unmeasured(self, measured: Collection[str], of: str) -> None:
+        """Refuse limits of metrics that are not among those ``measured``; ``of`` says of what."""
+        for name, title, *_ in self._limits():
+            if name not in measured:
+                raise HfQuantError(f"the gate asks for {title}, which is not measured for {of}")
+
+    def _limits(self) -> Iterator[tuple[str, str, float, float, int]]:
+        """Metric, its title, its limit, what is taken off it, and 1 where larger is worse, for every limit that is set."""
+        for name, title, limit, offset, sign in (
+            ("kl", "KL", self.max_kl, 0.0, 1),
+            ("perplexity_ratio", "the increase of perplexity", self.max_ppl_increase, 1.0, 1),
+            ("top1", "top-1 agreement", self.min_top1, 0.0, -1),
+        ):
+            if limit is not None:
+                yield name, title, limit, offset, sign
 
     def verdict(self, quality: Quality) -> dict[str, Any]:
         """For results.json: the limits, whether the model passed, and a sentence for each metric that did not."""

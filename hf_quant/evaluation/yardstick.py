@@ -16,7 +16,8 @@ from transformers.utils import logging
 
 from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.data.text import Windows, windows
-from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
+from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, measures_of, passages
+from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.measure import evaluate, means
 from hf_quant.evaluation.reference import Progress, Reference, cached_reference
 from hf_quant.evaluation.results import Quality
@@ -154,7 +155,7 @@ class Base:
 def yardstick(
     base: Base, tokenizer: Any, text: str, *,
     context: int | None = None, stride: int | None = None, max_tokens: int | None = None,
-    say: Callable[[str], None], progress: Progress = iter, cache: Path | None = None,
+    gate: Budget | None = None, say: Callable[[str], None], progress: Progress = iter, cache: Path | None = None,
 ) -> Callable[[Any], Quality]:  # fmt: skip
     """A function that measures a model; the outputs of the base are computed here, or read from the cache.
 
@@ -165,14 +166,21 @@ def yardstick(
         context: Tokens in a window; None for 512, or for the number of positions if that is smaller.
         stride: Tokens from one window to the next.
         max_tokens: About the number of tokens to score.
+        gate: Limits that the models will be held against.
         say: Receives messages.
         progress: Wraps lists of batches.
         cache: Folder of stored outputs; None for a folder in the Hugging Face cache.
+
+    Raises:
+        HfQuantError: The gate limits what is not measured of such a model.
     """
     if not base.predicts():
+        gate = gate or Budget()
+        gate.refuse_unmeasured(("top1",), "encoder models")
         context = context or base.context()
         texts = passages(tokenizer, text, context, max_tokens)
         base_result = base_outputs(base.load, texts, base.dtype, progress)
+        gate.refuse_unmeasured(measures_of(base_result["outputs"]), "an encoder without a head")
         return lambda model: evaluate_encoder(model, base_result, texts, context, progress)
     base_outputs_on_disk = base.reference(
         tokenizer, text, context=context, stride=stride, max_tokens=max_tokens, say=say, progress=progress, cache=cache

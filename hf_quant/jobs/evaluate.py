@@ -161,7 +161,7 @@ def evaluate(
         tokenizer = tokenizer_of(base, **of_base)
         _same_tokenizer(model, tokenizer, from_hub)
         report.say(f"measuring {model} against {base} on {name}")
-        measure = how.yardstick(base, content, tokenizer, report, device=device, **of_base)
+        measure = how.yardstick(base, content, tokenizer, report, device=device, gate=limits, **of_base)
         with report.stage(f"loading {Path(model).name}"):
             loaded = load(model, **from_hub, **({"device_map": device} if device else {})).eval()
         measured = _cached(loaded, kv_cache) if kv_cache else loaded

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_quant.evaluation.results import Quality
     from hf_quant.jobs.tune import Tuning
 
+PREDICTIONS = ("perplexity", "KL (nats)", "95 % interval", "top-1")  # what is shown of a model that predicts tokens
 TOKENS = 32768  # measured by default: enough for intervals, and soon done
 
 
@@ -89,18 +90,25 @@ class QuantizedModel(Result):
         return f"quantized model in {self.folder}"
 
     def head(self) -> Row:
-        return ("scheme", "MB", "bits/weight", "quantized", "perplexity", "KL (nats)", "95 % interval", "top-1", "seconds")  # fmt: skip
+        quality = ("cosine", "95 % interval", "top-1") if self._encoder() else PREDICTIONS
+        return ("scheme", "MB", "bits/weight", "quantized", *quality, "seconds")
 
     def rows(self) -> Iterator[Row]:
-        of = self.quality.metrics if self.quality is not None and self.quality.kind != "encoder" else {}
-        base = f"{of['base_perplexity'].value:.3f}" if of else "-"
-        yield "base", f"{self.base_bytes / 1e6:.1f}", "-", "-", base, "-", "-", "-", "-"
+        of = {} if self.quality is None else self.quality.metrics
+        base, quality = ["-"] * 4, ["-"] * 4
+        top1 = f"{of['top1'].value:.1%}" if "top1" in of else "-"
+        if self._encoder():
+            cosine = of["embedding_cosine"]
+            base, quality = ["-"] * 3, [f"{cosine.value:.5f}", interval(cosine), top1]
+        elif of:
+            base[0] = f"{of['base_perplexity'].value:.3f}"
+            quality = [f"{of['perplexity'].value:.3f}", f"{of['kl'].value:.5f}", interval(of["kl"]), top1]
+        yield "base", f"{self.base_bytes / 1e6:.1f}", "-", "-", *base, "-"
         size = (f"{self.bytes / 1e6:.1f}", f"{self.bits_per_weight:.2f}", f"{self.share_quantized:.1%}")
-        quality = ("-", "-", "-", "-")
-        if of:
-            kl, top1 = of["kl"], of["top1"]
-            quality = (f"{of['perplexity'].value:.3f}", f"{kl.value:.5f}", interval(kl), f"{top1.value:.1%}")
         yield self.scheme, *size, *quality, f"{self.seconds:.1f}"
+
+    def _encoder(self) -> bool:
+        return self.quality is not None and self.quality.kind == "encoder"
 
     def footnotes(self) -> list[str]:
         kept = [kept_state(self.record["training"])] if "training" in self.record else []
@@ -274,7 +282,7 @@ def quantize(
         if name is not None:
             if looked_at is not None and not allow_overlap:
                 refuse_overlap(content, looked_at.paragraphs)
-            measure = how.yardstick(model, content, tokenizer, report, device=device, **from_hub)
+            measure = how.yardstick(model, content, tokenizer, report, device=device, gate=gate, **from_hub)
         job = Job(
             model, given, shard, overwrite, report.say, tokenizer, gate, measure, looked_at, report.over("blocks"), memory,
             ranks, inputs, _tuning(tune and method == "learned", model, from_hub, report), stage=report.stage,

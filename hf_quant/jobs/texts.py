@@ -14,6 +14,7 @@ from hf_quant.jobs.progress import Reporter
 
 if TYPE_CHECKING:
     from hf_quant.data.calibration import Calibration
+    from hf_quant.evaluation.gate import Budget
     from hf_quant.evaluation.results import Quality
 
 TEXT, CALIBRATION = "heldout.txt", "calibration.txt"  # what a model's folder may bring along
@@ -82,10 +83,14 @@ class Measuring:
         report: Reporter,
         *,
         device: str | None,
+        gate: Budget | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Callable[[Any], Quality]:
-        """Measures models against ``base``; its outputs are computed here, unless they are cached."""
+        """Measures models against ``base``; its outputs are computed here, unless they are cached.
+
+        Limits of ``gate`` on what is not measured of such a model are refused before that.
+        """
         import torch
 
         from hf_quant.evaluation.yardstick import Base, yardstick
@@ -94,7 +99,7 @@ class Measuring:
             raise HfQuantError(f"{base} has no tokenizer, so nothing can be measured: --no-eval leaves it out")
         return yardstick(
             Base(base, revision, getattr(torch, self.base_dtype), device, trust_remote_code), tokenizer, text,
-            context=self.context, stride=self.stride, max_tokens=self.max_tokens, say=report.say,
+            context=self.context, stride=self.stride, max_tokens=self.max_tokens, gate=gate, say=report.say,
             progress=report.over("measuring"),
         )  # fmt: skip
 

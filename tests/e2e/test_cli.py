@@ -305,8 +305,13 @@ def test_an_encoder_is_measured_on_the_bundled_text(zoo: Any, folder: Path, tmp_
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / file, source)
     few = ["--context", 48, "--max-tokens", 2000]
-    run("quantize", source, "-o", out, "--scheme", "W8A16-g32", "--eval", *few, "-q")
+    call = ("quantize", source, "-o", out, "--scheme", "W8A16-g32", *few)
+    refused = run(*call, "--max-kl", 1, code=1).stderr
+    assert "not measured for encoder" in refused and "quantized" not in refused, "said before any work"
+    made = run(*call, "--min-top1", "50%")
     quality = checked(out)["quality"]
+    assert f"{quality['metrics']['embedding_cosine']['value']:.5f}" in made.stdout
+    assert 0.5 < quality["metrics"]["top1"]["value"] <= 1
     assert quality["kind"] == "encoder" and 0.99 < quality["metrics"]["embedding_cosine"]["value"] < 1
     result = run("eval", out, "--base", source, *few)
     assert "embedding_cosine" in result.stdout and "bundled text" in result.stderr

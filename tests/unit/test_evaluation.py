@@ -258,7 +258,7 @@ def t5(_: Any) -> Any:
 
 @pytest.mark.parametrize(("make", "names"), [
     (lambda s: bert(BertModel, s), ["embedding_cosine"]),
-    (lambda s: bert(BertForMaskedLM, s), ["embedding_cosine", "logits_cosine"]),
+    (lambda s: bert(BertForMaskedLM, s), ["embedding_cosine", "logits_cosine", "top1"]),
     (t5, ["embedding_cosine"]),
 ])  # fmt: skip
 def test_encoders(make: Any, names: list[str]) -> None:
@@ -271,6 +271,8 @@ def test_encoders(make: Any, names: list[str]) -> None:
     off = evaluate_encoder(near(base, 0.5), found, texts, 60).metrics["embedding_cosine"]
     assert off.value < 0.999 and off.low is not None and off.high is not None
     assert not off.within_noise and off.low < off.value < off.high
+    if "top1" in names:
+        assert 0 < evaluate_encoder(near(base, 0.5), found, texts, 60).metrics["top1"].value < 1
     with pytest.raises(HfQuantError, match="not measured for encoder"):
         Budget(max_kl=1).misses(same)
 

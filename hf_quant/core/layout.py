@@ -63,6 +63,11 @@ def index_dtype(columns: int) -> torch.dtype:
     return torch.int16 if columns <= 1 << 15 else torch.int32
 
 
+def scale_dtype(scheme: QuantScheme, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of stored scales where ``dtype`` is asked for: multiples of a float16 need more than 16 bits."""
+    return torch.float32 if scheme.blocks else dtype
+
+
 def shapes_of(shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype) -> Shapes:
     """Part to (shape, dtype) for a weight ``[..., N, K]`` in ``scheme`` with scales in ``dtype``.
 
@@ -72,6 +77,7 @@ def shapes_of(shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype) -
     *lead, n, k = shape
     groups, outliers = scheme.groups(k), scheme.outlier_count(k)
     codes = (n, k // 4, 4) if scheme.bits == 8 else (n, scheme.packed_bytes(k))
+    dtype = scale_dtype(scheme, dtype)
     shapes: Shapes = {WEIGHT: (codes, torch.uint8), "weight_scale": ((n, groups), dtype)}
     if not scheme.symmetric:
         packed = ((n, scheme.zero_bytes(k)), torch.uint8)

@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hf_quant.core import two_levels
 from hf_quant.core.scheme import QuantScheme
 
 LEVELS = {
@@ -75,9 +76,11 @@ def floored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scale.clamp(min=tiny, max=torch.finfo(dtype).max).to(dtype).float()
 
 
-def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, qmax: int) -> Tensor:
+def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:
     """Codes of ``weight``, in its dtype; ``scale`` and ``zero_point`` broadcast against it."""
-    return (weight / scale).round_().add_(zero_point).clamp_(0, qmax)
+    real = weight / scale
+    real = real.add_(zero_point).round_() if scheme.real_zero else real.round_().add_(zero_point)
+    return real.clamp_(scheme.qmin, scheme.qmax)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -86,8 +89,9 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def search(
-    groups: Tensor, scheme: QuantScheme, dtype: torch.dtype, steps: int, least: float, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    groups: Tensor, scheme: QuantScheme, dtype: torch.dtype, steps: int, least: float, importance: Tensor | None = None,
+    base: two_levels.Base | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Scale and zero point with the least squared error among shrunk ranges, starting with the full one.
 
     Args:
@@ -97,10 +101,13 @@ def search(
         steps: Ranges tried, from the full one down to ``least`` of it; 0 for the full one.
         least: Smallest share of the range.
         importance: Weight of the squared error of each column, broadcast against ``groups``; None for equal weights.
+        base: Of a K-quant, if it has been chosen already: what scales and offsets are multiples of.
 
     Returns:
         ``(scale, zero_point)``, float32 ``[..., G, 1]``; the scale is representable in ``dtype``.
     """
+    if scheme.k_quant is not None:
+        return two_levels.search(groups, scheme.k_quant, steps, least, importance, base)
     scale, zero = minmax(groups, scheme)
     widest = scale = floored(scale, dtype)
     best = torch.full_like(scale, torch.inf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from hf_quant.core.k_quants import COLUMNS, K_QUANTS, KQuant
 from hf_quant.core.scheme_names import equivalent
 from hf_quant.errors import SchemeError
 
@@ -53,6 +54,8 @@ class QuantScheme:
         activations: How inputs are rounded to symmetric INT8; None for floating point. ``"token"``: each row by its largest value,
             at run time. ``"tensor"``: all by one scale from calibration. ``"threshold"``: by row, except columns with a value of 6
             or more anywhere in the batch, as in LLM.int8 (arXiv:2208.07339). The inputs of outlier columns stay in floating point.
+        blocks: Name of a type of K-quants (`hf_quant.core.k_quants`), whose scales are whole multiples of one number for 256
+            columns; the other fields are then its own (`of_blocks`). None for scales of any value.
 
     Raises:
         SchemeError: A value is not supported.
@@ -67,10 +70,13 @@ class QuantScheme:
     outliers: float = 0.0
     outlier_columns: bool = False
     activations: str | None = None
+    blocks: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
             raise SchemeError(f"bits must be one of {BITS}, got {self.bits!r}")
+        if self.blocks is not None:
+            self._check_blocks()
         size = self.group_size
         if type(size) is not int or (size != -1 and (size < 16 or size & (size - 1))):
             raise SchemeError(f"group_size must be -1 or a power of two from 16, got {size!r}")
@@ -84,6 +90,9 @@ class QuantScheme:
             raise SchemeError(f"{self.foreign}: not with outliers")
         if self.real_zero and self.symmetric:
             raise SchemeError("real zero points cannot be symmetric")
+        self._check_besides()
+
+    def _check_besides(self) -> None:
         if type(self.outliers) not in (int, float) or not 0 <= self.outliers <= MOST_OUTLIERS:
             raise SchemeError(f"outliers must be a share from 0 to {MOST_OUTLIERS}, got {self.outliers!r}")
         if type(self.outlier_columns) is not bool or (self.outlier_columns and not self.outliers):
@@ -95,10 +104,35 @@ class QuantScheme:
                 f"activations must be one of {tuple(ACTIVATIONS)} or None, and None with what is foreign, got {self.activations!r}"
             )
 
+    def _check_blocks(self) -> None:
+        kind = K_QUANTS.get(str(self.blocks))
+        if kind is None:
+            raise SchemeError(f"blocks must be one of {tuple(K_QUANTS)} or None, got {self.blocks!r}")
+        own = (kind.held_in, kind.group, not kind.offset, bool(kind.offset))
+        more = self.outliers or self.activations or self.codebook or self.permuted
+        if (self.bits, self.group_size, self.symmetric, self.real_zero) != own or more:
+            raise SchemeError(f"{self.blocks} has its own bits, groups and zero points, and nothing besides")
+
+    @classmethod
+    def of_blocks(cls, name: str) -> QuantScheme:
+        """The scheme of a type of K-quants: ``QuantScheme.of_blocks("Q4_K")``."""
+        kind = K_QUANTS[name]
+        return cls(kind.held_in, kind.group, not kind.offset, real_zero=bool(kind.offset), blocks=name)
+
+    @property
+    def k_quant(self) -> KQuant | None:
+        """The type of K-quants; None for scales of any value."""
+        return None if self.blocks is None else K_QUANTS[self.blocks]
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return 0 if self.k_quant is None else self.k_quant.codes[0]
+
     @property
     def qmax(self) -> int:
-        """Largest code; codes run over ``0..qmax``."""
-        return (1 << self.bits) - 1
+        """Largest code; codes run over ``qmin..qmax``."""
+        return (1 << self.bits) - 1 if self.k_quant is None else self.k_quant.codes[1]
 
     @property
     def zero(self) -> int:
@@ -108,6 +142,10 @@ class QuantScheme:
     def groups(self, in_features: int) -> int:
         """Number of groups in a row of ``in_features`` columns."""
         size = in_features if self.group_size == -1 else self.group_size
+        if self.blocks and in_features % COLUMNS:
+            raise SchemeError(
+                f"blocks of {self.blocks} have {COLUMNS} columns, which does not divide in_features {in_features}"
+            )
         if in_features % size:
             raise SchemeError(f"group_size {size} does not divide in_features {in_features}")
         return in_features // size
@@ -136,8 +174,10 @@ class QuantScheme:
         """This scheme, or the same with the largest smaller group size that divides ``in_features``.
 
         Raises:
-            SchemeError: ``in_features`` is not a multiple of 32, so no group size fits.
+            SchemeError: ``in_features`` is not a multiple of 32, or of the blocks of a K-quant, so no group size fits.
         """
+        if self.blocks:
+            self.groups(in_features)
         if in_features % MULTIPLE:
             raise SchemeError(f"in_features {in_features} is not a multiple of {MULTIPLE}")
         size = self.group_size
@@ -158,12 +198,14 @@ class QuantScheme:
     @property
     def foreign(self) -> str | None:
         """The features that no method of this package produces, as a sentence; None if there are none."""
-        named = {f"a codebook ({self.codebook})": self.codebook, "real zero points": self.real_zero,
+        named = {f"a codebook ({self.codebook})": self.codebook, "real zero points": self.real_zero and not self.blocks,
                  "reordered columns": self.permuted}  # fmt: skip
         names = [name for name, present in named.items() if present]
         return f"{' and '.join(names)} can be read and run, not made" if names else None
 
     def __str__(self) -> str:
+        if self.blocks:
+            return self.blocks
         kind = "" if self.symmetric else "-asym-real" if self.real_zero else "-asym"
         kind += (f"-{self.codebook}" if self.codebook else "") + ("-perm" if self.permuted else "")
         outliers = f"-o{round(100 * self.outliers, 4):g}%" if self.outliers else ""
@@ -174,6 +216,8 @@ class QuantScheme:
     @classmethod
     def parse(cls, slug: str) -> QuantScheme:
         """Inverse of ``str``: ``QuantScheme.parse("W4A16-g128-asym")``."""
+        if isinstance(slug, str) and slug.upper() in K_QUANTS:
+            return cls.of_blocks(slug.upper())
         match = _SLUG.fullmatch(slug) if isinstance(slug, str) else None
         if match is None or not (match["int8"] or match["group"]):
             hint = equivalent(slug) if isinstance(slug, str) else ""

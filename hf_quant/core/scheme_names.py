@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 
+from hf_quant.core.k_quants import K_QUANTS
+
 GGUF = {  # of llama.cpp: bits, and whether its blocks have zero points
-    "q8_0": "W8A16-g32", "q6_k": "W8A16-g128", "q5": "W8A16-g128", "q4_0": "W4A16-g32", "iq4": "W4A16-g32", "q4": "W4A16-g32-asym",
+    "q8_0": "W8A16-g32", "q5": "W8A16-g128", "q4_0": "W4A16-g32", "iq4": "W4A16-g32", "q4": "W4A16-g32-asym",
     "q3": "W3A16-g32-asym", "iq3": "W3A16-g32-asym", "q2": "W2A16-g32-asym", "iq2": "W2A16-g32-asym",
     "iq1": "W2A16-g32-asym", "tq": "W2A16-g32-asym",
 }  # fmt: skip
+MIX = re.compile(r"(q[2-6]_k)_(?:xs|s|m|l|xl)")
 LEVELS = ("nf4", "fp4", "mxfp4", "nvfp4")
 FLOATS = re.compile(r"fp8.*|.*e4m3.*|.*e5m2.*|float8.*|w8a8-fp8.*")
 WIDTH = re.compile(r"(?:load[-_]?in[-_]?)?(?:int|uint|w|u|i|q|b)?(\d+)[-_]?(?:bits?)?(?:[-_]?(?:wo|weight[-_]?only))?")
@@ -17,7 +20,7 @@ LIKE = re.compile(r"(?:w|int)?(\d+)[-_]?(?:a(\d+))?(?:[-_]?g(-1)|[-_]?g?[-_]?(\d
 LONGEST = 40  # characters of a name that somebody may have meant
 SIZES = ("-1", "16", "32", "64", "128", "256", "512", "1024")
 KNOWN = [f"W{bits}A16-g{size}{zero}" for bits in (8, 4, 3, 2) for size in (128, 64, 32) for zero in ("", "-asym")]
-KNOWN += ["W8A8", "W4A8-g128", "W8A8-static", "W8A8-threshold"]
+KNOWN += ["W8A8", "W4A8-g128", "W8A8-static", "W8A8-threshold", *K_QUANTS]
 
 
 def equivalent(name: str) -> str:
@@ -25,6 +28,11 @@ def equivalent(name: str) -> str:
     word = name.strip().lower()
     if len(word) > LONGEST:
         return ""
+    if (match := MIX.fullmatch(word)) is not None:
+        return (
+            f"that is a mix of types of llama.cpp's GGUF files; most of its layers are {match[1].upper()}, which is a scheme, "
+            "and --override gives others their own"
+        )
     if (kind := next((kind for kind in GGUF if word.startswith(kind) and "_" in word), None)) is not None:
         return f"that is a type of llama.cpp's GGUF files; the nearest scheme is {GGUF[kind]}"
     if word in LEVELS:

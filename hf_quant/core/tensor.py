@@ -79,7 +79,7 @@ class QuantizedTensor:
         """Pack ``codes`` ``[..., N, K]``, K a multiple of 32; the zero point is dropped for a symmetric scheme."""
         if codes.shape[-1] % 32:
             raise SchemeError(f"in_features must be a multiple of 32, got {codes.shape[-1]}")
-        zero = None if scheme.symmetric else zero_point.to(torch.uint8)
+        zero = None if scheme.symmetric else zero_point if scheme.real_zero else zero_point.to(torch.uint8)
         return cls(pack(codes, scheme.bits), scale, zero, scheme, outliers=outliers)
 
     @classmethod
@@ -207,7 +207,7 @@ class QuantizedTensor:
         scale = self.scale.float()[..., None]
         real = (wide.unflatten(-1, (scale.shape[-2], -1)) / scale).nan_to_num_()  # a scale may be zero
         if self.scheme.codebook is None:
-            codes = real.add_(self.zeros().float()[..., None]).round_().clamp_(0, self.scheme.qmax)
+            codes = real.add_(self.zeros().float()[..., None]).round_().clamp_(self.scheme.qmin, self.scheme.qmax)
         else:
             codes = (real[..., None] - levels(self.scheme.codebook, real.device)).abs_().argmin(-1)
         packed = pack(codes.to(torch.uint8).flatten(-2), self.scheme.bits)

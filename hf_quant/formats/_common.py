@@ -109,6 +109,13 @@ def check_input_scale(name: str, scale: Tensor) -> None:
         raise FormatError(f"{name}: must be a finite number above zero")
 
 
+def no_two_levels(scheme: QuantScheme) -> str | None:
+    """Why a format that is not GGUF holds no K-quants; None for other schemes."""
+    if not scheme.blocks:
+        return None
+    return f"scales of {scheme.blocks} need float32 outside of GGUF, for which they are made: --to gguf"
+
+
 def settled(tensor: QuantizedTensor) -> QuantizedTensor:
     """The same weight; groups whose scale is zero (float16 underflows) get a scale of one, and codes of zero."""
     dead = tensor.scale == 0

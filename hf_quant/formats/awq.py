@@ -25,6 +25,7 @@ from hf_quant.formats._common import (
     group_of,
     integer,
     need,
+    no_two_levels,
     refused,
     scheme_for,
     settled,
@@ -85,6 +86,8 @@ class AWQ(Traits):
         return "Marlin" if marlin and not scheme.symmetric else "AWQ kernel"
 
     def why_not(self, scheme: QuantScheme) -> str | None:
+        if reason := no_two_levels(scheme):
+            return reason
         if scheme.activations:
             return f"it says nothing of activations, and those of {scheme} are INT8 beside {scheme.bits}-bit weights"
         if scheme.codebook or scheme.real_zero or scheme.permuted or scheme.outliers:

@@ -35,6 +35,7 @@ from hf_quant.formats._common import (
     each_layer,
     is_sequence,
     need,
+    no_two_levels,
     order_of,
     permuted,
     refused,
@@ -123,6 +124,8 @@ class CompressedTensors(Traits):
         return f"Without hf-quant: `pip install compressed-tensors`, {lines}"
 
     def why_not(self, scheme: QuantScheme) -> str | None:
+        if reason := no_two_levels(scheme):
+            return reason
         if scheme.codebook or scheme.real_zero:
             return "it holds integers with integer zero points only"
         if scheme.permuted:

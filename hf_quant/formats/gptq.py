@@ -28,6 +28,7 @@ from hf_quant.formats._common import (
     group_of,
     integer,
     need,
+    no_two_levels,
     order_of,
     permuted,
     refused,
@@ -107,6 +108,8 @@ class GPTQ(Traits):
         return None if marlin else f"GPTQ in groups of 32, 64, 128 or a row, not of {scheme.group_size}"
 
     def why_not(self, scheme: QuantScheme) -> str | None:
+        if reason := no_two_levels(scheme):
+            return reason
         if scheme.activations:
             return f"it says nothing of activations, and those of {scheme} are INT8 beside {scheme.bits}-bit weights"
         if scheme.codebook or scheme.real_zero or scheme.outliers:

@@ -121,7 +121,12 @@ def _k_quant(tensor: QuantizedTensor) -> Fit:
     """A weight whose scales are multiples of a float16 shared by 256 columns, as such blocks."""
     scheme, n = tensor.scheme, tensor.scale.shape[0]
     for block in BLOCKS.values():
-        mine = block.scales and WIDTHS[block.bits] == scheme.bits and block.group == scheme.group_size
+        mine = (
+            block.scales
+            and scheme.blocks in (None, block.name)
+            and WIDTHS[block.bits] == scheme.bits
+            and block.group == scheme.group_size
+        )
         if not mine or (block.center is None) != scheme.real_zero or tensor.in_features % block.weights:
             continue
         codes = tensor.codes()

@@ -177,6 +177,11 @@ def _fit(name: str, candidate: Candidate, asked: QuantScheme, draft: _Draft, fro
     except SchemeError as error:
         if frozen:
             raise CheckpointError(f"quantization_config: {name}: {error}") from None
+        if asked.blocks:
+            simple = "W8A16-g32" if candidate.in_features % 32 == 0 else "float"
+            raise PlanError(
+                f"{name}: {error}; give this layer another scheme, overrides={{{name!r}: {simple!r}}}"
+            ) from None
         draft.left[name] = str(error)
         return
     draft.schemes[name] = fitted

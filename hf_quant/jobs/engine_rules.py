@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hf_quant.core.k_quants import COLUMNS, K_QUANTS
 from hf_quant.core.scheme import QuantScheme
 
 NVIDIA = "vllm"
@@ -28,6 +29,7 @@ class Rule:
         activations: As in a `QuantScheme`.
         rows: What out_features must be a multiple of, on each device.
         columns: Likewise in_features.
+        blocks: Types of K-quants; with them, no other scheme.
     """
 
     kernel: str
@@ -38,9 +40,12 @@ class Rule:
     activations: tuple[str | None, ...] = (None,)
     rows: int = 1
     columns: int = 1
+    blocks: tuple[str, ...] = ()
 
     def takes(self, scheme: QuantScheme) -> bool:
         """Whether it runs such codes in some shape."""
+        if scheme.blocks or self.blocks:
+            return scheme.blocks in self.blocks
         plain = not (scheme.codebook or scheme.real_zero or scheme.permuted or scheme.outliers)
         return (
             plain and scheme.bits in self.bits and scheme.symmetric in self.symmetric
@@ -49,6 +54,8 @@ class Rule:
 
     def example(self) -> QuantScheme:
         """A scheme that it runs."""
+        if self.blocks:
+            return QuantScheme.of_blocks(self.blocks[0])
         size = 128 if self.groups is None or 128 in self.groups else self.groups[0]
         return QuantScheme(self.bits[0], size, self.symmetric[0], activations=self.activations[0])
 
@@ -78,6 +85,7 @@ RULES: Mapping[str, tuple[Rule, ...]] = {
     "llama.cpp": (
         Rule("Q4_0, Q4_1, Q5_0 or Q8_0 as they are", ("gguf",), (2, 3, 4, 8), groups=(-1, *(32 << i for i in range(12))),
              activations=(None, "token")),
+        Rule("K-quants as they are", ("gguf",), blocks=tuple(K_QUANTS), columns=COLUMNS),
     ),
     "mlx": (
         Rule("affine quantized_matmul", ("mlx",), (2, 3, 4, 8), groups=(-1, *(32 << i for i in range(12))), columns=32),

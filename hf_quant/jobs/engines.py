@@ -134,7 +134,7 @@ def _int8(scheme: QuantScheme, fmt: Format, expert: bool) -> str:
 def _never(fmt: Format, part: _Part) -> str | None:
     """Why no kernel at all takes it."""
     scheme, size = part.scheme, part.scheme.group_size
-    if scheme.codebook or scheme.real_zero or scheme.outliers:
+    if scheme.codebook or scheme.real_zero or scheme.outliers or scheme.blocks:
         return f"{scheme} is none of its types"
     if scheme.permuted:
         return "columns in another order (desc_act) are no longer supported"

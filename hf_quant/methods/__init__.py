@@ -19,6 +19,7 @@ class Method(Protocol):
 
     Attributes:
         calibrated: Whether it needs statistics of the layer's inputs.
+        two_levels: Whether it makes K-quants too; missing means no.
     """
 
     calibrated: ClassVar[bool]

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from hf_quant.core.numerics import floored
 from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.two_levels import Base, moved_within
 
 
 def descend(
     W: Tensor, codes: Tensor, scale: Tensor, zero: Tensor, H: Tensor, scheme: QuantScheme, dtype: torch.dtype,
-    sweeps: int, free: tuple[Tensor, Tensor] | None = None,
+    sweeps: int, free: tuple[Tensor, Tensor] | None = None, base: Base | None = None,
 ) -> None:  # fmt: skip
     """Lower ``tr((Q - W) H (Q - W)^T)``, in place. Only the rounding of scales to ``dtype`` can raise it.
 
@@ -21,12 +22,13 @@ def descend(
         W: float32 ``[K, N]``, the weights to approximate.
         codes: float32 ``[K, N]``, changed in place.
         scale: float32 ``[G, N]``, changed in place.
-        zero: float32 ``[G, N]``.
+        zero: float32 ``[G, N]``, of K-quants changed in place.
         H: float32 ``[K, K]``, up to a factor.
         scheme: Scheme of the codes.
         dtype: The dtype of stored scales.
         sweeps: Number of passes over all scales and columns.
         free: Mask of the outliers, bool ``[K, N]``, and their values, float32 ``[K, N]``, changed in place; None without outliers.
+        base: Of K-quants: what scales and offsets are multiples of, ``[G, N]`` each.
     """
     G, size = scale.shape[0], W.shape[0] // scale.shape[0]
     Q = ((codes.view(G, size, -1) - zero[:, None]) * scale[:, None]).view_as(W)
@@ -36,7 +38,14 @@ def descend(
     for _ in range(sweeps):
         for g in H.diagonal().view(G, size).sum(1).argsort(descending=True, stable=True).tolist():
             now = slice(g * size, (g + 1) * size)
-            slope += H[:, now] @ _rescale(now, g, codes, scale, zero, slope, H, dtype, free)
+            if scheme.k_quant is not None and base is not None:
+                one = Base(base.d[g], base.dmin[g])
+                scale[g], zero[g], moved = moved_within(
+                    codes[now], scale[g], zero[g], slope[now], H[now, now], scheme.k_quant, one
+                )
+            else:
+                moved = _rescale(now, g, codes, scale, zero, slope, H, dtype, free)
+            slope += H[:, now] @ moved
             slope += H[:, now] @ _recode(now, g, codes, scale, zero, slope, H, scheme, free)
 
 
@@ -68,7 +77,7 @@ def _recode(
         if block[j, j] <= 0:
             continue
         step = local[j] / -block[j, j]
-        code = (codes[at] + step / scale[g]).round_().clamp_(0, scheme.qmax)
+        code = (codes[at] + step / scale[g]).round_().clamp_(scheme.qmin, scheme.qmax)
         change = (code - codes[at]) * scale[g]
         if free is not None:
             outlier = free[0][at]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.core.grid import recovered
+from hf_quant.core.layout import scale_dtype
 from hf_quant.core.numerics import quantize, search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
@@ -46,12 +47,13 @@ def nearest(
         groups = wide.unflatten(-1, (scheme.groups(wide.shape[-1]), -1))  # [n, G, K/G]
         by_group = None if importance is None else importance.view(groups.shape[1], -1)
         scale, zero = search(groups, scheme, dtype, steps, least, by_group)
-        if steps and (grid := recovered(groups, scheme, dtype)) is not None:
+        if steps and not scheme.blocks and (grid := recovered(groups, scheme, dtype)) is not None:
             scale, zero = torch.where(grid[2], grid[0], scale), torch.where(grid[2], grid[1], zero)
-        codes = quantize(groups, scale, zero, scheme.qmax).to(torch.uint8).flatten(-2)
+        codes = quantize(groups, scale, zero, scheme).to(torch.uint8).flatten(-2)
         return QuantizedTensor.from_codes(codes, scale.squeeze(-1).to(dtype), zero.squeeze(-1), scheme, outliers)
 
     n, k = weight.shape
+    dtype = scale_dtype(scheme, dtype)
     return QuantizedTensor.of_rows(map(rows, weight.split(max(1, CHUNK // k))), n)
 
 

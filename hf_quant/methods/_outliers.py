@@ -39,7 +39,7 @@ def outlier_index(
     others = weight.masked_fill(outlier_mask(_most(size, scheme, count), weight.shape), 0).unflatten(1, (groups, -1))
     scale, zero = search(others, scheme, dtype, steps, least, per_group)
     parts = weight.unflatten(1, (groups, -1))
-    lost = (dequantize(quantize(parts, scale, zero, scheme.qmax), scale, zero) - parts).square_()
+    lost = (dequantize(quantize(parts, scale, zero, scheme), scale, zero) - parts).square_()
     cost = (lost if per_group is None else lost * per_group).flatten(1)
     return _most(cost, scheme, count)
 

@@ -9,10 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from hf_quant.core.k_quants import COLUMNS
+from hf_quant.core.layout import scale_dtype
 from hf_quant.core.numerics import dequantize, quantize, search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import Outliers, QuantizedTensor
+from hf_quant.core.two_levels import Base, base_of
 from hf_quant.errors import HfQuantError
 from hf_quant.methods._descent import descend
 from hf_quant.methods._nearest import best, better
@@ -31,6 +34,9 @@ class GPTQ:
     remaining Hessian. Rows with more error than rounding to nearest (such as constant rows, whose codes cannot compensate) are
     rounded to nearest, and so are layers with more error on held-out rows.
 
+    In K-quants, what the scales of a block are multiples of is chosen when its first column is quantized; blocks are taken as
+    groups of groups.
+
     Args:
         sweeps: Passes of coordinate descent over scales and codes afterwards.
         steps: Ranges tried for each group, from the full one down to ``least`` of it.
@@ -38,6 +44,7 @@ class GPTQ:
     """
 
     calibrated: ClassVar[bool] = True
+    two_levels: ClassVar[bool] = True
     sweeps: int = 0
     steps: int = 20
     least: float = 0.6
@@ -50,8 +57,8 @@ class GPTQ:
         if not stats.gram.isfinite().all():
             raise HfQuantError("NaN or infinite values among the inputs")
         n, k = weight.shape
-        G = scheme.groups(k)
-        order = self._order(stats.gram.diagonal(), G)
+        G, dtype = scheme.groups(k), scale_dtype(scheme, dtype)
+        order = self._order(stats.gram.diagonal(), G, k // COLUMNS if scheme.blocks else G)
         U = self._factor(order, stats)
         importance = (
             U.diagonal().square().reciprocal()
@@ -59,15 +66,15 @@ class GPTQ:
         W = weight.float().T[order]  # [K, N], a copy
         index = outlier_index(W.T, scheme, dtype, importance, self.steps, self.least, stats.importance[order])
         free = None if index is None else outlier_mask(index, weight.shape).T
-        codes, scale, zero = self._greedy(W, U, importance, scheme, dtype, free)
+        codes, scale, zero, base = self._greedy(W, U, importance, scheme, dtype, free)
         back = torch.empty_like(order)
         back[order] = torch.arange(k, device=order.device)
         groups = order[:: k // G].argsort()
-        codes, scale, zero = codes[back], scale[groups], zero[groups]
+        codes, scale, zero, base = codes[back], scale[groups], zero[groups], base[:, groups]
         values = None if free is None else (free[back], W[back])
         if self.sweeps:
             H = (stats.gram / stats.gram.diagonal().mean()).float()
-            descend(weight.float().T, codes, scale, zero, H, scheme, dtype, self.sweeps, values)
+            descend(weight.float().T, codes, scale, zero, H, scheme, dtype, self.sweeps, values, Base(*base))
         outliers = columns = None
         if values is not None:
             columns = values[0].sum(1).nonzero().flatten() if scheme.outlier_columns else None
@@ -80,7 +87,7 @@ class GPTQ:
 
     def _greedy(
         self, W: Tensor, U: Tensor, importance: Tensor, scheme: QuantScheme, dtype: torch.dtype, free: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Algorithm 1 of the paper, on columns in the chosen order.
 
         Args:
@@ -92,22 +99,30 @@ class GPTQ:
             free: bool ``[K, N]``, mask of the outliers; None without outliers.
 
         Returns:
-            Codes ``[K, N]``, scales and zero points ``[G, N]``, all float32.
+            Codes ``[K, N]``, scales and zero points ``[G, N]``, and for K-quants their bases ``[2, G, N]``; all float32.
         """
         k, n = W.shape
         G = scheme.groups(k)
         size = k // G
-        codes, scale, zero = torch.empty_like(W), W.new_empty(G, n), W.new_empty(G, n)
+        codes, scale, zero, bases = torch.empty_like(W), W.new_empty(G, n), W.new_empty(G, n), W.new_zeros(2, G, n)
+        base = None
         for start, stop in _blocks(k, size):
             g = start // size
+            if scheme.k_quant is not None and start % COLUMNS == 0:
+                block = slice(start, start + COLUMNS)
+                parts = (W[block].T.unflatten(1, (-1, size)), scheme.k_quant, self.steps, self.least)
+                base = base_of(*parts, importance[block].view(-1, size))
             if start % size == 0:
                 group = W[start : start + size]
                 group = group if free is None else group.masked_fill(free[start : start + size], 0)
-                s, z = search(group.T, scheme, dtype, self.steps, self.least, importance[start : start + size])
+                one = None if base is None else Base(base.d.flatten(1), base.dmin.flatten(1))
+                s, z = search(group.T, scheme, dtype, self.steps, self.least, importance[start : start + size], one)
                 scale[g], zero[g] = s.squeeze(1), z.squeeze(1)
+                if one is not None:
+                    bases[0, g], bases[1, g] = one.d.squeeze(1), one.dmin.squeeze(1)
             errors = W.new_empty(stop - start, n)
             for at in range(start, stop):
-                codes[at] = quantize(W[at], scale[g], zero[g], scheme.qmax)
+                codes[at] = quantize(W[at], scale[g], zero[g], scheme)
                 real = dequantize(codes[at], scale[g], zero[g])
                 if free is not None:
                     codes[at] = torch.where(free[at], zero[g], codes[at])
@@ -115,14 +130,16 @@ class GPTQ:
                 errors[at - start] = (W[at] - real) / U[at, at]
                 W[at + 1 : stop].addr_(U[at, at + 1 : stop], errors[at - start], alpha=-1)
             W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
-        return codes, scale, zero
+        return codes, scale, zero, bases
 
-    def _order(self, diagonal: Tensor, groups: int) -> Tensor:
-        """The columns in the order they are quantized: int64 ``[K]``."""
-        by_group = diagonal.view(groups, -1)
-        first = by_group.sum(1).argsort(descending=True, stable=True)
-        inside = by_group.argsort(dim=1, descending=True, stable=True)[first]
-        return (inside + first[:, None] * by_group.shape[1]).flatten()
+    def _order(self, diagonal: Tensor, groups: int, blocks: int) -> Tensor:
+        """The columns in the order they are quantized, int64 ``[K]``: blocks, their groups, and the columns of each."""
+        strength = diagonal.view(blocks, groups // blocks, -1)
+        columns = torch.arange(diagonal.numel(), device=diagonal.device).view_as(strength)
+        columns = columns.gather(2, strength.argsort(dim=2, descending=True, stable=True))
+        second = strength.sum(2).argsort(dim=1, descending=True, stable=True)
+        columns = columns.gather(1, second[..., None].expand_as(columns))
+        return columns[strength.sum((1, 2)).argsort(descending=True, stable=True)].flatten()
 
     def _factor(self, order: Tensor, stats: InputStats) -> Tensor:
         """Upper Cholesky factor of the inverse of the damped Hessian, float32 ``[K, K]``; the identity if there is none."""

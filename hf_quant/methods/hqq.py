@@ -64,16 +64,16 @@ class HQQ:
             wide = wide.masked_fill(outlier_mask(index, wide.shape), 0)
         groups = wide.unflatten(-1, (scheme.groups(wide.shape[-1]), -1))
         scale, zero = self._fit(groups, scheme, dtype)
-        codes = quantize(groups, scale, zero, scheme.qmax).to(torch.uint8).flatten(-2)
+        codes = quantize(groups, scale, zero, scheme).to(torch.uint8).flatten(-2)
         return QuantizedTensor.from_codes(codes, scale.squeeze(-1).to(dtype), zero.squeeze(-1), scheme, outliers)
 
     def _fit(self, W: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         best_fit = search(W, scheme, dtype, STEPS, LEAST)  # rounding to nearest, which the result must improve on
-        least = self._lost(W - dequantize(quantize(W, *best_fit, scheme.qmax), *best_fit))
+        least = self._lost(W - dequantize(quantize(W, *best_fit, scheme), *best_fit))
         scale, zero = minmax(W, scheme)
         scale, beta = floored(scale, dtype), self.beta
         for _ in range(self.rounds):
-            codes = quantize(W, scale, zero, scheme.qmax)
+            codes = quantize(W, scale, zero, scheme)
             off = W - dequantize(codes, scale, zero)
             size = off.abs()
             lost = self._lost(off)

@@ -25,6 +25,7 @@ class RTN:
     """
 
     calibrated: ClassVar[bool] = False
+    two_levels: ClassVar[bool] = True
     steps: int = 20
     least: float = 0.6
 

@@ -102,7 +102,12 @@ def preset(name: str, scheme: QuantScheme, epochs: int = EPOCHS) -> Preset:
     if not isinstance(name, str):
         raise PlanError(f"method must be a name, got {name!r}")
     if name in PRESETS:
-        chosen = PRESETS[name][scheme.bits] if name == "awq" or not scheme.activations else INT8
+        bits = min(scheme.bits, 4) if scheme.blocks else scheme.bits  # K-quants of 5 and 6 bits are held in 8
+        if scheme.blocks and name == LEARNED:
+            raise PlanError(
+                f"{scheme}: {name} moves scales that have to stay whole multiples; calibrated, gptq and rtn make K-quants"
+            )
+        chosen = PRESETS[name][bits] if name == "awq" or not scheme.activations else INT8
         learns = name == "learned" and scheme.bits <= LEARNED_BITS
         return replace(chosen, learning=Learning(epochs)) if learns else chosen
     *transforms, last = name.split("+")
@@ -114,6 +119,8 @@ def preset(name: str, scheme: QuantScheme, epochs: int = EPOCHS) -> Preset:
             f"method {name!r}: no {wrong!r}; there is {', '.join(every)}, and before a method, joined by +, "
             f"{', '.join(known)}{suggestion(wrong, [*every, *known])}"
         )
+    if scheme.blocks and not _plugins.constants("methods", last).get("two_levels"):
+        raise PlanError(f"{scheme}: {last} does not make K-quants; calibrated, gptq and rtn do")
     return Preset(last, tuple(transforms))
 
 
@@ -252,8 +259,8 @@ class Decision:
 
 
 def kind(scheme: QuantScheme) -> str:
-    """The kind of a scheme in a recipe: ``"4 bits"``."""
-    return f"{scheme.bits} bits" + (", INT8 activations" if scheme.activations else "")
+    """The kind of a scheme in a recipe: ``"4 bits"``, ``"Q4_K"``."""
+    return scheme.blocks or f"{scheme.bits} bits" + (", INT8 activations" if scheme.activations else "")
 
 
 @lru_cache

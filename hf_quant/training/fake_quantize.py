@@ -44,7 +44,7 @@ def grid(scale: Tensor, offset: Tensor | None, bits: int, dtype: torch.dtype) ->
 def codes(weight: Tensor, scale: Tensor, offset: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
     """The code of every weight, uint8 ``[..., N, K]``; arguments as for `fake_quantize`."""
     stored, zero = grid(scale, offset, bits, dtype)
-    quantized = quantize(weight.unflatten(-1, (scale.shape[-1], -1)), stored, zero, (1 << bits) - 1)
+    quantized = quantize(weight.unflatten(-1, (scale.shape[-1], -1)), stored, zero, QuantScheme(bits))
     return quantized.to(torch.uint8).flatten(-2)
 
 

@@ -26,6 +26,10 @@ def why_not(scheme: QuantScheme) -> str | None:
     """Why a scheme cannot be trained, in words; None if it can."""
     if scheme.foreign:
         return scheme.foreign
+    if scheme.blocks:
+        return (
+            f"the whole numbers of its scales cannot be trained; {QuantScheme(scheme.bits, 32, scheme.symmetric)} can"
+        )
     if scheme.outliers:
         return f"weights kept in floating point beside the codes cannot be trained; {_simpler(scheme)} can"
     if scheme.activations not in (None, "token"):

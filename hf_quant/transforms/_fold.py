@@ -226,6 +226,6 @@ def rounding_error(weights: list[tuple[Tensor, QuantScheme]], gram: Tensor, scal
         groups = (W * scales).unflatten(1, (scheme.groups(W.shape[1]), -1))
         importance = (gram.diagonal() / scales.square()).view(groups.shape[1], -1)
         scale, zero = search(groups, scheme, torch.float32, steps, 0.6, importance)
-        off = dequantize(quantize(groups, scale, zero, scheme.qmax), scale, zero).flatten(1) / scales - W
+        off = dequantize(quantize(groups, scale, zero, scheme), scale, zero).flatten(1) / scales - W
         total += ((off @ gram) * off).sum(dtype=torch.float64).item()
     return total

@@ -81,7 +81,7 @@ class SmoothQuant:
                 rounded[scheme.activations] = _inputs(x / scales, scheme)
             groups = (W * scales).unflatten(1, (scheme.groups(W.shape[1]), -1))
             scale, zero = search(groups, scheme, torch.float32, self.steps, 0.6)
-            rounded_weight = dequantize(quantize(groups, scale, zero, scheme.qmax), scale, zero).flatten(1)
+            rounded_weight = dequantize(quantize(groups, scale, zero, scheme), scale, zero).flatten(1)
             total += (
                 (rounded[scheme.activations] @ rounded_weight.T - x @ W.T).square().sum(dtype=torch.float64).item()
             )

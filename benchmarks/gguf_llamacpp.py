@@ -45,11 +45,11 @@ def tool(build: Path, name: str, *args: object) -> str:
     return run.stdout + run.stderr
 
 
-def float_file(quantized: Path, out: Path) -> None:
+def float_file(quantized: Path, out: Path, model: Path = MODEL) -> None:
     """The unquantized model with the keys and names of a quantized file."""
     import gguf
 
-    reader, checkpoint = gguf.GGUFReader(quantized), Checkpoint.open(MODEL)
+    reader, checkpoint = gguf.GGUFReader(quantized), Checkpoint.open(model)
     architecture = of_config(checkpoint.config)
     writer = gguf.GGUFWriter(out, architecture.name)
     for key, stored in reader.fields.items():

@@ -58,7 +58,7 @@ class GPTQ:
             raise HfQuantError("NaN or infinite values among the inputs")
         n, k = weight.shape
         G, dtype = scheme.groups(k), scale_dtype(scheme, dtype)
-        order = self._order(stats.gram.diagonal(), G, k // COLUMNS if scheme.blocks else G)
+        order = self._order(stats.gram.diagonal(), G, k // COLUMNS if scheme.blocks else None)
         U = self._factor(order, stats)
         importance = (
             U.diagonal().square().reciprocal()
@@ -132,8 +132,9 @@ class GPTQ:
             W[stop:].addmm_(U[start:stop, stop:].T, errors, alpha=-1)
         return codes, scale, zero, bases
 
-    def _order(self, diagonal: Tensor, groups: int, blocks: int) -> Tensor:
+    def _order(self, diagonal: Tensor, groups: int, blocks: int | None = None) -> Tensor:
         """The columns in the order they are quantized, int64 ``[K]``: blocks, their groups, and the columns of each."""
+        blocks = blocks or groups
         strength = diagonal.view(blocks, groups // blocks, -1)
         columns = torch.arange(diagonal.numel(), device=diagonal.device).view_as(strength)
         columns = columns.gather(2, strength.argsort(dim=2, descending=True, stable=True))

@@ -16,7 +16,9 @@ import transformers as tf
 
 import hf_quant
 from hf_quant import HfQuantConfig
+from hf_quant.core.k_quants import K_QUANTS
 from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import InputStats
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError
 from hf_quant.gguf.architectures import gguf_name, model_name, row_order
 from hf_quant.gguf.blocks import BLOCKS, dequantize, pack, unpack
@@ -73,6 +75,29 @@ def test_the_smallest_type_that_holds_the_codes(slug: str) -> None:
     assert fit.block.name == HELD[slug]
     theirs = gguf.dequantize(pack(fit.parts, fit.block).numpy(), gguf.GGMLQuantizationType[fit.block.name])
     assert torch.equal(torch.from_numpy(theirs), tensor.dequantize(torch.float32))
+
+
+@pytest.mark.parametrize("name", K_QUANTS)
+@pytest.mark.parametrize("how", ["rtn", "gptq"])
+def test_k_quants_of_our_own_are_what_the_package_reads(how: str, name: str) -> None:
+    """Also rows of zeros, of one value and of one sign, and weights so small that d is a subnormal number."""
+    weight = torch.randn(8, 512) * 0.02
+    for row, values in enumerate((0, 0.01, weight[2].abs(), -weight[3].abs(), weight[4] * 1e-4)):
+        weight[row] = values
+    stats = None
+    if how == "gptq":
+        stats = InputStats.empty(512)
+        stats.update(torch.randn(1024, 512) * torch.rand(512))
+    more = {"sweeps": 2} if how == "gptq" else {}
+    tensor = method(how, **more).quantize(weight, QuantScheme.parse(name), torch.bfloat16, stats)
+    fit = blocks_of(tensor)
+    data = pack(fit.parts, fit.block)
+    theirs = torch.from_numpy(gguf.dequantize(data.numpy(), gguf.GGMLQuantizationType[name]))
+    assert fit.block.name == name
+    torch.testing.assert_close(tensor.dequantize(torch.float32), theirs, rtol=0, atol=3e-7 * float(theirs.abs().max()))
+    assert torch.equal(
+        tensor_of(unpack(data, fit.block), fit.block).dequantize(torch.float32), tensor.dequantize(torch.float32)
+    )
 
 
 def test_offsets_that_float16_holds_take_fewer_bits() -> None:

@@ -78,7 +78,7 @@ MISTAKES = [  # what people type, exit code, and what they are told to type inst
     ("quantize M -o Q --scheme W8A16_g32_asym", 2, "did you mean W8A16-g32-asym?"),
     ("quantize M -o Q --scheme nf4", 2, "use W4A16-g64"),
     ("quantize M -o Q --scheme fp8", 2, "use W8A16-g128"),
-    ("quantize M -o Q --scheme Q4_K_M", 2, "the nearest scheme is W4A16-g32-asym"),
+    ("quantize M -o Q --scheme Q4_K_M", 2, "most of its layers are Q4_K, which is a scheme"),
     ("quantize M -o Q --scheme 5bit", 2, "the nearest scheme is W8A16-g128"),
     ("quantize M -o Q --scheme w4a4", 2, "or 8 in W8A8 and W4A8-g128"),
     ("quantize M -o Q --scheme gptq", 2, "say --method gptq"),

@@ -14,6 +14,7 @@ import click
 from hf_quant.cli._screen import Part, show
 from hf_quant.cli._types import SAVED, Limit, Method, Override, Scheme, Share, Size
 from hf_quant.errors import printable
+from hf_quant.jobs.engine_rules import ENGINE_NAMES
 from hf_quant.jobs.progress import Important
 from hf_quant.jobs.results import Grid
 from hf_quant.publish.markdown import shell_word
@@ -48,6 +49,18 @@ def scheme_options(function: Function) -> Function:
         click.option("--scheme", multiple=True, metavar="SLUG", type=Scheme(),
                      help="For example W4A16-g128; in place of --bits, --group-size and --asym or --sym."),
     ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def target_options(function: Function) -> Function:
+    """Which engine shall run the result."""
+    for option in (
+        click.option("--tp", default=1, show_default=True, help="GPUs that the engine splits each layer over."),
+        click.option(
+            "--target", type=click.Choice(ENGINE_NAMES), help="Say how this engine runs it, or why it cannot."
+        ),
+    ):
         function = option(function)
     return function
 

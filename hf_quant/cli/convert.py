@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from hf_quant.cli._common import bars, emit, output_options, say
+from hf_quant.cli._common import bars, emit, output_options, say, target_options
 from hf_quant.cli._types import TARGET, Model
-from hf_quant.jobs.engine_rules import ENGINE_NAMES
 from hf_quant.jobs.outputs import check_output
 
 
@@ -23,10 +22,7 @@ from hf_quant.jobs.outputs import check_output
     help="native, compressed-tensors, gptq, awq, mlx or gguf; dense: floating point.",
 )
 @click.option("-o", "--output", required=True, help="Folder of the result.")
-@click.option(
-    "--target", type=click.Choice(ENGINE_NAMES), help="Refuse what this engine cannot run, and say which kernel will."
-)
-@click.option("--tp", default=1, show_default=True, help="GPUs that the engine splits each layer over.")
+@target_options
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
 @output_options
 def command(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_quant.cli._common import emit, output_options
+from hf_quant.cli._common import emit, output_options, target_options
 from hf_quant.cli._types import Model
 from hf_quant.errors import printable
 from hf_quant.jobs.results import Grid, Row, fields
@@ -20,15 +20,20 @@ if TYPE_CHECKING:
 @click.command(short_help="How a checkpoint is quantized.")
 @click.argument("model", type=Model())
 @click.option("--revision", help="Of a Hub model.")
+@target_options
 @output_options
-def command(model: str, revision: str | None, as_json: bool, quiet: bool) -> None:
+def command(
+    model: str, revision: str | None, target: str | None, tp: int, as_json: bool, quiet: bool
+) -> None:  # fmt: skip
     """Say how MODEL, a folder or a Hub id, is quantized: format, schemes, which layers and which not.
 
     Of a Hub id only the headers of the weights are fetched.
     """
     from hf_quant.checkpoint.contents import Contents, quantization_of
     from hf_quant.jobs.headers import opened
+    from hf_quant.jobs.targets import check_target, served
 
+    check_target(target, tp)
     with opened(model, revision) as checkpoint:
         stored = quantization_of(checkpoint.folder, checkpoint.config)
         contents = None if stored is None else Contents.of(checkpoint, stored, thorough=False)
@@ -46,7 +51,10 @@ def command(model: str, revision: str | None, as_json: bool, quiet: bool) -> Non
         "bytes": sum(sizes.values()),
         "bytes_by_dtype": dict(sizes.most_common()),
     }
-    emit(as_json, quiet, record=record, essential=record["format"], human=Grid(("field", "value"), _lines(record)))
+    engine = None if target is None or contents is None else served(target, tp, contents.format, contents.layers)
+    record |= {} if engine is None else {"served": engine.to_dict()}
+    human = [*_lines(record), *(("engine", line) for line in (engine.lines() if engine is not None else ()))]
+    emit(as_json, quiet, record=record, essential=record["format"], human=Grid(("field", "value"), human))
 
 
 def _lines(record: dict[str, Any]) -> list[Row]:

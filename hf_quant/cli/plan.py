@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hf_quant.cli._common import emit, model_options, output_options, scheme_options
+from hf_quant.cli._common import emit, model_options, output_options, scheme_options, target_options
 from hf_quant.cli._screen import Part
 from hf_quant.cli._types import Model
 
@@ -15,6 +15,7 @@ from hf_quant.cli._types import Model
 @click.argument("model", type=Model())
 @scheme_options
 @model_options
+@target_options
 @output_options
 def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Say what quantizing MODEL would give, without reading its weights."""

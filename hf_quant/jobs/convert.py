@@ -38,10 +38,10 @@ from hf_quant.jobs.outputs import CONVERSION, RECIPE, check_output, claimed, rec
 from hf_quant.jobs.outputs import output as output_folder
 from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
 from hf_quant.jobs.results import Result, Row, fields
+from hf_quant.jobs.targets import GGUF, check_target
 from hf_quant.jobs.to_gguf import why_not_gguf, write_gguf
 
 DENSE = "dense"  # floating point
-GGUF = "gguf"
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,10 +149,7 @@ def convert(
     to = to.lower().replace("_", "-")
     if to not in targets():
         raise OptionError(f"--to {to}: there is {', '.join(targets())}{suggestion(to, targets())}")
-    if target is not None and target not in ENGINES:
-        raise OptionError(f"--target {target}: there is {', '.join(ENGINES)}")
-    if tp != 1 and target is None:
-        raise OptionError("--tp says how --target splits the layers: name a --target")
+    check_target(target, tp)
     source, out = Path(model), Path(output)
     check_output(out, [source], overwrite=overwrite)
     if is_gguf(source):

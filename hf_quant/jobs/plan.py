@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from hf_quant.jobs.results import Result, Row
 
 if TYPE_CHECKING:
     from hf_quant.hf.plan import Plan
+    from hf_quant.jobs.targets import Served
 
 WORKING = 60e6  # bytes of working memory while quantizing on load; benchmarks/rtn_memory.py measures it
 SMALL = 1_000_000_000
@@ -44,6 +45,7 @@ class PlannedModel:
         kv_cache_bytes_int4: The same in INT4.
         advice: Sentences on whether to do it.
         summary: A few lines on the layers.
+        served: How the engine that was asked for runs it; None if none was.
     """
 
     scheme: str
@@ -61,6 +63,7 @@ class PlannedModel:
     kv_cache_bytes_int4: int
     advice: Sequence[str]
     summary: str
+    served: Served | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,9 +79,11 @@ class PlanResult(Result):
     plans: Sequence[PlannedModel]
 
     def to_dict(self) -> dict[str, Any]:
-        records = [asdict(plan) for plan in self.plans]
-        for record in records:
-            del record["summary"]
+        records = []
+        for plan in self.plans:
+            record = asdict(plan)
+            del record["summary"], record["served"]
+            records.append(record | ({} if plan.served is None else {"served": plan.served.to_dict()}))
         return {"model": self.model, "plans": records}
 
     def title(self) -> str:
@@ -97,6 +102,7 @@ class PlanResult(Result):
     def footnotes(self) -> Iterator[str]:
         for plan in self.plans:
             yield from f"{plan.scheme}: {plan.summary}".split("\n")
+            yield from plan.served.lines() if plan.served is not None else ()
         yield from sorted({line for plan in self.plans for line in plan.advice})
 
 
@@ -104,7 +110,7 @@ def plan(
     model: str | os.PathLike[str], *, scheme: str | Sequence[str] | None = None, bits: int | None = None,
     group_size: int | None = None, asym: bool | None = None, method: str = "rtn", format: str = "auto", ignore: Sequence[str] = (),
     override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
-    revision: str | None = None, trust_remote_code: bool = False,
+    revision: str | None = None, trust_remote_code: bool = False, target: str | None = None, tp: int = 1,
 ) -> PlanResult:  # fmt: skip
     """Say what quantizing a model would give, without reading its weights; ``hf-quant plan``.
 
@@ -122,9 +128,11 @@ def plan(
         embeddings: Quantize the input embeddings too.
         revision: Of a Hub model.
         trust_remote_code: Run code that the checkpoint brings along.
+        target: An engine (`hf_quant.jobs.engines.ENGINES`) that shall run the result.
+        tp: GPUs that it splits each layer over.
 
     Raises:
-        OptionError: Options contradict each other.
+        OptionError: Options contradict each other, or there is no such engine.
         SchemeError: A scheme is impossible.
         PlanError: The model cannot be quantized like that.
         CheckpointError: The checkpoint is damaged.
@@ -135,7 +143,9 @@ def plan(
     from hf_quant.checkpoint.folder import Checkpoint
     from hf_quant.hf import plan_of
     from hf_quant.jobs.grids import grid_of
+    from hf_quant.jobs.targets import check_target
 
+    check_target(target, tp)
     if Path(model).is_dir():
         Checkpoint.open(Path(model))
     plans, grid = [], grid_of(model, slugs)
@@ -144,7 +154,8 @@ def plan(
     ):  # fmt: skip
         skeleton, planned = plan_of(model, config, **hub(revision, trust_remote_code))
         cache = _cache_bytes(skeleton.config.get_text_config())
-        plans.append(_planned(config.scheme, config.bits, planned, cache, grid))
+        engine = None if target is None else _served(target, tp, skeleton, planned)
+        plans.append(replace(_planned(config.scheme, config.bits, planned, cache, grid), served=engine))
     return PlanResult(model, plans)
 
 
@@ -154,6 +165,16 @@ def _planned(scheme: str, bits: int, plan: Plan, cache: int, grid: str | None) -
         plan.params, plan.format, plan.format_reason, plan.left | plan.others, cache, int(cache * KV_BITS["int8"] / 16),
         int(cache * KV_BITS["int4"] / 16), [*_advice(plan.params, bits), *_worth(plan, cache), *filter(None, [grid])], plan.summary(),
     )  # fmt: skip
+
+
+def _served(target: str, tp: int, skeleton: Any, plan: Plan) -> Served:
+    from hf_quant.formats import Layer
+    from hf_quant.hf.candidates import candidates
+    from hf_quant.jobs.targets import served
+
+    shapes = {name: candidate.shape for name, candidate in candidates(skeleton).items()}
+    layers = {name: Layer(shapes[name], scheme, skeleton.dtype) for name, scheme in plan.schemes.items()}
+    return served(target, tp, plan.format, layers)
 
 
 def _cache_bytes(config: Any) -> int:

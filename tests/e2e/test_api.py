@@ -65,6 +65,8 @@ def test_evaluate(tiny: Path, made: hq.QuantizeResult) -> None:
 
 
 def test_plan(tiny: Path) -> None:
+    asked = hq.plan(tiny, scheme=SCHEME, target="mlx").plans[0].served
+    assert asked is not None and asked.to == "mlx" and not asked.verdict.refused
     done = hq.plan(tiny, scheme=["W8A16-g32", SCHEME], override={"*.mlp.*": "float"})
     assert done.to_dict() == printed(
         "plan", tiny, "--scheme", "W8A16-g32", "--scheme", SCHEME, "--override", "*.mlp.*=float"

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from hf_quant.core.scheme import QuantScheme
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import HfQuantError, OptionError
 from hf_quant.formats import Layer
 from hf_quant.jobs.engine_rules import ENGINE_NAMES, RULES
 from hf_quant.jobs.engines import ENGINES, vllm
+from hf_quant.jobs.targets import check_target, served
 
 ATTN, MLP, EXPERT = "model.layers.0.self_attn", "model.layers.0.mlp", "model.layers.0.mlp.experts.3"
 
@@ -145,3 +146,25 @@ def test_linear_attention_is_fused_too() -> None:
     stem = "model.layers.0.linear_attn"
     layers = {f"{stem}.in_proj_qkv": layer("W4A16-g128"), f"{stem}.in_proj_z": layer("W8A16-g128")}
     assert "in_proj_qkv, in_proj_z become one layer" in "".join(vllm("compressed_tensors", layers).lines())
+
+
+@pytest.mark.parametrize(("target", "now", "slug", "to"), [
+    ("llama.cpp", "native", "Q4_K", "gguf"), ("llama.cpp", "compressed_tensors", "W4A16-g32", "gguf"),
+    ("mlx", "compressed_tensors", "W4A16-g64", "mlx"), ("vllm", "compressed_tensors", "W2A16-g64-asym", None),
+    ("vllm", "native", "W4A16-g128", "compressed-tensors"), ("onnx", "native", "W4A16-g128-asym", "awq"),
+])  # fmt: skip
+def test_the_format_that_an_engine_runs_is_found(target: str, now: str, slug: str, to: str | None) -> None:
+    found = served(target, 1, now, {f"{MLP}.down_proj": layer(slug)})
+    assert not found.verdict.refused and sum(found.verdict.kernels.values()) == 1
+    assert found.to == to or (to == "awq" and found.to == "gptq")
+    assert ("as it is" if to is None else f"convert --to {found.to}") in found.lines()[0]
+
+
+def test_what_no_format_helps_is_refused_by_name() -> None:
+    found = served("mlx", 1, "native", {f"{MLP}.down_proj": layer("Q4_K"), f"{MLP}.up_proj": layer("W4A16-g64")})
+    assert found.to == "mlx" and found.verdict.kernels == {"affine quantized_matmul": 1}
+    assert "Q4_K" in next(iter(found.verdict.refused)) and found.to_dict()["refused"]
+    with pytest.raises(OptionError, match=r"llama\.cpp"):
+        check_target("llama", 1)
+    with pytest.raises(OptionError, match="--tp"):
+        check_target(None, 2)

@@ -62,8 +62,8 @@ def served(target: str, tp: int, now: str, layers: Mapping[str, Layer]) -> Serve
         now: Name of the format that they have.
         layers: By name.
     """
-    labels: dict[str, str | None] = {now: None}
-    labels |= {name: label for label, name in conversion_targets().items() if name != now} | {GGUF: GGUF}
+    others = sorted(conversion_targets().items(), key=lambda item: not formats()[item[1]].automatic)
+    labels: dict[str, str | None] = {now: None} | {name: label for label, name in others if name != now} | {GGUF: GGUF}
     tried = [Served(target, tp, label, _verdict(target, tp, fmt, layers)) for fmt, label in labels.items()]
     return min(tried, key=lambda one: sum(map(len, one.verdict.refused.values())))
 

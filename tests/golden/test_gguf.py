@@ -149,15 +149,17 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("kind", "how"), [
-    ("llama", {"tie_word_embeddings": True, "rope_parameters": {
+@pytest.mark.parametrize(("kind", "scheme", "how"), [
+    ("llama", "W4A16-g32", {"tie_word_embeddings": True, "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192}}),
-    ("qwen2", {}),
+    ("qwen2", "Q3_K", {}),
 ])  # fmt: skip
-def test_there_and_back_with_the_same_logits(kind: str, how: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+def test_there_and_back_with_the_same_logits(
+    kind: str, scheme: str, how: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
     monkeypatch.setenv("HF_QUANT_BACKEND", "reference")
-    model = checkpoint(tmp_path, kind, **how)
+    model = checkpoint(tmp_path, kind, scheme, **how)
     done = convert(tmp_path / "quantized", tmp_path / "gguf", to="gguf")
     assert done.layers == 14 and done.to == "gguf"
     reader = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf")
@@ -166,6 +168,7 @@ def test_there_and_back_with_the_same_logits(kind: str, how: dict[str, Any], tmp
         gguf.dequantize(theirs["blk.1.ffn_down.weight"].data, theirs["blk.1.ffn_down.weight"].tensor_type)
     )
     assert torch.equal(weight, model.model.layers[1].mlp.down_proj.dequantize(torch.float32))
+    assert theirs["blk.1.ffn_down.weight"].tensor_type.name == {"W4A16-g32": "Q4_0"}.get(scheme, scheme)
     assert reader.get_field("general.architecture").contents() == kind
     back = convert(tmp_path / "gguf" / "model.gguf", tmp_path / "back", to="native")
     assert back.source == "gguf"

@@ -172,7 +172,8 @@ def main() -> None:
     records = json.loads(file.read_text()) if file.is_file() else {}
     records[name] = {
         "date": str(date.today()), "processor": cpu_name(), "chunks": options.chunks, "calibration tokens": options.tokens,
-        "versions": {package: version(package) for package in ("torch", "transformers", "gguf")}, "KL": kl,
+        "versions": {package: version(package) for package in ("torch", "transformers", "gguf")} | {"llama.cpp": llamacpp.binding()},
+        "KL": records.get(name, {}).get("KL", {}) | kl,
     }  # fmt: skip
     write("gguf_kquants", records, page(records))
 

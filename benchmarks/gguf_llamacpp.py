@@ -1,17 +1,20 @@
 """GGUF files of this package in llama.cpp itself: logits, greedy tokens, and KL by its own tool beside ours.
 
     python benchmarks/gguf_llamacpp.py BUILD
+    python benchmarks/gguf_llamacpp.py BUILD --model FOLDER    # another model, such as that of train_small.py
 
 BUILD is the folder ``build`` of a llama.cpp that was built with its tools, for example the one inside the source package
 llama-cpp-python, whose Python binding is used too (``--no-binary llama-cpp-python``; its folder is found above BUILD).
 
-Compared are the shipped model in ``W4A16-g32``, exported as Q4_0, with the same file made F32 by ``llama-quantize``. llama.cpp
-rounds the inputs of quantized layers to INT8 in groups of 32, so only the F32 file can agree to float tolerance.
+Compared are the model in ``W4A16-g32`` and ``W8A16-g32``, exported as Q4_0 and Q8_0, with the same files made F32 by
+``llama-quantize``. llama.cpp rounds the inputs of quantized layers to INT8 in groups of 32, so only the F32 files can agree to float
+tolerance.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -24,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from _results import write
+from _results import RESULTS, write
 
 import hf_quant
 from hf_quant import HfQuantConfig
@@ -33,6 +36,7 @@ from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.gguf.architectures import gguf_name, of_config, row_order
 from hf_quant.jobs.convert import convert
 
+TYPES = {"W4A16-g32": "Q4_0", "W8A16-g32": "Q8_0"}
 MODEL = Path(__file__).parents[1] / "examples" / "ref-llama-16m"
 PROMPTS, LENGTH, NEW, CONTEXT, CHUNKS = 8, 64, 24, 512, 24
 
@@ -128,17 +132,27 @@ def kl_of(build: Path, base: Path, file: Path, text: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("build", type=Path)
+    parser.add_argument("--model", type=Path, default=MODEL)
     options = parser.parse_args()
     build = options.build.resolve()
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(build / "bin")
-    sys.path += [str(path.parent.parent) for path in build.parents[2].glob("llama_cpp/__init__.py")]
+    find_binding(build)
     with tempfile.TemporaryDirectory() as temporary:
-        record = measured(build, Path(temporary))
+        record = measured(build, options.model, Path(temporary))
     record = {
-        "date": str(date.today()), "processor": cpu_name(), "model": MODEL.name,
+        "date": str(date.today()), "processor": cpu_name(),
         "versions": {name: version(name) for name in ("torch", "transformers", "gguf")} | {"llama-cpp-python": binding()},
     } | record  # fmt: skip
-    write("gguf_llamacpp", record, page(record))
+    file = RESULTS / "gguf_llamacpp.json"
+    records = json.loads(file.read_text()) if file.is_file() else {}
+    records = {name: old for name, old in records.items() if isinstance(old, dict) and "processor" in old}
+    records[options.model.name] = record
+    write("gguf_llamacpp", records, page(records))
+
+
+def find_binding(build: Path) -> None:
+    """Let the Python binding beside a build be imported."""
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(build / "bin")
+    sys.path += [str(path.parent.parent) for path in build.parents[2].glob("llama_cpp/__init__.py")]
 
 
 def binding() -> str:
@@ -148,82 +162,69 @@ def binding() -> str:
     return str(llama_cpp.__version__)
 
 
-def page(record: dict[str, Any]) -> str:
+def page(records: dict[str, Any]) -> str:
     """For people."""
-    lines = [
-        "# GGUF files in llama.cpp",
-        "",
-        f"{record['model']} in W4A16-g32, on one core of {record['processor']}, {record['date']}; "
-        + ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-        + ". `python benchmarks/gguf_llamacpp.py BUILD`",
-        "",
-        f"{PROMPTS} prompts of {LENGTH} tokens, and {NEW} greedy tokens after each; ours: plain products in float32.",
-        "",
-        "| | largest difference of logits | of | mean KL | greedy tokens equal | sequences equal |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in ("Q4_0 made F32, to ours", "Q4_0, to ours"):
-        row = record[name]
-        lines.append(
-            f"| {name} | {row['largest_difference_of_logits']:.2g} | {row['largest_logit']:.1f} | {row['mean_kl']:.2g} | "
-            f"{row['greedy_tokens_equal']} of {row['greedy_tokens']} | {row['greedy_sequences_equal']} of {row['greedy_sequences']} |"
-        )
-    lines += ["", f"KL to the float file by `llama-perplexity --kl-divergence`, {CHUNKS} windows of {CONTEXT} held-out tokens:", "",
-              "| file | KL | bytes |", "|---|---|---|"]  # fmt: skip
-    for name, row in record["KL by llama-perplexity"].items():
-        lines.append(f"| {name} | {row['mean_kl']:.5f} ± {row['error']:.5f} | {row['bytes']:,} |")
+    lines = ["# GGUF files in llama.cpp", "", "`python benchmarks/gguf_llamacpp.py BUILD`: "
+             f"{PROMPTS} prompts of {LENGTH} tokens, and {NEW} greedy tokens after each; ours: plain products in float32. llama.cpp keeps "
+             "keys and values in float16 and rounds the inputs of quantized layers to INT8."]  # fmt: skip
+    for model, record in records.items():
+        lines += ["", f"## {model}", "", f"On one core of {record['processor']}, {record['date']}; "
+                  + ", ".join(f"{name} {number}" for name, number in record["versions"].items()), "",
+                  "| | largest difference of logits | of | mean KL | greedy tokens equal | sequences equal |",
+                  "|---|---|---|---|---|---|"]  # fmt: skip
+        for name, row in record["logits"].items():
+            lines.append(
+                f"| {name} | {row['largest_difference_of_logits']:.2g} | {row['largest_logit']:.1f} | {row['mean_kl']:.2g} | "
+                f"{row['greedy_tokens_equal']} of {row['greedy_tokens']} | {row['greedy_sequences_equal']} of {row['greedy_sequences']} |"
+            )
+        lines += ["", f"KL to the float file by `llama-perplexity --kl-divergence`, {record['chunks']} windows of {CONTEXT} held-out "
+                  "tokens:", "", "| file | KL | bytes |", "|---|---|---|"]  # fmt: skip
+        for name, row in record["KL by llama-perplexity"].items():
+            lines.append(f"| {name} | {row['mean_kl']:.5f} ± {row['error']:.5f} | {row['bytes']:,} |")
     return "\n".join(lines)
 
 
-def measured(build: Path, work: Path) -> dict[str, Any]:
-    """Everything that is compared."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
-    heldout = (MODEL / "heldout.txt").read_text(encoding="utf-8")
+def measured(build: Path, folder: Path, work: Path) -> dict[str, Any]:
+    """Everything that is compared, of one model."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    heldout = (folder / "heldout.txt").read_text(encoding="utf-8")
     ids = torch.tensor(tokenizer(heldout[:40_000]).input_ids[: PROMPTS * LENGTH]).view(PROMPTS, LENGTH)
-    config = HfQuantConfig("W4A16-g32")
-    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config, dtype=torch.float16)
-    model.save_pretrained(work / "quantized")
-    tokenizer.save_pretrained(work / "quantized")
-    convert(work / "quantized", work / "gguf", to="gguf")
-    file, wide, plain = work / "gguf" / "model.gguf", work / "wide.gguf", work / "float.gguf"
-    tool(build, "llama-quantize", "--allow-requantize", file, wide, "F32", 1)
-    float_file(file, plain)
-    mine = ours(work / "quantized", ids)
-    print("ours done", flush=True)
-    record: dict[str, Any] = {
-        "Q4_0 made F32, to ours": compared(mine, theirs(wide, ids)),
-        "Q4_0, to ours": compared(mine, theirs(file, ids)),
-    }
-    print(record, flush=True)
-    text, base = work / "text.txt", work / "base.kld"
+    plain, text, base = work / "float.gguf", work / "text.txt", work / "base.kld"
     text.write_text(heldout[:90_000], encoding="utf-8")
-    tool(
-        build,
-        "llama-perplexity",
-        "-m",
-        plain,
-        "-f",
-        text,
-        "--kl-divergence-base",
-        base,
-        "-c",
-        CONTEXT,
-        "-t",
-        1,
-        "--chunks",
-        CHUNKS,
-    )
-    own = work / "own.gguf"
-    tool(build, "llama-quantize", "--pure", "--token-embedding-type", "f32", plain, own, "Q4_0", 1)
-    record["KL by llama-perplexity"] = {
-        "ours, rounded to W4A16-g32": kl_of(build, base, file, text), "llama-quantize Q4_0": kl_of(build, base, own, text),
-    }  # fmt: skip
-    hf_quant.quantize(MODEL, work / "calibrated", scheme="W4A16-g32", method="calibrated", eval=False)
-    convert(work / "calibrated", work / "gguf2", to="gguf")
+    record: dict[str, Any] = {"logits": {}, "KL by llama-perplexity": {}, "chunks": CHUNKS}
+    for scheme, kind in TYPES.items():
+        quantized, wide, own = work / scheme, work / f"{kind}-wide.gguf", work / f"{kind}-own.gguf"
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=HfQuantConfig(scheme), dtype=torch.float16
+        )
+        model.save_pretrained(quantized)
+        tokenizer.save_pretrained(quantized)
+        file = exported(quantized, work)
+        if not plain.exists():
+            float_file(file, plain, folder)
+            tool(build, "llama-perplexity", "-m", plain, "-f", text, "--kl-divergence-base", base, "-c", CONTEXT, "-t", 1,
+                 "--chunks", CHUNKS)  # fmt: skip
+        tool(build, "llama-quantize", "--allow-requantize", file, wide, "F32", 1)
+        tool(build, "llama-quantize", "--pure", "--token-embedding-type", "f32", plain, own, kind, 1)
+        mine = ours(quantized, ids)
+        record["logits"] |= {
+            f"{kind} made F32, to ours": compared(mine, theirs(wide, ids)), f"{kind}, to ours": compared(mine, theirs(file, ids)),
+        }  # fmt: skip
+        record["KL by llama-perplexity"] |= {
+            f"ours, rounded to {scheme}": kl_of(build, base, file, text), f"llama-quantize {kind}": kl_of(build, base, own, text),
+        }  # fmt: skip
+        print(record, flush=True)
+    hf_quant.quantize(folder, work / "calibrated", scheme="W4A16-g32", method="calibrated", eval=False)
     record["KL by llama-perplexity"]["ours, calibrated W4A16-g32"] = kl_of(
-        build, base, work / "gguf2" / "model.gguf", text
+        build, base, exported(work / "calibrated", work), text
     )
     return record
+
+
+def exported(quantized: Path, work: Path) -> Path:
+    """The GGUF file of a checkpoint."""
+    convert(quantized, work / f"{quantized.name}-gguf", to="gguf")
+    return work / f"{quantized.name}-gguf" / "model.gguf"
 
 
 if __name__ == "__main__":

@@ -108,9 +108,9 @@ class QuantScheme:
         kind = K_QUANTS.get(str(self.blocks))
         if kind is None:
             raise SchemeError(f"blocks must be one of {tuple(K_QUANTS)} or None, got {self.blocks!r}")
-        own = (kind.held_in, kind.group, not kind.offset, bool(kind.offset))
+        fields = (kind.held_in, kind.group, not kind.offset, bool(kind.offset))
         more = self.outliers or self.activations or self.codebook or self.permuted
-        if (self.bits, self.group_size, self.symmetric, self.real_zero) != own or more:
+        if (self.bits, self.group_size, self.symmetric, self.real_zero) != fields or more:
             raise SchemeError(f"{self.blocks} has its own bits, groups and zero points, and nothing besides")
 
     @classmethod

@@ -188,3 +188,39 @@ def moved_within(
     sink = after - before
     lower = (total * sink - 2 * steep) * sink < 0
     return new, torch.where(lower, after, before) / new, moved - torch.where(lower, sink, 0)
+
+
+def holds(scale: Tensor, zero: Tensor | None, kind: KQuant) -> bool:
+    """Whether scales ``[N, G]`` and offsets are whole multiples of a float16, so that a file can hold them."""
+    blocks = scale.float().unflatten(-1, (-1, kind.groups))
+    if multiples(blocks, *kind.scales) is None:
+        return False
+    if zero is None:
+        return True
+    zeros = zero.float().view_as(blocks)
+    return multiples(zeros.double() * blocks.double(), 0, kind.offset, blocks, zeros) is not None
+
+
+def multiples(
+    values: Tensor, least: int, most: int, scale: Tensor | None = None, zero: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
+    """``values [N, B, G]`` as integers times a float16 ``[N, B]``, exactly; None if there is none.
+
+    Values that are only nearly multiples, since they are zero points times ``scale``, must give ``zero`` again.
+    """
+    peak = values.gather(-1, values.abs().argmax(-1, keepdim=True))  # with its sign
+    d = torch.zeros_like(peak).half()
+    integers = torch.zeros_like(values, dtype=torch.int16)
+    open_ = peak != 0
+    for k in (k for size in range(max(most, -least), 0, -1) for k in (size, -size) if least <= k <= most):
+        if not bool(open_.any()):
+            break
+        candidate = (peak / k).half()
+        whole = (values / candidate).round().nan_to_num(0, 0, 0).clamp(least, most)
+        products = candidate.float() * whole.float()
+        same = products == values if scale is None or zero is None else products / scale == zero
+        fits = open_ & same.all(-1, keepdim=True) & (candidate != 0)
+        d = torch.where(fits, candidate, d)
+        integers = torch.where(fits, whole.short(), integers)
+        open_ &= ~fits
+    return None if bool(open_.any()) else (d.squeeze(-1), integers)

@@ -15,6 +15,7 @@ from torch import Tensor
 from hf_quant.core.packing import pack
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.core.two_levels import multiples
 from hf_quant.errors import FormatError
 from hf_quant.gguf.blocks import BLOCKS, Block, Parts
 
@@ -136,14 +137,14 @@ def _k_quant(tensor: QuantizedTensor) -> Fit:
             continue
         scale = tensor.scale.float().view(n, -1, block.groups)
         least, most = _range(block)
-        if (multiples := _multiples(scale, least, most)) is None:
+        if (whole := multiples(scale, least, most)) is None:
             continue
-        d, scales = multiples
+        d, scales = whole
         if block.center is not None:
             return Fit(block, Parts(codes.to(torch.uint8), d, scales))
         assert tensor.zero_point is not None
         zero = tensor.zero_point.float().view_as(scale)
-        if (offsets := _multiples(zero.double() * scale.double(), 0, most, scale, zero)) is not None:
+        if (offsets := multiples(zero.double() * scale.double(), 0, most, scale, zero)) is not None:
             return Fit(block, Parts(codes, d, scales, *offsets))
     raise FormatError(
         f"the scales of {scheme} are not multiples of one float16 for every 256 columns, which K-quants need"
@@ -154,28 +155,3 @@ def _range(block: Block) -> tuple[int, int]:
     """The least and the largest integer scale."""
     width = sum(plane.width for plane in block.scales)
     return -block.zero_scale, (1 << width) - 1 - block.zero_scale
-
-
-def _multiples(
-    values: Tensor, least: int, most: int, scale: Tensor | None = None, zero: Tensor | None = None
-) -> tuple[Tensor, Tensor] | None:
-    """``values [N, B, G]`` as integers times a float16 ``[N, B]``, exactly; None if there is none.
-
-    Values that are only nearly multiples, since they are zero points times ``scale``, must give ``zero`` again.
-    """
-    peak = values.gather(-1, values.abs().argmax(-1, keepdim=True))  # with its sign
-    d = torch.zeros_like(peak).half()
-    integers = torch.zeros_like(values, dtype=torch.int16)
-    open_ = peak != 0
-    for k in (k for size in range(max(most, -least), 0, -1) for k in (size, -size) if least <= k <= most):
-        if not bool(open_.any()):
-            break
-        candidate = (peak / k).half()
-        whole = (values / candidate).round().nan_to_num(0, 0, 0).clamp(least, most)
-        products = candidate.float() * whole.float()
-        same = products == values if scale is None or zero is None else products / scale == zero
-        fits = open_ & same.all(-1, keepdim=True) & (candidate != 0)
-        d = torch.where(fits, candidate, d)
-        integers = torch.where(fits, whole.short(), integers)
-        open_ &= ~fits
-    return None if bool(open_.any()) else (d.squeeze(-1), integers)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.errors import FormatError, HfQuantError, OptionError
 from hf_quant.jobs.options import check_device, check_model, hub
 from hf_quant.jobs.outputs import CONVERSION, check_output, claimed, record
 from hf_quant.jobs.outputs import output as output_folder
@@ -138,6 +138,12 @@ def _target(contents: Contents) -> str:
     from hf_quant.formats import conversion_targets, saved_formats
     from hf_quant.jobs.convert import refuse, why_not
 
+    for name, layer in contents.layers.items():
+        if layer.scheme is not None and layer.scheme.blocks:
+            raise FormatError(
+                f"{name}: scales of {layer.scheme} stay whole multiples of one number, and training moves each by itself; "
+                "--method calibrated makes the best K-quants"
+            )
     labels = {name: label for label, name in conversion_targets().items()}
     *others, last = [labels[name] for name in reversed(saved_formats())]  # the last one holds every plan
     to = next((label for label in others if not why_not(contents, label)), last)

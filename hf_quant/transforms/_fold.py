@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_quant.core.numerics import dequantize, quantize, search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.core.two_levels import holds
 from hf_quant.transforms import Stage, weight_of
 from hf_quant.transforms._judge import call_of, changed, close
 
@@ -169,7 +170,10 @@ def _into_layer(stage: Stage, producer: str, scales: Tensor) -> _Taken | str:
     bias, codes = getattr(module, "bias", None), stage.codes.get(producer)
     if codes is not None:
         codes = _divided(codes, row_scales)
-        exact = _exact(stage.codes[producer].scale, codes.scale, row_scales[:, None])
+        kind = codes.scheme.k_quant
+        exact = _exact(stage.codes[producer].scale, codes.scale, row_scales[:, None]) and (
+            kind is None or holds(codes.scale, codes.zero_point, kind)
+        )
     else:
         dtype = stage.stored(f"{producer}.weight")
         stored = weight_of(module).to(dtype)

@@ -12,6 +12,7 @@ from hf_quant.core.k_quants import COLUMNS, K_QUANTS, KQuant
 from hf_quant.core.numerics import search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
+from hf_quant.core.two_levels import holds
 from hf_quant.errors import PlanError, SchemeError
 from hf_quant.gguf.blocks import BLOCKS
 from hf_quant.hf import HfQuantConfig
@@ -90,6 +91,17 @@ def test_the_data_are_those_of_the_files(name: str) -> None:
     assert kind.scales == (least, least + (1 << widths[0]) - 1)
     assert kind.bits_per_weight == 8 * block.size / block.weights and block.weights == COLUMNS
     assert str(scheme) == name and scheme.qmax - scheme.qmin == (1 << block.bits) - 1 and scheme.foreign is None
+
+
+@pytest.mark.parametrize("name", K_QUANTS)
+def test_scales_divided_too_far_are_not_held_any_more(name: str) -> None:
+    """A transform divides the rows of quantized producers by powers of two: float16 ends before float32 does."""
+    made = method("rtn").quantize(torch.randn(8, 512), QuantScheme.parse(name), torch.float16)
+    assert holds(made.scale, made.zero_point, K_QUANTS[name]) and holds(
+        made.scale / 2, made.zero_point, K_QUANTS[name]
+    )
+    assert not holds(made.scale / 2**14, made.zero_point, K_QUANTS[name])
+    assert not holds(made.scale * 1.0001, made.zero_point, K_QUANTS[name])
 
 
 def seen(k: int) -> InputStats:

@@ -154,16 +154,16 @@ def test_linear_attention_is_fused_too() -> None:
     ("vllm", "native", "W4A16-g128", "compressed-tensors"), ("onnx", "native", "W4A16-g128-asym", "awq"),
 ])  # fmt: skip
 def test_the_format_that_an_engine_runs_is_found(target: str, now: str, slug: str, to: str | None) -> None:
-    found = served(target, 1, now, {f"{MLP}.down_proj": layer(slug)})
-    assert not found.verdict.refused and sum(found.verdict.kernels.values()) == 1
-    assert found.to == to or (to == "awq" and found.to == "gptq")
-    assert ("as it is" if to is None else f"convert --to {found.to}") in found.lines()[0]
+    result = served(target, 1, now, {f"{MLP}.down_proj": layer(slug)})
+    assert not result.verdict.refused and sum(result.verdict.kernels.values()) == 1
+    assert result.to == to or (to == "awq" and result.to == "gptq")
+    assert ("as it is" if to is None else f"convert --to {result.to}") in result.lines()[0]
 
 
 def test_what_no_format_helps_is_refused_by_name() -> None:
-    found = served("mlx", 1, "native", {f"{MLP}.down_proj": layer("Q4_K"), f"{MLP}.up_proj": layer("W4A16-g64")})
-    assert found.to == "mlx" and found.verdict.kernels == {"affine quantized_matmul": 1}
-    assert "Q4_K" in next(iter(found.verdict.refused)) and found.to_dict()["refused"]
+    result = served("mlx", 1, "native", {f"{MLP}.down_proj": layer("Q4_K"), f"{MLP}.up_proj": layer("W4A16-g64")})
+    assert result.to == "mlx" and result.verdict.kernels == {"affine quantized_matmul": 1}
+    assert "Q4_K" in next(iter(result.verdict.refused)) and result.to_dict()["refused"]
     with pytest.raises(OptionError, match=r"llama\.cpp"):
         check_target("llama", 1)
     with pytest.raises(OptionError, match="--tp"):

@@ -35,7 +35,7 @@ def grid_of(model: str, slugs: Sequence[str]) -> str | None:
     weight = checkpoint.read(name)[:ROWS].float()
     for slug in dict.fromkeys([*slugs, *USUAL]):
         scheme = QuantScheme.parse(slug).weights
-        if weight.shape[1] % 32 or weight.shape[1] % max(1, scheme.group_size):
+        if scheme.blocks or weight.shape[1] % 32 or weight.shape[1] % max(1, scheme.group_size):
             continue
         groups = weight.unflatten(-1, (scheme.groups(weight.shape[1]), -1))
         grid = recovered(groups, scheme, torch.float32)

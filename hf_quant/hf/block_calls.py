@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from hf_quant.core.private_torch import tree_leaves
 from hf_quant.errors import HfQuantError
@@ -73,7 +74,7 @@ def stand_in(name: str, forward: Callable[..., Any], run: Passing, forms: Forms)
     """A ``forward`` for the block of that name that returns its input; ``forward`` is its own."""
 
     def passing(*args: Any, **kwargs: Any) -> Any:
-        hidden, args, kwargs = _without_states(name, args, kwargs)
+        hidden, args, kwargs = _without_states(name, *_without_caches(args, kwargs))
         if name in run.steps:
             raise HfQuantError(f"{name}: is run more than once, which cannot be calibrated yet")
         if any(leaf is extra for leaf in _tensors((args, kwargs)) for extra in forms.extras.get(list_of(name), [])):
@@ -87,6 +88,14 @@ def stand_in(name: str, forward: Callable[..., Any], run: Passing, forms: Forms)
         return forms.like(name, run._returned)
 
     return passing
+
+
+def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with None for caches of keys and values, which would grow with every run of a block."""
+    return (
+        tuple(None if isinstance(value, Cache) else value for value in args),
+        {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()},
+    )
 
 
 def _without_states(

@@ -155,6 +155,11 @@ class Around:
             steps = self._pass(chain, ids, {name: result.states[rows] for name, result in results.items()}).steps
             entered = steps[chain[0]][0]
             states = states or HiddenStates.room((len(self.ids), *entered.shape[1:]), size, torch.float32, file)
+            if entered.shape != (len(ids), *states.states.shape[1:]):
+                raise HfQuantError(
+                    f"{chain[0]}: its hidden states {list(entered.shape)} are not {len(ids)} sequences of one length, and "
+                    "only such can be calibrated yet; rtn and hqq need no text"
+                )
             states.put(number, entered)
             for name in chain:
                 calls[name].append(steps[name][1])

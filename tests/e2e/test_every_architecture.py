@@ -21,10 +21,12 @@ ROUNDED = [
 ]  # fmt: skip
 CALIBRATED = [
     # an encoder before a decoder; a position bias that the first block computes; cross-attention that no text reaches; an encoder;
-    # a classifier; the text decoder of a vision-language model; layers outside the blocks; characters in place of a vocabulary
+    # a classifier; the text decoder of a vision-language model; layers outside the blocks; characters in place of a vocabulary;
+    # a cache that the model makes by itself
     ("bart", "BartForConditionalGeneration"), ("t5", "T5ForConditionalGeneration"), ("bart", "BartForCausalLM"),
     ("bert", "BertForSequenceClassification"), ("llava", "LlavaForConditionalGeneration"),
     ("gemma4_text", "Gemma4ForCausalLM"), ("canine", "CanineForSequenceClassification"),
+    ("flaubert", "FlaubertWithLMHeadModel"),
 ]  # fmt: skip
 
 

@@ -53,6 +53,17 @@ def test_calibration_in_memory_and_from_shards(model_type: str, class_name: str,
     assert not found.faults
 
 
+@pytest.mark.parametrize(("model_type", "class_name", "reason"), [
+    ("fsmt", "FSMTForConditionalGeneration", "are not 2 sequences of one length"),
+    ("albert", "AlbertForMaskedLM", "is run more than once"),
+])  # fmt: skip
+def test_what_cannot_be_calibrated_is_refused_by_name(
+    model_type: str, class_name: str, reason: str, tmp_path: Path
+) -> None:
+    found = check_calibration(*made(model_type, class_name, tmp_path), tmp_path)
+    assert found.faults["memory"].startswith("HfQuantError") and reason in found.faults["memory"]
+
+
 class Plain(nn.Linear):
     def __init__(self) -> None:
         super().__init__(64, 64)

@@ -17,6 +17,7 @@ from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
 from hf_quant.jobs.base import base_of, remember
+from hf_quant.jobs.compress import _check
 from hf_quant.jobs.stored import store_results
 
 
@@ -137,3 +138,14 @@ def test_results_of_somebody_else_are_left_alone(theirs: str, tmp_path: Path) ->
     said: list[str] = []
     store_results(tmp_path, {"bench": {}}, said.append)
     assert (tmp_path / "results.json").read_text() == theirs and "was not written by hf-quant" in said[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_last_digits_do_not_refuse_a_saved_model(dtype: torch.dtype) -> None:
+    logits = torch.linspace(-4, 4, 64).to(dtype)
+    _check(logits, logits * (1 + torch.finfo(dtype).eps), "W4A16-g32")
+    for wrong in (logits * 1.2, logits.roll(1) + 1, logits + torch.nan):
+        with pytest.raises(HfQuantError, match="something else"):
+            _check(logits, wrong, "W4A16-g32")
+    with pytest.raises(HfQuantError, match="NaN or infinite"):
+        _check(logits + torch.inf, None, "W4A16-g32")

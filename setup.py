@@ -7,7 +7,7 @@ import os
 
 from setuptools import Extension, setup
 
-UNITS = ("module", "portable", "avx2", "avx512", "vnni", "amx", "amx_int8")
+UNITS = ("module", "portable", "avx2", "avx512", "vnni", "bf16", "amx", "amx_int8")
 kernels = Extension(
     "hf_quant.kernels._cpu",
     sources=[f"hf_quant/kernels/_native/csrc/{unit}.cpp" for unit in UNITS],

@@ -2,8 +2,9 @@
 
 A few rows are multiplied as fast as memory gives the codes: in float32, or, for bf16 and float16 where there is VNNI, as
 integers of 16 bits; many rows on AMX, where W is dequantized to bf16 in the cache (and, for float16 and float32 models, as
-a sum of two bf16 numbers, whose products lose nothing that counts beside the codes). Without AMX, many rows are left to
-PyTorch's dense product, some dequantized rows of W at a time. The threads are PyTorch's.
+a sum of two bf16 numbers, whose products lose nothing that counts beside the codes). Where there is AVX512-BF16 and no AMX,
+many rows of bf16 are multiplied by codes that become bf16 in the cache. All else is left to PyTorch's dense product, some
+dequantized rows of W at a time. The threads are PyTorch's.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ from hf_quant.kernels._shared.registration import FLOATS, Arguments
 
 
 def _few_rows(dtype: torch.dtype) -> int:
-    """Below this many rows our own product is faster than PyTorch's dense one on dequantized rows; with AMX, always."""
-    if _cpu.level() == "amx":
+    """Below this many rows our own product is faster than PyTorch's dense one on dequantized rows; with bf16 products of our own, always."""
+    if _cpu.level() == "amx" or (_cpu.level() == "bf16" and dtype is torch.bfloat16):
         return sys.maxsize
-    if _cpu.level() in ("avx512", "vnni"):
+    if _cpu.level() in ("avx512", "vnni", "bf16"):
         return 32 if dtype is torch.bfloat16 and cpu_multiplies_bf16() else 192
     return 16
 

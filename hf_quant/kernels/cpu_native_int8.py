@@ -104,7 +104,7 @@ class CpuNativeInt8:
     def why_not(self, spec: LinearSpec) -> str | None:
         if spec.scheme.activations == "threshold":
             return "one scale a row or for all, no columns chosen on the way"
-        if built() not in (None, "vnni", "amx"):
+        if built() not in (None, "vnni", "bf16", "amx"):
             return f"needs products of bytes (VNNI), got {built()}"
         return why_not(spec)
 

@@ -132,6 +132,21 @@ bool vnni_digits(const void* x, int type, long row, const Linear&, const Digits&
 void vnni_int8(const Activations&, long row, const Linear&, float* room, const Digits&);
 void vnni_rows(const Linear&, long from, long to, const Digits&, long m, const Output&);
 
+// AVX512-BF16: x in tiles of a few rows, pairs of neighbouring columns, some columns of all tiles after others:
+// [chunk of columns][tile][pair of the chunk][row of the tile].
+struct RowTiles {
+  uint32_t* x;
+  float* sums;  // [tiles * tall, groups], where there are zero points
+  long m, tall;
+  long tiles() const { return (m + tall - 1) / tall; }
+  uint32_t* at(long t, long count, long tile) const { return x + (t * tiles() + tile * count) * 16 * tall; }
+};
+const long TALL = 14;  // rows of a tile at most: twice as many sums, and what they are made of, in 32 registers
+
+void bf16_pack(const uint16_t* x, const Linear&, long tile, const RowTiles&);
+void bf16_linear(const Linear&, long from, long to, const RowTiles&, uint8_t* room, const Output&);
+size_t bf16_room(const RowTiles&);  // bytes a thread needs
+
 // AMX: x in tiles of 16 rows and 32 columns of bf16, `parts` of them (1: bf16; 2: float32 as a sum of two) side by side,
 // the tiles of up to DEPTH steps of k together: [k / DEPTH][m][DEPTH][parts][1 KB].
 const long DEPTH = 16, WIDE = 16;  // tiles of k at a time; blocks of 16 rows of W at a time

@@ -19,8 +19,8 @@ namespace {
 
 // ---- instruction sets
 
-enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3, AMX = 4 };
-const char* const NAMES[] = {"portable", "avx2", "avx512", "vnni", "amx"};
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3, HALVES = 4, AMX = 5 };
+const char* const NAMES[] = {"portable", "avx2", "avx512", "vnni", "bf16", "amx"};
 int best = PORTABLE, level = PORTABLE;
 
 int detect() {
@@ -31,9 +31,10 @@ int detect() {
       !__builtin_cpu_supports("avx512dq"))
     return AVX2;
   if (!__builtin_cpu_supports("avx512vnni")) return AVX512;
+  if (!__builtin_cpu_supports("avx512bf16")) return VNNI;
   unsigned a, b, c, d = 0;
   const unsigned need = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & need) != need || !amx_allowed()) return VNNI;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & need) != need || !amx_allowed()) return HALVES;
   return AMX;
 #else
   return PORTABLE;
@@ -136,6 +137,32 @@ void many_rows(const Linear& a, const uint8_t* x, const Output& y, long m, long 
   });
 }
 
+// How many of m rows to take together: the fewer are left over in the last tile the better, and the fewer tiles.
+long tallest(long m) {
+  long best = m < TALL ? m : TALL, least = m * 1000;
+  for (long tall = best; tall > TALL / 2 && m > TALL; tall--) {
+    const long tiles = (m + tall - 1) / tall, cost = tiles * (10 * tall + 3);
+    if (cost < least) least = cost, best = tall;
+  }
+  return best;
+}
+
+// Without AMX: rows of x in bf16, as many at a time as their part of a chunk leaves room for in the second-level cache.
+void many_halves(const Linear& a, const uint16_t* x, const Output& y, long m, long threads) {
+  const long passes = (m + 511) / 512;
+  for (long p = 0; p < passes; p++) {
+    const long first = m * p / passes, rows = m * (p + 1) / passes - first;
+    const long tall = tallest(rows), all = (rows + tall - 1) / tall * tall;
+    uint32_t* at = (uint32_t*)shared_room.of(sizeof(float) * all * (a.k / 2 + (a.zero ? a.groups() : 0)));
+    const RowTiles packed = {at, (float*)(at + all * a.k / 2), rows, tall};
+    each(packed.tiles(), threads, [&](long j) { bf16_pack(x + first * a.k, a, j, packed); });
+    const Output to = {(uint16_t*)y.y + first * a.n, y.type};
+    in_blocks(a, 4, threads, [&](long from, long end) {
+      bf16_linear(a, from, end, packed, own_room.of(bf16_room(packed)), to);
+    });
+  }
+}
+
 void many_int8(const Linear& a, const Activations& x, const Output& y, long m, long threads) {
   const long size = x.type == F32 ? 4 : 2;
   const bool small = a.groups() > 1 && a.group < 64 && a.bits < 8;  // beside whose own error that of bf16 is nothing
@@ -236,6 +263,8 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
     const bool halves = level >= VNNI && y.type != F32;
     if (level == AMX && m > (halves ? FEW_HALVES : FEW))
       many_rows(w, (const uint8_t*)x, y, m, threads);
+    else if (level == HALVES && y.type == BF16 && m > FEW_HALVES)
+      many_halves(w, (const uint16_t*)x, y, m, threads);
     else if (!halves || !few_halves(w, x, y.type, m, y, threads))
 #endif
       few_rows(w, x, y.type, m, y, threads);
@@ -321,12 +350,12 @@ PyObject* py_layout(PyObject*, PyObject* const* args, Py_ssize_t given) {
 PyObject* py_limit(PyObject*, PyObject* name) {
   const char* wanted = PyUnicode_AsUTF8AndSize(name, nullptr);
   if (!wanted) return nullptr;
-  for (int i = 0; i < 5; i++)
+  for (int i = 0; i <= AMX; i++)
     if (!strcmp(wanted, NAMES[i])) {
       level = i < best ? i : best;
       Py_RETURN_NONE;
     }
-  PyErr_Format(PyExc_ValueError, "must be portable, avx2, avx512, vnni or amx, got %R", name);
+  PyErr_Format(PyExc_ValueError, "must be portable, avx2, avx512, vnni, bf16 or amx, got %R", name);
   return nullptr;
 }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hf_quant import _plugins
+from hf_quant.cli._completion import SCHEMES, Directory, OneOf, methods
 from hf_quant.errors import HfQuantError, suggestion
 from hf_quant.jobs.options import DTYPES, WANTED, check_device, check_model, no_folder, size_in_bytes
 
@@ -71,10 +73,13 @@ class Limit(ParamType):
         return number
 
 
-class Scheme(ParamType):
+class Scheme(OneOf):
     """A slug such as ``W4A16-g128``."""
 
     name = "scheme"
+
+    def words(self) -> Iterable[str]:
+        return SCHEMES
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from hf_quant.core.scheme import QuantScheme
@@ -87,10 +92,13 @@ class Scheme(ParamType):
         return _checked(self, lambda: str(QuantScheme.parse(value)), param, ctx)
 
 
-class Method(ParamType):
+class Method(OneOf):
     """A preset, a method, or transforms and a method joined by ``+``."""
 
     name = "method"
+
+    def words(self) -> Iterable[str]:
+        return methods()
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         from hf_quant.core.scheme import QuantScheme
@@ -100,13 +108,16 @@ class Method(ParamType):
         return str(value)
 
 
-class Named(ParamType):
+class Named(OneOf):
     """One of a few names; some of them may be spelled in more than one way."""
 
     name = "name"
 
     def __init__(self, names: dict[str, str]) -> None:
         self.names = names
+
+    def words(self) -> Iterable[str]:
+        return dict.fromkeys(self.names.values())
 
     def hint(self, value: str) -> str:
         """The end of the message about ``value``, which is no name."""
@@ -142,7 +153,7 @@ class Dtype(Named):
 DTYPE = Dtype(DTYPES)
 
 
-class Format(ParamType):
+class Format(OneOf):
     """A format with a certain trait, by its name or its label, or one of a few other words.
 
     Args:
@@ -157,17 +168,20 @@ class Format(ParamType):
         self.trait, self.others, self.advice = trait, others, advice
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        labels = {
+        able = list(self.words())
+        word = str(value).lower().replace("_", "-")
+        if word in able:
+            return word
+        hint = f"; {self.advice}" if word in self._labels().values() else suggestion(word, able)
+        return self.fail(f"{value!r} is not one of {', '.join(able)}{hint}", param, ctx)
+
+    def words(self) -> Iterable[str]:
+        return [*self.others, *(label for name, label in self._labels().items() if self._is_able(name))]
+
+    def _labels(self) -> dict[str, str]:
+        return {
             name: str(_plugins.constants("formats", name).get("label", name)) for name in _plugins.names("formats")
         }
-        able = [label for name, label in labels.items() if self._is_able(name)]
-        word = str(value).lower().replace("_", "-")
-        if word in (*able, *self.others):
-            return word
-        listed = ", ".join([*self.others, *able])
-        known = word in labels.values()
-        hint = f"; {self.advice}" if known else suggestion(word, [*self.others, *able])
-        return self.fail(f"{value!r} is not one of {listed}{hint}", param, ctx)
 
     def _is_able(self, name: str) -> bool:
         """Read from the source of the format, since importing it takes seconds; those of other packages have to be imported."""
@@ -193,7 +207,7 @@ class Override(ParamType):
         return glob, None if slug == "float" else Scheme().convert(slug, param, ctx)
 
 
-class Model(ParamType):
+class Model(Directory):
     """A folder or a Hub id. What is neither is told apart from a model, with what to do about it."""
 
     name = "model"
@@ -206,7 +220,7 @@ class Model(ParamType):
         return str(value) if self.gguf and str(value).endswith(".gguf") else check_model(str(value))
 
 
-class Folder(ParamType):
+class Folder(Directory):
     """A folder that is there, with a quantized model in it."""
 
     name = "folder"

@@ -98,10 +98,10 @@ def _version(name: str) -> str | None:
 
 
 def _compiled() -> str:
-    from hf_quant.kernels._native.compiled import LEVELS, built
+    from hf_quant.kernels._native.compiled import LEVELS, built, why_not_built
 
     if (level := built()) is None:
-        return "not built: install a C++ compiler (g++, clang++) and reinstall hf-quant to make decoding faster"
+        return f"not compiled, so that decoding is slower: {why_not_built()}"
     better = LEVELS[LEVELS.index(level) + 1 :]
     return f"{level}" + (f"; a processor with {better[-1]} would be faster at many rows" if better else "")
 
@@ -157,7 +157,7 @@ def _better_processor() -> str | None:
 
     level = built()
     if level is None:
-        return "reinstall hf-quant where a C++ compiler is"
+        return "the compiled kernels"
     better = LEVELS[LEVELS.index(level) + 1 :]
     return f"many rows: a processor with {better[-1].upper()}" if better else None
 

@@ -150,7 +150,7 @@ def _decide(
     if slug is None or any(matches(name, pattern) for pattern in config.modules_to_not_convert):
         draft.left[name] = "as asked"
     elif named is None and candidate.kind == "embedding" and not config.quantize_embeddings:
-        draft.left[name] = "input embeddings; ask with quantize_embeddings=True"
+        draft.left[name] = "input embeddings; --embeddings (quantize_embeddings=True) quantizes them"
     elif named is None and skip is not None:
         draft.left[name] = skip
     elif candidate.refusal is not None:
@@ -231,7 +231,7 @@ def _default_skips(model: Any, config: HfQuantConfig, by_name: dict[str, Candida
         leaf = name.rpartition(".")[2]
         if name == head_name:
             if not config.quantize_lm_head and not (config.quantize_embeddings and _is_tied(model, head_name)):
-                skips[name] = "output head; ask with quantize_lm_head=True"
+                skips[name] = "output head; --lm-head (quantize_lm_head=True) quantizes it"
         elif candidate.kind != "embedding" and not f"{name}.".startswith(inside):
             skips[name] = f"outside {inside.rstrip('.')}: a task head, or another modality"
         elif keep & set(name.split(".")):

@@ -99,6 +99,11 @@ class LadderResult(Result):
                 f"nothing: KL {kl.value:.5f} ({interval(kl)})"
             )
 
+    def _repr_html_(self) -> str:
+        from hf_quant.publish.inline_chart import size_against_kl
+
+        return super()._repr_html_() + size_against_kl(self.record)
+
     def misses(self) -> list[str]:
         """Sentences on what is out of the limits."""
         lines = [f"{rung.name}: {miss}" for rung in self.rungs for miss in rung.misses]

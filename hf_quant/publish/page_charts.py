@@ -19,7 +19,7 @@ def of(models: Sequence[Model]) -> dict[str, Chart]:
     top = max((layer["error"] for model in models for layer in model.results.get("layers") or []), default=0.0)
     for i, model in enumerate(models):
         if any(rung["quality"] for rung in model.ladder.get("rungs", [])):
-            charts[f"{i}-ladder"] = _ladder(model.ladder)
+            charts[f"{i}-ladder"] = ladder_chart(model.ladder)
         costs = model.ladder.get("sensitivity") or {}
         for bits, cells in _sensitivity(costs):
             every = [value for values in costs["kl"].values() for value in values]
@@ -34,7 +34,12 @@ def of(models: Sequence[Model]) -> dict[str, Chart]:
     return charts
 
 
-def _ladder(walk: Mapping[str, Any]) -> Chart:
+def ladder_chart(walk: Mapping[str, Any]) -> Chart:
+    """Size, quality and speed of every model of a ladder that was measured.
+
+    Args:
+        walk: As ladder.json holds it.
+    """
     rungs = []
     for rung in walk["rungs"]:
         if rung["quality"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,17 @@ def test_the_same_numbers_from_our_layers(
     seen = f"accuracy {numbers['acc,none']:.3f}, Brier score {numbers['brier_score,none']:.4f}"
     cell("W4A16-g32-asym", to, f"{seen}, from {of_ours(model)} layers of ours")
     record(to, **numbers)
+
+
+def test_the_example(
+    saved: Saved,
+    task: Path,
+    native: dict[str, float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["evaluate.py", saved("W4A16-g32-asym"), REFERENCE, task / "heldout.yaml"]
+    monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
+    runpy.run_path(str(Path(__file__).parents[2] / "examples" / "evaluate.py"))
+    quantized, base = capsys.readouterr().out.strip().splitlines()[-2:]
+    assert f"acc {native['acc,none']:.4f}" in quantized and str(REFERENCE) in base

@@ -97,3 +97,12 @@ def test_pipeline(folder: Path, request: pytest.FixtureRequest) -> None:
     assert made[0]["generated_text"] == expected(folder)
     scheme, to = request.node.callspec.params["folder"]
     cell(scheme, to, "pipeline, same text")
+
+
+def test_the_example(saved: Saved) -> None:
+    if not is_serve_available():
+        pytest.skip("pip install 'transformers[serving]': integrations/try transformers_serve")
+    example = Path(__file__).parents[2] / "examples" / "serve.py"
+    call = [sys.executable, str(example), str(saved("W4A16-g128", "native"))]
+    done = subprocess.run(call, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0 and "The following functions are" in done.stdout, done.stderr

@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub.fakehub import FakeHub
+
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "ref-llama-16m"
+TOKEN = "hf_" + "tryingtryingtryingtrying"
 PAGES = (  # what a page makes, a later one uses
     "docs/index.md", "README.md", "docs/tutorials/quantize.md", "docs/guides/convert.md", "docs/tutorials/community.md",
     "docs/tutorials/lora.md", "docs/tutorials/serve.md", "docs/tutorials/publish.md", "docs/guides/calibrate.md",
-    "docs/guides/activations.md", "docs/guides/train.md", "docs/tutorials/ladder.md",
+    "docs/guides/activations.md", "docs/guides/train.md", "docs/tutorials/ladder.md", "docs/guides/shell.md",
 )  # fmt: skip
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # One process a page, since importing torch takes longer than most blocks.
@@ -52,16 +55,26 @@ def examples(folder: Path) -> Path:
     for text, length in (("heldout.txt", 500), ("calibration.txt", 1500)):
         documents = (SHIPPED / text).read_text(encoding="utf-8").split("<|endoftext|>")
         (model / text).write_text("<|endoftext|>".join(part[:length] for part in documents[:24]), encoding="utf-8")
+    for name in ("examples/local_hub.py", "tests/hub/fakehub.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
     return folder / "examples"
 
 
 @pytest.mark.slow
 def test_every_block_runs(tmp_path: Path) -> None:
     examples(tmp_path)
-    for page in PAGES:
-        given, command = json.dumps(blocks(page)), [sys.executable, "-c", RUN]
-        done = subprocess.run(command, cwd=tmp_path, input=given, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{page}: {done.stdout[-2000:]}{done.stderr[-6000:]}"
+    with FakeHub(tmp_path / "hub") as hub:
+        hub.add_token(TOKEN, "me")
+        online = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+        for page in PAGES:
+            given, command = json.dumps(blocks(page)), [sys.executable, "-c", RUN]
+            env = online if page == "docs/tutorials/publish.md" else None
+            done = subprocess.run(
+                command, cwd=tmp_path, input=given, capture_output=True, text=True, check=False, env=env
+            )
+            assert done.returncode == 0, f"{page}: {done.stdout[-2000:]}{done.stderr[-6000:]}"
+        assert hub.files("me/my-model-W8A16")["README.md"]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Lock
 
 import torch
@@ -46,12 +47,22 @@ def built() -> str | None:
     return None if _cpu is None else _cpu.level()
 
 
+def why_not_built() -> str | None:
+    """Why the module is missing, and what brings it; None if it is built."""
+    if _cpu is not None:
+        return None
+    source = Path(__file__).parents[3]
+    if (source / "setup.py").is_file():
+        return f"hf_quant was imported from its source, {source}: pip install -e . there, or start Python in another folder"
+    return "there was no C++ compiler (g++, clang++) when hf_quant was installed: get one and install it again"
+
+
 def why_not(spec: LinearSpec) -> str | None:
     """Why a weight cannot have this layout; None if it can."""
     if spec.device != "cpu":
         return f"needs a CPU, got {spec.device}"
-    if _cpu is None:
-        return "not compiled: there was no C++ compiler when hf_quant was installed"
+    if (reason := why_not_built()) is not None:
+        return f"not compiled: {reason}"
     if spec.dtype not in TYPES:
         return f"float32 at most, too coarse for {spec.dtype}"
     if spec.scheme.codebook:

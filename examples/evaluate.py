@@ -1,0 +1,22 @@
+"""Measure a quantized model with tasks of lm-evaluation-harness, its base beside it. Needs lm-eval, and the tasks' data.
+
+pip install "lm-eval[hf]"
+python examples/evaluate.py FOLDER BASE TASK [TASK...]      # for example: ... out/w4 someone/model arc_easy; or a YAML file
+"""
+
+import sys
+from pathlib import Path
+
+from lm_eval import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+if len(sys.argv) < 4:
+    sys.exit(__doc__)
+models, names = sys.argv[1:3], sys.argv[3:]
+own = [str(Path(name).resolve().parent) for name in names if name.endswith(".yaml")]
+tasks, manager = [Path(name).stem for name in names], TaskManager(include_path=own or None)
+for model in models:  # the harness loads both with from_pretrained; a quantized model says itself what it is
+    found = simple_evaluate(model="hf", model_args=f"pretrained={model}", tasks=tasks, task_manager=manager)["results"]
+    for task, numbers in found.items():
+        values = {name.partition(",")[0]: value for name, value in numbers.items() if isinstance(value, float)}
+        print(model, task, *(f"{name} {value:.4f}" for name, value in values.items()))

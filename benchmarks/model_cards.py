@@ -17,8 +17,12 @@ BASE, CARDS = ROOT / "examples" / "ref-llama-16m", ROOT / "model_cards"
 MODELS = {
     "ref-llama-16m-W8A16-rtn": ["quantize", "--scheme", "W8A16-g128", "--method", "rtn", "--max-kl", "0.001"],
     "ref-llama-16m-W4A16-gptq": ["quantize", "--scheme", "W4A16-g128", "--method", "gptq", "--max-kl", "0.02"],
+    "ref-llama-16m-W8A8-calibrated": ["quantize", "--scheme", "W8A8", "--method", "calibrated", "--max-kl", "0.001"],
+    "ref-llama-16m-W2A16-calibrated": [
+        "quantize", "--scheme", "W2A16-g64-asym", "--method", "calibrated", "--max-kl", "0.1",
+    ],
     "ref-llama-16m-mixed": ["ladder", "--max-kl", "0.018"],
-}
+}  # fmt: skip
 
 
 def run(command: str, *arguments: object) -> None:

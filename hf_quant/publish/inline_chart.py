@@ -61,7 +61,8 @@ def _axes(chart: Chart, x: Place, y: Place, powers: range) -> list[str]:
         if TOP <= y(10.0**power) <= bottom
     ]
     parts += [_line(LEFT, bottom, WIDTH - RIGHT, bottom, GREY), _line(LEFT, TOP, LEFT, bottom, GREY)]
-    for mb in sorted({rung["mb"] for rung in (chart["rungs"][0], chart["rungs"][-1])}):
+    sizes = [rung["mb"] for rung in chart["rungs"]]
+    for mb in {min(sizes), max(sizes)}:
         parts.append(_text(x(mb), bottom + 15, f"{mb:.4g}", "middle"))
     middle = (TOP + bottom) / 2
     return [
@@ -82,8 +83,11 @@ def _point(rung: Chart, x: float, y: Place) -> list[str]:
     parts = [] if rung["low"] is None else [_line(x, y(rung["low"]), x, y(rung["high"]), color, 'stroke-width="2"')]
     dot = f'<circle cx="{x:.1f}" cy="{y(rung["kl"]):.1f}" r="{7 if rung["chosen"] else 5}" fill="{color}">'
     parts.append(f"{dot}<title>{html.escape(tip)}</title></circle>")
+    if rung["name"] == "mixed" and not rung["chosen"]:
+        return parts  # close to the chosen one: the pointer tells them apart
     left = x > WIDTH - 160
-    return [*parts, _text(x + (-10 if left else 10), y(rung["kl"]) + 4, rung["name"], "end" if left else "start")]
+    drop = 18 if rung["chosen"] else 4
+    return [*parts, _text(x + (-10 if left else 10), y(rung["kl"]) + drop, rung["name"], "end" if left else "start")]
 
 
 def _line(x: float, y: float, to_x: float, to_y: float, color: str, more: str = "") -> str:

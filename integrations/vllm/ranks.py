@@ -12,7 +12,7 @@ def main() -> None:
 
     host = LLM(
         model=sys.argv[1], tensor_parallel_size=int(sys.argv[2]), distributed_executor_backend="mp", dtype="float32",
-        max_model_len=128, enforce_eager=True, max_num_seqs=8,
+        max_model_len=128, enforce_eager=True, max_num_seqs=8, max_num_batched_tokens=256,
     )  # fmt: skip
     sampling = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]), ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in json.load(sys.stdin)]

@@ -123,6 +123,7 @@ def served(folder: Path, dtype: str = "float32", prompts: list[list[int]] = PROM
     """What vLLM answers."""
     host = vllm.LLM(
         model=str(folder), dtype=dtype, max_model_len=128, enforce_eager=True, max_num_seqs=8,
+        max_num_batched_tokens=256,  # vLLM begins with a step of so many
         **({"distributed_executor_backend": "uni"} | options),
     )  # fmt: skip
     try:

@@ -267,7 +267,7 @@ def test_ranks_share_each_layer(size: int, made: Made, monkeypatch: pytest.Monke
 
 
 def test_two_ranks_through_the_whole_engine(made: Made) -> None:
-    """In processes that are spawned: forked from one that has computed, they wait for threads that they do not have."""
+    """In processes that are spawned and bound to no cores: left to itself vLLM wants a NUMA node for each rank."""
     scheme = "W3A16-g64-asym-o0.5%"
     folder = made(scheme)
     options = {"VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}

@@ -9,8 +9,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -28,9 +26,7 @@ import torch
 
 Saved = Callable[..., Path]
 FIGURES: list[str] = []
-CELLS: list[dict[str, str]] = []  # of the matrix of hosts and schemes
-OUTCOMES: dict[str, Counter[str]] = {}  # by host, how many tests passed, failed and were skipped
-BEGUN = time.monotonic()
+TESTS: dict[str, dict[str, Any]] = {}  # by id: how each ended, how long it took and what it saw
 
 
 def pytest_report_header() -> list[str]:
@@ -62,36 +58,33 @@ def cell(scheme: str, format: str, seen: str, device: str = "cpu") -> None:
         device: On which it ran.
     """
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
-    CELLS.append({"test": test, "scheme": scheme, "format": format, "seen": seen, "device": device})
+    entry = {"scheme": scheme, "format": format, "seen": seen, "device": device}
+    TESTS.setdefault(test, {}).setdefault("seen", []).append(entry)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Count tests, and forget what one noted that failed after all."""
-    if report.when == "call" or not report.passed:
-        OUTCOMES.setdefault(host_of(report.nodeid), Counter())[report.outcome] += 1
-    if report.failed:
-        CELLS[:] = [entry for entry in CELLS if entry["test"] != report.nodeid]
+    """Keep how a test ended; what was seen is written after each, so that a run that is cut short leaves what it has."""
+    found = TESTS.setdefault(report.nodeid, {})
+    found["seconds"] = round(found.get("seconds", 0) + report.duration, 1)
+    if not report.passed or "outcome" not in found:
+        found["outcome"] = report.outcome
+    folder = os.environ.get("HF_QUANT_RESULTS")
+    if report.when == "teardown" and folder:
+        _write(Path(folder), report.nodeid)
 
 
-def host_of(test: str) -> str:
-    """The folder of a test: ``"peft"`` of ``"integrations/peft/test_peft.py::test_trainer"``."""
-    return Path(test.partition("::")[0]).parent.name
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write what was seen, where `integrations/try` asks for it."""
-    if (folder := os.environ.get("HF_QUANT_RESULTS")) is not None:
-        for host in {host_of(entry["test"]) for entry in CELLS}:
-            noted = [entry for entry in CELLS if host_of(entry["test"]) == host]
-            seen = [{k: v for k, v in entry.items() if k != "test"} for entry in noted]
-            versions = [line.partition(": ")[2] for line in pytest_report_header() if line.startswith(f"{host}: ")]
-            versions += [f"torch {torch.__version__}", f"transformers {version('transformers')}"]
-            known: dict[str, Any] = {"versions": versions}
-            known |= {"processor": _processor(), "date": f"{date.today():%Y-%m-%d}"}
-            known |= {outcome: OUTCOMES[host][outcome] for outcome in ("passed", "skipped", "failed")}
-            known |= {"seconds": round(time.monotonic() - BEGUN)}
-            text = json.dumps(known | {"seen": sorted(seen, key=str)}, indent=1, ensure_ascii=False)
-            (Path(folder) / f"{host}.json").write_text(text + "\n", encoding="utf-8")
+def _write(folder: Path, test: str) -> None:
+    """Renew a test in the file of its host, which is begun anew where versions have changed."""
+    path, _, name = test.partition("::")
+    host = Path(path).parent.name
+    versions = [line.partition(": ")[2] for line in pytest_report_header() if line.startswith(f"{host}: ")]
+    versions += [f"torch {torch.__version__}", f"transformers {version('transformers')}"]
+    file = folder / f"{host}.json"
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    tests = before["tests"] if before.get("versions") == versions else {}
+    known = {"versions": versions, "processor": _processor(), "date": f"{date.today():%Y-%m-%d}"}
+    text = json.dumps(known | {"tests": tests | {name: TESTS[test]}}, indent=1, ensure_ascii=False, sort_keys=True)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def _processor() -> str:

@@ -98,6 +98,21 @@ def test_what_is_not_finite_and_what_is_tiny(dtype: torch.dtype) -> None:
 
 
 @built
+@pytest.mark.parametrize("slug", ["W4A16-g64-asym", "W8A16-g-1-asym", "W3A16-g32"])
+@pytest.mark.parametrize("m", [33, 513])
+def test_prompts_in_several_passes_on_widths_that_fill_no_chunk(slug: str, m: int) -> None:
+    scheme = QuantScheme.parse(slug)
+    weight = method("rtn", steps=0).quantize(torch.randn(145, 576) + 0.1, scheme, torch.bfloat16)
+    backend, spec = cpu_native.BACKEND(), LinearSpec(scheme, 145, 576, torch.bfloat16, "cpu")
+    x = torch.randn(m, 576).bfloat16()
+    got, expected = (
+        backend.linear(x, backend.prepare(weight, spec), spec),
+        x.double() @ weight.dequantize(torch.float64).T,
+    )
+    assert float(((got - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 2 * LIMITS[str(x.dtype)]
+
+
+@built
 def test_codes_in_large_pages_are_those_of_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     scheme = QuantScheme(4, 128)
     codes = torch.randint(16, (4100, 1152), dtype=torch.uint8)  # 2.3 MB, and scales that end within a block of rows

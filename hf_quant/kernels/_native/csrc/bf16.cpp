@@ -1,6 +1,7 @@
 // Many rows of x in bf16, without AMX. Some columns of two blocks of W at a time become bf16, in what stays in the first-level
 // cache, and are multiplied by all rows. Codes less 2^(bits - 1) are exact in bf16: where groups are large, they are what is
-// multiplied, and scales and zero points are applied to sums; where groups are small, to the weights, which are then rounded.
+// multiplied, and scales and zero points are applied to sums; where groups are small or rows are many, to the weights, which
+// are then rounded.
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push( \
@@ -14,9 +15,7 @@
 
 namespace {
 
-const long CHUNK = 8;    // tiles of 32 columns at a time
-const long BLOCKS = 16;  // blocks of W that a part of x stays in the second-level cache for
-const long SMALL = 64;   // groups below are scaled before the product
+const long BLOCKS = 8;  // blocks of W that a part of x stays in the second-level cache for
 const long AHEAD = 32;   // pairs of x that are fetched before they are needed
 
 // Columns of a chunk that are multiplied before what they add is scaled.
@@ -26,15 +25,23 @@ struct Part {
   bool shifted;
 };
 
+// Codes of two blocks that are fetched while others are multiplied, some bytes on with every pair of columns.
+struct Ahead {
+  const char* at[2];
+  long step;
+};
+
 // c [T, 2, 16] += rows of x, in pairs of columns, times the columns of two blocks.
 template <int T>
-void multiplied(const uint8_t* w, const uint32_t* x, const Part* part, long parts, const float* sums, long groups, float* c) {
+void multiplied(const uint8_t* w, const uint32_t* x, const Part* part, long parts, const float* sums, long groups, float* c,
+                Ahead ahead) {
   for (; parts; parts--, part++) {
     __m512 sum[T][2];
 #pragma GCC unroll 14
     for (int m = 0; m < T; m++) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     for (long p = 0; p < part->pairs; p++, w += 128, x += T) {
       _mm_prefetch((const char*)(x + AHEAD * T), _MM_HINT_T0);
+      for (int i = 0; i < 2; i++) _mm_prefetch(ahead.at[i], _MM_HINT_T0), ahead.at[i] += ahead.step;
       const __m512bh one = (__m512bh)_mm512_load_si512(w), other = (__m512bh)_mm512_load_si512(w + 64);
 #pragma GCC unroll 14
       for (int m = 0; m < T; m++) {
@@ -60,7 +67,7 @@ void multiplied(const uint8_t* w, const uint32_t* x, const Part* part, long part
   }
 }
 
-typedef void (*Multiply)(const uint8_t*, const uint32_t*, const Part*, long, const float*, long, float*);
+typedef void (*Multiply)(const uint8_t*, const uint32_t*, const Part*, long, const float*, long, float*, Ahead);
 const Multiply MULTIPLY[] = {multiplied<1>, multiplied<2>, multiplied<3>, multiplied<4>,  multiplied<5>,  multiplied<6>,
                              multiplied<7>, multiplied<8>, multiplied<9>, multiplied<10>, multiplied<11>, multiplied<12>,
                              multiplied<13>, multiplied<14>};
@@ -69,6 +76,12 @@ const Multiply MULTIPLY[] = {multiplied<1>, multiplied<2>, multiplied<3>, multip
 inline __m512i pairs(vf low, vf high) {
   const __m256i one = (__m256i)_mm512_cvtneps_pbh((__m512)low), other = (__m256i)_mm512_cvtneps_pbh((__m512)high);
   return _mm512_or_si512(_mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(other), 16));
+}
+
+// 32 numbers, or the first of them where a row of the output ends.
+inline void rounded(const float* from, uint16_t* to, long count) {
+  const __m512i made = (__m512i)_mm512_cvtne2ps_pbh(_mm512_load_ps(from + 16), _mm512_load_ps(from));
+  _mm512_mask_storeu_epi16(to, count < 32 ? (1u << count) - 1 : ~0u, made);
 }
 
 // Float32 that bf16 holds exactly.
@@ -110,7 +123,6 @@ void chunk(const Linear& a, long b, long t0, long count, int i, bool scaled, uin
   const uint8_t* tile = a.q + (b * a.tiles() + t0) * 64 * BITS;
   out += 64 * i;
   for (long t = t0; t < t0 + count; t++, tile += 64 * BITS, out += 16 * 128) {
-    for (int v = 0; v < BITS; v++) _mm_prefetch((const char*)tile + 64 * v + CHUNK * 64 * BITS, _MM_HINT_T0);
     if (scaled) {
       const vf scale = grouped(a.scale, a.scale_type, b * groups + t / steps, 0);
       vf shift = vf{};
@@ -149,41 +161,46 @@ long parted(const Linear& a, long b, long other, long t0, long count, bool scale
 template <int BITS>
 void linear(const Linear& a, long from, long to, const RowTiles& x, uint8_t* room, const Output& out) {
   const long all = x.tiles(), size = x.tall * 32, groups = a.groups();
-  const bool scaled = a.group < SMALL;
+  const bool scaled = x.scaled;
   const Multiply multiply = MULTIPLY[x.tall - 1];
   uint8_t* w = room;
-  float* c = (float*)(room + CHUNK * 32 * 64);  // [BLOCKS / 2][tiles][tall][2][16]
-  Part part[CHUNK];
+  float* c = (float*)(room + x.chunk * 32 * 64);  // [BLOCKS / 2][tiles][tall][2][16]
+  Part part[16];
   for (long b = from; b < to; b += BLOCKS) {
     const long blocks = to - b < BLOCKS ? to - b : BLOCKS, twos = (blocks + 1) / 2;
     memset(c, 0, sizeof(float) * twos * all * size);
-    for (long t0 = 0; t0 < a.tiles(); t0 += CHUNK) {
-      const long count = a.tiles() - t0 < CHUNK ? a.tiles() - t0 : CHUNK;
+    for (long t0 = 0; t0 < a.tiles(); t0 += x.chunk) {
+      const long count = a.tiles() - t0 < x.chunk ? a.tiles() - t0 : x.chunk;
       for (long i = 0; i < twos; i++) {  // with an odd number of blocks, the last is multiplied twice
         const long one = b + 2 * i, other = one + 1 < to ? one + 1 : one;
         chunk<BITS>(a, one, t0, count, 0, scaled, w);
         chunk<BITS>(a, other, t0, count, 1, scaled, w);
         const long parts = parted(a, one, other, t0, count, scaled, part);
+        const bool last = i + 1 == twos;  // then the first two blocks are next, a chunk on
+        const long bytes = 64 * BITS, next = (last ? b : one + 2) * a.tiles() + (last ? t0 + x.chunk : t0);
+        const char* codes = (const char*)a.q + next * bytes;
+        const long far = a.tiles() * bytes, each = (count * bytes + all - 1) / all, step = (each + 16 * count - 1) / (16 * count);
         for (long j = 0; j < all; j++)
-          multiply(w, x.at(t0, count, j), part, parts, x.sums + j * x.tall * groups, groups, c + (i * all + j) * size);
+          multiply(w, x.at(t0, count, j), part, parts, x.sums + j * x.tall * groups, groups, c + (i * all + j) * size,
+                   {{codes + j * each, codes + j * each + far}, step});
       }
     }
     for (long m = 0; m < x.m; m++)
-      for (long i = 0; i < blocks; i++) {
-        const long n = 16 * (b + i), left = a.n - n;
-        put(out, m * a.n + n, read<vf>(c + i / 2 * all * size + 32 * m + 16 * (i % 2)), left < 16 ? left : 16);
+      for (long i = 0; i < twos; i++) {
+        const long n = 16 * (b + 2 * i), end = 16 * to < a.n ? 16 * to : a.n;
+        rounded(c + i * all * size + 32 * m, (uint16_t*)out.y + m * a.n + n, end - n);
       }
   }
 }
 
 }  // namespace
 
-size_t bf16_room(const RowTiles& x) { return CHUNK * 32 * 64 + sizeof(float) * BLOCKS / 2 * x.tiles() * x.tall * 32; }
+size_t bf16_room(const RowTiles& x) { return x.chunk * 32 * 64 + sizeof(float) * BLOCKS / 2 * x.tiles() * x.tall * 32; }
 
 void bf16_pack(const uint16_t* x, const Linear& a, long tile, const RowTiles& out) {
   const long groups = a.groups();
-  for (long t0 = 0; t0 < a.tiles(); t0 += CHUNK) {
-    const long count = a.tiles() - t0 < CHUNK ? a.tiles() - t0 : CHUNK;
+  for (long t0 = 0; t0 < a.tiles(); t0 += out.chunk) {
+    const long count = a.tiles() - t0 < out.chunk ? a.tiles() - t0 : out.chunk;
     for (long i = 0; i < out.tall; i++) {
       const long row = tile * out.tall + i;
       uint32_t* to = out.at(t0, count, tile) + i;
@@ -195,7 +212,7 @@ void bf16_pack(const uint16_t* x, const Linear& a, long tile, const RowTiles& ou
       }
     }
   }
-  if (!a.zero) return;
+  if (!a.zero || out.scaled) return;
   for (long i = 0; i < out.tall && tile * out.tall + i < out.m; i++)
     for (long g = 0; g < groups; g++) {
       const uint16_t* from = x + (tile * out.tall + i) * a.k + g * a.group;

@@ -138,6 +138,8 @@ struct RowTiles {
   uint32_t* x;
   float* sums;  // [tiles * tall, groups], where there are zero points
   long m, tall;
+  bool scaled;  // whether weights are rounded to bf16, scales and all, or scales are applied to sums of codes, which are exact
+  long chunk;   // tiles of 32 columns
   long tiles() const { return (m + tall - 1) / tall; }
   uint32_t* at(long t, long count, long tile) const { return x + (t * tiles() + tile * count) * 16 * tall; }
 };

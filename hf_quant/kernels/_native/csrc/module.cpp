@@ -154,7 +154,8 @@ void many_halves(const Linear& a, const uint16_t* x, const Output& y, long m, lo
     const long first = m * p / passes, rows = m * (p + 1) / passes - first;
     const long tall = tallest(rows), all = (rows + tall - 1) / tall * tall;
     uint32_t* at = (uint32_t*)shared_room.of(sizeof(float) * all * (a.k / 2 + (a.zero ? a.groups() : 0)));
-    const RowTiles packed = {at, (float*)(at + all * a.k / 2), rows, tall};
+    const bool scaled = a.group < 64 || rows >= 256;  // sums to be scaled would take longer than what it takes to scale weights
+    const RowTiles packed = {at, (float*)(at + all * a.k / 2), rows, tall, scaled, scaled ? 16 : 8};
     each(packed.tiles(), threads, [&](long j) { bf16_pack(x + first * a.k, a, j, packed); });
     const Output to = {(uint16_t*)y.y + first * a.n, y.type};
     in_blocks(a, 4, threads, [&](long from, long end) {

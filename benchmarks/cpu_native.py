@@ -155,7 +155,7 @@ def prompt_page(about: dict[str, object], rows: list[dict[str, Any]]) -> str:
         for slug, n, k in PROMPT_CELLS:
             here = [r["seconds"] for r in rows if (r["threads"], r["scheme"], r["n"], r["k"]) == (threads, slug, n, k)]
             ratios = " | ".join(f"{s['bf16'] / s['compiled']:.2f}x" for s in here)
-            lines.append(f"| {slug} | {n} x {k} | {ratios} |")
+            lines += [f"| {slug} | {n} x {k} | {ratios} |"] if here else []
         lines.append("")
     return "\n".join(lines)
 

@@ -21,6 +21,10 @@ from hf_quant.cli import main
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks" / "results"
 HOSTS = ROOT / "integrations"
+PICTURES = [
+    ROOT / "model_cards" / "card.png",
+    *sorted((ROOT / "model_cards").glob("ref-llama-16m-mixed/report-*.png")),
+]
 RESULTS = ROOT / "hf_quant" / "publish" / "schemas" / "results.schema.json"
 
 
@@ -36,6 +40,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
+    for picture in PICTURES:
+        files.append(File.generated(config, f"pictures/{picture.name}", abs_src_path=str(picture)))
     return files
 
 

@@ -58,7 +58,7 @@ def _table(grid: Grid) -> Any:
 
     table = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold", show_header=any(grid.head))
     for i, title in enumerate(grid.head):
-        right = grid.is_numeric(i)
+        right = grid.is_numeric(i) or (i > 0 and any(grid.head) and not grid.head[0])  # turned: words among numbers
         table.add_column(Text(printable(title)), justify="right" if right else "left", overflow="fold", no_wrap=right)
     for row in grid.rows:
         table.add_row(*(Text(printable(cell, lines=False), COLORS.get(cell, "")) for cell in row))

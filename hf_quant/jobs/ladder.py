@@ -96,7 +96,7 @@ class LadderResult(Result):
             kl = self.held_back.metrics["kl"]
             yield (
                 f"measured again on {self.held_back.tokens:,} tokens of {self.held_back.documents} documents that chose "
-                f"nothing: KL {kl.value:.5f} ({interval(kl)})"
+                f"nothing: KL {kl.value:.5f}" + ("" if kl.low is None else f" ({interval(kl)})")
             )
 
     def _repr_html_(self) -> str:

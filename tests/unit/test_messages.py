@@ -87,6 +87,17 @@ def test_a_table_fits_the_terminal(titles: int, count: int, turned: bool, monkey
     assert len(pipe.getvalue().splitlines()) == count + 1 and "\x1b" not in pipe.getvalue()
 
 
+def test_a_turned_table_has_its_numbers_to_the_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a column with a word among them."""
+    head = ("model", *(f"measure {i}" for i in range(9)))
+    rows = [("base", *["1.5"] * 8, "noise floor"), ("W4", *["10.25"] * 8, "chosen")]
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    emit(False, False, record={}, essential="", human=[Grid(head, rows)])
+    lines = [line.rstrip() for line in re.sub(r"\x1b\[\d*m", "", terminal.getvalue()).splitlines()]
+    assert len({len(line) for line in lines}) == 1, lines
+
+
 def test_records_in_words() -> None:
     record = {"bits": 4, "group_size": None, "sound": True, "notes": [], "bytes": 18_200_000, "left": ["a", "b"],
               "bytes_by_dtype": {"BF16": 31_470_336}, "share_quantized": 0.9421, "act_order": False}  # fmt: skip

@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -97,8 +98,8 @@ def contents(file: Path) -> dict[str, tuple[str, int]]:
     return {t.name: (t.tensor_type.name, int(t.n_bytes)) for t in gguf.GGUFReader(file).tensors}
 
 
-def measured(options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """KL of all files of one model."""
+def measured(options: argparse.Namespace, work: Path) -> Iterator[dict[str, Any]]:
+    """KL of all files of one model, given after every type."""
     build, model = options.build.resolve(), options.model
     if model is None:
         model = work / "padded"
@@ -118,7 +119,7 @@ def measured(options: argparse.Namespace, work: Path) -> dict[str, Any]:
     record: dict[str, Any] = {}
     for scheme in options.schemes:
         rows, size = record.setdefault(scheme, {}), None
-        for name, more in (("llama-quantize --imatrix", ("--imatrix", matrix)), ("llama-quantize", ())):
+        for name, more in {"llama-quantize --imatrix": ("--imatrix", matrix), "llama-quantize": ()}.items():
             file = work / f"{scheme}{len(more)}.gguf"
             llamacpp.tool(build, "llama-quantize", *more, "--pure", "--token-embedding-type", "f32", "--output-tensor-type", "f32",
                           plain, file, FILES[scheme], 1)  # fmt: skip
@@ -132,7 +133,7 @@ def measured(options: argparse.Namespace, work: Path) -> dict[str, Any]:
                 )
             rows[f"hf-quant --method {method}"] = llamacpp.kl_of(build, base, file, heldout) | {"seconds": seconds}
         print(scheme, {name: row["mean_kl"] for name, row in rows.items()}, flush=True)
-    return record
+        yield record
 
 
 def page(records: dict[str, Any]) -> str:
@@ -161,13 +162,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32768, help="of calibration text")
     parser.add_argument("--chunks", type=int, default=16, help=f"windows of {CONTEXT} tokens that KL is measured on")
     options = parser.parse_args()
-
-    with tempfile.TemporaryDirectory() as temporary:
-        kl = measured(options, Path(temporary))
+    llamacpp.find_binding(options.build.resolve())
+    llamacpp.binding()  # before anything is measured
 
     name = (
         options.model.name if options.model else f"{llamacpp.MODEL.name}, rows padded with zeros to multiples of 256"
     )
+    with tempfile.TemporaryDirectory() as temporary:
+        for kl in measured(options, Path(temporary)):
+            save(name, options, kl)
+
+
+def save(name: str, options: argparse.Namespace, kl: dict[str, Any]) -> None:
+    """Beside what other runs have measured."""
     file = RESULTS / "gguf_kquants.json"
     records = json.loads(file.read_text()) if file.is_file() else {}
     records[name] = {

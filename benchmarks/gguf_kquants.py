@@ -140,7 +140,8 @@ def page(records: dict[str, Any]) -> str:
     """For people."""
     lines = ["# K-quants beside llama-quantize", "", "`python benchmarks/gguf_kquants.py BUILD`: KL to the float file by "
              "`llama-perplexity --kl-divergence`; all rows of a type have the same types and bytes for every tensor, and look at the "
-             "same calibration text. `--pure`; embeddings and the head in float32."]  # fmt: skip
+             "same calibration text. `--pure`; embeddings and the head in float32. qwen3-256 is the model of `benchmarks/train_small.py`, "
+             "trained for five minutes of one core."]  # fmt: skip
     for model, record in records.items():
         lines += ["", f"## {model}", "", f"{record['calibration tokens']} tokens of calibration text, {record['chunks']} windows of "
                   f"{CONTEXT} held-out tokens; on one core of {record['processor']}, {record['date']}; "

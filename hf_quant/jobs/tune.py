@@ -55,6 +55,9 @@ class Tuning:
 class Tuned:
     """What became of it: KL divergence to the base on the windows held out, nats per token.
 
+    Where the codes were calibrated on the same text, calibration has seen these windows, too: the divergence on a text that
+    nothing has seen is larger.
+
     Attributes:
         before: With the scales as they were.
         after: With those that are kept; the same number where no pass was better.
@@ -148,7 +151,7 @@ def tune(model: Any, reference: Reference, tuning: Tuning, say: Callable[[str], 
             skipped += failed
             held = _divergence(model, reference)
             say(
-                f"scales, pass {epoch + 1} of {tuning.epochs}: KL {held:.5f} on held-out windows, {before:.5f} at first"
+                f"scales, pass {epoch + 1} of {tuning.epochs}: KL {held:.5f} on windows not trained on, {before:.5f} at first"
             )
             if held < least:
                 least, best = held, {name: scale.data.clone() for name, scale in scales.items()}

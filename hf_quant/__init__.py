@@ -94,12 +94,21 @@ _HOMES = {
 }
 
 
+_NOT_HERE = {
+    "eval": "; the command hf-quant eval is the function evaluate",
+    **{
+        name: f"; that is a command only: in a notebook, !python -m hf_quant.cli {name} --help"
+        for name in ("bench", "card", "doctor", "inspect", "report")
+    },
+}
+
+
 def __getattr__(name: str) -> Any:
     """Import torch and transformers only when something of theirs is asked for."""
     for home, names in _HOMES.items():
         if name in names:
             return getattr(import_module(f"hf_quant.{home}"), name)
-    raise AttributeError(f"module 'hf_quant' has no attribute {name!r}")
+    raise AttributeError(f"module 'hf_quant' has no attribute {name!r}{_NOT_HERE.get(name, '')}")
 
 
 def __dir__() -> list[str]:

@@ -191,3 +191,9 @@ def test_functions_are_found_without_torch() -> None:
         "assert not {'torch', 'transformers'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("name", "hint"), [("eval", "evaluate"), ("report", "python -m hf_quant.cli report")])
+def test_a_command_without_a_function_says_where_it_is(name: str, hint: str) -> None:
+    with pytest.raises(AttributeError, match=hint):
+        getattr(hq, name)

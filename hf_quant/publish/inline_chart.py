@@ -16,12 +16,14 @@ Place = Callable[[float], float]
 
 
 def size_against_kl(walk: Mapping[str, Any]) -> str:
-    """SVG of every measured model of a ladder with its interval, the budget and the noise floor of the base.
+    """SVG of every measured model of a ladder with its interval, the budget and the noise floor of the base; "" without any.
 
     Args:
         walk: As ladder.json holds it.
     """
     chart = ladder_chart(walk)
+    if not chart["rungs"]:
+        return ""
     every = [
         value for rung in chart["rungs"] for value in (rung["kl"], rung["low"], rung["high"]) if value is not None
     ]

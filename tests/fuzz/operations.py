@@ -158,6 +158,8 @@ def _ordinary(arg: Any) -> Any:
     """The same values in contiguous memory of their own."""
     if not isinstance(arg, Tensor) or arg.layout is not torch.strided or arg.is_meta:
         return arg
+    if arg.is_neg() and not arg.dtype.is_signed:
+        return arg  # which PyTorch does not negate, so there is no ordinary tensor of the same values
     return arg.detach().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 

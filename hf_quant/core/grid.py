@@ -17,10 +17,7 @@ MOST = 0.9  # share of them that must lie on a grid
 TOLERANCE = 2**-7  # of each whole number: the rounding of a weight and of a scale to eight bits
 TELLING = 16  # whole numbers up to this tell a grid: a much larger one is within its tolerance of everything
 FEW = 4  # so many of them must be in a group
-FIRST, COLUMNS = (
-    8,
-    32,
-)  # groups, and columns of each, that are enough to tell ordinary weights: every weight is looked at like this
+FIRST, COLUMNS = 8, 32  # groups, and columns of each, that tell ordinary weights: every weight is looked at like this
 
 
 def recovered(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -65,7 +65,7 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
         HfQuantError: The text is missing, too short or malformed, or an id is out of range; says where.
     """
     name = "token ids"
-    if is_file_of_ids(source):
+    if _is_file_of_ids(source):
         name, source = Path(source).name, _ids_in(Path(source))
     if isinstance(source, Tensor):
         data = Calibration(_ids(source), name, [])
@@ -93,7 +93,7 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
     return data
 
 
-def is_file_of_ids(source: Source | None) -> TypeGuard[str | Path]:
+def _is_file_of_ids(source: Source | None) -> TypeGuard[str | Path]:
     """Whether token ids are in the file of that name, and no text."""
     return isinstance(source, str | Path) and Path(source).suffix == ".safetensors"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hf_quant.data.text import Windows
+from hf_quant.hf.blocks import decoder_inputs
 
 
 def halves(ids: Tensor, config: Any) -> tuple[dict[str, Tensor], int]:
@@ -17,10 +17,7 @@ def halves(ids: Tensor, config: Any) -> tuple[dict[str, Tensor], int]:
     The decoder is given the second half one place further on, after the token that it starts with (teacher forcing).
     """
     first = ids.shape[1] // 2
-    start = getattr(config, "decoder_start_token_id", None) or 0
-    target = ids[:, first:]
-    shifted = torch.cat([torch.full_like(target[:, :1], start), target[:, :-1]], dim=1)
-    return {"input_ids": ids[:, :first], "decoder_input_ids": shifted}, first
+    return {"input_ids": ids[:, :first], "decoder_input_ids": decoder_inputs(ids[:, first:], config)}, first
 
 
 def second_halves(windows: Windows) -> Windows:

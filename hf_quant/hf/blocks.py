@@ -194,9 +194,14 @@ def _inputs(base: Any, ids: Tensor) -> dict[str, Any]:
     if "use_cache" in takes or open_ended:
         given["use_cache"] = False
     if "decoder_input_ids" in takes:
-        start = getattr(base.config, "decoder_start_token_id", None)
-        given["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start or 0), ids[:, :-1]], dim=1)
+        given["decoder_input_ids"] = decoder_inputs(ids, base.config)
     return given
+
+
+def decoder_inputs(ids: Tensor, config: Any) -> Tensor:
+    """What a decoder beside an encoder is given to predict ``ids [B, T]``: the token it starts with, and all but the last."""
+    start = getattr(config, "decoder_start_token_id", None) or 0
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from hf_quant.core.layout import part_name
 from hf_quant.core.tensor import QuantizedTensor, in_order
 from hf_quant.disk.atomic import copy_file, write_json
 from hf_quant.disk.safetensors import write_tensors
-from hf_quant.errors import CheckpointError, FormatError, HfQuantError, OptionError, SchemeError, suggestion
+from hf_quant.errors import CheckpointError, FormatError, HfQuantError, OptionError, suggestion
 from hf_quant.formats import Format, Layer, conversion_targets, formats
 from hf_quant.hf.candidates import candidates
 from hf_quant.hf.community import homes, place
@@ -38,7 +38,7 @@ from hf_quant.jobs.outputs import CONVERSION, RECIPE, check_output, claimed, rec
 from hf_quant.jobs.outputs import output as output_folder
 from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
 from hf_quant.jobs.results import Result, Row, fields
-from hf_quant.jobs.targets import GGUF, check_target
+from hf_quant.jobs.targets import GGUF, check_target, why_unheld
 from hf_quant.jobs.to_gguf import why_not_gguf, write_gguf
 
 DENSE = "dense"  # floating point
@@ -214,13 +214,7 @@ def _refusal(fmt: Format, layer: Layer) -> str | None:
         return f"not integer codes ({layer.note}); --to dense makes it floating point"
     if len(layer.shape) != 2 and not fmt.in_memory:
         return "its experts are stacked, and this format holds matrices"
-    if (reason := fmt.why_not(layer.scheme)) is not None:
-        return reason
-    try:
-        fmt.layout((layer.shape[-2], layer.shape[-1]), layer.scheme, layer.scale_dtype)
-    except (FormatError, SchemeError) as error:
-        return str(error)
-    return None
+    return why_unheld(fmt, layer, layer.scheme)
 
 
 def _writer(contents: Contents, to: str) -> Format:

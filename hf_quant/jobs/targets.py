@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import FormatError, OptionError, SchemeError, suggestion
-from hf_quant.formats import Layer, conversion_targets, formats
+from hf_quant.formats import Format, Layer, conversion_targets, formats
 from hf_quant.gguf.codes import why_not as why_no_blocks
 from hf_quant.jobs.engines import ENGINES, Verdict
 
@@ -85,10 +86,15 @@ def _not_held(fmt: str, layer: Layer) -> str | None:
         return None
     if fmt == GGUF:
         return why_no_blocks(layer.scheme)
-    if (reason := formats()[fmt].why_not(layer.scheme)) is not None:
+    return why_unheld(formats()[fmt], layer, layer.scheme)
+
+
+def why_unheld(fmt: Format, layer: Layer, scheme: QuantScheme) -> str | None:
+    """Why a format does not hold a layer of that scheme, or each of its stacked matrices; None where it does."""
+    if (reason := fmt.why_not(scheme)) is not None:
         return reason
     try:
-        formats()[fmt].layout((layer.shape[0], layer.shape[1]), layer.scheme, layer.scale_dtype)
+        fmt.layout((layer.shape[-2], layer.shape[-1]), scheme, layer.scale_dtype)
     except (FormatError, SchemeError) as error:
         return str(error)
     return None

@@ -12,9 +12,10 @@ from typing import Any
 import click
 
 from hf_quant.cli._screen import Part, show
-from hf_quant.cli._types import SAVED, Limit, Method, Override, Scheme, Share, Size
+from hf_quant.cli._types import SAVED, Bits, Choice, Limit, Method, Named, Override, Scheme, Share, Size
 from hf_quant.errors import printable
 from hf_quant.jobs.engine_rules import ENGINE_NAMES
+from hf_quant.jobs.options import DTYPES
 from hf_quant.jobs.progress import Important
 from hf_quant.jobs.results import Grid
 from hf_quant.publish.markdown import shell_word
@@ -45,7 +46,7 @@ def scheme_options(function: Function) -> Function:
         click.option("--method", type=Method(), default="rtn", show_default=True, help="How codes are chosen."),
         click.option("--asym/--sym", default=None, help="With zero points or not. Default: with them at 2 and 3 bits."),
         click.option("--group-size", type=int, help="Columns that share a scale; -1: a whole row. Default: 128."),
-        click.option("--bits", type=int, help="8, 4, 3 or 2. Default: 4."),
+        click.option("--bits", type=Bits(), help="Of a code. Default: 4."),
         click.option("--scheme", multiple=True, metavar="SLUG", type=Scheme(),
                      help="For example W4A16-g128; in place of --bits, --group-size and --asym or --sym."),
     ):  # fmt: skip
@@ -57,9 +58,7 @@ def target_options(function: Function) -> Function:
     """Which engine shall run the result."""
     for option in (
         click.option("--tp", default=1, show_default=True, help="GPUs that the engine splits each layer over."),
-        click.option(
-            "--target", type=click.Choice(ENGINE_NAMES), help="Say how this engine runs it, or why it cannot."
-        ),
+        click.option("--target", type=Choice(*ENGINE_NAMES), help="Say how this engine runs it, or why it cannot."),
     ):
         function = option(function)
     return function
@@ -90,7 +89,7 @@ def measure_options(function: Function) -> Function:
     """What to measure on, and how."""
     for option in (
         click.option("--allow-overlap", is_flag=True, help="Measure even on text that was calibrated on."),
-        click.option("--base-dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32",
+        click.option("--base-dtype", type=Named({name: full for name, full in DTYPES.items() if name != "auto"}), default="float32",
                      show_default=True, help="What the base computes in while it is the yardstick."),
         click.option("--max-tokens", type=click.IntRange(1), help="Measure about that many at most."),
         click.option("--stride", type=click.IntRange(1), help="Tokens from one window to the next; default: the context."),

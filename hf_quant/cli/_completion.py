@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.shell_completion import CompletionItem
 
+from hf_quant.core.k_quants import K_QUANTS
+
 if TYPE_CHECKING:  # it became generic in click 8.2
     ParamType = click.ParamType[Any]
 else:
@@ -15,7 +17,7 @@ else:
 
 SCHEMES = (  # the usual ones; a scheme can have other numbers too
     "W8A16-g128", "W4A16-g128", "W4A16-g64", "W4A16-g32", "W4A16-g128-asym", "W4A16-g32-asym", "W3A16-g128", "W3A16-g64-asym",
-    "W2A16-g64-asym", "W2A16-g32-asym", "W8A8", "W8A8-static", "W8A8-threshold", "W4A8-g128",
+    "W2A16-g64-asym", "W2A16-g32-asym", "W8A8", "W8A8-static", "W8A8-threshold", "W4A8-g128", *K_QUANTS,
 )  # fmt: skip
 
 

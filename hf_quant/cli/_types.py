@@ -21,6 +21,8 @@ else:
     ParamType = click.ParamType
 
 
+ELSEWHERE = ("gguf", "dense")  # what convert writes besides formats
+GGUF_TYPE = re.compile(r"i?q\d.*|q\d-.*")
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", re.ASCII)
 
 
@@ -69,7 +71,7 @@ class Limit(ParamType):
         except ValueError:
             number = math.nan
         if not 0 <= number < math.inf:
-            self.fail(f"{value!r} is not a number from 0", param, ctx)
+            self.fail(f"{value!r} is not a number from 0; write for example 0.02", param, ctx)
         return number
 
 
@@ -104,8 +106,9 @@ class Method(OneOf):
         from hf_quant.core.scheme import QuantScheme
         from hf_quant.solve.recipes import Decision
 
-        _checked(self, lambda: Decision.of(value, [QuantScheme(4)]), param, ctx)
-        return str(value)
+        name = str(value).lower()
+        _checked(self, lambda: Decision.of(name, [QuantScheme(4)]), param, ctx)
+        return name
 
 
 class Named(OneOf):
@@ -119,6 +122,9 @@ class Named(OneOf):
     def words(self) -> Iterable[str]:
         return dict.fromkeys(self.names.values())
 
+    def get_metavar(self, param: click.Parameter, ctx: Any = None) -> str:
+        return f"[{'|'.join(self.words())}]"
+
     def hint(self, value: str) -> str:
         """The end of the message about ``value``, which is no name."""
         return suggestion(value, self.names)
@@ -129,6 +135,27 @@ class Named(OneOf):
             listed = ", ".join(dict.fromkeys(self.names.values()))
             self.fail(f"{value!r} is not one of {listed}{self.hint(str(value))}", param, ctx)
         return value_named
+
+
+class Choice(Named):
+    """One of a few names, in capitals or not."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__({name: name for name in names})
+
+
+class Bits(Named):
+    """A width of codes, also as ``4bit`` or ``int4``."""
+
+    name = "bits"
+
+    def __init__(self) -> None:
+        super().__init__(
+            {form.format(bits): str(bits) for bits in (8, 4, 3, 2) for form in ("{}", "{}bit", "{}-bit", "int{}")}
+        )
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return int(super().convert(value, param, ctx))
 
 
 def _checked(kind: ParamType, read: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -172,7 +199,15 @@ class Format(OneOf):
         word = str(value).lower().replace("_", "-")
         if word in able:
             return word
-        hint = f"; {self.advice}" if word in self._labels().values() else suggestion(word, able)
+        hint = (
+            f"; {self.advice.format(word)}"
+            if word in {*self._labels().values(), *ELSEWHERE}
+            else suggestion(word, able)
+        )
+        if GGUF_TYPE.fullmatch(word):
+            hint = (
+                "; that is a type inside GGUF files: quantize --scheme Q4_K makes one, and convert --to gguf keeps it"
+            )
         return self.fail(f"{value!r} is not one of {', '.join(able)}{hint}", param, ctx)
 
     def words(self) -> Iterable[str]:
@@ -191,8 +226,8 @@ class Format(OneOf):
         )
 
 
-SAVED = Format("saved", ("auto",), "hf-quant convert --to makes one of others afterwards")
-TARGET = Format("converted_to", ("gguf", "dense"), "it is read, and not written")
+SAVED = Format("saved", ("auto",), "hf-quant convert --to {} makes it of the result")
+TARGET = Format("converted_to", ELSEWHERE, "it is read, and not written")
 
 
 class Override(ParamType):
@@ -203,7 +238,9 @@ class Override(ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str | None]:
         glob, equals, slug = str(value).partition("=")
         if not equals or not glob:
-            self.fail(f"{value!r} is not GLOB=SCHEME", param, ctx)
+            self.fail(
+                f"{value!r} is not GLOB=SCHEME; write for example '{glob or '*.down_proj'}=W8A16-g128'", param, ctx
+            )
         return glob, None if slug == "float" else Scheme().convert(slug, param, ctx)
 
 

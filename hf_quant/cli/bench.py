@@ -9,7 +9,7 @@ import click
 
 from hf_quant.cli._common import bars, emit, output_options, say
 from hf_quant.cli._screen import Part
-from hf_quant.cli._types import DTYPE, Device, Model
+from hf_quant.cli._types import DTYPE, Choice, Device, Model
 from hf_quant.errors import HfQuantError
 from hf_quant.jobs.base import base_of, recipe_of
 from hf_quant.jobs.options import hub
@@ -33,9 +33,7 @@ FEW = 3  # repeats, at least
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--new-tokens", type=click.IntRange(2), default=32, show_default=True)
 @click.option("--repeats", type=click.IntRange(FEW), default=5, show_default=True, help="Besides one to warm up.")
-@click.option(
-    "--kv-cache", type=click.Choice(["int8", "int4"]), help="Keys and values of MODEL like that; the base's stay."
-)
+@click.option("--kv-cache", type=Choice("int8", "int4"), help="Keys and values of MODEL like that; the base's stay.")
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True)
 @click.option("--device", type=Device(), help="Where to run: cpu, cuda, auto, ...")
 @click.option(

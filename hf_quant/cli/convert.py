@@ -21,7 +21,7 @@ from hf_quant.jobs.outputs import check_output
     metavar="FORMAT",
     help="native, compressed-tensors, gptq, awq, mlx or gguf; dense: floating point.",
 )
-@click.option("-o", "--output", required=True, help="Folder of the result.")
+@click.option("-o", "--output", required=True, metavar="FOLDER", help="Folder of the result.")
 @target_options
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
 @output_options

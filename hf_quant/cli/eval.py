@@ -9,16 +9,14 @@ import click
 
 from hf_quant.cli._common import bars, emit, gate_options, measure_options, output_options, say
 from hf_quant.cli._screen import Part
-from hf_quant.cli._types import Device, Model
+from hf_quant.cli._types import Choice, Device, Model
 
 
 @click.command(short_help="What a model lost beside its base.")
 @click.argument("model", type=Model())
 @click.option("--base", type=Model(), help="The model it was made from; default: the one its recipe.json names.")
 @click.option("--device", type=Device(), help="Where to run both: cpu, cuda, auto, ...")
-@click.option(
-    "--kv-cache", type=click.Choice(["int8", "int4"]), help="Measure it with keys and values kept like that."
-)
+@click.option("--kv-cache", type=Choice("int8", "int4"), help="Measure it with keys and values kept like that.")
 @click.option("--tasks", help="Tasks of lm-evaluation-harness too, separated by commas.")
 @measure_options
 @gate_options

@@ -24,7 +24,7 @@ from hf_quant.cli._types import DTYPE, Device, Method, Model, Size
 
 @click.command(short_help="The smallest model inside a budget.")
 @click.argument("model", type=Model())
-@click.option("-o", "--output", required=True, help="Folder of the chosen model.")
+@click.option("-o", "--output", required=True, metavar="FOLDER", help="Folder of the chosen model.")
 @click.option("--max-size", type=Size(), help="Bytes of all weights, such as 4GB; alone: the best model inside it.")
 @gate_options
 @click.option("--group-size", type=int, default=128, show_default=True, help="Columns that share a scale.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hf_quant.cli._common import bars, emit, gate_options, output_options, say
-from hf_quant.cli._types import Folder, RepoId
+from hf_quant.cli._types import Choice, Folder, RepoId
 
 if TYPE_CHECKING:
     from hf_quant.jobs.push import PushResult
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("folder", type=Folder())
 @click.argument("repo_id", type=RepoId())
 @click.option("--private/--public", default=None, help="Default: a new one private, an old one as it is.")
-@click.option("--gated", type=click.Choice(["inherit", "auto", "manual", "off"]), default="inherit", show_default=True,
+@click.option("--gated", type=Choice("inherit", "auto", "manual", "off"), default="inherit", show_default=True,
               help="Whether readers have to ask.")  # fmt: skip
 @click.option("--create-pr", is_flag=True, help="As a pull request.")
 @click.option("--revision", help="Branch, or refs/pr/N.")

@@ -25,7 +25,9 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
 
 @click.command(short_help="A model becomes a smaller one.")
 @click.argument("model", type=Model())
-@click.option("-o", "--output", required=True, help="Folder of the result; of several schemes, their parent.")
+@click.option(
+    "-o", "--output", required=True, metavar="FOLDER", help="Folder of the result; of several schemes, their parent."
+)
 @scheme_options
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="What the model computes in.")
 @click.option("--device", type=Device(), help="Where to quantize: cpu, cuda, auto, ...")

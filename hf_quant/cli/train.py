@@ -24,7 +24,7 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
 
 @click.command(short_help="Training with rounded weights.")
 @click.argument("model", type=Model())
-@click.option("-o", "--output", required=True, help="Folder of the result.")
+@click.option("-o", "--output", required=True, metavar="FOLDER", help="Folder of the result.")
 @click.option(
     "--data",
     required=True,

@@ -74,7 +74,7 @@ class QuantScheme:
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in BITS:
-            raise SchemeError(f"bits must be one of {BITS}, got {self.bits!r}")
+            raise SchemeError(f"bits must be one of {', '.join(map(str, BITS))}, got {self.bits!r}")
         if self.blocks is not None:
             self._check_blocks()
         size = self.group_size

@@ -40,6 +40,12 @@ OTHER_NAMES = {  # of the same things in other packages
     "load_in_4bit": "bits=4", "load_in_8bit": "bits=8", "wbits": "bits", "w_bit": "bits", "nbits": "bits",
     "q_group_size": "group_size", "sym": "symmetric", "zero_point": "symmetric=False", "dataset": "calibration",
     "ignore": "modules_to_not_convert", "llm_int8_skip_modules": "modules_to_not_convert",
+    "bnb_4bit_quant_type": "scheme='W4A16-g64'", "bnb_4bit_use_double_quant": "scheme='W4A16-g64'",
+    "bnb_4bit_compute_dtype": "dtype=... of from_pretrained", "dtype": "dtype=... of from_pretrained",
+    "torch_dtype": "dtype=... of from_pretrained", "device_map": "device_map=... of from_pretrained",
+    "llm_int8_threshold": "scheme='W8A8-threshold'", "quant_type": "scheme", "weights": "scheme", "desc_act": "method='gptq'",
+    "act_order": "method='gptq'", "lm_head": "quantize_lm_head=True", "iters": "epochs", "nsamples": "calibration_tokens",
+    "num_samples": "calibration_tokens", "tokenizer": "calibration, which takes texts or token ids",
 }  # fmt: skip
 logger = logging.get_logger(__name__)
 

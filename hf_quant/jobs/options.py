@@ -119,8 +119,8 @@ def _of_folder(folder: Path) -> str:
     if (folder / "model_index.json").is_file():
         parts = sorted(p.parent.name for p in folder.glob("*/config.json"))
         return f"a diffusers pipeline; name one of its transformers models, a folder in it ({', '.join(parts)})"
-    if any(folder.glob("*.gguf")):
-        return f"GGUF files, which hf-quant does not read; {WANTED}"
+    if ggufs := sorted(folder.glob("*.gguf")):
+        return f"GGUF files: hf-quant convert {ggufs[0]} --to native -o FOLDER makes a model of one"
     return f"no config.json in this folder; {WANTED}"
 
 
@@ -174,7 +174,9 @@ def schemes(
         raise OptionError(f"--scheme {named[0]} says all that {also[0]} would: give one of them")
     slugs = tuple(str(QuantScheme.parse(name)) for name in named)
     if len(set(slugs)) < len(slugs):
-        raise OptionError("--scheme: one of them is given twice")
+        raise OptionError(
+            f"--scheme {next(slug for slug in slugs if slugs.count(slug) > 1)} is given twice: leave one out"
+        )
     return slugs
 
 

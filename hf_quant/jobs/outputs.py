@@ -211,7 +211,9 @@ def _check_input(out: Path, real: Path, source: Path) -> None:
     _check_encoding(source)
     place = Path(os.path.realpath(source))
     if _same(place, real):
-        raise HfQuantError(f"{shown(out)}: is the input {shown(source)} itself, and inputs are never replaced")
+        raise HfQuantError(
+            f"{shown(out)}: is the input {shown(source)} itself, and inputs are never replaced; name another folder with -o"
+        )
     links = [path for path in place.iterdir() if path.is_symlink()] if place.is_dir() else []
     for path in (place, *(Path(os.path.realpath(link)) for link in links)):
         if any(_same(above, real) for above in _upwards(path)):

@@ -114,7 +114,7 @@ def find_text(text: str | None, *folders: str) -> Path | None:
     """The file asked for, else the held-out text in one of the folders."""
     if text is not None:
         if not Path(text).is_file():
-            raise HfQuantError(f"{text}: no such file{nearby(text)}")
+            raise HfQuantError(f"{text}: no such file{nearby(text) or '; name a UTF-8 text file'}")
         return Path(text)
     return next((path for folder in folders if (path := Path(folder) / TEXT).is_file()), None)
 
@@ -149,7 +149,7 @@ def find_calibration(text: str | None, model: str) -> str | None:
     if Path(text).is_dir() or (
         Path(text).suffix in (".txt", ".jsonl", ".json", ".md", ".safetensors") and not Path(text).is_file()
     ):
-        raise HfQuantError(f"--calibration {text}: no such file{nearby(text)}")
+        raise HfQuantError(f"--calibration {text}: no such file{nearby(text) or '; name a UTF-8 or JSONL file'}")
     if not Path(text).is_file():
         need_datasets(text)
     return text

@@ -64,22 +64,50 @@ def warning(results: Mapping[str, Any]) -> str | None:
 
 
 def verdict(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """One sentence: how small the model is, and its loss of quality."""
+    """How small the model is, what that costs in quality, and how fast it is, for readers who know none of the measures."""
     schemes, base = Counter(recipe["schemes"].values()), _base_link(recipe["source"])
     what = code(next(iter(schemes))) if len(schemes) == 1 else f"a mix of {', '.join(map(code, sorted(schemes)))}"
     text = f"{base} in {what}"
     if "bytes" in results:
         text += f": **{size(results['bytes'])} in place of {size(results['base_bytes'])}**"
+    return " ".join(filter(None, (f"{text}.", _quality(results), _speed(results.get("bench")))))
+
+
+def _quality(results: Mapping[str, Any]) -> str:
     kl, top1 = (((results.get("quality") or {}).get("metrics") or {}).get(name) for name in ("kl", "top1"))
     if kl is None or top1 is None:
-        return f"{text}. What that cost: {'see below' if results.get('quality') else MISSING}."
-    text += f". It diverges from the base by **{number(kl['value'])} nats per token**"
+        return f"What that cost: {'see below' if results.get('quality') else MISSING}."
+    text = (
+        f"On held-out text its most likely next token is the base's **{percent(top1['value'])}** of the time, and its "
+        f"predictions differ by a KL divergence of **{number(kl['value'])} nats per token**"
+    )
     text += "" if kl["low"] is None else f" [{interval_shown(kl, number, ', ')}]"
-    text += f" and has the same most likely token **{percent(top1['value'])}** of the time"
-    within = "which cannot be told from the base's own rounding" if kl["within_noise"] else ""
-    budget = "inside the budget it was given" if (results.get("gate") or {}).get("passed") else ""
-    remarks = [remark for remark in (within, budget) if remark]
-    return text + (f", {', '.join(remarks)}." if remarks else ".")
+    within = (
+        ", which cannot be told from the base's own rounding"
+        if kl["within_noise"]
+        else " (0 would mean the same predictions)"
+    )
+    budget = ", inside the budget it was given" if (results.get("gate") or {}).get("passed") else ""
+    return f"{text}{within}{budget}."
+
+
+def _speed(bench: Mapping[str, Any] | None) -> str:
+    """Beside the base, for the smallest batch that was measured."""
+    if bench is None or "base" not in bench or not bench["model"]["speed"] or not bench["base"]["speed"]:
+        return ""
+    model, base, machine = bench["model"]["speed"][0], bench["base"]["speed"][0], bench["machine"]
+    where = machine["cpu"] if bench["model"]["where"] == "process" else next(iter(machine["gpus"]), None)
+    return (
+        f"On {md(where or 'the machine below')}, beside the base, it writes {_times(model, base, 'decode')} and reads prompts "
+        f"{_times(model, base, 'prefill')} (batch {model['batch']})."
+    )
+
+
+def _times(model: Mapping[str, Any], base: Mapping[str, Any], what: str) -> str:
+    """A speed beside the base's; equal where the difference is within the spread of both."""
+    if not base[what] or abs(model[what] / base[what] - 1) <= max(model[f"{what}_spread"], base[f"{what}_spread"]):
+        return "about as fast"
+    return f"**{model[what] / base[what]:.2f} times** as fast"
 
 
 def _base_link(source: Mapping[str, Any]) -> str:

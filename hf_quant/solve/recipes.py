@@ -21,6 +21,11 @@ if TYPE_CHECKING:  # names can be checked before torch is imported
 
 
 EPOCHS = 8
+ELSEWHERE = {  # what others call them, without hyphens
+    "autoround": "learned", "gptqmodel": "gptq", "autogptq": "gptq", "autoawq": "awq", "gptaq": "drift+gptq",
+    "quarot": "hadamard+gptq", "imatrix": "calibrated", "best": "calibrated", "minmax": "rtn", "nearest": "rtn", "none": "rtn",
+    "bnb": "rtn", "qat": "the command hf-quant train",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,14 +119,24 @@ def preset(name: str, scheme: QuantScheme, epochs: int = EPOCHS) -> Preset:
     methods, known = _plugins.names("methods"), _plugins.names("transforms")
     wrong = next((t for t in transforms if t not in known), None if last in methods else last)
     if wrong is not None:
-        every = [*PRESETS, *methods]
-        raise PlanError(
-            f"method {name!r}: no {wrong!r}; there is {', '.join(every)}, and before a method, joined by +, "
-            f"{', '.join(known)}{suggestion(wrong, [*every, *known])}"
-        )
+        raise PlanError(f"method {name!r}: {_instead(name, wrong, [*PRESETS, *methods], known)}")
     if scheme.blocks and not _plugins.constants("methods", last).get("two_levels"):
         raise PlanError(f"{scheme}: {last} does not make K-quants; calibrated, gptq and rtn do")
     return Preset(last, tuple(transforms))
+
+
+def _instead(name: str, wrong: str, methods: Sequence[str], transforms: Sequence[str]) -> str:
+    """What to write in place of a method that there is not, because of the part that is ``wrong``."""
+    if wrong in transforms:
+        return f"{wrong} comes before a method: {name}+gptq, for example"
+    if "," in name:
+        return f"steps are joined by +: {name.replace(',', '+')}"
+    if (known := ELSEWHERE.get(wrong.lower().translate({ord("-"): None, ord("_"): None}))) is not None:
+        return f"did you mean {known}?"
+    return (
+        f"no {wrong!r}; there is {', '.join(methods)}, and before a method, joined by +, {', '.join(transforms)}"
+        f"{suggestion(wrong, [*methods, *transforms])}"
+    )
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def test_a_tied_model_is_counted_once(zoo: Any) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "said"),
     [
-        (["--bits", "5"], 2, "bits must be one of"),
+        (["--bits", "5"], 2, "is not one of 8, 4, 3, 2"),
         (["--scheme", "W4"], 2, "not a scheme"),
         (["--group-size", "48"], 2, "group_size"),
         (["--override", "nothing=W8A16-g32"], 2, "matches no layer"),

@@ -53,9 +53,12 @@ def untraceable(text: str, recipe: dict[str, Any], results: dict[str, Any]) -> l
     words, numbers = json.dumps([recipe, results]), {*leaves(recipe), *leaves(results)}
     numbers |= set(
         Counter(recipe["schemes"].values()).values()
-    )  # what the card works out itself: this, and two products
+    )  # what the card works out itself: this, ratios of sizes and speeds, and a product
     if "bytes" in results:
         numbers.add(results["bytes"] / results["base_bytes"])
+    if "base" in (results.get("bench") or {}):
+        speeds = [results["bench"][role]["speed"][0] for role in ("model", "base")]
+        numbers |= {speeds[0][what] / speeds[1][what] for what in ("prefill", "decode")}
     if recipe.get("calibration"):
         numbers.add(recipe["calibration"]["sequences"] * recipe["calibration"]["context"])
     text, made = re.sub(r"\]\([^)]*\)", "]", text), []

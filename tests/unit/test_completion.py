@@ -17,7 +17,7 @@ def offered(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("lad", "ladder"), ("quantize --sch", "--scheme"), ("quantize --scheme w2", "W2A16-g64-asym"),
+        ("lad", "ladder"), ("quantize --sch", "--scheme"), ("quantize --scheme w2", "W2A16-g64-asym"), ("quantize --scheme q4", "Q4_K"),
         ("quantize --method cal", "calibrated"), ("quantize --format com", "compressed-tensors"),
         ("convert --to gp", "gptq"), ("quantize ex", "dir"), ("report o", "dir"), ("quantize --dtype bf", "bfloat16"),
     ],

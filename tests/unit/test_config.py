@@ -15,7 +15,9 @@ from hf_quant.jobs.walk import rungs
     ("fields", "meant"),
     [
         ({"groupsize": 64}, "group_size"), ({"load_in_4bit": True}, "bits=4"), ({"dataset": "c4"}, "calibration"),
-        ({"schema": "W4A16-g32"}, "scheme"), ({"desc_act": True}, "there is scheme, bits"),
+        ({"schema": "W4A16-g32"}, "scheme"), ({"damp_percent": 0.1}, "there is scheme, bits"),
+        ({"bnb_4bit_quant_type": "nf4"}, "did you mean scheme='W4A16-g64'"),
+        ({"bnb_4bit_compute_dtype": "bfloat16"}, "dtype=... of from_pretrained"),
     ],
 )  # fmt: skip
 def test_an_unknown_field_is_refused_with_the_one_that_was_meant(fields: dict[str, Any], meant: str) -> None:

@@ -134,9 +134,9 @@ def to_float(model: Any, dtype: torch.dtype | None) -> None:
             module._unpack()
             for stack in list(module.schemes):
                 dense = module.expert_weight(stack, dtype)
-                for companion in ("", *COMPANIONS):
+                for companion in COMPANIONS:
                     module._parameters.pop(stack + companion, None)
-                module._parameters[stack] = frozen(dense)
+                module._parameters[stack] = frozen(dense)  # in its place: PEFT counts on the order
             module.__class__ = module.float_class  # type: ignore[assignment]
         elif isinstance(module, (QuantLinear, QuantEmbedding)):
             model.set_submodule(name, _float_module(module, dtype))

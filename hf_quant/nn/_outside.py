@@ -89,6 +89,7 @@ class Outside(nn.Module):
     """A module whose codes look like float weights from outside, after `finished` was called."""
 
     compute_dtype: torch.dtype
+    conv1d: bool = False  # whether float weights are ``[K, N]``, as those of GPT-2's ``Conv1D``
     _finished: bool = False
     rewrite: Callable[[str, Tensor], None] | None = None  # receives new float weights while they may be set
     _held: dict[str, nn.Parameter] = {}  # noqa: RUF012  codes in whose place a parametrization stands; replaced, never changed
@@ -153,13 +154,20 @@ class Outside(nn.Module):
             return self._parameters[name]
         if torch.compiler.is_compiling():
             return self.float_weight(name)  # unused results disappear from the graph
-        if sys._getframe(2).f_globals.get("__name__", "").startswith(MOVERS):
+        caller = sys._getframe(2).f_globals.get("__name__", "")
+        if caller.startswith(MOVERS):
             return self._parameters[name]
+        turned = self.conv1d and caller.startswith("peft.")  # which takes this layer for the nn.Linear that it is
         if wrapper_subclass is None:
-            return self.float_weight(name)
+            return self._turned(name, turned)
         dtype = torch.float32 if self.rewrite else self.compute_dtype  # the new weight is rounded once, to codes
         write = partial(self.rewrite, name) if self.rewrite else None
-        return FloatWeight(partial(self.float_weight, name, dtype), shape, dtype, self._codes(name).device, write)
+        read, shape = partial(self._turned, name, turned, dtype), shape[::-1] if turned else shape
+        return FloatWeight(read, shape, dtype, self._codes(name).device, write)
+
+    def _turned(self, name: str, turned: bool, dtype: torch.dtype | None = None) -> Tensor:
+        weight = self.float_weight(name, dtype)
+        return weight.T if turned else weight
 
 
 def seen(name: str) -> Any:

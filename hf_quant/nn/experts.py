@@ -235,6 +235,7 @@ def as_quant_experts(
     ``scale_dtypes`` names the stacks whose scales have another dtype than the module computes in.
     """
     shapes = stacks(module)
+    ordered = [name for name in module._parameters if name in shapes]
     cls = type(module)
     dtype = module.down_proj.dtype
     assert isinstance(dtype, torch.dtype)
@@ -247,3 +248,5 @@ def as_quant_experts(
             e, _, k = shapes[name]
             halves = 2 if name == "gate_up_proj" else 1
             module.register_parameter(f"{name}_perm", frozen(torch.empty((e, halves, k), dtype=torch.int32)))
+    for name in ordered:  # PEFT nests its adapters in this order, and finds saved ones by it
+        module._parameters[name] = module._parameters.pop(name)

@@ -43,6 +43,7 @@ def test_adapters_of_stacked_experts(zoo: Any, tmp_path: Path, name: str) -> Non
     config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], target_parameters=STACKS)
     base = load()
     before = run(base)
+    base.save_pretrained(tmp_path / "base")
     model = peft.get_peft_model(prepare_for_training(base), config).eval()
     assert (run(model) - before).abs().max() < 1e-4 * before.abs().max(), "adapters start as zero"
     after = run(train(model, steps=2))
@@ -51,6 +52,8 @@ def test_adapters_of_stacked_experts(zoo: Any, tmp_path: Path, name: str) -> Non
         assert torch.equal(run(model), before)
     model.save_pretrained(tmp_path)
     assert torch.equal(run(peft.PeftModel.from_pretrained(load(), tmp_path).eval()), after)
+    stored = CAUSAL.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert torch.equal(run(peft.PeftModel.from_pretrained(stored, tmp_path).eval()), after)
     with torch.no_grad(), pytest.raises(PlanError, match=r"codes.*model\.dequantize\(\)"):
         model.merge_and_unload()
     twin = peft.PeftModel.from_pretrained(load().dequantize(), tmp_path).eval()
@@ -89,6 +92,7 @@ MERGED = {
     "dora": ("llama", "W3A16-g32", LINEAR | {"use_dora": True}),
     "rslora, outliers": ("llama", "W2A16-g32-asym-o5%", LINEAR | {"use_rslora": True}),
     "conv1d, bias": ("gpt2", "W8A16-g32", LINEAR | {"lora_bias": True, "target_modules": ["c_attn", "c_fc"]}),
+    "conv1d, dora": ("gpt2", "W4A16-g32", LINEAR | {"use_dora": True, "target_modules": ["c_attn", "c_fc"]}),
     "experts": ("mixtral", "W4A16-g32", {"r": 4, "lora_alpha": 64, "target_modules": [], "target_parameters": STACKS}),
     "transposed experts": ("gpt-oss", "W4A16-g32", {"r": 4, "target_modules": [], "target_parameters": STACKS}),
     "embeddings": ("llama", "W4A16-g32", {"r": 4, "lora_alpha": 64, "target_modules": ["embed_tokens", "lm_head"]}),

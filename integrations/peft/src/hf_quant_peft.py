@@ -111,6 +111,18 @@ def merge_and_requantize(quantized: str | Path, adapters: str | Path, config: hf
     """
     with tempfile.TemporaryDirectory() as merged:
         model = hf_quant.load(str(quantized), dtype=torch.float32).dequantize()
-        PeftModel.from_pretrained(model, str(adapters)).merge_and_unload().save_pretrained(merged)
+        _adapted(model, str(adapters)).merge_and_unload().save_pretrained(merged)
         AutoTokenizer.from_pretrained(quantized).save_pretrained(merged)  # calibrated methods read a text
         return hf_quant.load(merged, dtype=torch.bfloat16, quantization_config=config)
+
+
+def _adapted(model: Any, adapters: str) -> Any:
+    """A float model with saved adapters; PEFT saves beside those of embeddings the table itself, which is one of codes here."""
+    adapted = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(adapters))
+    saved = peft.load_peft_weights(adapters)
+    kept = {name: tensor for name, tensor in saved.items() if not name.rpartition(".")[0].endswith(".base_layer")}
+    found: Any = peft.set_peft_model_state_dict(adapted, kept)
+    wrong = [*found.unexpected_keys, *(name for name in found.missing_keys if "lora_" in name)]
+    if wrong:
+        raise ValueError(f"{adapters}: its adapters are not those of this model, for example {wrong[0]}")
+    return adapted

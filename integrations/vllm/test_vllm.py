@@ -45,7 +45,8 @@ TOKENIZER = AutoTokenizer.from_pretrained(REFERENCE)
 TEXTS = [text.strip() for text in (REFERENCE / "heldout.txt").read_text().split("<|endoftext|>")]
 PROMPTS = [TOKENIZER(text[:200]).input_ids[:24] for text in TEXTS[:8]]
 MIXED = {"overrides": {"*q_proj": "W3A16-g64", "*.down_proj": "W8A16-g128", "*.v_proj": None}}
-# schemes, and fields of HfQuantConfig besides
+MORE = {"W4A16-g64": MIXED}  # fields of HfQuantConfig that go with a scheme in every format
+# schemes, and fields besides
 NATIVE = [
     ("W2A16-g32-asym", {}),
     ("W3A16-g128", {}),
@@ -58,8 +59,9 @@ NATIVE = [
     ("W8A8-o0.5%-columns", {"method": "calibrated", "calibration_tokens": 1024}),
     ("W4A8-g128", {}),
     ("W4A16-g64", MIXED),
+    ("W4A16-g128", {}),
 ]
-NO_KERNEL = "Failed to find a kernel"
+NO_KERNEL = "Failed to find a kernel that can implement the WNA16 linear layer"
 # what stock vLLM 0.32 does with other formats on CPUs: None if it serves them, or a part of its refusal
 STOCK = {
     ("W4A16-g128", "compressed-tensors"): None,
@@ -68,10 +70,19 @@ STOCK = {
     ("W4A8-g128", "compressed-tensors"): None,
     ("W8A16-g128", "compressed-tensors"): NO_KERNEL,
     ("W3A16-g128", "compressed-tensors"): NO_KERNEL,
-    ("W2A16-g32", "compressed-tensors"): NO_KERNEL,
+    ("W2A16-g32-asym", "compressed-tensors"): NO_KERNEL,
     ("W4A16-g128", "gptq"): None,
+    ("W4A16-g128-asym", "gptq"): None,
+    ("W8A16-g128", "gptq"): None,
+    ("W3A16-g128", "gptq"): NO_KERNEL,
+    ("W2A16-g32-asym", "gptq"): NO_KERNEL,
+    ("W4A16-g128", "awq"): None,
     ("W4A16-g128-asym", "awq"): None,
+    ("W4A16-g64", "compressed-tensors"): "???",
+    ("W4A16-g64", "gptq"): "???",
 }
+FORMATS = ("compressed-tensors", "gptq", "awq")
+NOT_WRITTEN = [(scheme, to) for scheme in dict(NATIVE) for to in FORMATS if (scheme, to) not in STOCK]
 
 
 Made = Callable[..., Path]
@@ -192,25 +203,50 @@ def test_native(scheme: str, fields: dict[str, Any], made: Made) -> None:
     rounded = "A8" in scheme
     assert found.equal >= len(PROMPTS) - rounded
     assert found.tie <= found.hosts < (0.3 if rounded else 1e-3)
-    extra = {"overrides": ", W3A16-g64, W8A16-g128, float", "method": f" by {fields.get('method')}"}
-    cell(scheme + "".join(text for key, text in extra.items() if key in fields), "native", f"served, {found}")
+    how = f"{fields['method']}: " if "method" in fields else ""
+    cell(named(scheme), "native", f"{how}served, {found}")
+
+
+def named(scheme: str) -> str:
+    """A scheme in the matrix of hosts."""
+    return f"{scheme}, W3A16-g64, W8A16-g128, float" if scheme in MORE else scheme
 
 
 @pytest.mark.parametrize(("scheme", "to"), STOCK)
 def test_other_formats(scheme: str, to: str, made: Made) -> None:
-    """Without the plug-in: what stock vLLM serves on this processor, in bfloat16 alone, and in which words it refuses."""
-    folder, refused = made(scheme, to), STOCK[scheme, to]
+    """Without the plug-in: what stock vLLM serves on this processor, in bfloat16, and in which words it refuses."""
+    folder, refused = made(scheme, to, **MORE.get(scheme, {})), STOCK[scheme, to]
     if refused is None:
         found = compared(folder, served(folder, "bfloat16"), torch.bfloat16)
         record(f"{to} {scheme}", **found._asdict())
         assert found.tie <= found.hosts, "continuations part where the hosts' rounding decides"
         assert found.mean < 2 * found.dtype, "hosts differ no more than bfloat16 and float32 do"
-        cell(scheme, to, f"served by stock vLLM in bfloat16, {found}")
+        cell(named(scheme), to, f"served by stock vLLM in bfloat16, {found}")
     else:
         with pytest.raises(Exception, match=refused) as caught:
             served(folder, "bfloat16")
         record(f"{to} {scheme}", refused=" ".join(str(caught.value).split())[:300])
-        cell(scheme, to, "refused by stock vLLM")
+        cell(named(scheme), to, f'refused by stock vLLM: "{refused}"')
+
+
+def test_int8_in_float32(made: Made) -> None:
+    """Stock vLLM's INT8 products take activations in float32 too, where no rounding to bfloat16 decides."""
+    folder = made("W8A8", "compressed-tensors")
+    found = compared(folder, served(folder))
+    record("compressed-tensors W8A8 in float32", **found._asdict())
+    assert found.tie <= found.hosts < 0.3
+    cell("W8A8", "compressed-tensors", f"in float32, {found}")
+
+
+@pytest.mark.parametrize(("scheme", "to"), NOT_WRITTEN)
+def test_what_a_format_cannot_hold_is_refused_before_a_host_sees_it(
+    scheme: str, to: str, made: Made, tmp_path: Path
+) -> None:
+    with pytest.raises(HfQuantError) as caught:
+        convert(made(scheme, **MORE.get(scheme, {})), tmp_path / to, to=to)
+    record(f"{to} {scheme}", refused=str(caught.value))
+    assert not (tmp_path / to).exists()
+    cell(named(scheme), to, f"not written: {str(caught.value).rpartition(': ')[2]}")
 
 
 def test_fused_and_stacked(made: Made, tmp_path: Path) -> None:

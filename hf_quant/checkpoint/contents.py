@@ -5,7 +5,7 @@ All of this is found in config.json, the headers of the weights, and tensors of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ class Contents:
             CheckpointError: Tensors of a layer are missing or contradict each other; names file and tensor.
         """
         name, fmt = format_of(stored)
-        names = _by_module(checkpoint.tensors, fmt.suffixes)
+        names = _by_module(checkpoint.tensors, fmt)
         headers = {
             module: {local: Header(checkpoint.tensors[full]) for local, full in tensors.items()}
             for module, tensors in names.items()
@@ -154,12 +154,16 @@ class Contents:
         return [name for name in self.checkpoint.tensors if name not in coded]
 
 
-def _by_module(tensors: Mapping[str, TensorInfo], suffixes: Sequence[str]) -> dict[str, dict[str, str]]:
+def _by_module(tensors: Mapping[str, TensorInfo], fmt: Format) -> dict[str, dict[str, str]]:
     """Module to local name to full name; a stack of experts counts as a module, with its codes as ``weight``."""
     modules: dict[str, dict[str, str]] = {}
-    longest = sorted(suffixes, key=len, reverse=True)
+    longest = sorted(fmt.suffixes, key=len, reverse=True)
     companions = [suffix.removeprefix("weight") for suffix in longest if suffix.startswith("weight_")]
     for full in tensors:
+        ending = next((e for e in fmt.stack_endings if full.endswith(e)), None)
+        if ending is not None:
+            modules.setdefault(full.removesuffix(ending), {})[ending] = full
+            continue
         suffix = next((s for s in longest if full.endswith(f".{s}")), None)
         if suffix is not None:
             modules.setdefault(full[: -len(suffix) - 1], {})[suffix] = full

@@ -45,9 +45,7 @@ def read_fp4(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTen
     fp4_layer(tensors, scheme.group_size, "")
     stored = tensors["weight_scale"]
     if scheme.group_size == MX:
-        if bool((stored == 255).any()):
-            raise FormatError("weight_scale: 255 is no exponent but NaN")
-        scale = torch.exp2(stored.float() - 127).bfloat16()
+        scale = powers_of_two("weight_scale", stored)
     else:
         whole = tensors[GLOBAL]
         if not bool((whole.isfinite() & (whole > 0)).all()):
@@ -55,3 +53,14 @@ def read_fp4(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTen
         scale = stored.float() / whole
         check_scale("weight_scale", scale)
     return QuantizedTensor(tensors["weight_packed"].contiguous(), scale, None, scheme)
+
+
+def powers_of_two(name: str, exponents: Tensor) -> Tensor:
+    """What exponents with a bias of 127 (E8M0, uint8) stand for, in bf16.
+
+    Raises:
+        FormatError: One of them says NaN.
+    """
+    if bool((exponents == 255).any()):
+        raise FormatError(f"{name}: 255 is no exponent but NaN")
+    return torch.exp2(exponents.float() - 127).bfloat16()

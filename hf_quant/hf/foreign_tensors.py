@@ -22,14 +22,17 @@ from hf_quant.nn._weight import frozen
 
 def conversions(quantizer: Any, fmt: Format, of_model: list[Any]) -> list[Any]:
     """The conversions in order: ours for stacks, the model's own, and ours for layers."""
-    pieces = [WeightConverter([f"experts.*.{piece}.weight" for piece, of in PIECES.items() if of == stack], f"experts.{stack}",
-                              [MergeModulelist()]) for stack in dict.fromkeys(PIECES.values())]  # fmt: skip
-    stacks = [stack for c in [*of_model, *pieces] if (stack := _for_stack(quantizer, fmt, c)) is not None]
-    # a pattern may match anywhere in a name, and in older versions need not match to its end: hence the dot and the dollar
-    layers = WeightConverter(
-        [_pattern("", local) for local in _longest_first(fmt)], ".weight", [ReadLayer(quantizer, fmt)]
-    )
-    return [*stacks, *of_model, layers]
+    stacks, last = [], []
+    if fmt.suffixes:
+        pieces = [WeightConverter([f"experts.*.{piece}.weight" for piece, of in PIECES.items() if of == stack], f"experts.{stack}",
+                                  [MergeModulelist()]) for stack in dict.fromkeys(PIECES.values())]  # fmt: skip
+        stacks = [stack for c in [*of_model, *pieces] if (stack := _for_stack(quantizer, fmt, c)) is not None]
+        # a pattern may match anywhere in a name, and in older versions need not match to its end: hence the dot and the dollar
+        patterns = [_pattern("", local) for local in _longest_first(fmt)]
+        last.append(WeightConverter(patterns, ".weight", [ReadLayer(quantizer, fmt)]))
+    if fmt.stack_endings:
+        last.append(WeightConverter([f"{ending}$" for ending in fmt.stack_endings], "", [ReadWhole(quantizer, fmt)]))
+    return [*stacks, *of_model, *last]
 
 
 def _for_stack(quantizer: Any, fmt: Format, converter: Any) -> Any:
@@ -98,6 +101,26 @@ class ReadLayer(_Read):
         plain = path not in self.hf_quantizer.placed.dense  # a float weight may have scales of activations beside it
         dense = tensors["weight"] if plain else self.fmt.dense(tensors)
         return {name: frozen(dense.to(getattr(module, leaf).dtype))}
+
+
+class ReadWhole(_Read):
+    """The tensors of a stack become its codes, or its dequantized weights in the layout of the model."""
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], model: Any = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Tensor]:
+        tensors = {pattern[:-1]: v[0] if isinstance(v, list) else v for pattern, v in input_dict.items()}
+        return self._guarded(full_layer_name, lambda: self._read(model, full_layer_name, tensors))
+
+    def _read(self, model: Any, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        path, _sep, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, QuantExperts) and leaf in module.schemes:
+            scales = getattr(module, f"{leaf}_scale").dtype
+            return parameters_of(name, self.fmt.read(tensors, module.schemes[leaf]), scales)
+        dense = self.fmt.dense(tensors).to(getattr(module, leaf).dtype)
+        return {name: frozen(dense.mT.contiguous() if getattr(module, "is_transposed", False) else dense)}
 
 
 class ReadStack(_Read):

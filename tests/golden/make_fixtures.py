@@ -48,12 +48,16 @@ WORK = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 
 
 def models():
-    """dense: Llama. moe: Qwen3-MoE, whose experts stand apart in the file and stacked in transformers 5. mixtral: likewise."""
+    """dense: Llama. moe: Qwen3-MoE, whose experts stand apart in the file and stacked in transformers 5. mixtral: likewise.
+    oss: gpt-oss, whose experts are stacked in the file too."""
     tf, moe = transformers, SHAPE | {"num_experts_per_tok": 2}
     made = {
         "dense": tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE, intermediate_size=128)),
         "moe": tf.Qwen3MoeForCausalLM(
             tf.Qwen3MoeConfig(**moe, intermediate_size=128, moe_intermediate_size=128, num_experts=3)
+        ),
+        "oss": tf.GptOssForCausalLM(
+            tf.GptOssConfig(**moe, intermediate_size=128, num_local_experts=3, sliding_window=8)
         ),
         "mixtral": tf.MixtralForCausalLM(tf.MixtralConfig(**moe, intermediate_size=128, num_local_experts=3)),
     }
@@ -135,7 +139,11 @@ def twin(name, tensors, config, weights, dtype):
     dense = {
         n: t for n, t in tensors.items() if n.endswith(".bias") or not any(n.startswith(f"{x}.") for x in weights)
     }
-    dense |= {f"{layer}.weight": weight.detach().cpu().to(dtype).contiguous() for layer, weight in weights.items()}
+    if config["model_type"] == "gpt_oss":  # stacks, transposed in the model
+        dense = {n: t for n, t in dense.items() if not n.endswith(("_blocks", "_scales"))}
+        dense |= {stack: weight.to(dtype).mT.contiguous() for stack, weight in weights.items()}
+    else:
+        dense |= {f"{layer}.weight": weight.detach().cpu().to(dtype).contiguous() for layer, weight in weights.items()}
     config.pop("quantization_config", None)
     if config["model_type"] == "mixtral":  # GPTQModel calls its experts as transformers 5 does
         names = {"mlp.experts": "block_sparse_moe.experts", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
@@ -608,6 +616,8 @@ def floats():
     }
     for name, weights in missing(cases):
         one_fp4(name, weights)
+    for name, _ in missing({"mxfp4-moe": None}):
+        mxfp4_experts(name)
     for name, one in missing({"fp8-block": one_fp8, "bitnet": one_bitnet}):
         made = transformers.AutoModelForCausalLM.from_pretrained(WORK / "dense", dtype=torch.float16)
         out = clean(name)
@@ -627,6 +637,31 @@ def floats():
         config["quantization_config"] = json.loads(kind.to_json_string(use_diff=False))
         (out / "config.json").write_text(json.dumps(config))
         keep(name, out, weights, [])
+
+
+def mxfp4_experts(name):
+    """Stacks of gpt-oss: codes of any value and scales of a usual size, multiplied out by transformers."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    made = transformers.AutoModelForCausalLM.from_pretrained(WORK / "oss", dtype=torch.bfloat16)
+    out = clean(name)
+    made.save_pretrained(out)
+    tensors, weights = load_file(out / "model.safetensors"), {}
+    torch.manual_seed(0)
+    for stack in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        e, k, n = tensors.pop(stack).shape
+        blocks = torch.randint(0, 256, (e, n, k // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(119, 123, (e, n, k // 32), dtype=torch.uint8)
+        tensors |= {f"{stack}_blocks": blocks, f"{stack}_scales": scales}
+        weights[stack] = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16).mT
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    left = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    config["quantization_config"] = json.loads(
+        transformers.Mxfp4Config(modules_to_not_convert=left).to_json_string(use_diff=False)
+    )
+    (out / "config.json").write_text(json.dumps(config))
+    keep(name, out, weights, [], dtype=torch.bfloat16)
 
 
 def one_fp4(name, weights):

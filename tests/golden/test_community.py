@@ -184,12 +184,8 @@ def test_take_over_names_what_it_does_not_know() -> None:
 
 
 def test_what_nobody_reads_is_said() -> None:
-    for stored, said in {
-        "mxfp4": "quant_method 'mxfp4': no format reads it",
-        "gguf": "quant_method 'gguf': no format reads it",
-    }.items():
-        with pytest.raises(hf_quant.errors.FormatError, match=said):
-            format_of({"quant_method": stored})
+    with pytest.raises(hf_quant.errors.FormatError, match="quant_method 'gguf': no format reads it"):
+        format_of({"quant_method": "gguf"})
 
 
 # -- what it costs ------------------------------------------------------------------------------------------------
@@ -273,8 +269,11 @@ def test_every_conversion_is_exact_or_refused_in_a_sentence(name: str, to: str, 
         made = load_file(tmp_path / "out" / "model.safetensors")
         dtype = made["model.embed_tokens.weight"].dtype
         for layer, weight in expected(name)["layers"].items():
-            if getattr(torch, weight["dtype"]) == dtype == made[f"{layer}.weight"].dtype:
-                assert sha256(made[f"{layer}.weight"]) == weight["sha256"]
+            dense = (
+                made[layer].mT if layer in made else made[f"{layer}.weight"]
+            )  # gpt-oss holds the transpose of a stack
+            if getattr(torch, weight["dtype"]) == dtype == dense.dtype:
+                assert sha256(dense) == weight["sha256"]
     else:
         kind = quantization_of(tmp_path / "out", json.loads((tmp_path / "out" / "config.json").read_text()))
         assert (

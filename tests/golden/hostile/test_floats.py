@@ -1,4 +1,4 @@
-"""Hostile tensors and configs of MXFP4, NVFP4, FP8 blocks and BitNet: each is refused by a sentence that names what is wrong."""
+"""Hostile tensors and configs of MXFP4 (of gpt-oss and of compressed-tensors), NVFP4, FP8 blocks and BitNet: each is refused by a sentence that names what is wrong."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hf_quant.formats import format_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LAYER = "model.layers.0.mlp.up_proj"
+STACK = "model.layers.0.mlp.experts.gate_up_proj"
 State = dict[str, torch.Tensor]
 
 
@@ -23,7 +24,8 @@ def layer_of(name: str) -> tuple[dict[str, Any], State]:
     """The config of a checkpoint, and the tensors of one layer."""
     stored = json.loads((FIXTURES / name / "config.json").read_text())["quantization_config"]
     tensors = load_file(FIXTURES / name / "model.safetensors")
-    return stored, {n.removeprefix(f"{LAYER}."): t for n, t in tensors.items() if n.startswith(f"{LAYER}.")}
+    stack = {n.removeprefix(STACK): t for n, t in tensors.items() if n in (f"{STACK}_blocks", f"{STACK}_scales")}
+    return stored, stack or {n.removeprefix(f"{LAYER}."): t for n, t in tensors.items() if n.startswith(f"{LAYER}.")}
 
 
 def read(stored: dict[str, Any], state: State) -> torch.Tensor:
@@ -76,6 +78,15 @@ def common(codes: str, scale: str) -> dict[str, tuple[Callable[[State], None], s
 
 FP4 = "weight_packed", "weight_scale"
 CASES: dict[str, dict[str, tuple[Callable[[State], None], str]]] = {
+    "mxfp4-moe": common("_blocks", "_scales")
+    | {
+        "an exponent that is NaN": (put("_scales", 255), "_scales.*NaN"),
+        "an expert without scales": (made("_scales", lambda t: t[1:]), "_scales.*shape"),
+        "blocks of 8 bytes": (made("_blocks", lambda t: t[..., :8]), "_blocks.*shape"),
+        "blocks side by side": (made("_blocks", lambda t: t.flatten(-2)), "_blocks.*shape"),
+        "a scale for two blocks": (made("_scales", lambda t: t[..., ::2]), "_scales.*shape"),
+        "no experts": (made("_blocks", lambda t: t[:0]), "shape"),
+    },
     "ct-mxfp4": common(*FP4) | {
         "an exponent that is NaN": (byte("weight_scale", 255), "NaN"),
         "half the columns": (made("weight_packed", lambda t: t[:, : t.shape[1] // 2].contiguous()), "shape"),

@@ -308,7 +308,7 @@ def group(**fields: Any) -> dict[str, Any]:
 
 
 CONFIGS: dict[str, tuple[Any, str]] = {
-    "another method": (config(quant_method="mxfp4"), "quant_method"),
+    "another method": (config(quant_method="eetq"), "quant_method"),
     "method a list": (config(quant_method=["gptq"]), "quant_method"),
     "another format": (config(format="nvfp4-pack-quantized"), "format"),
     "no format": (config(format=None), "format"),

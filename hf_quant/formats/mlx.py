@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from hf_quant.core.packing import unpack
-from hf_quant.core.scheme import BITS, QuantScheme
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError, SchemeError
 from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
 from hf_quant.formats._common import FLOATS, check_scale, each_layer, integer, need, no_two_levels, refused
 
+WIDTHS = (2, 3, 4, 5, 6, 8)
 SIZES = (32, 64, 128)
 MODE = "affine"
 
@@ -57,7 +58,7 @@ class MLX(Traits):
         if config.get("mode", MODE) != MODE:
             raise refused("mode", config["mode"], f"only {MODE} is read")
         entries = {
-            name: (integer(entry, "bits", BITS), integer(entry, "group_size", SIZES))
+            name: (integer(entry, "bits", WIDTHS), integer(entry, "group_size", SIZES))
             for name, entry in config.items()
             if isinstance(entry, Mapping) and name not in ("schemes", "hf_quant")
         }
@@ -68,7 +69,7 @@ class MLX(Traits):
             parsed = {name: QuantScheme.parse(slug) for name, slug in schemes.items()}
         except SchemeError as error:
             raise refused("schemes", schemes, str(error)) from None
-        return cls(integer(config, "bits", BITS), integer(config, "group_size", SIZES), entries, parsed)
+        return cls(integer(config, "bits", WIDTHS), integer(config, "group_size", SIZES), entries, parsed)
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         if reason := no_two_levels(scheme):

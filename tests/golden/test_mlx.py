@@ -24,6 +24,15 @@ GOLDEN = {
     2: ("e4e4e4e4e4e4e4e49393939393939393", "0000803f0000803f"),
     3: ("ac8f68ac8f68ac8f68ac8f68637d44637d44637d44637d44", "0000404000004040"),
     4: ("5c7e90b2d4f6183a5c7e90b2d4f6183a4b6d8fa1c3e507294b6d8fa1c3e50729", "0000e0400000e040"),
+    5: (
+        "bcba03b25ca4db87829eacf80b93d8b4998fa31a9b36f3715483577740968b74fb50d093157f6112",
+        "0000704100007041",
+    ),
+    6: (  # in two rows of 64, with group_size=64
+        "7ced9e60262d446fbf68a84d4ce1df702a6e5463fc78ac8e5ce51c402eaf64673d48a0cf6ce95d5022ec746b7e58a40c"
+        "3bdd9a1f1629035fbb2798490bd1db2f1a6a1353f8379c8a1bd5183f1eab2357390790cb2bd9590f12e8335b7a179408",
+        "0000f8410000f841",
+    ),
 }
 
 
@@ -39,11 +48,12 @@ def test_what_mlx_wrote_itself(bits: int) -> None:
         "scales": torch.full((2, 1), -0.5),
         "biases": raw(biases, torch.float32),
     }
-    name, fmt = format_of({"group_size": 32, "bits": bits})
+    k = state["weight"].shape[1] * 32 // bits
+    name, fmt = format_of({"group_size": k, "bits": bits})
     found = fmt.layers({"a": state}, lambda full: None)["a"]
-    assert name == "mlx" and found.shape == (2, 32) and found.scheme is None and found.note
-    i = torch.arange(64).reshape(2, 32)
-    assert torch.equal(fmt.dense(state), ((i * 7 + 3 + i // 32) % 2**bits - 1) * 0.5)
+    assert name == "mlx" and found.shape == (2, k) and found.scheme is None and found.note
+    i = torch.arange(2 * k).reshape(2, k)
+    assert torch.equal(fmt.dense(state), ((i * 7 + 3 + i // k) % 2**bits - 1) * 0.5)
 
 
 SLUGS = ["W4A16-g32", "W3A16-g64-asym", "W2A16-g128-asym", "W8A16-g256", "W4A16-g-1-asym"]

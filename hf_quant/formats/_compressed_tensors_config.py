@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_quant.core.scheme import BITS, QuantScheme
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import FormatError
 from hf_quant.formats._common import (
     integer,
     is_sequence,
     refused,
 )
+from hf_quant.formats._compressed_tensors_packing import WIDTHS
 
 INPUTS = {  # our names of activations, as fields of this format
     "token": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},
@@ -144,7 +145,7 @@ def read_group(where: str, group: Any) -> Group:
     if strategy == "tensor_group":
         raise refused(f"{where}.weights.strategy", strategy, "only 4-bit floats (NVFP4) are read in it")
     try:
-        bits = integer(weights, "num_bits", (8,) if floats else BITS, 8 if floats else None)
+        bits = integer(weights, "num_bits", (8,) if floats else WIDTHS, 8 if floats else None)
         size = integer(weights, "group_size", range(1, 1 << 20)) if strategy == "group" else -1
     except FormatError as error:
         raise FormatError(

@@ -1,10 +1,9 @@
 """compressed-tensors: the format that vLLM, SGLang and the Hub's parameter counter read without this package.
 
 Written as ``pack-quantized`` in every width, or as ``int-quantized`` where activations are INT8 and a row of 8 bits has one
-scale. Read: packed integers of every width, in the current layout, which compressed-tensors has since 0.13, and in the one
-before, in which no code crosses a word (in 2, 4 and 8 bits both are one); columns in another order
-(``weight_g_idx``, actorder "group"); ``int-quantized`` and ``naive-quantized`` integers; and 8-bit floats, which are
-dequantized; MXFP4 and NVFP4 (`_fp4`). Activations are rounded to symmetric INT8 if the config says so (by token, or with one stored scale), and stay in
+scale. Read: packed integers of 2 to 8 bits (`_compressed_tensors_packing`); columns in another order (``weight_g_idx``, actorder
+"group"); ``int-quantized`` and ``naive-quantized`` integers; and 8-bit floats, which are dequantized; MXFP4 and NVFP4 (`_fp4`).
+Activations are rounded to symmetric INT8 if the config says so (by token, or with one stored scale), and stay in
 floating point for any other rounding.
 """
 
@@ -21,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.core.packing import pack, unpack
-from hf_quant.core.scheme import MULTIPLE, QuantScheme
+from hf_quant.core.packing import pack
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
@@ -55,6 +54,15 @@ from hf_quant.formats._compressed_tensors_config import (
     in_bytes,
     read_group,
     stored_as,
+)
+from hf_quant.formats._compressed_tensors_packing import (
+    SHAPES,
+    Layout,
+    held_in,
+    held_wider,
+    layout_of,
+    stored_shape,
+    zeros_of,
 )
 from hf_quant.formats._fp4 import GLOBAL, fp4_layer, read_fp4
 
@@ -177,18 +185,22 @@ class CompressedTensors(Traits):
         if scheme.codebook:
             return read_fp4(tensors, scheme)
         if "weight_packed" in tensors:
-            n, k = _stored_shape(tensors)
-            packed, old = _bytes(tensors["weight_packed"], n, k, scheme.bits)
+            n, k = stored_shape(tensors)
+            words = need(tensors, "weight_packed", (torch.int32,))
+            widths = {group.bits for group in self.groups if held_in(group.bits) == scheme.bits}
+            layout = layout_of(words.shape, n, k, widths or {scheme.bits})
+            packed = layout.packed(words, k, scheme)
         elif "weight" not in tensors:
             raise FormatError("neither weight_packed nor weight is there")
         else:
             n, k = need(tensors, "weight", (torch.int8,), (None, None)).shape
-            packed, old = pack(codes_of("weight", tensors["weight"], scheme), scheme.bits), False
+            layout = Layout(scheme.bits)
+            packed = pack(codes_of("weight", tensors["weight"], scheme), scheme.bits)
         scale = _scale(tensors, n)
         groups = scale.shape[1]
         if scheme.groups(k) % groups:
             raise FormatError(f"weight_scale has {groups} groups for {k} input features, expected {scheme.groups(k)}")
-        zero = _zero(tensors, n, groups, scheme, old)
+        zero = None if scheme.symmetric else zeros_of(tensors, n, groups, scheme, layout)
         zero = None if zero is None else spread(zero, k, k // groups, scheme)
         quantized = QuantizedTensor(packed, spread(scale, k, k // groups, scheme), zero, scheme)
         if scheme.activations == "tensor":
@@ -232,8 +244,8 @@ class CompressedTensors(Traits):
             need(tensors, "weight_shape", SHAPES, (2,))
             shape = value(f"{module}.weight_shape")
             assert shape is not None
-            n, k = _stored_shape({"weight_shape": shape})
-            _width(tensors["weight_packed"].shape, n, k, group.bits)
+            n, k = stored_shape({"weight_shape": shape})
+            layout_of(tensors["weight_packed"].shape, n, k, {group.bits})
         elif "weight" not in tensors:
             raise FormatError("neither weight_packed nor weight is there")
         else:
@@ -252,12 +264,14 @@ class CompressedTensors(Traits):
         if g_idx is not None:
             scattered = _order({"weight_g_idx": g_idx}, k, k // size) is not None
         inputs, note = (None, IN_FLOAT) if scattered and group.activations else (group.activations, group.note)
-        scheme = scheme_for(group.bits, group.group_size, k, group.symmetric, permuted=scattered, activations=inputs)
+        scheme = scheme_for(
+            held_in(group.bits), group.group_size, k, group.symmetric, permuted=scattered, activations=inputs
+        )
         if scheme is None:
             raise FormatError(f"groups of {size} in rows of {k} do not divide into legal ones")
         if not group.symmetric:
             need(tensors, "weight_zero_point", (torch.int32, torch.int8))
-        return Layer((n, k), scheme, scale.dtype, note)
+        return Layer((n, k), scheme, scale.dtype, "; ".join(filter(None, (note, held_wider(group.bits)))))
 
     def _group(self, names: Sequence[str]) -> Group:
         """The group of a module: names precede patterns, and patterns precede classes."""
@@ -285,23 +299,12 @@ class CompressedTensors(Traits):
         )
 
 
-SHAPES = (torch.int64, torch.int32)
-
-
 def _unpacked(tensor: QuantizedTensor) -> dict[str, Tensor]:
     """Tensors with one code a byte: ``int-quantized``."""
     tensors = {"weight": (tensor.qweight ^ 0x80).view(torch.int8), "weight_scale": tensor.scale}
     if tensor.zero_point is not None:
         tensors["weight_zero_point"] = (tensor.zero_point ^ 0x80).view(torch.int8)
     return tensors if tensor.input_scale is None else tensors | {"input_scale": tensor.input_scale}
-
-
-def _stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """N and K, as the checkpoint stores them."""
-    n, k = (int(size) for size in need(tensors, "weight_shape", SHAPES, (2,)))
-    if not (1 <= n < 1 << 32 and 1 <= k < 1 << 32) or k % MULTIPLE:
-        raise FormatError(f"weight_shape {[n, k]}: in_features must be a multiple of {MULTIPLE}")
-    return n, k
 
 
 def _block(n: int, k: int, shape: Sequence[int], blocks: Collection[tuple[int, int] | None]) -> tuple[int, int]:
@@ -319,28 +322,6 @@ def _block(n: int, k: int, shape: Sequence[int], blocks: Collection[tuple[int, i
     return fitting.pop()
 
 
-def _width(shape: Sequence[int], n: int, k: int, bits: int) -> bool:
-    """Whether a packed weight has the layout before 0.13, in which no code crosses a word."""
-    now, before = [n, k * bits // 32], [n, -(-k // (32 // bits))]
-    if list(shape) not in (now, before):
-        raise FormatError(f"weight_packed has shape {list(shape)}, expected {now} for {n} x {k} in {bits} bits")
-    return list(shape) != now
-
-
-def _apart(words: Tensor, bits: int) -> Tensor:
-    """uint8 ``[R, W * (32 // bits)]`` from int32 words ``[R, W]`` in the layout before 0.13."""
-    shifts = torch.arange(0, 32 - bits + 1, bits, device=words.device)
-    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).to(torch.uint8).flatten(-2)
-
-
-def _bytes(words: Tensor, n: int, k: int, bits: int) -> tuple[Tensor, bool]:
-    """Portable codes uint8 ``[N, K / 8 * bits]``, and whether they were in the layout before 0.13."""
-    need({"weight_packed": words}, "weight_packed", (torch.int32,))
-    if _width(words.shape, n, k, bits):
-        return pack(_apart(words, bits)[:, :k], bits), True
-    return words.contiguous().view(torch.uint8), False
-
-
 def _scale(tensors: Mapping[str, Tensor], n: int) -> Tensor:
     """Scales ``[N, G]`` from one per group, one per row, or a single one."""
     scale = need(tensors, "weight_scale", FLOATS)
@@ -350,34 +331,6 @@ def _scale(tensors: Mapping[str, Tensor], n: int) -> Tensor:
     if scale.ndim == 1:  # some programs omit the group axis for a single group
         scale = scale[:, None]
     return need({"weight_scale": scale}, "weight_scale", FLOATS, (n, None))
-
-
-def _zero(tensors: Mapping[str, Tensor], n: int, groups: int, scheme: QuantScheme, old: bool) -> Tensor | None:
-    """Zero points, uint8 ``[N, G]``; None for a symmetric scheme.
-
-    ``old``: in the layout before 0.13, like the codes. The number of words does not tell: 20 zero points of 3 bits fill two
-    words in both layouts, and lie there differently.
-    """
-    if scheme.symmetric:
-        return None
-    stored = need(tensors, "weight_zero_point", (torch.int32, torch.int8))
-    if stored.dtype is torch.int8:
-        if stored.numel() == 1:
-            stored = stored.view(1, 1).expand(n, 1)
-        stored = stored[:, None] if stored.ndim == 1 else stored
-        return codes_of(
-            "weight_zero_point",
-            need({"weight_zero_point": stored}, "weight_zero_point", (torch.int8,), (n, groups)),
-            scheme,
-        )
-    words = -(-n // (32 // scheme.bits)) if old else -(-n * scheme.bits // 32)
-    if list(stored.shape) != [words, groups]:
-        raise FormatError(f"weight_zero_point has shape {list(stored.shape)}, expected {[words, groups]}")
-    if old:
-        return _apart(stored.T, scheme.bits)[:, :n].T.contiguous()
-    packed = stored.T.contiguous()
-    padded = F.pad(packed, (0, -(-n // 32) * scheme.bits - packed.shape[1]))
-    return unpack(padded.view(torch.uint8), scheme.bits)[:, :n].T.contiguous()
 
 
 def _order(tensors: Mapping[str, Tensor], k: int, groups: int) -> Tensor | None:

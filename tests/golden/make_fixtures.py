@@ -597,7 +597,7 @@ def torchao():
 
 
 def floats():
-    """4-bit floats by compressed-tensors; blocks of 8-bit floats and ternary weights as transformers has them."""
+    """4-bit floats and integers of rare widths by compressed-tensors; blocks of 8-bit floats and ternary weights as transformers has them."""
     cases = {
         "ct-mxfp4": {
             "num_bits": 4,
@@ -613,9 +613,12 @@ def floats():
             "group_size": 16,
             "scale_dtype": "torch.float8_e4m3fn",
         },
+        "ct-5bit": {"num_bits": 5, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True},
+        "ct-6bit-asym": {"num_bits": 6, "type": "int", "strategy": "group", "group_size": 64, "symmetric": False},
+        "ct-7bit": {"num_bits": 7, "type": "int", "strategy": "channel", "symmetric": True},
     }
     for name, weights in missing(cases):
-        one_fp4(name, weights)
+        one_compressed(name, weights)
     for name, _ in missing({"mxfp4-moe": None}):
         mxfp4_experts(name)
     for name, one in missing({"fp8-block": one_fp8, "bitnet": one_bitnet}):
@@ -664,13 +667,14 @@ def mxfp4_experts(name):
     keep(name, out, weights, [], dtype=torch.bfloat16)
 
 
-def one_fp4(name, weights):
+def one_compressed(name, weights):
     """Scales by the package's own functions, then its compressor and decompressor, one layer after the other."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
     from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
-    kind = "mxfp4-pack-quantized" if weights["group_size"] == 32 else "nvfp4-pack-quantized"
+    floats = {32: "mxfp4-pack-quantized", 16: "nvfp4-pack-quantized"}
+    kind = floats[weights["group_size"]] if weights["type"] == "float" else "pack-quantized"
     scheme = QuantizationScheme.model_validate({"targets": ["Linear"], "weights": weights, "format": kind})
     made = transformers.AutoModelForCausalLM.from_pretrained(WORK / "dense", dtype=torch.float16)
     out = clean(name)
@@ -679,12 +683,13 @@ def one_fp4(name, weights):
     for layer, module in made.named_modules():
         if type(module) is torch.nn.Linear and layer != "lm_head":
             weight = module.weight.detach().float()
-            groups = weight.unflatten(-1, (-1, weights["group_size"]))
+            groups = weight.unflatten(-1, (-1, weights.get("group_size", weight.shape[-1])))
             whole = generate_gparam(weight.amin(), weight.amax()).reshape(1) if "nvfp4" in kind else None
-            scale, _ = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights, global_scale=whole)
-            state = {"weight": weight, "weight_scale": scale} | (
-                {} if whole is None else {"weight_global_scale": whole}
-            )
+            scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights, global_scale=whole)
+            state = {"weight": weight, "weight_scale": scale, "weight_zero_point": zero}
+            if weights.get("symmetric", True):
+                del state["weight_zero_point"]
+            state |= {} if whole is None else {"weight_global_scale": whole}
             stored = compressor.compress(state, scheme)
             dense[layer] = compressor.decompress(stored, scheme)["weight"].detach()
             del tensors[f"{layer}.weight"]
@@ -697,7 +702,9 @@ def one_fp4(name, weights):
         "config_groups": {"group_0": group}, "ignore": ["lm_head"], "kv_cache_scheme": None,
     }  # fmt: skip
     (out / "config.json").write_text(json.dumps(config))
-    keep(name, out, dense, ["compressed-tensors"], dtype=torch.bfloat16)
+    keep(
+        name, out, dense, ["compressed-tensors"], dtype=torch.bfloat16 if weights["type"] == "float" else torch.float16
+    )
 
 
 def one_fp8(weight):

@@ -18,6 +18,7 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import format_named, format_of
 from hf_quant.formats._compressed_tensors_config import config_of
+from hf_quant.formats._compressed_tensors_packing import Layout, layout_of
 from hf_quant.methods import method
 
 FORMAT = format_named("compressed_tensors")
@@ -259,3 +260,11 @@ def test_stock_transformers_runs_our_checkpoint(symmetric: bool, dequantize: str
     logits = json.loads(next(line for line in run.stdout.splitlines() if line.startswith("LOGITS"))[7:])
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(logits), model(torch.arange(1, 17)[None]).logits, rtol=0, atol=1e-6)
+
+
+def test_widths_that_no_shape_tells_apart_are_refused() -> None:
+    """Before 0.13 four codes of 7 bits filled a word, as four of 8 bits do in both layouts."""
+    assert layout_of((4, 8), 4, 32, {7}) == Layout(7, old=True)
+    assert layout_of((4, 7), 4, 32, {7, 8}) == Layout(7)
+    with pytest.raises(FormatError, match="in 7, 8 bits"):
+        layout_of((4, 8), 4, 32, {7, 8})

@@ -329,7 +329,7 @@ CONFIGS: dict[str, tuple[Any, str]] = {
     "a third type": (weights(type="complex"), "type"),
     "dynamic": (weights(dynamic=True), "dynamic"),
     "blocks": (weights(strategy="block", block_structure=[128, 128]), "block_structure"),
-    "five bits": (weights(num_bits=5), "num_bits"),
+    "nine bits": (weights(num_bits=9), "num_bits"),
     "floats of four bits": (weights(type="float", num_bits=4, group_size=64, symmetric=True), "group_size"),
     "floats with zero points": (weights(type="float", num_bits=4, symmetric=False), "symmetric"),
     "an unknown strategy": (weights(strategy="tensor_group"), "strategy"),

@@ -1,0 +1,106 @@
+"""Packed integers of compressed-tensors: in the layout that it has since 0.13, and in the one before, in which no code crosses a word.
+
+In 2, 4 and 8 bits both layouts are one. Codes of 5 to 7 bits are held in 8 bits here, as the same distances from the zero point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_quant.core.packing import pack, unpack
+from hf_quant.core.scheme import BITS, MULTIPLE, QuantScheme
+from hf_quant.errors import FormatError
+from hf_quant.formats._common import codes_of, need
+
+WIDTHS = range(2, 9)  # of codes in a file
+SHAPES = (torch.int64, torch.int32)
+
+
+def held_in(bits: int) -> int:
+    """The width in which codes of ``bits`` are held here."""
+    return bits if bits in BITS else 8
+
+
+def held_wider(bits: int) -> str:
+    """A remark on codes that are held in more bits than they have in the file; empty for others."""
+    return "" if held_in(bits) == bits else f"codes of {bits} bits are held in {held_in(bits)}"
+
+
+def stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
+    """N and K, as the checkpoint stores them."""
+    n, k = (int(size) for size in need(tensors, "weight_shape", SHAPES, (2,)))
+    if not (1 <= n < 1 << 32 and 1 <= k < 1 << 32) or k % MULTIPLE:
+        raise FormatError(f"weight_shape {[n, k]}: in_features must be a multiple of {MULTIPLE}")
+    return n, k
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How codes lie in int32 words.
+
+    Attributes:
+        bits: Of a code in the file.
+        old: Whether it is the layout before 0.13.
+    """
+
+    bits: int
+    old: bool = False
+
+    def words(self, count: int) -> int:
+        """That ``count`` codes fill."""
+        return -(-count // (32 // self.bits)) if self.old else -(-count * self.bits // 32)
+
+    def packed(self, words: Tensor, k: int, scheme: QuantScheme) -> Tensor:
+        """Portable codes uint8 ``[N, K / 8 * bits]`` from ``[N, W]``."""
+        if not self.old and self.bits == scheme.bits:
+            return words.contiguous().view(torch.uint8)
+        return pack(self.codes(words, k, scheme), scheme.bits)
+
+    def codes(self, words: Tensor, count: int, scheme: QuantScheme) -> Tensor:
+        """uint8 ``[R, count]`` from ``[R, W]``."""
+        if self.old:
+            shifts = torch.arange(0, 32 - self.bits + 1, self.bits, device=words.device)
+            codes = ((words[..., None] >> shifts) & ((1 << self.bits) - 1)).to(torch.uint8).flatten(-2)
+        else:
+            padded = F.pad(words.contiguous(), (0, -(-count // 32) * self.bits - words.shape[1]))
+            codes = unpack(padded.view(torch.uint8), self.bits)
+        return codes[:, :count] + ((1 << scheme.bits >> 1) - (1 << self.bits >> 1))
+
+
+def layout_of(shape: Sequence[int], n: int, k: int, widths: Collection[int]) -> Layout:
+    """The layout of a packed weight ``[N, K]`` in one of these widths.
+
+    Raises:
+        FormatError: No layout has this shape, or several have it.
+    """
+    layouts = {Layout(bits, old).words(k): Layout(bits, old) for bits in widths for old in (True, False)}
+    fitting = {bits for bits in widths for old in (True, False) if list(shape) == [n, Layout(bits, old).words(k)]}
+    if len(fitting) != 1:
+        expected = " or ".join(str([n, words]) for words in sorted(layouts))
+        raise FormatError(
+            f"weight_packed has shape {list(shape)}, expected {expected} for {n} x {k} in {', '.join(map(str, sorted(widths)))} bits"
+        )
+    return layouts[shape[1]]
+
+
+def zeros_of(tensors: Mapping[str, Tensor], n: int, groups: int, scheme: QuantScheme, layout: Layout) -> Tensor:
+    """Zero points, uint8 ``[N, G]``.
+
+    Packed ones have the layout of the codes. The number of words does not tell: 20 zero points of 3 bits fill two words in both
+    layouts, and lie there differently.
+    """
+    stored = need(tensors, "weight_zero_point", (torch.int32, torch.int8))
+    if stored.dtype is torch.int8:
+        if stored.numel() == 1:
+            stored = stored.view(1, 1).expand(n, 1)
+        stored = stored[:, None] if stored.ndim == 1 else stored
+        signed = need({"weight_zero_point": stored}, "weight_zero_point", (torch.int8,), (n, groups))
+        return codes_of("weight_zero_point", signed, scheme)
+    if list(stored.shape) != [layout.words(n), groups]:
+        raise FormatError(f"weight_zero_point has shape {list(stored.shape)}, expected {[layout.words(n), groups]}")
+    return layout.codes(stored.T, n, scheme).T.contiguous()

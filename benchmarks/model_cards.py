@@ -21,7 +21,7 @@ MODELS = {
     "ref-llama-16m-W2A16-calibrated": [
         "quantize", "--scheme", "W2A16-g64-asym", "--method", "calibrated", "--max-kl", "0.1",
     ],
-    "ref-llama-16m-mixed": ["ladder", "--max-kl", "0.018"],
+    "ref-llama-16m-mixed": ["ladder", "--method", "rtn", "--max-kl", "0.02"],
 }  # fmt: skip
 
 

@@ -143,7 +143,10 @@ class Contents:
         scheme = self.layers[module].scheme
         try:
             tensors = self.tensors(module)
-            return self.fmt.dense(tensors) if scheme is None or dense else self.fmt.read(tensors, scheme)
+            if scheme is None:
+                return self.fmt.dense(tensors)
+            coded = self.fmt.read(tensors, scheme)
+            return coded.dequantize(torch.float32) if dense else coded
         except FormatError as error:
             raise CheckpointError(f"{self.where(module)}: {error}") from None
 

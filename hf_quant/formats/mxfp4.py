@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import ReadOnly, each_layer, need
 from hf_quant.formats._fp4 import MX, powers_of_two
@@ -40,9 +41,7 @@ class MXFP4(ReadOnly):
         return QuantizedTensor(tensors[BLOCKS].flatten(-2).contiguous(), scale, None, scheme)
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        scheme = _layer(tensors).scheme
-        assert scheme is not None
-        return self.read(tensors, scheme).dequantize(torch.float32)
+        raise FormatError("mxfp4: every stack has codes")
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         return each_layer(headers, lambda _module, tensors: _layer(tensors))

@@ -35,6 +35,7 @@ class Placed:
         schemes: Layer, or full name of a stack of experts, to its scheme.
         scale_dtypes: Layer or stack to the dtype of its scales.
         dense: Layer or stack to the reason why it is dequantized.
+        coded: Layers and stacks of ``dense`` that have codes in the checkpoint, to their scheme there.
         homes: Layer of the checkpoint to the layer or stack of the model that contains it.
         files: Layer of the model to the file and name of one of its tensors, for messages.
         notes: Remarks, each once.
@@ -43,9 +44,16 @@ class Placed:
     schemes: dict[str, QuantScheme] = field(default_factory=dict)
     scale_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     dense: dict[str, str] = field(default_factory=dict)
+    coded: dict[str, QuantScheme] = field(default_factory=dict)
     homes: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def remember(self, home: str, layers: Mapping[str, Layer]) -> None:
+        """Put a layer of ``dense`` into `coded`, if the file has one scheme for it."""
+        schemes = {layer.scheme for layer in layers.values()}
+        if len(schemes) == 1 and (scheme := schemes.pop()) is not None:
+            self.coded[home] = scheme
 
 
 def homes(model: Any, contents: Contents) -> dict[str, str]:
@@ -110,6 +118,7 @@ def place(model: Any, contents: Contents) -> Placed:
         else:
             leaf = home.removesuffix(".weight").rpartition(".")[2]
             placed.dense[home.removesuffix(".weight")] = f"{leaf}: the model keeps this weight in floating point"
+            placed.remember(home.removesuffix(".weight"), layers)
     _check_bias(model, contents)
     _check_ties(model, placed, contents)
     if contents.fmt.in_memory and placed.dense:  # its tensors go into the model as they are
@@ -154,8 +163,6 @@ def as_asked(
 
 def _place_one(placed: Placed, home: str, at: Candidate, layers: dict[str, Layer], contents: Contents) -> None:
     first, *others = layers
-    if at.kind == "embedding" and not contents.fmt.in_memory:
-        raise CheckpointError(f"{contents.where(first)}: embeddings that other programs quantized are not read")
     if at.kind == "experts" and len(layers[first].shape) == 2:
         _check_stack(home, at, layers, contents)
     elif others:
@@ -166,11 +173,14 @@ def _place_one(placed: Placed, home: str, at: Candidate, layers: dict[str, Layer
         )
     schemes = {layer.scheme for layer in layers.values()}
     reason = at.refusal or next((layer.note for layer in layers.values() if layer.scheme is None), None)
+    if at.kind == "embedding" and not contents.fmt.in_memory:
+        reason = reason or "embeddings of other programs become floating point"
     if len(schemes) > 1:
         reason = reason or "its experts are quantized in different ways"
     scheme = layers[first].scheme
     if reason is not None or scheme is None:
         placed.dense[home] = reason or "floating point"
+        placed.remember(home, layers)
     else:
         placed.schemes[home] = scheme
         placed.scale_dtypes[home] = layers[first].scale_dtype
@@ -216,6 +226,8 @@ def _check_ties(model: Any, placed: Placed, contents: Contents) -> None:
             continue
         other = next(name for name in names if name not in coded)
         stored = stored or {rename(name)[0] for name in contents.rest}
+        if coded[0] in placed.dense and f"{other}.weight" not in stored:  # a float table, which both share
+            continue
         if not contents.fmt.in_memory or f"{other}.weight" in stored or other not in candidates(model):
             raise CheckpointError(f"{placed.files[coded[0]]} is quantized, but config.json ties it to {other}")
         placed.schemes[other] = placed.schemes[coded[0]]

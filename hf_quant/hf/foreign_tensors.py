@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 
+from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.formats import Format
@@ -78,6 +79,10 @@ class _Read(ConversionOps):
             self.hf_quantizer.failure = CheckpointError(f"{self.hf_quantizer.placed.files.get(home, home)}: {error}")
             return {}
 
+    def _dense(self, tensors: Mapping[str, Tensor], scheme: QuantScheme | None) -> Tensor:
+        """The weight in float32, of a layer that has ``scheme`` in the file."""
+        return self.fmt.dense(tensors) if scheme is None else self.fmt.read(tensors, scheme).dequantize(torch.float32)
+
     @property
     def reverse_op(self) -> ConversionOps:
         raise NotImplementedError("saving writes a format of this package")
@@ -98,8 +103,9 @@ class ReadLayer(_Read):
         module = model.get_submodule(path)
         if isinstance(module, QuantLinear):
             return parameters_of(name, self.fmt.read(tensors, module.scheme), module.weight_scale.dtype)
-        plain = path not in self.hf_quantizer.placed.dense  # a float weight may have scales of activations beside it
-        dense = tensors["weight"] if plain else self.fmt.dense(tensors)
+        placed = self.hf_quantizer.placed
+        plain = path not in placed.dense  # a float weight may have scales of activations beside it
+        dense = tensors["weight"] if plain else self._dense(tensors, placed.coded.get(path))
         return {name: frozen(dense.to(getattr(module, leaf).dtype))}
 
 
@@ -119,7 +125,7 @@ class ReadWhole(_Read):
         if isinstance(module, QuantExperts) and leaf in module.schemes:
             scales = getattr(module, f"{leaf}_scale").dtype
             return parameters_of(name, self.fmt.read(tensors, module.schemes[leaf]), scales)
-        dense = self.fmt.dense(tensors).to(getattr(module, leaf).dtype)
+        dense = self._dense(tensors, self.hf_quantizer.placed.coded.get(name)).to(getattr(module, leaf).dtype)
         return {name: frozen(dense.mT.contiguous() if getattr(module, "is_transposed", False) else dense)}
 
 
@@ -149,7 +155,7 @@ class ReadStack(_Read):
         for expert in range(experts):
             of_expert = [{local: tensors[expert] for local, tensors in part.items()} for part in parts]
             if scheme is None:
-                one = {name: torch.cat([self._dense(piece) for piece in of_expert])}
+                one = {name: torch.cat([self._float(piece) for piece in of_expert])}
             else:
                 one = _joined([self.fmt.read(piece, scheme) for piece in of_expert]).parts(name)
             for full, tensor in one.items():
@@ -158,7 +164,7 @@ class ReadStack(_Read):
                 stacked[full][expert] = tensor
         return {full: frozen(tensor) for full, tensor in stacked.items()}
 
-    def _dense(self, tensors: dict[str, Tensor]) -> Tensor:
+    def _float(self, tensors: dict[str, Tensor]) -> Tensor:
         return (
             tensors["weight"]
             if list(tensors) == ["weight"] and tensors["weight"].dtype.itemsize > 1

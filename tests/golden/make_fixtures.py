@@ -18,6 +18,7 @@ compressed-tensors 0.19.0 and transformers 5.17.0; ``old`` with compressed-tenso
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from importlib.metadata import version
@@ -49,12 +50,23 @@ WORK = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 
 def models():
     """dense: Llama. moe: Qwen3-MoE, whose experts stand apart in the file and stacked in transformers 5. mixtral: likewise.
-    oss: gpt-oss, whose experts are stacked in the file too."""
+    gemma: Gemma 4, with embeddings for each layer. oss: gpt-oss, whose experts are stacked in the file too."""
     tf, moe = transformers, SHAPE | {"num_experts_per_tok": 2}
     made = {
         "dense": tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE, intermediate_size=128)),
         "moe": tf.Qwen3MoeForCausalLM(
             tf.Qwen3MoeConfig(**moe, intermediate_size=128, moe_intermediate_size=128, num_experts=3)
+        ),
+        "gemma": tf.Gemma4ForCausalLM(
+            tf.Gemma4TextConfig(
+                **(SHAPE | {"num_hidden_layers": 2}),
+                intermediate_size=128,
+                hidden_size_per_layer_input=64,
+                vocab_size_per_layer_input=48,
+                global_head_dim=32,
+                layer_types=["sliding_attention", "full_attention"],
+                num_kv_shared_layers=0,
+            )
         ),
         "oss": tf.GptOssForCausalLM(
             tf.GptOssConfig(**moe, intermediate_size=128, num_local_experts=3, sliding_window=8)
@@ -619,8 +631,8 @@ def floats():
     }
     for name, weights in missing(cases):
         one_compressed(name, weights)
-    for name, _ in missing({"mxfp4-moe": None}):
-        mxfp4_experts(name)
+    for name, make in missing({"mxfp4-moe": mxfp4_experts, "gemma-mobile": gemma_mobile}):
+        make(name)
     for name, one in missing({"fp8-block": one_fp8, "bitnet": one_bitnet}):
         made = transformers.AutoModelForCausalLM.from_pretrained(WORK / "dense", dtype=torch.float16)
         out = clean(name)
@@ -640,6 +652,59 @@ def floats():
         config["quantization_config"] = json.loads(kind.to_json_string(use_diff=False))
         (out / "config.json").write_text(json.dumps(config))
         keep(name, out, weights, [])
+
+
+def gemma_mobile(name):
+    """Packed as transformers unpacks it; its own layers multiply out. Patterns as in the checkpoints of Gemma 4 for mobile devices."""
+    from transformers.integrations.gemma_quant import QuantizedEmbedding, QuantizedLinear
+
+    made = transformers.AutoModelForCausalLM.from_pretrained(WORK / "gemma", dtype=torch.float32)
+    out = clean(name)
+    made.save_pretrained(out)
+    patterns = {r"^lm_head$": 2, r"model\.embed_tokens$": 2, r"model\.embed_tokens_per_layer$": 4, r"layers\.(0|1[0-4])\.mlp\.": 4,
+                r"layers\.\d+\.mlp\.": 2, r"layers\.\d+\.per_layer_(input_gate|projection)$": 8, r"layers\.\d+\.self_attn\.": 4}  # fmt: skip
+    tensors, weights, largest = load_file(out / "model.safetensors"), {}, {}
+    for layer, module in made.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(
+                lambda _, x, layer=layer: largest.update({layer: x[0].detach().abs().max()})
+            )
+    made(IDS)
+    for layer, module in made.named_modules():
+        table = isinstance(module, torch.nn.Embedding)
+        if layer == "model.per_layer_model_projection" or not (table or type(module) is torch.nn.Linear):
+            continue
+        bits = next(b for p, b in patterns.items() if re.search(p, layer))
+        weight = module.weight.detach()
+        n, k = weight.shape
+        groups = weight.unflatten(-1, (2 if "per_layer" in layer and table else 1, -1))
+        scale = groups.abs().amax(-1) / (2 ** (bits - 1) - 0.5)
+        codes = (groups / scale[..., None]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).flatten(1)
+        packed = codes.to(torch.int8)
+        if bits < 8:
+            parts = (codes + 2 ** (bits - 1)).to(torch.uint8).unflatten(-1, (-1, 8 // bits))
+            packed = sum(parts[..., i] << (bits * i) for i in range(8 // bits)).to(torch.uint8)
+        tensors.pop(f"{layer}.weight", None)
+        if table:
+            own = QuantizedEmbedding(n, k, torch.float32, num_bits=bits)
+            weights[layer] = own._dequantize_weights(packed, scale)
+            tensors |= {f"{layer}.embedding_quantized": packed, f"{layer}.embedding_scale": scale}
+        else:
+            own = QuantizedLinear(k, n, num_bits=bits)
+            own.weight.data, own.weight_scale.data = packed, scale
+            weights[layer] = own._dequantize_weights().detach()
+            ranges = torch.tensor(0.0) if "o_proj" in layer else largest[layer] / 100  # zero: not calibrated
+            tensors |= {f"{layer}.weight": packed, f"{layer}.weight_scale": scale, f"{layer}.input_activation_scale": ranges,
+                        f"{layer}.output_activation_scale": torch.tensor(0.0)}  # fmt: skip
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    kind = transformers.utils.quantization_config.GemmaQuantizationConfig(
+        quantize_embeddings=True, module_quant_configs={p: {"num_bits": b} for p, b in patterns.items()},
+        modules_to_not_convert=["model.per_layer_model_projection"],
+    )  # fmt: skip
+    config["quantization_config"] = json.loads(kind.to_json_string(use_diff=False))
+    (out / "config.json").write_text(json.dumps(config))
+    keep(name, out, weights, [], dtype=torch.float32)
 
 
 def mxfp4_experts(name):

@@ -102,7 +102,8 @@ def test_with_the_kernels_chosen_for_this_machine(name: str) -> None:
     theirs = load_file(FIXTURES / name / "expected.safetensors")["logits"]
     ours = logits(loaded(FIXTURES / name, dtype=torch.float32))
     # the packed int4 product rounds activations to bf16; and float32 does not round weights to float16 as they did
-    assert (ours - theirs).norm() / theirs.norm() < 0.05
+    # and Gemma's layers round their inputs to one stored scale
+    assert (ours - theirs).norm() / theirs.norm() < (0.1 if name == "gemma-mobile" else 0.05)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "fp8" not in n and "axis0" not in n])
@@ -114,9 +115,8 @@ def test_saved_by_us_it_loads_again_with_the_same_bits(name: str, tmp_path: Path
     again, info = CAUSAL.from_pretrained(tmp_path, attn_implementation="eager", output_loading_info=True)
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert torch.equal(logits(again), logits(model))
-    assert verify(tmp_path).layers_quantized == len(open_quantized(FIXTURES / name).layers) - (
-        "hqq-4bit-mixtral" in name
-    )
+    in_floats = {"hqq-4bit-mixtral": 1, "gemma-mobile": 2}.get(name, 0)
+    assert verify(tmp_path).layers_quantized == len(open_quantized(FIXTURES / name).layers) - in_floats
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -192,9 +192,9 @@ def test_what_nobody_reads_is_said() -> None:
 
 
 # the scales of NVFP4 are products that need float32: six bits a weight instead of four and a half
-# codes of 5 to 7 bits are held in 8
+# codes of 5 to 7 bits are held in 8, embeddings of Gemma in floating point
 @pytest.mark.parametrize(
-    "name", [n for n in NAMES if not set(n.split("-")) & {"fp8", "axis0", "nvfp4", "5bit", "6bit", "7bit"}]
+    "name", [n for n in NAMES if not set(n.split("-")) & {"fp8", "axis0", "nvfp4", "5bit", "6bit", "7bit", "gemma"}]
 )
 def test_the_loaded_model_is_as_small_as_the_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_QUANT_BACKEND", "codebook" if "fp4" in name or "nf4" in name else "dequant")

@@ -1,4 +1,4 @@
-"""Hostile tensors and configs of MXFP4 (of gpt-oss and of compressed-tensors), NVFP4, FP8 blocks and BitNet: each is refused by a sentence that names what is wrong."""
+"""Hostile tensors and configs of MXFP4 (of gpt-oss and of compressed-tensors), NVFP4, FP8 blocks, BitNet and Gemma: each is refused by a sentence that names what is wrong."""
 
 from __future__ import annotations
 
@@ -78,6 +78,18 @@ def common(codes: str, scale: str) -> dict[str, tuple[Callable[[State], None], s
 
 FP4 = "weight_packed", "weight_scale"
 CASES: dict[str, dict[str, tuple[Callable[[State], None], str]]] = {
+    "gemma-mobile": common("weight", "weight_scale")
+    | {
+        "a scale that is NaN": (put("weight_scale", float("nan")), "weight_scale.*finite"),
+        "scales that are all zero": (made("weight_scale", torch.zeros_like), "weight_scale.*zero"),
+        "scales of two groups": (made("weight_scale", lambda t: t.repeat(1, 2)), "weight_scale.*shape"),
+        "half the columns of a group": (made("weight", lambda t: t[:, :7]), "multiples of 32|shape"),
+        "codes of 8 bits": (made("weight", lambda t: t.view(torch.int8)), "weight.*dtype"),
+        "a range below zero": (put("input_activation_scale", -1.0), "input_activation_scale.*above zero"),
+        "a range that is NaN": (put("input_activation_scale", float("nan")), "input_activation_scale.*above zero"),
+        "two ranges": (made("input_activation_scale", lambda t: t.repeat(2)), "input_activation_scale.*one"),
+        "a range in integers": (made("input_activation_scale", lambda t: t.to(torch.int64)), "input_activation_scale"),
+    },
     "mxfp4-moe": common("_blocks", "_scales")
     | {
         "an exponent that is NaN": (put("_scales", 255), "_scales.*NaN"),
@@ -156,6 +168,34 @@ CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         "bitnet",
         lambda c: c.update(linear_class="autobitlinear", quantization_mode="online"),
         "quantization_mode",
+    ),
+    "three bits": ("gemma-mobile", lambda c: c.update(num_bits=3), "num_bits"),
+    "patterns in a list": ("gemma-mobile", lambda c: c.update(module_quant_configs=["mlp"]), "module_quant_configs"),
+    "a pattern without bits": ("gemma-mobile", lambda c: c.update(module_quant_configs={"mlp": 4}), "an object"),
+    "a pattern of five bits": (
+        "gemma-mobile",
+        lambda c: c.update(module_quant_configs={"mlp": {"num_bits": 5}}),
+        "num_bits",
+    ),
+    "a pattern that never ends": (
+        "gemma-mobile",
+        lambda c: c.update(module_quant_configs={"(m+)+$": {"num_bits": 4}}),
+        "regular expressions",
+    ),
+    "digits side by side": (
+        "gemma-mobile",
+        lambda c: c.update(module_quant_configs={r"\d+\d+\d+$": {"num_bits": 4}}),
+        "regular expressions",
+    ),
+    "many alternatives": (
+        "gemma-mobile",
+        lambda c: c.update(module_quant_configs={"(m|m)" * 30: {"num_bits": 4}}),
+        "regular expressions",
+    ),
+    "an open bracket": (
+        "gemma-mobile",
+        lambda c: c.update(module_quant_configs={"(mlp": {"num_bits": 4}}),
+        "module_quant_configs",
     ),
     "a norm inside": ("bitnet", lambda c: c.update(use_rms_norm=True), "use_rms_norm"),
 }

@@ -1,10 +1,11 @@
 """A tiny model of every architecture of the installed transformers: rounded, saved, read back, calibrated; about an hour.
 
-    python benchmarks/architectures.py [MODEL_TYPE ...] [--again] [--out FOLDER]
+    python benchmarks/architectures.py [MODEL_TYPE ...] [--again] [--limit SECONDS] [--out FOLDER]
 
-Each class runs in a process of its own with a limit of time. Results are kept in ``results/architectures.json`` after each
-class, and a later run goes on from there: it runs only what is new, or with ``--again`` what failed. Models named on the
-command line are always run. ``results/architectures.md`` is the table for people.
+Each class runs in a process of its own with a limit of time; one that does not end is unknown, neither built nor unbuilt.
+Results are kept in ``results/architectures.json`` after each class, and a later run goes on from there: it runs only what is new
+or unknown, and with ``--again`` what failed. Models named on the command line are always run. ``results/architectures.md`` is the
+table for people.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import platform
 import re
 import sys
 import tempfile
+import time
 from collections import Counter
 from datetime import date
 from importlib.metadata import version
@@ -32,7 +34,7 @@ from tests.architectures import check_calibration, check_rounding, reads_text, s
 from tests.tiny_models import VARIANTS, build, classes_of, inputs_of, model_types, run
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 240  # seconds for a class
+LIMIT = 600  # seconds for a class
 Row = dict[str, Any]
 
 
@@ -90,33 +92,35 @@ def _work(pipe: Any, arguments: tuple[Any, ...]) -> None:
         pipe.send({"unbuilt": f"{type(error).__name__}: {error}"[:200]})
 
 
-def limited(*arguments: Any) -> Row:
-    """`examine` in a process of its own, which is ended after `LIMIT` seconds."""
+def limited(limit: float, *arguments: Any) -> Row:
+    """`examine` in a process of its own, which is ended after ``limit`` seconds."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(theirs, arguments))
     process.start()
     theirs.close()
     try:
-        return ours.recv() if ours.poll(LIMIT) else {"unbuilt": f"it takes more than {LIMIT} seconds"}
+        return ours.recv() if ours.poll(limit) else {"unknown": f"it takes more than {limit:.0f} seconds"}
     except EOFError:
-        return {"unbuilt": "its process ended"}
+        return {"unknown": "its process ended"}
     finally:
         process.kill()
         process.join()
 
 
 def state_of(row: Row) -> str:
-    """A word for what happened: ``"built"``, ``"failed"``, ``"worked"``."""
-    if "unbuilt" in row:
-        return "unbuilt"
+    """A word for what happened: ``"unknown"``, ``"unbuilt"``, ``"failed"``, ``"worked"``."""
+    if "unknown" in row or "unbuilt" in row:
+        return "unknown" if "unknown" in row else "unbuilt"
     parts = [part for part in (row["rounding"], row.get("calibration")) if part is not None]
     return "failed" if any(part["faults"] for part in parts) else "worked"
 
 
 def page(rows: dict[str, Row]) -> str:
     """The table for people."""
-    built = {name: row for name, row in rows.items() if "unbuilt" not in row}
+    built = {name: row for name, row in rows.items() if state_of(row) in ("worked", "failed")}
+    unbuilt = {name: row["unbuilt"] for name, row in rows.items() if state_of(row) == "unbuilt"}
+    unknown = {name: row["unknown"] for name, row in rows.items() if state_of(row) == "unknown"}
     linear = {n: r for n, r in built.items() if r["rounding"]["numbers"].get("layers")}
     rounded = sum(not r["rounding"]["faults"] for r in linear.values())
     texts = {n: r["calibration"] for n, r in linear.items() if "calibration" in r}
@@ -128,8 +132,8 @@ def page(rows: dict[str, Row]) -> str:
         f"One tiny random model of each class, transformers {version('transformers')}, torch {torch.__version__}, "
         f"{platform.processor() or platform.machine()}, {date.today()}; made by `benchmarks/architectures.py`.",
         "",
-        f"{len(built)} classes of {len(types)} model types can be built from a small configuration, {len(rows) - len(built)} "
-        f"cannot. {len(linear)} have layers to quantize.",
+        f"{len(built)} classes of {len(types)} model types can be built from a small configuration, {len(unbuilt)} "
+        f"cannot, {len(unknown)} are not known. {len(linear)} have layers to quantize.",
         "",
         f"- Rounded (W4A16-g32, W8A8, W2A16-g32: load, run, generate, save, read back bit for bit, dequantized twin): "
         f"{rounded} of {len(linear)}.",
@@ -143,8 +147,10 @@ def page(rows: dict[str, Row]) -> str:
         calibration = _cell(row["calibration"]) if "calibration" in row else "reads no text alone"
         lines.append(f"| {kind} | {cls} | {_cell(row['rounding'])} | {calibration} |")
     lines += ["", "## Nothing to quantize", "", ", ".join(sorted(built.keys() - linear.keys())), ""]
-    lines += ["## Not built from a small configuration", "", "| class | reason |", "|---|---|"]
-    lines += [f"| {name} | {_short(row['unbuilt'])} |" for name, row in sorted(rows.items()) if "unbuilt" in row]
+    for title, reasons in (("Not built from a small configuration", unbuilt), ("Not known", unknown)):
+        if reasons:
+            lines += [f"## {title}", "", "| class | reason |", "|---|---|"]
+            lines += [f"| {name} | {_short(reason)} |" for name, reason in sorted(reasons.items())] + [""]
     return "\n".join(lines) + "\n"
 
 
@@ -163,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("types", nargs="*")
     parser.add_argument("--again", action="store_true")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for a class")
     parser.add_argument("--page", action="store_true", help="only write the table")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
@@ -171,15 +178,23 @@ def main() -> None:
     stored = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
     rows: dict[str, Row] = stored["rows"]
     quiet()
+    if not options.page:  # once in this process, so that the others share what is imported on the way
+        torch.set_num_threads(1)
+        examine("llama", "LlamaForCausalLM", None)
     for model_type in [] if options.page else options.types or model_types():
         for class_name in classes_of(model_type):
             name = f"{model_type}:{class_name}"
-            before = rows.get(name)
-            if before is not None and not options.types and not (options.again and state_of(before) == "failed"):
+            before = rows.get(name, {"unknown": "not run yet"})
+            if not options.types and state_of(before) not in (
+                ("unknown", "failed") if options.again else ("unknown",)
+            ):
                 continue
-            row = limited(model_type, class_name, (before or {}).get("variant"))
-            rows[name] = {"versions": {n: version(n) for n in ("torch", "transformers", "hf-quant")}, **row}
-            print(name, state_of(row), row.get("unbuilt", ""), flush=True)
+            start = time.monotonic()
+            row = limited(options.limit, model_type, class_name, before.get("variant"))
+            seconds = round(time.monotonic() - start)
+            versions = {n: version(n) for n in ("torch", "transformers", "hf-quant")}
+            rows[name] = {"versions": versions, "seconds": seconds, **row}
+            print(name, state_of(row), f"{seconds} s", row.get("unbuilt", row.get("unknown", "")), flush=True)
             for part in ("rounding", "calibration"):
                 for step, fault in row.get(part, {}).get("faults", {}).items():
                     print(f"    {part} {step}: {fault}", flush=True)

@@ -12,7 +12,7 @@ from hf_quant.disk.strict_json import MAX_BYTES, MAX_VALUES, parsed, shown
 from hf_quant.errors import CheckpointError
 
 MAX_CONFIG = 500_000  # values in config.json
-SIZES_OF = {  # fields of config.json and the range of their values; models without experts have zero of them
+SIZES_OF = {  # fields of config.json and their range; zero where a model may have none (experts, dimensions with positions)
     "num_hidden_layers": (1, 1000),
     "n_layer": (1, 1000),
     "n_layers": (1, 1000),
@@ -26,7 +26,7 @@ SIZES_OF = {  # fields of config.json and the range of their values; models with
     "num_attention_heads": (1, 2**14),
     "num_key_value_heads": (1, 2**14),
     "n_head": (1, 2**14),
-    "head_dim": (1, 2**16),
+    "head_dim": (0, 2**16),
     "num_experts": (0, 2**16),
     "num_local_experts": (0, 2**16),
     "n_routed_experts": (0, 2**16),
@@ -80,7 +80,7 @@ def check_config(config: Mapping[str, Any], where: str = "") -> None:
     if not where:
         _check_numbers("", dict(config))
     for key, value in config.items():
-        for item in value if isinstance(value, list) else [value]:  # some models have one value per layer
+        for item in _values_of(value):
             _check_size(f"{where}{key}", key, item)
         if key.endswith(("attn_implementation", "experts_implementation")) and not _PLAIN.fullmatch(str(value)):
             raise CheckpointError(
@@ -92,6 +92,11 @@ def check_config(config: Mapping[str, Any], where: str = "") -> None:
     for key, value in config.items():
         if where.count(".") < INNERMOST and key.endswith("_config") and isinstance(value, dict):
             check_config(value, f"{where}{key}.")
+
+
+def _values_of(value: Any) -> list[Any]:
+    """The values of a field: one, or one for each layer, or one for each part of the model."""
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
 
 
 def _check_numbers(field: str, value: Any) -> None:

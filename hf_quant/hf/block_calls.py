@@ -50,9 +50,9 @@ class Forms:
 
     def learn(self, name: str, returned: Any, call: Call) -> None:
         """Keep what the first block of a list has returned."""
-        known = [states_of(name, returned), *_tensors(call)]
+        known = [states_of(name, returned), *tensors_in(call)]
         self.returned[list_of(name)] = returned
-        new = [tensor for tensor in _tensors(returned) if not any(tensor is other for other in known)]
+        new = [tensor for tensor in tensors_in(returned) if not any(tensor is other for other in known)]
         self.extras[list_of(name)] = new
 
     def forget(self, name: str) -> None:
@@ -77,7 +77,7 @@ def stand_in(name: str, forward: Callable[..., Any], run: Passing, forms: Forms)
         hidden, args, kwargs = _without_states(name, *_without_caches(args, kwargs))
         if name in run.steps:
             raise HfQuantError(f"{name}: is run more than once, which cannot be calibrated yet")
-        if any(leaf is extra for leaf in _tensors((args, kwargs)) for extra in forms.extras.get(list_of(name), [])):
+        if any(leaf is extra for leaf in tensors_in((args, kwargs)) for extra in forms.extras.get(list_of(name), [])):
             run.carrying.add(list_of(name))
         if hidden is not run._returned:
             run.starts.append(name)
@@ -110,7 +110,8 @@ def _without_states(
     return kwargs[first], (), {key: value for key, value in kwargs.items() if key != first}
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested containers."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import HfQuantError
-from hf_quant.hf.block_calls import Forms, Passing, alike, list_of, passed_through
+from hf_quant.hf.block_calls import Forms, Passing, alike, list_of, passed_through, tensors_in
 from hf_quant.hf.plan import Plan
 from hf_quant.solve.hidden_states import Call, HiddenStates
 from hf_quant.solve.ranks import Ranks
@@ -121,7 +121,8 @@ class Around:
                 streams.append(self._enter(chain, before, file)[0])
             else:
                 states = HiddenStates.room(tuple(first.states.shape), first.size, first.states.dtype, file)
-                streams.append(replace(states, calls=first.calls))
+                calls_of = {name: list(of_batches) for name, of_batches in first.calls.items()}
+                streams.append(replace(states, calls=calls_of, carried=first.carried))
                 streams[-1].copy_from(first)
         return streams, calls
 
@@ -134,8 +135,9 @@ class Around:
         if any(not alike(batches[0], other) for batches in calls.values() for other in batches[1:]):
             if size > 1:  # so that a batch need never be divided
                 states, calls = self._record(chain, results, 1, file)
+            carried = self._carried(chain, calls)
             by_batch = {name: [_sparing(batches[0], call) for call in batches] for name, batches in calls.items()}
-            return HiddenStates(states.states, 1, by_batch), dict.fromkeys(chain, (NO_CALL, NO_CALL))
+            return HiddenStates(states.states, 1, by_batch, carried), dict.fromkeys(chain, (NO_CALL, NO_CALL))
         together = {name: batches[0] for name, batches in calls.items()}
         alone = together
         if size > 1:
@@ -149,7 +151,6 @@ class Around:
         """The states that enter a chain, in batches of ``size``, and the other arguments of its blocks for each batch."""
         states: HiddenStates | None = None
         calls: dict[str, list[Call]] = {name: [] for name in chain}
-        carried: list[list[Tensor]] = []
         for number, ids in enumerate(self.ids.split(size)):
             rows = slice(number * size, number * size + len(ids))
             steps = self._pass(chain, ids, {name: result.states[rows] for name, result in results.items()}).steps
@@ -163,15 +164,32 @@ class Around:
             states.put(number, entered)
             for name in chain:
                 calls[name].append(steps[name][1])
-            if list_of(chain[0]) in self._carrying:
-                carried.append(self._forms.extras[list_of(chain[0])])
-                if not alike(carried[0], carried[-1]):
-                    raise HfQuantError(
-                        f"{chain[0]}: the blocks after it take more of it than hidden states, which depends on the tokens "
-                        "and cannot be calibrated yet"
-                    )
         assert states is not None
         return states, calls
+
+    def _carried(self, chain: list[str], calls: Mapping[str, list[Call]]) -> dict[str, dict[str, int]]:
+        """Which arguments each block takes from what the block before returned, besides hidden states, with their places there.
+
+        Raises:
+            HfQuantError: It takes a part of one that depends on the tokens.
+        """
+        where = list_of(chain[0])
+        if where not in self._carrying:
+            return {}
+        extras = {id(tensor) for tensor in self._forms.extras[where]}
+        places = {id(value): place for place, value in enumerate(self._forms.returned[where]) if id(value) in extras}
+        carried = {}
+        for name in chain[1:]:
+            (args, kwargs), (first, firsts) = calls[name][-1], calls[name][0]
+            carried[name] = {key: places[id(value)] for key, value in kwargs.items() if id(value) in places}
+            others = {key: value for key, value in kwargs.items() if key not in carried[name]}
+            same = alike((args, others), (first, {key: firsts.get(key) for key in others}))
+            if not same and any(id(tensor) in extras for tensor in tensors_in((args, others))):
+                raise HfQuantError(
+                    f"{name}: takes more of the block before than hidden states and whole arguments by name, which depends on "
+                    "the tokens and cannot be calibrated yet"
+                )
+        return carried
 
     def _pass(self, chain: list[str], ids: Tensor, results: Mapping[str, Tensor]) -> Passing:
         """Run the model around its blocks to enter a chain."""

@@ -92,6 +92,8 @@ class Block:
         hidden = batch.states
         args, kwargs = batch.call or (self.alone if len(hidden) == 1 else self.call)
         out = module(hidden.to(next(module.parameters()).device), *args, **kwargs)
+        if batch.carry is not None:
+            batch.carry(out)
         return states_of(self.name, out)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,14 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block beside
 
 
 class Batch(NamedTuple):
-    """Hidden states of some sequences, and the block's other arguments for them; None where all batches share those."""
+    """Hidden states of some sequences, and the block's other arguments for them; None where all batches share those.
+
+    ``carry`` is called with all that the block returns, of which the next block takes more than hidden states.
+    """
 
     states: Tensor
     call: Call | None = None
+    carry: Callable[[Any], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,14 @@ class HiddenStates:
         states: All of them.
         size: Sequences in a batch; the last one may have fewer.
         calls: Name of each block to its other arguments for each batch; empty where all batches share them.
+        carried: Name of each block to the names of arguments that it takes from what the block before returned, with their
+            places there.
     """
 
     states: Tensor
     size: int
-    calls: Mapping[str, Sequence[Call]] = field(default_factory=dict)
+    calls: Mapping[str, list[Call]] = field(default_factory=dict)
+    carried: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @classmethod
     def room(cls, shape: tuple[int, ...], size: int, dtype: torch.dtype, file: Path | None) -> HiddenStates:
@@ -64,7 +72,18 @@ class HiddenStates:
     def batch(self, number: int, block: str) -> Batch:
         """A batch with the arguments of a block."""
         calls = self.calls.get(block)
-        return Batch(self[number], None if calls is None else calls[number])
+        if calls is None:
+            return Batch(self[number])
+        names = list(self.calls)
+        after = names[names.index(block) + 1 :]
+        carry = partial(self._carry, number, after[0]) if after and self.carried.get(after[0]) else None
+        return Batch(self[number], calls[number], carry)
+
+    def _carry(self, number: int, block: str, returned: Any) -> None:
+        """Put what the block before returned for a batch among the arguments of a block."""
+        args, kwargs = self.calls[block][number]
+        new = {name: returned[place].detach() for name, place in self.carried[block].items()}
+        self.calls[block][number] = args, kwargs | new
 
     def put(self, number: int, batch: Tensor) -> None:
         """Replace a batch."""

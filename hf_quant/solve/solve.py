@@ -45,7 +45,7 @@ def solve(block: Block, hidden: HiddenStates, recipe: Recipe, original: HiddenSt
     twin = copy.deepcopy(block.module) if original is not None else None
     solved, mine = Solved(), [i for i in range(len(hidden)) if recipe.ranks.owner(i) == recipe.ranks.rank]
     # each rank advances its own batches only; for the others, the first batch is still that of an earlier block
-    first = recipe.ranks.shared(hidden.batch(0, block.name) if recipe.ranks.first else None)
+    first = recipe.ranks.shared(hidden.batch(0, block.name)._replace(carry=None) if recipe.ranks.first else None)
     groups = groups_of(block, first)
     round_unseen(block, groups, recipe, solved)
     sample = (

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from hf_quant.checkpoint.config import check_config
 from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint
 from hf_quant.disk.safetensors import DTYPES, TensorInfo, read_header, write_tensors
 from hf_quant.errors import CheckpointError
@@ -47,6 +48,13 @@ def test_one_file(tmp_path: Path) -> None:
     assert Checkpoint.of_files([tmp_path / WEIGHTS]).tensors == made.tensors
     with pytest.raises(CheckpointError, match="missing"):
         made.read("c")
+
+
+def test_sizes_that_models_of_transformers_have() -> None:
+    """GLM-5's attention without positions has heads of dimension 0, LXMERT a number of layers for each of its parts."""
+    check_config({"text_config": {"head_dim": 0}, "num_hidden_layers": {"language": 9, "vision": 5}})
+    with pytest.raises(CheckpointError, match="num_hidden_layers must be an integer from 1 to 1000, got 100000"):
+        check_config({"num_hidden_layers": {"language": 9, "vision": 10**5}})
 
 
 @pytest.mark.parametrize("named", ["consolidated.safetensors", "consolidated.safetensors.index.json"])

@@ -14,6 +14,7 @@ from hf_quant.hf.blocks import Around
 from hf_quant.solve.block import Block
 from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.ranks import ALONE
+from hf_quant.solve.solve import advance
 
 
 class Layer(nn.Module):
@@ -32,6 +33,7 @@ class Layer(nn.Module):
             "tuple": (out, None),
             "list": [out],
             "more": (out, out + 1),
+            "inside": (out, (out + 1,)),
             "none": None,
             "constant": (out, torch.ones(3)),
         }[self.form]
@@ -103,6 +105,20 @@ def test_what_the_first_block_computes_is_passed_on_if_it_is_the_same_for_all_to
     assert torch.equal(calls["layers.1"][0][1]["extra"], torch.ones(3))
 
 
+def test_what_a_block_takes_of_the_one_before_is_carried_on_for_each_sequence() -> None:
+    """As the tokens that sparse attention chooses in one layer for the next ones."""
+    ids = torch.arange(8).view(4, 2)
+    model = Model("more", carry="tokens")
+    with torch.inference_mode():
+        entered, calls = embedded(model, ids)
+        assert len(entered) == 4
+        model.layers[0].lin.weight += 1  # as if it were quantized
+        advance(Block("layers.0", model.layers[0], {}, *calls["layers.0"]), entered)
+        given = [call[1]["extra"] for call in entered.calls["layers.1"]]
+        for number, extra in enumerate(given):
+            assert torch.equal(extra, entered[number] + 1)
+
+
 def test_a_change_between_blocks_begins_a_chain_which_the_results_of_the_one_before_enter() -> None:
     ids = torch.arange(4).view(2, 2)
     model = Model("tensor", between=True)
@@ -116,8 +132,8 @@ def test_a_change_between_blocks_begins_a_chain_which_the_results_of_the_one_bef
 
 def test_what_cannot_be_calibrated_is_said() -> None:
     ids = torch.arange(8).view(4, 2)
-    with pytest.raises(HfQuantError, match=r"layers\.0: the blocks after it take more of it"):
-        embedded(Model("more", carry="tokens"), ids)
+    with pytest.raises(HfQuantError, match=r"layers\.1: takes more of the block before"):
+        embedded(Model("inside", carry="tokens"), ids)
     with pytest.raises(HfQuantError, match=r"layers\.0: returns NoneType"):
         embedded(Model("none"), ids)
     shared = Model("tensor")

@@ -35,7 +35,8 @@ SIZES: dict[str, Any] = {
         "embedding_size embed_dim projection_dim out_hidden_size hidden_dim text_embed_dim dim emb_dim decoder_hidden_size "
         "encoder_hidden_size classifier_proj_size vision_hidden_size text_hidden_size projector_hidden_size conv_dim_size "
         "expert_ffn_hidden_size fft_dim adapter_dim expert_capacity word_embed_proj_dim moe_shared_expert_intermediate_size "
-        "encoder_hidden_dim fusion_hidden_size output_dim max_source_positions max_target_positions",
+        "encoder_hidden_dim fusion_hidden_size output_dim max_source_positions max_target_positions upsample_groups "
+        "hidden_size_global backbone_hidden_size",
     ),
     **_fields(
         128,
@@ -46,7 +47,7 @@ SIZES: dict[str, Any] = {
         2,
         "num_hidden_layers num_key_value_heads encoder_layers decoder_layers n_layer num_experts_per_tok moe_topk moe_k "
         "linear_num_key_heads num_layers num_decoder_layers depth n_layers spatial_merge_size decoder_num_hidden_layers "
-        "mamba_expand swa_num_key_value_heads num_attention_layers num_encoder_blocks encoder_num_hidden_layers "
+        "mamba_expand swa_num_key_value_heads num_attention_layers encoder_num_hidden_layers n_shared_experts "
         "num_encoder_layers resampler_depth num_blocks num_groups",
     ),
     **_fields(
@@ -78,8 +79,9 @@ SIZES: dict[str, Any] = {
         "n_group topk_group mamba_n_groups n_groups num_hidden_groups first_k_dense_replace num_random_blocks moe_layer_freq",
     ),
     **_fields(0, "num_mtp_layers num_nextn_predict_layers"),
-    **_fields(VOCABULARY, "vocab_size vocab_size_per_layer_input"),
-    "num_labels": 3, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "rotary_pct": 0.5,
+    **_fields(VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size encoder_hash_byte_group_vocab"),
+    "num_labels": 3, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "rotary_pct": 0.5, "num_filters": 32,
+    "prediction_length": 4, "width_coefficient": 0.05, "depth_coefficient": 0.5, "vocabulary_map": {"<image>": 200},
     "use_mamba_kernels": False,
 }  # fmt: skip
 SHRINKS_ONLY = {"hidden_size", "intermediate_size"}  # all other sizes that are smaller by default stay so
@@ -87,6 +89,7 @@ STAY_NONE = {
     "head_dim", "sliding_window", "q_lora_rank", "moe_layer_freq", "num_labels", "vocab_size_per_layer_input",
     "qk_head_dim", "num_decoder_layers",
 }  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _MROPE_NONE = STAY_NONE - {"head_dim", "qk_head_dim", "num_decoder_layers"}
 
@@ -117,6 +120,7 @@ VARIANTS = {
     "layers8": Variant(dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), 8)),
     "text3": Variant(text_layers=3),
     "text3mrope": Variant(rope=MROPE, none=frozenset(_MROPE_NONE), text_layers=3),
+    "ropes": Variant(rope={"full_attention": _ROPE, "sliding_attention": _ROPE}),
     "dense": Variant(untouched=frozenset({"sliding_window", "head_dim", "depth", "patch_size", "image_size"})),
 }
 _IDS = ("token_id", "token_index", "token_idx", "_id", "_index")
@@ -184,7 +188,7 @@ def tiny_config(kind: Any, variant: Variant) -> Any:
     for field in dataclasses.fields(kind):
         if field.name in parts or field.name in ("dtype", "problem_type", "id2label", "label2id"):
             continue
-        value = _small(field.name, _default_of(field), variant)
+        value = _small(field.name, _default_of(field), variant) if _holds_numbers(field) else None
         if value is not None:
             values[field.name] = value
     for name, part in parts.items():
@@ -212,6 +216,11 @@ def _default_of(field: Any) -> Any:
     if field.default is not dataclasses.MISSING:
         return field.default
     return None if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _holds_numbers(field: Any) -> bool:
+    """Whether a field may hold something else than a list."""
+    return not str(field.type).startswith("list[")
 
 
 def _small(name: str, default: Any, variant: Variant) -> Any:
@@ -248,7 +257,8 @@ def inputs_of(model: Any, batch: int = 2, tokens: int = 12) -> dict[str, Any]:
         given["input_ids"] = ids
     if "decoder_input_ids" in takes and "ForSequenceClass" not in type(model).__name__:
         given["decoder_input_ids"] = ids[:, : tokens // 2].clone()
-    contrastive = getattr(config, "text_config", None) is not None and hasattr(model, "logit_scale")
+    scaled = hasattr(model, "logit_scale") or hasattr(model, "temperature")
+    contrastive = getattr(config, "text_config", None) is not None and scaled
     if "pixel_values" in takes and (main == "pixel_values" or "input_ids" not in takes or contrastive):
         given["pixel_values"] = _pixels(config, batch, random)
     if "input_features" in takes and main == "input_features":
@@ -289,6 +299,8 @@ def _features(config: Any, batch: int, random: torch.Generator) -> Tensor:
     sound = getattr(config, "audio_config", None) or config
     bins = getattr(sound, "num_mel_bins", None) or getattr(sound, "feature_size", None) or 16
     kind = config.model_type
+    if getattr(getattr(config, "encoder_config", None) or sound, "subsampling_factor", None):
+        return torch.randn(batch, 64, bins, generator=random)
     if kind.startswith("wav2vec2_bert") or "seamless" in kind or kind in ("speech_to_text", "lasr_ctc"):
         width = getattr(config, "feature_projection_input_dim", None) or getattr(
             config, "input_feat_per_channel", bins

@@ -10,7 +10,9 @@ transformers, and `hf_quant.core.private_torch`.
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
@@ -79,6 +81,24 @@ def modules_in_float32(model: Any) -> set[str]:
 def may_be_missing(model: Any) -> list[str]:
     """Patterns of tensors that its checkpoints need not have: ``_keys_to_ignore_on_load_missing``."""
     return list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+
+
+def computed(model: Any, name: str) -> torch.Tensor | None:
+    """A parameter that checkpoints need not have, as its class computes it: ``PreTrainedModel._init_weights``.
+
+    None if they must have it, or if the class draws it at random.
+    """
+    if not any(re.search(pattern, name) for pattern in may_be_missing(model)):
+        return None
+    path, _, leaf = name.rpartition(".")
+    values = []
+    for filling in (0, 1):
+        module = copy.deepcopy(model.get_submodule(path)).to_empty(device="cpu")
+        with torch.no_grad():
+            getattr(module, leaf).fill_(filling)
+            model._init_weights(module)
+        values.append(getattr(module, leaf).data)
+    return values[0] if torch.equal(*values) else None
 
 
 def may_be_unexpected(model: Any) -> list[str]:

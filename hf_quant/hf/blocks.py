@@ -21,7 +21,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import HfQuantError
 from hf_quant.hf.block_calls import Forms, Passing, alike, list_of, passed_through, tensors_in
 from hf_quant.hf.plan import Plan
-from hf_quant.solve.hidden_states import Call, HiddenStates
+from hf_quant.solve.hidden_states import Call, Carried, HiddenStates
 from hf_quant.solve.ranks import Ranks
 
 BATCH = 2  # sequences in a batch of hidden states; larger batches exceed the processor's caches and gain nothing
@@ -167,7 +167,7 @@ class Around:
         assert states is not None
         return states, calls
 
-    def _carried(self, chain: list[str], calls: Mapping[str, list[Call]]) -> dict[str, dict[str, int]]:
+    def _carried(self, chain: list[str], calls: Mapping[str, list[Call]]) -> dict[str, Carried]:
         """Which arguments each block takes from what the block before returned, besides hidden states, with their places there.
 
         Raises:
@@ -178,17 +178,16 @@ class Around:
             return {}
         extras = {id(tensor) for tensor in self._forms.extras[where]}
         places = {id(value): place for place, value in enumerate(self._forms.returned[where]) if id(value) in extras}
-        carried = {}
+        carried: dict[str, Carried] = {}
         for name in chain[1:]:
-            (args, kwargs), (first, firsts) = calls[name][-1], calls[name][0]
-            carried[name] = {key: places[id(value)] for key, value in kwargs.items() if id(value) in places}
-            others = {key: value for key, value in kwargs.items() if key not in carried[name]}
-            same = alike((args, others), (first, {key: firsts.get(key) for key in others}))
-            if not same and any(id(tensor) in extras for tensor in tensors_in((args, others))):
-                raise HfQuantError(
-                    f"{name}: takes more of the block before than hidden states and whole arguments by name, which depends on "
-                    "the tokens and cannot be calibrated yet"
-                )
+            first, last = _by_key(calls[name][0]), _by_key(calls[name][-1])
+            carried[name] = {key: places[id(value)] for key, value in last.items() if id(value) in places}
+            for key in last.keys() - carried[name]:
+                if any(id(part) in extras for part in tensors_in(last[key])) and not alike(first[key], last[key]):
+                    raise HfQuantError(
+                        f"{name}: takes more of the block before than hidden states and whole arguments, which depends on the "
+                        "tokens and cannot be calibrated yet"
+                    )
         return carried
 
     def _pass(self, chain: list[str], ids: Tensor, results: Mapping[str, Tensor]) -> Passing:
@@ -235,6 +234,11 @@ def _wide_embeddings(base: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _by_key(call: Call) -> dict[int | str, Any]:
+    """All arguments by place or name."""
+    return dict(enumerate(call[0])) | call[1]
 
 
 def _sparing(first: Call, call: Call) -> Call:

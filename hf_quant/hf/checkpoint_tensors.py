@@ -16,6 +16,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.hf._hooks import computed
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -54,7 +55,7 @@ class Tensors:
                     self._tied[one] = other
 
     def read(self, name: str) -> Tensor:
-        """A parameter of the model.
+        """A parameter of the model; one that checkpoints need not have is computed as the model does, like sinusoids.
 
         Raises:
             HfQuantError: The checkpoint has no tensors for it.
@@ -62,6 +63,8 @@ class Tensors:
         name = self._tied.get(name, name)
         sources = self._sources.get(name)
         if sources is None:
+            if (made := computed(self.model, name)) is not None:
+                return made
             raise HfQuantError(f"the checkpoint has no tensor for {name}")
         converter = self._converters.get(name)
         if converter is None:

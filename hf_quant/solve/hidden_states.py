@@ -16,6 +16,7 @@ from torch import Tensor
 from hf_quant.disk.atomic import blaming
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block besides hidden states
+Carried = Mapping[int | str, int]  # the place or name of an argument to its place in what the block before returned
 
 
 class Batch(NamedTuple):
@@ -37,14 +38,13 @@ class HiddenStates:
         states: All of them.
         size: Sequences in a batch; the last one may have fewer.
         calls: Name of each block to its other arguments for each batch; empty where all batches share them.
-        carried: Name of each block to the names of arguments that it takes from what the block before returned, with their
-            places there.
+        carried: Name of each block to the arguments that it takes from what the block before returned.
     """
 
     states: Tensor
     size: int
     calls: Mapping[str, list[Call]] = field(default_factory=dict)
-    carried: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    carried: Mapping[str, Carried] = field(default_factory=dict)
 
     @classmethod
     def room(cls, shape: tuple[int, ...], size: int, dtype: torch.dtype, file: Path | None) -> HiddenStates:
@@ -82,8 +82,11 @@ class HiddenStates:
     def _carry(self, number: int, block: str, returned: Any) -> None:
         """Put what the block before returned for a batch among the arguments of a block."""
         args, kwargs = self.calls[block][number]
-        new = {name: returned[place].detach() for name, place in self.carried[block].items()}
-        self.calls[block][number] = args, kwargs | new
+        new = {key: returned[place].detach() for key, place in self.carried[block].items()}
+        self.calls[block][number] = (
+            tuple(new.get(place, value) for place, value in enumerate(args)),
+            {name: new.get(name, value) for name, value in kwargs.items()},
+        )
 
     def put(self, number: int, batch: Tensor) -> None:
         """Replace a batch."""

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MarianConfig, MarianMTModel, PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils.hub import PushToHubMixin
 
@@ -180,6 +180,20 @@ def test_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hasattr(PreTrainedModel, "_keys_to_ignore_on_load_missing") and _hooks.may_be_missing(PreTrainedModel) == []
     monkeypatch.setattr(PreTrainedModel, "_keys_to_ignore_on_load_missing", ["a"])
     assert _hooks.may_be_missing(PreTrainedModel) == ["a"]
+
+
+def test_computed() -> None:
+    """Marian's sinusoids are not saved."""
+    sizes = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 9, "pad_token_id": 0}
+    config = MarianConfig(**sizes, encoder_attention_heads=1, decoder_attention_heads=1, max_position_embeddings=4)
+    name = "model.encoder.embed_positions.weight"
+    with torch.device("meta"):
+        empty = MarianMTModel(config)
+    made = _hooks.computed(empty, name)
+    assert made is not None and torch.equal(made, MarianMTModel(config).get_parameter(name))
+    assert _hooks.computed(empty, "model.shared.weight") is None
+    empty._keys_to_ignore_on_load_missing = ["shared.weight"]
+    assert _hooks.computed(empty, "model.shared.weight") is None, "drawn at random"
 
 
 def test_may_be_unexpected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,6 @@ import json
 import logging
 import multiprocessing
 import os
-import platform
 import re
 import sys
 import tempfile
@@ -30,10 +29,12 @@ import torch
 from transformers.utils import logging as hf_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from hf_quant.bench.machine import cpu_name
 from tests.architectures import check_calibration, check_rounding, reads_text, saved
 from tests.tiny_models import VARIANTS, build, classes_of, inputs_of, model_types, run
 
 ROOT = Path(__file__).resolve().parents[1]
+STATES = ("unknown", "failed", "unbuilt", "worked")  # of a class
 LIMIT = 600  # seconds for a class
 Row = dict[str, Any]
 
@@ -109,7 +110,7 @@ def limited(limit: float, *arguments: Any) -> Row:
 
 
 def state_of(row: Row) -> str:
-    """A word for what happened: ``"unknown"``, ``"unbuilt"``, ``"failed"``, ``"worked"``."""
+    """One of `STATES`."""
     if "unknown" in row or "unbuilt" in row:
         return "unknown" if "unknown" in row else "unbuilt"
     parts = [part for part in (row["rounding"], row.get("calibration")) if part is not None]
@@ -126,14 +127,16 @@ def page(rows: dict[str, Row]) -> str:
     texts = {n: r["calibration"] for n, r in linear.items() if "calibration" in r}
     calibrated = sum(not part["faults"] for part in texts.values())
     types = {name.split(":")[0] for name in built}
+    left = [kind for kind in model_types() if not any(name.startswith(f"{kind}:") for name in rows)]
     lines = [
         "# Architectures",
         "",
         f"One tiny random model of each class, transformers {version('transformers')}, torch {torch.__version__}, "
-        f"{platform.processor() or platform.machine()}, {date.today()}; made by `benchmarks/architectures.py`.",
+        f"{cpu_name()}, {date.today()}; made by `benchmarks/architectures.py`.",
         "",
         f"{len(built)} classes of {len(types)} model types can be built from a small configuration, {len(unbuilt)} "
-        f"cannot, {len(unknown)} are not known. {len(linear)} have layers to quantize.",
+        f"cannot, {len(unknown)} are not known, and {len(left)} model types have not been run. {len(linear)} classes have layers "
+        "to quantize.",
         "",
         f"- Rounded (W4A16-g32, W8A8, W2A16-g32: load, run, generate, save, read back bit for bit, dequantized twin): "
         f"{rounded} of {len(linear)}.",
@@ -147,6 +150,8 @@ def page(rows: dict[str, Row]) -> str:
         calibration = _cell(row["calibration"]) if "calibration" in row else "reads no text alone"
         lines.append(f"| {kind} | {cls} | {_cell(row['rounding'])} | {calibration} |")
     lines += ["", "## Nothing to quantize", "", ", ".join(sorted(built.keys() - linear.keys())), ""]
+    if left:
+        lines += ["## Not run", "", ", ".join(left), ""]
     for title, reasons in (("Not built from a small configuration", unbuilt), ("Not known", unknown)):
         if reasons:
             lines += [f"## {title}", "", "| class | reason |", "|---|---|"]
@@ -165,6 +170,31 @@ def _short(sentence: str) -> str:
     return re.sub(r"\s+", " ", sentence.split(" (")[0]).replace("|", "/")[:110]
 
 
+def examine_all(types: list[str], states: tuple[str, ...], limit: float, file: Path, rows: dict[str, Row]) -> None:
+    """Examine the classes of model types that are in one of the states, and write ``file`` after each."""
+    torch.set_num_threads(1)
+    examine(
+        "llama", "LlamaForCausalLM", None
+    )  # once in this process, so that the others share what is imported on the way
+    for model_type, class_name in ((kind, name) for kind in types for name in classes_of(kind)):
+        name = f"{model_type}:{class_name}"
+        before = rows.get(name, {"unknown": "not run yet"})
+        if state_of(before) not in states:
+            continue
+        start = time.monotonic()
+        row = limited(limit, model_type, class_name, before.get("variant"))
+        seconds = round(time.monotonic() - start)
+        rows[name] = {
+            "versions": {n: version(n) for n in ("torch", "transformers", "hf-quant")},
+            "seconds": seconds,
+        } | row
+        print(name, state_of(row), f"{seconds} s", row.get("unbuilt", row.get("unknown", "")), flush=True)
+        for part in ("rounding", "calibration"):
+            for step, fault in row.get(part, {}).get("faults", {}).items():
+                print(f"    {part} {step}: {fault}", flush=True)
+        file.write_text(json.dumps({"cpu": cpu_name(), "date": str(date.today()), "rows": rows}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("types", nargs="*")
@@ -173,34 +203,13 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="only write the table")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    file = options.out / "architectures.json"
     options.out.mkdir(exist_ok=True)
-    stored = json.loads(file.read_text()) if file.is_file() else {"rows": {}}
-    rows: dict[str, Row] = stored["rows"]
+    file = options.out / "architectures.json"
+    rows: dict[str, Row] = json.loads(file.read_text())["rows"] if file.is_file() else {}
     quiet()
-    if not options.page:  # once in this process, so that the others share what is imported on the way
-        torch.set_num_threads(1)
-        examine("llama", "LlamaForCausalLM", None)
-    for model_type in [] if options.page else options.types or model_types():
-        for class_name in classes_of(model_type):
-            name = f"{model_type}:{class_name}"
-            before = rows.get(name, {"unknown": "not run yet"})
-            if not options.types and state_of(before) not in (
-                ("unknown", "failed") if options.again else ("unknown",)
-            ):
-                continue
-            start = time.monotonic()
-            row = limited(options.limit, model_type, class_name, before.get("variant"))
-            seconds = round(time.monotonic() - start)
-            versions = {n: version(n) for n in ("torch", "transformers", "hf-quant")}
-            rows[name] = {"versions": versions, "seconds": seconds, **row}
-            print(name, state_of(row), f"{seconds} s", row.get("unbuilt", row.get("unknown", "")), flush=True)
-            for part in ("rounding", "calibration"):
-                for step, fault in row.get(part, {}).get("faults", {}).items():
-                    print(f"    {part} {step}: {fault}", flush=True)
-            file.write_text(
-                json.dumps({"machine": platform.processor(), "date": str(date.today()), "rows": rows}, indent=1)
-            )
+    states = STATES if options.types else STATES[:2] if options.again else STATES[:1]
+    if not options.page:
+        examine_all(options.types or model_types(), states, options.limit, file, rows)
     (options.out / "architectures.md").write_text(page(rows))
     print(Counter(map(state_of, rows.values())))
 

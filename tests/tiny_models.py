@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = {
     **_fields(
         128,
         "intermediate_size max_position_embeddings encoder_ffn_dim decoder_ffn_dim n_positions n_ctx d_ff ffn_dim mlp_dim "
-        "decoder_intermediate_size inner_dim ffn_hidden_size",
+        "decoder_intermediate_size inner_dim ffn_hidden_size dim_ff dff d_inner",
     ),
     **_fields(
         2,
@@ -55,14 +55,14 @@ SIZES: dict[str, Any] = {
         "num_attention_heads encoder_attention_heads decoder_attention_heads n_head num_experts n_routed_experts "
         "num_local_experts moe_num_experts linear_num_value_heads num_heads attention_heads n_heads "
         "decoder_num_attention_heads num_conv_pos_embedding_groups index_n_heads swa_num_attention_heads num_frames "
-        "resampler_n_heads num_image_tokens",
+        "resampler_n_heads num_image_tokens linear_num_heads zero_expert_num",
     ),
     **_fields(
         16,
         "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim d_kv num_mel_bins "
         "mamba_d_head mamba_d_state state_size mamba_head_dim ssm_state_size mamba_chunk_size chunk_size "
         "num_conv_pos_embeddings index_head_dim index_topk kv_channels swa_head_dim lora_rank global_head_dim laurel_rank "
-        "attention_head_dim resampler_head_dim block_size",
+        "attention_head_dim resampler_head_dim block_size dim_head linear_head_dim o_lora_rank",
     ),
     **_fields(
         32,

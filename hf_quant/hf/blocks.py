@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.private_torch import tree_map_only
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import HfQuantError
 from hf_quant.hf.block_calls import Forms, Passing, alike, list_of, passed_through, tensors_in
@@ -36,7 +37,9 @@ def layers_of(plan: Plan, block: str) -> dict[str, QuantScheme]:
 
 def refuse_other_kinds(kind: Any, method: str) -> None:
     """Refuse models that read no text; ``kind`` is the class of the model."""
-    reads = getattr(kind, "main_input_name", "input_ids")
+    reads, takes = getattr(kind, "main_input_name", "input_ids"), inspect.signature(kind.forward).parameters
+    if reads not in takes and "input_ids" in takes:  # a part of a model says what the whole model reads
+        reads = "input_ids"
     if reads != "input_ids":
         raise HfQuantError(f"{method} calibrates on text, and {kind.__name__} reads {reads}; rtn and hqq need no text")
 
@@ -225,7 +228,7 @@ def decoder_inputs(ids: Tensor, config: Any) -> Tensor:
 def _wide_embeddings(base: nn.Module) -> Iterator[None]:
     """Inside, embeddings give float32, whatever they are stored in."""
     handles = [
-        module.register_forward_hook(lambda _module, _args, out: out.float())
+        module.register_forward_hook(lambda _module, _args, out: tree_map_only(Tensor, _wide, out))
         for module in base.modules()
         if isinstance(module, nn.Embedding)
     ]
@@ -234,6 +237,10 @@ def _wide_embeddings(base: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _by_key(call: Call) -> dict[int | str, Any]:

@@ -63,8 +63,8 @@ class Tensors:
         name = self._tied.get(name, name)
         sources = self._sources.get(name)
         if sources is None:
-            if (made := computed(self.model, name)) is not None:
-                return made
+            if (value := computed(self.model, name)) is not None:
+                return value
             raise HfQuantError(f"the checkpoint has no tensor for {name}")
         converter = self._converters.get(name)
         if converter is None:
@@ -72,10 +72,14 @@ class Tensors:
         converted: dict[str, Any] = {}
         for tensor, pattern in sources:
             converted.setdefault(str(pattern), []).append(self.checkpoint.read(tensor))
+        first, *others = converter.target_patterns
+        whole = next(
+            (name.replace(other, first) for other in others if other in name), name
+        )  # as transformers calls it
         for operation in converter.operations:
             converted = operation.convert(
                 converted, source_patterns=converter.source_patterns, target_patterns=converter.target_patterns,
-                full_layer_name=name, model=self.model, config=self.model.config, missing_keys=None,
+                full_layer_name=whole, model=self.model, config=self.model.config, missing_keys=None,
             )  # fmt: skip
         value = next(value for target, value in converted.items() if target in name)
         return value[0] if isinstance(value, list) else value
@@ -114,7 +118,18 @@ def _naturally(name: str) -> list[tuple[bool, int, str]]:
 
 
 def _renamed(name: str, transforms: list[Any], parameters: set[str], prefix: str) -> tuple[str, Any, str | None]:
-    """The parameter that a tensor belongs to, its converter, and the pattern of that."""
+    """The parameter that a tensor belongs to, its converter, and the pattern of that.
+
+    A name that only becomes unknown by its conversion keeps it, as in transformers.
+    """
+    target, converter, pattern = _converted(name, transforms)
+    renamed = _with_prefix(target, parameters, prefix)
+    if renamed not in parameters and name in parameters:
+        return name, None, None
+    return renamed, converter, pattern
+
+
+def _converted(name: str, transforms: list[Any]) -> tuple[str, Any, str | None]:
     for transform in transforms:
         if not hasattr(transform, "operations"):
             name, _ = transform.rename_source_key(name)
@@ -122,8 +137,8 @@ def _renamed(name: str, transforms: list[Any], parameters: set[str], prefix: str
         if hasattr(transform, "operations"):
             renamed, pattern = transform.rename_source_key(name)
             if pattern is not None:
-                return _with_prefix(renamed, parameters, prefix), transform, pattern
-    return _with_prefix(name, parameters, prefix), None, None
+                return renamed, transform, pattern
+    return name, None, None
 
 
 def _with_prefix(name: str, parameters: set[str], prefix: str) -> str:

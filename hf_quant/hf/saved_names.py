@@ -128,7 +128,8 @@ def _read_back(
             tensor = value[0] if isinstance(value, list) else value
             if name not in shapes or tensor.shape != shapes[name].shape or tensor.dtype != shapes[name].dtype:
                 raise PlanError(f"{name} would not come back as it was")
-            if name in coded and isinstance(one, WeightConverter) and not _stacks(one):
+            kept = any(tensor is file for file in files.values())  # what is turned over only where it has to be
+            if name in coded and isinstance(one, WeightConverter) and not _stacks(one) and not kept:
                 raise PlanError(f"{name} would be rearranged, which codes do not allow")
             back.add(name)
             if name in coded and isinstance(one, WeightRenaming):

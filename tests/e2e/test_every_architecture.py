@@ -14,10 +14,19 @@ from tests.tiny_models import build
 
 ROUNDED = [
     # a subclass of nn.Linear that computes as it; weights rescaled in place; two layers that are one weight; experts that are
-    # transposed on loading; weights that are fused, renamed or split on loading
+    # transposed on loading, always or where they have to be; weights that are fused, renamed or split on loading
     ("falcon", "FalconForCausalLM"), ("rwkv", "RwkvForCausalLM"), ("neomme", "NeoMMEForMaskedLM"),
-    ("aria_text", "AriaTextForCausalLM"), ("gte", "GteForMaskedLM"), ("tipsv2_text_model", "Tipsv2TextModel"),
-    ("clip", "CLIPForImageClassification"), ("data2vec-audio", "Data2VecAudioForCTC"),
+    ("aria_text", "AriaTextForCausalLM"), ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"),
+    ("gte", "GteForMaskedLM"), ("tipsv2_text_model", "Tipsv2TextModel"), ("nomic_bert", "NomicBertForMaskedLM"),
+    ("jina_embeddings_v3", "JinaEmbeddingsV3ForMaskedLM"), ("git", "GitForCausalLM"),
+    # images and sounds: two towers, convolutions that are linear maps, attributes that a model reads of its layers
+    ("clip", "CLIPForImageClassification"), ("owlvit", "OwlViTModel"), ("poolformer", "PoolFormerForImageClassification"),
+    ("vit", "ViTForImageClassification"), ("blip", "BlipForConditionalGeneration"),
+    ("vision-text-dual-encoder", "VisionTextDualEncoderModel"), ("data2vec-audio", "Data2VecAudioForCTC"),
+    ("hubert", "HubertForCTC"), ("moonshine", "MoonshineForConditionalGeneration"),
+    # Conv1D; a state-space model; stacks of experts; shared experts; hashes of bytes
+    ("openai-gpt", "OpenAIGPTLMHeadModel"), ("mamba", "MambaForCausalLM"), ("mixtral", "MixtralForCausalLM"),
+    ("gpt_oss", "GptOssForCausalLM"), ("dots1", "Dots1ForCausalLM"), ("blt", "BltForCausalLM"),
 ]  # fmt: skip
 CALIBRATED = [
     # an encoder before a decoder; a position bias that the first block computes; cross-attention that no text reaches; an encoder;
@@ -27,6 +36,11 @@ CALIBRATED = [
     ("bert", "BertForSequenceClassification"), ("llava", "LlavaForConditionalGeneration"),
     ("gemma4_text", "Gemma4ForCausalLM"), ("canine", "CanineForSequenceClassification"),
     ("flaubert", "FlaubertWithLMHeadModel"),
+    # what one block hands to the next, by name and by place; embeddings that return a pair; a fused weight that is split into
+    # unequal parts; ALiBi; a recurrent state; names that only become unknown by their conversion
+    ("hy_v4", "HYV4ForCausalLM"), ("longt5", "LongT5ForConditionalGeneration"),
+    ("prophetnet", "ProphetNetForCausalLM"), ("molmo2_text", "Molmo2TextModel"), ("bloom", "BloomForCausalLM"),
+    ("recurrent_gemma", "RecurrentGemmaForCausalLM"), ("deepseek_v4", "DeepseekV4ForCausalLM"),
 ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hf_quant.cli._types import SAVED, Bits, Choice, Limit, Method, Named, Overr
 from hf_quant.errors import printable
 from hf_quant.jobs.engine_rules import ENGINE_NAMES
 from hf_quant.jobs.options import DTYPES
-from hf_quant.jobs.progress import Important
+from hf_quant.jobs.progress import Important, ticking
 from hf_quant.jobs.results import Grid
 from hf_quant.publish.markdown import shell_word
 
@@ -156,6 +157,11 @@ def say_next(folder: Path | None, *, measured: bool, passed: bool, quiet: bool) 
         say(f"in {folder}; next: hf-quant report {name}, or hf-quant push {name} OWNER/NAME")
     else:
         say(f"in {folder}; next: hf-quant eval {name} says what it lost")
+
+
+def waiting(what: str, quiet: bool) -> AbstractContextManager[None]:
+    """Show ``what`` is being done, and for how long, if it takes more than two seconds."""
+    return ticking(what) if bars(quiet) else nullcontext()
 
 
 def bars(quiet: bool) -> bool:

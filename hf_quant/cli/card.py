@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from hf_quant.cli._common import emit, output_options
+from hf_quant.cli._common import emit, output_options, waiting
 from hf_quant.cli._types import Folder
 from hf_quant.cli._words import Group
 from hf_quant.errors import PushError
@@ -31,7 +31,8 @@ def build(folder: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
     recipe, results = card.facts(folder)
     if not overwrite and (folder / card.CARD).exists():
         card.check_replaceable((folder / card.CARD).read_bytes())
-    drawn = card.pictures(results)
+    with waiting("drawing", quiet or as_json):
+        drawn = card.pictures(results)
     (folder / card.ASSETS).mkdir(exist_ok=True)
     for name, data in drawn.items():
         write_bytes(folder / card.ASSETS / name, data)
@@ -48,7 +49,8 @@ def show(folder: Path, as_json: bool, quiet: bool) -> None:
     from hf_quant.publish import card
 
     recipe, results = card.facts(folder)
-    text = card.render(recipe, results, card.pictures(results))
+    with waiting("drawing", quiet or as_json):
+        text = card.render(recipe, results, card.pictures(results))
     emit(as_json, quiet, record={"card": text}, essential=text, human=text)
 
 

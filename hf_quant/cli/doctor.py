@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from hf_quant.cli._common import emit, output_options
+from hf_quant.cli._common import emit, output_options, waiting
 from hf_quant.cli._screen import Part
 from hf_quant.jobs.results import Grid, Row
 
@@ -27,10 +27,17 @@ SCHEMES = ("W8A8", "W4A8-g128", "W8A16-g128", "W4A16-g128", "W3A16-g128", "W2A16
 @output_options
 def command(verbose: bool, speed: bool, as_json: bool, quiet: bool) -> None:
     """Show versions, devices, and which kernel runs which scheme here, how fast, and what would be faster."""
+    with waiting("looking at this machine", quiet or as_json):
+        record = _record(timed=speed and not quiet)
+    chosen = next(kernel["chosen"] for kernel in record["kernels"] if kernel["scheme"] == "W4A16-g128")
+    emit(as_json, quiet, record=record, essential=chosen, human=_human(record, verbose))
+
+
+def _record(timed: bool) -> dict[str, Any]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    record: dict[str, Any] = {
+    return {
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -38,13 +45,9 @@ def command(verbose: bool, speed: bool, as_json: bool, quiet: bool) -> None:
         "threads": torch.get_num_threads(),
         "loads_without_import": _autoloads(),
         "kernels": [
-            _kernel(slug, dtype, device, speed and not quiet)
-            for slug in SCHEMES
-            for dtype in (torch.bfloat16, torch.float32)
+            _kernel(slug, dtype, device, timed) for slug in SCHEMES for dtype in (torch.bfloat16, torch.float32)
         ],
     }
-    chosen = next(kernel["chosen"] for kernel in record["kernels"] if kernel["scheme"] == "W4A16-g128")
-    emit(as_json, quiet, record=record, essential=chosen, human=_human(record, verbose))
 
 
 def _human(record: dict[str, Any], verbose: bool) -> list[Part]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_quant.cli._common import emit, output_options, target_options
+from hf_quant.cli._common import emit, output_options, target_options, waiting
 from hf_quant.cli._types import Model
 from hf_quant.errors import printable
 from hf_quant.jobs.results import Grid, Row, fields
@@ -34,7 +34,7 @@ def command(
     from hf_quant.jobs.targets import check_target, served
 
     check_target(target, tp)
-    with opened(model, revision) as checkpoint:
+    with waiting("reading headers", quiet or as_json), opened(model, revision) as checkpoint:
         stored = quantization_of(checkpoint.folder, checkpoint.config)
         contents = None if stored is None else Contents.of(checkpoint, stored, thorough=False)
     sizes: Counter[str] = Counter()

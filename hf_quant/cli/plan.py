@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hf_quant.cli._common import emit, model_options, output_options, scheme_options, target_options
+from hf_quant.cli._common import emit, model_options, output_options, scheme_options, target_options, waiting
 from hf_quant.cli._screen import Part
 from hf_quant.cli._types import Model
 
@@ -21,7 +21,8 @@ def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Say what quantizing MODEL would give, without reading its weights."""
     from hf_quant.jobs.plan import plan
 
-    done = plan(model, **options)
+    with waiting("reading headers", quiet or as_json):
+        done = plan(model, **options)
     human: list[Part] = [done.grid(), "", *done.footnotes()]
     essential = f"{done.plans[0].bytes_after / 1e6:.1f}"
     emit(as_json, quiet, record=done.to_dict(), essential=essential, human=human)

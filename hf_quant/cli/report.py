@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from hf_quant.cli._common import emit, output_options
+from hf_quant.cli._common import emit, output_options, waiting
 from hf_quant.cli._types import Folder, Model
 from hf_quant.errors import HfQuantError
 
@@ -44,7 +44,8 @@ def command(
         from hf_quant.jobs.samples import PROMPTS
         from hf_quant.jobs.samples import samples as continued
 
-        texts = continued(folder, base, prompt or PROMPTS, trust_remote_code=trust_remote_code)
+        with waiting("base and model continue texts", quiet or as_json):
+            texts = continued(folder, base, prompt or PROMPTS, trust_remote_code=trust_remote_code)
     write_bytes(out, html_page(folder, other, texts).encode())
     emit(as_json, quiet, record={"report": str(out)}, essential=str(out), human=f"{out}: open it in a browser")
 

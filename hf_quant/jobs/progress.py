@@ -50,7 +50,7 @@ def reporting(progress: bool | Bar, say: Say | None) -> Iterator[Reporter]:
 
     bar = progress if callable(progress) else _bars if progress else _no_bars
     with _their_bars(shown=progress is True):
-        yield Reporter(bar, say or logging.getLogger("hf_quant").info, _ticking if progress is True else unshown)
+        yield Reporter(bar, say or logging.getLogger("hf_quant").info, ticking if progress is True else unshown)
 
 
 def peak_memory() -> int:
@@ -84,7 +84,7 @@ def unshown(_what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _ticking(what: str) -> Iterator[None]:
+def ticking(what: str) -> Iterator[None]:
     """Show what is being done, for how long, and the memory, if it takes more than two seconds."""
     done = threading.Event()
     thread = threading.Thread(target=_tick, args=(what, done), daemon=True)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+import hf_quant.cli
+from hf_quant import _plugins
 from hf_quant.cli import main
-from hf_quant.cli._common import emit, say
+from hf_quant.cli._common import emit, say, waiting
 from hf_quant.errors import LONGEST, printable
+from hf_quant.jobs import progress
 from hf_quant.jobs.outputs import shown
 from hf_quant.jobs.push import PushResult
 from hf_quant.jobs.results import Grid, fields, table
@@ -96,6 +100,24 @@ def test_a_turned_table_has_its_numbers_to_the_right(monkeypatch: pytest.MonkeyP
     emit(False, False, record={}, essential="", human=[Grid(head, rows)])
     lines = [line.rstrip() for line in re.sub(r"\x1b\[\d*m", "", terminal.getvalue()).splitlines()]
     assert len({len(line) for line in lines}) == 1, lines
+
+
+@pytest.mark.parametrize("name", _plugins.names("cli"))
+def test_every_command_shows_that_it_is_at_work(name: str) -> None:
+    source = (Path(hf_quant.cli.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    assert "bars(" in source or "waiting(" in source
+
+
+def test_a_wait_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a terminal, and not with --quiet."""
+    monkeypatch.setattr(progress, "SILENT", 0.0)
+    monkeypatch.setattr(progress, "TICK", 0.01)
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    for quiet in (False, True):
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        with waiting("drawing", quiet):
+            time.sleep(0.2)
+        assert ("drawing: " in terminal.getvalue()) is not quiet
 
 
 def test_records_in_words() -> None:

@@ -7,7 +7,6 @@ stand two in a byte, so activations are read (or stored) as two planes: columns 
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,14 +18,14 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._shared.blocks import Rounding, flat, multiply_back, rounding
 from hf_quant.kernels._shared.ops import implements
-from hf_quant.kernels._triton.tiles import too_old
+from hf_quant.kernels._triton.tiles import too_old, why_no_triton
 
 FUSED_ROWS = 16  # so many rows are rounded inside the product
 FEW, MANY, GROUPED = (16, 64, 128), (128, 128, 128), (64, 128, 128)  # BLOCK_M, BLOCK_N, BLOCK_K
 WARPS, STAGES = 4, 3
 MOST = 131072  # columns: 127 * 128 * K stays inside int32
 
-if importlib.util.find_spec("triton"):
+if why_no_triton() is None:
     import triton
     import triton.language as tl
 
@@ -241,8 +240,8 @@ class TritonInt8:
 
     def why_not(self, spec: LinearSpec) -> str | None:
         scheme, size = spec.scheme, spec.in_features // spec.scheme.groups(spec.in_features)
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
+        if (reason := why_no_triton()) is not None:
+            return reason
         if spec.device != "cuda" and not triton.knobs.runtime.interpret:
             return f"needs a GPU, got {spec.device}"
         if spec.device == "cuda" and (reason := too_old()) is not None:

@@ -9,7 +9,6 @@ A layer must not run twice at the same time on two streams: the programs of a pr
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,9 +35,9 @@ from hf_quant.kernels._triton.planar import (
     to_planes,
     unpacking,
 )
-from hf_quant.kernels._triton.tiles import Tile, tile_for, too_old
+from hf_quant.kernels._triton.tiles import Tile, tile_for, too_old, why_no_triton
 
-if importlib.util.find_spec("triton"):
+if why_no_triton() is None:
     import triton
 
     from hf_quant.kernels._triton.wna16 import dequantize_kernel, wna16_kernel
@@ -319,8 +318,8 @@ class TritonWNA16:
     repacks: ClassVar[bool] = True
 
     def why_not(self, spec: LinearSpec) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return "triton is not installed"
+        if (reason := why_no_triton()) is not None:
+            return reason
         if spec.device != "cuda" and not triton.knobs.runtime.interpret:
             return f"needs a GPU, got {spec.device}"
         if spec.device == "cuda" and (reason := too_old()) is not None:

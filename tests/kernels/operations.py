@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +17,12 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearSpec
 from hf_quant.kernels._native import compiled
 from hf_quant.kernels._shared import ops, registration
+from hf_quant.kernels._triton.tiles import why_no_triton
 from hf_quant.kernels.cpu_native import BACKEND as CpuNative
 from hf_quant.methods import method
 
 for _name in _plugins.names("kernels"):
-    if not _name.startswith("triton") or importlib.util.find_spec("triton"):
+    if not _name.startswith("triton") or why_no_triton() is None:
         _plugins.load("kernels", _name)
 
 N, K, M = 48, 128, 3

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,9 +19,10 @@ from torch.autograd import forward_ad
 from hf_quant import _plugins
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import KernelError
-from hf_quant.kernels import outlier_linear, select
+from hf_quant.kernels import LinearSpec, outlier_linear, select
 from hf_quant.kernels._native import compiled
 from hf_quant.kernels._shared import ops
+from hf_quant.kernels._triton.tiles import why_no_triton
 from hf_quant.kernels.cpu_native import BACKEND as CpuNative
 from tests.kernels.operations import K, M, N, arguments, called, checked, spec_of, weight
 
@@ -44,9 +46,22 @@ def spoilt(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "long", torch.cat([tensor, tensor], axis)
 
 
+def test_an_old_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch 2.7 and older bring along one without the settings that the kernels ask for."""
+    old = ModuleType("triton")
+    old.__spec__, old.__version__ = ModuleSpec("triton", None), "3.3.1"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton", old)
+    why_no_triton.cache_clear()
+    try:
+        spec = LinearSpec(QuantScheme.parse("W4A16-g32"), 64, 64, torch.float32, "cuda")
+        assert "3.3.1 is older than 3.4" in str(_plugins.load("kernels", "triton_wna16").BACKEND().why_not(spec))
+    finally:
+        why_no_triton.cache_clear()
+
+
 def test_every_operation_is_in_the_table() -> None:
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("hf_quant::")}
-    there = {name for name in ops.TABLE if not name.startswith("triton") or importlib.util.find_spec("triton")}
+    there = {name for name in ops.TABLE if not name.startswith("triton") or why_no_triton() is None}
     assert registered == {f"hf_quant::{name}" for name in there} and ops.OPS.keys() == there
 
 

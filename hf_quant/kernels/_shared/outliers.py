@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from hf_quant.kernels._shared.blocks import compute_dtype, flat
 from hf_quant.kernels._shared.ops import implements
-from hf_quant.kernels._triton.tiles import too_old
+from hf_quant.kernels._triton.tiles import too_old, why_no_triton
 
 CHUNK = 1 << 22  # activations gathered together: 16 MB in float32
 
-if importlib.util.find_spec("triton"):
+if why_no_triton() is None:
     import triton
     import triton.language as tl
 
@@ -42,7 +41,7 @@ if importlib.util.find_spec("triton"):
 
 
 def _on_gpu(x: Tensor) -> bool:
-    if importlib.util.find_spec("triton") is None or x.dtype is torch.float64:
+    if why_no_triton() is not None or x.dtype is torch.float64:
         return False
     interpreted = triton.knobs.runtime.interpret
     return ((x.device.type == "cuda" and too_old() is None) or interpreted) and not (

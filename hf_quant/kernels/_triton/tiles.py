@@ -5,6 +5,7 @@ Nothing is timed while a model runs. The tables follow from the machine code (``
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from dataclasses import astuple, dataclass, replace
@@ -121,6 +122,16 @@ def _power(number: int, least: int, most: int) -> bool:
 
 
 OLDEST = (8, 0)
+
+
+@lru_cache
+def why_no_triton() -> str | None:
+    """Why the kernels cannot be compiled or interpreted here; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    import triton
+
+    return None if hasattr(triton, "knobs") else f"triton {triton.__version__} is older than 3.4"
 
 
 @lru_cache

@@ -20,7 +20,7 @@ ROUNDED = [
     ("gte", "GteForMaskedLM"), ("tipsv2_text_model", "Tipsv2TextModel"), ("nomic_bert", "NomicBertForMaskedLM"),
     ("jina_embeddings_v3", "JinaEmbeddingsV3ForMaskedLM"), ("git", "GitForCausalLM"),
     # images and sounds: two towers, convolutions that are linear maps, attributes that a model reads of its layers
-    ("clip", "CLIPForImageClassification"), ("owlvit", "OwlViTModel"), ("poolformer", "PoolFormerForImageClassification"),
+    ("clip", "CLIPForImageClassification"), ("owlvit", "OwlViTModel"), ("radio", "RadioModel"),
     ("vit", "ViTForImageClassification"), ("blip", "BlipForConditionalGeneration"),
     ("vision-text-dual-encoder", "VisionTextDualEncoderModel"), ("data2vec-audio", "Data2VecAudioForCTC"),
     ("hubert", "HubertForCTC"), ("moonshine", "MoonshineForConditionalGeneration"),

@@ -104,7 +104,7 @@ def photograph(html: str, picture: Path, width: int, height: int, dark: bool = F
         options += ["--blink-settings=preferredColorScheme=0"] if dark else []
         options += [f"--window-size={width},{height}", f"--screenshot={picture}", f"file://{folder}/frame.html"]
         subprocess.run([browser, *options], check=True, capture_output=True, timeout=300)
-    Image.open(picture).convert("RGB").quantize(64).save(picture, optimize=True)  # a third of the bytes
+    Image.open(picture).convert("RGB").quantize(256).save(picture, optimize=True)  # half the bytes
     print(picture)
 
 

@@ -24,6 +24,7 @@ from hf_quant.solve.result import Recipe
 from hf_quant.solve.solve import solve
 
 CONTEXT = 512
+ALIGNED = 64  # bytes; where PyTorch's own memory begins
 NARROW = (torch.bfloat16, torch.float16)  # dtypes that are cast to float32 for calibration
 
 
@@ -114,7 +115,14 @@ def _stored(name: str, module: nn.Module, *, followed: bool) -> Stored:
 
 @contextmanager
 def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Inside, parameters in bf16 or fp16 are in float32; afterwards they have their dtype again."""
+    """Inside, parameters in bf16 or fp16 are in float32; afterwards they have their dtype again.
+
+    Others are copied where they lie in the file they were read from, at any byte: the last digits of a product of matrices depend
+    on where they begin, and calibration in memory and block by block from disk give the same.
+    """
+    for parameter in parameters:
+        if parameter.dtype not in NARROW and parameter.data_ptr() % ALIGNED:
+            parameter.data = parameter.data.clone()
     parameters = [p for p in parameters if p.dtype in NARROW]
     dtypes = [p.dtype for p in parameters]
     for parameter in parameters:

@@ -37,10 +37,12 @@ CALIBRATED = [
     ("gemma4_text", "Gemma4ForCausalLM"), ("canine", "CanineForSequenceClassification"),
     ("flaubert", "FlaubertWithLMHeadModel"),
     # what one block hands to the next, by name and by place; embeddings that return a pair; a fused weight that is split into
-    # unequal parts; ALiBi; a recurrent state; names that only become unknown by their conversion
+    # unequal parts; ALiBi; a recurrent state; names that only become unknown by their conversion;
+    # weights that begin at any byte of their file
     ("hy_v4", "HYV4ForCausalLM"), ("longt5", "LongT5ForConditionalGeneration"),
     ("prophetnet", "ProphetNetForCausalLM"), ("molmo2_text", "Molmo2TextModel"), ("bloom", "BloomForCausalLM"),
     ("recurrent_gemma", "RecurrentGemmaForCausalLM"), ("deepseek_v4", "DeepseekV4ForCausalLM"),
+    ("inkling2_text", "Inkling2ForCausalLM"),
 ]  # fmt: skip
 
 

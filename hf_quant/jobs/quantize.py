@@ -377,7 +377,7 @@ def _continue(folder: Path, prompt: str, tokenizer: Any, trust_remote_code: bool
     if tokenizer is None:
         raise HfQuantError("--prompt needs a tokenizer")
     model = load(str(folder), trust_remote_code=trust_remote_code)
-    ids = torch.tensor([tokenizer(prompt).input_ids])
-    out = model.generate(ids.to(model.device), max_new_tokens=40, do_sample=False)
+    ids = torch.tensor([tokenizer(prompt).input_ids], device=model.device)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
     text: str = tokenizer.decode(out[0], skip_special_tokens=True)
     return text

@@ -52,7 +52,8 @@ def _continued(model: Any, tokenizer: Any, prompt: str) -> list[str]:
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise HfQuantError(f"{type(model).__name__} is no causal language model, so there are no sample texts")
     ids = torch.tensor([tokenizer(prompt).input_ids], device=model.device)
-    new = model.generate(ids, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
+    mask = torch.ones_like(ids)  # all of it is text, whatever the padding token is
+    new = model.generate(ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
     texts = [tokenizer.decode(new[:end], skip_special_tokens=True) for end in range(len(new) + 1)]
     pairs = itertools.pairwise(texts)
     return [after[len(before) :] if after.startswith(before) else after for before, after in pairs]

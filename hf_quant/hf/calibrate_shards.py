@@ -281,7 +281,8 @@ def _enter(
 ) -> tuple[list[HiddenStates], Calls]:  # fmt: skip
     """The inputs of a chain (twice if the float model is followed), and the arguments of its blocks."""
     _fill(source, lambda name: name.startswith(f"{chain[0]}."))
-    width = source.model.config.get_text_config().hidden_size
+    embeddings = [module.embedding_dim for module in around.base.modules() if isinstance(module, nn.Embedding)]
+    width = getattr(source.model.config.get_text_config(), "hidden_size", None) or max(embeddings)
     need = around.ids.numel() * width * 4 * len(results) * len(around.chains)
     room = settings.max_memory if settings.max_memory is not None else free_memory() // 2
     if need > room:

@@ -7,12 +7,13 @@ import os
 
 from setuptools import Extension, setup
 
-UNITS = ("module", "portable", "avx2", "avx512", "vnni", "bf16", "amx", "amx_int8")
+UNITS = ("module", "portable", "avx2", "avx512", "vnni", "bf16", "amx", "amx_int8", "dotprod")
 kernels = Extension(
     "hf_quant.kernels._cpu",
     sources=[f"hf_quant/kernels/_native/csrc/{unit}.cpp" for unit in UNITS],
     depends=[
-        f"hf_quant/kernels/_native/csrc/{name}.h" for name in ("cpu", "vector", "bytes", "amx", "threads", "layout")
+        f"hf_quant/kernels/_native/csrc/{name}.h"
+        for name in ("cpu", "vector", "bytes", "columns", "amx", "threads", "layout")
     ],
     extra_compile_args=[
         "-std=c++17",

@@ -17,6 +17,7 @@ from hf_quant.core.private_torch import may_skip_dispatcher
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._native.compiled import (
+    BYTES,
     TYPES,
     NativeWeight,
     _cpu,
@@ -104,8 +105,8 @@ class CpuNativeInt8:
     def why_not(self, spec: LinearSpec) -> str | None:
         if spec.scheme.activations == "threshold":
             return "one scale a row or for all, no columns chosen on the way"
-        if built() not in (None, "vnni", "bf16", "amx"):
-            return f"needs products of bytes (VNNI), got {built()}"
+        if built() not in (None, *BYTES):
+            return f"needs products of bytes (VNNI, or dotprod of ARM), got {built()}"
         return why_not(spec)
 
     def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> NativeInt8Weight:

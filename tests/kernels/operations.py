@@ -112,7 +112,7 @@ def runs_here(name: str) -> bool:
 def built(name: str) -> bool:
     """Whether the module that the operation calls was compiled, for a processor like this one."""
     if name.startswith("cpu_native_int8"):
-        return compiled.built() in ("vnni", "bf16", "amx")
+        return compiled.built() in compiled.BYTES
     return not name.startswith("cpu_native") or compiled._cpu is not None
 
 

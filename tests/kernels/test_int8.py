@@ -149,7 +149,7 @@ def test_the_ops_are_well_formed() -> None:
     args = (x, codes, weight.scale[:, 0].contiguous(), weight.outliers.index, weight.input_scale)
     torch.library.opcheck(cpu_int8_linear, args, test_utils=checks)
     columns, ranges = weight.outliers.index, weight.input_scale
-    if compiled.built() in ("vnni", "bf16", "amx"):
+    if compiled.built() in compiled.BYTES:
         w = compiled.laid_out(weight, LinearSpec(weight.scheme, 33, 96, torch.float32, "cpu"))
         args = (x, w.tiles, w.scale, None, columns, ranges, 8, 33)
         torch.library.opcheck(cpu_native_int8_linear, args, test_utils=checks)

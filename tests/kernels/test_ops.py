@@ -164,7 +164,7 @@ def test_a_gradient_without_columns() -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_compiled_products(int8: bool, change: dict[str, Any], message: str) -> None:
-    if int8 and compiled.built() not in ("vnni", "bf16", "amx"):
+    if int8 and compiled.built() not in compiled.BYTES:
         pytest.skip("no products of bytes")
     op = ops.OPS["cpu_native_int8_linear" if int8 else "cpu_native_linear"]
     names = ["x", "tiles", "scale", "zero", *(["columns", "ranges"] if int8 else []), "bits", "n"]
@@ -188,7 +188,7 @@ def test_columns_that_are_not_there(backend: str, columns: list[int]) -> None:
 
 
 @built
-@pytest.mark.skipif(compiled.built() not in ("vnni", "bf16", "amx"), reason="no products of bytes")
+@pytest.mark.skipif(compiled.built() not in compiled.BYTES, reason="no products of bytes")
 def test_the_module_holds_columns_and_scales_against_bounds_itself() -> None:
     """What was laid out before anything was checked, or was changed in place since, writes nowhere else."""
     w = weight("W8A8-g32")

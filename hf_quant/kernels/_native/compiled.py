@@ -1,13 +1,14 @@
 """The compiled module of ``hf_quant/kernels/_native/csrc``, and weights in its layout, for all backends that call it.
 
-HF_QUANT_CPU_LEVEL limits the instruction set: portable, avx2, avx512, vnni, bf16 or amx. HF_QUANT_LARGE_PAGES=0 keeps weights in
-ordinary memory, which a sanitizer can observe.
+HF_QUANT_CPU_LEVEL limits the instruction set: portable, avx2, avx512, vnni, bf16 or amx; on ARM portable or dotprod.
+HF_QUANT_LARGE_PAGES=0 keeps weights in ordinary memory, which a sanitizer can observe.
 """
 
 from __future__ import annotations
 
 import mmap
 import os
+import platform
 import struct
 import weakref
 from collections.abc import Callable, Iterator
@@ -34,7 +35,9 @@ except ImportError:  # not built; `why_not` reports it
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGE, MAPPED = 2 << 20, 64 << 20  # bytes of a large page, and of what is mapped at a time
 LARGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE") and os.environ.get("HF_QUANT_LARGE_PAGES") != "0"
-LEVELS = ("portable", "avx2", "avx512", "vnni", "bf16", "amx")
+ARM = platform.machine().lower() in ("aarch64", "arm64")
+LEVELS = ("portable", "dotprod") if ARM else ("portable", "avx2", "avx512", "vnni", "bf16", "amx")
+BYTES = ("dotprod", "vnni", "bf16", "amx")  # levels that have products of bytes
 
 if _cpu is not None and (wanted := os.environ.get("HF_QUANT_CPU_LEVEL")):
     if wanted not in LEVELS:

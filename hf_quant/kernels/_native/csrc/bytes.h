@@ -1,4 +1,5 @@
 // Codes as bytes, four to a word, for products of bytes; included by the units that have such instructions.
+#include "columns.h"
 #include "vector.h"
 
 namespace {
@@ -22,14 +23,6 @@ inline __m512i codes(const uint8_t* tile, int c) {
   }
   const int per = 8 / BITS;  // in a byte
   return (__m512i)(read<vu>(tile + 64 * (c / per)) >> (c % per * BITS) & ((1u << BITS) - 1) * 0x01010101u);
-}
-
-// The column of a tile that the i-th byte of `codes` stands for.
-inline int column(int bits, int i) {
-  const int c = i / 4, b = i % 4;
-  if (bits == 8 || bits == 3) return 4 * c + (b == 1 ? 2 : b == 2 ? 1 : b);
-  const int per = 8 / bits, v = c / per, half = b / 2, place = b % 2 * per + c % per;
-  return 2 * (v * 16 / bits + place) + half;
 }
 
 // Where the columns of a tile go.

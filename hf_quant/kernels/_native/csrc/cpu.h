@@ -116,7 +116,7 @@ struct Activations {
   const float* fixed;  // the scale, or null for one of each row
 };
 
-// VNNI: some rows of x as integers, of 16 bits (two digits) or int8 (one), with a scale for each tile of 32 columns.
+// VNNI, or SDOT of ARM: some rows of x as integers, of 16 bits (two digits) or int8 (one), with a scale for each tile of 32 columns.
 struct Digits {
   int8_t* digits;  // [m, k / 32, digits, 32]: the high one first, in the order in which codes come out of a tile
   float* scale;    // [m, k / 32]
@@ -127,10 +127,10 @@ struct Digits {
 
 // One row of x, bf16 or float16, in two digits; false where they cannot hold it: infinities, NaN,
 // numbers next to nothing, or a few that are so large that the others would be rounded to too few bits.
-bool vnni_digits(const void* x, int type, long row, const Linear&, const Digits&);
+bool byte_digits(const void* x, int type, long row, const Linear&, const Digits&);
 // One row as int8; room for k floats.
-void vnni_int8(const Activations&, long row, const Linear&, float* room, const Digits&);
-void vnni_rows(const Linear&, long from, long to, const Digits&, long m, const Output&);
+void byte_int8(const Activations&, long row, const Linear&, float* room, const Digits&);
+void byte_rows(const Linear&, long from, long to, const Digits&, long m, const Output&);
 
 // AVX512-BF16: x in tiles of a few rows, pairs of neighbouring columns, some columns of all tiles after others:
 // [chunk of columns][tile][pair of the chunk][row of the tile].

@@ -9,6 +9,10 @@
 #include <new>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 #include "cpu.h"
@@ -19,8 +23,19 @@ namespace {
 
 // ---- instruction sets
 
-enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3, HALVES = 4, AMX = 5 };
+#if defined(__aarch64__)
+#define BYTES
+enum Level { PORTABLE = 0, DOTPROD = 1, LAST = DOTPROD };
+const char* const NAMES[] = {"portable", "dotprod"};
+const Level BYTE_PRODUCTS = DOTPROD;
+#else
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3, HALVES = 4, AMX = 5, LAST = AMX };
 const char* const NAMES[] = {"portable", "avx2", "avx512", "vnni", "bf16", "amx"};
+const Level BYTE_PRODUCTS = VNNI;
+#if defined(__x86_64__)
+#define BYTES
+#endif
+#endif
 int best = PORTABLE, level = PORTABLE;
 
 int detect() {
@@ -36,6 +51,12 @@ int detect() {
   const unsigned need = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & need) != need || !amx_allowed()) return HALVES;
   return AMX;
+#elif defined(__aarch64__) && defined(__linux__)
+  return getauxval(AT_HWCAP) & 1ul << 20 ? DOTPROD : PORTABLE;  // HWCAP_ASIMDDP
+#elif defined(__aarch64__) && defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof has;
+  return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) && has ? DOTPROD : PORTABLE;
 #else
   return PORTABLE;
 #endif
@@ -78,7 +99,7 @@ void few_rows(const Linear& a, const void* x, int type, long m, const Output& y,
   in_shares(a, threads, [&](long from, long to) { set.rows(a, from, to, wide, sums, m, y); });
 }
 
-#if defined(__x86_64__)
+#if defined(BYTES)
 // The same as products of bytes, x in one digit or two; false, and nothing done, where fill(row, digits) is for some row.
 template <class F>
 bool few_digits(const Linear& a, int digits, long m, const Output& y, long threads, F fill) {
@@ -91,21 +112,23 @@ bool few_digits(const Linear& a, int digits, long m, const Output& y, long threa
     if (!fill(i, made)) fit = false;
   });
   if (!fit) return false;
-  in_shares(a, threads, [&](long from, long to) { vnni_rows(a, from, to, made, m, y); });
+  in_shares(a, threads, [&](long from, long to) { byte_rows(a, from, to, made, m, y); });
   return true;
 }
 
 bool few_halves(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
-  return few_digits(a, 2, m, y, threads, [&](long i, const Digits& out) { return vnni_digits(x, type, i, a, out); });
+  return few_digits(a, 2, m, y, threads, [&](long i, const Digits& out) { return byte_digits(x, type, i, a, out); });
 }
 
 void few_int8(const Linear& a, const Activations& x, long m, const Output& y, long threads) {
   few_digits(a, 1, m, y, threads, [&](long i, const Digits& out) {
-    vnni_int8(x, i, a, (float*)own_room.of(sizeof(float) * a.k), out);
+    byte_int8(x, i, a, (float*)own_room.of(sizeof(float) * a.k), out);
     return true;
   });
 }
+#endif
 
+#if defined(__x86_64__)
 // A few rows of x at a time, from the i-th on: what `many_rows` and `many_int8` do.
 template <class F>
 void in_parts(const Linear& a, long m, long bytes, F f) {
@@ -260,13 +283,18 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
   const long m = (long)a[3], threads = (long)a[4];
   if (!readable("linear", x, m, y.type)) return nullptr;
   return unlocked([&] {
+#if defined(BYTES)
+    const bool halves = level >= BYTE_PRODUCTS && y.type != F32;
+#endif
 #if defined(__x86_64__)
-    const bool halves = level >= VNNI && y.type != F32;
     if (level == AMX && m > (halves ? FEW_HALVES : FEW))
       many_rows(w, (const uint8_t*)x, y, m, threads);
     else if (level == HALVES && y.type == BF16 && m > FEW_HALVES)
       many_halves(w, (const uint16_t*)x, y, m, threads);
-    else if (!halves || !few_halves(w, x, y.type, m, y, threads))
+    else
+#endif
+#if defined(BYTES)
+    if (!halves || !few_halves(w, x, y.type, m, y, threads))
 #endif
       few_rows(w, x, y.type, m, y, threads);
   });
@@ -308,20 +336,20 @@ PyObject* py_int8_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
   long long a[8];
   Linear w;
   if (!with_weight("int8_linear", args, given, 8, &w, a)) return nullptr;
-  if (level < VNNI) {
-    PyErr_Format(PyExc_RuntimeError, "products of bytes need VNNI, this is %s", NAMES[level]);
+  if (level < BYTE_PRODUCTS) {
+    PyErr_Format(PyExc_RuntimeError, "products of bytes need %s, this is %s", NAMES[BYTE_PRODUCTS], NAMES[level]);
     return nullptr;
   }
-#if defined(__x86_64__)
+#if defined(BYTES)
   const Activations x = {(const void*)a[0], (int)a[2], (const int32_t*)a[5], (long)a[6], (const float*)a[7]};
   const Output y = {(void*)a[1], (int)a[2]};
   const long m = (long)a[3], threads = (long)a[4];
   if (!readable("int8_linear", x.x, m, x.type) || !sound(w, x.columns, x.left, x.fixed)) return nullptr;
   return unlocked([&] {
-    if (level == AMX && m > FEW_INT8)
-      many_int8(w, x, y, m, threads);
-    else
-      few_int8(w, x, m, y, threads);
+#if defined(__x86_64__)
+    if (level == AMX && m > FEW_INT8) return many_int8(w, x, y, m, threads);
+#endif
+    few_int8(w, x, m, y, threads);
   });
 #else
   Py_RETURN_NONE;
@@ -351,12 +379,12 @@ PyObject* py_layout(PyObject*, PyObject* const* args, Py_ssize_t given) {
 PyObject* py_limit(PyObject*, PyObject* name) {
   const char* wanted = PyUnicode_AsUTF8AndSize(name, nullptr);
   if (!wanted) return nullptr;
-  for (int i = 0; i <= AMX; i++)
+  for (int i = 0; i <= LAST; i++)
     if (!strcmp(wanted, NAMES[i])) {
       level = i < best ? i : best;
       Py_RETURN_NONE;
     }
-  PyErr_Format(PyExc_ValueError, "must be portable, avx2, avx512, vnni, bf16 or amx, got %R", name);
+  PyErr_Format(PyExc_ValueError, "must be one of the levels from %s to %s, got %R", NAMES[PORTABLE], NAMES[LAST], name);
   return nullptr;
 }
 

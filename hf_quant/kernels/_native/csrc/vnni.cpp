@@ -100,7 +100,7 @@ void rows_of(const Linear& a, long from, long to, const Digits& x, long m, const
 
 }  // namespace
 
-bool vnni_digits(const void* x, int type, long row, const Linear& a, const Digits& out) {
+bool byte_digits(const void* x, int type, long row, const Linear& a, const Digits& out) {
   const long tiles = a.tiles();
   __m512i order[2];
   in_order(a.bits, order);
@@ -147,7 +147,7 @@ bool vnni_digits(const void* x, int type, long row, const Linear& a, const Digit
   return rest == 0 || peaks * (31 / (12.0 * 32639 * 32639)) < 4e-8 * rest;
 }
 
-void vnni_int8(const Activations& x, long row, const Linear& a, float* room, const Digits& out) {
+void byte_int8(const Activations& x, long row, const Linear& a, float* room, const Digits& out) {
   const long tiles = a.tiles();
   __m512i order[2];
   in_order(a.bits, order);
@@ -173,7 +173,7 @@ void rows_in(const Linear& a, long from, long to, const Digits& x, long m, const
 
 }  // namespace
 
-void vnni_rows(const Linear& a, long from, long to, const Digits& x, long m, const Output& out) {
+void byte_rows(const Linear& a, long from, long to, const Digits& x, long m, const Output& out) {
   if (x.each == 1) rows_in<1>(a, from, to, x, m, out);
   if (x.each == 2) rows_in<2>(a, from, to, x, m, out);
 }

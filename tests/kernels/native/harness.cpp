@@ -1,0 +1,239 @@
+// Compares the kernels of every instruction set with plain loops in double precision, without Python and PyTorch, so that they can be
+// run in an emulator of another processor. Ends with 1 and says what differs, or with 0 and how much was compared.
+#include <math.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
+#endif
+#include <stdio.h>
+
+#include <random>
+#include <vector>
+
+#include "cpu.h"
+#include "layout.h"
+
+namespace {
+
+struct Level {
+  const char* name;
+  const Kernels* kernels;
+  bool there;
+};
+
+std::vector<Level> levels() {
+  std::vector<Level> all = {{"portable", &portable_kernels, true}};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  all.push_back({"avx2", &avx2_kernels, avx2});
+  all.push_back({"avx512", &avx512_kernels, avx512});
+#endif
+  return all;
+}
+
+// Whether this processor has the products of bytes, and what they are called.
+bool bytes(const char** name) {
+#if defined(__x86_64__)
+  *name = "vnni";
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+#elif defined(__aarch64__)
+  *name = "dotprod";
+  return getauxval(AT_HWCAP) & 1ul << 20;
+#else
+  *name = "bytes";
+  return false;
+#endif
+}
+
+std::mt19937 source(0);
+float normal() { return std::normal_distribution<float>()(source); }
+
+void put_code(std::vector<uint8_t>& row, int bits, long k, unsigned code) {
+  for (int b = 0; b < bits; b++) row[(k * bits + b) / 8] |= (code >> b & 1) << (k * bits + b) % 8;
+}
+
+// A random weight in both layouts, and what it stands for.
+struct Weight {
+  long n, k, group;
+  int bits;
+  std::vector<uint8_t> portable, tiles;
+  std::vector<float> scale, zero;          // [blocks, groups, 16]
+  std::vector<uint16_t> scale16, zero16;   // the same in bf16
+  std::vector<double> dense;               // [n, k]
+  Linear linear;
+
+  Weight(long n, long k, long group, int bits, bool zeros, int type) : n(n), k(k), group(group), bits(bits) {
+    const long blocks = (n + 15) / 16, groups = k / group, bytes = k * bits / 8;
+    std::vector<unsigned> codes(n * k);
+    for (unsigned& code : codes) code = source() & ((1u << bits) - 1);
+    for (long i = 0; i < n; i++) {
+      std::vector<uint8_t> row(bytes);
+      for (long j = 0; j < k; j++) put_code(row, bits, j, codes[i * k + j]);
+      portable.insert(portable.end(), row.begin(), row.end());
+    }
+    tiles.resize(blocks * (k / 32) * 64 * bits);
+    for (long b = 0; b < blocks; b++)
+      pack_block(&portable[16 * b * bytes], &tiles[b * (k / 32) * 64 * bits], bits, n - 16 * b < 16 ? n - 16 * b : 16, k);
+    for (long i = 0; i < blocks * groups * 16; i++) {
+      scale16.push_back(float_to_bf16(0.01f + 0.02f * fabsf(normal())));
+      zero16.push_back(float_to_bf16((float)(1 << (bits - 1)) + normal()));
+      scale.push_back(bf16_to_float(scale16.back())), zero.push_back(bf16_to_float(zero16.back()));
+    }
+    for (long i = 0; i < n; i++)
+      for (long j = 0; j < k; j++) {
+        const long at = (i / 16 * groups + j / group) * 16 + i % 16;
+        const double offset = zeros ? zero[at] : 1 << (bits - 1);
+        dense.push_back((codes[i * k + j] - offset) * scale[at]);
+      }
+    const void* s = type == F32 ? (const void*)scale.data() : scale16.data();
+    const void* z = type == F32 ? (const void*)zero.data() : zero16.data();
+    linear = {tiles.data(), s, zeros ? z : nullptr, bits, type, n, k, group};
+  }
+};
+
+float number(const std::vector<uint8_t>& y, int type, long at) {
+  float f;
+  load(y.data(), type, at, &f, 1);
+  return f;
+}
+
+// How far a number may be from the sum that it stands for.
+double allowed(int type, double value, double size) {  // size: of the terms of the sum
+  return 2e-6 * size + (type == BF16 ? 1.0 / 256 : type == F16 ? 1.0 / 2048 : 0) * fabs(value) + 1e-7;
+}
+
+long wrong = 0, compared = 0;
+
+void check(const Level& level, const char* what, const Weight& w, int type, double got, double wanted, double size) {
+  compared++;
+  if (fabs(got - wanted) <= allowed(type, wanted, size)) return;
+  if (wrong++ < 20)
+    printf("%s, %s, %d bits, %ld x %ld in groups of %ld, type %d: %.9g instead of %.9g\n", level.name, what, w.bits, w.n, w.k,
+           w.group, type, got, wanted);
+}
+
+void compare(const Level& level, const Weight& w, int type, long m) {
+  const size_t size = type == F32 ? 4 : 2;
+  std::vector<float> x(m * w.k), sums(m * w.linear.groups());
+  for (float& f : x) f = normal();
+  for (long i = 0; i < m * w.k; i++) sums[i / w.group] += x[i];
+  std::vector<uint8_t> y(m * w.n * size, 0xff);  // NaN where nothing is written
+  level.kernels->rows(w.linear, 0, w.linear.blocks(), x.data(), sums.data(), m, {y.data(), type});
+  for (long i = 0; i < m; i++)
+    for (long j = 0; j < w.n; j++) {
+      double sum = 0, large = 0;
+      for (long c = 0; c < w.k; c++) {
+        sum += x[i * w.k + c] * w.dense[j * w.k + c];
+        large += fabs(x[i * w.k + c]) * (1 << w.bits) * 0.1;
+      }
+      check(level, "product", w, type, number(y, type, i * w.n + j), sum, large);
+    }
+  std::vector<uint8_t> dense(w.n * w.k * size, 0xff);
+  level.kernels->dequantize(w.linear, 0, w.linear.blocks(), {dense.data(), type});
+  for (long i = 0; i < w.n * w.k; i++)
+    check(level, "weight", w, type, number(dense, type, i), w.dense[i], (1 << w.bits) * 0.1);
+}
+
+// Products of bytes of m rows: of x in 16 bits, as two digits, and rounded to INT8 by row or by one scale.
+void compare_bytes(const Level& level, const Weight& w, int type, long m, bool fixed) {
+  const long k = w.k, count = m * w.linear.tiles();
+  std::vector<uint16_t> x(m * k);
+  for (uint16_t& h : x) h = type == BF16 ? float_to_bf16(normal()) : float_to_f16(normal());
+  std::vector<float> scale(count), sum(count), room(k), wide(m * k);
+  load(x.data(), type, 0, wide.data(), m * k);
+  std::vector<int32_t> less(count);
+  const int32_t left[] = {3};
+  const float step = 0.02f;
+  for (int each : {1, 2}) {
+    std::vector<int8_t> digits(count * 32 * each);
+    const Digits made = {digits.data(), scale.data(), less.data(), sum.data(), each};
+    const Activations a = {x.data(), type, left, 1, fixed ? &step : nullptr};
+    for (long i = 0; i < m; i++) {
+      if (each == 1) byte_int8(a, i, w.linear, room.data(), made);
+      if (each == 2 && !byte_digits(x.data(), type, i, w.linear, made)) wrong++, printf("%s: digits refused\n", level.name);
+    }
+    std::vector<uint16_t> y(m * w.n, 0xffff);
+    byte_rows(w.linear, 0, w.linear.blocks(), made, m, {y.data(), type});
+    for (long i = 0; i < m; i++) {
+      double most = 0;
+      for (long c = 0; c < k; c++)
+        if (c != left[0] && fabs(wide[i * k + c]) > most) most = fabs(wide[i * k + c]);
+      const float by = 1 / (fixed ? step : (float)most / 127), unit = fixed ? step : (float)most / 127;
+      for (long j = 0; j < w.n; j++) {
+        double total = 0, large = 0;
+        for (long c = 0; c < k; c++) {
+          double v = wide[i * k + c];
+          if (each == 1) v = c == left[0] ? 0 : unit * fmin(fmax(nearbyint(wide[i * k + c] * by), -127), 127);
+          total += v * w.dense[j * k + c], large += fabs(v * w.dense[j * k + c]) + fabs(v) * (1 << w.bits) * 0.01;
+        }
+        float got;
+        load(y.data(), type, i * w.n + j, &got, 1);
+        check(level, each == 1 ? "INT8" : "digits", w, type, got, total, large * (each == 2 ? 10 : 1));
+      }
+    }
+  }
+}
+
+void layouts(const Weight& w) {
+  std::vector<uint8_t> back(w.portable.size(), 0xff);
+  const long bytes = w.k * w.bits / 8;
+  for (long b = 0; b < w.linear.blocks(); b++)
+    unpack_block(&w.tiles[b * (w.k / 32) * 64 * w.bits], &back[16 * b * bytes], w.bits, w.n - 16 * b < 16 ? w.n - 16 * b : 16, w.k);
+  compared++;
+  if (back != w.portable) wrong++, printf("layout of %d bits, %ld x %ld: not what it was\n", w.bits, w.n, w.k);
+}
+
+void halves() {  // every number of 16 bits stays what it is
+  for (unsigned h = 0; h < 1u << 16; h++) {
+    compared += 2;
+    const bool nan16 = (h & 0x7c00) == 0x7c00 && (h & 0x3ff), nanb = (h & 0x7f80) == 0x7f80 && (h & 0x7f);
+    if (!nan16 && float_to_f16(f16_to_float((uint16_t)h)) != h) wrong++, printf("float16 %04x\n", h);
+    if (!nanb && float_to_bf16(bf16_to_float((uint16_t)h)) != h) wrong++, printf("bfloat16 %04x\n", h);
+  }
+}
+
+}  // namespace
+
+int main() {
+  halves();
+  const long shapes[][2] = {{1, 32}, {17, 64}, {16, 576}, {40, 192}};
+  for (const Level& level : levels()) {
+    if (!level.there) {
+      printf("%s: this processor has it not\n", level.name);
+      continue;
+    }
+    const long before = compared;
+    for (const auto& shape : shapes)
+      for (int bits : {2, 3, 4, 8})
+        for (long group : {32L, 64L, shape[1]})
+          for (bool zeros : {false, true})
+            for (int type : {F32, BF16}) {
+              if (shape[1] % group) continue;
+              const Weight w(shape[0], shape[1], group, bits, zeros, type);
+              layouts(w);
+              for (int out : {F32, BF16, F16})
+                for (long m : {1, 2, 3, 7}) compare(level, w, out, m);
+            }
+    printf("%s: %ld numbers\n", level.name, compared - before);
+  }
+  Level level = {"", nullptr, false};
+  level.there = bytes(&level.name);
+  if (!level.there) printf("%s: this processor has it not\n", level.name);
+  const long before = compared;
+  for (const auto& shape : shapes)
+    for (int bits : {2, 3, 4, 8})
+      for (long group : {32L, 64L, shape[1]})
+        for (bool zeros : {false, true})
+          for (int type : {BF16, F16})
+            for (long m : {1, 2, 3, 4, 5, 9}) {
+              if (!level.there || shape[1] % group) continue;
+              const Weight w(shape[0], shape[1], group, bits, zeros, type == BF16 ? BF16 : F32);
+              compare_bytes(level, w, type, m, m % 2);
+            }
+  if (level.there) printf("%s: %ld numbers\n", level.name, compared - before);
+  printf("%ld numbers compared, %ld differ\n", compared, wrong);
+  return wrong != 0;
+}

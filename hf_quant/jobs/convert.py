@@ -160,8 +160,8 @@ def convert(
             read_gguf(source, Path(native))
             done = _convert(Path(native), out, to, target, tp, overwrite, report)
         return replace(done, source=GGUF, bytes_before=source.stat().st_size)
-    source = downloaded(check_model(model), revision, [*PATTERNS, "*.safetensors"])
     with reporting(progress, say) as report:
+        source = downloaded(check_model(model), revision, [*PATTERNS, "*.safetensors"])
         return _convert(source, out, to, target, tp, overwrite, report)
 
 

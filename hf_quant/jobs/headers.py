@@ -22,6 +22,7 @@ from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.disk.safetensors import TORCH
 from hf_quant.disk.strict_json import MAX_BYTES
 from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.jobs.progress import their_bars
 
 FIRST = 1 << 17  # bytes of a file that are asked for at once: most headers are shorter
 SHARD = re.compile(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*\.safetensors")
@@ -110,7 +111,8 @@ def _fetch(model: str, revision: str | None, folder: Path) -> str:
     """Put config files into ``folder``, and weight files that have a header and then a hole; gives the commit."""
     info = HfApi().model_info(model, revision=revision)
     commit = str(info.sha)
-    snapshot = Path(snapshot_download(model, revision=commit, allow_patterns=["*.json"]))
+    with their_bars(shown=False):  # for a few small files
+        snapshot = Path(snapshot_download(model, revision=commit, allow_patterns=["*.json"]))
     for file in snapshot.glob("*.json"):
         shutil.copyfile(file, folder / file.name)
     for name in (sibling.rfilename for sibling in info.siblings or []):

@@ -49,7 +49,7 @@ def reporting(progress: bool | Bar, say: Say | None) -> Iterator[Reporter]:
     import logging
 
     bar = progress if callable(progress) else _bars if progress else _no_bars
-    with _their_bars(shown=progress is True):
+    with their_bars(shown=progress is True):
         yield Reporter(bar, say or logging.getLogger("hf_quant").info, ticking if progress is True else unshown)
 
 
@@ -107,7 +107,8 @@ def _tick(what: str, done: threading.Event) -> None:
 
 
 @contextmanager
-def _their_bars(*, shown: bool) -> Iterator[None]:
+def their_bars(*, shown: bool) -> Iterator[None]:
+    """Show the bars of transformers and of the Hub's client, or none of them."""
     from transformers.utils import logging as theirs
 
     if shown or not theirs.is_progress_bar_enabled():

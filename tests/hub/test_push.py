@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -457,11 +458,16 @@ def test_errors_hold_no_request(hub: FakeHub, folder: Path) -> None:
         assert error.value.__cause__ is None and error.value.__context__ is None, error.value
 
 
-def test_of_a_model_on_the_hub_headers_are_enough(hub: FakeHub, push: Push, folder: Path, tmp_path: Path) -> None:
+def test_of_a_model_on_the_hub_headers_are_enough(
+    hub: FakeHub, push: Push, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     push()
+    bars: list[bool] = []
+    monkeypatch.setattr("hf_quant.jobs.headers.their_bars", lambda *, shown: bars.append(shown) or nullcontext())
     seen = json.loads(run("inspect", TO, "--json").stdout)
     assert seen == json.loads(run("inspect", folder, "--json").stdout) and seen["layers_quantized"] == 14
     assert not list((tmp_path / "cache").rglob("*.safetensors")), "no weights were downloaded"
+    assert bars == [False], "the client's bars are hidden while a few small files are fetched"
     with opened(TO) as checkpoint:
         name = next(name for name in checkpoint.tensors if name.endswith("norm.weight"))
         assert torch.equal(checkpoint.read(name), load_file(folder / "model.safetensors")[name])

@@ -91,6 +91,7 @@ class Outside(nn.Module):
     compute_dtype: torch.dtype
     conv1d: bool = False  # whether float weights are ``[K, N]``, as those of GPT-2's ``Conv1D``
     _finished: bool = False
+    _adapted: bool = False  # whether PEFT has read a weight ``[K, N]``, as it does where it adds an adapter
     rewrite: Callable[[str, Tensor], None] | None = None  # receives new float weights while they may be set
     _held: dict[str, nn.Parameter] = {}  # noqa: RUF012  codes in whose place a parametrization stands; replaced, never changed
 
@@ -152,12 +153,13 @@ class Outside(nn.Module):
         shape = self.float_shape(name) if self._finished else None
         if shape is None:
             return self._parameters[name]
-        if torch.compiler.is_compiling():
-            return self.float_weight(name)  # unused results disappear from the graph
+        if torch.compiler.is_compiling():  # unused results disappear from the graph, and callers cannot be told
+            return self._turned(name, self._adapted)
         caller = sys._getframe(2).f_globals.get("__name__", "")
         if caller.startswith(MOVERS):
             return self._parameters[name]
         turned = self.conv1d and caller.startswith("peft.")  # which takes this layer for the nn.Linear that it is
+        self._adapted = self._adapted or turned
         if wrapper_subclass is None:
             return self._turned(name, turned)
         dtype = torch.float32 if self.rewrite else self.compute_dtype  # the new weight is rounded once, to codes

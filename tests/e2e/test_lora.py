@@ -129,6 +129,18 @@ def test_merging_onto_the_grid(zoo: Any, case: str) -> None:
         assert share < 1
 
 
+def test_dora_on_conv1d_compiled(zoo: Any) -> None:
+    """Compiled code cannot see that PEFT asks for the weight; the layer below is square, so that a turned one has its shape."""
+    config = HfQuantConfig("W4A16-g32")
+    model = CAUSAL.from_pretrained(zoo("gpt2")[1], dtype=torch.float32, quantization_config=config)
+    dora = {"target_modules": ["attn.c_proj"], "use_dora": True, "init_lora_weights": False}
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, task_type="CAUSAL_LM", **dora)).eval()
+    layer = model.base_model.model.transformer.h[0].attn.c_proj
+    x = torch.randn(3, layer.in_features)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend="eager")(x), layer(x))
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
 def test_a_table_with_two_uses_is_not_merged_into(zoo: Any) -> None:
     config = HfQuantConfig("W4A16-g32", quantize_lm_head=True)

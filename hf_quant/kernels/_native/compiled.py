@@ -152,6 +152,7 @@ def output(x: Tensor, weight: bytes) -> tuple[int, Tensor]:
     return m, empty_on_cpu(sizes, tuple(strides[::-1]), x.dtype)
 
 
+@torch.compiler.disable  # Dynamo warns of extensions that it cannot trace
 def portable(tiles: Tensor, spec: LinearSpec) -> Tensor:
     """The codes in the portable layout, bit for bit."""
     n, k, bits = spec.out_features, spec.in_features, spec.scheme.bits

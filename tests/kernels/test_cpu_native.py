@@ -201,8 +201,9 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     assert compiled._cpu is None or "HF_QUANT_CPU_LEVEL must be one of" in done.stderr
 
 
-def test_without_a_compiler_pytorch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_pytorch_does_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(compiled, "_cpu", None)
+    monkeypatch.setattr(compiled, "__file__", str(tmp_path / "hf_quant/kernels/_native/compiled.py"))  # as installed
     spec = LinearSpec(QuantScheme(4, 32), 64, 128, torch.bfloat16, "cpu")
     assert "no C++ compiler" in (cpu_native.BACKEND().why_not(spec) or "")
     select.__globals__["_select"].cache_clear()

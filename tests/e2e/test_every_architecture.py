@@ -72,6 +72,7 @@ def test_calibration_in_memory_and_from_shards(model_type: str, class_name: str,
 @pytest.mark.parametrize(("model_type", "class_name", "reason"), [
     ("fsmt", "FSMTForConditionalGeneration", "are not 2 sequences of one length"),
     ("albert", "AlbertForMaskedLM", "is run more than once"),
+    ("funnel", "FunnelForMaskedLM", "is in a list of lists of blocks"),
 ])  # fmt: skip
 def test_what_cannot_be_calibrated_is_refused_by_name(
     model_type: str, class_name: str, reason: str, tmp_path: Path

@@ -84,6 +84,7 @@ def _write(folder: Path, test: str) -> None:
     tests = before["tests"] if before.get("versions") == versions else {}
     known = {"versions": versions, "processor": _processor(), "date": f"{date.today():%Y-%m-%d}"}
     text = json.dumps(known | {"tests": tests | {name: TESTS[test]}}, indent=1, ensure_ascii=False, sort_keys=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text + "\n", encoding="utf-8")
 
 

@@ -7,60 +7,15 @@
 
 #include <atomic>
 #include <new>
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__) && defined(__linux__)
-#include <sys/auxv.h>
-#elif defined(__aarch64__) && defined(__APPLE__)
-#include <sys/sysctl.h>
-#endif
 
 #include "cpu.h"
 #include "layout.h"
+#include "levels.h"
 #include "threads.h"
 
 namespace {
 
 // ---- instruction sets
-
-#if defined(__aarch64__)
-#define BYTES
-enum Level { PORTABLE = 0, DOTPROD = 1, LAST = DOTPROD };
-const char* const NAMES[] = {"portable", "dotprod"};
-const Level BYTE_PRODUCTS = DOTPROD;
-#else
-enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3, HALVES = 4, AMX = 5, LAST = AMX };
-const char* const NAMES[] = {"portable", "avx2", "avx512", "vnni", "bf16", "amx"};
-const Level BYTE_PRODUCTS = VNNI;
-#if defined(__x86_64__)
-#define BYTES
-#endif
-#endif
-int best = PORTABLE, level = PORTABLE;
-
-int detect() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PORTABLE;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
-      !__builtin_cpu_supports("avx512dq"))
-    return AVX2;
-  if (!__builtin_cpu_supports("avx512vnni")) return AVX512;
-  if (!__builtin_cpu_supports("avx512bf16")) return VNNI;
-  unsigned a, b, c, d = 0;
-  const unsigned need = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & need) != need || !amx_allowed()) return HALVES;
-  return AMX;
-#elif defined(__aarch64__) && defined(__linux__)
-  return getauxval(AT_HWCAP) & 1ul << 20 ? DOTPROD : PORTABLE;  // HWCAP_ASIMDDP
-#elif defined(__aarch64__) && defined(__APPLE__)
-  int has = 0;
-  size_t size = sizeof has;
-  return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) && has ? DOTPROD : PORTABLE;
-#else
-  return PORTABLE;
-#endif
-}
 
 const Kernels& kernels() {
 #if defined(__x86_64__)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,8 +74,15 @@ def list_of(block: str) -> str:
 def stand_in(name: str, forward: Callable[..., Any], run: Passing, forms: Forms) -> Callable[..., Any]:
     """A ``forward`` for the block of that name that returns its input; ``forward`` is its own."""
 
+    leading = _leading(forward)
+
     def passing(*args: Any, **kwargs: Any) -> Any:
         hidden, args, kwargs = _without_states(name, *_without_caches(args, kwargs))
+        if leading in kwargs:  # as in reversible layers, which take a second stream beside the hidden states
+            raise HfQuantError(
+                f"{name}: takes {leading} before its hidden states, and only blocks that take these first can be "
+                "calibrated yet; rtn and hqq need no text"
+            )
         if name in run.steps:
             raise HfQuantError(f"{name}: is run more than once, which cannot be calibrated yet")
         if any(leaf is extra for leaf in tensors_in((args, kwargs)) for extra in forms.extras.get(list_of(name), [])):
@@ -88,6 +96,12 @@ def stand_in(name: str, forward: Callable[..., Any], run: Passing, forms: Forms)
         return forms.like(name, run._returned)
 
     return passing
+
+
+def _leading(forward: Callable[..., Any]) -> str | None:
+    """Name of the first argument, which hidden states are given to; None if it has none."""
+    first = next(iter(signature(forward).parameters.values()), None)
+    return first.name if first is not None and first.kind is Parameter.POSITIONAL_OR_KEYWORD else None
 
 
 def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

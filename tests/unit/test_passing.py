@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.errors import HfQuantError
-from hf_quant.hf.block_calls import Forms, Passing, alike, passed_through
+from hf_quant.hf.block_calls import Forms, Passing, alike, passed_through, stand_in
 from hf_quant.hf.blocks import Around
 from hf_quant.solve.block import Block
 from hf_quant.solve.hidden_states import HiddenStates
@@ -174,3 +174,15 @@ def test_equal_values_and_opaque_objects_are_alike() -> None:
     ):
         one, other = (make(nn.Identity) if make is object.__new__ else make() for _ in range(2))  # type: ignore[operator]
         assert alike(one, other)
+
+
+def test_a_block_that_takes_another_stream_first_is_refused() -> None:
+    """As the reversible layers of Reformer."""
+
+    def forward(prev_attn_output: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+        return prev_attn_output + hidden_states
+
+    x = torch.ones(1, 2, 4)
+    passing = stand_in("layers.0", forward, Passing(), Forms())
+    with pytest.raises(HfQuantError, match=r"^layers\.0: takes prev_attn_output before its hidden states"):
+        passing(prev_attn_output=x, hidden_states=x)

@@ -127,7 +127,8 @@ def page(rows: dict[str, Row]) -> str:
     texts = {n: r["calibration"] for n, r in linear.items() if "calibration" in r}
     calibrated = sum(not part["faults"] for part in texts.values())
     types = {name.split(":")[0] for name in built}
-    left = [kind for kind in model_types() if not any(name.startswith(f"{kind}:") for name in rows)]
+    unseen = [kind for kind in model_types() if not any(name.startswith(f"{kind}:") for name in rows)]
+    left = [kind for kind in unseen if classes_of(kind)]
     lines = [
         "# Architectures",
         "",
@@ -135,8 +136,8 @@ def page(rows: dict[str, Row]) -> str:
         f"{cpu_name()}, {date.today()}; made by `benchmarks/architectures.py`.",
         "",
         f"{len(built)} classes of {len(types)} model types can be built from a small configuration, {len(unbuilt)} "
-        f"cannot, {len(unknown)} are not known, and {len(left)} model types have not been run. {len(linear)} classes have layers "
-        "to quantize.",
+        f"cannot, {len(unknown)} are not known, and {len(left)} model types have not been run; {len(unseen) - len(left)} more are "
+        f"parts of others, without a class of their own. {len(linear)} classes have layers to quantize.",
         "",
         f"- Rounded (W4A16-g32, W8A8, W2A16-g32: load, run, generate, save, read back bit for bit, dequantized twin): "
         f"{rounded} of {len(linear)}.",

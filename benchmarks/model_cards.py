@@ -21,6 +21,7 @@ MODELS = {
     "ref-llama-16m-W2A16-calibrated": [
         "quantize", "--scheme", "W2A16-g64-asym", "--method", "calibrated", "--max-kl", "0.1",
     ],
+    "ref-llama-16m-W2A16-learned": ["quantize", "--scheme", "W2A16-g64-asym", "--method", "learned", "--max-kl", "0.1"],
     "ref-llama-16m-mixed": ["ladder", "--method", "rtn", "--max-kl", "0.02"],
 }  # fmt: skip
 

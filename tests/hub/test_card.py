@@ -105,7 +105,10 @@ def test_committed_cards(folder: Path) -> None:
     text = (folder / "README.md").read_text()
     assert text == card.render(facts["recipe"], facts["results"], drawn)
     assert untraceable(text, facts["recipe"], facts["results"]) == []
-    assert card.metadata_problems(metadata(text)) == [] and drawn
+    assert card.metadata_problems(metadata(text)) == []
+    assert (
+        drawn or not facts["results"]["layers"]
+    )  # scales that were trained end to end have no errors of single layers
 
 
 def test_there_are_three_committed_cards() -> None:

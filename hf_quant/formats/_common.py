@@ -40,6 +40,10 @@ class ReadOnly(Traits):
         """Raises FormatError."""
         raise FormatError(f"{type(self).__name__}: {self.why_not(tensor.scheme)}")
 
+    def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Raises FormatError: for formats whose layers all have a scheme."""
+        raise FormatError(f"{type(self).__name__}: every layer has codes")
+
     def config(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> dict[str, Any]:
         """Raises FormatError."""
         raise FormatError(f"{type(self).__name__}: it is read and run, not written")

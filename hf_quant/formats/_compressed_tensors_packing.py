@@ -78,14 +78,14 @@ def layout_of(shape: Sequence[int], n: int, k: int, widths: Collection[int]) -> 
     Raises:
         FormatError: No layout has this shape, or several have it.
     """
-    layouts = {Layout(bits, old).words(k): Layout(bits, old) for bits in widths for old in (True, False)}
-    fitting = {bits for bits in widths for old in (True, False) if list(shape) == [n, Layout(bits, old).words(k)]}
-    if len(fitting) != 1:
-        expected = " or ".join(str([n, words]) for words in sorted(layouts))
+    layouts = [Layout(bits, old) for bits in sorted(widths) for old in (False, True)]
+    fitting = [layout for layout in layouts if list(shape) == [n, layout.words(k)]]
+    if len({layout.bits for layout in fitting}) != 1:
+        expected = " or ".join(str([n, words]) for words in sorted({layout.words(k) for layout in layouts}))
         raise FormatError(
             f"weight_packed has shape {list(shape)}, expected {expected} for {n} x {k} in {', '.join(map(str, sorted(widths)))} bits"
         )
-    return layouts[shape[1]]
+    return fitting[0]  # where both are one, the current layout
 
 
 def zeros_of(tensors: Mapping[str, Tensor], n: int, groups: int, scheme: QuantScheme, layout: Layout) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -50,7 +50,7 @@ class Gemma(ReadOnly):
     """
 
     bits: int = 4
-    patterns: tuple[tuple[re.Pattern[str], int], ...] = field(default=())
+    patterns: tuple[tuple[re.Pattern[str], int], ...] = ()
 
     label: ClassVar[str] = "gemma"
     methods: ClassVar[tuple[str, ...]] = ("gemma",)
@@ -78,9 +78,6 @@ class Gemma(ReadOnly):
             check_input_scale(INPUTS, ranges)
         return QuantizedTensor(packed, tensors[scales].contiguous(), None, scheme, input_scale=ranges)
 
-    def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        raise FormatError("gemma: rows of columns that are no multiple of 32 are not read")
-
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         return each_layer(headers, lambda module, tensors: self._layer(module, called(module), tensors, value))
 
@@ -102,15 +99,15 @@ class Gemma(ReadOnly):
 
 def _entry(pattern: str, entry: Any, bits: int) -> tuple[re.Pattern[str], int]:
     """A pattern and its bits; only patterns that match any name at once."""
-    field = f"module_quant_configs.{pattern[:80]}"
+    where = f"module_quant_configs.{pattern[:80]}"
     if not isinstance(entry, Mapping):
-        raise refused(field, entry, "must be an object")
+        raise refused(where, entry, "must be an object")
     if len(pattern) > 200 or pattern.count("|") > MOST_ALTERNATIVES or not _PATTERN.fullmatch(pattern):
-        raise refused(field, pattern, "of regular expressions only literals, digits and few alternatives are read")
+        raise refused(where, pattern, "of regular expressions only literals, digits and few alternatives are read")
     try:
         return re.compile(pattern), integer(entry, "num_bits", WIDTHS, bits)
     except re.error as error:
-        raise refused(field, pattern, str(error)) from None
+        raise refused(where, pattern, str(error)) from None
 
 
 def _scheme(bits: int, size: int, k: int, **kind: Any) -> QuantScheme:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
-from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import ReadOnly, each_layer, need
 from hf_quant.formats._fp4 import MX, powers_of_two
@@ -39,9 +38,6 @@ class MXFP4(ReadOnly):
         _layer(tensors)
         scale = powers_of_two(SCALES, tensors[SCALES])
         return QuantizedTensor(tensors[BLOCKS].flatten(-2).contiguous(), scale, None, scheme)
-
-    def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        raise FormatError("mxfp4: every stack has codes")
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         return each_layer(headers, lambda _module, tensors: _layer(tensors))

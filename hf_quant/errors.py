@@ -52,6 +52,10 @@ class PlanError(HfQuantError, ValueError):
     """A plan names modules that do not exist, or asks for something that a module does not allow."""
 
 
+class UnchainedError(HfQuantError):
+    """The blocks of a model do not run one after the other, each once; calibration then takes the model as a whole."""
+
+
 class CheckpointError(HfQuantError, ValueError):
     """A checkpoint is damaged, hostile or contradicts its config; the message names file and tensor or field."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from hf_quant.core.private_torch import tree_leaves
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import UnchainedError
 from hf_quant.hf._hooks import replaced
 from hf_quant.solve.block import states_of
 from hf_quant.solve.hidden_states import Call
@@ -79,12 +79,9 @@ def stand_in(name: str, forward: Callable[..., Any], run: Passing, forms: Forms)
     def passing(*args: Any, **kwargs: Any) -> Any:
         hidden, args, kwargs = _without_states(name, *_without_caches(args, kwargs))
         if leading in kwargs:  # as in reversible layers, which take a second stream beside the hidden states
-            raise HfQuantError(
-                f"{name}: takes {leading} before its hidden states, and only blocks that take these first can be "
-                "calibrated yet; rtn and hqq need no text"
-            )
+            raise UnchainedError(f"{name}: takes {leading} before its hidden states")
         if name in run.steps:
-            raise HfQuantError(f"{name}: is run more than once, which cannot be calibrated yet")
+            raise UnchainedError(f"{name}: is run more than once")
         if any(leaf is extra for leaf in tensors_in((args, kwargs)) for extra in forms.extras.get(list_of(name), [])):
             run.carrying.add(list_of(name))
         if hidden is not run._returned:
@@ -120,7 +117,7 @@ def _without_states(
         return args[0], args[1:], kwargs
     first = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "")
     if not isinstance(kwargs.get(first), Tensor):
-        raise HfQuantError(f"{name}: takes no hidden states, and only blocks that do can be calibrated yet")
+        raise UnchainedError(f"{name}: takes no hidden states")
     return kwargs[first], (), {key: value for key, value in kwargs.items() if key != first}
 
 
@@ -139,7 +136,7 @@ def passed_through(blocks: Mapping[str, nn.Module], run: Passing, forms: Forms) 
         forms: Learned here, unless they are known.
 
     Raises:
-        HfQuantError: A block is run twice, takes no hidden states, or returns none.
+        UnchainedError: A block is run twice, takes no hidden states, or returns none.
     """
     with ExitStack() as stack:
         for name, block in blocks.items():

@@ -14,7 +14,7 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.formats import Format
 from hf_quant.hf.checkpoint_tensors import Tensors
 from hf_quant.nn.experts import stacks
-from hf_quant.solve.block import Block, use
+from hf_quant.solve.block import Block, inside, use
 
 
 def part_of(block: Block, codes: Mapping[str, QuantizedTensor], fmt: Format, source: Tensors) -> dict[str, Tensor]:
@@ -29,9 +29,9 @@ def part_of(block: Block, codes: Mapping[str, QuantizedTensor], fmt: Format, sou
     tensors = written(block.module, codes, fmt, block.name)
     coded = {*codes, *(f"{layer}.weight" for layer in codes)}
     for name, parameter in block.module.named_parameters(prefix=block.name):
-        if name not in coded:
+        if name not in coded and source.holds(name):
             tensors[name] = parameter.to(source.dtype(name))
-    tensors |= {name: tensor for name, tensor in source.unused(f"{block.name}.") if name not in tensors}
+    tensors |= {name: tensor for name, tensor in source.unused(inside(block.name)) if name not in tensors}
     return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 

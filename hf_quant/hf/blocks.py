@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from hf_quant.core.private_torch import tree_map_only
 from hf_quant.core.scheme import QuantScheme
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import HfQuantError, UnchainedError
 from hf_quant.hf.block_calls import Forms, Passing, alike, list_of, passed_through, tensors_in
 from hf_quant.hf.plan import Plan
+from hf_quant.solve.block import inside
 from hf_quant.solve.hidden_states import Call, Carried, HiddenStates
 from hf_quant.solve.ranks import Ranks
 
@@ -32,7 +33,7 @@ NO_CALL: Call = ((), {})
 
 def layers_of(plan: Plan, block: str) -> dict[str, QuantScheme]:
     """The quantized layers of a block, in the order of the model."""
-    return {name: scheme for name, scheme in plan.schemes.items() if name.startswith(f"{block}.")}
+    return {name: scheme for name, scheme in plan.schemes.items() if name.startswith(inside(block))}
 
 
 def refuse_other_kinds(kind: Any, method: str) -> None:
@@ -45,11 +46,7 @@ def refuse_other_kinds(kind: Any, method: str) -> None:
 
 
 def blocks_of(model: Any, plan: Plan) -> dict[str, nn.Module]:
-    """The elements of the outermost lists of modules that hold layers of the plan, by name.
-
-    Raises:
-        HfQuantError: There are none.
-    """
+    """The elements of the outermost lists of modules that hold layers of the plan, by name."""
     blocks: dict[str, nn.Module] = {}
     done: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -59,8 +56,6 @@ def blocks_of(model: Any, plan: Plan) -> dict[str, nn.Module]:
             if any(layers_of(plan, element) for element in elements):
                 blocks |= elements
                 done = (*done, f"{name}.")
-    if not blocks:
-        raise HfQuantError(f"{type(model).__name__}: no list of blocks with layers to quantize found")
     return blocks
 
 
@@ -88,18 +83,25 @@ class Around:
         """Fill `chains`. The first block of each list must have its weights.
 
         Raises:
-            HfQuantError: Blocks are called in a way that cannot be followed; names the block.
+            UnchainedError: Blocks are called in a way that cannot be followed; names the block.
         """
+        if not self.blocks:
+            raise UnchainedError(f"{type(self.base).__name__}: has no list of blocks with layers to quantize")
         run = self._run(self.ids[:1], {})
         self._carrying = run.carrying
         for name in run.steps:
             if list_of(name).rpartition(".")[2].isdigit():
-                raise HfQuantError(
-                    f"{list_of(name)}: is in a list of lists of blocks, which cannot be calibrated yet; rtn and hqq need no text"
-                )
+                raise UnchainedError(f"{list_of(name)}: is in a list of lists of blocks")
             if name in run.starts:
                 self.chains.append([])
             self.chains[-1].append(name)
+        self._forms = Forms()
+        for name, (states, _) in self._run(self.ids[:2], {}).steps.items():
+            one = run.steps[name][0] if name in run.steps else states
+            if states.shape != (len(self.ids[:2]), *one.shape[1:]):
+                raise UnchainedError(
+                    f"{name}: its hidden states {list(states.shape)} are not {len(self.ids[:2])} sequences of one length"
+                )
 
     def first_blocks(self) -> list[str]:
         """The first block of each list."""
@@ -207,11 +209,11 @@ class Around:
     def _run(self, ids: Tensor, results: Mapping[str, Tensor]) -> Passing:
         run = Passing({name: states.to(ids.device) for name, states in results.items()})
         with passed_through(self.blocks, run, self._forms), _wide_embeddings(self.base):
-            self.base(**_inputs(self.base, ids))
+            self.base(**arguments(self.base, ids))
         return run
 
 
-def _inputs(base: Any, ids: Tensor) -> dict[str, Any]:
+def arguments(base: Any, ids: Tensor) -> dict[str, Any]:
     """The arguments of the model for token ids; a decoder beside an encoder gets them one place further on."""
     takes = inspect.signature(base.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())

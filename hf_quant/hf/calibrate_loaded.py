@@ -8,20 +8,25 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from hf_quant.data.calibration import Calibration, calibration
-from hf_quant.errors import CheckpointError, HfQuantError
+from hf_quant.errors import CheckpointError, HfQuantError, UnchainedError
 from hf_quant.hf.auto import tokenizer_of, vocabulary_of
 from hf_quant.hf.blocks import Around, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
 from hf_quant.hf.rounded import outside, refuse_embeddings, rounded
+from hf_quant.hf.whole import NOTE, WHOLE, refuse_whole, tokens_of, whole
 from hf_quant.nn._weight import frozen
 from hf_quant.solve.block import Block, Stored, parameter_in
 from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.ranks import ALONE
 from hf_quant.solve.result import Recipe
 from hf_quant.solve.solve import solve
+from hf_quant.solve.whole import solve_whole
+
+logger = logging.get_logger(__name__)
 
 CONTEXT = 512
 ALIGNED = 64  # bytes; where PyTorch's own memory begins
@@ -77,8 +82,13 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     ]
     entry = [p for m in others for p in m.parameters(recurse=False)]
     entry += [p for name in around.first_blocks() for p in blocks[name].parameters()]
-    with _in_float32(entry):
-        around.find_chains()
+    try:
+        with _in_float32(entry):
+            around.find_chains()
+    except UnchainedError as reason:
+        refuse_whole(plan, ALONE, reason)
+        logger.info("%s: %s", reason, NOTE)
+        return [_calibrate_whole(model, plan, recipe, around.ids, place)]
     coded = {name: rounded(model, name, plan, recipe) for name in outside(plan, around.chains)}
     followed = recipe.decision.needs_twin(plan.schemes.values())
     results: list[dict[str, HiddenStates]] = [{}, {}] if followed else [{}]
@@ -101,6 +111,16 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
         parameter.data = parameter.data.to(model.dtype)
         place(layer, {part: frozen(tensor) for part, tensor in codes.parts().items()})
     return records
+
+
+def _calibrate_whole(model: Any, plan: Plan, recipe: Recipe, ids: torch.Tensor, place: Place) -> dict[str, Any]:
+    """`calibrate` for a model whose blocks form no chains."""
+    block = whole(model, plan, _stored(WHOLE, model, followed=False))
+    with _in_float32(list(model.parameters())):
+        solved = solve_whole(block, tokens_of(model, ids), recipe)
+    for layer, codes in solved.codes.items():
+        place(layer, {part: frozen(tensor) for part, tensor in codes.parts().items()})
+    return solved.record(WHOLE)
 
 
 def _stored(name: str, module: nn.Module, *, followed: bool) -> Stored:

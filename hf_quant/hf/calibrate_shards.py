@@ -24,7 +24,7 @@ from hf_quant.disk.atomic import blaming, copy_file, link_file, need_space, writ
 from hf_quant.disk.journal import Journal, digest, open_journal
 from hf_quant.disk.memory import free_memory, give_back_memory
 from hf_quant.disk.safetensors import write_tensors
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import HfQuantError, UnchainedError
 from hf_quant.formats import format_named
 from hf_quant.hf._hooks import build
 from hf_quant.hf.auto import class_of, config_of
@@ -36,11 +36,13 @@ from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.rounded import outside, refuse_embeddings, rounded
 from hf_quant.hf.shards import write_index
-from hf_quant.solve.block import Block, Stored
+from hf_quant.hf.whole import NOTE, WHOLE, refuse_whole, tokens_of, whole
+from hf_quant.solve.block import Block, Stored, inside
 from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.ranks import ALONE, Ranks
 from hf_quant.solve.result import Recipe, Solved
 from hf_quant.solve.solve import advance, solve
+from hf_quant.solve.whole import solve_whole
 
 FAR = 10  # times the median of all blocks' errors: worth a word
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
@@ -60,7 +62,7 @@ class _Source:
 
     def owner(self, tensor: str) -> str | None:
         """The block a tensor belongs to; None outside of blocks."""
-        return next((name for name in self.blocks if tensor.startswith(f"{name}.")), None)
+        return next((name for name in self.blocks if tensor.startswith(inside(name))), None)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def quantize_streaming(
     ranks.barrier(patient=True)  # the first one may still be measuring the model before this
     opened = open_journal(work, job, settings.say) if ranks.first else nullcontext(None)
     with opened as done, torch.no_grad():
-        around, source = _around(source, data.ids, ranks)
+        around, source = _around(source, data.ids, settings)
         rounded = _round_outside(source, around, recipe)
         parts = ranks.shared(done.parts if done else None)
         if done is not None:
@@ -126,7 +128,9 @@ def quantize_streaming(
             raise HfQuantError(f"{work}: its journal names other blocks than the model has; delete it to begin anew")
         if parts:
             settings.say(f"{len(parts)} of {len(source.blocks)} blocks are done already")
-        if len(parts) < len(source.blocks):
+        if done is not None and not parts and WHOLE in source.blocks:
+            _calibrate_whole(source, around.ids, recipe, done, settings.device)
+        elif len(parts) < len(source.blocks):
             with _beside(work) as scratch:
                 _walk(source, around, recipe, done, work, len(parts), scratch, settings)
         if done is None:
@@ -161,6 +165,15 @@ def _walk(
             recipe.ranks.barrier()  # no rank continues before the block is on disk
         block.module.to("meta")
         give_back_memory()
+
+
+def _calibrate_whole(source: _Source, ids: Tensor, recipe: Recipe, done: Journal, device: str) -> None:
+    """Quantize and commit a model whose blocks form no chains."""
+    _fill(source, lambda _tensor: True)
+    block = whole(source.model.to(device), source.plan, Stored(source.tensors.dtype, source.tensors.read))
+    solved = solve_whole(block, tokens_of(source.model, ids.to(device)), recipe)
+    _commit(done, source, block, solved, 0)
+    source.model.to("meta")
 
 
 def _block(source: _Source, name: str, streams: list[HiddenStates], calls: Calls, device: str) -> Block:
@@ -239,15 +252,24 @@ def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
             mapped = isinstance(module, nn.Embedding) and source.owner(name) is None
             kept = tensor if mapped else tensor.to(torch.float32, copy=True)
             module.register_parameter(leaf, nn.Parameter(kept, False))
+    for name, buffer in source.model.named_buffers():
+        if wanted(name) and source.tensors.holds(name):
+            buffer.copy_(source.tensors.read(name))
 
 
-def _around(source: _Source, ids: Tensor, ranks: Ranks) -> tuple[Around, _Source]:
+def _around(source: _Source, ids: Tensor, settings: Settings) -> tuple[Around, _Source]:
     """The model around its blocks, with its weights, and the source with those blocks only that run, in their order."""
     model = source.model
+    ranks = settings.ranks
     around = Around(model.base_model, source.blocks, ids, ranks)
     prefix, firsts = _prefix(model), around.first_blocks()
     _fill(source, lambda name: name.startswith(prefix) and source.owner(name) in (None, *firsts))
-    around.find_chains()
+    try:
+        around.find_chains()
+    except UnchainedError as reason:
+        refuse_whole(source.plan, ranks, reason)
+        settings.say(f"{reason}: {NOTE}")
+        return replace(around, chains=[[WHOLE]]), replace(source, blocks={WHOLE: model})
     if ranks.world > 1 and len(around.chains) > 1:  # a process knows only its own share of the outputs of a chain
         raise HfQuantError(
             f"{type(model).__name__}: its chains of blocks are calibrated by one process, not {ranks.world}"

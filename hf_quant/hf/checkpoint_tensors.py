@@ -17,6 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.hf._hooks import computed
+from hf_quant.solve.block import inside
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
@@ -84,6 +85,10 @@ class Tensors:
         value = next(value for target, value in converted.items() if target in name)
         return value[0] if isinstance(value, list) else value
 
+    def holds(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of the model under its own name: not one that is computed, or tied to another."""
+        return name in self._sources
+
     def dtype(self, name: str) -> torch.dtype:
         """The stored dtype of a parameter.
 
@@ -108,7 +113,7 @@ class Tensors:
     def outside(self, blocks: Mapping[str, Any], coded: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """All tensors outside of the blocks that are not ``coded``; those that are converted keep their names in the checkpoint."""
         for target, sources in self._sources.items():
-            if target not in coded and not any(target.startswith(f"{block}.") for block in blocks):
+            if target not in coded and not any(target.startswith(inside(block)) for block in blocks):
                 for name, pattern in sources:
                     yield target if pattern is None else name, self.checkpoint.read(name)
 

@@ -11,7 +11,7 @@ from torch import nn
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import PlanError
 from hf_quant.hf.plan import Plan
-from hf_quant.solve.block import parameter_in
+from hf_quant.solve.block import inside, parameter_in
 from hf_quant.solve.result import Recipe
 from hf_quant.solve.unseen import nearest
 
@@ -37,7 +37,7 @@ def outside(plan: Plan, chains: Sequence[Sequence[str]]) -> list[str]:
     Raises:
         PlanError: One of them needs calibration.
     """
-    blocks = tuple(f"{block}." for chain in chains for block in chain)
+    blocks = tuple(inside(block) for chain in chains for block in chain)
     names = [name for name in plan.schemes if not name.startswith(blocks)]
     for name in names:
         if plan.schemes[name].activations == "tensor":

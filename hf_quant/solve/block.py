@@ -34,7 +34,7 @@ class Block:
     """One decoder layer during calibration.
 
     Attributes:
-        name: ``"model.layers.3"``.
+        name: ``"model.layers.3"``; empty for a whole model.
         module: The layer, in memory.
         layers: Full name of each linear layer (or stack of experts) to quantize, to its scheme.
         call: Its arguments besides hidden states, for a whole batch; the same for all batches.
@@ -53,11 +53,15 @@ class Block:
 
     def local(self, layer: str) -> str:
         """The name of a layer within the block."""
-        return layer.removeprefix(f"{self.name}.")
+        return layer.removeprefix(inside(self.name))
+
+    def full(self, local: str) -> str:
+        """The name in the model of what the block calls ``local``."""
+        return inside(self.name) + local
 
     def stored_in(self, parameter: str) -> torch.dtype:
         """The dtype that a parameter, by its name within the block, is stored in if it is not quantized."""
-        name = f"{self.name}.{parameter}"
+        name = self.full(parameter)
         return self.stored.dtype(name) if self.stored is not None else torch.float32
 
     def run(self, batch: Batch, module: nn.Module | None = None, again: Callable[[], None] | None = None) -> Tensor:
@@ -95,6 +99,11 @@ class Block:
         if batch.carry is not None:
             batch.carry(out)
         return states_of(self.name, out)
+
+
+def inside(block: str) -> str:
+    """What the names of a block's parts begin with; nothing for a whole model."""
+    return f"{block}." if block else ""
 
 
 def states_of(name: str, out: Any) -> Tensor:

@@ -31,7 +31,7 @@ def solve_experts(
     module: Any = block.module.get_submodule(path)
     shapes = stacks(module)
     for local in sorted(group.layers, key=lambda name: list(shapes).index(name.rpartition(".")[2])):
-        name, stack = f"{block.name}.{local}", local.rpartition(".")[2]
+        name, stack = block.full(local), local.rpartition(".")[2]
         count, _, k = shapes[stack]
         step, parts, lost = max(1, EXPERTS // (8 * k * k)), [], []
         solved.experts[name] = []
@@ -39,7 +39,8 @@ def solve_experts(
             chunk = range(start, min(start + step, count))
             stats = {e: InputStats.empty(k, getattr(module, stack).device) for e in chunk}
             for i in mine:
-                states, chosen, *_ = inputs_of(block, block.module, [path], hidden.batch(i, block.name))[path]
+                batch = hidden.batch(i, block.name)
+                states, chosen, *_ = inputs_of(block, block.module, [path], batch, repeated=group.repeated)[path]
                 for e in chunk:
                     inputs = expert_input(module, stack, e, states.reshape(-1, states.shape[-1]), chosen)
                     stats[e].update(inputs, held=HELD if stats[e].seen < HELD * EXPERT_HELD else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,17 +24,25 @@ HELD = 8  # one in so many batches (for an expert: one in so many rows) is held 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that share an input, by local name; ``source`` is the module whose output that is."""
+    """Layers that share an input, by local name.
+
+    Attributes:
+        layers: The layers.
+        source: The module whose output the input is, in every run; None if there is none.
+        experts: Whether they are stacks of experts.
+        repeated: Whether they run more than once on each token.
+    """
 
     layers: tuple[str, ...]
     source: str | None
     experts: bool = False
+    repeated: bool = False
 
 
 def groups_of(block: Block, batch: Batch) -> list[Group]:
     """The layers in the order they run; those that share an input are one group, those that do not run are in none."""
     made_by: list[tuple[Tensor, str]] = []  # keeps tensors alive, so that no two have the same identity
-    consumers: list[tuple[Tensor, list[str]]] = []
+    read: dict[str, list[Tensor]] = {}  # by each layer, in each of its runs
     experts: dict[str, list[str]] = {}
     for name in block.layers:
         path, _, leaf = block.local(name).rpartition(".")
@@ -41,14 +50,7 @@ def groups_of(block: Block, batch: Batch) -> list[Group]:
             experts.setdefault(path, []).append(block.local(name))
 
     def before(name: str) -> Callable[..., None]:
-        def look(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            names = next((names for tensor, names in consumers if tensor is args[0]), None)
-            if names is None:
-                consumers.append((args[0], names := []))
-            if name not in names:
-                names.append(name)
-
-        return look
+        return lambda _module, args: read.setdefault(name, []).append(args[0])
 
     def after(name: str) -> Callable[..., None]:
         return lambda _module, _args, out: made_by.append((out, name)) if isinstance(out, Tensor) else None
@@ -58,12 +60,20 @@ def groups_of(block: Block, batch: Batch) -> list[Group]:
     handles += [m.register_forward_hook(after(n)) for n, m in block.module.named_modules() if n]
     with _removed(handles):
         block.sample(batch)
+    sharing: dict[tuple[int, ...], list[str]] = {}
+    for name, tensors in read.items():
+        sharing.setdefault(tuple(map(id, tensors)), []).append(name)
     groups = []
-    for tensor, names in consumers:
-        source = next((name for out, name in made_by if out is tensor), None)
+    for names in sharing.values():
+        tensors = read[names[0]]
+        sources = {next((name for out, name in made_by if out is tensor), None) for tensor in tensors}
         layers = tuple(name for name in names if name not in experts)
-        groups += [Group(layers, source)] if layers else []
-        groups += [Group(tuple(experts[name]), None, experts=True) for name in names if name in experts]
+        source = sources.pop() if len(sources) == 1 else None
+        groups += [Group(layers, source, repeated=len(tensors) > 1)] if layers else []
+        groups += [
+            Group(tuple(experts[name]), None, experts=True, repeated=len(tensors) > 1)
+            for name in names if name in experts
+        ]  # fmt: skip
     return groups
 
 
@@ -80,14 +90,19 @@ class _SeenError(Exception):
     """Ends the run of a block early, when all inputs have been seen."""
 
 
-def inputs_of(block: Block, module: nn.Module, names: list[str], batch: Batch) -> dict[str, tuple[Tensor, ...]]:
-    """The arguments of modules, by local name; the block is not run any further than needed."""
+def inputs_of(
+    block: Block, module: nn.Module, names: list[str], batch: Batch, *, repeated: bool = False
+) -> dict[str, tuple[Tensor, ...]]:
+    """The arguments of modules in all their runs, by local name.
+
+    The block is not run any further than needed, which is to its end if one of them is ``repeated``.
+    """
     by_module: dict[str, list[tuple[Tensor, ...]]] = {}
 
     def look(name: str) -> Callable[..., None]:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             by_module.setdefault(name, []).append((*args, *kwargs.values()))
-            if len(by_module) == len(names) and block.rows >= batch.states.shape[0]:
+            if not repeated and len(by_module) == len(names) and block.rows >= batch.states.shape[0]:
                 raise _SeenError
 
         return hook
@@ -95,7 +110,14 @@ def inputs_of(block: Block, module: nn.Module, names: list[str], batch: Batch) -
     handles = [module.get_submodule(n).register_forward_pre_hook(look(n), with_kwargs=True) for n in names]
     with _removed(handles), suppress(_SeenError):
         block.run(batch, module, by_module.clear)
-    return {name: tuple(torch.cat(parts) for parts in zip(*calls, strict=True)) for name, calls in by_module.items()}
+    return {name: tuple(map(_joined, zip(*calls, strict=True))) for name, calls in by_module.items()}
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    """The same argument of several runs in one tensor; as rows, if its runs have not one shape."""
+    if len({part.shape[1:] for part in parts}) > 1:
+        parts = tuple(part.reshape(-1, part.shape[-1]) for part in parts)
+    return torch.cat(parts)
 
 
 def collect(
@@ -109,24 +131,28 @@ def collect(
         weight = weight_of(block.module.get_submodule(name))
         stats[name] = InputStats.empty(weight.shape[1], weight.device, drift=twin is not None)
     judged = max(1, len(hidden) // HELD)
-    rounds = {g.layers[0]: any(block.layers[f"{block.name}.{n}"].activations for n in g.layers) for g in part}
+    rounds = {g.layers[0]: any(block.layers[block.full(n)].activations for n in g.layers) for g in part}
+    look = partial(inputs_of, block, names=leaders, repeated=any(group.repeated for group in part))
     for i in mine:
-        seen = inputs_of(block, block.module, leaders, hidden.batch(i, block.name))
-        original_inputs = (
-            {} if twin is None or original is None else inputs_of(block, twin, leaders, original.batch(i, block.name))
-        )
+        seen = look(block.module, batch=hidden.batch(i, block.name))
+        original_inputs = {} if twin is None or original is None else look(twin, batch=original.batch(i, block.name))
         held = i % HELD == HELD - 1 or (1 < len(hidden) < HELD and i == len(hidden) - 1)
         tokens, all_tokens = hidden[i].shape[:2].numel(), hidden.states.shape[:2].numel()
         every = -(-judged * tokens // min(HELD_ROWS, -(-all_tokens // HELD)))
         for name in leaders:
-            other = original_inputs[name][0] if original_inputs else None
+            other = _following(original_inputs[name][0], seen[name][0]) if original_inputs else None
             few = -(-tokens * len(hidden) // SAMPLE_ROWS) if rounds[name] else 0
             stats[name].update(seen[name][0], other, held=every if held else 0, sampled=few)
     for name, stats_of_group in stats.items():
         reduce(stats_of_group, ranks)
         if not stats_of_group.peak.isfinite().all():
-            raise HfQuantError(f"{block.name}.{name}: NaN or infinite values among its inputs")
+            raise HfQuantError(f"{block.full(name)}: NaN or infinite values among its inputs")
     return stats
+
+
+def _following(original: Tensor, x: Tensor) -> Tensor:
+    """The inputs in the float model; ``x`` itself, as if nothing had drifted, where that model has gone on with other tokens."""
+    return original if original.shape == x.shape else x
 
 
 def reduce(stats: InputStats, ranks: Ranks) -> None:

@@ -43,26 +43,9 @@ def solve(block: Block, hidden: HiddenStates, recipe: Recipe, original: HiddenSt
         HfQuantError: An output is NaN or infinite, or a layer receives no tokens; names the block or the layer.
     """
     twin = copy.deepcopy(block.module) if original is not None else None
-    solved, mine = Solved(), [i for i in range(len(hidden)) if recipe.ranks.owner(i) == recipe.ranks.rank]
-    # each rank advances its own batches only; for the others, the first batch is still that of an earlier block
-    first = recipe.ranks.shared(hidden.batch(0, block.name)._replace(carry=None) if recipe.ranks.first else None)
-    groups = groups_of(block, first)
-    round_unseen(block, groups, recipe, solved)
-    sample = (
-        {i: block.run(hidden.batch(i, block.name)) for i in mine[:: -(-len(mine) // SAMPLE) or 1]}
-        if twin is None
-        else {}
-    )
-    staged = recipe.decision.staged(block.layers.values())
-    together = [] if staged else [group for group in groups if not group.experts]
-    for part in [together] * bool(together) + [[group] for group in groups if group not in together]:
-        if part[0].experts:
-            solve_experts(block, part[0], hidden, mine, recipe, solved)
-            continue
-        drifts = recipe.decision.drifts(block.layers[f"{block.name}.{n}"] for group in part for n in group.layers)
-        stats = collect(block, part, hidden, mine, recipe.ranks, twin if drifts else None, original)
-        for group in part:
-            _solve_group(block, group, stats.pop(group.layers[0]), first, recipe, solved, twin)
+    mine = [i for i in range(len(hidden)) if recipe.ranks.owner(i) == recipe.ranks.rank]
+    sample = sample_of(block, hidden, mine) if twin is None else {}
+    solved = choose(block, hidden, recipe, twin, original)
     _settle(block, twin, solved.codes)
     if twin is not None and original is not None:
         for i in mine:
@@ -80,6 +63,41 @@ def solve(block: Block, hidden: HiddenStates, recipe: Recipe, original: HiddenSt
     squared_error, squared_output = recipe.ranks.total(squared_error, squared_output)
     solved.error = squared_error / squared_output if squared_output else 0.0
     _check(block, hidden, mine)
+    return solved
+
+
+def sample_of(block: Block, hidden: HiddenStates, mine: list[int]) -> dict[int, Tensor]:
+    """The outputs of the block for some batches, by their numbers."""
+    return {i: block.run(hidden.batch(i, block.name)) for i in mine[:: -(-len(mine) // SAMPLE) or 1]}
+
+
+def choose(
+    block: Block, hidden: HiddenStates, recipe: Recipe, twin: nn.Module | None, original: HiddenStates | None
+) -> Solved:
+    """Quantize the layers of a block, and leave it with dequantized weights.
+
+    Args:
+        block: In floating point.
+        hidden: Its inputs.
+        recipe: How to quantize.
+        twin: The float block; None if the recipe does not need it.
+        original: The inputs of the twin; None if there is none.
+    """
+    solved, mine = Solved(), [i for i in range(len(hidden)) if recipe.ranks.owner(i) == recipe.ranks.rank]
+    # each rank advances its own batches only; for the others, the first batch is still that of an earlier block
+    first = recipe.ranks.shared(hidden.batch(0, block.name)._replace(carry=None) if recipe.ranks.first else None)
+    groups = groups_of(block, first)
+    round_unseen(block, groups, recipe, solved)
+    staged = recipe.decision.staged(block.layers.values())
+    together = [] if staged else [group for group in groups if not group.experts]
+    for part in [together] * bool(together) + [[group] for group in groups if group not in together]:
+        if part[0].experts:
+            solve_experts(block, part[0], hidden, mine, recipe, solved)
+            continue
+        drifts = recipe.decision.drifts(block.layers[block.full(n)] for group in part for n in group.layers)
+        stats = collect(block, part, hidden, mine, recipe.ranks, twin if drifts else None, original)
+        for group in part:
+            _solve_group(block, group, stats.pop(group.layers[0]), first, recipe, solved, twin)
     return solved
 
 
@@ -108,7 +126,7 @@ def _solve_group(
     block: Block, group: Group, stats: InputStats, first: Batch, recipe: Recipe, solved: Solved,
     twin: nn.Module | None,
 ) -> None:  # fmt: skip
-    full = {local: f"{block.name}.{local}" for local in group.layers}
+    full = {local: block.full(local) for local in group.layers}
     schemes = {local: block.layers[name] for local, name in full.items()}
     codes = {block.local(name): quantized_tensor for name, quantized_tensor in solved.codes.items()}
     ranks = recipe.ranks
@@ -122,12 +140,12 @@ def _solve_group(
     for name, transform, selected in recipe.decision.transforms(schemes):
         stage.layers = selected
         for changed in transform.apply(stage):
-            solved.steps.setdefault(f"{block.name}.{changed}", []).append(name)
+            solved.steps.setdefault(block.full(changed), []).append(name)
     stage.layers = schemes
     for local, quantized_tensor in codes.items():
         if quantized_tensor is not before[local]:  # scales were folded into it
-            solved.codes[f"{block.name}.{local}"] = quantized_tensor
-            put(block, f"{block.name}.{local}", quantized_tensor.dequantize(torch.float32))
+            solved.codes[block.full(local)] = quantized_tensor
+            put(block, block.full(local), quantized_tensor.dequantize(torch.float32))
     solved.note(full[group.layers[0]], stage.notes)
     for number, local in enumerate(group.layers):
         owner, solution = recipe.ranks.owner(number), None

@@ -21,7 +21,7 @@ def round_unseen(block: Block, groups: Iterable[Group], recipe: Recipe, solved: 
     Raises:
         HfQuantError: No layer of the block saw a token, or one needs to have seen some; names it.
     """
-    seen = {f"{block.name}.{local}" for group in groups for local in group.layers}
+    seen = {block.full(local) for group in groups for local in group.layers}
     for name, scheme in block.layers.items():
         if name in seen:
             continue

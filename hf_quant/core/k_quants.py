@@ -16,15 +16,13 @@ class KQuant:
     """A type of blocks.
 
     Attributes:
-        bits: Of a code in a file.
-        held_in: Bits of a code here: 5 and 6 are held in 8.
+        bits: Of a code.
         group: Columns that share a scale.
         scales: Least and largest whole number for a scale.
         offset: Largest whole number for an offset; 0 without offsets, where codes have a center instead.
     """
 
     bits: int
-    held_in: int
     group: int
     scales: tuple[int, int]
     offset: int = 0
@@ -35,12 +33,6 @@ class KQuant:
         return COLUMNS // self.group
 
     @property
-    def codes(self) -> tuple[int, int]:
-        """The least and the largest code, as they are held here: around the center of the wider code, if there is one."""
-        least = 0 if self.offset else (1 << self.held_in >> 1) - (1 << self.bits >> 1)
-        return least, least + (1 << self.bits) - 1
-
-    @property
     def bits_per_weight(self) -> float:
         """In a file."""
         widths = (self.scales[1] - self.scales[0]).bit_length() + self.offset.bit_length()
@@ -48,9 +40,9 @@ class KQuant:
 
 
 K_QUANTS = {
-    "Q2_K": KQuant(2, 2, 16, (0, 15), 15),
-    "Q3_K": KQuant(3, 3, 16, (-32, 31)),
-    "Q4_K": KQuant(4, 4, 32, (0, 63), 63),
-    "Q5_K": KQuant(5, 8, 32, (0, 63), 63),
-    "Q6_K": KQuant(6, 8, 16, (-128, 127)),
+    "Q2_K": KQuant(2, 16, (0, 15), 15),
+    "Q3_K": KQuant(3, 16, (-32, 31)),
+    "Q4_K": KQuant(4, 32, (0, 63), 63),
+    "Q5_K": KQuant(5, 32, (0, 63), 63),
+    "Q6_K": KQuant(6, 16, (-128, 127)),
 }

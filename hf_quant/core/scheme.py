@@ -9,7 +9,8 @@ from hf_quant.core.k_quants import COLUMNS, K_QUANTS, KQuant
 from hf_quant.core.scheme_names import equivalent
 from hf_quant.errors import SchemeError
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 8)  # of codes that are made here
+WIDTHS = tuple(range(2, 9))  # of codes that are read and run
 MULTIPLE = 32  # in_features must be a multiple of this: 32 codes of any width fill whole int32 words
 MOST_OUTLIERS = 0.1  # a larger share would be another precision
 CODEBOOKS = ("nf4", "fp4", "e2m1")  # of bitsandbytes, and of MXFP4 and NVFP4; no method here produces them
@@ -41,7 +42,7 @@ class QuantScheme:
     ``codebook``, ``real_zero`` and ``permuted`` occur in checkpoints of other programs; no method of this package produces them.
 
     Args:
-        bits: Width of one code; one of 2, 3, 4, 8.
+        bits: Width of one code, 2 to 8; 5, 6 and 7 occur in checkpoints of other programs.
         group_size: Consecutive input columns that share one scale, a power of two from 16; -1 means all K columns.
         symmetric: Whether the zero point is fixed at ``2 ** (bits - 1)`` and not stored.
         codebook: Name of a table of 16 levels that codes index, instead of a zero point: ``w = level[q] * scale``. None for
@@ -73,8 +74,8 @@ class QuantScheme:
     blocks: str | None = None
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in BITS:
-            raise SchemeError(f"bits must be one of {', '.join(map(str, BITS))}, got {self.bits!r}")
+        if type(self.bits) is not int or self.bits not in WIDTHS:
+            raise SchemeError(f"bits must be one of {', '.join(map(str, WIDTHS))}, got {self.bits!r}")
         if self.blocks is not None:
             self._check_blocks()
         size = self.group_size
@@ -86,8 +87,8 @@ class QuantScheme:
             raise SchemeError(
                 f"a codebook is one of {CODEBOOKS}, of 4 bits and without zero points, got {self.codebook!r}"
             )
-        if self.outliers and self.foreign:
-            raise SchemeError(f"{self.foreign}: not with outliers")
+        if self.outliers and self._unusual:
+            raise SchemeError(f"{' and '.join(self._unusual)}: not with outliers")
         if self.real_zero and self.symmetric:
             raise SchemeError("real zero points cannot be symmetric")
         self._check_besides()
@@ -99,7 +100,7 @@ class QuantScheme:
             raise SchemeError(
                 f"outlier_columns must be True or False, True only with outliers, got {self.outlier_columns!r}"
             )
-        if self.activations is not None and (self.activations not in ACTIVATIONS or self.foreign):
+        if self.activations is not None and (self.activations not in ACTIVATIONS or self._unusual):
             raise SchemeError(
                 f"activations must be one of {tuple(ACTIVATIONS)} or None, and None with what is foreign, got {self.activations!r}"
             )
@@ -108,7 +109,7 @@ class QuantScheme:
         kind = K_QUANTS.get(str(self.blocks))
         if kind is None:
             raise SchemeError(f"blocks must be one of {tuple(K_QUANTS)} or None, got {self.blocks!r}")
-        fields = (kind.held_in, kind.group, not kind.offset, bool(kind.offset))
+        fields = (kind.bits, kind.group, not kind.offset, bool(kind.offset))
         more = self.outliers or self.activations or self.codebook or self.permuted
         if (self.bits, self.group_size, self.symmetric, self.real_zero) != fields or more:
             raise SchemeError(f"{self.blocks} has its own bits, groups and zero points, and nothing besides")
@@ -117,7 +118,7 @@ class QuantScheme:
     def of_blocks(cls, name: str) -> QuantScheme:
         """The scheme of a type of K-quants: ``QuantScheme.of_blocks("Q4_K")``."""
         kind = K_QUANTS[name]
-        return cls(kind.held_in, kind.group, not kind.offset, real_zero=bool(kind.offset), blocks=name)
+        return cls(kind.bits, kind.group, not kind.offset, real_zero=bool(kind.offset), blocks=name)
 
     @property
     def k_quant(self) -> KQuant | None:
@@ -127,12 +128,12 @@ class QuantScheme:
     @property
     def qmin(self) -> int:
         """Smallest code."""
-        return 0 if self.k_quant is None else self.k_quant.codes[0]
+        return 0
 
     @property
     def qmax(self) -> int:
         """Largest code; codes run over ``qmin..qmax``."""
-        return (1 << self.bits) - 1 if self.k_quant is None else self.k_quant.codes[1]
+        return (1 << self.bits) - 1
 
     @property
     def zero(self) -> int:
@@ -198,10 +199,17 @@ class QuantScheme:
     @property
     def foreign(self) -> str | None:
         """The features that no method of this package produces, as a sentence; None if there are none."""
+        names = self._unusual
+        if self.bits not in BITS and not self.blocks:
+            return f"{' and '.join([*names, f'codes of {self.bits} bits'])} can be read and run, not made; Q5_K and Q6_K can be made"
+        return f"{' and '.join(names)} can be read and run, not made" if names else None
+
+    @property
+    def _unusual(self) -> list[str]:
+        """What besides a width is foreign; it has neither outliers nor INT8 activations."""
         named = {f"a codebook ({self.codebook})": self.codebook, "real zero points": self.real_zero and not self.blocks,
                  "reordered columns": self.permuted}  # fmt: skip
-        names = [name for name, present in named.items() if present]
-        return f"{' and '.join(names)} can be read and run, not made" if names else None
+        return [name for name, present in named.items() if present]
 
     def __str__(self) -> str:
         if self.blocks:

@@ -128,7 +128,7 @@ def _whole(
     groups: Tensor, kind: KQuant, base: Base, scale: Tensor, offset: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Whole multiples of the base near the real scale and offset, those with the least error: scale and zero point."""
-    zero = kind.codes[0] + (1 << kind.bits >> 1)  # of a center
+    zero = 1 << kind.bits >> 1  # of a center
     best, chosen, moved = torch.full_like(scale, torch.inf), scale, offset
     for step in NEAR:
         s = base.d * _legal((scale / base.d).round() + step, kind)

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.scheme import WIDTHS, QuantScheme
 from hf_quant.errors import FormatError
 from hf_quant.formats._common import (
     integer,
     is_sequence,
     refused,
 )
-from hf_quant.formats._compressed_tensors_packing import WIDTHS
 
 INPUTS = {  # our names of activations, as fields of this format
     "token": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True},

@@ -1,11 +1,11 @@
 """Packed integers of compressed-tensors: in the layout that it has since 0.13, and in the one before, in which no code crosses a word.
 
-In 2, 4 and 8 bits both layouts are one. Codes of 5 to 7 bits are held in 8 bits here, as the same distances from the zero point.
+In 2, 4 and 8 bits both layouts are one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,22 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.core.packing import pack, unpack
-from hf_quant.core.scheme import BITS, MULTIPLE, QuantScheme
+from hf_quant.core.scheme import MULTIPLE, QuantScheme
 from hf_quant.errors import FormatError
 from hf_quant.formats._common import codes_of, need
 
-WIDTHS = range(2, 9)  # of codes in a file
 SHAPES = (torch.int64, torch.int32)
-
-
-def held_in(bits: int) -> int:
-    """The width in which codes of ``bits`` are held here."""
-    return bits if bits in BITS else 8
-
-
-def held_wider(bits: int) -> str:
-    """A remark on codes that are held in more bits than they have in the file; empty for others."""
-    return "" if held_in(bits) == bits else f"codes of {bits} bits are held in {held_in(bits)}"
 
 
 def stored_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -55,13 +44,13 @@ class Layout:
         """That ``count`` codes fill."""
         return -(-count // (32 // self.bits)) if self.old else -(-count * self.bits // 32)
 
-    def packed(self, words: Tensor, k: int, scheme: QuantScheme) -> Tensor:
+    def packed(self, words: Tensor, k: int) -> Tensor:
         """Portable codes uint8 ``[N, K / 8 * bits]`` from ``[N, W]``."""
-        if not self.old and self.bits == scheme.bits:
+        if not self.old:
             return words.contiguous().view(torch.uint8)
-        return pack(self.codes(words, k, scheme), scheme.bits)
+        return pack(self.codes(words, k), self.bits)
 
-    def codes(self, words: Tensor, count: int, scheme: QuantScheme) -> Tensor:
+    def codes(self, words: Tensor, count: int) -> Tensor:
         """uint8 ``[R, count]`` from ``[R, W]``."""
         if self.old:
             shifts = torch.arange(0, 32 - self.bits + 1, self.bits, device=words.device)
@@ -69,22 +58,20 @@ class Layout:
         else:
             padded = F.pad(words.contiguous(), (0, -(-count // 32) * self.bits - words.shape[1]))
             codes = unpack(padded.view(torch.uint8), self.bits)
-        return codes[:, :count] + ((1 << scheme.bits >> 1) - (1 << self.bits >> 1))
+        return codes[:, :count]
 
 
-def layout_of(shape: Sequence[int], n: int, k: int, widths: Collection[int]) -> Layout:
-    """The layout of a packed weight ``[N, K]`` in one of these widths.
+def layout_of(shape: Sequence[int], n: int, k: int, bits: int) -> Layout:
+    """The layout of a packed weight ``[N, K]`` of that width.
 
     Raises:
-        FormatError: No layout has this shape, or several have it.
+        FormatError: No layout has this shape.
     """
-    layouts = [Layout(bits, old) for bits in sorted(widths) for old in (False, True)]
+    layouts = [Layout(bits, old) for old in (False, True)]
     fitting = [layout for layout in layouts if list(shape) == [n, layout.words(k)]]
-    if len({layout.bits for layout in fitting}) != 1:
+    if not fitting:
         expected = " or ".join(str([n, words]) for words in sorted({layout.words(k) for layout in layouts}))
-        raise FormatError(
-            f"weight_packed has shape {list(shape)}, expected {expected} for {n} x {k} in {', '.join(map(str, sorted(widths)))} bits"
-        )
+        raise FormatError(f"weight_packed has shape {list(shape)}, expected {expected} for {n} x {k} in {bits} bits")
     return fitting[0]  # where both are one, the current layout
 
 
@@ -103,4 +90,4 @@ def zeros_of(tensors: Mapping[str, Tensor], n: int, groups: int, scheme: QuantSc
         return codes_of("weight_zero_point", signed, scheme)
     if list(stored.shape) != [layout.words(n), groups]:
         raise FormatError(f"weight_zero_point has shape {list(stored.shape)}, expected {[layout.words(n), groups]}")
-    return layout.codes(stored.T, n, scheme).T.contiguous()
+    return layout.codes(stored.T, n).T.contiguous()

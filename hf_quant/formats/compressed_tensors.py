@@ -58,8 +58,6 @@ from hf_quant.formats._compressed_tensors_config import (
 from hf_quant.formats._compressed_tensors_packing import (
     SHAPES,
     Layout,
-    held_in,
-    held_wider,
     layout_of,
     stored_shape,
     zeros_of,
@@ -187,9 +185,8 @@ class CompressedTensors(Traits):
         if "weight_packed" in tensors:
             n, k = stored_shape(tensors)
             words = need(tensors, "weight_packed", (torch.int32,))
-            widths = {group.bits for group in self.groups if held_in(group.bits) == scheme.bits}
-            layout = layout_of(words.shape, n, k, widths or {scheme.bits})
-            packed = layout.packed(words, k, scheme)
+            layout = layout_of(words.shape, n, k, scheme.bits)
+            packed = layout.packed(words, k)
         elif "weight" not in tensors:
             raise FormatError("neither weight_packed nor weight is there")
         else:
@@ -245,7 +242,7 @@ class CompressedTensors(Traits):
             shape = value(f"{module}.weight_shape")
             assert shape is not None
             n, k = stored_shape({"weight_shape": shape})
-            layout_of(tensors["weight_packed"].shape, n, k, {group.bits})
+            layout_of(tensors["weight_packed"].shape, n, k, group.bits)
         elif "weight" not in tensors:
             raise FormatError("neither weight_packed nor weight is there")
         else:
@@ -264,14 +261,12 @@ class CompressedTensors(Traits):
         if g_idx is not None:
             scattered = _order({"weight_g_idx": g_idx}, k, k // size) is not None
         inputs, note = (None, IN_FLOAT) if scattered and group.activations else (group.activations, group.note)
-        scheme = scheme_for(
-            held_in(group.bits), group.group_size, k, group.symmetric, permuted=scattered, activations=inputs
-        )
+        scheme = scheme_for(group.bits, group.group_size, k, group.symmetric, permuted=scattered, activations=inputs)
         if scheme is None:
             raise FormatError(f"groups of {size} in rows of {k} do not divide into legal ones")
         if not group.symmetric:
             need(tensors, "weight_zero_point", (torch.int32, torch.int8))
-        return Layer((n, k), scheme, scale.dtype, "; ".join(filter(None, (note, held_wider(group.bits)))))
+        return Layer((n, k), scheme, scale.dtype, note)
 
     def _group(self, names: Sequence[str]) -> Group:
         """The group of a module: names precede patterns, and patterns precede classes."""

@@ -20,13 +20,12 @@ from hf_quant.errors import FormatError
 from hf_quant.gguf.blocks import BLOCKS, Block, Parts
 
 SIMPLE = ("Q4_0", "Q5_0", "Q8_0")  # with a center and no integer scales, the smallest first
-WIDTHS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 8: 8}  # bits of a code there and here
 
 
 def scheme_of(block: Block, *, integer_zero: bool = False) -> QuantScheme:
     """The scheme that holds blocks of a type; ``integer_zero``: whether all offsets are codes times scales."""
-    bits, symmetric = WIDTHS[block.bits], block.center is not None
-    return QuantScheme(bits, block.group, symmetric, real_zero=not symmetric and not integer_zero)
+    symmetric = block.center is not None
+    return QuantScheme(block.bits, block.group, symmetric, real_zero=not symmetric and not integer_zero)
 
 
 def tensor_of(parts: Parts, block: Block) -> QuantizedTensor:
@@ -37,9 +36,8 @@ def tensor_of(parts: Parts, block: Block) -> QuantizedTensor:
     legal = parts.d[..., None].expand(-1, -1, block.groups).flatten(1).to(scale.dtype)
     legal = torch.where(dead, torch.where(legal == 0, 1, legal), scale)
     if offset is None:
-        assert block.center is not None
         scheme = scheme_of(block)
-        codes = (parts.codes.short() + (scheme.zero - block.center)).masked_fill_(_by_weight(dead, block), scheme.zero)
+        codes = parts.codes.masked_fill(_by_weight(dead, block), scheme.zero)
         return QuantizedTensor(pack(codes, scheme.bits), legal, None, scheme)
     zero = (offset / scale.float()).nan_to_num(0, 0, 0)
     whole = zero.round()
@@ -106,8 +104,8 @@ def why_not(scheme: QuantScheme) -> str | None:
         return f"blocks of GGUF hold columns in their natural order, and these {scheme.bits}-bit codes have another"
     if scheme.outliers:
         return f"GGUF has no place for outliers beside the {scheme.bits}-bit codes"
-    if scheme.real_zero and (scheme.bits, scheme.group_size) not in ((2, 16), (4, 32), (8, 32)):
-        return f"real zero points are held in 2 bits in groups of 16 and in 4 in groups of 32 (Q2_K, Q4_K), not as {scheme}"
+    if scheme.real_zero and (scheme.bits, scheme.group_size) not in ((2, 16), (4, 32), (5, 32)):
+        return f"real zero points are held in 2 bits in groups of 16, in 4 and 5 in groups of 32 (Q2_K, Q4_K, Q5_K), not as {scheme}"
     return None
 
 
@@ -125,23 +123,19 @@ def _k_quant(tensor: QuantizedTensor) -> Fit:
         mine = (
             block.scales
             and scheme.blocks in (None, block.name)
-            and WIDTHS[block.bits] == scheme.bits
+            and block.bits == scheme.bits
             and block.group == scheme.group_size
         )
         if not mine or (block.center is None) != scheme.real_zero or tensor.in_features % block.weights:
             continue
         codes = tensor.codes()
-        if block.center is not None:
-            codes = codes.short() - (scheme.zero - block.center)
-        if int(codes.max()) >= 1 << block.bits or int(codes.min()) < 0:
-            continue
         scale = tensor.scale.float().view(n, -1, block.groups)
         least, most = _range(block)
         if (whole := multiples(scale, least, most)) is None:
             continue
         d, scales = whole
         if block.center is not None:
-            return Fit(block, Parts(codes.to(torch.uint8), d, scales))
+            return Fit(block, Parts(codes, d, scales))
         assert tensor.zero_point is not None
         zero = tensor.zero_point.float().view_as(scale)
         if (offsets := multiples(zero.double() * scale.double(), 0, most, scale, zero)) is not None:

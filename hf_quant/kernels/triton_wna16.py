@@ -1,6 +1,6 @@
 """Weight-only product on GPUs, unpacked in registers: 2, 3, 4 or 8 bits and codebooks, any group size, any shape.
 
-The codes are laid out anew at load (`_triton.planar`). Few rows of x are multiplied by one kernel that also adds bias and outliers
+The codes are laid out anew at load (`_triton.planar`), those of 5, 6 and 7 bits in 8. Few rows of x are multiplied by one kernel that also adds bias and outliers
 (`_triton.wna16`), in tiles from a table (`_triton.tiles`); many rows by the dequantized weight, since reading it once more costs little then.
 The same rows give the same bits every time, and nothing waits for the GPU: both hold inside CUDA graphs. Stacked experts are
 multiplied by the same kernel, all at once, each by the rows that the router sorted to it on the GPU (`_shared.routing`).
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.core.numerics import levels
+from hf_quant.core.packing import pack, unpack
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
@@ -29,6 +30,7 @@ from hf_quant.kernels._triton.planar import (
     fields,
     from_planes,
     grouped,
+    held_in,
     parsed,
     plane,
     positions,
@@ -64,7 +66,7 @@ def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after
         cuda: Whether the kernel may hold PTX.
         after: Whether sums are scaled, and not weights.
     """
-    bits, group = scheme.bits, grouped(scheme, k)
+    bits, group = held_in(scheme.bits), grouped(scheme, k)
     count, size = fields(bits), plane(group, bits)
     run = count  # planes that share a scale in every block
     if group % (count * size):
@@ -106,10 +108,10 @@ def triton_wna16(
     how = parsed(scheme)
     if m == 0:
         return x.new_empty(m, n)
-    blocks = packed.shape[1] // plane(grouped(how, k), how.bits)
+    blocks = packed.shape[1] // plane(grouped(how, k), held_in(how.bits))
     tile = FLOAT32 if x.dtype is torch.float32 else None
     if x.dtype in NARROW:
-        tile = tile_for(x.device, how.bits, m, n, k, blocks, scattered=_scattered(index, packed))
+        tile = tile_for(x.device, held_in(how.bits), m, n, k, blocks, scattered=_scattered(index, packed))
     if tile is None:
         return densely(x, packed, scale, zero, table, bias, index, value, how)
     return launch(x, packed, counters, scale, zero, table, bias, index, value, how, tile)
@@ -173,14 +175,15 @@ def _dense(
     """``(i, j, W[i:j])``, outliers and all, over the rows of W."""
     n, width = packed.shape
     group = grouped(scheme, k)
-    size, rows = plane(group, scheme.bits), max(1, CHUNK // k)
+    bits = held_in(scheme.bits)
+    size, rows = plane(group, bits), max(1, CHUNK // k)
     for i in range(0, n, rows):
         j = min(i + rows, n)
         w = scale.new_empty(j - i, k, dtype=dtype)
         with torch.cuda.device_of(packed):
             dequantize_kernel[(-(-(j - i) // 16), width // size)](
                 packed, scale, zero, table, w, i, j - i, n, k, width, scale.shape[0],
-                BITS=scheme.bits, GROUP=group, P=size, FIXED=scheme.zero, BLOCK_N=16,
+                BITS=bits, GROUP=group, P=size, FIXED=scheme.zero, BLOCK_N=16,
             )  # fmt: skip
         if index is not None and value is not None:
             w = Outliers(index if index.ndim == 1 else index[i:j], value[i:j]).add_to(w)
@@ -247,8 +250,8 @@ def triton_experts(
         return x.new_empty(0, n)
     tile = FLOAT32 if x.dtype is torch.float32 else None
     if x.dtype in NARROW:
-        blocks = width // plane(grouped(how, k), how.bits)
-        tile = tile_for(x.device, how.bits, rows, n, k, blocks, e, scattered=_scattered(index, packed))
+        blocks = width // plane(grouped(how, k), held_in(how.bits))
+        tile = tile_for(x.device, held_in(how.bits), rows, n, k, blocks, e, scattered=_scattered(index, packed))
     if tile is not None:
         return launch(x, packed, counters, scale, zero, table, bias, index, value, how, tile, ends, order)
     sorted_rows, y = x if order is None else x[order // _choices(x, order)], x.new_zeros(rows, n)
@@ -334,15 +337,19 @@ class TritonWNA16:
 
     def prepare(self, weight: QuantizedTensor, spec: LinearSpec) -> PlanarWeight:
         scheme = spec.scheme
-        packed = to_planes(weight.qweight, scheme.bits, plane(grouped(scheme, spec.in_features), scheme.bits))
+        bits = held_in(scheme.bits)
+        packed = to_planes(_widened(weight.qweight, scheme.bits), bits, plane(grouped(scheme, spec.in_features), bits))
         counters = torch.zeros(COUNTERS, dtype=torch.int32, device=packed.device)
         zero = None if weight.zero_point is None else weight.zero_point.mT.contiguous()
         table = levels(scheme.codebook, packed.device) if scheme.codebook else None
         return PlanarWeight(packed, counters, weight.scale.mT.contiguous(), zero, table)
 
     def restore(self, prepared: PlanarWeight, spec: LinearSpec) -> Tensor:
-        size = plane(grouped(spec.scheme, spec.in_features), spec.scheme.bits)
-        return from_planes(prepared.packed, spec.scheme.bits, size, spec.in_features)
+        bits = held_in(spec.scheme.bits)
+        codes = from_planes(
+            prepared.packed, bits, plane(grouped(spec.scheme, spec.in_features), bits), spec.in_features
+        )
+        return codes if bits == spec.scheme.bits else pack(codes, spec.scheme.bits)
 
     def linear(self, x: Tensor, prepared: PlanarWeight, spec: LinearSpec) -> Tensor:
         return self.fused(x, prepared, spec)
@@ -363,6 +370,11 @@ class TritonWNA16:
         return triton_experts(
             flat(x, spec.in_features), *_operands(prepared, bias, outliers), str(spec.scheme), ends, order
         )
+
+
+def _widened(qweight: Tensor, bits: int) -> Tensor:
+    """Portable codes in the width that a word has room for."""
+    return qweight if bits == held_in(bits) else unpack(qweight, bits)
 
 
 def _operands(prepared: PlanarWeight, bias: Tensor | None, outliers: Outliers | None) -> tuple[Any, ...]:

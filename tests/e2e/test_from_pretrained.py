@@ -234,7 +234,7 @@ def _env(**extra: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("fields", "error", "said"),
     [
-        ({"bits": 5}, SchemeError, "bits must be one of"),
+        ({"bits": 9}, SchemeError, "bits must be one of"),
         ({"bits": True}, SchemeError, "bits"),
         ({"bits": "4"}, SchemeError, "bits"),
         ({"group_size": 48}, SchemeError, "group_size"),
@@ -242,7 +242,7 @@ def _env(**extra: str) -> dict[str, str]:
         ({"group_size": 32.0}, SchemeError, "group_size"),
         ({"symmetric": 1}, SchemeError, "symmetric"),
         ({"scheme": "W4"}, SchemeError, "W4"),
-        ({"scheme": "W7A16-g32"}, SchemeError, "bits"),
+        ({"scheme": "W9A16-g32"}, SchemeError, "bits"),
         ({"method": "magic"}, PlanError, "method"),
         ({"format": "magic"}, PlanError, "format"),
         ({"format": "../native"}, PlanError, "format"),

@@ -43,7 +43,8 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def layer(n: int, k: int, scheme: QuantScheme, dtype: torch.dtype) -> tuple[QuantizedTensor, LinearSpec]:
     if scheme.foreign:
         scale = torch.rand(n, scheme.groups(k)) + 0.1
-        zero = (torch.rand_like(scale) * scheme.qmax).to(dtype) if scheme.real_zero else None
+        zero = (torch.rand_like(scale) * scheme.qmax).to(dtype if scheme.real_zero else torch.uint8)
+        zero = None if scheme.symmetric else zero
         finer = torch.float32 if scheme.codebook else dtype  # as bitsandbytes stores them
         packed = torch.randint(256, (n, scheme.packed_bytes(k)), dtype=torch.uint8)
         weight = QuantizedTensor(packed, scale.to(finer), zero, scheme)
@@ -67,6 +68,7 @@ def backend_for(name: str, spec: LinearSpec) -> LinearBackend[Any]:
 
 
 KINDS = [*(QuantScheme(bits, symmetric=symmetric) for bits in BITS for symmetric in (True, False))]
+WIDE = [QuantScheme(5), QuantScheme(6, symmetric=False), QuantScheme(7, symmetric=False, real_zero=True)]
 FOREIGN = [
     *(QuantScheme(4, codebook=name) for name in ("nf4", "fp4")),
     *(QuantScheme(bits, symmetric=False, real_zero=True) for bits in BITS),
@@ -75,7 +77,7 @@ FOREIGN = [
 
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", [*KINDS, *FOREIGN], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, *FOREIGN, *WIDE], ids=str)
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 @pytest.mark.parametrize(
     ("n", "k", "group"), [(48, 256, 128), (112, 96, 32), (33, 160, 16), (5, 32, -1), (64, 160, -1), (336, 64, 64)]

@@ -147,7 +147,7 @@ def test_a_gradient_without_columns() -> None:
     [
         ({"n": 10**6}, r"tiles has shape \[3, 4, 256\], must be \[ceil\(N / 16\), K / 32, 64 bits\] = \[62500, 4, 256\]"),
         ({"n": N + 16}, "tiles has shape"), ({"n": 0}, "n must be at least 1"), ({"n": -16}, "n must be at least 1"),
-        ({"bits": 5}, "bits must be one of 2, 3, 4, 8, got 5"), ({"bits": 0}, "bits must be one of"),
+        ({"bits": 9}, "bits must be one of 2, 3, 4, 5, 6, 7, 8, got 9"), ({"bits": 0}, "bits must be one of"),
         ({"bits": 8}, "tiles has shape"), ({"bits": 2}, "tiles has shape"),
         ({"scale": lambda s: s.half()}, "scale is float16, must be one of float32, bfloat16"),
         ({"scale": lambda s: s.transpose(1, 2).contiguous().transpose(1, 2)}, "scale is not contiguous"),
@@ -224,7 +224,7 @@ def test_the_module_takes_no_impossible_weight() -> None:
     x, y = torch.ones(1, K), torch.zeros(1, 16)
     right = {"q": q.data_ptr(), "scale": s.data_ptr(), "zero": 0, "type": 0, "bits": 4, "n": 16, "k": K, "group": 32}
     wrong = [
-        {"bits": 5},
+        {"bits": 9},
         {"bits": 0},
         {"n": 0},
         {"k": 0},
@@ -241,7 +241,7 @@ def test_the_module_takes_no_impossible_weight() -> None:
                 compiled._cpu.linear(told, x.data_ptr(), y.data_ptr(), 0, 1, 1)
         else:
             compiled._cpu.linear(told, x.data_ptr(), y.data_ptr(), 0, 1, 1)
-    for bits, n, k in ((5, 16, K), (4, 0, K), (4, 16, 33), (4, -1, K)):
+    for bits, n, k in ((9, 16, K), (4, 0, K), (4, 16, 33), (4, -1, K)):
         with pytest.raises(ValueError, match="pack: no weight has"):
             compiled._cpu.pack(q.data_ptr(), q.data_ptr(), bits, n, k, 1)
 

@@ -67,7 +67,7 @@ def naive_block(groups: list[list[float]], weight: list[list[float]], kind: KQua
             for m in (min(max(below + up, 0), kind.offset) for up in (0, 1)):
                 tried.append((naive_lost(group, by, whole * d, m * dmin, kind), whole * d, m * dmin))
         _, s, o = min(tried, key=lambda one: one[0])
-        chosen.append((s, o / s if kind.offset else float(QuantScheme(kind.held_in).zero)))
+        chosen.append((s, o / s if kind.offset else float(QuantScheme(kind.bits).zero)))
     return chosen
 
 

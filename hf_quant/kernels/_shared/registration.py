@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from hf_quant.core.scheme import BITS
+from hf_quant.core.scheme import WIDTHS
 from hf_quant.errors import KernelError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,7 +74,7 @@ class Arguments:
         if k != columns:
             self.refuse(f"x has {k} columns, the weight has {columns}")
 
-    def bits(self, bits: int, allowed: tuple[int, ...] = BITS) -> None:
+    def bits(self, bits: int, allowed: tuple[int, ...] = WIDTHS) -> None:
         """Check the width of a code."""
         if bits not in allowed:
             self.refuse(f"bits must be one of {', '.join(map(str, allowed))}, got {bits}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.core.scheme import QuantScheme
+from hf_quant.kernels._triton.planar import held_in
 
 
 def codes(packed: Tensor, bits: int, size: int, k: int) -> Tensor:
@@ -25,7 +26,7 @@ def weights(
     packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, scheme: QuantScheme, size: int, k: int
 ) -> Tensor:
     """The weight ``[N, K]`` in float64; scale and zero ``[G, N]``, table ``[16]``."""
-    unpacked, group = codes(packed, scheme.bits, size, k), k // scale.shape[0]
+    unpacked, group = codes(packed, held_in(scheme.bits), size, k), k // scale.shape[0]
     dense = torch.zeros(unpacked.shape, dtype=torch.float64)
     for column in range(k):
         g = column // group

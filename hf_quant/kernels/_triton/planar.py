@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 
 from hf_quant.core.packing import pack, unpack
-from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.scheme import BITS, QuantScheme
 
 CHUNK = 1 << 22  # codes laid out together
+
+
+def held_in(bits: int) -> int:
+    """Bits of a code in a word: those of five to seven, which fill words badly, take eight there."""
+    return bits if bits in BITS else 8
 
 
 def fields(bits: int) -> int:
@@ -55,7 +60,8 @@ def layout(scheme: QuantScheme, k: int) -> tuple[int, int]:
     Raises:
         SchemeError: The group size does not divide ``k``.
     """
-    return scheme.groups(k), words(k, scheme.bits, plane(grouped(scheme, k), scheme.bits))
+    bits = held_in(scheme.bits)
+    return scheme.groups(k), words(k, bits, plane(grouped(scheme, k), bits))
 
 
 def to_planes(qweight: Tensor, bits: int, size: int) -> Tensor:

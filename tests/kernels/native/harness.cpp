@@ -207,7 +207,7 @@ int main() {
     }
     const long before = compared;
     for (const auto& shape : shapes)
-      for (int bits : {2, 3, 4, 8})
+      for (int bits : {2, 3, 4, 5, 6, 7, 8})
         for (long group : {32L, 64L, shape[1]})
           for (bool zeros : {false, true})
             for (int type : {F32, BF16}) {
@@ -224,7 +224,7 @@ int main() {
   if (!level.there) printf("%s: this processor has it not\n", level.name);
   const long before = compared;
   for (const auto& shape : shapes)
-    for (int bits : {2, 3, 4, 8})
+    for (int bits : {2, 3, 4, 5, 6, 7, 8})
       for (long group : {32L, 64L, shape[1]})
         for (bool zeros : {false, true})
           for (int type : {BF16, F16})

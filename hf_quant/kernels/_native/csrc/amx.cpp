@@ -60,10 +60,7 @@ void panel(const Linear& a, long b, long blocks, long t0, long count, uint8_t* o
 
 template <int PARTS>
 void panel_of(const Linear& a, long b, long blocks, long t0, long count, uint8_t* out) {
-  if (a.bits == 2) panel<2, PARTS>(a, b, blocks, t0, count, out);
-  if (a.bits == 3) panel<3, PARTS>(a, b, blocks, t0, count, out);
-  if (a.bits == 4) panel<4, PARTS>(a, b, blocks, t0, count, out);
-  if (a.bits == 8) panel<8, PARTS>(a, b, blocks, t0, count, out);
+  of_width(a.bits, [&](auto width) { panel<width.bits, PARTS>(a, b, blocks, t0, count, out); });
 }
 
 // sums [2][2] (of 16 x 16, at c and c + right, below both by `down`) += x tiles at a (and a + below) times W tiles at b.

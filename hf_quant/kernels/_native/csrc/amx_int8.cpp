@@ -210,10 +210,7 @@ void int8_as_bf16(const Activations& x, long m, const Linear& a, long m_tile, lo
 }
 
 void int8_linear(const Linear& a, long from, long to, const Int8Tiles& x, long m, uint8_t* room, const Output& out) {
-  if (a.bits == 2) linear<2>(a, from, to, x, m, room, out);
-  if (a.bits == 3) linear<3>(a, from, to, x, m, room, out);
-  if (a.bits == 4) linear<4>(a, from, to, x, m, room, out);
-  if (a.bits == 8) linear<8>(a, from, to, x, m, room, out);
+  of_width(a.bits, [&](auto width) { linear<width.bits>(a, from, to, x, m, room, out); });
 }
 #if defined(__clang__)
 #pragma clang attribute pop

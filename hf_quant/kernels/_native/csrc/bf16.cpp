@@ -92,7 +92,7 @@ inline __m512i exact(vf low, vf high) {
 // Columns of a tile as codes less 2^(BITS - 1), a pair of them every 128 bytes.
 template <int BITS>
 inline void expanded(const uint8_t* tile, uint8_t* out) {
-  if (BITS == 8) {
+  if (BITS > 5) {
     each_pair<BITS>(tile, 0, [&](int r, vf low, vf high) __attribute__((always_inline)) {
       _mm512_store_si512(out + 128 * r, exact(low, high));
     });
@@ -110,10 +110,9 @@ inline void expanded(const uint8_t* tile, uint8_t* out) {
     for (int i = 0; i < per; i++)  // looks at five bits and no more, of which some do not matter
       _mm512_store_si512(out + 128 * (per * v + i), _mm512_permutexvar_epi16((__m512i)(word[v] >> (BITS * i)), levels));
   }
-  if (BITS == 3) {
-    const vu last = (word[0] >> 15 & 0x10001u) | (word[1] >> 14 & 0x20002u) | (word[2 % BITS] >> 13 & 0x40004u);
-    _mm512_store_si512(out + 128 * 15, _mm512_permutexvar_epi16((__m512i)last, levels));
-  }
+#pragma GCC unroll 8
+  for (int r = per * BITS; r < 16; r++)
+    _mm512_store_si512(out + 128 * r, _mm512_permutexvar_epi16((__m512i)pair_at<BITS>(word, r), levels));
 }
 
 // A chunk of block b, its i-th of two.
@@ -223,10 +222,7 @@ void bf16_pack(const uint16_t* x, const Linear& a, long tile, const RowTiles& ou
 }
 
 void bf16_linear(const Linear& a, long from, long to, const RowTiles& x, uint8_t* room, const Output& out) {
-  if (a.bits == 2) linear<2>(a, from, to, x, room, out);
-  if (a.bits == 3) linear<3>(a, from, to, x, room, out);
-  if (a.bits == 4) linear<4>(a, from, to, x, room, out);
-  if (a.bits == 8) linear<8>(a, from, to, x, room, out);
+  of_width(a.bits, [&](auto width) { linear<width.bits>(a, from, to, x, room, out); });
 }
 #if defined(__clang__)
 #pragma clang attribute pop

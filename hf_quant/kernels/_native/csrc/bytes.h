@@ -8,19 +8,7 @@ namespace {
 template <int BITS>
 inline __m512i codes(const uint8_t* tile, int c) {
   if (BITS == 8) return _mm512_xor_si512(read<__m512i>(tile + 64 * c), _mm512_set1_epi8((char)0x80));
-  if (BITS == 3) {
-    vu pair[2];
-    for (int i = 0; i < 2; i++) {
-      const int r = 2 * c + i;
-      vu word = read<vu>(tile + 64 * (r / 5 % 3));
-      if (r == 15)
-        word = (read<vu>(tile) >> 15 & 0x10001u) | (read<vu>(tile + 64) >> 14 & 0x20002u) |
-               (read<vu>(tile + 128) >> 13 & 0x40004u);
-      const int at = r == 15 ? 0 : r % 5 * 3, to = 8 * i;
-      pair[i] = at > to ? word >> (at > to ? at - to : 0) : word << (at > to ? 0 : to - at);
-    }
-    return (__m512i)((pair[0] & 0x00070007u) | (pair[1] & 0x07000700u));
-  }
+  if (8 % BITS) return (__m512i)both_pairs<BITS>(tile, c);
   const int per = 8 / BITS;  // in a byte
   return (__m512i)(read<vu>(tile + 64 * (c / per)) >> (c % per * BITS) & ((1u << BITS) - 1) * 0x01010101u);
 }

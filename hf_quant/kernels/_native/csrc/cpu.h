@@ -3,8 +3,9 @@
 // Layout of a weight [N, K] of b-bit codes: tiles of 16 rows (n) by 32 columns (k), those of 16 rows one after another
 // along k. A tile is b vectors of 16 words of 32 bits, one word for each row. In both halves of a word, 16 / b codes lie
 // side by side from the low bits on; position i of vector v holds columns 2 (v 16 / b + i) (low half) and the next
-// one (high half): a pair of neighbours is what AMX wants in a word. With three bits, five pairs to a vector, bit 15 of
-// the halves of the three vectors are the bits of the sixteenth. Codes of eight bits are stored less 128, as int8.
+// one (high half): a pair of neighbours is what AMX wants in a word. With 3, 5, 6 and 7 bits, the high bits of the halves that
+// are left over hold the last pairs, vector after vector: with three bits, bit 15 of the three are the bits of the sixteenth.
+// Codes of eight bits are stored less 128, as int8.
 // Rows are padded with zero codes, K is a multiple of 32. Scales and zero points: [N / 16, G, 16].
 #pragma once
 #include <stddef.h>

@@ -17,19 +17,7 @@ namespace {
 template <int BITS>
 inline int8x16_t codes(const uint8_t* tile, int c, int h) {
   if (BITS == 8) return read<int8x16_t>(tile + 64 * c + 16 * h);
-  if (BITS == 3) {
-    vu pair[2];
-    for (int i = 0; i < 2; i++) {
-      const int r = 2 * c + i;
-      vu word = read<vu>(tile + 64 * (r / 5 % 3) + 16 * h);
-      if (r == 15)
-        word = (read<vu>(tile + 16 * h) >> 15 & 0x10001u) | (read<vu>(tile + 64 + 16 * h) >> 14 & 0x20002u) |
-               (read<vu>(tile + 128 + 16 * h) >> 13 & 0x40004u);
-      const int at = r == 15 ? 0 : r % 5 * 3, to = 8 * i;
-      pair[i] = at > to ? word >> (at > to ? at - to : 0) : word << (at > to ? 0 : to - at);
-    }
-    return (int8x16_t)((pair[0] & 0x00070007u) | (pair[1] & 0x07000700u));
-  }
+  if (8 % BITS) return (int8x16_t)both_pairs<BITS>(tile + 16 * h, c);
   const int per = 8 / BITS;  // in a byte
   return (int8x16_t)(read<vu>(tile + 64 * (c / per) + 16 * h) >> (c % per * BITS) & ((1u << BITS) - 1) * 0x01010101u);
 }
@@ -88,10 +76,7 @@ void byte_rows_of(const Linear& a, long from, long to, const Digits& x, long m, 
 
 template <int D>
 void rows_in(const Linear& a, long from, long to, const Digits& x, long m, const Output& out) {
-  if (a.bits == 2) byte_rows_of<2, D>(a, from, to, x, m, out);
-  if (a.bits == 3) byte_rows_of<3, D>(a, from, to, x, m, out);
-  if (a.bits == 4) byte_rows_of<4, D>(a, from, to, x, m, out);
-  if (a.bits == 8) byte_rows_of<8, D>(a, from, to, x, m, out);
+  of_width(a.bits, [&](auto width) { byte_rows_of<width.bits, D>(a, from, to, x, m, out); });
 }
 
 // What the offset of a code adds to a product with integers of this sum: those of 8 bits are stored without one.

@@ -12,10 +12,15 @@ inline unsigned code_at(const uint8_t* row, int bits, long k) {
   return word >> (bit & 7) & ((1u << bits) - 1);
 }
 
-// Where column 2 r (and half a word on, 2 r + 1) of a tile lies: vector and bit.
-inline void place(int bits, int r, int* vector, int* shift) {
-  *vector = r / (16 / bits);
-  *shift = r % (16 / bits) * bits;
+// Where bit j of column 2 r (and half a word on, of 2 r + 1) of a tile lies, vector and bit; true where the next bits follow it.
+inline bool place(int bits, int r, int j, int* vector, int* shift) {
+  const int per = 16 / bits, spare = 16 - per * bits, at = (r - per * bits) * bits + j;
+  if (at < j) {
+    *vector = r / per, *shift = r % per * bits + j;
+    return true;
+  }
+  *vector = at / spare, *shift = per * bits + at % spare;
+  return false;
 }
 
 void pack_block(const uint8_t* rows, uint8_t* tiles, int bits, long n, long k) {
@@ -26,10 +31,12 @@ void pack_block(const uint8_t* rows, uint8_t* tiles, int bits, long n, long k) {
       for (int c = 0; c < 32; c++) {
         unsigned code = code_at(rows + i * bytes, bits, 32 * t + c) ^ (bits == 8 ? 128 : 0);
         int v, s;
-        place(bits, c / 2, &v, &s);
-        if (v < bits) words[v][i] |= code << (s + c % 2 * 16);
+        if (place(bits, c / 2, 0, &v, &s)) words[v][i] |= code << (s + c % 2 * 16);
         else
-          for (int j = 0; j < bits; j++) words[j][i] |= (code >> j & 1) << (15 + c % 2 * 16);
+          for (int j = 0; j < bits; j++) {
+            place(bits, c / 2, j, &v, &s);
+            words[v][i] |= (code >> j & 1) << (s + c % 2 * 16);
+          }
       }
     memcpy(tiles, words, 64 * bits);
   }
@@ -45,10 +52,12 @@ void unpack_block(const uint8_t* tiles, uint8_t* rows, int bits, long n, long k)
       for (int c = 0; c < 32; c++) {
         unsigned code = 0;
         int v, s;
-        place(bits, c / 2, &v, &s);
-        if (v < bits) code = words[v][i] >> (s + c % 2 * 16) & ((1u << bits) - 1);
+        if (place(bits, c / 2, 0, &v, &s)) code = words[v][i] >> (s + c % 2 * 16) & ((1u << bits) - 1);
         else
-          for (int j = 0; j < bits; j++) code |= (words[j][i] >> (15 + c % 2 * 16) & 1) << j;
+          for (int j = 0; j < bits; j++) {
+            place(bits, c / 2, j, &v, &s);
+            code |= (words[v][i] >> (s + c % 2 * 16) & 1) << j;
+          }
         code ^= bits == 8 ? 128 : 0;
         const long bit = (32 * t + c) * bits;
         rows[i * bytes + (bit >> 3)] |= (uint8_t)(code << (bit & 7));

@@ -185,7 +185,7 @@ bool integers(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssiz
   return true;
 }
 
-bool is_width(int bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 8; }
+bool is_width(int bits) { return bits >= 2 && bits <= 8; }
 
 // The weight and the integers of a call. A weight is bytes, 8 integers of 64 bits: as many objects of Python would have to
 // come from memory one after the other at every token.

@@ -30,6 +30,39 @@ inline V read(const void* p) {
 
 inline vf splat(float f) { return f - vf{}; }
 
+template <int N>
+struct Width {
+  static const int bits = N;
+};
+
+// f(Width<bits>), for every width of a code.
+template <class F>
+inline void of_width(int bits, F f) {
+  if (bits == 2) f(Width<2>());
+  if (bits == 3) f(Width<3>());
+  if (bits == 4) f(Width<4>());
+  if (bits == 5) f(Width<5>());
+  if (bits == 6) f(Width<6>());
+  if (bits == 7) f(Width<7>());
+  if (bits == 8) f(Width<8>());
+}
+
+// Codes of columns 2 r (low halves) and 2 r + 1 of a tile whose vectors are `word`, from bit 0 of each half on.
+template <int BITS>
+inline __attribute__((always_inline)) vu pair_at(const vu* word, int r) {
+  const int per = 16 / BITS, spare = 16 - per * BITS;
+  const unsigned mask = ((1u << BITS) - 1) * 0x10001u;
+  if (r < per * BITS) return word[r / per] >> (r % per * BITS) & mask;
+  const int from = (r - per * BITS) * BITS, to = from + BITS;  // among the spare bits
+  vu code = vu{};
+#pragma GCC unroll 8
+  for (int v = from / (spare ? spare : 1); v * spare < to; v++) {
+    const int first = v * spare > from ? v * spare : from, end = (v + 1) * spare < to ? (v + 1) * spare : to;
+    code |= (word[v] >> (per * BITS + first - v * spare) & ((1u << (end - first)) - 1) * 0x10001u) << (first - from);
+  }
+  return code;
+}
+
 // The code at bit `shift` of each word, less 2^(BITS - 1).
 template <int BITS>
 inline vf value(vu word, int shift) {
@@ -38,6 +71,7 @@ inline vf value(vu word, int shift) {
     return __builtin_convertvector(code, vf);
   }
 #if defined(SET_AVX512)
+  if (BITS > 4) return __builtin_convertvector((vi)(word >> shift & ((1u << BITS) - 1)) - (1 << (BITS - 1)), vf);
   const int m = (1 << BITS) - 1, h = 1 << (BITS - 1);
 #define E(i) (float)((i & m) - h)
   const __m512 levels = _mm512_setr_ps(E(0), E(1), E(2), E(3), E(4), E(5), E(6), E(7), E(8), E(9), E(10), E(11), E(12),
@@ -48,6 +82,15 @@ inline vf value(vu word, int shift) {
   const vi code = (vi)(word >> shift & ((1u << BITS) - 1)) - (1 << (BITS - 1));
   return __builtin_convertvector(code, vf);
 #endif
+}
+
+// Columns 4 c to 4 c + 3 of a tile of codes that cross bytes, for L of its rows: a byte each, the odd ones after the even ones.
+template <int BITS>
+inline __attribute__((always_inline)) vu both_pairs(const uint8_t* tile, int c) {
+  vu word[BITS];
+#pragma GCC unroll 8
+  for (int v = 0; v < BITS; v++) word[v] = read<vu>(tile + 64 * v);
+  return pair_at<BITS>(word, 2 * c) | pair_at<BITS>(word, 2 * c + 1) << 8;
 }
 
 // Calls f(r, low, high) with columns 2 r and 2 r + 1 of a tile, for the h-th of the H parts of its 16 rows.
@@ -61,9 +104,10 @@ inline __attribute__((always_inline)) void each_pair(const uint8_t* tile, int h,
 #pragma GCC unroll 8
     for (int i = 0; i < per; i++) f(per * v + i, value<BITS>(word[v], BITS * i), value<BITS>(word[v], 16 + BITS * i));
   }
-  if (BITS == 3) {
-    const vu last = (word[0] >> 15 & 0x10001u) | (word[1] >> 14 & 0x20002u) | (word[2 % BITS] >> 13 & 0x40004u);
-    f(15, value<BITS>(last, 0), value<BITS>(last, 16));
+#pragma GCC unroll 8
+  for (int r = per * BITS; r < 16; r++) {
+    const vu last = pair_at<BITS>(word, r);
+    f(r, value<BITS>(last, 0), value<BITS>(last, 16));
   }
 }
 
@@ -174,17 +218,11 @@ void dequantize_of(const Linear& a, long from, long to, const Output& out) {
 }
 
 [[maybe_unused]] void rows(const Linear& a, long from, long to, const float* x, const float* sums, long m, const Output& out) {
-  if (a.bits == 2) rows_of<2>(a, from, to, x, sums, m, out);
-  if (a.bits == 3) rows_of<3>(a, from, to, x, sums, m, out);
-  if (a.bits == 4) rows_of<4>(a, from, to, x, sums, m, out);
-  if (a.bits == 8) rows_of<8>(a, from, to, x, sums, m, out);
+  of_width(a.bits, [&](auto width) { rows_of<width.bits>(a, from, to, x, sums, m, out); });
 }
 
 [[maybe_unused]] void dequantize(const Linear& a, long from, long to, const Output& out) {
-  if (a.bits == 2) dequantize_of<2>(a, from, to, out);
-  if (a.bits == 3) dequantize_of<3>(a, from, to, out);
-  if (a.bits == 4) dequantize_of<4>(a, from, to, out);
-  if (a.bits == 8) dequantize_of<8>(a, from, to, out);
+  of_width(a.bits, [&](auto width) { dequantize_of<width.bits>(a, from, to, out); });
 }
 
 }  // namespace

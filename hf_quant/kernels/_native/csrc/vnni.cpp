@@ -165,10 +165,7 @@ namespace {
 
 template <int D>
 void rows_in(const Linear& a, long from, long to, const Digits& x, long m, const Output& out) {
-  if (a.bits == 2) rows_of<2, D>(a, from, to, x, m, out);
-  if (a.bits == 3) rows_of<3, D>(a, from, to, x, m, out);
-  if (a.bits == 4) rows_of<4, D>(a, from, to, x, m, out);
-  if (a.bits == 8) rows_of<8, D>(a, from, to, x, m, out);
+  of_width(a.bits, [&](auto width) { rows_of<width.bits, D>(a, from, to, x, m, out); });
 }
 
 }  // namespace

@@ -177,6 +177,13 @@ def build(model_type: str, class_name: str, variant: str = "") -> Any:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1 and parameter.numel() > 1 and not parameter.std() and "A_log" not in name:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
+        for (
+            name,
+            module,
+        ) in model.named_modules():  # lengths that hardly depend on values, so that outputs can be compared
+            if name.endswith("duration_predictor") and isinstance(last := getattr(module, "linear", None), nn.Linear):
+                last.weight.mul_(0.01)
+                last.bias.fill_(1.1)
     return model
 
 
@@ -220,7 +227,8 @@ def _default_of(field: Any) -> Any:
 
 def _holds_numbers(field: Any) -> bool:
     """Whether a field may hold something else than a list."""
-    return not str(field.type).startswith("list[")
+    kind = str(field.type)
+    return not kind.startswith("list[") or "int" in kind.split(" | ")
 
 
 def _small(name: str, default: Any, variant: Variant) -> Any:

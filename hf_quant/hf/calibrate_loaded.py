@@ -137,12 +137,15 @@ def _stored(name: str, module: nn.Module, *, followed: bool) -> Stored:
 def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Inside, parameters in bf16 or fp16 are in float32; afterwards they have their dtype again.
 
-    Others are copied where they lie in the file they were read from, at any byte: the last digits of a product of matrices depend
-    on where they begin, and calibration in memory and block by block from disk give the same.
+    Others are copied where they lie in the file they were read from, at any byte, and none of them needs gradients: the last digits
+    of a product of matrices depend on where they begin, and on whether PyTorch folds it into one of two dimensions, which it does
+    for a weight that needs gradients. Calibration in memory and block by block from disk give the same.
     """
+    wanted = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter in parameters:
         if parameter.dtype not in NARROW and parameter.data_ptr() % ALIGNED:
             parameter.data = parameter.data.clone()
+        parameter.requires_grad_(False)
     parameters = [p for p in parameters if p.dtype in NARROW]
     dtypes = [p.dtype for p in parameters]
     for parameter in parameters:
@@ -152,3 +155,5 @@ def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, dtype in zip(parameters, dtypes, strict=True):
             parameter.data = parameter.data.to(dtype)
+        for parameter, needed in wanted:
+            parameter.requires_grad_(needed)

@@ -25,6 +25,7 @@ ROUNDED = [
     ("vit", "ViTForImageClassification"), ("blip", "BlipForConditionalGeneration"),
     ("vision-text-dual-encoder", "VisionTextDualEncoderModel"), ("data2vec-audio", "Data2VecAudioForCTC"),
     ("hubert", "HubertForCTC"), ("moonshine", "MoonshineForConditionalGeneration"),
+    ("glpn", "GLPNModel"), ("sapiens2", "Sapiens2Model"),
     # Conv1D; a state-space model; stacks of experts; shared experts; hashes of bytes
     ("openai-gpt", "OpenAIGPTLMHeadModel"), ("mamba", "MambaForCausalLM"), ("mixtral", "MixtralForCausalLM"),
     ("gpt_oss", "GptOssForCausalLM"), ("dots1", "Dots1ForCausalLM"), ("blt", "BltForCausalLM"),
@@ -39,11 +40,11 @@ CALIBRATED = [
     ("flaubert", "FlaubertWithLMHeadModel"),
     # what one block hands to the next, by name and by place; embeddings that return a pair; a fused weight that is split into
     # unequal parts; ALiBi; a recurrent state; names that only become unknown by their conversion;
-    # weights that begin at any byte of their file
+    # weights that begin at any byte of their file; products of tensors that are not contiguous
     ("hy_v4", "HYV4ForCausalLM"), ("longt5", "LongT5ForConditionalGeneration"),
     ("prophetnet", "ProphetNetForCausalLM"), ("molmo2_text", "Molmo2TextModel"), ("bloom", "BloomForCausalLM"),
     ("recurrent_gemma", "RecurrentGemmaForCausalLM"), ("deepseek_v4", "DeepseekV4ForCausalLM"),
-    ("inkling2_text", "Inkling2ForCausalLM"),
+    ("inkling2_text", "Inkling2ForCausalLM"), ("led", "LEDForConditionalGeneration"),
     # models that are calibrated as a whole: a block that is run again and again; two such lists in turns; convolutions around the
     # only layers; no list of blocks; sequences in the second axis; a length that depends on values
     ("albert", "AlbertForMaskedLM"), ("hrm_text", "HrmTextForCausalLM"),
@@ -76,6 +77,17 @@ def test_calibration_in_memory_and_from_shards(model_type: str, class_name: str,
     base = made(model_type, class_name, tmp_path)
     found = check_calibration(*base, tmp_path)
     assert not found.faults
+
+
+@pytest.mark.parametrize(
+    ("model_type", "class_name"), [("hgnet_v2", "HGNetV2Backbone"), ("poolformer", "PoolFormerModel")]
+)
+def test_a_model_of_convolutions_alone_has_nothing_to_quantize(
+    model_type: str, class_name: str, tmp_path: Path
+) -> None:
+    found = check_rounding(*made(model_type, class_name, tmp_path), tmp_path, ("W4A16-g32",))
+    assert not found.faults
+    assert found.numbers["nothing"].startswith(f"PlanError: nothing to quantize in {class_name}: a convolution")
 
 
 def test_training_block_by_block_needs_blocks(tmp_path: Path) -> None:

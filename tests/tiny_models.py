@@ -8,7 +8,6 @@ the table of `benchmarks/architectures.py`.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,7 +19,10 @@ from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-VOCABULARY = 256
+from tests.tiny_inputs import VOCABULARY, inputs_of, vocabulary_of
+
+__all__ = ["build", "classes_of", "inputs_of", "model_types", "relative", "run", "vocabulary_of"]
+
 LARGEST = 30_000_000  # parameters of a model that is still called tiny
 
 
@@ -36,7 +38,7 @@ SIZES: dict[str, Any] = {
         "encoder_hidden_size classifier_proj_size vision_hidden_size text_hidden_size projector_hidden_size conv_dim_size "
         "expert_ffn_hidden_size fft_dim adapter_dim expert_capacity word_embed_proj_dim moe_shared_expert_intermediate_size "
         "encoder_hidden_dim fusion_hidden_size output_dim max_source_positions max_target_positions upsample_groups "
-        "hidden_size_global backbone_hidden_size",
+        "hidden_size_global backbone_hidden_size audio_hidden_size condition_dim d_latents entity_emb_size",
     ),
     **_fields(
         128,
@@ -48,7 +50,7 @@ SIZES: dict[str, Any] = {
         "num_hidden_layers num_key_value_heads encoder_layers decoder_layers n_layer num_experts_per_tok moe_topk moe_k "
         "linear_num_key_heads num_layers num_decoder_layers depth n_layers spatial_merge_size decoder_num_hidden_layers "
         "mamba_expand swa_num_key_value_heads num_attention_layers encoder_num_hidden_layers n_shared_experts "
-        "num_encoder_layers resampler_depth num_blocks num_groups",
+        "num_encoder_layers resampler_depth num_blocks num_groups num_self_attends_per_block",
     ),
     **_fields(
         4,
@@ -62,7 +64,7 @@ SIZES: dict[str, Any] = {
         "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim d_kv num_mel_bins "
         "mamba_d_head mamba_d_state state_size mamba_head_dim ssm_state_size mamba_chunk_size chunk_size "
         "num_conv_pos_embeddings index_head_dim index_topk kv_channels swa_head_dim lora_rank global_head_dim laurel_rank "
-        "attention_head_dim resampler_head_dim block_size dim_head linear_head_dim o_lora_rank",
+        "attention_head_dim resampler_head_dim block_size dim_head linear_head_dim o_lora_rank shape_size",
     ),
     **_fields(
         32,
@@ -72,17 +74,17 @@ SIZES: dict[str, Any] = {
     **_fields(
         8,
         "rotary_dim patch_size mamba_n_heads mamba_num_heads num_codevectors_per_group time_step_rank attention_window "
-        "resampler_n_latents",
+        "resampler_n_latents coordinate_size num_latents",
     ),
     **_fields(
         1,
         "n_group topk_group mamba_n_groups n_groups num_hidden_groups first_k_dense_replace num_random_blocks moe_layer_freq",
     ),
     **_fields(0, "num_mtp_layers num_nextn_predict_layers"),
-    **_fields(VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size encoder_hash_byte_group_vocab"),
+    **_fields(VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size encoder_hash_byte_group_vocab entity_vocab_size"),
     "num_labels": 3, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "rotary_pct": 0.5, "num_filters": 32,
     "prediction_length": 4, "width_coefficient": 0.05, "depth_coefficient": 0.5, "vocabulary_map": {"<image>": 200},
-    "use_mamba_kernels": False,
+    "use_mamba_kernels": False, "default_language": "en_XX",
 }  # fmt: skip
 SHRINKS_ONLY = {"hidden_size", "intermediate_size"}  # all other sizes that are smaller by default stay so
 STAY_NONE = {
@@ -92,17 +94,28 @@ STAY_NONE = {
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 _MROPE_NONE = STAY_NONE - {"head_dim", "qk_head_dim", "num_decoder_layers"}
+_STAGES = (
+    "embed_dim",
+    "hidden_size",
+    "image_size",
+    "patch_size",
+    "num_heads",
+    "encoder_hidden_dim",
+    "intermediate_size",
+)
+_LEVELS = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What differs from `SIZES`: other sizes, fields that stay None, fields left alone, and the rotary embedding."""
+    """What differs from `SIZES`: other sizes, fields that stay None, fields left alone, the rotary embedding, and exact values."""
 
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     none: frozenset[str] = frozenset(STAY_NONE)
     untouched: frozenset[str] = frozenset()
     rope: Mapping[str, Any] | None = None
     text_layers: int | None = None
+    exact: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 VARIANTS = {
@@ -121,6 +134,19 @@ VARIANTS = {
     "text3": Variant(text_layers=3),
     "text3mrope": Variant(rope=MROPE, none=frozenset(_MROPE_NONE), text_layers=3),
     "ropes": Variant(rope={"full_attention": _ROPE, "sliding_attention": _ROPE}),
+    "decoder": Variant(exact={"is_decoder": True}),
+    "heads8": Variant({"num_heads": 8}),
+    "patterns": Variant(
+        exact={"attention_types": [[["global", "local"], 1]], "layers_block_type": ["mamba", "hybrid"]}
+    ),
+    "conv": Variant(exact={"layer_types": ["conv", "full_attention"]}),
+    "mamba": Variant(exact={"layer_types": ["mamba", "attention"]}),
+    "linear": Variant(exact={"layer_types": ["linear_attention", "full_attention"]}),
+    "full": Variant(exact={"layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 0}),
+    "stages": Variant(untouched=frozenset(_STAGES)),
+    "levels": Variant(_LEVELS, exact={"backbone_out_indices": [0, 1, 2, 3], "out_indices": [1, 2, 3, 4]}),
+    "levels96": Variant(_LEVELS, untouched=frozenset(_STAGES), exact={"out_indices": [1, 2, 3, 4]}),
+    "defaults": Variant(untouched=frozenset(SIZES) - {"vocab_size"}),
     "dense": Variant(untouched=frozenset({"sliding_window", "head_dim", "depth", "patch_size", "image_size"})),
 }
 _IDS = ("token_id", "token_index", "token_idx", "_id", "_index")
@@ -196,6 +222,7 @@ def tiny_config(kind: Any, variant: Variant) -> Any:
         if field.name in parts or field.name in ("dtype", "problem_type", "id2label", "label2id"):
             continue
         value = _small(field.name, _default_of(field), variant) if _holds_numbers(field) else None
+        value = variant.exact.get(field.name, value)
         if value is not None:
             values[field.name] = value
     for name, part in parts.items():
@@ -252,69 +279,6 @@ def _size(name: str, default: Any, variant: Variant) -> Any:
         return None
     smaller = type(value) is int and isinstance(default, int | float) and default < value
     return None if smaller and name not in SHRINKS_ONLY else value
-
-
-def inputs_of(model: Any, batch: int = 2, tokens: int = 12) -> dict[str, Any]:
-    """Arguments for ``model.forward``: random tokens, pixels or sounds."""
-    random = torch.Generator().manual_seed(0)
-    config, takes = model.config, inspect.signature(model.forward).parameters
-    main = getattr(model, "main_input_name", "input_ids")
-    given: dict[str, Any] = {}
-    ids = _tokens(config, batch, tokens, random)
-    if "input_ids" in takes:
-        given["input_ids"] = ids
-    if "decoder_input_ids" in takes and "ForSequenceClass" not in type(model).__name__:
-        given["decoder_input_ids"] = ids[:, : tokens // 2].clone()
-    scaled = hasattr(model, "logit_scale") or hasattr(model, "temperature")
-    contrastive = getattr(config, "text_config", None) is not None and scaled
-    if "pixel_values" in takes and (main == "pixel_values" or "input_ids" not in takes or contrastive):
-        given["pixel_values"] = _pixels(config, batch, random)
-    if "input_features" in takes and main == "input_features":
-        given["input_features"] = _features(config, batch, random)
-    if main == "input_values" or ("input_values" in takes and "input_ids" not in takes):
-        spectrogram = config.model_type == "audio-spectrogram-transformer"
-        shape = (batch, config.max_length, config.num_mel_bins) if spectrogram else (batch, 4000)
-        given["input_values"] = torch.randn(shape, generator=random)
-    if "use_cache" in takes:
-        given["use_cache"] = False
-    return given
-
-
-def _tokens(config: Any, batch: int, tokens: int, random: torch.Generator) -> Tensor:
-    vocabulary = vocabulary_of(config)
-    low = 20 if vocabulary > 20 else 0  # above most special tokens
-    ids = torch.randint(low, min(vocabulary, 140), (batch, tokens), generator=random)
-    if isinstance(end := getattr(config, "eos_token_id", None), int) and 0 <= end < vocabulary:
-        ids[:, -1] = end  # where some classifiers look
-    return ids
-
-
-def vocabulary_of(config: Any) -> int:
-    """Size of the vocabulary; that of other models for a model without one."""
-    sizes = (getattr(config.get_text_config(), "vocab_size", None), getattr(config, "vocab_size", None))
-    return next((size for size in sizes if isinstance(size, int) and size), VOCABULARY)
-
-
-def _pixels(config: Any, batch: int, random: torch.Generator) -> Tensor:
-    config = getattr(config, "vision_config", None) or config
-    size = getattr(config, "image_size", None) or getattr(config, "input_size", None) or 32
-    height, width = (size if isinstance(size, list | tuple) else (size, size))[:2]
-    channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None)
-    return torch.randn(batch, channels if isinstance(channels, int) else 3, height, width, generator=random)
-
-
-def _features(config: Any, batch: int, random: torch.Generator) -> Tensor:
-    sound = getattr(config, "audio_config", None) or config
-    bins = getattr(sound, "num_mel_bins", None) or getattr(sound, "feature_size", None) or 16
-    kind = config.model_type
-    if getattr(getattr(config, "encoder_config", None) or sound, "subsampling_factor", None):
-        return torch.randn(batch, 64, bins, generator=random)
-    if kind.startswith("wav2vec2_bert") or "seamless" in kind or kind in ("speech_to_text", "lasr_ctc"):
-        width = getattr(config, "feature_projection_input_dim", None) or getattr(
-            config, "input_feat_per_channel", bins
-        )
-        return torch.randn(batch, 40, width, generator=random)
-    return torch.randn(batch, bins, 2 * (getattr(sound, "max_source_positions", None) or 32), generator=random)
 
 
 @torch.no_grad()

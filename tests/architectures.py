@@ -148,7 +148,7 @@ def _generate(model: Any, inputs: Mapping[str, Any]) -> Tensor:
 
 def reads_text(inputs: Mapping[str, Any]) -> bool:
     """Whether the model can be calibrated on tokens alone."""
-    return "input_ids" in inputs and not {"pixel_values", "input_features", "input_values"} & inputs.keys()
+    return "input_ids" in inputs and inputs.keys() <= {"input_ids", "decoder_input_ids", "use_cache"}
 
 
 def check_calibration(

@@ -39,7 +39,8 @@ def layers_of(plan: Plan, block: str) -> dict[str, QuantScheme]:
 def refuse_other_kinds(kind: Any, method: str) -> None:
     """Refuse models that read no text; ``kind`` is the class of the model."""
     reads, takes = getattr(kind, "main_input_name", "input_ids"), inspect.signature(kind.forward).parameters
-    if reads not in takes and "input_ids" in takes:  # a part of a model says what the whole model reads
+    # a part of a model says what the whole model reads; "inputs" are whatever its preprocessor takes, as in Perceiver
+    if "input_ids" in takes and (reads not in takes or reads == "inputs"):
         reads = "input_ids"
     if reads != "input_ids":
         raise HfQuantError(f"{method} calibrates on text, and {kind.__name__} reads {reads}; rtn and hqq need no text")
@@ -84,10 +85,11 @@ class Around:
 
         Raises:
             UnchainedError: Blocks are called in a way that cannot be followed; names the block.
+            HfQuantError: The model needs more than token ids.
         """
         if not self.blocks:
             raise UnchainedError(f"{type(self.base).__name__}: has no list of blocks with layers to quantize")
-        run = self._run(self.ids[:1], {})
+        run = self._first_run()
         self._carrying = run.carrying
         for name in run.steps:
             if list_of(name).rpartition(".")[2].isdigit():
@@ -102,6 +104,18 @@ class Around:
                 raise UnchainedError(
                     f"{name}: its hidden states {list(states.shape)} are not {len(self.ids[:2])} sequences of one length"
                 )
+
+    def _first_run(self) -> Passing:
+        try:
+            return self._run(self.ids[:1], {})
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+        ) as error:  # as of a model that needs the places of words on a page
+            raise HfQuantError(
+                f"{type(self.base).__name__}: does not run on token ids alone ({error}); rtn and hqq need no text"
+            ) from error
 
     def first_blocks(self) -> list[str]:
         """The first block of each list."""
@@ -217,7 +231,8 @@ def arguments(base: Any, ids: Tensor) -> dict[str, Any]:
     """The arguments of the model for token ids; a decoder beside an encoder gets them one place further on."""
     takes = inspect.signature(base.forward).parameters
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-    given: dict[str, Any] = {"input_ids": ids}
+    named = "input_ids" in takes or "inputs" not in takes
+    given: dict[str, Any] = {"input_ids" if named else "inputs": ids}
     if "use_cache" in takes or open_ended:
         given["use_cache"] = False
     if "decoder_input_ids" in takes:

@@ -186,3 +186,12 @@ def test_a_block_that_takes_another_stream_first_is_refused() -> None:
     passing = stand_in("layers.0", forward, Passing(), Forms())
     with pytest.raises(HfQuantError, match=r"^layers\.0: takes prev_attn_output before its hidden states"):
         passing(prev_attn_output=x, hidden_states=x)
+
+
+def test_a_model_that_needs_more_than_token_ids_is_refused() -> None:
+    class Page(Model):
+        def forward(self, input_ids: Tensor, use_cache: bool, bbox: Tensor | None = None) -> Tensor:
+            raise ValueError("You have to specify bbox")
+
+    with pytest.raises(HfQuantError, match=r"Page: does not run on token ids alone \(You have to specify bbox\)"):
+        around(Page("tensor"), torch.zeros(2, 3, dtype=torch.long))

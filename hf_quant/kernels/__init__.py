@@ -17,6 +17,7 @@ from hf_quant.kernels._shared.outliers import outlier_linear as outlier_linear
 from hf_quant.kernels._shared.rounded import RoundedPacked, RoundedViews
 from hf_quant.kernels._shared.routing import back_in_order as back_in_order
 from hf_quant.kernels._shared.routing import by_expert as by_expert
+from hf_quant.kernels._triton.tiles import too_old
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,8 @@ def _select(spec: LinearSpec, repacking: bool, wanted: str | None) -> LinearBack
         if reason is None and backend.repacks and not repacking:
             reason = "the codes must keep their layout here"
         if reason is None:
+            if spec.device == "cuda" and (old := too_old()) is not None:
+                _say_slow(old)
             chosen: LinearBackend[Any] = backend
             return chosen
         reasons.append(f"{name}: {reason}")
@@ -67,3 +70,10 @@ def _select(spec: LinearSpec, repacking: bool, wanted: str | None) -> LinearBack
 def _say(what: str, inner: str, reasons: str) -> None:
     """Once for each kind of layer."""
     logger.warning(f"{what}: activations are rounded, then multiplied in floating point by {inner} ({reasons})")
+
+
+@lru_cache
+def _say_slow(reason: str) -> None:
+    logger.warning(
+        f"the Triton kernels are not used on this GPU ({reason}): weights are dequantized by PyTorch, slower"
+    )

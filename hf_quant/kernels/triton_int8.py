@@ -8,6 +8,7 @@ stand two in a byte, so activations are read (or stored) as two planes: columns 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +17,14 @@ from torch import Tensor
 from hf_quant.core.packing import unpack
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels._interface import LinearSpec
-from hf_quant.kernels._shared.blocks import Rounding, flat, multiply_back, rounding
+from hf_quant.kernels._shared.blocks import Rounding, flat, multiply, multiply_back, rounding
 from hf_quant.kernels._shared.ops import implements
+from hf_quant.kernels._shared.rounded import round_activations
+from hf_quant.kernels._triton.fallback import launched
 from hf_quant.kernels._triton.tiles import too_old, why_no_triton
 
 FUSED_ROWS = 16  # so many rows are rounded inside the product
+FEW_ROWS = 32  # multiplied in tiles of few rows
 FEW, MANY, GROUPED = (16, 64, 128), (128, 128, 128), (64, 128, 128)  # BLOCK_M, BLOCK_N, BLOCK_K
 WARPS, STAGES = 4, 3
 MOST = 131072  # columns: 127 * 128 * K stays inside int32
@@ -168,15 +172,30 @@ def triton_int8(
         columns: int16 or int32 ``[C]``, left out; None for none.
         input_scale: ``[1]``, or None for one of each row.
     """
+    if x.shape[0] == 0:
+        return x.new_empty(0, scale.shape[0])
+    arguments = x, qweight, scale, zero, bits, columns, input_scale
+    size = x.shape[1] // scale.shape[1]
+    blocks = x.shape[0] <= FUSED_ROWS, x.shape[0] <= FEW_ROWS, scale.shape[1] == 1, size
+    return launched(
+        ("triton_int8", bits, x.dtype, blocks, x.device),
+        partial(launch, *arguments),
+        partial(_in_floating_point, *arguments),
+    )
+
+
+def launch(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: Tensor | None,
+    input_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The product of `triton_int8` by its kernel."""
     x = x.contiguous()
     (m, k), (n, groups) = x.shape, scale.shape
     y = x.new_empty(m, n)
-    if m == 0:
-        return y
     kept = None if columns is None else x.new_ones(k, dtype=torch.uint8).index_fill_(0, columns.long(), 0)
     fused = m <= FUSED_ROWS
     size = k // groups
-    block_m, block_n, block_k = FEW if m <= 32 else MANY if groups == 1 else GROUPED
+    block_m, block_n, block_k = FEW if m <= FEW_ROWS else MANY if groups == 1 else GROUPED
     block_k = block_k if groups == 1 else min(block_k, size)
     with torch.cuda.device_of(x):
         rows, ranges = x, input_scale
@@ -193,6 +212,15 @@ def triton_int8(
             num_warps=2 * WARPS if block_m > 16 else WARPS, num_stages=STAGES,
         )  # fmt: skip
     return y
+
+
+def _in_floating_point(
+    x: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, columns: Tensor | None,
+    input_scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The product of `triton_int8` by rows rounded to their grid and the dequantized weight."""
+    rows = round_activations(x, columns, input_scale, 0.0)
+    return multiply(rows, lambda i, j: unpack(qweight[i:j], bits), scale, zero, 1 << (bits - 1))
 
 
 @implements("triton_int8_backward")

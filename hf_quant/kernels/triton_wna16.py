@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._shared.blocks import flat
 from hf_quant.kernels._shared.ops import implements
 from hf_quant.kernels._shared.routing import back_in_order, cut, spans
+from hf_quant.kernels._triton.fallback import launched
 from hf_quant.kernels._triton.planar import (
     fields,
     from_planes,
@@ -112,9 +113,14 @@ def triton_wna16(
     tile = FLOAT32 if x.dtype is torch.float32 else None
     if x.dtype in NARROW:
         tile = tile_for(x.device, held_in(how.bits), m, n, k, blocks, scattered=_scattered(index, packed))
+    dense = partial(densely, x, packed, scale, zero, table, bias, index, value, how)
     if tile is None:
-        return densely(x, packed, scale, zero, table, bias, index, value, how)
-    return launch(x, packed, counters, scale, zero, table, bias, index, value, how, tile)
+        return dense()
+    return launched(
+        ("triton_wna16", scheme, x.dtype, tile, x.device),
+        partial(launch, x, packed, counters, scale, zero, table, bias, index, value, how, tile),
+        dense,
+    )
 
 
 def launch(
@@ -252,11 +258,25 @@ def triton_experts(
     if x.dtype in NARROW:
         blocks = width // plane(grouped(how, k), held_in(how.bits))
         tile = tile_for(x.device, held_in(how.bits), rows, n, k, blocks, e, scattered=_scattered(index, packed))
-    if tile is not None:
-        return launch(x, packed, counters, scale, zero, table, bias, index, value, how, tile, ends, order)
-    sorted_rows, y = x if order is None else x[order // _choices(x, order)], x.new_zeros(rows, n)
+    dense = partial(_one_by_one, x, packed, scale, zero, table, bias, index, value, how, ends, order)
+    if tile is None:
+        return dense()
+    return launched(
+        ("triton_experts", scheme, x.dtype, tile, x.device),
+        partial(launch, x, packed, counters, scale, zero, table, bias, index, value, how, tile, ends, order),
+        dense,
+    )
+
+
+def _one_by_one(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None, bias: Tensor | None,
+    index: Tensor | None, value: Tensor | None, scheme: QuantScheme, ends: Tensor, order: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The product of `triton_experts` by the dequantized weight of one expert after the other."""
+    rows = x if order is None else x[order // _choices(x, order)]
+    y = x.new_zeros(rows.shape[0], packed.shape[1])
     for i, j, (w, s, z, b, c, v) in spans(ends, packed, scale, zero, bias, index, value):
-        y[i:j] = densely(sorted_rows[i:j], w, s, z, table, b, c, v, how)
+        y[i:j] = densely(rows[i:j], w, s, z, table, b, c, v, scheme)
     return y
 
 

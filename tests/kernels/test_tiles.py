@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_quant.core.scheme import QuantScheme
-from hf_quant.kernels import LinearSpec, _plugins, select
+from hf_quant.kernels import LinearSpec, _plugins, _say_slow, select
 from hf_quant.kernels._shared import outliers
 from hf_quant.kernels._triton import tiles
 from hf_quant.kernels._triton.tiles import forget, key, tile_for, tuned, tuned_path
@@ -37,20 +37,27 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("slug", ["W4A16-g128", "W8A8", "W4A16-g32-nf4"])
-def test_a_gpu_that_is_too_old_dequantizes(slug: str, gpus: Callable[..., None]) -> None:
+def test_a_gpu_that_is_too_old_dequantizes(
+    slug: str, gpus: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("triton")
     spec = LinearSpec(QuantScheme.parse(slug), 256, 256, torch.float16, "cuda")
     name = "triton_int8" if slug == "W8A8" else "triton_wna16"
     backend = _plugins.load("kernels", name).BACKEND()
     gpus((8, 0), (9, 0))
     assert backend.why_not(spec) is None and type(select(spec)).__name__ == type(backend).__name__
+    assert not caplog.messages
     for capabilities in (((7, 5),), ((8, 0), (7, 0))):  # a T4; a V100 beside something newer
         gpus(*capabilities)
         reason = backend.why_not(spec) or ""
         assert reason.startswith("needs compute capability 8.0, cuda:") and reason.endswith(
             ".".join(map(str, capabilities[-1]))
         )
-        chosen = select(spec)
+        _say_slow.cache_clear()
+        caplog.clear()
+        for _ in range(2):
+            chosen = select(spec)
+        assert sum("slower" in message and reason in message for message in caplog.messages) == 1
         assert type(getattr(chosen, "inner", chosen)).__name__ in ("Dequant", "Codebook")
         assert not outliers._on_gpu(torch.empty(1, device="meta").to(torch.float16))
 

@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 INTERPRETED = triton.knobs.runtime.interpret
 if not (torch.cuda.is_available() or INTERPRETED):
@@ -21,7 +22,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.kernels import LinearSpec, by_expert
 from hf_quant.kernels import triton_wna16 as module
-from hf_quant.kernels._triton import naive
+from hf_quant.kernels._triton import fallback, naive
 from hf_quant.kernels._triton.planar import grouped, plane
 from hf_quant.kernels._triton.tiles import Tile
 from hf_quant.kernels.triton_wna16 import BACKEND, triton_experts, triton_wna16
@@ -148,6 +149,20 @@ def test_many_rows_are_multiplied_by_the_dequantized_weight(slug: str, monkeypat
             prepared.packed, prepared.scale, prepared.zero, prepared.table, None, None, spec.scheme, 192, torch.float16
         )
         assert torch.equal(torch.cat([w for _, _, w in rows]), weight.dequantize(torch.float16))
+
+
+@pytest.mark.parametrize("slug", ["W4A16-g32-asym-o4%", "W4A16-g64-nf4"])
+def test_a_kernel_that_cannot_be_launched_is_replaced(slug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> Tensor:
+        raise OutOfResources(262144, 232448, "shared memory")
+
+    monkeypatch.setattr(module, "launch", refused)
+    monkeypatch.setattr(fallback, "_failed", set())
+    weight, spec = layer(65, 192, slug, torch.float16)
+    x, prepared = torch.randn(9, 192, device=DEVICE).half(), BACKEND().prepare(weight, spec)
+    got = BACKEND().fused(x, prepared, spec, None, weight.outliers)
+    assert off(got, x.double() @ weight.dequantize(torch.float64).T) < 2e-3
+    assert len(fallback._failed) == 1
 
 
 @pytest.mark.parametrize("slug", ["W3A16-g32-asym", "W4A16-g32-nf4", "W4A16-g32-o4%", "W2A16-g32-o4%-columns"])

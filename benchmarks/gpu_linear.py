@@ -1,33 +1,32 @@
 """One quantized linear layer on a GPU: ours beside cuBLAS in bf16, gemlite, torchao, bitsandbytes, GPTQModel and vLLM.
 
-    python benchmarks/gpu_linear.py            # needs a GPU; writes results/gpu_linear.json and .md
-    python benchmarks/gpu_linear.py --dry-run  # without one: makes every layer small, on the CPU, and runs our fall-back
+    python benchmarks/gpu_linear.py [--rows FILE] [--schemes W4A16-g128 ...] [--again]
+    python benchmarks/gpu_linear.py --dry-run  # without a GPU: every layer small, on the CPU
 
 Every contender gets the same x; its weights are copies that together exceed the last cache four times, all in one CUDA graph.
 Medians in microseconds, the share of the bandwidth of a copy and of the FLOPs of a large bf16 product, both measured in the
-same run, and our error against float64. Contenders that are not installed, or refuse, are named with their reason.
+same run, and our error against float64. Contenders that are not installed, or refuse, are named with their reason. ``--again``
+marks rows that were measured with tiles found on this machine.
 """
 
-import argparse
-import platform
-import sys
+import os
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _results import write
+from _gpu import Rows, device_for, parser
 from torch import Tensor
 
-from hf_quant.bench.gpu import copies, microseconds, weight
+from hf_quant.bench.gpu import compile_all, copies, microseconds, weight
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.kernels import LinearSpec, select
 
-SCHEMES = ("W4A16-g128", "W4A16-g128-asym", "W8A16-g128", "W3A16-g128", "W2A16-g64")
-SHAPES = ((4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (57344, 8192))  # N, K
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048)
+SCHEMES = ("W4A16-g128", "W8A16-g128", "W4A16-g128-asym", "W8A8", "W4A8-g128", "W3A16-g128-asym", "W2A16-g64-asym",
+           "W4A16-g64-nf4")  # fmt: skip
+SHAPES = ((4096, 4096), (28672, 4096), (4096, 14336), (8192, 8192), (1536, 576))  # N, K
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 DTYPE = torch.bfloat16
 Contender = Callable[[Tensor], Any]
 
@@ -115,91 +114,87 @@ def roofs() -> dict[str, float]:
     return {"GB/s": 2e-3 * a.numel() / copied, "TFLOP/s": 2e-6 * 8192**3 / product}
 
 
-def measured(slug: str, n: int, k: int, roof: dict[str, float], notes: dict[str, str]) -> list[dict[str, Any]]:
+def measured(rows: Rows, slug: str, n: int, k: int, roof: dict[str, float], marks: dict[str, Any]) -> None:
+    """One layer, all numbers of rows; a contender that fails is named, and the others go on."""
     scheme, device = QuantScheme.parse(slug), torch.device("cuda")
     size = scheme.packed_bytes(k) * n
     layers = [ours(scheme, n, k, device)[0] for _ in range(copies(size))]
     exact = ours(scheme, n, k, device)
     floats = [torch.randn(n, k, device=device, dtype=DTYPE) for _ in range(copies(2 * n * k))]
     contenders: dict[str, list[Contender]] = {"ours": layers, "bf16": [partial(F.linear, weight=w) for w in floats]}
-    for name, make in OTHERS.items() if scheme.bits in (4, 8) and scheme.symmetric else ():
-        try:
-            made = []
-            for w in floats[: copies(size)]:
-                linear = torch.nn.Linear(k, n, bias=False, device="meta")
-                linear.weight = torch.nn.Parameter(w.clone(), requires_grad=False)
-                made.append(make(scheme.bits, linear))
-            made[0](torch.randn(1, k, device=device, dtype=DTYPE))
-            contenders[name] = made
-        except Exception as error:  # whatever a contender lacks here is reported, not hidden
-            notes[f"{name} {slug}"] = f"not measured: {type(error).__name__}: {str(error)[:160]}"
-    rows = []
+    if scheme.bits in (4, 8) and scheme.symmetric and scheme.activations is None and not scheme.codebook:
+        contenders |= others(rows, scheme.bits, floats[: copies(size)])
     for m in ROWS:
         x = torch.randn(m, k, device=device, dtype=DTYPE)
-        expected = x.double() @ exact[1].T
-        row: dict[str, Any] = {"scheme": slug, "N": n, "K": k, "M": m}
-        row["error"] = float((exact[0](x).double() - expected).norm() / expected.norm())
-        for name, calls in contenders.items():
-            row[name] = microseconds([partial(call, x) for call in calls])
-        moved = scheme.bits_per_weight(k) / 8 * n * k + 2 * m * (n + k)
-        row["bandwidth"] = 1e-3 * moved / row["ours"] / roof["GB/s"]
-        row["flops"] = 2e-6 * m * n * k / row["ours"] / roof["TFLOP/s"]
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+
+        def row(x: Tensor = x, m: int = m) -> dict[str, Any]:
+            expected = x.double() @ exact[1].T
+            times = {name: microseconds([partial(call, x) for call in calls]) for name, calls in contenders.items()}
+            moved = scheme.bits_per_weight(k) / 8 * n * k + 2 * m * (n + k)
+            return {
+                "error": float((exact[0](x).double() - expected).norm() / expected.norm()), "us": times,
+                "bandwidth": 1e-3 * moved / times["ours"] / roof["GB/s"],
+                "flops": 2e-6 * m * n * k / times["ours"] / roof["TFLOP/s"],
+            }  # fmt: skip
+
+        rows.attempt({"scheme": slug, "N": n, "K": k, "M": m, **marks}, row)
 
 
-def dry_run() -> None:
-    """Every scheme and row count, small and on the CPU: shapes, layers and errors; no times."""
+def others(rows: Rows, bits: int, floats: list[Tensor]) -> dict[str, list[Contender]]:
+    """The other packages that work here, each with as many copies of the weight as ours."""
+    working: dict[str, list[Contender]] = {}
+    n, k = floats[0].shape
+    for name, make in OTHERS.items():
+        try:
+            calls = []
+            for w in floats:
+                linear = torch.nn.Linear(k, n, bias=False, device="meta")
+                linear.weight = torch.nn.Parameter(w.clone(), requires_grad=False)
+                calls.append(make(bits, linear))
+            calls[0](floats[0][:1])
+            working[name] = calls
+        except Exception as error:  # whatever a contender lacks here is reported, not hidden
+            rows.add(contender=name, bits=bits, N=n, K=k, missing=f"{type(error).__name__}: {str(error)[:160]}")
+    return working
+
+
+def dry_run(rows: Rows) -> None:
+    """Every scheme and number of rows, small and on the CPU: shapes, layers and errors."""
     for slug in SCHEMES:
         call, exact = ours(QuantScheme.parse(slug), 64, 256, torch.device("cpu"))
         for m in ROWS:
             x = torch.randn(m, 256).to(DTYPE)
             expected = x.double() @ exact.T
             error = float((call(x).double() - expected).norm() / expected.norm())
-            assert error < 2e-2, (slug, m, error)
-    print(f"{len(SCHEMES)} schemes, {len(ROWS)} numbers of rows: made and multiplied on the CPU. Nothing was timed.")
-
-
-def report(rows: list[dict[str, Any]], notes: dict[str, str], roof: dict[str, float]) -> None:
-    about = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": str(date.today()), **roof}
-    about["python"] = platform.python_version()
-    names = ["bf16", *OTHERS]
-    lines = [str(about), "", "| scheme | N x K | M | ours us | bandwidth | FLOPs | " + " | ".join(names) + " |"]
-    lines.append("|---" * (6 + len(names)) + "|")
-    slower = []
-    for r in rows:
-        cells = [f"{r[o]:.1f} ({r[o] / r['ours']:.2f}x)" if o in r else "-" for o in names]
-        lines.append(f"| {r['scheme']} | {r['N']} x {r['K']} | {r['M']} | {r['ours']:.1f} | {r['bandwidth']:.0%} | "
-                     f"{r['flops']:.0%} | " + " | ".join(cells) + " |")  # fmt: skip
-        if r["ours"] > r["bf16"]:
-            slower.append(f"{r['scheme']} {r['N']}x{r['K']} M={r['M']}")
-    lines += [
-        "",
-        f"Slower than bf16: {', '.join(slower) or 'nowhere'}.",
-        "",
-        *(f"- {k}: {v}" for k, v in notes.items()),
-    ]
-    write("gpu_linear", {"about": about, "notes": notes, "rows": rows}, "\n".join(lines))
+            rows.add(scheme=slug, N=64, K=256, M=m, error=error)
+            assert error < 3e-2, (slug, m, error)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--dry-run", action="store_true", help="Without a GPU; times nothing.")
-    if parser.parse_args().dry_run:
-        dry_run()
-        return
-    if not torch.cuda.is_available():
-        sys.exit("No GPU here: nothing was measured. --dry-run checks the script without one.")
+    options = parser(__doc__)
+    options.add_argument("--schemes", nargs="*", default=SCHEMES)
+    options.add_argument("--again", action="store_true", help="With tiles that were found on this machine.")
+    arguments = options.parse_args()
+    rows, device = Rows("linear", arguments.rows), device_for(arguments.dry_run)
     torch.manual_seed(0)
-    notes: dict[str, str] = {}
-    rows: list[dict[str, Any]] = []
     with torch.inference_mode():
+        if arguments.dry_run:
+            dry_run(rows)
+            return
+        marks = {"tuned": True} if arguments.again else {}
+        schemes = [(slug, QuantScheme.parse(slug)) for slug in arguments.schemes]
+        launches = [((scheme, n, k, DTYPE), m, None, device) for _, scheme in schemes for n, k in SHAPES for m in ROWS]
+        compile_all(launches, max(1, (os.cpu_count() or 1) - 2))
         roof = roofs()
-        for slug in SCHEMES:
+        rows.add(roofs=roof, gpu=torch.cuda.get_device_name(), torch=torch.__version__)
+        for slug, _ in schemes:
             for n, k in SHAPES:
-                rows += measured(slug, n, k, roof, notes)
-    report(rows, notes, roof)
+                rows.attempt({"layer": [slug, n, k]}, partial(_all, rows, slug, n, k, roof, marks))
+
+
+def _all(rows: Rows, slug: str, n: int, k: int, roof: dict[str, float], marks: dict[str, Any]) -> dict[str, Any]:
+    measured(rows, slug, n, k, roof, marks)
+    return {"done": True}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -14,13 +17,14 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.atomic import make_folder, write_json
 from hf_quant.errors import HfQuantError
-from hf_quant.kernels import LinearSpec
+from hf_quant.kernels import LinearSpec, select
 from hf_quant.kernels._triton.tiles import Tile, as_list, forget, key, too_old, tuned, tuned_path
 from hf_quant.nn import QuantLinear
 
 ROWS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CACHES = 4  # total size of the weights of one timing, in sizes of the last cache
 Layer = tuple[QuantScheme, int, int, torch.dtype]  # scheme, N, K, dtype of the product
+Launch = tuple[Layer, int, "Tile | None", torch.device]  # layer, rows of x, tile (None: what a model takes), device
 
 
 def need_gpu() -> torch.device:
@@ -93,8 +97,47 @@ def layers_of(model: nn.Module) -> list[Layer]:
     return list(layers.values())
 
 
-def tune(layers: Iterable[Layer]) -> dict[str, Any]:
+def compile_all(launches: Sequence[Launch], processes: int) -> None:
+    """Launch each once in one of several processes, so that Triton's cache on disk holds what it is compiled to.
+
+    A launch that fails leaves nothing there; whoever needs it meets the error.
+    """
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        list(pool.map(_launch_once, launches, chunksize=4))
+
+
+def _launch_once(launch: Launch) -> None:
+    (scheme, n, k, dtype), rows, tile, device = launch
+    with suppress(Exception), torch.inference_mode():  # of any type: what the compiler and the GPU raise
+        x = torch.zeros(rows, k, dtype=dtype, device=device)
+        _product(scheme, n, k, dtype, device)(x, tile)
+
+
+@lru_cache(maxsize=1)
+def _product(
+    scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor, Tile | None], Tensor]:
+    """``x`` times a weight of random codes, in a tile, or as a model would."""
+    from hf_quant.kernels.triton_wna16 import launch
+
+    spec = LinearSpec(scheme, n, k, dtype, device.type)
+    backend = select(spec)
+    w: Any = backend.prepare(weight(scheme, n, k, dtype, device), spec)
+
+    def run(x: Tensor, tile: Tile | None) -> Tensor:
+        if tile is None:
+            return backend.linear(x, w, spec)
+        return launch(x, w.packed, w.counters, w.scale, w.zero, w.table, None, None, None, scheme, tile)
+
+    return run
+
+
+def tune(layers: Iterable[Layer], processes: int = 1) -> dict[str, Any]:
     """Time all tiles for every layer, and store the fastest ones in the cache of this machine.
+
+    Args:
+        layers: The layers.
+        processes: So many compile, before anything is timed.
 
     Raises:
         HfQuantError: There is no GPU.
@@ -104,6 +147,9 @@ def tune(layers: Iterable[Layer]) -> dict[str, Any]:
         raise HfQuantError(f"nothing to tune: the kernel for GPUs {reason}")
     path, tuned_tiles = tuned_path(device), tuned(device)
     for scheme, n, k, dtype in layers:
+        if processes > 1:
+            layer = scheme, n, k, dtype
+            compile_all([(layer, rows, tile, device) for rows in ROWS for tile in candidates(rows)], processes)
         tuned_tiles[key(scheme.bits, n, k)] = _tuned(scheme, n, k, dtype, device)
         make_folder(path.parent)
         write_json(path, tuned_tiles)

@@ -77,11 +77,13 @@ def _base(model: str, report: Reporter) -> str | None:
 
 
 def _tuned(model: str, dtype: str, device: str | None) -> dict[str, Any]:
+    import os
+
     from hf_quant.bench import gpu
     from hf_quant.hf import load
 
     gpu.need_gpu()
-    return gpu.tune(gpu.layers_of(load(model, dtype=dtype, device_map=device or "cuda")))
+    return gpu.tune(gpu.layers_of(load(model, dtype=dtype, device_map=device or "cuda")), os.cpu_count() or 1)
 
 
 def _measured(

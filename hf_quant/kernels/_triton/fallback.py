@@ -23,13 +23,14 @@ def launched(configuration: tuple[Hashable, ...], kernel: Callable[[], Tensor], 
         kernel: Launches.
         plain: Computes the same in another way.
     """
-    from triton.errors import TritonError
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     if configuration in _failed:
         return plain()
     try:
         return kernel()
-    except TritonError as error:
+    except (CompilationError, OutOfResources, PTXASError) as error:
         _failed.add(configuration)
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         logger.warning(

@@ -22,8 +22,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from _results import write
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TESTS = ("backends", "wna16", "outliers", "experts", "linear", "int8", "ops", "routing", "copies", "gpu")
@@ -172,6 +170,8 @@ def main() -> None:
     arguments = options.parse_args()
     folder = arguments.folder
     if arguments.report:
+        from _results import write  # needs the package, which a stage finds beside this folder
+
         rows = rows_of(folder)
         write("gpu_day", rows, page(rows))
         return

@@ -25,9 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_quant.core.scheme import QuantScheme
+from hf_quant.kernels._triton.constants import constants
 from hf_quant.kernels._triton.tiles import Tile, holds_outliers, tables
 from hf_quant.kernels._triton.wna16 import dequantize_kernel, wna16_kernel
-from hf_quant.kernels.triton_wna16 import constants
 
 RESULTS = Path(__file__).parent / "results"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"  # the wheel has ptxas, cuobjdump and nvdisasm

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,17 +26,15 @@ from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._shared.blocks import flat
 from hf_quant.kernels._shared.ops import implements
 from hf_quant.kernels._shared.routing import back_in_order, cut, spans
+from hf_quant.kernels._triton.constants import NARROW, constants
 from hf_quant.kernels._triton.fallback import launched
 from hf_quant.kernels._triton.planar import (
-    fields,
     from_planes,
     grouped,
     held_in,
     parsed,
     plane,
-    positions,
     to_planes,
-    unpacking,
 )
 from hf_quant.kernels._triton.tiles import Tile, tile_for, too_old, why_no_triton
 
@@ -48,42 +46,11 @@ if why_no_triton() is None:
 COUNTERS = 4096  # tiles whose columns may be shared
 CHUNK = 1 << 26  # weights dequantized together: 128 MB
 FLOAT32 = Tile(16, 64, 4, 2, 1)  # without tensor cores
-NARROW = (torch.float16, torch.bfloat16)
 
 
 def _scattered(index: Tensor | None, packed: Tensor) -> bool:
     """Whether every row of the weight has outliers of its own, not the same columns."""
     return index is not None and index.ndim == packed.ndim
-
-
-@lru_cache
-def constants(scheme: QuantScheme, k: int, dtype: torch.dtype, cuda: bool, after: bool) -> dict[str, Any]:
-    """What the kernel is compiled for, apart from its tile.
-
-    Args:
-        scheme: Of the weight.
-        k: Columns.
-        dtype: Of x.
-        cuda: Whether the kernel may hold PTX.
-        after: Whether sums are scaled, and not weights.
-    """
-    bits, group = held_in(scheme.bits), grouped(scheme, k)
-    count, size = fields(bits), plane(group, bits)
-    run = count  # planes that share a scale in every block
-    if group % (count * size):
-        run = group // size if count * size % group == 0 else 1
-    constexprs: dict[str, Any] = {"ASM": None, "OPERANDS": None, "AT": -1}
-    if cuda and dtype in NARROW:
-        book = tuple(levels(scheme.codebook, torch.device("cpu")).tolist()) if scheme.codebook else None
-        constexprs["ASM"], constexprs["OPERANDS"] = unpacking(bits, dtype, book)
-        if book is None and not (bits == 8 and dtype is torch.bfloat16):
-            constexprs["AT"] = sum(position << (4 * j) for j, (_, position) in enumerate(positions(bits, dtype)))
-    constexprs["FOLD"] = after and not cuda and dtype is torch.bfloat16 and bits < 8 and scheme.codebook is None
-    exact = bits < 8 and not scheme.real_zero  # base + zero point is then exact in 16 bits
-    return constexprs | {
-        "BITS": bits, "GROUP": group, "P": size, "RUN": run, "FIXED": 0 if scheme.codebook else scheme.zero,
-        "ZERO": 0 if scheme.symmetric else 1 if exact else 2, "EVEN": k % (count * size) == 0,
-    }  # fmt: skip
 
 
 @implements("triton_wna16")

@@ -30,7 +30,7 @@ from transformers.utils import logging as hf_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hf_quant.bench.machine import cpu_name
-from tests.architectures import check_calibration, check_rounding, reads_text, saved
+from tests.architectures import check_calibration, check_rounding, saved
 from tests.tiny_models import VARIANTS, build, classes_of, inputs_of, model_types, run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ def examine(model_type: str, class_name: str, variant: str | None) -> Row:
         kind, inputs = base
         rounding = check_rounding(kind, inputs, folder)
         row = {"variant": used, "rounding": vars(rounding)}
-        if reads_text(inputs) and rounding.numbers.get("layers"):
+        if rounding.numbers.get("layers"):
             row["calibration"] = vars(check_calibration(kind, inputs, folder))
         return row
 
@@ -141,14 +141,14 @@ def page(rows: dict[str, Row]) -> str:
         "",
         f"- Rounded (W4A16-g32, W8A8, W2A16-g32: load, run, generate, save, read back bit for bit, dequantized twin): "
         f"{rounded} of {len(linear)}.",
-        f"- Calibrated (W4A16-g32, in memory and from shards with equal bits): {calibrated} of {len(texts)} that read text.",
+        f"- Calibrated (W4A16-g32, in memory and from shards with equal bits): {calibrated} of {len(texts)} that were tried, on text, images or sounds.",
         "",
         "| model type | class | rounded | calibrated |",
         "|---|---|---|---|",
     ]
     for name, row in sorted(linear.items()):
         kind, cls = name.split(":")
-        calibration = _cell(row["calibration"]) if "calibration" in row else "reads no text alone"
+        calibration = _cell(row["calibration"]) if "calibration" in row else "not tried"
         lines.append(f"| {kind} | {cls} | {_cell(row['rounding'])} | {calibration} |")
     lines += ["", "## Nothing to quantize", "", ", ".join(sorted(built.keys() - linear.keys())), ""]
     if left:

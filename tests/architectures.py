@@ -26,6 +26,9 @@ LAST_DIGITS = 1e-5  # products in floating point depend on where in memory their
 NEAR = 0.03  # bf16 activations, where an operation for few bits runs
 NOTHING = "nothing to quantize"
 SEQUENCES, CONTEXT = 8, 24
+BATCHES = 3
+TEXT = {"input_ids", "decoder_input_ids", "use_cache"}
+RANDOM = {"pixel_values", "input_features", "input_values"}
 
 
 @dataclass
@@ -146,9 +149,22 @@ def _generate(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     return model.generate(**given, max_new_tokens=2, min_new_tokens=2, do_sample=False)
 
 
-def reads_text(inputs: Mapping[str, Any]) -> bool:
-    """Whether the model can be calibrated on tokens alone."""
-    return "input_ids" in inputs and inputs.keys() <= {"input_ids", "decoder_input_ids", "use_cache"}
+def calibration_inputs(config: Any, inputs: Mapping[str, Any]) -> Tensor | list[dict[str, Tensor]]:
+    """Token ids for a model that reads text alone, else batches of all that it reads."""
+    random = torch.Generator().manual_seed(7)
+    limit = min(vocabulary_of(config), 140)
+    if "input_ids" in inputs and inputs.keys() <= TEXT:
+        return torch.randint(min(20, limit - 1), limit, (SEQUENCES, CONTEXT), generator=random)
+    return [_like(inputs, random) for _ in range(BATCHES)]
+
+
+def _like(inputs: Mapping[str, Any], random: torch.Generator) -> dict[str, Tensor]:
+    """Other random pixels or sounds of the same shapes, and the same tokens."""
+    return {
+        name: torch.randn(tensor.shape, generator=random) if name in RANDOM else tensor
+        for name, tensor in inputs.items()
+        if isinstance(tensor, Tensor)
+    }
 
 
 def check_calibration(
@@ -158,9 +174,7 @@ def check_calibration(
     found = Findings()
     base = kind.from_pretrained(folder / "float").eval()
     expected = run(base, inputs)
-    random = torch.Generator().manual_seed(7)
-    limit = min(vocabulary_of(base.config), 140)
-    data = torch.randint(min(20, limit - 1), limit, (SEQUENCES, CONTEXT), generator=random)
+    data = calibration_inputs(base.config, inputs)
     model = found.attempt(
         "memory",
         lambda: kind.from_pretrained(
@@ -183,10 +197,9 @@ def check_calibration(
     return found
 
 
-def _stream(kind: Any, folder: Path, config: HfQuantConfig, ids: Tensor) -> Any:
+def _stream(kind: Any, folder: Path, config: HfQuantConfig, data: Tensor | list[dict[str, Tensor]]) -> Any:
     stage = folder / "stream"
     stage.mkdir()
-    quantize_streaming(
-        folder / "float", config, Calibration(ids, "ids", []), folder / "work", stage, Settings(lambda _line: None)
-    )
+    given = Calibration(data, "ids", []) if isinstance(data, Tensor) else Calibration.of_batches(data)
+    quantize_streaming(folder / "float", config, given, folder / "work", stage, Settings(lambda _line: None))
     return kind.from_pretrained(stage).eval()

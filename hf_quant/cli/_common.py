@@ -119,7 +119,8 @@ def calibration_options(function: Function) -> Function:
         click.option(
             "--calibration",
             metavar="TEXT",
-            help="For calibrated methods: a UTF-8 or JSONL file, a safetensors file with token ids, or "
+            help="For calibrated methods: a UTF-8 or JSONL file, a safetensors file with token ids or with the model's inputs by name "
+            "(pixel_values, input_features, ...), or "
             "ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
             "default: calibration.txt beside the model, else a bundled text.",
         ),

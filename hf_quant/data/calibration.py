@@ -4,45 +4,60 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_quant.data.batches import ROWS, Inputs, are_batches, checked_batches, digest_of, read_batches
 from hf_quant.data.text import SEPARATOR, dataset_rows, document, documents, paragraphs, read_text, windows
 from hf_quant.disk.safetensors import read_header
 from hf_quant.errors import HfQuantError
 
 BUNDLED = Path(__file__).parent / "bundled" / "calibration.txt"  # Python's documentation; its licence lies beside it
 FEWEST = 2  # sequences: some are held out
-Source = Tensor | Sequence[str] | str | Path
+Source = Tensor | Sequence[str] | str | Path | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Tokens for calibrated methods.
+    """What calibrated methods look at: tokens, or batches of other inputs of a model.
 
     Attributes:
-        ids: int64 ``[S, T]``.
+        ids: int64 ``[S, T]``; empty where there are batches.
         name: Name of the text.
         paragraphs: Hashes of its paragraphs, so that it is not used for measuring too.
+        batches: Inputs of the model, checked.
     """
 
     ids: Tensor
     name: str
     paragraphs: list[str]
+    batches: tuple[Inputs, ...] = ()
+
+    @classmethod
+    def of_batches(cls, source: Iterable[Mapping[str, Any]], name: str = "batches") -> Calibration:
+        """Batches of inputs, as a processor returns them; see `batches.checked_batches`."""
+        return cls(torch.zeros(0, 0, dtype=torch.int64), name, [], checked_batches(source))
 
     @property
     def sha256(self) -> str:
-        """Identifies the token ids."""
+        """Identifies the token ids, or the batches."""
+        if self.batches:
+            return digest_of(self.batches)
         return hashlib.sha256(f"{tuple(self.ids.shape)} ".encode() + self.ids.numpy().tobytes()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """For the recipe, without the text."""
+        if self.batches:
+            return {
+                "name": self.name, "batches": len(self.batches), "inputs": sorted(self.batches[0]), "sha256": self.sha256,
+                "paragraphs": [],
+            }  # fmt: skip
         return {
             "name": self.name, "sequences": self.ids.shape[0], "context": self.ids.shape[1],
             "sha256": self.sha256, "paragraphs": self.paragraphs,
@@ -54,7 +69,8 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
 
     Args:
         source: Token ids ``[S, T]``, used as they are, or a safetensors file with them; texts; a UTF-8 file, or a JSONL file with
-            ``text`` or ``messages`` in each line; a data set as in `text.read_dataset`; None for the bundled text.
+            ``text`` or ``messages`` in each line; a data set as in `text.read_dataset`; None for the bundled text. Or batches of
+            inputs, as in `batches.checked_batches`, or a safetensors file with inputs by their names.
         tokenizer: Of the model; its chat template is applied to ``messages``. May be None if ids are given; otherwise it decodes
             them, to find out later whether a text for measuring overlaps with them.
         context: Tokens in a window.
@@ -64,9 +80,14 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
     Raises:
         HfQuantError: The text is missing, too short or malformed, or an id is out of range; says where.
     """
+    if are_batches(source):
+        return Calibration.of_batches(source)
     name = "token ids"
-    if _is_file_of_ids(source):
-        name, source = Path(source).name, _ids_in(Path(source))
+    if _is_file_of_tensors(source):
+        name, path = Path(source).name, Path(source)
+        if holds_inputs(path):
+            return Calibration.of_batches(read_batches(path), name)
+        source = _ids_in(path)
     if isinstance(source, Tensor):
         data = Calibration(_ids(source), name, [])
     else:
@@ -76,7 +97,7 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
             raise HfQuantError(
                 "calibration: the model has no tokenizer; pass token ids instead, or a safetensors file with them"
             )
-        name, text = _read(source, tokenizer)
+        name, text = _read(cast("Sequence[str] | str | Path | None", source), tokenizer)
         data = Calibration(windows(tokenizer, text, context, tokens).ids, name, sorted(paragraphs(text)))
     low, high = int(data.ids.min()), int(data.ids.max())
     if low < 0 or high >= vocabulary:
@@ -93,18 +114,28 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
     return data
 
 
-def _is_file_of_ids(source: Source | None) -> TypeGuard[str | Path]:
-    """Whether token ids are in the file of that name, and no text."""
+def _is_file_of_tensors(source: Source | None) -> TypeGuard[str | Path]:
+    """Whether a file of that name holds tensors, and no text."""
     return isinstance(source, str | Path) and Path(source).suffix == ".safetensors"
 
 
-def _ids_in(path: Path) -> Tensor:
+def holds_inputs(path: Path) -> bool:
+    """Whether a safetensors file holds inputs of a model, by their names, and not token ids alone.
+
+    Raises:
+        HfQuantError: There is no such file, or it is damaged.
+    """
     if not path.is_file():
         raise HfQuantError(f"calibration: {path}: no such file")
-    tensors = read_header(path)
+    names = set(read_header(path))
+    return bool(names & {*ROWS} - {"input_ids"}) or (len(names) > 1 and "input_ids" in names)
+
+
+def _ids_in(path: Path) -> Tensor:
+    tensors = load_file(path)
     if len(tensors) != 1:
         raise HfQuantError(f"{path.name}: holds {len(tensors)} tensors, and token ids are one, int64 [S, T]")
-    return next(iter(load_file(path).values()))
+    return next(iter(tensors.values()))
 
 
 def _ids(source: Tensor) -> Tensor:

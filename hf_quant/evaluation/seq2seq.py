@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_quant.data.text import Windows
-from hf_quant.hf.blocks import decoder_inputs
+from hf_quant.hf.batch_inputs import decoder_inputs
 
 
 def halves(ids: Tensor, config: Any) -> tuple[dict[str, Tensor], int]:

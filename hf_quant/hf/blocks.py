@@ -8,9 +8,9 @@ other: the model is run around its blocks, which return their input, or, at the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from torch import Tensor, nn
 
 from hf_quant.core.private_torch import tree_map_only
 from hf_quant.core.scheme import QuantScheme
+from hf_quant.data.batches import Inputs
 from hf_quant.errors import HfQuantError, UnchainedError
+from hf_quant.hf.batch_inputs import arguments, root_of
 from hf_quant.hf.block_calls import Forms, Passing, alike, list_of, passed_through, tensors_in
 from hf_quant.hf.plan import Plan
 from hf_quant.solve.block import inside
+from hf_quant.solve.hidden_parts import HiddenParts
 from hf_quant.solve.hidden_states import Call, Carried, HiddenStates
 from hf_quant.solve.ranks import Ranks
 
@@ -43,7 +46,10 @@ def refuse_other_kinds(kind: Any, method: str) -> None:
     if "input_ids" in takes and (reads not in takes or reads == "inputs"):
         reads = "input_ids"
     if reads != "input_ids":
-        raise HfQuantError(f"{method} calibrates on text, and {kind.__name__} reads {reads}; rtn and hqq need no text")
+        raise HfQuantError(
+            f"{method} calibrates on text, and {kind.__name__} reads {reads}: give batches of that, as its processor makes "
+            "them; rtn and hqq need none"
+        )
 
 
 def blocks_of(model: Any, plan: Plan) -> dict[str, nn.Module]:
@@ -65,20 +71,32 @@ class Around:
     """A model around its blocks.
 
     Attributes:
-        base: What is run on token ids.
+        base: What is run.
         blocks: As `blocks_of`.
-        ids: Token ids ``[S, T]``.
+        ids: Token ids ``[S, T]``; not looked at where there are batches.
         ranks: The processes that share the job.
-        chains: Names of blocks, chain by chain, in the order they run; blocks that do not run on text are in none.
+        batches: Inputs of the model.
+        chains: Names of blocks, chain by chain, in the order they run; blocks that do not run are in none.
+        kept: Blocks inside of chains whose outputs later chains take, besides that of the last one.
     """
 
     base: Any
     blocks: Mapping[str, nn.Module]
     ids: Tensor
     ranks: Ranks
+    batches: Sequence[Inputs] = ()
     chains: list[list[str]] = field(default_factory=list)
+    kept: set[str] = field(default_factory=set)
     _forms: Forms = field(default_factory=Forms)
     _carrying: set[str] = field(default_factory=set)
+
+    @classmethod
+    def of(
+        cls, model: Any, blocks: Mapping[str, nn.Module], ids: Tensor, batches: Sequence[Inputs], ranks: Ranks
+    ) -> Around:
+        """For a whole model, of which no more is run than the inputs need."""
+        base = root_of(model, list(batches[0])) if batches else model.base_model
+        return cls(base, blocks, ids, ranks, batches)
 
     def find_chains(self) -> None:
         """Fill `chains`. The first block of each list must have its weights.
@@ -97,8 +115,14 @@ class Around:
             if name in run.starts:
                 self.chains.append([])
             self.chains[-1].append(name)
+        if self.batches:
+            self._find_kept()
+        else:
+            self._check_lengths(run)
+
+    def _check_lengths(self, run: Passing) -> None:
         self._forms = Forms()
-        for name, (states, _) in self._run(self.ids[:2], {}).steps.items():
+        for name, (states, _) in self._run({"input_ids": self.ids[:2]}, {}).steps.items():
             one = run.steps[name][0] if name in run.steps else states
             if states.shape != (len(self.ids[:2]), *one.shape[1:]):
                 raise UnchainedError(
@@ -107,15 +131,39 @@ class Around:
 
     def _first_run(self) -> Passing:
         try:
-            return self._run(self.ids[:1], {})
+            return self._run(self.batches[0] if self.batches else {"input_ids": self.ids[:1]}, {})
+        except HfQuantError:
+            raise
         except (
             AttributeError,
             TypeError,
             ValueError,
         ) as error:  # as of a model that needs the places of words on a page
-            raise HfQuantError(
-                f"{type(self.base).__name__}: does not run on token ids alone ({error}); rtn and hqq need no text"
-            ) from error
+            if not self.batches:
+                raise HfQuantError(
+                    f"{type(self.base).__name__}: does not run on token ids alone ({error}); rtn and hqq need no text"
+                ) from error
+            raise self._unlike_its_output(error) from error
+        except (RuntimeError, IndexError, AssertionError) as error:
+            if not self.batches:
+                raise
+            raise self._unlike_its_output(error) from error
+
+    def _unlike_its_output(self, error: Exception) -> UnchainedError:
+        """The model's code found the input of a block where its output should be, which has another shape."""
+        return UnchainedError(f"{type(self.base).__name__}: blocks that return their input end in: {error}")
+
+    def _find_kept(self) -> None:
+        """Fill `kept`: blocks inside of chains that change what enters a later chain if their outputs change."""
+        for number, chain in enumerate(self.chains[:-1]):
+            later = [name for others in self.chains[number + 1 :] for name in others]
+            steps = self._run(self.batches[0], {}).steps
+            ends = {name: steps[name][0] for name in (chain[-1], *(others[-1] for others in self.chains[:number]))}
+            before = self._run(self.batches[0], ends).steps
+            for name in chain[:-1]:
+                after = self._run(self.batches[0], ends | {name: steps[name][0] + 1}).steps
+                if not all(alike(before[block], after[block]) for block in later):
+                    self.kept.add(name)
 
     def first_blocks(self) -> list[str]:
         """The first block of each list."""
@@ -144,52 +192,64 @@ class Around:
             if before:
                 streams.append(self._enter(chain, before, file)[0])
             else:
-                states = HiddenStates.room(tuple(first.states.shape), first.size, first.states.dtype, file)
-                calls_of = {name: list(of_batches) for name, of_batches in first.calls.items()}
-                streams.append(replace(states, calls=calls_of, carried=first.carried))
-                streams[-1].copy_from(first)
+                streams.append(first.copied(file))
         return streams, calls
 
     def _enter(
         self, chain: list[str], results: Mapping[str, HiddenStates], file: Path | None
     ) -> tuple[HiddenStates, Calls]:
+        if self.batches:
+            entered: list[Tensor] = []
+            calls = self._record(chain, results, 1, lambda _number, states: entered.append(states.float().cpu()))
+            return HiddenParts.of(entered, _spared(calls), self._carried(chain, calls), file), _no_calls(chain)
         count, world = len(self.ids), self.ranks.world
         size = next(n for n in range(min(BATCH, max(1, count // max(2, world))), 0, -1) if count % n == 0)
-        states, calls = self._record(chain, results, size, file)
+        states, calls = self._states(chain, results, size, file)
         if any(not alike(batches[0], other) for batches in calls.values() for other in batches[1:]):
             if size > 1:  # so that a batch need never be divided
-                states, calls = self._record(chain, results, 1, file)
-            carried = self._carried(chain, calls)
-            by_batch = {name: [_sparing(batches[0], call) for call in batches] for name, batches in calls.items()}
-            return HiddenStates(states.states, 1, by_batch, carried), dict.fromkeys(chain, (NO_CALL, NO_CALL))
+                states, calls = self._states(chain, results, 1, file)
+            return HiddenStates(states.states, 1, _spared(calls), self._carried(chain, calls)), _no_calls(chain)
         together = {name: batches[0] for name, batches in calls.items()}
         alone = together
         if size > 1:
-            steps = self._pass(chain, self.ids[:1], {name: r.states[:1] for name, r in results.items()}).steps
+            first = {name: result.of_batch(0, 1) for name, result in results.items()}
+            steps = self._pass(chain, {"input_ids": self.ids[:1]}, first).steps
             alone = {name: steps[name][1] for name in chain}
         return states, {name: (together[name], alone[name]) for name in chain}
 
-    def _record(
+    def _states(
         self, chain: list[str], results: Mapping[str, HiddenStates], size: int, file: Path | None
     ) -> tuple[HiddenStates, dict[str, list[Call]]]:
-        """The states that enter a chain, in batches of ``size``, and the other arguments of its blocks for each batch."""
-        states: HiddenStates | None = None
-        calls: dict[str, list[Call]] = {name: [] for name in chain}
-        for number, ids in enumerate(self.ids.split(size)):
-            rows = slice(number * size, number * size + len(ids))
-            steps = self._pass(chain, ids, {name: result.states[rows] for name, result in results.items()}).steps
-            entered = steps[chain[0]][0]
-            states = states or HiddenStates.room((len(self.ids), *entered.shape[1:]), size, torch.float32, file)
-            if entered.shape != (len(ids), *states.states.shape[1:]):
+        """The states of one shape that enter a chain, in batches of ``size``, and the other arguments of its blocks for each."""
+        room: list[HiddenStates] = []
+
+        def keep(number: int, entered: Tensor) -> None:
+            if not room:
+                room.append(HiddenStates.room((len(self.ids), *entered.shape[1:]), size, torch.float32, file))
+            expected = room[0].states[number * size : (number + 1) * size].shape
+            if entered.shape != expected:
                 raise HfQuantError(
-                    f"{chain[0]}: its hidden states {list(entered.shape)} are not {len(ids)} sequences of one length, and "
+                    f"{chain[0]}: its hidden states {list(entered.shape)} are not {expected[0]} sequences of one length, and "
                     "only such can be calibrated yet; rtn and hqq need no text"
                 )
-            states.put(number, entered)
+            room[0].put(number, entered)
+
+        calls = self._record(chain, results, size, keep)
+        return room[0], calls
+
+    def _record(
+        self, chain: list[str], results: Mapping[str, HiddenStates], size: int, keep: Callable[[int, Tensor], None]
+    ) -> dict[str, list[Call]]:
+        """Hand on the states that enter a chain for each batch; the other arguments of its blocks for each."""
+        calls: dict[str, list[Call]] = {name: [] for name in chain}
+        batches = self.batches or [{"input_ids": ids} for ids in self.ids.split(size)]
+        for number, batch in enumerate(batches):
+            before = {name: result.of_batch(number, size) for name, result in results.items()}
+            steps = self._pass(chain, batch, before).steps
+            keep(number, steps[chain[0]][0])
             for name in chain:
                 calls[name].append(steps[name][1])
-        assert states is not None
-        return states, calls
+        return calls
 
     def _carried(self, chain: list[str], calls: Mapping[str, list[Call]]) -> dict[str, Carried]:
         """Which arguments each block takes from what the block before returned, besides hidden states, with their places there.
@@ -214,36 +274,36 @@ class Around:
                     )
         return carried
 
-    def _pass(self, chain: list[str], ids: Tensor, results: Mapping[str, Tensor]) -> Passing:
+    def _pass(self, chain: list[str], inputs: Mapping[str, Tensor], results: Mapping[str, Tensor]) -> Passing:
         """Run the model around its blocks to enter a chain."""
         if list_of(chain[0]) in self._carrying and chain[0] in self.first_blocks():
             self._forms.forget(list_of(chain[0]))
-        return self._run(ids, results)
+        return self._run(inputs, results)
 
-    def _run(self, ids: Tensor, results: Mapping[str, Tensor]) -> Passing:
-        run = Passing({name: states.to(ids.device) for name, states in results.items()})
-        with passed_through(self.blocks, run, self._forms), _wide_embeddings(self.base):
-            self.base(**arguments(self.base, ids))
+    def _run(self, inputs: Mapping[str, Tensor], results: Mapping[str, Tensor]) -> Passing:
+        device = self.ids.device
+        given = {name: tensor.to(device) for name, tensor in inputs.items()}
+        run = Passing({name: states.to(device) for name, states in results.items()})
+        with passed_through(self.blocks, run, self._forms), _wide_embeddings(self.base), _same_random_numbers():
+            self.base(**arguments(self.base, given))
         return run
 
 
-def arguments(base: Any, ids: Tensor) -> dict[str, Any]:
-    """The arguments of the model for token ids; a decoder beside an encoder gets them one place further on."""
-    takes = inspect.signature(base.forward).parameters
-    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
-    named = "input_ids" in takes or "inputs" not in takes
-    given: dict[str, Any] = {"input_ids" if named else "inputs": ids}
-    if "use_cache" in takes or open_ended:
-        given["use_cache"] = False
-    if "decoder_input_ids" in takes:
-        given["decoder_input_ids"] = decoder_inputs(ids, base.config)
-    return given
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Inside, a model that draws random numbers, as those that mask patches, draws the same every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
-def decoder_inputs(ids: Tensor, config: Any) -> Tensor:
-    """What a decoder beside an encoder is given to predict ``ids [B, T]``: the token it starts with, and all but the last."""
-    start = getattr(config, "decoder_start_token_id", None) or 0
-    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+def _spared(calls: Mapping[str, list[Call]]) -> dict[str, list[Call]]:
+    return {name: [_sparing(batches[0], call) for call in batches] for name, batches in calls.items()}
+
+
+def _no_calls(chain: list[str]) -> Calls:
+    """Where the arguments of blocks differ from batch to batch, the states hold them."""
+    return dict.fromkeys(chain, (NO_CALL, NO_CALL))
 
 
 @contextmanager

@@ -7,17 +7,19 @@ from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging
 
+from hf_quant.data.batches import Inputs, are_batches
 from hf_quant.data.calibration import Calibration, calibration
 from hf_quant.errors import CheckpointError, HfQuantError, UnchainedError
 from hf_quant.hf.auto import tokenizer_of, vocabulary_of
+from hf_quant.hf.batch_inputs import fitting
 from hf_quant.hf.blocks import Around, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
 from hf_quant.hf.rounded import outside, refuse_embeddings, rounded
-from hf_quant.hf.whole import NOTE, WHOLE, refuse_whole, tokens_of, whole
+from hf_quant.hf.whole import NOTE, WHOLE, entering, refuse_whole, whole
 from hf_quant.nn._weight import frozen
 from hf_quant.solve.block import Block, Stored, parameter_in
 from hf_quant.solve.hidden_states import HiddenStates
@@ -41,6 +43,8 @@ def context_of(config: Any) -> int:
 
 def data_for(config: HfQuantConfig, model: Any) -> Calibration:
     """The calibration data of the configuration, as tokens of ``model``."""
+    if are_batches(config.calibration):
+        return Calibration.of_batches(config.calibration)
     # whoever loaded the model has trusted its code, if there is some
     own_code = not type(model).__module__.startswith("transformers.")
     tokenizer, ids = None, isinstance(config.calibration, torch.Tensor)
@@ -72,23 +76,27 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     Returns:
         A record of each block.
     """
-    refuse_other_kinds(type(model), config.method)
+    batches: list[Inputs] = []
+    if data.batches:
+        batches = fitting(type(model), model.config, data.batches, vocabulary_of(model.config))
+    else:
+        refuse_other_kinds(type(model), config.method)
     refuse_embeddings(model, plan)
     blocks, recipe, records = blocks_of(model, plan), Recipe(plan.decision, model.dtype), []
-    around = Around(model.base_model, blocks, data.ids.to(model.device), ALONE)
+    around = Around.of(model, blocks, data.ids.to(model.device), batches, ALONE)
     inside = tuple(f"{name}." for name in blocks)
     others = [
         m for n, m in model.named_modules() if not f"{n}.".startswith(inside) and not isinstance(m, nn.Embedding)
     ]
-    entry = [p for m in others for p in m.parameters(recurse=False)]
-    entry += [p for name in around.first_blocks() for p in blocks[name].parameters()]
+    entry = [p for m in others for p in _tensors(m, recurse=False)]
+    entry += [p for name in around.first_blocks() for p in _tensors(blocks[name])]
     try:
         with _in_float32(entry):
             around.find_chains()
     except UnchainedError as reason:
         refuse_whole(plan, ALONE, reason)
         logger.info("%s: %s", reason, NOTE)
-        return [_calibrate_whole(model, plan, recipe, around.ids, place)]
+        return [_calibrate_whole(model, plan, recipe, around, place)]
     coded = {name: rounded(model, name, plan, recipe) for name in outside(plan, around.chains)}
     followed = recipe.decision.needs_twin(plan.schemes.values())
     results: list[dict[str, HiddenStates]] = [{}, {}] if followed else [{}]
@@ -99,11 +107,14 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
             module = blocks[name]
             stored = _stored(name, module, followed=followed)
             block = Block(name, module, layers_of(plan, name), *calls[name], stored=stored)
-            with _in_float32(list(module.parameters())):
+            with _in_float32(_tensors(module)):
                 solved = solve(block, streams[0], recipe, *streams[1:])
             for layer, codes in solved.codes.items():
                 place(layer, {part: frozen(tensor) for part, tensor in codes.parts().items()})
             records.append(solved.record(name))
+            if name in around.kept:
+                for result, states in zip(results, streams, strict=True):
+                    result[name] = states.copied(None)
         for result, states in zip(results, streams, strict=True):
             result[chain[-1]] = states
     for layer, codes in coded.items():
@@ -113,11 +124,11 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     return records
 
 
-def _calibrate_whole(model: Any, plan: Plan, recipe: Recipe, ids: torch.Tensor, place: Place) -> dict[str, Any]:
+def _calibrate_whole(model: Any, plan: Plan, recipe: Recipe, around: Around, place: Place) -> dict[str, Any]:
     """`calibrate` for a model whose blocks form no chains."""
     block = whole(model, plan, _stored(WHOLE, model, followed=False))
-    with _in_float32(list(model.parameters())):
-        solved = solve_whole(block, tokens_of(model, ids), recipe)
+    with _in_float32(_tensors(model)):
+        solved = solve_whole(block, entering(model, around), recipe)
     for layer, codes in solved.codes.items():
         place(layer, {part: frozen(tensor) for part, tensor in codes.parts().items()})
     return solved.record(WHOLE)
@@ -133,8 +144,14 @@ def _stored(name: str, module: nn.Module, *, followed: bool) -> Stored:
     return Stored(dtypes.__getitem__, kept.__getitem__)
 
 
+def _tensors(module: nn.Module, recurse: bool = True) -> list[Tensor]:
+    """Parameters, and buffers such as the means of batch normalization."""
+    buffers = [buffer for buffer in module.buffers(recurse) if buffer.is_floating_point()]
+    return [*module.parameters(recurse), *buffers]
+
+
 @contextmanager
-def _in_float32(parameters: list[nn.Parameter]) -> Iterator[None]:
+def _in_float32(parameters: list[Tensor]) -> Iterator[None]:
     """Inside, parameters in bf16 or fp16 are in float32; afterwards they have their dtype again.
 
     Others are copied where they lie in the file they were read from, at any byte, and none of them needs gradients: the last digits

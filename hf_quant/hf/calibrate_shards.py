@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.core.private_torch import tree_map_only
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.data.batches import Inputs
 from hf_quant.data.calibration import Calibration
 from hf_quant.disk.atomic import blaming, copy_file, link_file, need_space, write_json
 from hf_quant.disk.journal import Journal, digest, open_journal
@@ -27,7 +28,8 @@ from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import HfQuantError, UnchainedError
 from hf_quant.formats import format_named
 from hf_quant.hf._hooks import build
-from hf_quant.hf.auto import class_of, config_of
+from hf_quant.hf.auto import class_of, config_of, vocabulary_of
+from hf_quant.hf.batch_inputs import fitting
 from hf_quant.hf.block_files import part_of, take_part, written
 from hf_quant.hf.blocks import Around, Calls, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.checkpoint_tensors import Tensors
@@ -36,7 +38,7 @@ from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.rounded import outside, refuse_embeddings, rounded
 from hf_quant.hf.shards import write_index
-from hf_quant.hf.whole import NOTE, WHOLE, refuse_whole, tokens_of, whole
+from hf_quant.hf.whole import NOTE, WHOLE, entering, refuse_whole, whole
 from hf_quant.solve.block import Block, Stored, inside
 from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.ranks import ALONE, Ranks
@@ -105,7 +107,8 @@ def quantize_streaming(
     Raises:
         HfQuantError: Something in the model, the checkpoint or the work folder is not as it must be.
     """
-    source, ranks = _open(folder, config, settings.trust_remote_code), settings.ranks
+    source, ranks = _open(folder, config, settings.trust_remote_code, text=not data.batches), settings.ranks
+    batches = _fitting(source.model, data)
     recipe = Recipe(source.plan.decision, source.dtype, ranks)
     job = {
         "source": {file.name: digest(file) for file in sorted({t.file for t in source.checkpoint.tensors.values()})},
@@ -118,7 +121,7 @@ def quantize_streaming(
     ranks.barrier(patient=True)  # the first one may still be measuring the model before this
     opened = open_journal(work, job, settings.say) if ranks.first else nullcontext(None)
     with opened as done, torch.no_grad():
-        around, source = _around(source, data.ids, settings)
+        around, source = _around(source, data.ids, batches, settings)
         rounded = _round_outside(source, around, recipe)
         parts = ranks.shared(done.parts if done else None)
         if done is not None:
@@ -129,7 +132,7 @@ def quantize_streaming(
         if parts:
             settings.say(f"{len(parts)} of {len(source.blocks)} blocks are done already")
         if done is not None and not parts and WHOLE in source.blocks:
-            _calibrate_whole(source, around.ids, recipe, done, settings.device)
+            _calibrate_whole(source, around, recipe, done, settings.device)
         elif len(parts) < len(source.blocks):
             with _beside(work) as scratch:
                 _walk(source, around, recipe, done, work, len(parts), scratch, settings)
@@ -163,15 +166,19 @@ def _walk(
             if done is not None:
                 _commit(done, source, block, solved, i)
             recipe.ranks.barrier()  # no rank continues before the block is on disk
+        if name in around.kept:
+            for number, (result, states) in enumerate(zip(results, streams, strict=True)):
+                disk = settings.max_memory is not None
+                result[name] = states.copied(scratch / f"{name}-{number}" if disk else None)
         block.module.to("meta")
         give_back_memory()
 
 
-def _calibrate_whole(source: _Source, ids: Tensor, recipe: Recipe, done: Journal, device: str) -> None:
+def _calibrate_whole(source: _Source, around: Around, recipe: Recipe, done: Journal, device: str) -> None:
     """Quantize and commit a model whose blocks form no chains."""
     _fill(source, lambda _tensor: True)
     block = whole(source.model.to(device), source.plan, Stored(source.tensors.dtype, source.tensors.read))
-    solved = solve_whole(block, tokens_of(source.model, ids.to(device)), recipe)
+    solved = solve_whole(block, entering(source.model, around), recipe)
     _commit(done, source, block, solved, 0)
     source.model.to("meta")
 
@@ -217,12 +224,17 @@ def _beside(work: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool) -> _Source:
+def _fitting(model: Any, data: Calibration) -> list[Inputs]:
+    return fitting(type(model), model.config, data.batches, vocabulary_of(model.config)) if data.batches else []
+
+
+def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool, *, text: bool) -> _Source:
     checkpoint = Checkpoint.open(folder)
     hub = {"trust_remote_code": trust_remote_code}
     stored = config_of(str(folder), **hub)
     kind = class_of(stored, **hub)
-    refuse_other_kinds(kind, config.method)
+    if text:
+        refuse_other_kinds(kind, config.method)
     dtype = stored.dtype if isinstance(stored.dtype, torch.dtype) else torch.float32
     with explained(str(folder)), init_empty_weights(include_buffers=False):
         model = build(kind, stored, dtype).eval()
@@ -252,17 +264,19 @@ def _fill(source: _Source, wanted: Callable[[str], bool]) -> None:
             mapped = isinstance(module, nn.Embedding) and source.owner(name) is None
             kept = tensor if mapped else tensor.to(torch.float32, copy=True)
             module.register_parameter(leaf, nn.Parameter(kept, False))
-    for name, buffer in source.model.named_buffers():
+    for name, buffer in list(source.model.named_buffers()):
         if wanted(name) and source.tensors.holds(name):
-            buffer.copy_(source.tensors.read(name))
+            path, _, leaf = name.rpartition(".")
+            dtype = torch.float32 if buffer.is_floating_point() else buffer.dtype
+            setattr(source.model.get_submodule(path), leaf, source.tensors.read(name).to(dtype, copy=True))
 
 
-def _around(source: _Source, ids: Tensor, settings: Settings) -> tuple[Around, _Source]:
+def _around(source: _Source, ids: Tensor, batches: Sequence[Inputs], settings: Settings) -> tuple[Around, _Source]:
     """The model around its blocks, with its weights, and the source with those blocks only that run, in their order."""
     model = source.model
     ranks = settings.ranks
-    around = Around(model.base_model, source.blocks, ids, ranks)
-    prefix, firsts = _prefix(model), around.first_blocks()
+    around = Around.of(model, source.blocks, ids, batches, ranks)
+    prefix, firsts = "" if around.base is model else _prefix(model), around.first_blocks()
     _fill(source, lambda name: name.startswith(prefix) and source.owner(name) in (None, *firsts))
     try:
         around.find_chains()
@@ -304,8 +318,10 @@ def _enter(
     """The inputs of a chain (twice if the float model is followed), and the arguments of its blocks."""
     _fill(source, lambda name: name.startswith(f"{chain[0]}."))
     embeddings = [module.embedding_dim for module in around.base.modules() if isinstance(module, nn.Embedding)]
-    width = getattr(source.model.config.get_text_config(), "hidden_size", None) or max(embeddings)
-    need = around.ids.numel() * width * 4 * len(results) * len(around.chains)
+    width = getattr(source.model.config.get_text_config(), "hidden_size", None) or max(embeddings, default=1024)
+    width = max(width) if isinstance(width, list | tuple) else width
+    tokens = around.ids.numel() + sum(_rows(batch) for batch in around.batches)
+    need = tokens * width * 4 * len(results) * len(around.chains)
     room = settings.max_memory if settings.max_memory is not None else free_memory() // 2
     if need > room:
         settings.say(f"{need / 1e9:.1f} GB of activations go to disk")
@@ -317,6 +333,12 @@ def _enter(
             if isinstance(module, nn.Embedding):  # which may be larger than a block, and are no longer needed
                 module.to("meta")
     return streams, calls
+
+
+def _rows(batch: Inputs) -> int:
+    """About the number of tokens that a batch becomes: as many as there are, or as 16 x 16 patches of three channels."""
+    longest = max(tensor.numel() for tensor in batch.values())
+    return max(batch["input_ids"].numel() if "input_ids" in batch else 0, longest // 768)
 
 
 def _pass_by(source: _Source, block: Block, file: Path, streams: list[HiddenStates], ranks: Ranks) -> None:

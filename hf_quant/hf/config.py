@@ -13,6 +13,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_quant.core.scheme import QuantScheme, fixed_zero
+from hf_quant.data.batches import are_batches
 from hf_quant.data.calibration import Source
 from hf_quant.disk.strict_json import shown
 from hf_quant.errors import FormatError, PlanError, SchemeError, printable
@@ -72,7 +73,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         format: ``"native"``, ``"compressed_tensors"``, or ``"auto"``: compressed-tensors where it can hold the plan, since
             other software reads it, native otherwise.
         calibration: What calibrated methods look at while the model loads: token ids ``[S, T]``, a list of texts, a text or
-            JSONL file, or a ``datasets`` set; None for the text that comes with this package. Never stored.
+            JSONL file, or a ``datasets`` set; None for the text that comes with this package. Or batches of the model's inputs,
+            as its processor returns them (``pixel_values``, ``input_features``, ``input_ids``, ...), at least two. Never stored.
         calibration_tokens: How many of its tokens to take at most.
         epochs: How often ``"learned"`` goes through them for each block; 8 by default. Never stored.
         activations: Of a checkpoint that another program quantized: ``"float"`` runs its layers against activations in
@@ -150,7 +152,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         for glob, slug in self.overrides.items():
             if slug is not None:
                 _parsed(f"overrides[{glob!r}]", slug)
-        self.calibration, self.calibration_tokens = calibration, calibration_tokens
+        self.calibration = list(calibration) if are_batches(calibration) else calibration  # a loader yields them once
+        self.calibration_tokens = calibration_tokens
         self.epochs = _checked_epochs(epochs, method)
         self._check_ranges()
         if training:

@@ -14,12 +14,14 @@ from hf_quant import _autoload
 from hf_quant.checkpoint.config import FIELDS
 from hf_quant.checkpoint.contents import quantization_of
 from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint
+from hf_quant.data.batches import Inputs
 from hf_quant.disk.safetensors import TORCH
 from hf_quant.errors import PlanError
 from hf_quant.formats import known_methods
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf._hooks import build
 from hf_quant.hf.auto import class_of, config_of, hub_options, vocabulary_of
+from hf_quant.hf.batch_inputs import fitting
 from hf_quant.hf.config import HfQuantConfig, quantized_already, taken_over
 from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, make_plan
@@ -139,13 +141,23 @@ def skeleton(model: str, *, weights: Checkpoint | None = None, **hub: Any) -> An
         )
 
 
-def sample_logits(model: Any) -> Tensor:
-    """Logits of a few tokens ``[1, 16, vocab]``, or the first output of a model without logits: to compare models."""
+def sample_logits(model: Any, batch: Inputs | None = None) -> Tensor:
+    """Logits of a few tokens ``[1, 16, vocab]``, or of a batch of other inputs; the first output of a model without logits."""
+    if batch is not None:
+        return _first_output(model, batch)
     ids = torch.arange(3, 19, device=model.device)[None] % vocabulary_of(model.config)
     extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
         logits: Tensor = model(input_ids=ids, **extra)[0]
     return logits
+
+
+def _first_output(model: Any, batch: Inputs) -> Tensor:
+    (given,) = fitting(type(model), model.config, [batch], vocabulary_of(model.config))
+    moved = {name: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype) for name, x in given.items()}
+    with torch.no_grad():
+        out: Tensor = model(**moved)[0]
+    return out
 
 
 def prepare_for_training(model: Any, *, gradient_checkpointing: bool = True) -> Any:

@@ -123,7 +123,8 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
             _stream(job, config, work, out)
         return {}
     refuse_quantized(job.model, **hub_options(job.load))
-    refuse_other_inputs(job.model, **hub_options(job.load))
+    if job.calibration is None or not job.calibration.batches:
+        refuse_other_inputs(job.model, **hub_options(job.load))
     check_places([out], (job.model, *job.inputs), overwrite=job.overwrite, gate=bool(job.budget))
     with claimed(out):
         overwrite = job.overwrite or (calibrated and _published(out, work))
@@ -179,7 +180,8 @@ def _compress(
         recipe = _recipe(job, config, asked, quantized_model, plan, blocks) | {"source": _source(job, stage)}
         recipe |= {} if tuned is None else {"tuned": tuned.to_dict()}
         write_json(stage / RECIPE, recipe | {"unclaimed": unclaimed_names, "files": record(stage)["files"]})
-        logits, again, dtype = sample_logits(quantized_model), None, quantized_model.dtype
+        batches = job.calibration.batches if job.calibration is not None else ()
+        logits, again, dtype = sample_logits(quantized_model, *batches[:1]), None, quantized_model.dtype
         if not calibrated:  # a calibrated model is read from there already
             del quantized_model
             gc.collect()  # frees the first model, which has reference cycles, before the second is loaded
@@ -225,10 +227,16 @@ def _stream(job: Job, config: HfQuantConfig, work: Path, stage: Path) -> tuple[P
 
 def _tune(job: Job, plan: Plan, stage: Path) -> Tuned | None:
     """Train the scales end to end, where codes were learned and that is wanted."""
-    if job.tuning is None or job.calibration is None or not any(map(plan.decision.learning, plan.schemes.values())):
+    data = job.calibration
+    if (
+        job.tuning is None
+        or data is None
+        or data.batches
+        or not any(map(plan.decision.learning, plan.schemes.values()))
+    ):
         return None
     options = job.options("device_map", "trust_remote_code")
-    return tune_checkpoint(stage, job.base(), job.calibration, job.tuning, options, job.say)
+    return tune_checkpoint(stage, job.base(), data, job.tuning, options, job.say)
 
 
 def _folder(job: Job) -> Path:

@@ -219,7 +219,7 @@ def ladder(
         options = {
             "method": method, "modules_to_not_convert": list(ignore), "quantize_lm_head": lm_head,
             "quantize_embeddings": embeddings, "epochs": epochs,
-        } | ({} if looked_at is None else {"calibration": looked_at.ids})  # fmt: skip
+        } | ({} if looked_at is None else {"calibration": looked_at.batches or looked_at.ids})  # fmt: skip
         walk = Ladder(
             job, limits, rungs(group_size, asym, int8_activations), options, base.load,
             lambda: _trial(base, tokenizer, choosing, trial_text, trial_tokens, report), report.over("sensitivity"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,7 +177,7 @@ def quantize(
     ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
     max_shard_size: int | str = "5GB", overwrite: bool = False, eval: bool | None = None,
-    calibration: str | None = None, calibration_tokens: int = 65536, epochs: int | None = None, tune: bool = True, max_memory: int | str | None = None,
+    calibration: str | Iterable[Mapping[str, Any]] | None = None, calibration_tokens: int = 65536, epochs: int | None = None, tune: bool = True, max_memory: int | str | None = None,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
@@ -208,7 +208,8 @@ def quantize(
         overwrite: Replace a folder that hf-quant wrote.
         eval: Measure the result; None: if there is a gate, a ``text``, or heldout.txt beside the model.
         calibration: For calibrated methods: a UTF-8 or JSONL file, or ``ID[:CONFIG][@SPLIT][#COLUMN]`` of a ``datasets`` set;
-            None: calibration.txt beside the model, else a text that comes with this package.
+            None: calibration.txt beside the model, else a text that comes with this package. Or a safetensors file of the
+            model's inputs by their names, or batches of them as its processor returns them.
         calibration_tokens: How many of its tokens are looked at.
         epochs: How often ``"learned"`` goes through them for each block; default: 8.
         tune: After ``"learned"``, train the scales end to end; the whole base has to fit into memory for that.
@@ -242,7 +243,7 @@ def quantize(
     source = find_calibration(calibration, model)
     calibrated = needs_calibration(method, slugs, calibration)
     outs = [Path(output) / slug for slug in slugs] if len(slugs) > 1 else [Path(output)]
-    inputs = list(filter(None, (text, dataset, source)))
+    inputs = [name for name in (text, dataset, source) if isinstance(name, str) and name]
     from_hub = hub(revision, trust_remote_code)
     given = load_options(dtype, device, from_hub)
     shard, memory = size_in_bytes(max_shard_size), None if max_memory is None else size_in_bytes(max_memory)
@@ -277,7 +278,7 @@ def quantize(
         looked_at = calibration_for(model, source, calibration_tokens, tokenizer, from_hub) if calibrated else None
         name = measure = None
         if eval is not False and ranks.first:
-            always = bool(eval or gate or looked_at is not None)
+            always = bool(eval or gate or (looked_at is not None and not looked_at.batches))
             name, content = (how.find(model) if always else how.beside(model)) or (None, "")
         if name is not None:
             if looked_at is not None and not allow_overlap:

@@ -105,6 +105,8 @@ def repair(
         if tokenizer is None:
             raise HfQuantError(f"{base}: no tokenizer found, and training begins with text")
         data = calibration_for(base, text, calibration_tokens, tokenizer, from_hub)
+        if data.batches:
+            raise HfQuantError(f"--calibration {calibration}: repair trains on text or token ids, not on {data.name}")
         with (
             claimed(out),
             output_folder(out, [source, base], overwrite=overwrite) as stage,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_quant.evaluation.results import Quality
 
 TEXT, CALIBRATION = "heldout.txt", "calibration.txt"  # what a model's folder may bring along
+Data = str | Iterable[Mapping[str, Any]]  # a file or data set, or batches of inputs
 BASE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -137,8 +138,8 @@ def nearby(file: str) -> str:
     return suggestion(Path(file).name, names)
 
 
-def find_calibration(text: str | None, model: str) -> str | None:
-    """The calibration text asked for, else the one beside the model, else None for the bundled one.
+def find_calibration(text: Data | None, model: str) -> Data | None:
+    """The calibration text asked for, else the one beside the model, else None for the bundled one; batches as they are.
 
     Raises:
         HfQuantError: What is asked for looks like a file, and there is none.
@@ -146,6 +147,8 @@ def find_calibration(text: str | None, model: str) -> str | None:
     if text is None:
         beside = Path(model) / CALIBRATION
         return str(beside) if beside.is_file() else None
+    if not isinstance(text, str):
+        return text
     if Path(text).is_dir() or (
         Path(text).suffix in (".txt", ".jsonl", ".json", ".md", ".safetensors") and not Path(text).is_file()
     ):
@@ -155,7 +158,7 @@ def find_calibration(text: str | None, model: str) -> str | None:
     return text
 
 
-def needs_calibration(method: str, slugs: Iterable[str], calibration: str | None) -> bool:
+def needs_calibration(method: str, slugs: Iterable[str], calibration: Data | None) -> bool:
     """Whether the method needs calibration data for one of the schemes.
 
     Raises:
@@ -171,7 +174,7 @@ def needs_calibration(method: str, slugs: Iterable[str], calibration: str | None
 
 
 def calibration_for(
-    model: str, source: str | None, tokens: int, tokenizer: Any, from_hub: dict[str, Any]
+    model: str, source: Data | None, tokens: int, tokenizer: Any, from_hub: dict[str, Any]
 ) -> Calibration:
     """What calibrated methods look at."""
     from hf_quant.data.calibration import calibration

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import UnchainedError
 from hf_quant.nn.experts import stacks
 from hf_quant.solve.hidden_states import Batch, Call
 
@@ -76,20 +76,25 @@ class Block:
             again: Called when memory has run out and the run is repeated one sequence at a time, so that hooks can drop what they
                 have collected.
         """
+        undivided = batch.call is not None  # arguments for all of its sequences together
         while True:
             try:
-                parts = batch.states.split(self.rows) if self.rows < len(batch.states) else [batch.states]
+                parts = (
+                    [batch.states] if undivided or self.rows >= len(batch.states) else batch.states.split(self.rows)
+                )
                 outputs = [self._run(batch._replace(states=part), module or self.module) for part in parts]
                 return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
             except RuntimeError as error:
-                if not _out_of_memory(error) or min(self.rows, len(batch.states)) == 1:
+                if undivided or not _out_of_memory(error) or min(self.rows, len(batch.states)) == 1:
                     raise
                 self.rows = 1
                 if again is not None:
                     again()
 
     def sample(self, batch: Batch, module: nn.Module | None = None) -> Tensor:
-        """The output for the first sequence of a batch."""
+        """The output for the first sequence of a batch, or for a batch that has arguments of its own."""
+        if batch.call is not None:
+            return self._run(batch, module or self.module)
         return self._run(batch._replace(states=batch.states[:1]), module or self.module)
 
     def _run(self, batch: Batch, module: nn.Module) -> Tensor:
@@ -110,11 +115,11 @@ def states_of(name: str, out: Any) -> Tensor:
     """The hidden states in the output of a block: the output itself, or its first element.
 
     Raises:
-        HfQuantError: There are none; names the block.
+        UnchainedError: There are none; names the block.
     """
     states = out[0] if isinstance(out, tuple | list) and out else out
     if not isinstance(states, Tensor):
-        raise HfQuantError(
+        raise UnchainedError(
             f"{name}: returns {type(out).__name__}, and only hidden states [B, T, d] can be calibrated yet"
         )
     return states

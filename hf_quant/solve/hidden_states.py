@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -92,10 +92,20 @@ class HiddenStates:
         """Replace a batch."""
         self.states[number * self.size : (number + 1) * self.size] = batch
 
-    def copy_from(self, other: HiddenStates) -> None:
-        """Copy all states of another one."""
+    def rows(self, number: int) -> int:
+        """Number of tokens in a batch."""
+        return self[number].shape[:2].numel()
+
+    def of_batch(self, number: int, size: int) -> Tensor:
+        """The states of the sequences in a batch, if batches had ``size`` sequences."""
+        return self.states[number * size : (number + 1) * size]
+
+    def copied(self, file: Path | None) -> HiddenStates:
+        """A copy of all, in memory or in ``file``."""
+        states = HiddenStates.room(tuple(self.states.shape), self.size, self.states.dtype, file)
         for number in range(len(self)):
-            self.put(number, other[number])
+            states.put(number, self[number])
+        return replace(states, calls={name: list(calls) for name, calls in self.calls.items()}, carried=self.carried)
 
 
 def _reserve(handle: int, size: int) -> None:

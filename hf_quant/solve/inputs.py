@@ -130,14 +130,14 @@ def collect(
     for name in leaders:
         weight = weight_of(block.module.get_submodule(name))
         stats[name] = InputStats.empty(weight.shape[1], weight.device, drift=twin is not None)
-    judged = max(1, len(hidden) // HELD)
+    judged, all_tokens = max(1, len(hidden) // HELD), sum(map(hidden.rows, range(len(hidden))))
     rounds = {g.layers[0]: any(block.layers[block.full(n)].activations for n in g.layers) for g in part}
     look = partial(inputs_of, block, names=leaders, repeated=any(group.repeated for group in part))
     for i in mine:
         seen = look(block.module, batch=hidden.batch(i, block.name))
         original_inputs = {} if twin is None or original is None else look(twin, batch=original.batch(i, block.name))
         held = i % HELD == HELD - 1 or (1 < len(hidden) < HELD and i == len(hidden) - 1)
-        tokens, all_tokens = hidden[i].shape[:2].numel(), hidden.states.shape[:2].numel()
+        tokens = hidden.rows(i)
         every = -(-judged * tokens // min(HELD_ROWS, -(-all_tokens // HELD)))
         for name in leaders:
             other = _following(original_inputs[name][0], seen[name][0]) if original_inputs else None

@@ -45,6 +45,9 @@ CALIBRATED = [
     ("prophetnet", "ProphetNetForCausalLM"), ("molmo2_text", "Molmo2TextModel"), ("bloom", "BloomForCausalLM"),
     ("recurrent_gemma", "RecurrentGemmaForCausalLM"), ("deepseek_v4", "DeepseekV4ForCausalLM"),
     ("inkling2_text", "Inkling2ForCausalLM"), ("led", "LEDForConditionalGeneration"),
+    # images and sounds: a tower, an encoder before a decoder, a position bias of the first block, a tower beside another one
+    ("vit", "ViTForImageClassification"), ("whisper", "WhisperForConditionalGeneration"), ("wavlm", "WavLMForCTC"),
+    ("clip", "CLIPForImageClassification"),
     # models that are calibrated as a whole: a block that is run again and again; two such lists in turns; convolutions around the
     # only layers; no list of blocks; sequences in the second axis; a length that depends on values
     ("albert", "AlbertForMaskedLM"), ("hrm_text", "HrmTextForCausalLM"),

@@ -7,6 +7,8 @@ A weight ``[N, K]`` in G groups a row; a stack of weights has its leading axes b
 | ``weight`` | uint8 | ``[N, K / 8 * bits]``; in 8 bits ``[N, K / 4, 4]`` |
 | ``weight_scale`` | floating point | ``[N, G]`` |
 | ``weight_zero_point`` | uint8, packed like codes | ``[N, ceil(G * bits / 8)]``; real zero points: ``[N, G]``, dtype of the scale |
+| ``weight_scale_code`` | uint8 | scales in two levels: ``[N, ceil(G * b / 8)]``, their codes of b bits; ``weight_scale`` is then ``[N, B]`` |
+| ``weight_zero_point_code`` | uint8 | the same of offsets, and ``weight_zero_point`` is then ``[N, B]`` |
 | ``weight_perm`` | int32 | ``[1, K]``: column j of the codes is column ``perm[j]`` of the weight |
 | ``weight_outlier_index`` | `index_dtype` | ``[C]`` for whole columns, ``[N, C]`` for columns of each row |
 | ``weight_outlier_value`` | dtype of the scale | ``[N, C]`` |
@@ -25,14 +27,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hf_quant.core.coded_scales import CodedScales
 from hf_quant.core.numerics import LEVELS
+from hf_quant.core.packing import pack_short, unpack_short
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import SchemeError
 
 WEIGHT = "weight"
 PARTS = (
     WEIGHT, "weight_scale", "weight_zero_point", "weight_perm", "weight_outlier_index", "weight_outlier_value",
-    "weight_input_scale",
+    "weight_input_scale", "weight_scale_code", "weight_zero_point_code",
 )  # fmt: skip
 COMPANIONS = tuple(part.removeprefix(WEIGHT) for part in PARTS[1:])  # what is appended to the name of the codes
 
@@ -64,8 +68,8 @@ def index_dtype(columns: int) -> torch.dtype:
 
 
 def scale_dtype(scheme: QuantScheme, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of stored scales where ``dtype`` is asked for: multiples of a float16 need more than 16 bits."""
-    return torch.float32 if scheme.blocks else dtype
+    """The dtype of scales where ``dtype`` is asked for: those of two levels need more than 16 bits."""
+    return dtype if scheme.scale_bits is None else torch.float32
 
 
 def shapes_of(shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype) -> Shapes:
@@ -79,7 +83,12 @@ def shapes_of(shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype) -
     codes = (n, k // 4, 4) if scheme.bits == 8 else (n, scheme.packed_bytes(k))
     dtype = scale_dtype(scheme, dtype)
     shapes: Shapes = {WEIGHT: (codes, torch.uint8), "weight_scale": ((n, groups), dtype)}
-    if not scheme.symmetric:
+    if scheme.scale_bits is not None:
+        for part, bits in zip(("weight_scale", "weight_zero_point"), scheme.scale_bits, strict=True):
+            if bits:
+                shapes[part] = ((n, scheme.units(k)), torch.float16 if scheme.blocks else torch.float32)
+                shapes[f"{part}_code"] = ((n, -(-groups * bits // 8)), torch.uint8)
+    elif not scheme.symmetric:
         packed = ((n, scheme.zero_bytes(k)), torch.uint8)
         shapes["weight_zero_point"] = ((n, groups), dtype) if scheme.real_zero else packed
     if scheme.permuted:
@@ -139,6 +148,8 @@ def wrong_values(parts: Mapping[str, Tensor], scheme: QuantScheme, columns: int)
         scheme: Of the layer.
         columns: K.
     """
+    if scheme.scale_bits is not None:
+        parts = {**parts, **_in_one_level(parts, scheme, columns)}
     scale = parts["weight_scale"]
     # codes of other programs only: blocks of zeros have a scale of zero there, and AutoRound makes negative scales
     good = scale.isfinite() if scheme.foreign else scale.isfinite() & (scale != 0)
@@ -161,6 +172,42 @@ def wrong_values(parts: Mapping[str, Tensor], scheme: QuantScheme, columns: int)
     if perm is not None and not bool((perm.sort(-1).values == torch.arange(columns, device=perm.device)).all()):
         return f"weight_perm: not an order of {columns} columns"
     return None if index is None or not index.numel() else _wrong_index(index, columns)
+
+
+def coded_scales(parts: Mapping[str, Tensor], scheme: QuantScheme, columns: int) -> CodedScales:
+    """Of the parts of a weight of that many columns whose scales are in two levels."""
+    assert scheme.scale_bits is not None
+    unpacked = []
+    for part, bits in zip(("weight_scale", "weight_zero_point"), scheme.scale_bits, strict=True):
+        if bits:
+            unpacked += [unpack_short(parts[f"{part}_code"], bits, scheme.groups(columns)), parts[part]]
+    return CodedScales(*unpacked)
+
+
+def packed_scale_codes(codes: Mapping[str, Tensor], scheme: QuantScheme) -> dict[str, Tensor]:
+    """The parts of these fields of `CodedScales`."""
+    assert scheme.scale_bits is not None
+    named = {
+        "code": ("weight_scale_code", scheme.scale_bits[0]),
+        "offset": ("weight_zero_point_code", scheme.scale_bits[1]),
+    }
+    return {named[field][0]: pack_short(tensor, named[field][1]) for field, tensor in codes.items()}
+
+
+def coded_parts(scales: CodedScales, scheme: QuantScheme) -> dict[str, Tensor]:
+    """Inverse of `coded_scales`."""
+    codes = {"code": scales.code} | ({} if scales.offset is None else {"offset": scales.offset})
+    units = {"weight_scale": scales.unit} | (
+        {} if scales.offset_unit is None else {"weight_zero_point": scales.offset_unit}
+    )
+    return units | packed_scale_codes(codes, scheme)
+
+
+def _in_one_level(parts: Mapping[str, Tensor], scheme: QuantScheme, columns: int) -> dict[str, Tensor]:
+    coded = coded_scales(parts, scheme, columns)
+    scale = coded.scale(scheme)
+    zero = coded.zero_point(scale)
+    return {"weight_scale": scale} | ({} if zero is None else {"weight_zero_point": zero})
 
 
 def _wrong_index(index: Tensor, columns: int) -> str | None:

@@ -19,7 +19,10 @@ LEVELS = {
     # sign, two bits of exponent, one of mantissa, divided by the largest, in bitsandbytes' order of codes
     "fp4": tuple(sign * level / 12 + 0.0 for sign in (1, -1) for level in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)),
     # the same format with its own values, in the order of its bits: OCP microscaling formats, version 1.0, section 5.3.3
-    "e2m1": tuple(sign * level + 0.0 for sign in (1, -1) for level in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
+    **dict.fromkeys(
+        ("e2m1", "nvfp4"),
+        tuple(sign * level + 0.0 for sign in (1, -1) for level in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
+    ),
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from hf_quant.core.k_quants import COLUMNS
 from hf_quant.core.scheme import MULTIPLE
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.errors import SchemeError
@@ -30,7 +31,10 @@ def rows_at(tensor: QuantizedTensor, rows: slice | Tensor) -> QuantizedTensor:
         index = outliers.index[rows] if outliers.index.ndim == 2 else outliers.index
         outliers = Outliers(index, outliers.value[rows])
     zero = None if tensor.zero_point is None else tensor.zero_point[rows]
-    return replace(tensor, qweight=tensor.qweight[rows], scale=tensor.scale[rows], zero_point=zero, outliers=outliers)
+    coded = None if tensor.coded is None else tensor.coded.mapped(lambda part: part[rows])
+    return replace(
+        tensor, qweight=tensor.qweight[rows], scale=tensor.scale[rows], zero_point=zero, outliers=outliers, coded=coded
+    )
 
 
 def columns_of(tensor: QuantizedTensor, start: int, count: int) -> QuantizedTensor:
@@ -46,7 +50,7 @@ def columns_of(tensor: QuantizedTensor, start: int, count: int) -> QuantizedTens
     _check(start, count, k, "columns")
     if tensor.perm is not None:
         raise SchemeError(f"{scheme}: its columns are stored in another order and cannot be taken apart")
-    unit = MULTIPLE if scheme.group_size == -1 else max(MULTIPLE, scheme.group_size)
+    unit = COLUMNS if scheme.blocks else MULTIPLE if scheme.group_size == -1 else max(MULTIPLE, scheme.group_size)
     if start % unit or count % unit:
         raise SchemeError(f"columns {start} to {start + count} of {k} cut what {scheme} holds in {unit} columns")
     scale, zero = tensor.scale, tensor.zero_point
@@ -59,7 +63,14 @@ def columns_of(tensor: QuantizedTensor, start: int, count: int) -> QuantizedTens
     outliers = None if tensor.outliers is None else _outliers_of(tensor.outliers, start, count)
     if outliers is None and scheme.outliers:
         scheme = replace(scheme, outliers=0.0, outlier_columns=False)
-    return replace(tensor, qweight=qweight, scale=scale, zero_point=zero, scheme=scheme, outliers=outliers)
+    coded = None
+    if tensor.coded is not None:
+        coded = tensor.coded.mapped(
+            lambda p: p if p.shape[1] == 1 else p[:, start * p.shape[1] // k :][:, : count * p.shape[1] // k]
+        )
+    return replace(
+        tensor, qweight=qweight, scale=scale, zero_point=zero, scheme=scheme, outliers=outliers, coded=coded
+    )
 
 
 def _outliers_of(outliers: Outliers, start: int, count: int) -> Outliers | None:

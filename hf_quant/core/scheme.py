@@ -13,7 +13,7 @@ BITS = (2, 3, 4, 8)  # of codes that are made here
 WIDTHS = tuple(range(2, 9))  # of codes that are read and run
 MULTIPLE = 32  # in_features must be a multiple of this: 32 codes of any width fill whole int32 words
 MOST_OUTLIERS = 0.1  # a larger share would be another precision
-CODEBOOKS = ("nf4", "fp4", "e2m1")  # of bitsandbytes, and of MXFP4 and NVFP4; no method here produces them
+CODEBOOKS = ("nf4", "fp4", "e2m1", "nvfp4")  # of bitsandbytes, MXFP4 and NVFP4; no method here produces them
 ACTIVATIONS = {
     "token": "",
     "tensor": "-static",
@@ -21,7 +21,7 @@ ACTIVATIONS = {
 }  # kinds of INT8 rounding, and their suffixes
 THRESHOLD = 6.0  # of LLM.int8: an input column with such a large value stays in floating point
 _SLUG = re.compile(
-    r"W(?P<bits>\d)(A16|(?P<int8>A8)(?P<how>-static|-threshold)?)(-g(?P<group>\d{1,5}|-1))?(?P<asym>-asym(?P<real>-real)?)?(-(?P<codebook>nf4|fp4|e2m1))?(?P<permuted>-perm)?"
+    r"W(?P<bits>\d)(A16|(?P<int8>A8)(?P<how>-static|-threshold)?)(-g(?P<group>\d{1,5}|-1))?(?P<asym>-asym(?P<real>-real)?)?(-(?P<codebook>nf4|fp4|e2m1|nvfp4))?(?P<permuted>-perm)?"
     r"(-o(?P<share>\d{1,2}(\.\d{1,4})?)%(?P<columns>-columns)?)?"
 )
 
@@ -45,8 +45,8 @@ class QuantScheme:
         bits: Width of one code, 2 to 8; 5, 6 and 7 occur in checkpoints of other programs.
         group_size: Consecutive input columns that share one scale, a power of two from 16; -1 means all K columns.
         symmetric: Whether the zero point is fixed at ``2 ** (bits - 1)`` and not stored.
-        codebook: Name of a table of 16 levels that codes index, instead of a zero point: ``w = level[q] * scale``. None for
-            integers: ``w = (q - zero_point) * scale``.
+        codebook: Name of a table of 16 levels that codes index, instead of a zero point: ``w = level[q] * scale``; ``"nvfp4"`` has
+            the levels of ``"e2m1"``, and its scales are E4M3 codes (`core.coded_scales`). None for integers: ``w = (q - zero_point) * scale``.
         real_zero: Whether zero points are real numbers in the dtype of scales, as in HQQ, and not integers.
         permuted: Whether columns are stored in another order (GPTQ's act-order), so that groups are consecutive.
         outliers: Share of the weights that stay in floating point, 0 for none; at least one in each row.
@@ -126,6 +126,17 @@ class QuantScheme:
         return None if self.blocks is None else K_QUANTS[self.blocks]
 
     @property
+    def scale_bits(self) -> tuple[int, int] | None:
+        """Bits of the codes of scales and of offsets where scales are in two levels; None for scales of any value."""
+        if (kind := self.k_quant) is not None:
+            return (kind.scales[1] - kind.scales[0]).bit_length(), kind.offset.bit_length()
+        return (8, 0) if self.codebook == "nvfp4" else None
+
+    def units(self, in_features: int) -> int:
+        """B, the parts of a row that have a number of their own where scales are in two levels."""
+        return in_features // COLUMNS if self.blocks else 1
+
+    @property
     def qmin(self) -> int:
         """Smallest code."""
         return 0
@@ -166,6 +177,9 @@ class QuantScheme:
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
         """Bits per weight for codes, scales, zero points and outliers, without the indices of outlier columns."""
         groups = self.groups(in_features)
+        if self.scale_bits is not None:
+            wide = (16 if self.symmetric else 32) if self.blocks else 32
+            return self.bits + (sum(self.scale_bits) * groups + wide * self.units(in_features)) / in_features
         zeros = 0 if self.symmetric else groups * scale_bits if self.real_zero else self.zero_bytes(in_features) * 8
         per_outlier = scale_bits if self.outlier_columns else scale_bits + 16
         extra = scale_bits * groups + zeros + per_outlier * self.outlier_count(in_features)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_quant.core.layout import WEIGHT, index_dtype, part_name
+from hf_quant.core.coded_scales import CodedScales, recovered
+from hf_quant.core.layout import WEIGHT, coded_parts, coded_scales, index_dtype, part_name
 from hf_quant.core.numerics import levels
 from hf_quant.core.packing import pack, pack_short, unpack, unpack_short
 from hf_quant.core.scheme import QuantScheme
@@ -62,6 +63,7 @@ class QuantizedTensor:
             of S equal parts of the rows (the gate and up halves of a stack; otherwise S is 1).
         outliers: If the scheme has some.
         input_scale: floating point ``[..., 1]``, the static scale of all activations, if the scheme has one.
+        coded: What ``scale`` and ``zero_point`` were made of, if the scheme has scales in two levels; None if that is to be found.
     """
 
     qweight: Tensor
@@ -71,6 +73,7 @@ class QuantizedTensor:
     perm: Tensor | None = None
     outliers: Outliers | None = None
     input_scale: Tensor | None = None
+    coded: CodedScales | None = None
 
     @classmethod
     def from_codes(
@@ -86,6 +89,9 @@ class QuantizedTensor:
     def from_parts(cls, parts: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
         """Inverse of `parts`, for parts that `layout.wrong_shape` accepts; 8-bit codes may also be flat, ``[..., N, K]``."""
         codes, scale, zero = parts[WEIGHT], parts["weight_scale"], parts.get("weight_zero_point")
+        if scheme.scale_bits is not None:
+            flat = codes.flatten(-2) if codes.ndim > scale.ndim else codes
+            return cls.from_coded(flat, coded_scales(parts, scheme, flat.shape[-1] * 8 // scheme.bits), scheme)
         if zero is not None and not scheme.real_zero:
             zero = unpack_short(zero, scheme.bits, scale.shape[-1])
         outliers = None
@@ -95,6 +101,12 @@ class QuantizedTensor:
             codes if codes.ndim == scale.ndim else codes.flatten(-2), scale, zero, scheme, parts.get("weight_perm"),
             outliers, parts.get("weight_input_scale"),
         )  # fmt: skip
+
+    @classmethod
+    def from_coded(cls, qweight: Tensor, coded: CodedScales, scheme: QuantScheme) -> QuantizedTensor:
+        """Of packed codes and scales in two levels."""
+        scale = coded.scale(scheme)
+        return cls(qweight, scale, coded.zero_point(scale), scheme, coded=coded)
 
     def parts(self, name: str = WEIGHT) -> dict[str, Tensor]:
         """The tensors of a module or of a checkpoint of this package, as in `core.layout`; codes are not copied.
@@ -106,7 +118,10 @@ class QuantizedTensor:
             WEIGHT: self.qweight.unflatten(-1, (-1, 4)) if self.scheme.bits == 8 else self.qweight,
             "weight_scale": self.scale,
         }
-        if self.zero_point is not None:
+        if self.scheme.scale_bits is not None:
+            coded = self.coded or recovered(self.scale, self.zero_point, self.scheme)
+            parts |= coded_parts(coded, self.scheme)
+        elif self.zero_point is not None:
             real = self.scheme.real_zero
             parts["weight_zero_point"] = self.zero_point if real else pack_short(self.zero_point, self.scheme.bits)
         if self.perm is not None:
@@ -148,11 +163,14 @@ class QuantizedTensor:
         qweight, scale = torch.stack([p.qweight for p in parts]), torch.stack([p.scale for p in parts])
         ranges = [part.input_scale for part in parts if part.input_scale is not None]
         input_scale = torch.stack(ranges) if ranges else None
-        return cls(qweight, scale, zero, first.scheme, outliers=joined, input_scale=input_scale)
+        scales = [part.coded for part in parts if part.coded is not None]
+        coded = CodedScales.joined(scales, torch.stack) if len(scales) == len(parts) else None
+        return cls(qweight, scale, zero, first.scheme, outliers=joined, input_scale=input_scale, coded=coded)
 
     def _by_row(self) -> list[Tensor]:
         """All tensors with one entry per row."""
         tensors = [self.qweight, self.scale] + ([] if self.zero_point is None else [self.zero_point])
+        tensors += [] if self.coded is None else self.coded.parts()
         if self.outliers is None:
             return tensors
         return [*tensors, self.outliers.value] + ([self.outliers.index] if self.outliers.index.ndim == 2 else [])
@@ -168,7 +186,8 @@ class QuantizedTensor:
             index = room(outliers.index) if outliers.index.ndim == 2 else outliers.index
             outliers = Outliers(index, room(outliers.value))
         zero = None if self.zero_point is None else room(self.zero_point)
-        return QuantizedTensor(room(self.qweight), room(self.scale), zero, self.scheme, outliers=outliers)
+        coded = None if self.coded is None else self.coded.mapped(room)
+        return QuantizedTensor(room(self.qweight), room(self.scale), zero, self.scheme, outliers=outliers, coded=coded)
 
     def cpu(self) -> QuantizedTensor:
         """The same tensor in main memory."""
@@ -177,6 +196,8 @@ class QuantizedTensor:
         values |= {name: part.cpu() for name, part in values.items() if isinstance(part, Tensor)}
         if self.outliers is not None:
             values["outliers"] = Outliers(self.outliers.index.cpu(), self.outliers.value.cpu())
+        if self.coded is not None:
+            values["coded"] = self.coded.mapped(Tensor.cpu)
         return QuantizedTensor(**values)
 
     @property
@@ -216,12 +237,15 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weights ``[..., N, K]``, computed in float32 (float64 if asked for) and rounded once to ``dtype``."""
         wide = torch.float64 if dtype is torch.float64 else torch.float32
-        groups = self.codes().unflatten(-1, (self.scale.shape[-1], -1))
-        if self.scheme.codebook is None:
+        groups, offset = self.codes().unflatten(-1, (self.scale.shape[-1], -1)), None
+        if self.coded is not None and self.coded.offset is not None:  # to the last bit what llama.cpp computes
+            real, offset = groups.to(wide), self.coded.subtracted()
+        elif self.scheme.codebook is None:
             real = groups.to(wide) - self.zeros().to(wide)[..., None]
         else:
             real = levels(self.scheme.codebook, groups.device).to(wide)[groups.int()]
-        dense = (real * self.scale.to(wide)[..., None]).flatten(-2)
+        dense = real * self.scale.to(wide)[..., None]
+        dense = (dense if offset is None else dense - offset[..., None]).flatten(-2)
         if self.outliers is not None:
             dense = self.outliers.add_to(dense)
         dense = dense.to(dtype or self.scale.dtype)

@@ -1,7 +1,7 @@
 """FP4 (E2M1) in compressed-tensors: MXFP4 with a power of two for 32 weights, NVFP4 with an E4M3 scale for 16 and one for all.
 
-A code is a place in a table of 16 levels, so such a weight is a codebook with scales: bf16 holds powers of two, and float32 the
-quotient of the two scales of NVFP4. The OCP specification of microscaling: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
+A code is a place in a table of 16 levels, so such a weight is a codebook with scales: bf16 holds powers of two, and those of NVFP4
+stay in two levels (`core.coded_scales`). The OCP specification of microscaling: https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_quant.core.coded_scales import CodedScales
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
@@ -26,7 +27,7 @@ def fp4_layer(tensors: Mapping[str, Any], group_size: int, note: str) -> Layer:
     """A layer, from its headers: weight_packed uint8 ``[N, K / 2]``, weight_scale ``[N, K / group_size]``."""
     n, half = need(tensors, "weight_packed", (torch.uint8,), (None, None)).shape
     k = 2 * half
-    scheme = QuantScheme(4, group_size, codebook="e2m1")
+    scheme = QuantScheme(4, group_size, codebook="e2m1" if group_size == MX else "nvfp4")
     dtypes = (torch.uint8,) if group_size == MX else (torch.float8_e4m3fn,)
     if k % group_size or k % MX:
         raise FormatError(f"weight_packed has rows of {k}, expected a multiple of {MX}")
@@ -44,15 +45,16 @@ def read_fp4(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTen
     """
     fp4_layer(tensors, scheme.group_size, "")
     stored = tensors["weight_scale"]
+    codes = tensors["weight_packed"].contiguous()
     if scheme.group_size == MX:
-        scale = powers_of_two("weight_scale", stored)
-    else:
-        whole = tensors[GLOBAL]
-        if not bool((whole.isfinite() & (whole > 0)).all()):
-            raise FormatError(f"{GLOBAL}: must be a finite number above zero")
-        scale = stored.float() / whole
-        check_scale("weight_scale", scale)
-    return QuantizedTensor(tensors["weight_packed"].contiguous(), scale, None, scheme)
+        return QuantizedTensor(codes, powers_of_two("weight_scale", stored), None, scheme)
+    whole = tensors[GLOBAL]
+    if not bool((whole.isfinite() & (whole > 0)).all()):
+        raise FormatError(f"{GLOBAL}: must be a finite number above zero")
+    coded = CodedScales(stored.contiguous().view(torch.uint8), whole.expand(len(codes), 1).contiguous())
+    read = QuantizedTensor.from_coded(codes, coded, scheme)
+    check_scale("weight_scale", read.scale)
+    return read
 
 
 def powers_of_two(name: str, exponents: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ A block holds codes around a fixed center with one float16 scale for 32 weights 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hf_quant.core.coded_scales import CodedScales
 from hf_quant.core.packing import pack
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
@@ -30,11 +31,11 @@ def scheme_of(block: Block, *, integer_zero: bool = False) -> QuantScheme:
 
 def tensor_of(parts: Parts, block: Block) -> QuantizedTensor:
     """The weight of these blocks, to the last bit; beside real zero points, to the rounding of float32."""
-    scale = parts.d if block.scales == () else parts.scale()
+    if block.scales:
+        return _two_levels(parts, block)
+    scale = parts.d
     offset, dead = parts.offset(), scale == 0
-    # a group of one value may have a scale of zero: it gets a legal one, of the same block if that has any
-    legal = parts.d[..., None].expand(-1, -1, block.groups).flatten(1).to(scale.dtype)
-    legal = torch.where(dead, torch.where(legal == 0, 1, legal), scale)
+    legal = torch.where(dead, 1, scale)  # a group of one value may have a scale of zero
     if offset is None:
         scheme = scheme_of(block)
         codes = parts.codes.masked_fill(_by_weight(dead, block), scheme.zero)
@@ -42,12 +43,28 @@ def tensor_of(parts: Parts, block: Block) -> QuantizedTensor:
     zero = (offset / scale.float()).nan_to_num(0, 0, 0)
     whole = zero.round()
     exact = (whole * scale.float() == offset) & (whole >= 0) & (whole < 1 << block.bits) & (scale != 0)
-    if block.scales == () and bool(exact.all()):
+    if bool(exact.all()):
         scheme = scheme_of(block, integer_zero=True)
         return QuantizedTensor(pack(parts.codes, scheme.bits), scale, whole.to(torch.uint8), scheme)
     scheme, legal = scheme_of(block), legal.float()
     codes = parts.codes.masked_fill(_by_weight(dead, block), 0)
     return QuantizedTensor(pack(codes, scheme.bits), legal, offset / legal, scheme)
+
+
+def _two_levels(parts: Parts, block: Block) -> QuantizedTensor:
+    """The same for K-quants, whose scales and offsets stay whole numbers."""
+    assert parts.scales is not None
+    scheme = QuantScheme.of_blocks(block.name)
+    assert scheme.k_quant is not None
+    unit = torch.where(parts.d == 0, 1, parts.d)
+    dead = (parts.scales == 0) | (parts.d == 0)[..., None]  # such a group gets a legal scale, and codes of zero
+    scales = torch.where(dead, 1, parts.scales) - scheme.k_quant.scales[0]
+    zero = 0 if block.center is None else scheme.zero
+    codes = parts.codes.masked_fill(_by_weight(dead.flatten(1), block), zero)
+    coded = CodedScales(scales.to(torch.uint8).flatten(1), unit)
+    if parts.offsets is not None and parts.dmin is not None:
+        coded = replace(coded, offset=parts.offsets.to(torch.uint8).flatten(1), offset_unit=parts.dmin)
+    return QuantizedTensor.from_coded(pack(codes, scheme.bits), coded, scheme)
 
 
 def _by_weight(groups: Tensor, block: Block) -> Tensor:

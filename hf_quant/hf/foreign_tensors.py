@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 
+from hf_quant.core.coded_scales import CodedScales
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import CheckpointError, HfQuantError
@@ -193,6 +194,9 @@ def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
         parts[0].scheme,
         perm,
         input_scale=torch.stack(ranges).amax(0) if ranges else None,
+        coded=CodedScales.joined(coded, torch.cat)
+        if (coded := [p.coded for p in parts if p.coded is not None])
+        else None,
     )
 
 
@@ -207,6 +211,8 @@ def parameters_of(name: str, read: QuantizedTensor, scale_dtype: torch.dtype) ->
     zero = (
         read.zero_point.to(scale_dtype) if read.scheme.real_zero and read.zero_point is not None else read.zero_point
     )
+    if read.coded is not None:
+        return {part: frozen(tensor) for part, tensor in read.parts(name).items()}
     inputs = None if read.input_scale is None else read.input_scale.to(scale_dtype)
     typed = replace(read, scale=read.scale.to(scale_dtype), zero_point=zero, input_scale=inputs)
     return {part: frozen(tensor) for part, tensor in typed.parts(name).items()}

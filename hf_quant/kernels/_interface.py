@@ -43,6 +43,9 @@ class LinearBackend(Protocol[P]):
     A backend may also have ``fused(x, prepared, spec, bias, outliers)``: `linear` with both added before it rounds; and
     ``experts(x, prepared, spec, ends, order, bias, outliers)``: the same for a stack of weights, rows sorted by `by_expert`.
 
+    One whose layout holds the codes of scales in two levels has ``scale_codes(prepared, spec)``: they, uint8 ``[N, G]``, by the name of
+    their field of `CodedScales`; the module then holds no others.
+
     Attributes:
         priority: Backends are tried from the highest to the lowest.
         repacks: Whether `prepare` lays the codes out anew, once at load, in place of the portable ones;

@@ -102,11 +102,15 @@ class CpuNative:
     def restore(self, prepared: NativeWeight, spec: LinearSpec) -> Tensor:
         return portable(prepared.tiles, spec)
 
+    def scale_codes(self, prepared: NativeWeight, spec: LinearSpec) -> dict[str, Tensor]:
+        """See `LinearBackend`."""
+        return prepared.codes_of_scales(spec.out_features)
+
     def linear(self, x: Tensor, prepared: NativeWeight, spec: LinearSpec) -> Tensor:
         if may_skip_dispatcher(x):
             return _product(x, prepared.description)
         rows, n = flat(x, spec.in_features), spec.out_features
-        y = cpu_native_linear(rows, prepared.tiles, prepared.scale, prepared.zero, spec.scheme.bits, n)
+        y = cpu_native_linear(rows, prepared.tiles, *prepared.in_one_level(), spec.scheme.bits, n)
         return y.reshape(*x.shape[:-1], n)
 
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from hf_quant.core.layout import PARTS, WEIGHT, part_name
+from hf_quant.core.layout import PARTS, WEIGHT, packed_scale_codes, part_name
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearBackend, LinearSpec
@@ -50,10 +50,11 @@ class Repacking(Outside):
 
     def _quantized(self, name: str) -> QuantizedTensor:
         """The weight in the portable layout; its codes are copied if only a kernel's layout is in memory."""
-        scheme, qweight = self._schemes()[name], None
+        scheme, restored = self._schemes()[name], {}
         if self._backend is not None and self._emptied(name):
-            qweight = self._backend.restore(self._repacked[name], self._specs[name])
-        return read(self, name, scheme, qweight=qweight)
+            restored[WEIGHT] = self._backend.restore(self._repacked[name], self._specs[name])
+            restored |= self._scale_codes(name, scheme)
+        return read(self, name, scheme, restored=restored)
 
     def _emptied(self, name: str) -> bool:
         """Whether these codes exist only in the layout of a kernel."""
@@ -65,6 +66,15 @@ class Repacking(Outside):
         self._repacked = {**self._repacked, name: prepared}
         if not shared:
             self._set_codes(name, self._codes(name).new_empty(0))  # one copy of the codes in memory, not two
+            for part in self._scale_codes(name, self._schemes()[name]):
+                self._parameters[part_name(name, part)] = frozen(self._codes(name).new_empty(0))
+
+    def _scale_codes(self, name: str, scheme: QuantScheme) -> dict[str, Tensor]:
+        """The codes of scales in two levels that the layout of the kernel holds, as parts."""
+        read = getattr(self._backend, "scale_codes", None)
+        if scheme.scale_bits is None or read is None:
+            return {}
+        return packed_scale_codes(read(self._repacked[name], self._specs[name]), scheme)
 
     def _set_codes(self, name: str, codes: Tensor) -> None:
         self._parameters[name] = frozen(codes)
@@ -74,16 +84,25 @@ class Repacking(Outside):
         """The original parameters of those that `_repack` emptied."""
         for name in self._repacked:
             if self._emptied(name):
-                yield name, self._quantized(name).parts()[WEIGHT]
+                for full, part in self._quantized(name).parts(name).items():
+                    if full == name or 0 in getattr(self, full).shape:
+                        yield full, part
 
     def _unpack(self) -> None:
-        for name, codes in self._portable():
-            self._set_codes(name, codes)
+        for name, codes in list(self._portable()):
+            if name in self._schemes():
+                self._set_codes(name, codes)
+            else:
+                self._parameters[name] = frozen(codes)
         self._backend, self._repacked = None, {}
 
     def _finer(self) -> list[nn.Parameter]:
-        """Scales of a finer dtype than the module computes in, with the other parts of their weights."""
-        finer = [name for name in self._schemes() if getattr(self, f"{name}_scale").dtype != self.compute_dtype]
+        """Scales in two levels, or of a finer dtype than the module computes in, with the other parts of their weights."""
+        finer = [
+            name
+            for name, scheme in self._schemes().items()
+            if scheme.scale_bits is not None or getattr(self, f"{name}_scale").dtype != self.compute_dtype
+        ]
         names = [part_name(name, part) for name in finer for part in PARTS]
         return [parameter for name in names if (parameter := self._parameters.get(name)) is not None]
 

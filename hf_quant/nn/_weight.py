@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from torch import Tensor, nn
 
@@ -41,16 +44,18 @@ def register(
 
 
 def read(
-    module: Outside, name: str, scheme: QuantScheme, index: int | Tensor | None = None, qweight: Tensor | None = None
-) -> QuantizedTensor:
-    """The parameters as one value; ``qweight`` replaces repacked codes.
+    module: Outside, name: str, scheme: QuantScheme, index: int | Tensor | None = None,
+    restored: Mapping[str, Tensor] = MappingProxyType({}),
+) -> QuantizedTensor:  # fmt: skip
+    """The parameters as one value; ``restored`` replaces those of which only a kernel's layout is in memory.
 
     ``index`` selects one matrix of a stack, or rows by number; tensors with a single axis belong to all rows.
     """
-    parts: dict[str, Tensor] = {WEIGHT: module._codes(name) if qweight is None else qweight}
+    parts: dict[str, Tensor] = {WEIGHT: module._codes(name)}
     for part in PARTS[1:]:
         if (tensor := module._parameters.get(part_name(name, part))) is not None:
             parts[part] = tensor
+    parts |= restored
     if index is not None:
         parts = {part: tensor if tensor.ndim == 1 else _picked(tensor, index) for part, tensor in parts.items()}
     return QuantizedTensor.from_parts(parts, scheme)

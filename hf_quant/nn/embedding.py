@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +13,9 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.nn._hooks import mark_initialized
 from hf_quant.nn._outside import Outside, seen
 from hf_quant.nn._weight import frozen, read, register
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class QuantEmbedding(Outside, nn.Embedding):
@@ -35,6 +41,7 @@ class QuantEmbedding(Outside, nn.Embedding):
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self.scheme = scheme
+        self._row_dtype = None if scheme.scale_bits is None else dtype  # None: that of scales
         if not quantized:
             self.weight = frozen(torch.empty(num_embeddings, embedding_dim, dtype=dtype))
         register(self, "weight", (num_embeddings, embedding_dim), scheme, dtype, codes=quantized)
@@ -43,7 +50,7 @@ class QuantEmbedding(Outside, nn.Embedding):
     @property
     def compute_dtype(self) -> torch.dtype:  # type: ignore[override]
         """The dtype of returned rows."""
-        return self.weight_scale.dtype
+        return self._row_dtype or self.weight_scale.dtype
 
     def float_shape(self, name: str) -> tuple[int, ...] | None:
         return (self.num_embeddings, self.embedding_dim) if name == "weight" else None
@@ -60,7 +67,17 @@ class QuantEmbedding(Outside, nn.Embedding):
         return self.quantized_weight().dequantize(dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
-        return read(self, "weight", self.scheme, ids).dequantize()
+        return read(self, "weight", self.scheme, ids).dequantize(self._row_dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._row_dtype is None:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._row_dtype = fn(torch.empty(0, dtype=self._row_dtype)).dtype
+        unchanged = [(parameter, parameter.data) for parameter in self.parameters() if parameter.is_floating_point()]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for parameter, tensor in unchanged:  # scales in two levels keep their types
+            parameter.data = tensor.to(parameter.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}"

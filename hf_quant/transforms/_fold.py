@@ -200,7 +200,7 @@ def _divided(codes: QuantizedTensor, row_scales: Tensor) -> QuantizedTensor:
     outliers = codes.outliers
     if outliers is not None:
         outliers = replace(outliers, value=outliers.value / row_scales[:, None].to(outliers.value))
-    return replace(codes, scale=codes.scale / row_scales[:, None].to(codes.scale), outliers=outliers)
+    return replace(codes, scale=codes.scale / row_scales[:, None].to(codes.scale), outliers=outliers, coded=None)
 
 
 def _rescale(stage: Stage, scales: Tensor) -> None:

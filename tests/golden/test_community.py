@@ -191,9 +191,8 @@ def test_what_nobody_reads_is_said() -> None:
 # -- what it costs ------------------------------------------------------------------------------------------------
 
 
-# the scales of NVFP4 are products that need float32: six bits a weight instead of four and a half
 # embeddings of Gemma are held in floating point
-@pytest.mark.parametrize("name", [n for n in NAMES if not set(n.split("-")) & {"fp8", "axis0", "nvfp4", "gemma"}])
+@pytest.mark.parametrize("name", [n for n in NAMES if not set(n.split("-")) & {"fp8", "axis0", "gemma"}])
 def test_the_loaded_model_is_as_small_as_the_file(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_QUANT_BACKEND", "codebook" if "fp4" in name or "nf4" in name else "dequant")
     model = loaded(FIXTURES / name, dtype=dtype_of(name))

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_quant import _plugins
+from hf_quant.core.coded_scales import CodedScales
+from hf_quant.core.k_quants import K_QUANTS
 from hf_quant.core.scheme import BITS, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
@@ -41,7 +43,16 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def layer(n: int, k: int, scheme: QuantScheme, dtype: torch.dtype) -> tuple[QuantizedTensor, LinearSpec]:
-    if scheme.foreign:
+    if scheme.scale_bits is not None:
+        codes = [
+            torch.randint(1, max(2, 1 << bits), (n, scheme.groups(k)), dtype=torch.uint8) for bits in scheme.scale_bits
+        ]
+        unit = (torch.rand(n, scheme.units(k)) + 0.5) / (1 if scheme.codebook else 256)
+        low = {} if scheme.symmetric else {"offset": codes[1], "offset_unit": unit.half()}
+        coded = CodedScales(codes[0] & 63, unit.half() if scheme.blocks else unit, **low)
+        packed = torch.randint(256, (n, scheme.packed_bytes(k)), dtype=torch.uint8)
+        weight = QuantizedTensor.from_coded(packed, coded, scheme)
+    elif scheme.foreign:
         scale = torch.rand(n, scheme.groups(k)) + 0.1
         zero = (torch.rand_like(scale) * scheme.qmax).to(dtype if scheme.real_zero else torch.uint8)
         zero = None if scheme.symmetric else zero
@@ -55,6 +66,7 @@ def layer(n: int, k: int, scheme: QuantScheme, dtype: torch.dtype) -> tuple[Quan
         weight.scale.to(DEVICE),
         None if weight.zero_point is None else weight.zero_point.to(DEVICE),
         scheme,
+        coded=None if weight.coded is None else weight.coded.mapped(lambda part: part.to(DEVICE)),
     )
     return moved, LinearSpec(scheme, n, k, dtype, DEVICE)
 
@@ -95,6 +107,15 @@ def test_equals_float64(name: str, kind: QuantScheme, dtype: torch.dtype, n: int
         expected = x.double() @ exact.T
         if m:
             assert (got.double() - expected).norm() / expected.norm() < tolerance, m
+
+
+@pytest.mark.usefixtures("_poisoned")
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("slug", [*K_QUANTS, "W4A16-g16-nvfp4"])
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
+@pytest.mark.parametrize(("n", "k"), [(33, 512), (64, 256)])
+def test_scales_in_two_levels(name: str, slug: str, dtype: torch.dtype, n: int, k: int) -> None:
+    test_equals_float64(name, QuantScheme.parse(slug), dtype, n, k, QuantScheme.parse(slug).group_size)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -188,7 +188,7 @@ def test_rows_of_any_shape_and_none_of_another_width(slug: str) -> None:
 @built
 def test_the_module_takes_no_other_bytes_for_a_weight() -> None:
     for wrong in (b"", bytes(63), 5):
-        with pytest.raises(TypeError, match="linear takes a weight of 64 bytes first"):
+        with pytest.raises(TypeError, match="linear takes a weight of 88 bytes first"):
             compiled._cpu.linear(wrong, 0, 0, 0, 0, 0)  # type: ignore[arg-type]
 
 

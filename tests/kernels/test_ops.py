@@ -222,7 +222,8 @@ def test_the_module_holds_columns_and_scales_against_bounds_itself() -> None:
 def test_the_module_takes_no_impossible_weight() -> None:
     q, s = torch.zeros(1, 4, 256, dtype=torch.uint8), torch.ones(1, 4, 16)
     x, y = torch.ones(1, K), torch.zeros(1, 16)
-    right = {"q": q.data_ptr(), "scale": s.data_ptr(), "zero": 0, "type": 0, "bits": 4, "n": 16, "k": K, "group": 32}
+    right = {"q": q.data_ptr(), "scale": s.data_ptr(), "zero": 0, "type": 0, "bits": 4, "n": 16, "k": K, "group": 32,
+             "unit": 0, "zero_unit": 0, "shift": 0}  # fmt: skip
     wrong = [
         {"bits": 9},
         {"bits": 0},
@@ -232,6 +233,9 @@ def test_the_module_takes_no_impossible_weight() -> None:
         {"group": 48},
         {"group": 16},
         {"type": 2},
+        {"type": 3},
+        {"type": 3, "unit": s.data_ptr(), "shift": 3},
+        {"type": 3, "unit": s.data_ptr(), "zero": s.data_ptr()},
         {"q": 0},
     ]
     for change in ({}, *wrong):

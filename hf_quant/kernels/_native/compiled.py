@@ -20,6 +20,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from hf_quant.core.coded_scales import CodedScales
 from hf_quant.core.private_torch import empty_on_cpu
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import BackendError, KernelError
@@ -33,6 +34,7 @@ except ImportError:  # not built; `why_not` reports it
     _cpu = None  # type: ignore[assignment]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STORED = TYPES | {torch.uint8: 3}  # of scales
 LARGE, MAPPED = 2 << 20, 64 << 20  # bytes of a large page, and of what is mapped at a time
 LARGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE") and os.environ.get("HF_QUANT_LARGE_PAGES") != "0"
 ARM = platform.machine().lower() in ("aarch64", "arm64")
@@ -70,9 +72,19 @@ def why_not(spec: LinearSpec) -> str | None:
         return f"float32 at most, too coarse for {spec.dtype}"
     if spec.scheme.codebook:
         return "integers only, no codebooks"
+    if spec.scheme.blocks and spec.scheme.symmetric:
+        return f"bytes of {spec.scheme.blocks} for scales have a sign"
     if spec.in_features // spec.scheme.groups(spec.in_features) % 32:
         return f"group size {spec.scheme.group_size} is not a multiple of 32"
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Units:
+    """What bytes of scales and of offsets are multiples of, float32 ``[ceil(N / 16), B, 16]`` each; None in one level."""
+
+    scale: Tensor | None = None
+    zero: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +93,9 @@ class NativeWeight:
 
     Attributes:
         tiles: uint8 ``[ceil(N / 16), K / 32, 64 bits]``, the codes.
-        scale: float32 or bf16 ``[ceil(N / 16), G, 16]``.
-        zero: Zero points like ``scale``, or None where all are ``2 ** (bits - 1)``.
+        scale: float32 or bf16 ``[ceil(N / 16), G, 16]``; uint8 in two levels.
+        zero: Zero points like ``scale``, or None where all are ``2 ** (bits - 1)``; in two levels offsets.
+        units: float32 ``[ceil(N / 16), B, 16]`` each, what ``scale`` and ``zero`` are multiples of; empty in one level.
         description: What `described` says of the tensors above, computed once: to look at a tensor takes one percent of
             the product with one row.
     """
@@ -90,7 +103,27 @@ class NativeWeight:
     tiles: Tensor
     scale: Tensor
     zero: Tensor | None
+    units: Units
     description: bytes
+
+    def in_one_level(self) -> tuple[Tensor, Tensor | None]:
+        """Scales and zero points in floating point."""
+        if self.units.scale is None:
+            return self.scale, self.zero
+        scale = _spread(self.scale, self.units.scale)
+        return scale, None if self.zero is None else _spread(self.zero, self.units.zero) / scale
+
+    def codes_of_scales(self, n: int) -> dict[str, Tensor]:
+        """uint8 ``[N, G]`` by the name of the field of `CodedScales`; empty in one level."""
+        if self.units.scale is None:
+            return {}
+        given = {"code": self.scale} | ({} if self.zero is None else {"offset": self.zero})
+        return {name: part.transpose(1, 2).flatten(0, 1)[:n].contiguous() for name, part in given.items()}
+
+
+def _spread(codes: Tensor, units: Tensor | None) -> Tensor:
+    assert units is not None
+    return codes.float() * units.repeat_interleave(codes.shape[1] // units.shape[1], 1)
 
 
 def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> NativeWeight:
@@ -99,11 +132,20 @@ def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> NativeWeight:
     codes = weight.qweight.contiguous()
     tiles = _room.take((n + 15) // 16 * 2 * k * bits).view(-1, k // 32, 64 * bits)
     _cpu.pack(codes.data_ptr(), tiles.data_ptr(), bits, n, k, torch.get_num_threads())
+    if weight.coded is not None:
+        return _coded(tiles, weight.coded, spec)
     scale, zero = weight.scale, weight.zero_point
     if zero is not None and zero.is_floating_point():  # of another dtype, maybe; integers up to 255 are exact in all
         scale, zero = (t.to(torch.promote_types(scale.dtype, zero.dtype)) for t in (scale, zero))
     scales, zeros = _in_blocks(scale), None if zero is None else _in_blocks(zero.to(scale.dtype))
-    return NativeWeight(tiles, scales, zeros, described(tiles, scales, zeros, bits, n))
+    return NativeWeight(tiles, scales, zeros, Units(), described(tiles, scales, zeros, bits, n))
+
+
+def _coded(tiles: Tensor, scales: CodedScales, spec: LinearSpec) -> NativeWeight:
+    codes, offsets = _in_blocks(scales.code), None if scales.offset is None else _in_blocks(scales.offset)
+    units = Units(_in_blocks(scales.unit), None if scales.offset_unit is None else _in_blocks(scales.offset_unit))
+    description = described(tiles, codes, offsets, spec.scheme.bits, spec.out_features, units)
+    return NativeWeight(tiles, codes, offsets, units, description)
 
 
 class _Room:
@@ -162,9 +204,9 @@ def portable(tiles: Tensor, spec: LinearSpec) -> Tensor:
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    """``[N, G]`` to ``[ceil(N / 16), G, 16]``, float32 or bf16."""
+    """``[N, G]`` to ``[ceil(N / 16), G, 16]``, float32, bf16 or uint8."""
     n, g = values.shape
-    dtype = torch.bfloat16 if values.dtype is torch.bfloat16 else torch.float32
+    dtype = values.dtype if values.dtype in (torch.bfloat16, torch.uint8) else torch.float32
     blocks = _room.take((n + 15) // 16 * 16 * g * dtype.itemsize).view(dtype).view(-1, g, 16)
     full = n // 16
     blocks[:full] = values[: 16 * full].view(-1, 16, g).transpose(1, 2)
@@ -178,12 +220,24 @@ SIZES_AT = 40
 _sizes = struct.Struct("2q").unpack_from  # N and K of what `described` says
 
 
-def described(tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> bytes:
+def described(
+    tiles: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bits: int,
+    n: int,
+    units: Units = Units(),
+) -> bytes:
     """The address, shapes and types of a weight, as the compiled module reads them."""
     k, zero_address = tiles.shape[1] * 32, 0 if zero is None else zero.data_ptr()
+    at, above, shift = 0, 0, 0
+    if units.scale is not None:
+        at, shift = units.scale.data_ptr(), (scale.shape[1] // units.scale.shape[1]).bit_length() - 1
+        above = 0 if units.zero is None else units.zero.data_ptr()
     return struct.pack(
-        "8q", tiles.data_ptr(), scale.data_ptr(), zero_address, TYPES[scale.dtype], bits, n, k, k // scale.shape[1]
-    )
+        "11q", tiles.data_ptr(), scale.data_ptr(), zero_address, STORED[scale.dtype], bits, n, k, k // scale.shape[1],
+        at, above, shift,
+    )  # fmt: skip
 
 
 def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:

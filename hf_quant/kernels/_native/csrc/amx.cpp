@@ -50,8 +50,8 @@ void panel(const Linear& a, long b, long blocks, long t0, long count, uint8_t* o
       for (int v = 0; v < BITS; v++) _mm_prefetch((const char*)tile + 64 * v + 2048, _MM_HINT_T0);
       if (g != (t0 + t) / steps) {
         g = (t0 + t) / steps;
-        scale = grouped(a.scale, a.scale_type, (b + i) * groups + g, 0);
-        if (a.zero) shift = ((float)(1 << (BITS - 1)) - grouped(a.zero, a.scale_type, (b + i) * groups + g, 0)) * scale;
+        scale = scale_of(a, (b + i) * groups + g, 0);
+        if (a.zero) shift = shift_of(a, (b + i) * groups + g, 0, scale);
       }
       dequantized<BITS, PARTS>(tile, scale, shift, to);
     }

@@ -123,9 +123,9 @@ void chunk(const Linear& a, long b, long t0, long count, int i, bool scaled, uin
   out += 64 * i;
   for (long t = t0; t < t0 + count; t++, tile += 64 * BITS, out += 16 * 128) {
     if (scaled) {
-      const vf scale = grouped(a.scale, a.scale_type, b * groups + t / steps, 0);
+      const vf scale = scale_of(a, b * groups + t / steps, 0);
       vf shift = vf{};
-      if (a.zero) shift = ((float)(1 << (BITS - 1)) - grouped(a.zero, a.scale_type, b * groups + t / steps, 0)) * scale;
+      if (a.zero) shift = shift_of(a, b * groups + t / steps, 0, scale);
       each_pair<BITS>(tile, 0, [&](int r, vf low, vf high) __attribute__((always_inline)) {
         _mm512_store_si512(out + 128 * r, pairs(low * scale + shift, high * scale + shift));
       });
@@ -148,9 +148,9 @@ long parted(const Linear& a, long b, long other, long t0, long count, bool scale
     part->pairs = 16 * (to - t), part->group = g, part->shifted = a.zero && t == g * steps;
     for (int i = 0; i < 2; i++) {
       const long at = (i ? other : b) * groups + g;
-      part->scale[i] = grouped(a.scale, a.scale_type, at, 0);
+      part->scale[i] = scale_of(a, at, 0);
       if (part->shifted)
-        part->shift[i] = ((float)(1 << (a.bits - 1)) - grouped(a.zero, a.scale_type, at, 0)) * part->scale[i];
+        part->shift[i] = shift_of(a, at, 0, part->scale[i]);
     }
     t = to;
   }

@@ -51,10 +51,8 @@ void byte_block(const Linear& a, long b, const Digits& x, long first, const Outp
         }
       }
     for (int h = 0; h < H; h++) {
-      const vf scale = grouped(a.scale, a.scale_type, b * groups + g, h);
-      vf zero = vf{};
-      if (a.zero) zero = grouped(a.zero, a.scale_type, b * groups + g, h) - (float)(1 << (BITS - 1));
-      for (int m = 0; m < M; m++) total[m][h] += (sum[m][h] - zero * all[m]) * scale;
+      const vf scale = scale_of(a, b * groups + g, h);
+      for (int m = 0; m < M; m++) total[m][h] += stands_for(a, b * groups + g, h, scale, sum[m][h], all[m]);
     }
   }
   const long count = a.n - 16 * b < 16 ? a.n - 16 * b : 16;

@@ -187,10 +187,10 @@ bool integers(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssiz
 
 bool is_width(int bits) { return bits >= 2 && bits <= 8; }
 
-// The weight and the integers of a call. A weight is bytes, 8 integers of 64 bits: as many objects of Python would have to
+// The weight and the integers of a call. A weight is bytes, 11 integers of 64 bits: as many objects of Python would have to
 // come from memory one after the other at every token.
 bool with_weight(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, Linear* w, long long* out) {
-  long long a[8];
+  long long a[11];
   if (given < 1 || !PyBytes_Check(args[0]) || PyBytes_Size(args[0]) != sizeof a) {
     PyErr_Format(PyExc_TypeError, "%s takes a weight of %zu bytes first", name, sizeof a);
     return false;
@@ -198,8 +198,10 @@ bool with_weight(const char* name, PyObject* const* args, Py_ssize_t given, Py_s
   memcpy(a, PyBytes_AsString(args[0]), sizeof a);
   w->q = (const uint8_t*)a[0], w->scale = (const void*)a[1], w->zero = (const void*)a[2];
   w->scale_type = (int)a[3], w->bits = (int)a[4], w->n = (long)a[5], w->k = (long)a[6], w->group = (long)a[7];
+  w->unit = (const float*)a[8], w->zero_unit = (const float*)a[9], w->shift = (int)a[10];
+  const bool coded = w->scale_type == CODED, whole = w->unit && !w->zero == !w->zero_unit && w->shift >= 0 && w->shift < 8;
   if (!is_width(w->bits) || w->n < 1 || w->k < 32 || w->group < 32 || w->group % 32 || w->k % w->group || !w->q || !w->scale ||
-      (w->scale_type != F32 && w->scale_type != BF16)) {
+      (coded ? !whole || w->k / w->group % (1 << w->shift) : w->scale_type != F32 && w->scale_type != BF16)) {
     PyErr_Format(PyExc_ValueError, "%s: no weight has %d bits, %ld rows, %ld columns in groups of %ld and scales of type %d",
                  name, w->bits, w->n, w->k, w->group, w->scale_type);
     return false;
@@ -291,6 +293,10 @@ PyObject* py_int8_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
   long long a[8];
   Linear w;
   if (!with_weight("int8_linear", args, given, 8, &w, a)) return nullptr;
+  if (w.scale_type == CODED) {
+    PyErr_SetString(PyExc_ValueError, "int8_linear: scales in two levels");
+    return nullptr;
+  }
   if (level < BYTE_PRODUCTS) {
     PyErr_Format(PyExc_RuntimeError, "products of bytes need %s, this is %s", NAMES[BYTE_PRODUCTS], NAMES[level]);
     return nullptr;
@@ -348,7 +354,7 @@ PyObject* py_threaded(PyObject*, PyObject*) { return PyBool_FromLong(parallel !=
 
 #define FAST(f) (PyCFunction)(void (*)(void)) f, METH_FASTCALL
 PyMethodDef methods[] = {
-    {"linear", FAST(py_linear), "linear(weight, x, y, type, m, threads); a weight is q, scale, zero, scale_type, bits, n, k, group"},
+    {"linear", FAST(py_linear), "linear(weight, x, y, type, m, threads); a weight is q, scale, zero, scale_type, bits, n, k, group, unit, zero_unit, shift"},
     {"dequantize", FAST(py_dequantize), "dequantize(weight, first block, end, out, type, threads)"},
     {"int8_linear", FAST(py_int8_linear), "int8_linear(weight, x, y, type, m, threads, columns, count, fixed)"},
     {"pack", FAST((py_layout<pack_block, true>)), "pack(codes, tiles, bits, n, k, threads)"},

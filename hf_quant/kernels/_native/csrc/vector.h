@@ -135,6 +135,37 @@ inline vf grouped(const void* from, int type, long at, int h) {
   return (vf)(__builtin_convertvector(half, vu) << 16);
 }
 
+inline vf bytes_at(const void* from, long at, int h) {
+  const uint8_t* p = (const uint8_t*)from + at * 16 + L * h;
+#if defined(SET_AVX512)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(SET_AVX2)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  return vf{(float)p[0], (float)p[1], (float)p[2], (float)p[3]};
+#endif
+}
+
+// Scales of 16 rows, the h-th part; `at`: the block times groups, and the group.
+inline vf scale_of(const Linear& a, long at, int h) {
+  if (a.scale_type != CODED) return grouped(a.scale, a.scale_type, at, h);
+  return bytes_at(a.scale, at, h) * read<vf>(a.unit + (at >> a.shift) * 16 + L * h);
+}
+
+// What is added to scaled codes that are less 2^(bits - 1), where there are zero points; `scale` is that of `scale_of`.
+inline vf shift_of(const Linear& a, long at, int h, vf scale) {
+  const float half = (float)(1 << (a.bits - 1));
+  if (a.scale_type != CODED) return (half - grouped(a.zero, a.scale_type, at, h)) * scale;
+  return half * scale - bytes_at(a.zero, at, h) * read<vf>(a.zero_unit + (at >> a.shift) * 16 + L * h);
+}
+
+// A sum of products with codes, and that of x, as what they stand for.
+inline __attribute__((always_inline)) vf stands_for(const Linear& a, long at, int h, vf scale, vf sum, float all) {
+  if (!a.zero) return sum * scale;
+  if (a.scale_type == CODED) return sum * scale + shift_of(a, at, h, scale) * all;
+  return (sum - (grouped(a.zero, a.scale_type, at, h) - (float)(1 << (a.bits - 1))) * all) * scale;
+}
+
 template <int BITS, int M>
 inline void block(const Linear& a, long b, const float* x, const float* sums, long first, const Output& out) {
   const long groups = a.groups(), steps = a.group / 32;
@@ -160,14 +191,11 @@ inline void block(const Linear& a, long b, const float* x, const float* sums, lo
         });
     }
     for (int h = 0; h < H; h++) {
-      const vf scale = grouped(a.scale, a.scale_type, b * groups + g, h);
-      vf zero = vf{};
-      if (a.zero) zero = grouped(a.zero, a.scale_type, b * groups + g, h) - (float)(1 << (BITS - 1));
+      const vf scale = scale_of(a, b * groups + g, h);
       for (int m = 0; m < M; m++) {
         vf s = sum[m][h][0] + sum[m][h][1];
         if (CHAINS == 4) s += sum[m][h][2 % CHAINS] + sum[m][h][3 % CHAINS];
-        if (a.zero) s -= zero * sums[m * groups + g];
-        total[m][h] += s * scale;
+        total[m][h] += stands_for(a, b * groups + g, h, scale, s, a.zero ? sums[m * groups + g] : 0);
       }
     }
   }
@@ -200,11 +228,15 @@ void dequantize_of(const Linear& a, long from, long to, const Output& out) {
     for (long t = 0; t < a.tiles(); t++, tile += 64 * BITS) {
       float made[32][16], row[32];
       for (int h = 0; h < H; h++) {
-        const vf scale = grouped(a.scale, a.scale_type, b * groups + t / steps, h);
-        vf zero = vf{};
-        if (a.zero) zero = grouped(a.zero, a.scale_type, b * groups + t / steps, h) - (float)(1 << (BITS - 1));
+        const vf scale = scale_of(a, b * groups + t / steps, h);
+        vf zero = vf{}, shift = vf{};
+        if (a.scale_type != CODED) {
+          if (a.zero) zero = grouped(a.zero, a.scale_type, b * groups + t / steps, h) - (float)(1 << (BITS - 1));
+        } else if (a.zero) {
+          shift = shift_of(a, b * groups + t / steps, h, scale);
+        }
         each_pair<BITS>(tile, h, [&](int r, vf low, vf high) {
-          const vf even = (low - zero) * scale, odd = (high - zero) * scale;
+          const vf even = (low - zero) * scale + shift, odd = (high - zero) * scale + shift;
           memcpy(made[2 * r] + L * h, &even, sizeof even);
           memcpy(made[2 * r + 1] + L * h, &odd, sizeof odd);
         });

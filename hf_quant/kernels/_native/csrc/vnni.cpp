@@ -62,16 +62,12 @@ void block(const Linear& a, long b, const Digits& x, long first, const Output& o
         }
     }
     for (int w = 0; w < W; w++) {
-      const vf scale = grouped(a.scale, a.scale_type, (b + w) * groups + g, 0);
-      vf zero = vf{};
-      if (a.zero) zero = grouped(a.zero, a.scale_type, (b + w) * groups + g, 0) - (float)(1 << (BITS - 1));
+      const vf scale = scale_of(a, (b + w) * groups + g, 0);
       for (int m = 0; m < M; m++) {
-        if (a.zero) {
-          float all = 0;
+        float all = 0;
+        if (a.zero)
           for (long t = g * steps; t < (g + 1) * steps; t++) all += x.sum[(first + m) * tiles + t];
-          sum[m][w] -= zero * all;
-        }
-        total[m][w] += sum[m][w] * scale;
+        total[m][w] += stands_for(a, (b + w) * groups + g, 0, scale, sum[m][w], all);
       }
     }
   }

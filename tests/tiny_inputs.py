@@ -129,7 +129,7 @@ def _series(config: Any, batch: int, _tokens: int, random: torch.Generator) -> T
 def _of_series(width: str) -> Callable[..., Tensor]:
     """Something at each time of a series, as wide as a field of the configuration."""
     return lambda config, batch, tokens, random: torch.ones(
-        *_series(config, batch, tokens, random).shape[:2], getattr(config, width, None) or 1
+        *_series(config, batch, tokens, random).shape[:2], getattr(config, width, None) or 0
     )
 
 
@@ -175,11 +175,38 @@ def _codebooks(config: Any, batch: int, tokens: int, random: torch.Generator) ->
     return _tokens(config, batch * (getattr(config, "num_codebooks", None) or 1), tokens, random)
 
 
+def _patch_images(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Patches as small images ``[N, C, H, W]`` in place of rows."""
+    size = getattr(model.config, "patch_size", None)
+    rows = given.get("pixel_values", given.get("hidden_states"))
+    if "grid_thw" not in given or not isinstance(rows, Tensor) or not isinstance(size, int):
+        return given
+    name = "pixel_values" if "pixel_values" in given else "hidden_states"
+    return given | {name: rows.view(len(rows), -1, size, size)}
+
+
+def _patches_of_images(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """All patches of each image in a row, ``[B, P, pixels]``, with its rows and columns, as images of any size are given."""
+    takes = inspect.signature(model.forward).parameters
+    config = getattr(model.config, "vision_config", None) or model.config
+    if not {"spatial_shapes", "pixel_attention_mask"} <= takes.keys():
+        return given
+    side, random = GRID[1], torch.Generator().manual_seed(0)
+    return given | {
+        "pixel_values": torch.randn(2, side * side, 3 * config.patch_size**2, generator=random),
+        "pixel_attention_mask": torch.ones(2, side * side, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[side, side]] * 2),
+    }
+
+
 CHANGES = (
     lambda _model, given: given,
     _with("pixel_values", lambda config, batch, _tokens, random: _pixels(config, batch, random)),
     _with("pixel_values", _video),
     _with("input_values", _mono),
     _with("input_ids", _codebooks),
+    _with("input_features_mask", MORE["input_features_mask"]),
+    _patch_images,
+    _patches_of_images,
     _with("input_features", lambda config, batch, _tokens, random: _features(config, batch, random)),
 )

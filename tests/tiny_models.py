@@ -103,6 +103,13 @@ _STAGES = (
     "encoder_hidden_dim",
     "intermediate_size",
 )
+_WIDE = dict.fromkeys(("hidden_size", "d_model", "text_hidden_size"), 256) | {
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128,
+}  # fmt: skip
+RESNET = {
+    "model_type": "resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 32, 64], "depths": [1, 1, 1, 1],
+    "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"],
+}  # fmt: skip
 _LEVELS = dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), 4)
 
 
@@ -122,10 +129,7 @@ VARIANTS = {
     "": Variant(),
     "mha": Variant({"num_key_value_heads": 4}),
     "hd16": Variant({"num_key_value_heads": 4}, none=frozenset()),
-    "hd128": Variant(
-        dict.fromkeys(("hidden_size", "d_model", "text_hidden_size"), 256)
-        | {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128}
-    ),
+    "hd128": Variant(_WIDE),
     "mrope": Variant(rope=MROPE, none=frozenset(_MROPE_NONE)),
     "layers4": Variant(dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers"), 4)),
     "heads2": Variant({"num_attention_heads": 2, "num_key_value_heads": 2}),
@@ -136,6 +140,10 @@ VARIANTS = {
     "ropes": Variant(rope={"full_attention": _ROPE, "sliding_attention": _ROPE}),
     "decoder": Variant(exact={"is_decoder": True}),
     "heads8": Variant({"num_heads": 8}),
+    "decoder128": Variant(_WIDE, exact={"is_decoder": True}),
+    "even": Variant({"num_key_value_heads": 4}, exact={"per_layer_config": {}}),
+    "codebook": Variant(exact={"codebook_dim": 64}),
+    "resnet": Variant(exact={"backbone_config": RESNET, "use_timm_backbone": False}),
     "patterns": Variant(
         exact={"attention_types": [[["global", "local"], 1]], "layers_block_type": ["mamba", "hybrid"]}
     ),
@@ -234,6 +242,7 @@ def tiny_config(kind: Any, variant: Variant) -> Any:
             layers = variant.text_layers if name == "text_config" else None
             sizes = {**variant.sizes, **({"num_hidden_layers": layers} if layers else {})}
             values[name] = tiny_config(part, dataclasses.replace(variant, sizes=sizes)).to_dict()
+    values |= {name: value for name, value in variant.exact.items() if name in parts}
     if any(field.name == "pad_token_id" for field in dataclasses.fields(kind)):
         values["pad_token_id"] = 0
     return kind(**values)

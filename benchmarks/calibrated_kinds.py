@@ -35,7 +35,7 @@ from tests.tiny_models import relative, run
 
 SCHEMES = ("W4A16-g32", "W3A16-g32")
 CLASSES, BATCH, BATCHES = 8, 16, 8
-IMAGE = 127  # the token that stands for a patch
+IMAGE = 127  # the token that stands for a patch, or for a piece of sound
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
 Inputs = dict[str, Tensor]
 Draw = Callable[[torch.Generator], tuple[Inputs, Tensor]]
@@ -67,6 +67,32 @@ def sentences(random: torch.Generator) -> tuple[Inputs, Tensor]:
     ids = torch.randint(20, 120, (BATCH, 24), generator=random)
     ids[torch.arange(BATCH), torch.randint(24, (BATCH,), generator=random)] = labels + 3
     return {"input_ids": ids}, labels
+
+
+def endings(random: torch.Generator) -> tuple[Inputs, Tensor]:
+    """Sentences whose last words tell the class, for models that read from left to right and forget."""
+    labels = torch.randint(CLASSES, (BATCH,), generator=random)
+    ids = torch.randint(20, 120, (BATCH, 24), generator=random)
+    ids[torch.arange(BATCH), torch.randint(20, 24, (BATCH,), generator=random)] = labels + 3
+    return {"input_ids": ids}, labels
+
+
+def spoken(random: torch.Generator) -> tuple[Inputs, Tensor]:
+    """Tones for an encoder, whose decoder says the class first."""
+    inputs, labels = tones(random)
+    first = torch.ones(BATCH, 1, dtype=torch.int64)
+    return {"input_features": inputs["input_values"].mT.contiguous(), "decoder_input_ids": first}, labels
+
+
+def heard(random: torch.Generator) -> tuple[Inputs, Tensor]:
+    """Tones before a question; the first word of the answer is the class."""
+    inputs, labels = tones(random)
+    words = torch.randint(20, 120, (BATCH, 4), generator=random)
+    return {
+        "input_features": inputs["input_values"].mT.contiguous(),
+        "feature_attention_mask": torch.ones(BATCH, 64, dtype=torch.int64),
+        "input_ids": torch.cat([torch.full((BATCH, 16), IMAGE), words], dim=1),
+    }, labels
 
 
 def sources(random: torch.Generator) -> tuple[Inputs, Tensor]:
@@ -110,7 +136,17 @@ KINDS: dict[str, tuple[Callable[[], Any], Draw]] = {
         sentences,
     ),
     "recurrent (Mamba)": (
-        lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=128, hidden_size=64, state_size=16, num_hidden_layers=3)),
+        lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=128, hidden_size=64, state_size=16, num_hidden_layers=2)),
+        endings,
+    ),
+    "hybrid, linear attention (Qwen3-Next)": (
+        lambda: tf.Qwen3NextForCausalLM(
+            tf.Qwen3NextConfig(
+                vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=16, linear_num_value_heads=4, linear_num_key_heads=2,
+                linear_key_head_dim=16, linear_value_head_dim=16, mlp_only_layers=[0, 1, 2, 3],
+            )
+        ),
         sentences,
     ),
     "encoder-decoder (T5)": (
@@ -127,6 +163,29 @@ KINDS: dict[str, tuple[Callable[[], Any], Draw]] = {
             )
         ),
         pictures,
+    ),
+    "audio encoder, text decoder (Whisper)": (
+        lambda: tf.WhisperForConditionalGeneration(
+            tf.WhisperConfig(
+                vocab_size=128, num_mel_bins=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+                decoder_attention_heads=4, encoder_ffn_dim=128, decoder_ffn_dim=128, d_model=64, max_source_positions=32,
+                max_target_positions=16, decoder_start_token_id=1, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            )
+        ),
+        spoken,
+    ),
+    "audio-language (Qwen2-Audio)": (
+        lambda: tf.Qwen2AudioForConditionalGeneration(
+            tf.Qwen2AudioConfig(
+                audio_config={
+                    "d_model": 64, "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 128,
+                    "num_mel_bins": 16, "max_source_positions": 32,
+                },
+                text_config=tf.Qwen2Config(**SMALL, num_key_value_heads=2, vocab_size=128).to_dict(),
+                audio_token_index=IMAGE,
+            )
+        ),
+        heard,
     ),
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ ROWS = (
     "input_values",
     "input_features",
     "pixel_values",
-)  # the first of them says how many samples there are
+)  # the first of them that is there says how many samples a batch has
 SAMPLES = ("attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask", "pixel_mask")
 
 
@@ -73,8 +73,10 @@ def _checked(number: int, batch: Any) -> Inputs:
         )
     inputs = {str(n): _tensor(f"batch {number}: {n}", value) for n, value in batch.items() if value is not None}
     rows = next((name for name in ROWS if name in inputs), None)
-    if rows is None:
-        raise HfQuantError(f"calibration: batch {number} has none of {', '.join(ROWS)}")
+    if not inputs:
+        raise HfQuantError(f"calibration: batch {number} is empty: it names no input of the model")
+    if rows is None:  # such as patches of several images one after the other, whose number is no number of samples
+        return inputs
     for name in SAMPLES:
         if (
             name in inputs

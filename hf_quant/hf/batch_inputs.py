@@ -63,7 +63,8 @@ def _needed(kind: Any, takes: Mapping[str, Any]) -> list[str]:
         n for n, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD and n != "self"
     ]
     main = getattr(kind, "main_input_name", "input_ids")
-    needed = [*required, *([main] if main in takes and main != "inputs_embeds" else [])]
+    general = main in ("inputs", "inputs_embeds")  # other names for what the model also takes by its own name
+    needed = [*required, *([main] if main in takes and not general else [])]
     if "decoder_input_ids" in takes and main != "input_ids":
         needed.append("decoder_input_ids")
     return list(dict.fromkeys(needed))

@@ -28,7 +28,7 @@ NOTHING = "nothing to quantize"
 SEQUENCES, CONTEXT = 8, 24
 BATCHES = 3
 TEXT = {"input_ids", "decoder_input_ids", "use_cache"}
-RANDOM = {"hidden_states", "pixel_values", "input_features", "input_values"}
+RANDOM = {"hidden_states", "pixel_values_videos", "pixel_values", "input_features", "input_values"}
 
 
 @dataclass

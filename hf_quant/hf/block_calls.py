@@ -88,11 +88,22 @@ def stand_in(name: str, forward: Callable[..., Any], run: Passing, forms: Forms)
             run.starts.append(name)
         run.steps[name] = hidden, (args, kwargs)
         if list_of(name) not in forms.returned:
-            forms.learn(name, forward(hidden, *args, **kwargs), (args, kwargs))
+            forms.learn(name, _same_shape(name, hidden, forward(hidden, *args, **kwargs)), (args, kwargs))
         run._returned = run.results.get(name, hidden)
         return forms.like(name, run._returned)
 
     return passing
+
+
+def _same_shape(name: str, hidden: Tensor, returned: Any) -> Any:
+    """What a block returned.
+
+    Raises:
+        UnchainedError: Its hidden states have another shape than those it was given, as in stages that halve an image.
+    """
+    if (shape := states_of(name, returned).shape) != hidden.shape:
+        raise UnchainedError(f"{name}: makes hidden states {list(shape)} of {list(hidden.shape)}")
+    return returned
 
 
 def _leading(forward: Callable[..., Any]) -> str | None:

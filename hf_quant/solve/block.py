@@ -112,12 +112,14 @@ def inside(block: str) -> str:
 
 
 def states_of(name: str, out: Any) -> Tensor:
-    """The hidden states in the output of a block: the output itself, or its first element.
+    """The hidden states in the output of a block: the output itself, or its first element; of a whole model, however deep.
 
     Raises:
         UnchainedError: There are none; names the block.
     """
-    states = out[0] if isinstance(out, tuple | list) and out else out
+    states = out
+    while isinstance(states, tuple | list) and states and (states is out or not name):
+        states = states[0]
     if not isinstance(states, Tensor):
         raise UnchainedError(
             f"{name}: returns {type(out).__name__}, and only hidden states [B, T, d] can be calibrated yet"

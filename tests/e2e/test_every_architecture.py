@@ -45,9 +45,11 @@ CALIBRATED = [
     ("prophetnet", "ProphetNetForCausalLM"), ("molmo2_text", "Molmo2TextModel"), ("bloom", "BloomForCausalLM"),
     ("recurrent_gemma", "RecurrentGemmaForCausalLM"), ("deepseek_v4", "DeepseekV4ForCausalLM"),
     ("inkling2_text", "Inkling2ForCausalLM"), ("led", "LEDForConditionalGeneration"),
-    # images and sounds: a tower, an encoder before a decoder, a position bias of the first block, a tower beside another one
+    # images and sounds: a tower, an encoder before a decoder, a position bias of the first block, a tower beside another one;
+    # patches without an axis of samples; an output in tuples of tuples
     ("vit", "ViTForImageClassification"), ("whisper", "WhisperForConditionalGeneration"), ("wavlm", "WavLMForCTC"),
-    ("clip", "CLIPForImageClassification"),
+    ("clip", "CLIPForImageClassification"), ("qwen3_vl_vision", "Qwen3VLVisionModel"),
+    ("mgp-str", "MgpstrForSceneTextRecognition"),
     # models that are calibrated as a whole: a block that is run again and again; two such lists in turns; convolutions around the
     # only layers; no list of blocks; sequences in the second axis; a length that depends on values
     ("albert", "AlbertForMaskedLM"), ("hrm_text", "HrmTextForCausalLM"),

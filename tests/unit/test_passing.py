@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import HfQuantError, UnchainedError
 from hf_quant.hf.block_calls import Forms, Passing, alike, passed_through, stand_in
 from hf_quant.hf.blocks import Around
 from hf_quant.solve.block import Block
@@ -36,6 +36,7 @@ class Layer(nn.Module):
             "inside": (out, (out + 1,)),
             "none": None,
             "constant": (out, torch.ones(3)),
+            "half": (out[:, ::2], None),
         }[self.form]
 
 
@@ -136,6 +137,8 @@ def test_what_cannot_be_calibrated_is_said() -> None:
         embedded(Model("inside", carry="tokens"), ids)
     with pytest.raises(HfQuantError, match=r"layers\.0: returns NoneType"):
         embedded(Model("none"), ids)
+    with pytest.raises(UnchainedError, match=r"layers\.0: makes hidden states \[1, 1, 4\] of \[1, 2, 4\]"):
+        embedded(Model("half"), ids)
     shared = Model("tensor")
     shared.layers[1] = shared.layers[0]
     with pytest.raises(HfQuantError, match=r"layers\.[01]: is run more than once"):

@@ -117,7 +117,7 @@ def no_two_levels(scheme: QuantScheme) -> str | None:
     """Why a format that is not GGUF holds no K-quants; None for other schemes."""
     if not scheme.blocks:
         return None
-    return f"scales of {scheme.blocks} are in two levels, which it has not: --to gguf"
+    return f"scales of {scheme.blocks} are in two levels, which it does not have and GGUF has: --to gguf"
 
 
 def settled(tensor: QuantizedTensor) -> QuantizedTensor:

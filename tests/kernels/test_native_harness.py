@@ -53,8 +53,8 @@ def test_a_wrong_kernel_is_noticed(tmp_path: Path) -> None:
     compiler, wrong = own_compiler(), tmp_path / "csrc"
     shutil.copytree(SOURCES, wrong)
     header = (wrong / "vector.h").read_text(encoding="utf-8")
-    assert header.count("total[m][h] += s * scale;") == 1
-    (wrong / "vector.h").write_text(header.replace("+= s * scale;", "+= s;"), encoding="utf-8")
+    assert header.count("return sum * scale;") == 1
+    (wrong / "vector.h").write_text(header.replace("return sum * scale;", "return sum;"), encoding="utf-8")
     done = run(str(built(compiler, "-O1", out=tmp_path / "wrong", sources=wrong)))
     assert done.returncode == 1 and "portable, product" in done.stdout
 

@@ -11,8 +11,14 @@ from torch import Tensor
 
 from hf_quant.data.batches import Inputs
 from hf_quant.errors import HfQuantError
+from hf_quant.hf.auto import vocabulary_of
 
 OF_A_LOSS = ("labels",)  # what only a loss needs; a decoder's are what it shall write
+
+
+def inputs_for(model: Any, batches: Sequence[Inputs]) -> list[Inputs]:
+    """`fitting` for a model that exists already, if only on the meta device; none where there are no batches."""
+    return fitting(type(model), model.config, batches, vocabulary_of(model.config)) if batches else []
 
 
 def fitting(kind: Any, config: Any, batches: Sequence[Inputs], vocabulary: int) -> list[Inputs]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_quant.data.batches import Inputs, are_batches
+from hf_quant.data.batches import are_batches
 from hf_quant.data.calibration import Calibration, calibration
 from hf_quant.errors import CheckpointError, HfQuantError, UnchainedError
 from hf_quant.hf.auto import tokenizer_of, vocabulary_of
-from hf_quant.hf.batch_inputs import fitting
+from hf_quant.hf.batch_inputs import inputs_for
 from hf_quant.hf.blocks import Around, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
@@ -76,10 +76,8 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     Returns:
         A record of each block.
     """
-    batches: list[Inputs] = []
-    if data.batches:
-        batches = fitting(type(model), model.config, data.batches, vocabulary_of(model.config))
-    else:
+    batches = inputs_for(model, data.batches)
+    if not batches:
         refuse_other_kinds(type(model), config.method)
     refuse_embeddings(model, plan)
     blocks, recipe, records = blocks_of(model, plan), Recipe(plan.decision, model.dtype), []

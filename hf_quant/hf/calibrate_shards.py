@@ -28,8 +28,8 @@ from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import HfQuantError, UnchainedError
 from hf_quant.formats import format_named
 from hf_quant.hf._hooks import build
-from hf_quant.hf.auto import class_of, config_of, vocabulary_of
-from hf_quant.hf.batch_inputs import fitting
+from hf_quant.hf.auto import class_of, config_of
+from hf_quant.hf.batch_inputs import inputs_for
 from hf_quant.hf.block_files import part_of, take_part, written
 from hf_quant.hf.blocks import Around, Calls, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.checkpoint_tensors import Tensors
@@ -108,7 +108,7 @@ def quantize_streaming(
         HfQuantError: Something in the model, the checkpoint or the work folder is not as it must be.
     """
     source, ranks = _open(folder, config, settings.trust_remote_code, text=not data.batches), settings.ranks
-    batches = _fitting(source.model, data)
+    batches = inputs_for(source.model, data.batches)
     recipe = Recipe(source.plan.decision, source.dtype, ranks)
     job = {
         "source": {file.name: digest(file) for file in sorted({t.file for t in source.checkpoint.tensors.values()})},
@@ -222,10 +222,6 @@ def _beside(work: Path) -> Iterator[Path]:
         temporary = TemporaryDirectory(dir=work, prefix="activations-", ignore_cleanup_errors=True)
     with temporary as folder:
         yield Path(folder)
-
-
-def _fitting(model: Any, data: Calibration) -> list[Inputs]:
-    return fitting(type(model), model.config, data.batches, vocabulary_of(model.config)) if data.batches else []
 
 
 def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool, *, text: bool) -> _Source:

@@ -9,10 +9,12 @@
 - ``wide``: widths that are no powers of two (576, 1536) and a vocabulary of 32,000, with embeddings that are tied.
 - ``moe``: routed experts beside a shared one (Qwen2-MoE).
 - ``seq2seq``: an encoder-decoder (T5).
+- ``chat``: trained on conversations in which the model thinks first; heldout.jsonl and calibration.jsonl hold messages.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +65,48 @@ def tokenizer() -> Any:
     )
 
 
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.reasoning_content and enable_thinking | default(true) %}"
+    "<think>{{ message.reasoning_content }}</think>{% endif %}{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if not enable_thinking | default(true) %}<think></think>{% endif %}{% endif %}"
+)
+
+
+def chats(start: int, count: int) -> list[list[dict[str, str]]]:
+    """Conversations of one question each, answered after a thought; when each part ends can be foretold."""
+    names = ("oak", "elm", "ash", "fir", "yew")
+    return [
+        [
+            {"role": "user", "content": f"{n} {names[n % 5]}?"},
+            {"role": "assistant", "reasoning_content": f"{names[n % 5]} {n % 7}", "content": f"{n % 7}."},
+        ]
+        for n in range(start, start + count)
+    ]
+
+
+def chat_tokenizer() -> Any:
+    """`tokenizer` with a chat template and the tokens that it writes."""
+    chatting = tokenizer()
+    chatting.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    chatting.add_tokens(["<think>", "</think>"])
+    chatting.eos_token, chatting.chat_template = "<|im_end|>", TEMPLATE
+    return chatting
+
+
 def make(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
     """Write the yardstick ``kind`` into ``folder``, which may exist; returns it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = KINDS[kind]()
     model.to(dtype).save_pretrained(folder)
+    if kind == "chat":
+        chat_tokenizer().save_pretrained(folder)
+        for name, start in (("heldout", 400), ("calibration", 200)):
+            lines = (json.dumps({"messages": messages}) for messages in chats(start, 60))
+            (folder / f"{name}.jsonl").write_text("\n".join(lines))
+        return folder
     tokenizer().save_pretrained(folder)
     (folder / "heldout.txt").write_text(text(0, 60))
     (folder / "calibration.txt").write_text(text(1000, 60))
@@ -76,8 +114,20 @@ def make(kind: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
 
 
 def _peaked() -> Any:
+    return _trained(torch.tensor(tokenizer()(text(0, 12)).input_ids))
+
+
+def _chat() -> Any:
+    chatting = chat_tokenizer()
+    rendered = "".join(chatting.apply_chat_template(chat, tokenize=False) for chat in chats(0, 200))
+    model = _trained(torch.tensor(chatting(rendered).input_ids)[: 24 * CONTEXT])
+    model.generation_config.eos_token_id = chatting.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    return model
+
+
+def _trained(ids: torch.Tensor) -> Any:
+    """A model that was trained on ``ids`` until it is certain of them."""
     model = tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**_LLAMA), dtype=torch.float32)
-    ids = torch.tensor(tokenizer()(text(0, 12)).input_ids)
     rows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, weight_decay=0.0)
     for _ in range(150):
@@ -114,6 +164,7 @@ def _random(auto: Any, config: Any) -> Any:
 
 KINDS = {
     "peaked": _peaked,
+    "chat": _chat,
     "outliers": _outliers,
     "wide": lambda: _random(tf.AutoModelForCausalLM, tf.LlamaConfig(**_WIDE)),
     "moe": lambda: _random(tf.AutoModelForCausalLM, tf.Qwen2MoeConfig(**_MOE)),

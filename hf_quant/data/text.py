@@ -35,6 +35,11 @@ class Windows:
     stride: int
 
     @property
+    def inside(self) -> Tensor:
+        """bool ``[W, T - 1]``: whether token t + 1 belongs to the document of token t."""
+        return self.document[:, 1:] == self.document[:, :-1]
+
+    @property
     def sha256(self) -> str:
         """Identifies the tokens and which of them are scored."""
         digest = hashlib.sha256(f"{tuple(self.ids.shape)} {self.stride} ".encode())

@@ -25,6 +25,7 @@ from hf_quant.evaluation.results import FEWEST_DOCUMENTS
 
 RESAMPLES = 2000
 RARE = 0.04  # how rare the skewness or the kurtosis of a sample of a normal distribution has to be to speak against it
+NORMAL = 1.959964  # standard deviations on either side of the mean that hold 95 % of a normal distribution
 AT_ONCE = 1 << 22  # values drawn at once: 32 MB
 
 
@@ -61,6 +62,18 @@ def interval(total: Tensor, count: Tensor, *, level: float = 0.95, seed: int = 0
         pivots = torch.cat([_pivots_of_resamples(total, count, size, draw) for size in sizes])
         low, high = (ratio - error * pivots.quantile(edges)).tolist()
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def share_interval(share: float, units: int) -> tuple[float, float]:
+    """Widest interval of 95 % for the mean of values from 0 to 1, estimated by ``share`` from so many independent units.
+
+    That of a proportion (Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", 1927): no other values
+    from 0 to 1 with that mean scatter more than zeros and ones. It holds where the few values that decide may be missing in the sample.
+    """
+    spread = NORMAL**2 / units
+    centre = share + spread / 2
+    half = math.sqrt(spread * share * (1 - share) + spread**2 / 4)
+    return max(0.0, (centre - half) / (1 + spread)), min(1.0, (centre + half) / (1 + spread))
 
 
 def _ratio(total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:

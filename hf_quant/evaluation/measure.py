@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_quant.errors import HfQuantError
-from hf_quant.evaluation.bootstrap import interval, sums
-from hf_quant.evaluation.metrics import all_metrics
+from hf_quant.evaluation.bootstrap import interval, share_interval, sums
+from hf_quant.evaluation.metrics import Metric, all_metrics
 from hf_quant.evaluation.reference import Part, Progress, Reference, log_probabilities, require_predictions
 from hf_quant.evaluation.results import FEWEST_DOCUMENTS, Estimate, Quality
 
@@ -34,16 +35,11 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
     values, variances = token_values(model, reference, progress)
     windows, noise = reference.windows, reference.meta["noise"]
     document = windows.document[:, 1:][windows.scored]
-    metrics = {
-        name: estimate(
-            values[name], document, noise=noise.get(name), ideal=metric.ideal, most=metric.most, finish=metric.finish
-        )
-        for name, metric in all_metrics().items()
-    }
+    metrics = {name: _estimated(all_metrics()[name], v, document, noise.get(name)) for name, v in values.items()}
     quantiles = {
-        f"{name}_p{100 * q:g}": values[name].quantile(q).item()
-        for name, metric in all_metrics().items()
-        for q in metric.quantiles
+        f"{name}_p{100 * q:g}": value.nanquantile(q).item()
+        for name, value in values.items()
+        for q in all_metrics()[name].quantiles
     }
     tokens = int(windows.scored.sum())
     return Quality(
@@ -54,15 +50,26 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
     )  # fmt: skip
 
 
+def _estimated(metric: Metric, values: Tensor, document: Tensor, noise: float | None) -> Estimate:
+    """The estimate of one metric, from `token_values`."""
+    count = ~values.isnan()
+    mean = estimate(
+        values[count], document[count], noise=noise, ideal=metric.ideal, most=metric.most, least=metric.least,
+        finish=metric.finish,
+    )  # fmt: skip
+    return mean if metric.where is None else replace(mean, positions=len(values[count]))
+
+
 def means(model: Any, reference: Reference, progress: Progress = iter) -> dict[str, float]:
     """The mean of every metric, without intervals."""
     values, _ = token_values(model, reference, progress)
-    return {name: metric.finish(values[name].mean().item()) for name, metric in all_metrics().items()}
+    return {name: all_metrics()[name].finish(v.nanmean().item()) for name, v in values.items()}
 
 
 def estimate(
     values: Tensor, document: Tensor, *,
-    noise: float | None, ideal: float | None, most: float | None = None, finish: Callable[[float], float] = float,
+    noise: float | None, ideal: float | None, most: float | None = None, least: float | None = None,
+    finish: Callable[[float], float] = float,
 ) -> Estimate:  # fmt: skip
     """The mean of ``values``, with an interval if they come from enough documents.
 
@@ -72,6 +79,7 @@ def estimate(
         noise: The same metric for the base in bf16; None if it was not measured.
         ideal: As in `metrics.Metric`.
         most: As in `metrics.Metric`.
+        least: Likewise. Between the two no interval has to be wider than that of `bootstrap.share_interval`.
         finish: As in `metrics.Metric`.
     """
     total, count = sums(values, document)
@@ -80,6 +88,8 @@ def estimate(
         ends = interval(total, count)
     elif (ends := interval(most * count - total, count)) is not None:
         ends = most - ends[1], most - ends[0]
+    if most is not None and least is not None:
+        ends = _possible(ends, total / count, (total.sum() / count.sum()).item(), least, most)
     if ends is None:
         return Estimate(value, None, None, noise)
     low, high = map(finish, ends)
@@ -87,6 +97,28 @@ def estimate(
         return Estimate(value, low, high, noise)
     distance = 0.0 if low <= ideal <= high else min(abs(low - ideal), abs(high - ideal))
     return Estimate(value, low, high, noise, distance <= abs(noise - ideal))
+
+
+def _possible(
+    ends: tuple[float, float] | None, values: Tensor, mean: float, least: float, most: float
+) -> tuple[float, float] | None:
+    """The interval where every value is from ``least`` to ``most``; None where `interval` is for other reasons than that.
+
+    Each end is the one of ``ends``, which may be None, unless that is on the wrong side of the mean or farther from it than it can be.
+
+    Args:
+        ends: From `interval`.
+        values: Means of the documents, ``[U]``.
+        mean: Over all tokens.
+        least: The smallest possible value.
+        most: The largest.
+    """
+    if len(values) < FEWEST_DOCUMENTS or values.min() == values.max():
+        return None
+    low, high = (least + (most - least) * end for end in share_interval((mean - least) / (most - least), len(values)))
+    if ends is None:  # not finite
+        return low, high
+    return ends[0] if low <= ends[0] <= mean else low, ends[1] if mean <= ends[1] <= high else high
 
 
 def resampled(document: Tensor) -> str | None:
@@ -99,6 +131,8 @@ def token_values(
     model: Any, reference: Reference, progress: Progress = iter
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Each metric at each position, float64 ``[P]``; and the variance of those that are estimates, float64 ``[P]``.
+
+    The value is NaN where a metric counts not every position. A metric that counts none is left out.
 
     Raises:
         HfQuantError: As for `evaluate`.
@@ -117,12 +151,13 @@ def token_values(
             measured = metric.measure(part.base, log_q, part.target)
             value, *variance = measured if isinstance(measured, tuple) else (measured,)
             _require_finite(value, metric.title, part, i * batch)
+            if metric.where is not None:
+                value = value.where(metric.where(part.base, part.target, part.inside[part.scored]), torch.nan)
             values.setdefault(name, []).append(value.double())
             if variance:
                 variances.setdefault(name, []).append(variance[0].double())
-    return {n: torch.cat(chunks) for n, chunks in values.items()}, {
-        n: torch.cat(chunks) for n, chunks in variances.items()
-    }
+    whole, error = ({n: torch.cat(chunks) for n, chunks in kept.items()} for kept in (values, variances))
+    return {name: value for name, value in whole.items() if not value.isnan().all()}, error
 
 
 def _require_finite(value: Tensor, title: str, part: Part, first: int) -> None:

@@ -25,10 +25,11 @@ from hf_quant.disk.atomic import write_json
 from hf_quant.disk.folders import staged
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation import seq2seq
+from hf_quant.evaluation.endings import NO_ENDINGS, Endings
 from hf_quant.evaluation.metrics import BaseTokens
 from hf_quant.evaluation.metrics.kl import log_mass_without
 
-VERSION = 2  # of the files: increased whenever their numbers change
+VERSION = 3  # of the files: increased whenever their numbers change
 TOP, SAMPLES = 128, 64
 LOGITS = 1 << 26  # bytes of logits in one forward pass, in float32
 META = "meta.json"
@@ -40,10 +41,11 @@ Measure = Callable[[Any, "Reference"], dict[str, float]]
 
 @dataclass(frozen=True)
 class Part:
-    """Some windows with the base's outputs; ``ids`` and ``scored`` are those of `Windows`."""
+    """Some windows with the base's outputs; ``ids``, ``scored`` and ``inside`` are those of `Windows`."""
 
     ids: Tensor
     scored: Tensor
+    inside: Tensor
     base: BaseTokens
 
     @property
@@ -78,7 +80,7 @@ class Reference:
         batch, parts = self.meta["batch"], self.meta["parts"]
         rows = slice(number * batch, (number + 1) * batch)
         base = _read(self.folder / _name(number), parts[number])
-        return Part(self.windows.ids[rows], self.windows.scored[rows], base)
+        return Part(self.windows.ids[rows], self.windows.scored[rows], self.windows.inside[rows], base)
 
     def __len__(self) -> int:
         return len(self.meta["parts"])
@@ -87,6 +89,7 @@ class Reference:
 def cached_reference(
     load_base: Load, identity: str, windows: Windows, *,
     cache: Path, base_dtype: torch.dtype, noise: Measure | None, say: Callable[[str], None], progress: Progress = iter,
+    endings: Endings = NO_ENDINGS,
 ) -> Reference:  # fmt: skip
     """The outputs of the base on ``windows``, read from the cache or computed.
 
@@ -99,9 +102,11 @@ def cached_reference(
         noise: Measures the base in bf16 against itself; None skips that, and so does a base in bf16.
         say: Told if the stored outputs are damaged.
         progress: Wraps lists of batches.
+        endings: Tokens whose probability is kept at every position, if the text has some of their kind.
     """
+    endings = endings.in_text(windows)
     key = hashlib.sha256(
-        f"{VERSION} {identity} {base_dtype} {windows.sha256} {TOP} {SAMPLES} {noise is None}".encode()
+        f"{VERSION} {identity} {base_dtype} {windows.sha256} {TOP} {SAMPLES} {noise is None} {endings}".encode()
     ).hexdigest()
     folder = cache / key[:32]
     if folder.is_dir():
@@ -115,7 +120,7 @@ def cached_reference(
         else:
             return cached
     with staged(folder, overwrite=True) as stage:
-        computed = _compute(load_base(base_dtype), stage, windows, base_dtype, progress)
+        computed = _compute(load_base(base_dtype), stage, windows, endings, base_dtype, progress)
         if noise is not None and base_dtype is not torch.bfloat16:
             computed.meta["noise"] = noise(load_base(torch.bfloat16), computed)
         write_json(stage / META, computed.meta)
@@ -129,7 +134,9 @@ def require_predictions(model: Any) -> None:
 
 
 @torch.inference_mode()
-def _compute(model: Any, folder: Path, windows: Windows, dtype: torch.dtype, progress: Progress) -> Reference:
+def _compute(
+    model: Any, folder: Path, windows: Windows, endings: Endings, dtype: torch.dtype, progress: Progress
+) -> Reference:
     require_predictions(model)
     vocabulary = model.config.get_text_config().vocab_size
     batch = max(1, LOGITS // (windows.ids.shape[1] * vocabulary * 4))
@@ -138,7 +145,7 @@ def _compute(model: Any, folder: Path, windows: Windows, dtype: torch.dtype, pro
     pairs = list(zip(windows.ids.split(batch), windows.scored.split(batch), strict=True))
     for i, (ids, scored) in enumerate(progress(pairs)):
         log_p = log_probabilities(model, ids, scored, i * batch)
-        data = save(_stored(compact(log_p, ids[:, 1:][scored], draw)))
+        data = save(_stored(compact(log_p, ids[:, 1:][scored], draw, endings)))
         (folder / _name(i)).write_bytes(data)
         checksums.append(zlib.crc32(data))
     meta = {
@@ -200,14 +207,18 @@ def first_not_finite(model: Any, ids: Tensor) -> str:
     return f"{names[0]} is the first module whose output is not" if names else "every module's output is"
 
 
-def compact(log_p: Tensor, target: Tensor, draw: torch.Generator) -> BaseTokens:
+def compact(log_p: Tensor, target: Tensor, draw: torch.Generator, endings: Endings = NO_ENDINGS) -> BaseTokens:
     """What is stored of the log-probabilities ``[P, V]`` (float64) of the base, and of the tokens ``[P]`` of the text."""
     vocabulary = log_p.shape[-1]
     top, top_ids = log_p.topk(vocabulary if vocabulary <= TOP + SAMPLES else TOP, -1)
     came = log_p.gather(-1, target[:, None]).squeeze(-1)
+    stop, end_of_thought = (
+        torch.tensor(ids, dtype=torch.int64).repeat(len(log_p), 1) for ids in (endings.stop, endings.end_of_thought)
+    )
+    exact = (came, stop, log_p.gather(-1, stop), end_of_thought, log_p.gather(-1, end_of_thought))
     if top.shape[-1] == vocabulary:
         nothing, no_mass = top.new_empty(len(top), 0), top.new_full((len(top),), -torch.inf)
-        return BaseTokens(top_ids, top, nothing.long(), nothing, no_mass, came)
+        return BaseTokens(top_ids, top, nothing.long(), nothing, no_mass, *exact)
     mass = log_mass_without(log_p, top_ids)
     # the logarithm is shifted first, so that a tail of 1e-300 can be sampled like any other
     inside = (log_p - mass.clamp(min=torch.finfo(mass.dtype).min)[:, None]).exp_().scatter_(-1, top_ids, 0)
@@ -215,7 +226,7 @@ def compact(log_p: Tensor, target: Tensor, draw: torch.Generator) -> BaseTokens:
     steps = (torch.arange(SAMPLES) + torch.rand(len(top), 1, generator=draw, dtype=torch.float64)) / SAMPLES
     targets = (steps * reached[:, -1:]).clamp(min=torch.finfo(torch.float64).tiny)
     tail_ids = torch.searchsorted(reached, targets).clamp(max=vocabulary - 1)  # past the end where there is no tail
-    return BaseTokens(top_ids, top, tail_ids, log_p.gather(-1, tail_ids), mass, came)
+    return BaseTokens(top_ids, top, tail_ids, log_p.gather(-1, tail_ids), mass, *exact)
 
 
 def _stored(base: BaseTokens) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ class Estimate:
         high: Upper end of it; None where there are too few documents.
         noise: The same metric for the base in bf16 instead of float32; None if it was not measured.
         within_noise: Whether the interval includes what the base's rounding to bf16 costs; None without ``noise`` or interval.
+        positions: Number of tokens that the mean is over; None for all that were scored.
     """
 
     value: float
@@ -26,6 +27,7 @@ class Estimate:
     high: float | None
     noise: float | None = None
     within_noise: bool | None = None
+    positions: int | None = None
 
     def __str__(self) -> str:
         return f"{self.value:.4g}" + ("" if self.low is None else f" [{self.low:.4g}, {self.high:.4g}]")

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.data.text import Windows, windows
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, measures_of, passages
+from hf_quant.evaluation.endings import NO_ENDINGS, Endings
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.measure import evaluate, means
 from hf_quant.evaluation.reference import Progress, Reference, cached_reference
@@ -135,17 +136,18 @@ class Base:
             text_windows = second_halves(windows(tokenizer, text, context or self.context(), max_tokens, stride))
         else:
             text_windows = windows(tokenizer, text, context or self.context(), max_tokens, stride)
-        return self.reference_on(text_windows, noise=noise, say=say, progress=progress, cache=cache)
+        endings = Endings.of(self.model, tokenizer, **self._hub())
+        return self.reference_on(text_windows, noise=noise, say=say, progress=progress, cache=cache, endings=endings)
 
     def reference_on(
         self, text: Windows, *, noise: bool = True, say: Callable[[str], None] = logger.info, progress: Progress = iter,
-        cache: Path | None = None,
+        cache: Path | None = None, endings: Endings = NO_ENDINGS,
     ) -> Reference:  # fmt: skip
-        """The same for a text that is tokens already."""
+        """The same for a text that is tokens already; ``endings`` as in `cached_reference`."""
         return cached_reference(
             self.load, f"{self.identity()} {self.circumstances()}", text,
             cache=cache or Path(HF_HOME) / "hf_quant" / "base", base_dtype=self.dtype, noise=means if noise else None,
-            say=say, progress=progress,
+            say=say, progress=progress, endings=endings,
         )  # fmt: skip
 
     def _hub(self) -> dict[str, Any]:

@@ -82,7 +82,8 @@ class EvaluateResult(Result):
             if estimate.noise is not None:
                 noise = f"{estimate.noise:.5g}" + (" (within)" if estimate.within_noise else "")
             interval = "-" if estimate.low is None else f"{estimate.low:.5g} .. {estimate.high:.5g}"
-            yield name, f"{estimate.value:.5g}", interval, noise
+            title = name if estimate.positions is None else f"{name} ({estimate.positions:,} tokens)"
+            yield title, f"{estimate.value:.5g}", interval, noise
         for name, value in self.quality.quantiles.items():
             yield name, f"{value:.5g}", "-", "-"
 

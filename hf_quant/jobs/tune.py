@@ -219,7 +219,7 @@ def _selected(part: Part, rows: Tensor) -> Part:
     mask = torch.zeros(len(part.ids), dtype=torch.bool).index_fill_(0, rows, True)
     positions = mask[:, None].expand(part.scored.shape)[part.scored]
     base = BaseTokens(**{name: tensor[positions] for name, tensor in vars(part.base).items()})
-    return Part(part.ids[mask], part.scored[mask], base)
+    return Part(part.ids[mask], part.scored[mask], part.inside[mask], base)
 
 
 @torch.enable_grad()

@@ -20,7 +20,7 @@ from hf_quant.evaluation.results import interval_shown
 from hf_quant.publish import charts, licence, sentences
 from hf_quant.publish.facts import read_facts
 from hf_quant.publish.markdown import code, line, md, number, percent, plain, size
-from hf_quant.publish.sentences import MISSING, TITLES
+from hf_quant.publish.sentences import MISSING, OF_BASE, TITLES
 from hf_quant.publish.source import metadata
 
 CARD, ASSETS = "README.md", "assets"
@@ -133,7 +133,7 @@ def _model_index(recipe: Mapping[str, Any], quality: Mapping[str, Any]) -> list[
             "name": TITLES.get(name, (name,))[0]
             + ("" if metric["low"] is None else f" (95 % interval {interval_shown(metric, '{:.5g}'.format)})"),
         }
-        for name, metric in quality["metrics"].items() if name != "base_perplexity"
+        for name, metric in quality["metrics"].items() if name not in OF_BASE
     ]  # fmt: skip
     task = TASKS[quality["kind"]]
     dataset = {"type": "text", "name": f"held-out text, sha256 of the token ids {quality['text_sha256'][:12]}"}

@@ -17,7 +17,7 @@ from hf_quant.evaluation.results import interval_shown
 from hf_quant.publish import page_charts
 from hf_quant.publish.markdown import number, percent, size
 from hf_quant.publish.page_model import Model, Sample
-from hf_quant.publish.sentences import TITLES
+from hf_quant.publish.sentences import OF_BASE, TITLES, positions
 
 NONE = "\u2013"  # a dash, where there is no number
 MARK = "hf-quant report"  # identifies pages of this package
@@ -63,9 +63,17 @@ def _quality(models: Sequence[Model]) -> list[tuple[str, list[Cell], str]]:
     for name in sorted(names, key=lambda name: order.get(name, len(order))):
         title, kind = TITLES.get(name, (name, "number"))
         shown = SHOWN.get(kind, number)
-        noise = next((q["metrics"][name]["noise"] for q in measured if name in q["metrics"]), None)
-        floor = NONE if name == "base_perplexity" or noise is None else shown(noise)
-        rows.append((title, [_cell(quality, name, shown) for quality in measured], floor))
+        metrics = [q["metrics"][name] for q in measured if name in q["metrics"]]
+        noise = metrics[0]["noise"] if metrics else None
+        counts = dict.fromkeys(map(positions, metrics))
+        floor = NONE if name in OF_BASE or noise is None else shown(noise)
+        rows.append(
+            (
+                title + "".join(counts if len(counts) == 1 else ()),
+                [_cell(quality, name, shown) for quality in measured],
+                floor,
+            )
+        )
     return rows
 
 

@@ -32,9 +32,23 @@ TITLES = {
     "perplexity": ("perplexity", "perplexity"),
     "base_perplexity": ("perplexity of the base", "perplexity"),
     "perplexity_ratio": ("perplexity over the base's", "ratio"),
+    "stop": ("ends an answer where the text does", "percent"),
+    "stop_base": ("the base ends an answer there", "percent"),
+    "stop_change": ("ends an answer there, minus the base", "number"),
+    "stop_early": ("ends an answer where the text goes on", "number"),
+    "stop_early_base": ("the base ends an answer where the text goes on", "number"),
+    "end_of_thought": ("ends a thought where the text does", "percent"),
+    "end_of_thought_base": ("the base ends a thought there", "percent"),
+    "end_of_thought_change": ("ends a thought there, minus the base", "number"),
+    "end_of_thought_early": ("ends a thought where the text goes on", "number"),
+    "end_of_thought_early_base": ("the base ends a thought where the text goes on", "number"),
     "embedding_cosine": ("cosine of embeddings", "ratio"),
     "logits_cosine": ("cosine of logits", "ratio"),
 }
+OF_BASE = (
+    "base_perplexity",
+    *(name for name in TITLES if name.endswith("_base")),
+)  # what they say is not about the model
 
 AUTO = {
     "causal": "AutoModelForCausalLM",
@@ -186,11 +200,18 @@ def quality_rows(quality: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for name in sorted(quality["metrics"], key=lambda n: list(TITLES).index(n) if n in TITLES else len(TITLES)):
         metric, (title, kind) = quality["metrics"][name], TITLES.get(name, (name, "number"))
         shown = {"percent": percent, "perplexity": "{:.3f}".format, "ratio": "{:.4f}".format}.get(kind, number)
-        noise = "-" if metric["noise"] is None or name == "base_perplexity" else shown(metric["noise"])
+        noise = "-" if metric["noise"] is None or name in OF_BASE else shown(metric["noise"])
         within = " (within noise)" if metric["within_noise"] else ""
-        rows.append((md(title), shown(metric["value"]) + within, interval_shown(metric, shown), noise))
+        rows.append(
+            (md(title + positions(metric)), shown(metric["value"]) + within, interval_shown(metric, shown), noise)
+        )
     rows += [(md(TITLES.get(n, (n,))[0]), number(value), "-", "-") for n, value in quality["quantiles"].items()]
     return rows
+
+
+def positions(metric: Mapping[str, Any]) -> str:
+    """The end of a metric's title: at how many tokens it was measured, if not at all of them."""
+    return f" ({metric['positions']:,} tokens)" if metric.get("positions") else ""
 
 
 def by_reason(named: Mapping[str, str]) -> dict[str, list[str]]:

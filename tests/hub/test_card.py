@@ -24,6 +24,7 @@ from hf_quant.errors import HfQuantError, PushError
 from hf_quant.formats._compressed_tensors_config import config_of
 from hf_quant.publish import card, licence
 from hf_quant.publish.facts import check_facts
+from hf_quant.publish.page import html_page
 from hf_quant.publish.source import describe, metadata
 
 from .conftest import REPO, VALIDATES, run
@@ -225,6 +226,22 @@ def test_metadata(hub: FakeHub, known: tuple[dict[str, Any], dict[str, Any]], mo
         ({"license": "mit", "model-index": [{"results": [{"metrics": [{"value": "x"}]}]}]}, "no number"),
     ):  # fmt: skip
         assert words in "; ".join(card.metadata_problems(bad))
+
+
+def test_endings_of_a_chat(known: tuple[dict[str, Any], dict[str, Any]], folder: Path) -> None:
+    """Rows that only some texts have, with the number of tokens; what they say of the base is not said of the model."""
+    recipe, results = known
+    one = {"value": 0.25, "low": None, "high": None, "noise": 0.75, "within_noise": None, "positions": 1234}
+    results["quality"]["metrics"] |= dict.fromkeys(
+        ("end_of_thought", "end_of_thought_base", "end_of_thought_early"), one
+    )
+    text = card.render(recipe, results)
+    assert "| ends a thought where the text does (1,234 tokens) | 25.0 % | - | 75.0 % |" in text
+    assert "| the base ends a thought there (1,234 tokens) | 25.0 % | - | - |" in text
+    types = {m["type"] for m in metadata(text)["model-index"][0]["results"][0]["metrics"]}
+    assert {"end_of_thought", "end_of_thought_early"} < types and "end_of_thought_base" not in types
+    (folder / "results.json").write_text(json.dumps(results))
+    assert "ends a thought where the text does (1,234 tokens)" in html_page(folder, None, [])
 
 
 def test_what_was_done_step_by_step(known: tuple[dict[str, Any], dict[str, Any]]) -> None:

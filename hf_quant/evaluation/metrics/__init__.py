@@ -26,6 +26,10 @@ class BaseTokens:
         tail: float64 ``[P, m]``, their log-probabilities.
         tail_mass: float64 ``[P]``, logarithm of the total probability of the tail; -inf without a tail.
         target: float64 ``[P]``, log-probability of the next token of the text.
+        stop_ids: int64 ``[P, s]``, the tokens that end an answer, the same at every position; s = 0 where the text has none.
+        stop: float64 ``[P, s]``, their log-probabilities, exact.
+        end_of_thought_ids: int64 ``[P, e]``, the tokens that end a thought, likewise.
+        end_of_thought: float64 ``[P, e]``, their log-probabilities, exact.
     """
 
     top_ids: Tensor
@@ -34,6 +38,10 @@ class BaseTokens:
     tail: Tensor
     tail_mass: Tensor
     target: Tensor
+    stop_ids: Tensor
+    stop: Tensor
+    end_of_thought_ids: Tensor
+    end_of_thought: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,9 @@ class Metric:
         finish: Applied to the mean over positions (the exponential, for perplexity).
         quantiles: Quantiles to report of the values of single tokens, 0 to 1.
         most: The largest possible value; the interval is then computed for its difference from that. None if it is unbounded.
+        least: The smallest possible value. Where both are known, an interval is kept inside of them (`measure.estimate`).
+        where: From the base's distributions, the next tokens and whether each of them belongs to the document of the token before
+            it, to the positions that count, bool ``[P]``; None: all count. A metric without such a position is not reported.
     """
 
     title: str
@@ -56,6 +67,8 @@ class Metric:
     finish: Callable[[float], float] = float
     quantiles: tuple[float, ...] = ()
     most: float | None = None
+    least: float | None = None
+    where: Callable[[BaseTokens, Tensor, Tensor], Tensor] | None = None
 
 
 def exponential(mean: float) -> float:

@@ -1,0 +1,8 @@
+"""Probability that the base ends a thought where the text does."""
+
+from __future__ import annotations
+
+from hf_quant.evaluation.metrics import Metric
+from hf_quant.evaluation.metrics._endings import THOUGHT
+
+METRIC = Metric("the base ends a thought where the text does", THOUGHT.of_base, most=1, least=0, where=THOUGHT.comes)

@@ -1,0 +1,8 @@
+"""Probability that the model ends an answer where the text does."""
+
+from __future__ import annotations
+
+from hf_quant.evaluation.metrics import Metric
+from hf_quant.evaluation.metrics._endings import ANSWER
+
+METRIC = Metric("ends an answer where the text does", ANSWER.of_model, most=1, least=0, where=ANSWER.comes)

@@ -1,0 +1,10 @@
+"""Probability that the base ends an answer where the text goes on."""
+
+from __future__ import annotations
+
+from hf_quant.evaluation.metrics import Metric
+from hf_quant.evaluation.metrics._endings import ANSWER
+
+METRIC = Metric(
+    "the base ends an answer where the text goes on", ANSWER.of_base, most=1, least=0, where=ANSWER.elsewhere
+)

@@ -13,7 +13,19 @@ from typing import Any
 import click
 
 from hf_quant.cli._screen import Part, show
-from hf_quant.cli._types import SAVED, Bits, Choice, Limit, Method, Named, Override, Scheme, Share, Size
+from hf_quant.cli._types import (
+    SAVED,
+    Bits,
+    Choice,
+    Limit,
+    Method,
+    Named,
+    Override,
+    Scheme,
+    Share,
+    Size,
+    TemplateArguments,
+)
 from hf_quant.errors import printable
 from hf_quant.jobs.engine_rules import ENGINE_NAMES
 from hf_quant.jobs.options import DTYPES
@@ -22,6 +34,20 @@ from hf_quant.jobs.results import Grid
 from hf_quant.publish.markdown import shell_word
 
 Function = Callable[..., Any]
+
+
+def _merged(_ctx: click.Context, _param: click.Parameter, parts: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """All parts together; None where none was given."""
+    names = [name for part in parts for name in part]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise click.BadParameter(f"{twice} is given twice")
+    return {name: value for part in parts for name, value in part.items()} if parts else None
+
+
+chat_options = click.option(
+    "--chat-template-kwargs", multiple=True, metavar="KEY=VALUE", type=TemplateArguments(), callback=_merged,
+    help="Argument of the chat template that renders messages, such as enable_thinking=false; or all of them as a JSON object.",
+)  # fmt: skip
 
 
 def output_options(function: Function) -> Function:
@@ -96,7 +122,7 @@ def measure_options(function: Function) -> Function:
         click.option("--stride", type=click.IntRange(1), help="Tokens from one window to the next; default: the context."),
         click.option("--context", type=click.IntRange(2), help="Tokens in a window; default: 512, or what the model allows."),
         click.option("--dataset", help="ID[:CONFIG][@SPLIT][#COLUMN] of a datasets set, in place of --text."),
-        click.option("--text", help="UTF-8 file to measure on; default: heldout.txt beside the model or its base, else a bundled one."),
+        click.option("--text", help="UTF-8 or JSONL file to measure on; default: heldout.txt beside the model or its base, else a bundled one."),
     ):  # fmt: skip
         function = option(function)
     return function

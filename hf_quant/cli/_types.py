@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ else:
     ParamType = click.ParamType
 
 
+PYTHON = {"True": "true", "False": "false", "None": "null"}  # as strings, all of them would be true in a template
 ELSEWHERE = ("gguf", "dense")  # what convert writes besides formats
 GGUF_TYPE = re.compile(r"i?q\d.*|q\d-.*")
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]{0,95}", re.ASCII)
@@ -242,6 +244,29 @@ class Override(ParamType):
                 f"{value!r} is not GLOB=SCHEME; write for example '{glob or '*.down_proj'}=W8A16-g128'", param, ctx
             )
         return glob, None if slug == "float" else Scheme().convert(slug, param, ctx)
+
+
+class TemplateArguments(ParamType):
+    """``KEY=VALUE``, whose value is JSON or else a string; or a JSON object."""
+
+    name = "template arguments"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> dict[str, Any]:
+        whole = _json(str(value))
+        if isinstance(whole, dict):
+            return whole
+        key, equals, text = str(value).partition("=")
+        if not equals or not key.isidentifier():
+            self.fail(f"{value!r} is not KEY=VALUE; write for example enable_thinking=false", param, ctx)
+        return {key: _json(PYTHON.get(text, text))}
+
+
+def _json(text: str) -> Any:
+    """What ``text`` means as JSON; itself where it is none, such as NaN."""
+    try:
+        return json.loads(text, parse_constant=lambda _: text)
+    except (ValueError, RecursionError):
+        return text
 
 
 class Model(Directory):

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from hf_quant.cli._common import bars, emit, gate_options, measure_options, output_options, say
+from hf_quant.cli._common import bars, chat_options, emit, gate_options, measure_options, output_options, say
 from hf_quant.cli._screen import Part
 from hf_quant.cli._types import Choice, Device, Model
 
@@ -18,6 +18,7 @@ from hf_quant.cli._types import Choice, Device, Model
 @click.option("--device", type=Device(), help="Where to run both: cpu, cuda, auto, ...")
 @click.option("--kv-cache", type=Choice("int8", "int4"), help="Measure it with keys and values kept like that.")
 @click.option("--tasks", help="Tasks of lm-evaluation-harness too, separated by commas.")
+@chat_options
 @measure_options
 @gate_options
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoints bring along.")

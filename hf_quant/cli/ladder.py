@@ -10,6 +10,7 @@ import click
 from hf_quant.cli._common import (
     bars,
     calibration_options,
+    chat_options,
     emit,
     gate_options,
     measure_options,
@@ -42,8 +43,9 @@ from hf_quant.cli._types import DTYPE, Device, Method, Model, Size
 @click.option("--lm-head", is_flag=True, help="Quantize the output head too.")
 @click.option("--embeddings", is_flag=True, help="Quantize the input embeddings too.")
 @calibration_options
+@chat_options
 @measure_options
-@click.option("--trial-text", help="UTF-8 file for sensitivities; default: calibration.txt beside the model.")
+@click.option("--trial-text", help="UTF-8 or JSONL file for sensitivities; default: calibration.txt beside the model.")
 @click.option("--trial-tokens", type=click.IntRange(1), default=4096, show_default=True, help="How much of it.")
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="What the models compute in.")
 @click.option("--device", type=Device(), help="Where to run: cpu, cuda, auto, ...")

@@ -10,6 +10,7 @@ import click
 from hf_quant.cli._common import (
     bars,
     calibration_options,
+    chat_options,
     emit,
     gate_options,
     measure_options,
@@ -48,7 +49,8 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
 )
 @measure_options
 @gate_options
-@click.option("--prompt", help="Let the saved model continue this.")
+@chat_options
+@click.option("--prompt", help="Let the saved model continue this; with --chat-template-kwargs, answer it.")
 @output_options
 def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Quantize MODEL, a folder or a Hub id."""

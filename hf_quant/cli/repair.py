@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hf_quant.cli._common import bars, emit, output_options, say
+from hf_quant.cli._common import bars, chat_options, emit, output_options, say
 from hf_quant.cli._types import Device, Model
 
 
@@ -23,6 +23,7 @@ from hf_quant.cli._types import Device, Model
 )
 @click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it.")
 @click.option("--passes", type=click.IntRange(1), help="Times that it is seen. Default: 4.")
+@chat_options
 @click.option("--device", type=Device(), help="Where to train: cpu, cuda, ...")
 @click.option("--revision", help="Of a base from the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoints bring along.")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from hf_quant.cli._common import emit, output_options, waiting
+from hf_quant.cli._common import chat_options, emit, output_options, waiting
 from hf_quant.cli._types import Folder, Model
-from hf_quant.errors import HfQuantError
+from hf_quant.errors import HfQuantError, OptionError
 
 
 @click.command(short_help="A page on one model, or on two.")
@@ -22,12 +23,13 @@ from hf_quant.errors import HfQuantError
 )
 @click.option("--samples", is_flag=True, help="Let FOLDER and its base continue a few texts, and show both.")
 @click.option("--prompt", multiple=True, help="A text to continue, in place of those; may be given several times.")
+@chat_options
 @click.option("--base", type=Model(), help="The model FOLDER was made from; default: the one its recipe.json names.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoints bring along.")
 @output_options
 def command(
     folder: Path, other: Path | None, output: Path | None, samples: bool, prompt: tuple[str, ...], base: str | None,
-    trust_remote_code: bool, as_json: bool, quiet: bool,
+    chat_template_kwargs: dict[str, Any] | None, trust_remote_code: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Write one HTML file on FOLDER, or on FOLDER beside OTHER.
 
@@ -39,13 +41,18 @@ def command(
     out = output or folder / "report.html"
     if (reason := why_not(out)) is not None:
         raise HfQuantError(f"{out}: {reason}")
+    if chat_template_kwargs is not None and not (samples or prompt):
+        raise OptionError("--chat-template-kwargs: nothing here applies a chat template; --samples and --prompt do")
     texts = []
     if samples or prompt:
         from hf_quant.jobs.samples import PROMPTS
         from hf_quant.jobs.samples import samples as continued
 
         with waiting("base and model continue texts", quiet or as_json):
-            texts = continued(folder, base, prompt or PROMPTS, trust_remote_code=trust_remote_code)
+            texts = continued(
+                folder, base, prompt or PROMPTS, chat_template_kwargs=chat_template_kwargs,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
     write_bytes(out, html_page(folder, other, texts).encode())
     emit(as_json, quiet, record={"report": str(out)}, essential=str(out), human=f"{out}: open it in a browser")
 

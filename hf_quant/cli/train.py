@@ -9,6 +9,7 @@ import click
 
 from hf_quant.cli._common import (
     bars,
+    chat_options,
     emit,
     gate_options,
     measure_options,
@@ -57,6 +58,7 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
 @model_options
 @click.option("--max-shard-size", type=Size(), default="5GB", show_default=True, help="Largest file of weights.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
+@chat_options
 @measure_options
 @gate_options
 @output_options

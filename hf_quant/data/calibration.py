@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard, cast
 
@@ -14,7 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_quant.data.batches import ROWS, Inputs, are_batches, checked_batches, digest_of, read_batches
-from hf_quant.data.text import SEPARATOR, dataset_rows, document, documents, paragraphs, read_text, windows
+from hf_quant.data.chat import Chat
+from hf_quant.data.text import SEPARATOR, Text, dataset_rows, documents, paragraphs, read_documents, read_text, windows
 from hf_quant.disk.safetensors import read_header
 from hf_quant.errors import HfQuantError
 
@@ -32,12 +32,14 @@ class Calibration:
         name: Name of the text.
         paragraphs: Hashes of its paragraphs, so that it is not used for measuring too.
         batches: Inputs of the model, checked.
+        rendered: What else decided the text, as `Chat.to_dict` says it.
     """
 
     ids: Tensor
     name: str
     paragraphs: list[str]
     batches: tuple[Inputs, ...] = ()
+    rendered: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of_batches(cls, source: Iterable[Mapping[str, Any]], name: str = "batches") -> Calibration:
@@ -60,22 +62,25 @@ class Calibration:
             }  # fmt: skip
         return {
             "name": self.name, "sequences": self.ids.shape[0], "context": self.ids.shape[1],
-            "sha256": self.sha256, "paragraphs": self.paragraphs,
+            "sha256": self.sha256, "paragraphs": self.paragraphs, **self.rendered,
         }  # fmt: skip
 
 
-def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int, vocabulary: int) -> Calibration:
+def calibration(
+    source: Source | None, tokenizer: Any, context: int, tokens: int, vocabulary: int, chat: Chat | None = None
+) -> Calibration:
     """Windows of ``context`` tokens, about ``tokens`` in all, spread evenly over the text.
 
     Args:
         source: Token ids ``[S, T]``, used as they are, or a safetensors file with them; texts; a UTF-8 file, or a JSONL file with
-            ``text`` or ``messages`` in each line; a data set as in `text.read_dataset`; None for the bundled text. Or batches of
+            ``text`` or ``messages`` in each line; a data set as in `text.dataset_rows`; None for the bundled text. Or batches of
             inputs, as in `batches.checked_batches`, or a safetensors file with inputs by their names.
-        tokenizer: Of the model; its chat template is applied to ``messages``. May be None if ids are given; otherwise it decodes
-            them, to find out later whether a text for measuring overlaps with them.
+        tokenizer: Of the model. May be None if ids are given; otherwise it decodes them, to find out later whether a text for
+            measuring overlaps with them.
         context: Tokens in a window.
         tokens: Number of tokens, at least 1.
         vocabulary: Size of the model's vocabulary, which ids must be below.
+        chat: Renders ``messages``; None for the chat template of ``tokenizer`` as it is.
 
     Raises:
         HfQuantError: The text is missing, too short or malformed, or an id is out of range; says where.
@@ -97,8 +102,11 @@ def calibration(source: Source | None, tokenizer: Any, context: int, tokens: int
             raise HfQuantError(
                 "calibration: the model has no tokenizer; pass token ids instead, or a safetensors file with them"
             )
-        name, text = _read(cast("Sequence[str] | str | Path | None", source), tokenizer)
-        data = Calibration(windows(tokenizer, text, context, tokens).ids, name, sorted(paragraphs(text)))
+        chat = chat or Chat(tokenizer)
+        before = chat.applied
+        name, text = _read(cast("Sequence[str] | str | Path | None", source), chat)
+        ids = windows(tokenizer, text, context, tokens).ids
+        data = Calibration(ids, name, sorted(paragraphs(text)), rendered=chat.to_dict(since=before))
     low, high = int(data.ids.min()), int(data.ids.max())
     if low < 0 or high >= vocabulary:
         where = (data.ids == (low if low < 0 else high)).nonzero()[0].tolist()
@@ -146,29 +154,17 @@ def _ids(source: Tensor) -> Tensor:
     return source.to(torch.int64).contiguous()
 
 
-def _read(source: Sequence[str] | str | Path | None, tokenizer: Any) -> tuple[str, str]:
+def _read(source: Sequence[str] | str | Path | None, chat: Chat) -> tuple[str, Text]:
     """Name and text."""
     if source is None:
         return "the bundled text (documentation of Python)", read_text(BUNDLED)
     if isinstance(source, str | Path):
         path = Path(source)
         if path.is_file():
-            return path.name, SEPARATOR.join(_lines(path, tokenizer)) if path.suffix == ".jsonl" else read_text(path)
+            return path.name, read_documents(path, chat)
         if isinstance(source, Path) or path.suffix in (".txt", ".jsonl", ".md"):
             raise HfQuantError(f"calibration: {source}: no such file")
-        return str(source), documents(str(source), dataset_rows(str(source), "train"), tokenizer)
+        return str(source), documents(str(source), dataset_rows(str(source), "train"), chat)
     if not source or not all(isinstance(text, str) for text in source):
         raise HfQuantError("calibration: texts must be a list of strings that is not empty")
     return "texts", SEPARATOR.join(source)
-
-
-def _lines(path: Path, tokenizer: Any) -> Iterator[str]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            yield document(json.loads(line), tokenizer)
-        except (ValueError, TypeError, KeyError) as error:
-            raise HfQuantError(f"{path.name}: line {number}: {error}") from None
-        except RecursionError:
-            raise HfQuantError(f"{path.name}: line {number}: nested too deeply") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_quant.data.chat import Chat
 from hf_quant.errors import HfQuantError
 
 BUNDLED = Path(__file__).parent / "bundled" / "heldout.txt"  # Python's documentation; its licence lies beside it
 SEPARATOR = "<|endoftext|>"
 PARAGRAPH = 200  # characters; shorter paragraphs (headings, licence lines) occur in many texts
+RECORD = 40  # characters of a row of a file or data set; shorter ones (a greeting) occur in many
+Text = str | Sequence[str]  # documents separated by `SEPARATOR`, or a list of them
 
 
 @dataclass(frozen=True)
@@ -89,12 +93,14 @@ def dataset_rows(name: str, default_split: str = "test") -> list[Any]:
     return list(rows[column])
 
 
-def document(record: Any, tokenizer: Any = None) -> str:
-    """One document: a string, the ``text`` of a record, or its ``messages`` (or a list of messages) as a chat.
+def record_texts(record: Any, chat: Chat) -> list[str]:
+    """The documents of a record: a string, its ``text``, or its ``messages`` (or a list of messages) as a chat.
+
+    A text may hold several, separated by ``<|endoftext|>``. A chat is one, whatever its template writes after each turn.
 
     Args:
         record: From a JSON file or a data set.
-        tokenizer: Its chat template is applied to messages; without one, their contents are joined by newlines.
+        chat: Renders messages.
 
     Raises:
         ValueError: It has neither text nor messages.
@@ -103,26 +109,37 @@ def document(record: Any, tokenizer: Any = None) -> str:
         record = record["text"] if isinstance(record.get("text"), str) else record.get("messages")
     if isinstance(record, str):
         record.encode()  # halves of characters are no text
-        return record
+        return split(record)
     if not isinstance(record, list) or not record:
         raise ValueError("neither text nor messages")
     if not all(isinstance(message, Mapping) and isinstance(message.get("content"), str) for message in record):
         raise ValueError("a message must have a content that is a string")
-    if getattr(tokenizer, "chat_template", None):
-        return _without_bos(str(tokenizer.apply_chat_template(record, tokenize=False)), tokenizer)
-    return "\n".join(message["content"] for message in record)
+    return [chat.text_of(record)]
 
 
-def _without_bos(text: str, tokenizer: Any) -> str:
-    """Most chat templates write the BOS token, which the tokenizer would add a second time."""
-    first: str | None = getattr(tokenizer, "bos_token", None)
-    if first is None or tokenizer("a").input_ids[:1] != [tokenizer.bos_token_id]:
-        return text
-    return text.removeprefix(first)
+def read_documents(path: Path, chat: Chat) -> Text:
+    """The text of a UTF-8 file, or the documents of a JSONL file with ``text`` or ``messages`` in each line.
+
+    Raises:
+        HfQuantError: It is not UTF-8, or a line is malformed; names the byte or the line.
+    """
+    if path.suffix != ".jsonl":
+        return read_text(path)
+    texts = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            texts += record_texts(json.loads(line), chat)
+        except (ValueError, TypeError, KeyError) as error:
+            raise HfQuantError(f"{path.name}: line {number}: {error}") from None
+        except RecursionError:
+            raise HfQuantError(f"{path.name}: line {number}: nested too deeply") from None
+    return texts
 
 
-def documents(name: str, rows: Sequence[Any], tokenizer: Any = None) -> str:
-    """The documents in some rows of a data set, joined to one text; empty rows are left out.
+def documents(name: str, rows: Sequence[Any], chat: Chat) -> list[str]:
+    """The documents in some rows of a data set; empty rows are left out.
 
     Raises:
         HfQuantError: A row is neither text nor messages; names the row.
@@ -130,37 +147,34 @@ def documents(name: str, rows: Sequence[Any], tokenizer: Any = None) -> str:
     texts = []
     for number, row in enumerate(rows):
         try:
-            texts.append(document(row, tokenizer) if row else "")
+            texts += record_texts(row, chat) if row else []
         except ValueError as error:
             raise HfQuantError(f"dataset {name}: row {number}: {error}") from None
-    return SEPARATOR.join(text for text in texts if text.strip())
+    return texts
 
 
-def read_dataset(name: str) -> str:
-    """The documents of a data set, named as in `dataset_rows`, joined to one text."""
-    return documents(name, dataset_rows(name))
-
-
-def split(text: str) -> list[str]:
+def split(text: Text) -> list[str]:
     """The documents of a text, without empty ones."""
+    if not isinstance(text, str):
+        return [document for document in text if document.strip()]
     return [document.strip("\n") + "\n" for document in text.split(SEPARATOR) if document.strip()]
 
 
-def halves(text: str) -> tuple[str, str]:
+def halves(text: Text) -> tuple[Text, Text]:
     """Its documents divided into two texts of about the same length, both with documents of every length."""
     documents = sorted(split(text), key=len, reverse=True)
     one, two = ([d for i, d in enumerate(documents) if i % 4 in pair] for pair in ((0, 3), (1, 2)))
-    return SEPARATOR.join(one), SEPARATOR.join(two)
+    return one, two
 
 
 def windows(
-    tokenizer: Any, text: str, context: int, max_tokens: int | None = None, stride: int | None = None
+    tokenizer: Any, text: Text, context: int, max_tokens: int | None = None, stride: int | None = None
 ) -> Windows:
     """Cut ``text`` into windows of ``context`` tokens. Documents follow one another; an incomplete last window is dropped.
 
     Args:
         tokenizer: Of the base model.
-        text: Documents separated by ``<|endoftext|>``.
+        text: Documents.
         context: Tokens in a window.
         max_tokens: About the number of tokens to score, in windows spread evenly over the text, so that they come from as many
             documents as possible.
@@ -188,14 +202,22 @@ def windows(
     return Windows(ids[positions], document[positions], scored, stride)
 
 
-def paragraphs(text: str) -> set[str]:
-    """Hashes of the longer paragraphs of a text, white space aside: two texts with common hashes share content."""
-    text = text.replace("\r\n", "\n")
-    cleaned = (" ".join(part.split()) for document in split(text) for part in document.split("\n\n"))
-    return {hashlib.sha256(part.encode()).hexdigest()[:16] for part in cleaned if len(part) >= PARAGRAPH}
+def paragraphs(text: Text) -> set[str]:
+    """Hashes of the longer paragraphs of a text, white space aside: two texts with common hashes share content.
+
+    A record, such as a short conversation, counts as a whole.
+    """
+    parts = (part for document in split(text) for part in document.replace("\r\n", "\n").split("\n\n"))
+    hashes = _hashes(parts, PARAGRAPH)
+    return hashes if isinstance(text, str) else hashes | _hashes(text, RECORD)
 
 
-def refuse_overlap(text: str, calibrated_on: Iterable[str]) -> None:
+def _hashes(parts: Iterable[str], shortest: int) -> set[str]:
+    cleaned = (" ".join(part.split()) for part in parts)
+    return {hashlib.sha256(part.encode()).hexdigest()[:16] for part in cleaned if len(part) >= shortest}
+
+
+def refuse_overlap(text: Text, calibrated_on: Iterable[str]) -> None:
     """Refuse a text of which more than one in a hundred paragraphs were calibrated on.
 
     Args:

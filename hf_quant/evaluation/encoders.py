@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.data.text import split
+from hf_quant.data.text import Text, split
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.measure import estimate, resampled
 from hf_quant.evaluation.reference import Load, Progress
@@ -37,7 +37,7 @@ class Passages:
         return hashlib.sha256(b"".join(i.numpy().tobytes() for i in self.ids)).hexdigest()
 
 
-def passages(tokenizer: Any, text: str, context: int, max_tokens: int | None = None) -> Passages:
+def passages(tokenizer: Any, text: Text, context: int, max_tokens: int | None = None) -> Passages:
     """Passages of ``text``, truncated to ``context`` tokens; ``max_tokens`` picks some, spread evenly over the text.
 
     The passages of a document are its paragraphs, or its lines where it has no empty line. A text of a single document is a

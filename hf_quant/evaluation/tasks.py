@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+from hf_quant.data.chat import Chat
 from hf_quant.errors import HfQuantError
 
 
-def run_tasks(
-    model: Any, tokenizer: Any, names: Sequence[str], limit: int | None = None
-) -> dict[str, dict[str, float]]:
+def run_tasks(model: Any, chat: Chat, names: Sequence[str], limit: int | None = None) -> dict[str, dict[str, float]]:
     """Every number of every task: ``{"arc_easy": {"acc": 0.61, "acc_stderr": 0.01}}``.
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer.
+        chat: Its tokenizer; where arguments of the chat template are given, questions are asked through that.
         names: Names of tasks, or paths of their YAML files.
         limit: Examples of each task; None for all.
 
@@ -28,7 +29,10 @@ def run_tasks(
     except ImportError as error:
         raise HfQuantError(f"--tasks needs lm-evaluation-harness: pip install 'hf-quant[tasks]' ({error})") from None
     try:
-        report = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(names), limit=limit)
+        report = simple_evaluate(
+            model=HFLM(pretrained=model, tokenizer=_with_arguments(chat)), tasks=list(names), limit=limit,
+            apply_chat_template=chat.arguments is not None,
+        )  # fmt: skip
     except KeyError as error:
         raise HfQuantError(f"lm-eval: {error}") from None
     results: dict[str, dict[str, Any]] = report["results"]
@@ -36,3 +40,12 @@ def run_tasks(
         task: {name.partition(",")[0]: value for name, value in row.items() if isinstance(value, float)}
         for task, row in results.items()
     }
+
+
+def _with_arguments(chat: Chat) -> Any:
+    """The tokenizer; its chat template is given the arguments whoever applies it, since not every lm-eval hands some on."""
+    if not chat.arguments:
+        return chat.tokenizer
+    tokenizer = copy.copy(chat.tokenizer)
+    tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **chat.arguments)
+    return tokenizer

@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers.utils import logging
 
 from hf_quant.checkpoint.folder import Checkpoint
-from hf_quant.data.text import Windows, windows
+from hf_quant.data.text import Text, Windows, windows
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, measures_of, passages
 from hf_quant.evaluation.endings import NO_ENDINGS, Endings
 from hf_quant.evaluation.gate import Budget
@@ -114,7 +114,7 @@ class Base:
         return bool(getattr(config_of(self.model, **self._hub()), "is_encoder_decoder", False))
 
     def reference(
-        self, tokenizer: Any, text: str, *, context: int | None = None, stride: int | None = None,
+        self, tokenizer: Any, text: Text, *, context: int | None = None, stride: int | None = None,
         max_tokens: int | None = None, noise: bool = True, say: Callable[[str], None] = logger.info, progress: Progress = iter,
         cache: Path | None = None,
     ) -> Reference:  # fmt: skip
@@ -155,7 +155,7 @@ class Base:
 
 
 def yardstick(
-    base: Base, tokenizer: Any, text: str, *,
+    base: Base, tokenizer: Any, text: Text, *,
     context: int | None = None, stride: int | None = None, max_tokens: int | None = None,
     gate: Budget | None = None, say: Callable[[str], None], progress: Progress = iter, cache: Path | None = None,
 ) -> Callable[[Any], Quality]:  # fmt: skip

@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from hf_quant.data.batches import are_batches
 from hf_quant.data.calibration import Calibration, calibration
+from hf_quant.data.chat import Chat
 from hf_quant.errors import CheckpointError, HfQuantError, UnchainedError
 from hf_quant.hf.auto import tokenizer_of, vocabulary_of
 from hf_quant.hf.batch_inputs import inputs_for
@@ -53,7 +54,10 @@ def data_for(config: HfQuantConfig, model: Any) -> Calibration:
     if tokenizer is None and not ids:
         raise HfQuantError("calibration: no tokenizer beside the model, pass token ids instead")
     vocabulary = vocabulary_of(model.config)
-    return calibration(config.calibration, tokenizer, context_of(model.config), config.calibration_tokens, vocabulary)
+    chat, context = Chat(tokenizer, config.chat_template_kwargs), context_of(model.config)
+    data = calibration(config.calibration, tokenizer, context, config.calibration_tokens, vocabulary, chat)
+    chat.refuse_unused()
+    return data
 
 
 class Place(Protocol):

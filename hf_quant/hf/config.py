@@ -15,6 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_quant.core.scheme import QuantScheme, fixed_zero
 from hf_quant.data.batches import are_batches
 from hf_quant.data.calibration import Source
+from hf_quant.data.chat import NOTHING_ASKED, may_hold_chats
 from hf_quant.disk.strict_json import shown
 from hf_quant.errors import FormatError, PlanError, SchemeError, printable
 from hf_quant.formats import format_of, formats, saved_formats
@@ -25,6 +26,7 @@ TOKENS = 65536  # calibrated on by default
 UNSTORED = (
     "calibration",
     "calibration_tokens",
+    "chat_template_kwargs",
     "epochs",
     "activations",
     "stored",
@@ -76,6 +78,8 @@ class HfQuantConfig(QuantizationConfigMixin):
             JSONL file, or a ``datasets`` set; None for the text that comes with this package. Or batches of the model's inputs,
             as its processor returns them (``pixel_values``, ``input_features``, ``input_ids``, ...), at least two. Never stored.
         calibration_tokens: How many of its tokens to take at most.
+        chat_template_kwargs: Arguments of the chat template that renders messages of ``calibration``, such as
+            ``{"enable_thinking": False}``. Never stored.
         epochs: How often ``"learned"`` goes through them for each block; 8 by default. Never stored.
         activations: Of a checkpoint that another program quantized: ``"float"`` runs its layers against activations in
             floating point, ``"int8"`` as that program would (for LLM.int8 with its threshold of 6). None follows the config
@@ -106,6 +110,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         format: str = "auto",
         calibration: Source | None = None,
         calibration_tokens: int = TOKENS,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         epochs: int | None = None,
         activations: str | None = None,
         training: bool = False,
@@ -154,6 +159,7 @@ class HfQuantConfig(QuantizationConfigMixin):
                 _parsed(f"overrides[{glob!r}]", slug)
         self.calibration = list(calibration) if are_batches(calibration) else calibration  # a loader yields them once
         self.calibration_tokens = calibration_tokens
+        self.chat_template_kwargs = _checked_arguments(chat_template_kwargs, calibration)
         self.epochs = _checked_epochs(epochs, method)
         self._check_ranges()
         if training:
@@ -328,6 +334,14 @@ def _checked_epochs(epochs: int | None, method: str) -> int:
     if method != "learned":
         raise PlanError(f"quantization_config.epochs: method {method!r} learns nothing; 'learned' does")
     return epochs
+
+
+def _checked_arguments(arguments: Mapping[str, Any] | None, calibration: Any) -> Mapping[str, Any] | None:
+    if arguments is not None:
+        _typed("chat_template_kwargs", arguments, Mapping)
+        if not may_hold_chats(calibration):
+            raise PlanError(f"quantization_config.chat_template_kwargs: {NOTHING_ASKED}")
+    return arguments
 
 
 def _unknown(names: Collection[str]) -> str:

@@ -14,9 +14,10 @@ from hf_quant.jobs.options import budget, check_model, hub
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
 from hf_quant.jobs.stored import store_results
-from hf_quant.jobs.texts import Measuring, check_overlap, missed
+from hf_quant.jobs.texts import Measuring, check_overlap, missed, template_arguments
 
 if TYPE_CHECKING:
+    from hf_quant.data.chat import Chat
     from hf_quant.evaluation.gate import Gate
     from hf_quant.evaluation.layers import LayerError
     from hf_quant.evaluation.results import Estimate, Quality
@@ -106,7 +107,8 @@ def evaluate(
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
-    trust_remote_code: bool = False, progress: bool | Bar = False, say: Say | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False, progress: bool | Bar = False,
+    say: Say | None = None,
 ) -> EvaluateResult:  # fmt: skip
     """Measure a model against the model it was made from; ``hf-quant eval``.
 
@@ -128,6 +130,7 @@ def evaluate(
         max_kl: Gate: KL divergence to the base, nats per token.
         max_ppl_increase: Gate: perplexity over the base's minus one.
         min_top1: Gate: share of predictions whose likeliest token is the base's.
+        chat_template_kwargs: As for `quantize`; with them, tasks are asked through the chat template too.
         trust_remote_code: Run code that the checkpoints bring along.
         progress: As for `quantize`.
         say: As for `quantize`.
@@ -138,11 +141,13 @@ def evaluate(
     """
     model, base = check_model(model), None if base is None else check_model(base)
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap)
+    arguments = template_arguments(chat_template_kwargs, [text, dataset], bool(tasks))
     limits = budget(max_kl, max_ppl_increase, min_top1)
     if kv_cache is not None and kv_cache not in KV_CACHES:
         raise OptionError(f"--kv-cache {kv_cache!r} is not one of {', '.join(KV_CACHES)}")
 
     from hf_quant.checkpoint.folder import Checkpoint
+    from hf_quant.data.chat import Chat
     from hf_quant.evaluation.gate import Gate
     from hf_quant.evaluation.layers import layer_errors
     from hf_quant.evaluation.yardstick import Base
@@ -152,14 +157,17 @@ def evaluate(
     recipe = recipe_of(model)
     base, revision = base_of(model, recipe, base)
     from_hub, of_base = hub(None, trust_remote_code), hub(revision, trust_remote_code)
-    name, content = how.find(model, base)
-    if not allow_overlap:
-        check_overlap(model, content)
     for folder in (Path(model), Path(base)):
         if folder.is_dir():
             Checkpoint.open(folder)
+    tokenizer = tokenizer_of(base, **of_base)
+    chat = Chat(tokenizer, arguments)
+    name, content = how.find(chat, model, base)
+    if not tasks:
+        chat.refuse_unused()
+    if not allow_overlap:
+        check_overlap(model, content)
     with reporting(progress, say) as report:
-        tokenizer = tokenizer_of(base, **of_base)
         _same_tokenizer(model, tokenizer, from_hub)
         report.say(f"measuring {model} against {base} on {name}")
         measure = how.yardstick(base, content, tokenizer, report, device=device, gate=limits, **of_base)
@@ -172,7 +180,7 @@ def evaluate(
             layer_errors(loaded, Base(base, **of_base).checkpoint(), recipe.get("blocks") or ()),
             Gate(**limits.verdict(quality)) if limits else None,
             {"kind": kv_cache, "bytes": measured.nbytes} if kv_cache else None,
-            _tasks(loaded, tokenizer, tasks) if tasks else None,
+            _tasks(loaded, chat, tasks) if tasks else None,
         )  # fmt: skip
         if not kv_cache:  # results.json is about the model alone
             with report.stage("sha256 of the files"):
@@ -188,10 +196,10 @@ def _cached(model: Any, kind: str) -> Any:
     return Cached(model, kind)
 
 
-def _tasks(model: Any, tokenizer: Any, tasks: str | Sequence[str]) -> dict[str, dict[str, float]]:
+def _tasks(model: Any, chat: Chat, tasks: str | Sequence[str]) -> dict[str, dict[str, float]]:
     from hf_quant.evaluation.tasks import run_tasks
 
-    return run_tasks(model, tokenizer, tasks.split(",") if isinstance(tasks, str) else list(tasks))
+    return run_tasks(model, chat, tasks.split(",") if isinstance(tasks, str) else list(tasks))
 
 
 def _same_tokenizer(model: str, base: Any, from_hub: dict[str, Any]) -> None:

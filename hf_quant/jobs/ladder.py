@@ -22,9 +22,12 @@ from hf_quant.jobs.texts import (
     find_text,
     measured_on,
     needs_calibration,
+    template_arguments,
 )
 
 if TYPE_CHECKING:
+    from hf_quant.data.chat import Chat
+    from hf_quant.data.text import Text
     from hf_quant.evaluation.results import Quality
     from hf_quant.evaluation.yardstick import Base
     from hf_quant.jobs.walk import Rung
@@ -126,7 +129,7 @@ def ladder(
     calibration: str | None = None, calibration_tokens: int = 65536, epochs: int | None = None, max_memory: int | str | None = None,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
-    trial_text: str | None = None, trial_tokens: int = TRIAL_TOKENS,
+    trial_text: str | None = None, trial_tokens: int = TRIAL_TOKENS, chat_template_kwargs: Mapping[str, Any] | None = None,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
     max_shard_size: int | str = "5GB", overwrite: bool = False, progress: bool | Bar = False, say: Say | None = None,
 ) -> LadderResult:  # fmt: skip
@@ -161,8 +164,9 @@ def ladder(
         max_tokens: Measure about that many at most; default: 32768.
         base_dtype: What the base computes in while it is the yardstick.
         allow_overlap: Measure even on text that was calibrated on.
-        trial_text: UTF-8 file that sensitivities are measured on; None: calibration.txt beside the model.
+        trial_text: UTF-8 or JSONL file that sensitivities are measured on; None: calibration.txt beside the model.
         trial_tokens: How many of its tokens.
+        chat_template_kwargs: As for `quantize`.
         dtype: What the models compute in.
         device: Where to run.
         revision: Of a Hub model.
@@ -186,11 +190,13 @@ def ladder(
     calibrated = needs_calibration(method, _slugs(group_size, asym, int8_activations), calibration)
     how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
     inputs = list(filter(None, (text, dataset, trial_text, calibration)))
+    arguments = template_arguments(chat_template_kwargs, [text, dataset, trial_text, source if calibrated else None])
     shard, memory = size_in_bytes(max_shard_size), None if max_memory is None else size_in_bytes(max_memory)
     from_hub = hub(revision, trust_remote_code)
     load_arguments = load_options(dtype, device, from_hub)
     check_places([out], [model, *inputs], overwrite=overwrite, gate=bool(gate))
 
+    from hf_quant.data.chat import Chat, may_hold_chats
     from hf_quant.data.text import refuse_overlap
     from hf_quant.evaluation.results import Quality
     from hf_quant.hf.auto import tokenizer_of
@@ -201,14 +207,17 @@ def ladder(
     refuse_quantized(model, **from_hub)
     base = _base(model, base_dtype, device, from_hub)
     with reporting(progress, say) as report:
-        name, full_text = how.find(model)
-        choosing, held_back = _parts(full_text, report)
         tokenizer = tokenizer_of(model, **from_hub)
-        looked_at = calibration_for(model, source, calibration_tokens, tokenizer, from_hub) if calibrated else None
+        chat = Chat(tokenizer, arguments)
+        name, full_text = how.find(chat, model)
+        choosing, held_back = _parts(full_text, report)
+        looked_at = calibration_for(model, source, calibration_tokens, chat, from_hub) if calibrated else None
+        if not may_hold_chats(trial_text):
+            chat.refuse_unused()
         if looked_at is not None and not allow_overlap:
             refuse_overlap(full_text, looked_at.paragraphs)
 
-        def measure_on(part: str) -> Any:
+        def measure_on(part: Text) -> Any:
             return how.yardstick(model, part, tokenizer, report, device=device, **from_hub)
 
         limits = Limits(gate, size, 2.0 if held_back else 1.0)
@@ -222,7 +231,7 @@ def ladder(
         } | ({} if looked_at is None else {"calibration": looked_at.batches or looked_at.ids})  # fmt: skip
         walk = Ladder(
             job, limits, rungs(group_size, asym, int8_activations), options, base.load,
-            lambda: _trial(base, tokenizer, choosing, trial_text, trial_tokens, report), report.over("sensitivity"),
+            lambda: _trial(base, chat, choosing, trial_text, trial_tokens, report), report.over("sensitivity"),
         ).walk()  # fmt: skip
         record = walk.to_dict() | {"limits": asdict(gate) | {"max_size": size}, "held_back": None}
         folder = None
@@ -264,7 +273,7 @@ def _slugs(group_size: int, asym: bool | None, int8_activations: bool) -> list[s
     return [*plain, "W8A8"] if int8_activations else plain
 
 
-def _parts(text: str, report: Reporter) -> tuple[str, str | None]:
+def _parts(text: Text, report: Reporter) -> tuple[Text, Text | None]:
     """Documents that choose, and documents that are held back to measure what was chosen."""
     from hf_quant.data.text import halves, split
     from hf_quant.evaluation.results import FEWEST_DOCUMENTS
@@ -296,14 +305,13 @@ def _finish(stage: Path, record: dict[str, Any], row: dict[str, Any], held_back:
     return {"ladder": {key: record[key] for key in ("rungs", "chosen", "chosen_bytes", "limits", "held_back")}}
 
 
-def _trial(
-    base: Base, tokenizer: Any, measured_text: str, trial_text: str | None, tokens: int, report: Reporter
-) -> Any:
+def _trial(base: Base, chat: Chat, measured_text: Text, trial_text: str | None, tokens: int, report: Reporter) -> Any:
     """The base's outputs on a text that the result is not measured on, if there is one."""
-    from hf_quant.data.text import read_text
+    from hf_quant.data.text import read_documents
 
     beside = Path(base.model) / CALIBRATION
     file = find_text(trial_text) or (beside if beside.is_file() else None)
     if file is None:
         report.say("sensitivities are measured on the held-out text itself: --trial-text names another")
-    return base.reference(tokenizer, read_text(file) if file else measured_text, max_tokens=tokens, noise=False)
+    text = read_documents(file, chat) if file else measured_text
+    return base.reference(chat.tokenizer, text, max_tokens=tokens, noise=False)

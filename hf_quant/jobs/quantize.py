@@ -15,7 +15,15 @@ from hf_quant.jobs.options import budget, check_model, configs, hub, load_option
 from hf_quant.jobs.outputs import check_places, work_folder
 from hf_quant.jobs.progress import Bar, Important, Reporter, Say, reporting
 from hf_quant.jobs.results import Result, Row, interval
-from hf_quant.jobs.texts import Measuring, calibration_for, find_calibration, measured_on, missed, needs_calibration
+from hf_quant.jobs.texts import (
+    Measuring,
+    calibration_for,
+    find_calibration,
+    measured_on,
+    missed,
+    needs_calibration,
+    template_arguments,
+)
 
 if TYPE_CHECKING:
     from hf_quant.evaluation.gate import Gate
@@ -181,7 +189,8 @@ def quantize(
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
-    prompt: str | None = None, progress: bool | Bar = False, say: Say | None = None,
+    prompt: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None, progress: bool | Bar = False,
+    say: Say | None = None,
 ) -> QuantizeResult:  # fmt: skip
     """Quantize a model into a folder, check what was written, and measure what that cost; ``hf-quant quantize``.
 
@@ -214,7 +223,7 @@ def quantize(
         epochs: How often ``"learned"`` goes through them for each block; default: 8.
         tune: After ``"learned"``, train the scales end to end; the whole base has to fit into memory for that.
         max_memory: Bytes that hidden states may take before they go to disk.
-        text: UTF-8 file to measure on; None: heldout.txt beside the model, else a text that comes with this package.
+        text: UTF-8 or JSONL file to measure on; None: heldout.txt beside the model, else a text that comes with this package.
         dataset: ``datasets`` set to measure on, in place of ``text``.
         context: Tokens in a window; default: 512, or what the model allows.
         stride: Tokens from one window to the next; default: ``context``.
@@ -224,7 +233,8 @@ def quantize(
         max_kl: Gate: KL divergence to the base, nats per token.
         max_ppl_increase: Gate: perplexity over the base's minus one, such as 0.01.
         min_top1: Gate: share of predictions whose likeliest token is the base's, such as 0.95.
-        prompt: Let the saved model continue this.
+        prompt: Let the saved model continue this; with ``chat_template_kwargs``, let it answer this.
+        chat_template_kwargs: Arguments of the chat template that renders messages, such as ``{"enable_thinking": False}``.
         progress: True for progress bars; or a function that wraps the items of a step, given them and the step's name.
         say: Is told what is worth knowing; None passes it to the logger ``hf_quant``.
 
@@ -244,11 +254,13 @@ def quantize(
     calibrated = needs_calibration(method, slugs, calibration)
     outs = [Path(output) / slug for slug in slugs] if len(slugs) > 1 else [Path(output)]
     inputs = [name for name in (text, dataset, source) if isinstance(name, str) and name]
+    arguments = template_arguments(chat_template_kwargs, inputs, bool(prompt))
     from_hub = hub(revision, trust_remote_code)
     given = load_options(dtype, device, from_hub)
     shard, memory = size_in_bytes(max_shard_size), None if max_memory is None else size_in_bytes(max_memory)
     check_places(outs, [model, *inputs], overwrite=overwrite, gate=bool(gate))
 
+    from hf_quant.data.chat import Chat
     from hf_quant.data.text import refuse_overlap
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
@@ -275,11 +287,15 @@ def quantize(
         tokenizer = tokenizer_of(model, **from_hub)
         if tokenizer is None:
             report.say(Important(f"{model}: no tokenizer found, none is saved"))
-        looked_at = calibration_for(model, source, calibration_tokens, tokenizer, from_hub) if calibrated else None
+        chat = Chat(tokenizer, arguments)
+        question = chat.question(prompt) if prompt else None
+        looked_at = calibration_for(model, source, calibration_tokens, chat, from_hub) if calibrated else None
         name = measure = None
         if eval is not False and ranks.first:
             always = bool(eval or gate or (looked_at is not None and not looked_at.batches))
-            name, content = (how.find(model) if always else how.beside(model)) or (None, "")
+            name, content = (how.find(chat, model) if always else how.beside(chat, model)) or (None, "")
+        if ranks.first:
+            chat.refuse_unused()
         if name is not None:
             if looked_at is not None and not allow_overlap:
                 refuse_overlap(content, looked_at.paragraphs)
@@ -297,7 +313,7 @@ def quantize(
         models = [QuantizedModel.of(record, out) for record, out in zip(records, outs, strict=True)]
         for quantized in models:
             remember(quantized.folder, model)
-        generated = _continue(models[-1].folder, prompt, tokenizer, trust_remote_code) if prompt else None
+        generated = _continue(models[-1].folder, question, tokenizer, trust_remote_code) if question else None
     return QuantizeResult(model, models, name, generated)
 
 

@@ -16,7 +16,7 @@ from hf_quant.jobs.outputs import CONVERSION, check_output, claimed, record
 from hf_quant.jobs.outputs import output as output_folder
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
-from hf_quant.jobs.texts import calibration_for, find_calibration
+from hf_quant.jobs.texts import calibration_for, find_calibration, template_arguments
 
 if TYPE_CHECKING:
     from hf_quant.checkpoint.contents import Contents
@@ -60,7 +60,8 @@ class RepairResult(Result):
 def repair(
     folder: str | os.PathLike[str], output: str | os.PathLike[str], *, base: str, calibration: str | None = None,
     calibration_tokens: int = 65536, passes: int | None = None, device: str | None = None, revision: str | None = None,
-    trust_remote_code: bool = False, overwrite: bool = False, progress: bool | Bar = False, say: Say | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False, overwrite: bool = False,
+    progress: bool | Bar = False, say: Say | None = None,
 ) -> RepairResult:  # fmt: skip
     """Train the scales of a quantized checkpoint until it says what its base says; ``hf-quant repair``.
 
@@ -76,6 +77,7 @@ def repair(
         passes: Times that the text is seen.
         device: Where to train.
         revision: Of a base from the Hub.
+        chat_template_kwargs: As for `hf_quant.quantize`.
         trust_remote_code: Run code that the checkpoints bring along.
         overwrite: Replace a folder that hf-quant wrote.
         progress: As for `hf_quant.quantize`.
@@ -92,7 +94,9 @@ def repair(
     check_device(device)
     check_output(out, [source, base], overwrite=overwrite)
     text = find_calibration(calibration, base)
+    arguments = template_arguments(chat_template_kwargs, [text])
 
+    from hf_quant.data.chat import Chat
     from hf_quant.evaluation.yardstick import Base
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.jobs.convert import convert, open_quantized
@@ -104,7 +108,9 @@ def repair(
         tokenizer = tokenizer_of(base, **from_hub)
         if tokenizer is None:
             raise HfQuantError(f"{base}: no tokenizer found, and training begins with text")
-        data = calibration_for(base, text, calibration_tokens, tokenizer, from_hub)
+        chat = Chat(tokenizer, arguments)
+        data = calibration_for(base, text, calibration_tokens, chat, from_hub)
+        chat.refuse_unused()
         if data.batches:
             raise HfQuantError(f"--calibration {calibration}: repair trains on text or token ids, not on {data.name}")
         with (

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_quant.errors import HfQuantError
 from hf_quant.jobs.base import base_of, recipe_of
 from hf_quant.jobs.options import hub
+from hf_quant.jobs.texts import template_arguments
 from hf_quant.publish.page_model import Sample
 
 PROMPTS = ("The capital of France is", "Once upon a time, there was", "def fibonacci(n):", "The function returns")
@@ -17,19 +18,26 @@ TOKENS = 40
 
 
 def samples(
-    model: Path, base: str | None, prompts: Sequence[str] = PROMPTS, *, trust_remote_code: bool = False
+    model: Path,
+    base: str | None,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Sample]:
     """Continuations of both models, token by token.
 
     Args:
         model: Folder of the quantized model.
         base: What it was made from; None for what its recipe names.
-        prompts: Texts to continue.
+        prompts: Texts to continue; with ``chat_template_kwargs``, messages of a user to answer.
+        chat_template_kwargs: Arguments of the chat template.
         trust_remote_code: Run code that the checkpoints bring along.
 
     Raises:
         HfQuantError: The base is not known, or one of them cannot generate text.
     """
+    from hf_quant.data.chat import Chat
     from hf_quant.hf import load
     from hf_quant.hf.auto import tokenizer_of
 
@@ -38,8 +46,10 @@ def samples(
     tokenizer = tokenizer_of(name, **of_base)
     if tokenizer is None:
         raise HfQuantError(f"{name}: no tokenizer, so there are no sample texts")
+    chat = Chat(tokenizer, template_arguments(chat_template_kwargs, (), asked=True))
+    texts = [chat.question(prompt) for prompt in prompts]
     continued = [
-        [_continued(loaded, tokenizer, prompt) for prompt in prompts]
+        [_continued(loaded, tokenizer, text) for text in texts]
         for loaded in (load(name, **of_base).eval(), load(str(model), **hub(None, trust_remote_code)).eval())
     ]
     return [Sample(prompt, *both) for prompt, *both in zip(prompts, *continued, strict=True)]

@@ -14,6 +14,8 @@ from hf_quant.jobs.progress import Reporter
 
 if TYPE_CHECKING:
     from hf_quant.data.calibration import Calibration
+    from hf_quant.data.chat import Chat
+    from hf_quant.data.text import Text
     from hf_quant.evaluation.gate import Budget
     from hf_quant.evaluation.results import Quality
 
@@ -27,7 +29,7 @@ class Measuring:
     """What to measure on, and how.
 
     Attributes:
-        text: UTF-8 file; None for heldout.txt beside the model or its base, or else a text that comes with this package.
+        text: UTF-8 or JSONL file; None for heldout.txt beside the model or its base, or else a text that comes with this package.
         dataset: ``ID[:CONFIG][@SPLIT][#COLUMN]`` of a ``datasets`` set, in place of ``text``.
         context: Tokens in a window; None for 512, or what the model allows.
         stride: Tokens from one window to the next; None for ``context``.
@@ -61,25 +63,28 @@ class Measuring:
         find_text(self.text)
         need_datasets(self.dataset)
 
-    def beside(self, *folders: str) -> tuple[str, str] | None:
-        """Name and content of the text to measure on: the one named, or the one in ``folders``; None if there is none."""
-        from hf_quant.data.text import read_dataset, read_text
+    def beside(self, chat: Chat, *folders: str) -> tuple[str, Text] | None:
+        """Name and content of the text to measure on: the one named, or the one in ``folders``; None if there is none.
+
+        Messages are rendered by ``chat``.
+        """
+        from hf_quant.data.text import dataset_rows, documents, read_documents
 
         if self.dataset is not None:
-            return self.dataset, read_dataset(self.dataset)
+            return self.dataset, documents(self.dataset, dataset_rows(self.dataset), chat)
         file = find_text(self.text, *folders)
-        return None if file is None else (file.name, read_text(file))
+        return None if file is None else (file.name, read_documents(file, chat))
 
-    def find(self, *folders: str) -> tuple[str, str]:
+    def find(self, chat: Chat, *folders: str) -> tuple[str, Text]:
         """The same, or else the bundled text."""
         from hf_quant.data.text import BUNDLED, read_text
 
-        return self.beside(*folders) or ("the bundled text (documentation of Python)", read_text(BUNDLED))
+        return self.beside(chat, *folders) or ("the bundled text (documentation of Python)", read_text(BUNDLED))
 
     def yardstick(
         self,
         base: str,
-        text: str,
+        text: Text,
         tokenizer: Any,
         report: Reporter,
         *,
@@ -120,7 +125,7 @@ def find_text(text: str | None, *folders: str) -> Path | None:
     return next((path for folder in folders if (path := Path(folder) / TEXT).is_file()), None)
 
 
-def check_overlap(folder: str, text: str) -> None:
+def check_overlap(folder: str, text: Text) -> None:
     """Refuse ``text`` if the recipe in ``folder`` says that its model was calibrated or trained on it."""
     from hf_quant.data.text import refuse_overlap
 
@@ -173,15 +178,39 @@ def needs_calibration(method: str, slugs: Iterable[str], calibration: Data | Non
     return calibrated
 
 
-def calibration_for(
-    model: str, source: Data | None, tokens: int, tokenizer: Any, from_hub: dict[str, Any]
-) -> Calibration:
+def template_arguments(
+    given: Mapping[str, Any] | None, sources: Iterable[Any], asked: bool = False
+) -> dict[str, Any] | None:
+    """Arguments of the chat template; None where none are given.
+
+    Args:
+        given: What was given.
+        sources: Of texts, such as files and data sets.
+        asked: Whether something else applies the template.
+
+    Raises:
+        OptionError: They are no JSON object, or nothing applies the template.
+    """
+    from hf_quant.data.chat import NOTHING_ASKED, may_hold_chats
+
+    if given is None:
+        return None
+    try:
+        json.dumps(given := dict(given), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"--chat-template-kwargs: must be names and values that JSON can hold: {error}") from None
+    if not asked and not any(map(may_hold_chats, sources)):
+        raise OptionError(f"--chat-template-kwargs: {NOTHING_ASKED}")
+    return given
+
+
+def calibration_for(model: str, source: Data | None, tokens: int, chat: Chat, from_hub: dict[str, Any]) -> Calibration:
     """What calibrated methods look at."""
     from hf_quant.data.calibration import calibration
     from hf_quant.evaluation.yardstick import Base
 
     base = Base(model, **from_hub)
-    return calibration(source, tokenizer, base.context(), tokens, base.vocabulary())
+    return calibration(source, chat.tokenizer, base.context(), tokens, base.vocabulary(), chat)
 
 
 def measured_on(quality: Quality, name: str) -> str:

@@ -16,10 +16,12 @@ from hf_quant.jobs.options import budget, check_model, configs, hub, load_option
 from hf_quant.jobs.outputs import check_places
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.quantize import TOKENS, QuantizedModel, QuantizeResult, resumable
-from hf_quant.jobs.texts import Measuring
+from hf_quant.jobs.texts import Measuring, template_arguments
 
 if TYPE_CHECKING:
     from hf_quant.data.calibration import Calibration
+    from hf_quant.data.chat import Chat
+    from hf_quant.data.text import Text
     from hf_quant.evaluation.yardstick import Base
 
 
@@ -34,7 +36,7 @@ def train(
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
-    progress: bool | Bar = False, say: Say | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None, progress: bool | Bar = False, say: Say | None = None,
 ) -> QuantizeResult:  # fmt: skip
     """Train a model with its weights rounded to a scheme, and write it quantized into a folder; ``hf-quant train``.
 
@@ -71,7 +73,7 @@ def train(
         trust_remote_code: Run code that the checkpoint brings along.
         max_shard_size: Largest file of weights, in bytes or as ``"5GB"``.
         overwrite: Replace a folder that hf-quant wrote.
-        text: UTF-8 file to measure on; None: heldout.txt beside the model, else a text that comes with this package.
+        text: UTF-8 or JSONL file to measure on; None: heldout.txt beside the model, else a text that comes with this package.
         dataset: ``datasets`` set to measure on, in place of ``text``.
         context: Tokens in a window that is measured.
         stride: Tokens from one window to the next.
@@ -81,6 +83,7 @@ def train(
         max_kl: Gate: KL divergence to the base, nats per token.
         max_ppl_increase: Gate: perplexity over the base's minus one.
         min_top1: Gate: share of predictions whose likeliest token is the base's.
+        chat_template_kwargs: Arguments of the chat template that renders messages in ``data`` and in what is measured on.
         progress: True for progress bars; or a function that wraps the items of a step, given them and the step's name.
         say: Is told what is worth knowing; None passes it to the logger ``hf_quant``.
 
@@ -96,9 +99,11 @@ def train(
     from_hub = hub(revision, trust_remote_code)
     given = load_options(dtype, device, from_hub)
     shard, inputs = size_in_bytes(max_shard_size), list(filter(None, (text, dataset, data)))
+    arguments = template_arguments(chat_template_kwargs, inputs)
     check_places([out], [model, *inputs], overwrite=overwrite, gate=bool(gate))
 
     from hf_quant.data.calibration import calibration
+    from hf_quant.data.chat import Chat
     from hf_quant.evaluation.yardstick import Base
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
@@ -115,10 +120,12 @@ def train(
         if tokenizer is None:
             raise HfQuantError(f"{model}: no tokenizer found, and training begins with text")
         base = Base(model, revision, device=device, trust_remote_code=trust_remote_code)
-        learned = calibration(data, tokenizer, train_context or base.context(), sys.maxsize, base.vocabulary())
-        name, held_out = how.find(model)
+        chat = Chat(tokenizer, arguments)
+        learned = calibration(data, tokenizer, train_context or base.context(), sys.maxsize, base.vocabulary(), chat)
+        name, held_out = how.find(chat, model)
+        chat.refuse_unused()
         if not allow_overlap:
-            _refuse_overlap(data, learned, held_out)
+            _refuse_overlap(data, learned, held_out, chat)
         measure = how.yardstick(model, held_out, tokenizer, report, device=device, **from_hub)
         held = held_windows(len(learned.ids))
         updates = steps or math.ceil((epochs or 1) * int((~held).sum()) / batch)
@@ -159,10 +166,12 @@ def _check_options(
             raise OptionError(f"{slug}: {reason}")
 
 
-def _refuse_overlap(data: str, learned: Calibration, held_out: str) -> None:
-    from hf_quant.data.text import read_text, refuse_overlap
+def _refuse_overlap(data: str, learned: Calibration, held_out: Text, chat: Chat) -> None:
+    from hf_quant.data.text import read_documents, refuse_overlap
 
-    if Path(data).is_file() and read_text(Path(data)) == held_out:  # its paragraphs may be too short to be compared
+    if (
+        Path(data).is_file() and read_documents(Path(data), chat) == held_out
+    ):  # its paragraphs may be too short to be compared
         raise HfQuantError(f"--data {data} is the text that is measured on: the numbers would flatter the model")
     refuse_overlap(held_out, learned.paragraphs)
 

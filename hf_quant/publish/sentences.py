@@ -241,6 +241,9 @@ def command(recipe: Mapping[str, Any]) -> str:
     if calibration:
         words += ["--calibration", calibration["name"]] if calibration["name"] not in UNNAMED_TEXTS else []
         words += ["--calibration-tokens", str(calibration["sequences"] * calibration["context"])]
+    rendered = (trained or {}).get("text") or calibration or {}
+    if "chat_template_kwargs" in rendered:
+        words += ["--chat-template-kwargs", json.dumps(rendered["chat_template_kwargs"])]
     if "epochs" in settings:
         words += ["--epochs", str(settings["epochs"]), *([] if "tuned" in recipe else ["--no-tune"])]
     return " ".join(f"\\\n  {word}" if word == "--override" else shell_word(word) for word in words)

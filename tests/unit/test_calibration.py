@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from hf_quant.data.calibration import BUNDLED, calibration
+from hf_quant.data.chat import Chat
 from hf_quant.data.text import BUNDLED as HELD
-from hf_quant.data.text import document, documents, paragraphs, read_text, refuse_overlap
+from hf_quant.data.text import documents, paragraphs, read_text, record_texts, refuse_overlap
 from hf_quant.errors import HfQuantError
 
 
@@ -111,20 +112,19 @@ def test_a_chat_begins_with_one_first_token() -> None:
     messages = [{"role": "user", "content": "hello"}]
     tokenizer = Bytes()
     tokenizer.chat_template, tokenizer.bos_token, tokenizer.bos_token_id = "yes", "<s>", 1
-    assert document({"messages": messages}, tokenizer) == "<user>hello", "the tokenizer adds it"
+    assert record_texts({"messages": messages}, Chat(tokenizer)) == ["<user>hello"], "the tokenizer adds it"
     tokenizer.bos_token_id = None
-    assert document({"messages": messages}, tokenizer) == "<s><user>hello", "the template alone adds it"
+    assert record_texts({"messages": messages}, Chat(tokenizer)) == ["<s><user>hello"], "the template alone adds it"
 
 
 def test_rows_of_a_dataset_are_texts_or_chats() -> None:
     chat = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you too"}]
-    assert (
-        documents("set", ["one", chat, "", None, {"text": "two"}]) == "one<|endoftext|>hello\nyou too<|endoftext|>two"
-    )
+    rows = ["one", chat, "", None, {"text": "two<|endoftext|>three"}]
+    assert documents("set", rows, Chat(None)) == ["one\n", "hello\nyou too", "two\n", "three\n"]
     with pytest.raises(HfQuantError, match="dataset set: row 1: neither text nor messages"):
-        documents("set", ["one", 2])
+        documents("set", ["one", 2], Chat(None))
     with pytest.raises(HfQuantError, match="row 0: a message must have a content"):
-        documents("set", [[{"role": "user", "content": None}]])
+        documents("set", [[{"role": "user", "content": None}]], Chat(None))
 
 
 def test_an_overlap_is_seen_through_token_ids_and_line_endings() -> None:

@@ -314,4 +314,5 @@ def _trial(base: Base, chat: Chat, measured_text: Text, trial_text: str | None, 
     if file is None:
         report.say("sensitivities are measured on the held-out text itself: --trial-text names another")
     text = read_documents(file, chat) if file else measured_text
+    chat.refuse_unused()
     return base.reference(chat.tokenizer, text, max_tokens=tokens, noise=False)

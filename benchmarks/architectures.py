@@ -31,7 +31,7 @@ from transformers.utils import logging as hf_logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hf_quant.bench.machine import cpu_name
 from tests.architectures import check_calibration, check_rounding, saved
-from tests.tiny_models import VARIANTS, build, classes_of, inputs_of, model_types, run
+from tests.tiny_models import NotBuiltError, built, classes_of, model_types
 
 ROOT = Path(__file__).resolve().parents[1]
 STATES = ("unknown", "failed", "unbuilt", "worked")  # of a class
@@ -55,23 +55,6 @@ def examine(model_type: str, class_name: str, variant: str | None) -> Row:
         if rounding.numbers.get("layers"):
             row["calibration"] = vars(check_calibration(kind, inputs, folder))
         return row
-
-
-def built(model_type: str, class_name: str, variant: str | None) -> tuple[Any, str]:
-    """A model that also runs, and the variant of it."""
-    first: Exception | None = None
-    for name in VARIANTS if variant is None else [variant]:
-        try:
-            model = build(model_type, class_name, name)
-            run(model, inputs_of(model))
-            return model, name
-        except Exception as error:  # of any type: the model's own code
-            first = first or error
-    raise NotBuiltError(f"{type(first).__name__}: {first}")
-
-
-class NotBuiltError(Exception):
-    """No variant of a class can be built and run in floating point."""
 
 
 def quiet() -> None:

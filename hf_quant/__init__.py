@@ -14,7 +14,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hf_quant import _upwards
+from hf_quant import _upwards, _waiting
 
 if TYPE_CHECKING:
     from hf_quant.errors import HfQuantError as HfQuantError
@@ -123,3 +123,4 @@ def _push_model(*args: Any, **options: Any) -> str:
 
 _upwards.push_model = _push_model
 _upwards.transformers_plugin = lambda: import_module("hf_quant.hf")
+_waiting.spin_briefly()

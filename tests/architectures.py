@@ -21,7 +21,7 @@ from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
 from tests.tiny_models import inputs_of, relative, run, vocabulary_of
 
 SCHEMES = ("W4A16-g32", "W8A8", "W2A16-g32")
-TWIN = {"W8A8": 0.15}  # its activations are rounded, those of the float twin are not
+TWIN = {"W8A8": 0.25}  # its activations are rounded, those of its twin are not; CvT's differ by 0.13 to 0.19
 LAST_DIGITS = 1e-5  # products in floating point depend on where in memory their factors begin
 NEAR = 0.03  # bf16 activations, where an operation for few bits runs
 NOTHING = "nothing to quantize"

@@ -320,3 +320,20 @@ def relative(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape or not torch.equal(one.isfinite(), finite):
         return float("inf")
     return float((one[finite] - other[finite]).norm() / (other[finite].norm() + 1e-12))
+
+
+def built(model_type: str, class_name: str, variant: str | None = None) -> tuple[Any, str]:
+    """A model that also runs, and the variant of it."""
+    first: Exception | None = None
+    for name in VARIANTS if variant is None else [variant]:
+        try:
+            model = build(model_type, class_name, name)
+            run(model, inputs_of(model))
+            return model, name
+        except Exception as error:  # of any type: the model's own code
+            first = first or error
+    raise NotBuiltError(f"{type(first).__name__}: {first}")
+
+
+class NotBuiltError(Exception):
+    """No variant of a class can be built and run in floating point."""

@@ -221,16 +221,15 @@ def _check_globs(model: Any, config: HfQuantConfig, by_name: dict[str, Candidate
 def _default_skips(model: Any, config: HfQuantConfig, by_name: dict[str, Candidate]) -> dict[str, str]:
     """Modules that are quantized only if they are named."""
     skips: dict[str, str] = {}
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = {id(module): name for name, module in model.named_modules()}
-    head_name = names.get(id(head))
+    heads = _heads(model, names, by_name)
     inside = _quantized_part(model, names)
     keep = modules_in_float32(model)
     has_experts = any(candidate.kind == "experts" for candidate in by_name.values())
     for name, candidate in by_name.items():
         leaf = name.rpartition(".")[2]
-        if name == head_name:
-            if not config.quantize_lm_head and not (config.quantize_embeddings and _is_tied(model, head_name)):
+        if name in heads:
+            if not config.quantize_lm_head and not (config.quantize_embeddings and _is_tied(model, name)):
                 skips[name] = "output head; --lm-head (quantize_lm_head=True) quantizes it"
         elif candidate.kind != "embedding" and not f"{name}.".startswith(inside):
             skips[name] = f"outside {inside.rstrip('.')}: a task head, or another modality"
@@ -243,6 +242,21 @@ def _default_skips(model: Any, config: HfQuantConfig, by_name: dict[str, Candida
         elif getattr(model.config, "rescale_every", 0) and name.endswith(RESCALED):
             skips[name] = "the model rescales it in place"
     return skips
+
+
+def _heads(model: Any, names: dict[int, str], by_name: dict[str, Candidate]) -> set[str]:
+    """The output head that the model names, and linear layers that are tied to embeddings: not every model names its head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    heads = {names[id(head)]} if id(head) in names else set()
+    for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        layer, table = target.removesuffix(".weight"), source.removesuffix(".weight")
+        if _kind(by_name, layer) == "linear" and _kind(by_name, table) == "embedding":
+            heads.add(layer)
+    return heads
+
+
+def _kind(by_name: dict[str, Candidate], name: str) -> str | None:
+    return by_name[name].kind if name in by_name else None
 
 
 def _quantized_part(model: Any, names: dict[int, str]) -> str:

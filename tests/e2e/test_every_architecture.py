@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_quant.hf.candidates import why_not_linear
 from tests.architectures import check_calibration, check_rounding, saved
-from tests.tiny_models import build
+from tests.tiny_models import built
 
 ROUNDED = [
     # a subclass of nn.Linear that computes as it; weights rescaled in place; two layers that are one weight; experts that are
@@ -65,7 +65,7 @@ def made(model_type: str, class_name: str, folder: Path) -> tuple[Any, Any]:
         pytest.skip(f"transformers {transformers.__version__} has no {class_name}")
     if model_type == "vision-text-dual-encoder" and Version(transformers.__version__) < Version("5.24"):
         pytest.skip(f"transformers {transformers.__version__} has no default configuration of {model_type}")
-    base = saved(build(model_type, class_name), folder)
+    base = saved(built(model_type, class_name)[0], folder)
     assert base is not None
     return base
 

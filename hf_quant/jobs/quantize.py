@@ -18,6 +18,7 @@ from hf_quant.jobs.results import Result, Row, interval
 from hf_quant.jobs.texts import (
     Measuring,
     calibration_for,
+    endings,
     find_calibration,
     measured_on,
     missed,
@@ -120,7 +121,8 @@ class QuantizedModel(Result):
 
     def footnotes(self) -> list[str]:
         kept = [kept_state(self.record["training"])] if "training" in self.record else []
-        return [*kept, *missed(self.gate.misses if self.gate else (), self.layers)]
+        ends = endings(self.quality) if self.quality else []
+        return [*kept, *ends, *missed(self.gate.misses if self.gate else (), self.layers)]
 
 
 def kept_state(training: Mapping[str, Any]) -> str:
@@ -269,15 +271,9 @@ def quantize(
     from hf_quant.solve.ranks import Ranks
 
     plans = configs(
-        slugs,
-        method=method,
-        format=format,
-        ignore=ignore,
-        override=other,
-        lm_head=lm_head,
-        embeddings=embeddings,
+        slugs, method=method, format=format, ignore=ignore, override=other, lm_head=lm_head, embeddings=embeddings,
         epochs=epochs,
-    )
+    )  # fmt: skip
     ranks = Ranks.of_process_group()
     with reporting(progress if ranks.first else False, say if ranks.first else _silent) as report:
         _check_folder(model, report)

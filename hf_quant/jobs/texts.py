@@ -221,6 +221,17 @@ def measured_on(quality: Quality, name: str) -> str:
     return f"measured on {quality.tokens:,} held-out tokens of {name}" + (f"; {reason}" if reason else "")
 
 
+def endings(quality: Quality) -> list[str]:
+    """Sentences on how likely model and base end answers and thoughts, where the text does."""
+    of = quality.metrics
+    return [
+        f"where the text ends {what} ({of[kind].positions:,} tokens), the model does with {of[kind].value:.1%}, its base with "
+        f"{of[f'{kind}_base'].value:.1%}"
+        for kind, what in (("stop", "an answer"), ("end_of_thought", "a thought"))
+        if kind in of
+    ]
+
+
 def missed(misses: Sequence[str], layers: Sequence[Any]) -> list[str]:
     """Sentences on what missed the gate, and on the layers to look at first."""
     lines = [f"gate missed: {miss}" for miss in misses]

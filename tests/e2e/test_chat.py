@@ -113,7 +113,15 @@ def test_calibrated_on_messages(chat: Path, tmp_path: Path) -> None:
     )
     model = hf_quant.load(str(chat), quantization_config=config)
     assert data_for(config, model).to_dict()["sha256"] == recipe["calibration"]["sha256"], "in memory as from shards"
-    run("quantize", chat, "-o", tmp_path / "p", *given, "--text", chat / "heldout.jsonl")
+    said = " ".join(
+        run("quantize", chat, "-o", tmp_path / "p", *given, "--text", chat / "heldout.jsonl").stderr.split()
+    )
+    of = json.loads((tmp_path / "p" / "results.json").read_text())["quality"]["metrics"]
+    shares = [f"{of[name]['value']:.1%}" for name in ("end_of_thought", "end_of_thought_base")]
+    assert (
+        f"where the text ends a thought (59 tokens), the model does with {shares[0]}, its base with {shares[1]}"
+        in said
+    )
     other = json.loads((tmp_path / "p" / "recipe.json").read_text())["calibration"]
     assert "chat_template_kwargs" not in other and other["sha256"] != recipe["calibration"]["sha256"]
 

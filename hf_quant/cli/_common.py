@@ -115,12 +115,14 @@ def gate_options(function: Function) -> Function:
 def measure_options(function: Function) -> Function:
     """What to measure on, and how."""
     for option in (
-        click.option("--allow-overlap", is_flag=True, help="Measure even on text that was calibrated on."),
+        click.option("--allow-overlap", is_flag=True, help="Measure even on what was calibrated on."),
         click.option("--base-dtype", type=Named({name: full for name, full in DTYPES.items() if name != "auto"}), default="float32",
                      show_default=True, help="What the base computes in while it is the yardstick."),
         click.option("--max-tokens", type=click.IntRange(1), help="Measure about that many at most."),
         click.option("--stride", type=click.IntRange(1), help="Tokens from one window to the next; default: the context."),
         click.option("--context", type=click.IntRange(2), help="Tokens in a window; default: 512, or what the model allows."),
+        click.option("--inputs", metavar="FILE", help="Safetensors file with the model's inputs by name (pixel_values, input_features, "
+                     "input_ids, ...) to measure on, in place of --text."),
         click.option("--dataset", help="ID[:CONFIG][@SPLIT][#COLUMN] of a datasets set, in place of --text."),
         click.option("--text", help="UTF-8 or JSONL file to measure on; default: heldout.txt beside the model or its base, else a bundled one."),
     ):  # fmt: skip

@@ -38,7 +38,7 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
 @click.option(
     "--eval/--no-eval",
     default=None,
-    help="Measure the result; default: if there is a gate, --text, or heldout.txt beside the model.",
+    help="Measure the result; default: if there is a gate, --text, --inputs, or heldout.txt beside the model.",
 )
 @calibration_options
 @click.option(

@@ -1,4 +1,4 @@
-"""Batches of model inputs for calibration, as a processor returns them: pixel values, features of sounds, token ids and masks."""
+"""Batches of model inputs, as a processor returns them: pixel values, features of sounds, token ids and masks."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from hf_quant.disk.safetensors import read_header
 from hf_quant.errors import HfQuantError
 
-FEWEST = 2  # batches: one is held out
+FEWEST = 2  # batches to calibrate on: one is held out
 TOGETHER = 4  # samples of a file in a batch
 Inputs = dict[str, Tensor]  # the arguments of a model for one batch
 ROWS = (
@@ -22,18 +23,36 @@ ROWS = (
     "input_features",
     "pixel_values",
 )  # the first of them that is there says how many samples a batch has
+CONTENT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")  # what identifies a sample
+GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}  # patches of each image
 SAMPLES = ("attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask", "pixel_mask")
 
 
 def are_batches(source: Any) -> TypeGuard[Iterable[Mapping[str, Any]]]:
-    """Whether calibration data are neither text nor token ids, but mappings of names to tensors, or something that yields them."""
+    """Whether data are neither text nor token ids, but mappings of names to tensors, or something that yields them."""
     if source is None or isinstance(source, str | Path | Tensor) or not isinstance(source, Iterable):
         return False
     return not isinstance(source, Sequence) or (len(source) > 0 and isinstance(source[0], Mapping))
 
 
-def read_batches(path: Path) -> list[Inputs]:
+def holds_inputs(path: Path) -> bool:
+    """Whether a safetensors file holds inputs of a model, by their names, and not token ids alone.
+
+    Raises:
+        HfQuantError: There is no such file, or it is damaged.
+    """
+    if not path.is_file():
+        raise HfQuantError(f"{path}: no such file")
+    names = set(read_header(path))
+    return bool(names & {*ROWS} - {"input_ids"}) or (len(names) > 1 and "input_ids" in names)
+
+
+def read_batches(path: Path, together: int = TOGETHER) -> list[Inputs]:
     """The batches in a safetensors file, whose tensors have the names of the model's inputs and as many samples as each other.
+
+    Args:
+        path: The file.
+        together: Samples of a batch; fewer where there would be too few batches to calibrate on.
 
     Raises:
         HfQuantError: They have not.
@@ -43,38 +62,51 @@ def read_batches(path: Path) -> list[Inputs]:
     if len(set(counts.values())) != 1:
         raise HfQuantError(f"{path.name}: its tensors must have one first axis, the samples, and have {counts}")
     samples = next(iter(counts.values()))
-    size = max(1, min(TOGETHER, samples // FEWEST))
-    return [{n: t[i : i + size].clone() for n, t in tensors.items()} for i in range(0, samples, size)]
+    size = max(1, min(together, samples // FEWEST))
+    batches = [{n: t[i : i + size].clone() for n, t in tensors.items()} for i in range(0, samples, size)]
+    return batches or [tensors]  # which is refused, since it is empty
 
 
-def checked_batches(source: Iterable[Mapping[str, Any]]) -> tuple[Inputs, ...]:
+def checked_batches(
+    source: Iterable[Mapping[str, Any]], fewest: int = FEWEST, purpose: str = "calibration"
+) -> tuple[Inputs, ...]:
     """The batches as tensors; floating point becomes float32.
+
+    Args:
+        source: The batches.
+        fewest: How many are needed.
+        purpose: What they are for, which every message begins with.
 
     Raises:
         HfQuantError: There are too few, or one is not as it must be; names the batch and the input.
     """
-    batches = tuple(_checked(number, batch) for number, batch in enumerate(source))
-    if len(batches) < FEWEST:
-        raise HfQuantError(
-            f"calibration: {len(batches)} batch is too little; at least {FEWEST}, since one is held out"
-        )
+    try:
+        batches = tuple(_checked(number, batch) for number, batch in enumerate(source))
+        _check_together(batches, fewest)
+    except HfQuantError as error:
+        raise HfQuantError(f"{purpose}: {error}") from None
+    return batches
+
+
+def _check_together(batches: Sequence[Inputs], fewest: int) -> None:
+    if not batches:
+        raise HfQuantError("there is no batch")
+    if len(batches) < fewest:
+        raise HfQuantError(f"{len(batches)} batch is too little; at least {fewest}, since one is held out")
     for number, batch in enumerate(batches):
         if batch.keys() != batches[0].keys():
             raise HfQuantError(
-                f"calibration: batch {number} has {', '.join(sorted(batch))}, and the first one has {', '.join(sorted(batches[0]))}"
+                f"batch {number} has {', '.join(sorted(batch))}, and the first one has {', '.join(sorted(batches[0]))}"
             )
-    return batches
 
 
 def _checked(number: int, batch: Any) -> Inputs:
     if not isinstance(batch, Mapping):
-        raise HfQuantError(
-            f"calibration: batch {number} is {type(batch).__name__}, not a mapping of the model's inputs to tensors"
-        )
+        raise HfQuantError(f"batch {number} is {type(batch).__name__}, not a mapping of the model's inputs to tensors")
     inputs = {str(n): _tensor(f"batch {number}: {n}", value) for n, value in batch.items() if value is not None}
     rows = next((name for name in ROWS if name in inputs), None)
     if not inputs:
-        raise HfQuantError(f"calibration: batch {number} is empty: it names no input of the model")
+        raise HfQuantError(f"batch {number} is empty: it names no input of the model")
     if rows is None:  # such as patches of several images one after the other, whose number is no number of samples
         return inputs
     for name in SAMPLES:
@@ -84,7 +116,7 @@ def _checked(number: int, batch: Any) -> Inputs:
             and (name != "pixel_mask" or rows == "pixel_values")
         ):
             raise HfQuantError(
-                f"calibration: batch {number}: {name} {list(inputs[name].shape)} and {rows} {list(inputs[rows].shape)} "
+                f"batch {number}: {name} {list(inputs[name].shape)} and {rows} {list(inputs[rows].shape)} "
                 "differ in their first axis"
             )
     return inputs
@@ -95,13 +127,13 @@ def _tensor(where: str, value: Any) -> Tensor:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise HfQuantError(
-            f"calibration: {where} is {type(value).__name__}, not a tensor: return_tensors='pt' makes a processor return some"
+            f"{where} is {type(value).__name__}, not a tensor: return_tensors='pt' makes a processor return some"
         ) from None
     if not tensor.numel() or not tensor.ndim:
-        raise HfQuantError(f"calibration: {where} {list(tensor.shape)} is empty")
+        raise HfQuantError(f"{where} {list(tensor.shape)} is empty")
     if tensor.is_floating_point():
         if not tensor.isfinite().all():
-            raise HfQuantError(f"calibration: {where} has NaN or infinite values")
+            raise HfQuantError(f"{where} has NaN or infinite values")
         tensor = tensor.float()
     return tensor.detach().cpu()
 
@@ -114,3 +146,40 @@ def digest_of(batches: Sequence[Inputs]) -> str:
             digest.update(f"{name} {tuple(batch[name].shape)} {batch[name].dtype} ".encode())
             digest.update(batch[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def samples_in(batch: Inputs) -> int:
+    """How many samples a batch has; 1 where its tensors do not say."""
+    if "input_ids" in batch:
+        return len(batch["input_ids"])
+    counts = {len(tensor) for tensor in batch.values()}
+    return counts.pop() if len(counts) == 1 else 1
+
+
+def hashes_of(batches: Sequence[Inputs]) -> list[str]:
+    """Hashes of all images and sounds, or of the token ids of each sample without padding where there is nothing else.
+
+    They do not depend on how samples are grouped into batches, so that two sets with common hashes share content.
+    """
+    return sorted({_hash(part) for batch in batches for part in _content(batch)})
+
+
+def _content(batch: Inputs) -> list[Tensor]:
+    """One tensor for each image, sound or text."""
+    names = [name for name in CONTENT if name in batch] or [name for name in ("input_ids",) if name in batch]
+    return [part for name in names or batch for part in _parts(batch, name)]
+
+
+def _parts(batch: Inputs, name: str) -> list[Tensor]:
+    """What belongs to different samples or images; the whole tensor where that cannot be told."""
+    tensor, mask, grid = batch[name], batch.get("attention_mask"), batch.get(GRIDS.get(name, ""))
+    if grid is not None and int(grid.prod(-1).sum()) == len(tensor):  # patches of several images one after the other
+        return list(tensor.split(grid.prod(-1).tolist()))
+    if mask is not None and mask.shape == tensor.shape:
+        return [row[kept] for row, kept in zip(tensor, mask.bool(), strict=True)]
+    return list(tensor) if tensor.ndim > 2 or len(tensor) == samples_in(batch) else [tensor]
+
+
+def _hash(part: Tensor) -> str:
+    values = part if part.is_floating_point() else part.to(torch.int64)
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -12,10 +12,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hf_quant.data.batches import ROWS, Inputs, are_batches, checked_batches, digest_of, read_batches
+from hf_quant.data.batches import (
+    Inputs,
+    are_batches,
+    checked_batches,
+    digest_of,
+    hashes_of,
+    holds_inputs,
+    read_batches,
+)
 from hf_quant.data.chat import Chat
 from hf_quant.data.text import SEPARATOR, Text, dataset_rows, documents, paragraphs, read_documents, read_text, windows
-from hf_quant.disk.safetensors import read_header
 from hf_quant.errors import HfQuantError
 
 BUNDLED = Path(__file__).parent / "bundled" / "calibration.txt"  # Python's documentation; its licence lies beside it
@@ -30,7 +37,7 @@ class Calibration:
     Attributes:
         ids: int64 ``[S, T]``; empty where there are batches.
         name: Name of the text.
-        paragraphs: Hashes of its paragraphs, so that it is not used for measuring too.
+        paragraphs: Hashes of its paragraphs, or of what is in the batches, so that it is not used for measuring too.
         batches: Inputs of the model, checked.
         rendered: What else decided the text, as `Chat.to_dict` says it.
     """
@@ -44,7 +51,8 @@ class Calibration:
     @classmethod
     def of_batches(cls, source: Iterable[Mapping[str, Any]], name: str = "batches") -> Calibration:
         """Batches of inputs, as a processor returns them; see `batches.checked_batches`."""
-        return cls(torch.zeros(0, 0, dtype=torch.int64), name, [], checked_batches(source))
+        batches = checked_batches(source)
+        return cls(torch.zeros(0, 0, dtype=torch.int64), name, hashes_of(batches), batches)
 
     @property
     def sha256(self) -> str:
@@ -58,7 +66,7 @@ class Calibration:
         if self.batches:
             return {
                 "name": self.name, "batches": len(self.batches), "inputs": sorted(self.batches[0]), "sha256": self.sha256,
-                "paragraphs": [],
+                "paragraphs": self.paragraphs,
             }  # fmt: skip
         return {
             "name": self.name, "sequences": self.ids.shape[0], "context": self.ids.shape[1],
@@ -125,18 +133,6 @@ def calibration(
 def _is_file_of_tensors(source: Source | None) -> TypeGuard[str | Path]:
     """Whether a file of that name holds tensors, and no text."""
     return isinstance(source, str | Path) and Path(source).suffix == ".safetensors"
-
-
-def holds_inputs(path: Path) -> bool:
-    """Whether a safetensors file holds inputs of a model, by their names, and not token ids alone.
-
-    Raises:
-        HfQuantError: There is no such file, or it is damaged.
-    """
-    if not path.is_file():
-        raise HfQuantError(f"calibration: {path}: no such file")
-    names = set(read_header(path))
-    return bool(names & {*ROWS} - {"input_ids"}) or (len(names) > 1 and "input_ids" in names)
 
 
 def _ids_in(path: Path) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,21 @@ class Windows:
     def inside(self) -> Tensor:
         """bool ``[W, T - 1]``: whether token t + 1 belongs to the document of token t."""
         return self.document[:, 1:] == self.document[:, :-1]
+
+    @property
+    def context(self) -> int:
+        """Tokens in a window."""
+        return self.ids.shape[1]
+
+    @property
+    def continued(self) -> Tensor:
+        """int64, the tokens whose prediction counts and that continue a document."""
+        return self.ids[:, 1:][self.scored & self.inside]
+
+    @property
+    def sources(self) -> Tensor:
+        """int64 ``[P]``, the document of each token whose prediction counts."""
+        return self.document[:, 1:][self.scored]
 
     @property
     def sha256(self) -> str:
@@ -227,10 +243,24 @@ def refuse_overlap(text: Text, calibrated_on: Iterable[str]) -> None:
     Raises:
         HfQuantError: Names the number of shared paragraphs.
     """
-    hashes = paragraphs(text)
+    refuse_shared(paragraphs(text), calibrated_on, "paragraphs", "evaluation text")
+
+
+def refuse_shared(hashes: AbstractSet[str], calibrated_on: Iterable[str], parts: str, what: str) -> None:
+    """Refuse what shares more than one in a hundred of its ``hashes`` with what was calibrated on.
+
+    Args:
+        hashes: Of the parts of what is to be measured on.
+        calibrated_on: Hashes of the parts that were calibrated on.
+        parts: What the parts are called.
+        what: What they are parts of.
+
+    Raises:
+        HfQuantError: Names the number of shared parts.
+    """
     shared = len(hashes & set(calibrated_on))
     if shared > len(hashes) / 100:
         raise HfQuantError(
-            f"{shared} of {len(hashes)} paragraphs of the evaluation text were calibrated on: the numbers would flatter the "
-            "model; measure on another text, or pass --allow-overlap"
+            f"{shared} of {len(hashes)} {parts} of the {what} were calibrated on: the numbers would flatter the "
+            f"model; measure on {'another text' if parts == 'paragraphs' else 'others'}, or pass --allow-overlap"
         )

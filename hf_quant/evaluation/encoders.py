@@ -1,4 +1,4 @@
-"""What quantization costs an encoder: cosine similarity of its sentence embeddings and logits to those of the base.
+"""What quantization costs an encoder of text, images or sounds: cosine similarity of its embeddings and logits to the base's.
 
 Of a classifier, and of a model that predicts masked tokens, also the share of predictions that stay the same.
 """
@@ -6,7 +6,8 @@ Of a classifier, and of a model that predicts masked tokens, also the share of p
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,27 +15,67 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_quant.data.batches import Inputs, digest_of, samples_in
+from hf_quant.data.held_out import PURPOSE
 from hf_quant.data.text import Text, split
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.measure import estimate, resampled
 from hf_quant.evaluation.reference import Load, Progress
 from hf_quant.evaluation.results import Quality
+from hf_quant.hf.batch_inputs import arguments, inputs_for, on_device
 
 SHORTEST = 40  # characters; shorter paragraphs are headings
 POSITIONS = 8  # positions of a passage at which logits are compared
+EMBEDDINGS = ("image_embeds", "text_embeds", "audio_embeds", "video_embeds")  # of models with several encoders
 
 
 @dataclass(frozen=True)
 class Passages:
-    """Attributes: ids, one ``[1, T]`` each; document: ``[D]``, the number of the document that each passage comes from."""
+    """What is read: passages of a text one by one, or batches of samples.
 
-    ids: list[Tensor]
+    Attributes:
+        batches: Arguments of the model.
+        document: ``[D]``, the number of the document that each passage comes from; of samples, their numbers.
+        context: The most tokens in one of them; 0 where there are none.
+        inputs: Names of the inputs of samples; empty for a text.
+    """
+
+    batches: Sequence[Inputs]
     document: Tensor
+    context: int
+    inputs: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
-        """Identity of the tokens."""
-        return hashlib.sha256(b"".join(i.numpy().tobytes() for i in self.ids)).hexdigest()
+        """Identity of the tokens, or of the batches."""
+        if self.inputs:
+            return digest_of(self.batches)
+        return hashlib.sha256(b"".join(batch["input_ids"].numpy().tobytes() for batch in self.batches)).hexdigest()
+
+    @property
+    def amount(self) -> int:
+        """Tokens that are read; of inputs without tokens, samples."""
+        if self.inputs and "input_ids" not in self.inputs:
+            return len(self.document)
+        return sum(int(_mask(batch).sum()) for batch in self.batches)
+
+
+def sample_passages(model: Any, batches: Sequence[Inputs]) -> Passages:
+    """Batches of inputs as `data.batches.checked_batches` returns them, for ``model``, which may be on the meta device.
+
+    Raises:
+        HfQuantError: The model takes no such inputs, or needs others.
+    """
+    given = inputs_for(model, batches, PURPOSE)
+    context = max(batch["input_ids"].shape[-1] if "input_ids" in batch else 0 for batch in given)
+    count = sum(map(samples_in, given))
+    return Passages(given, torch.arange(count), context, tuple(sorted(given[0])))
+
+
+def _mask(batch: Inputs) -> Tensor:
+    """Which token ids are no padding."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.shape != ids.shape else mask.bool()
 
 
 def passages(tokenizer: Any, text: Text, context: int, max_tokens: int | None = None) -> Passages:
@@ -56,7 +97,8 @@ def passages(tokenizer: Any, text: Text, context: int, max_tokens: int | None = 
     mean = sum(i.shape[1] for i in tokenized) / len(tokenized)
     count = min(len(tokenized), max(1, int((max_tokens or mean * len(tokenized)) / mean)))
     picked = [i * len(tokenized) // count for i in range(count)]
-    return Passages([tokenized[i] for i in picked], torch.tensor([texts[i][0] for i in picked]))
+    batches = [{"input_ids": tokenized[i]} for i in picked]
+    return Passages(batches, torch.tensor([texts[i][0] for i in picked]), context)
 
 
 def _passages_of(document: str) -> list[str]:
@@ -68,25 +110,96 @@ def _passages_of(document: str) -> list[str]:
 
 @torch.inference_mode()
 def outputs(model: Any, texts: Passages, progress: Progress = iter) -> dict[str, list[Tensor]]:
-    """For each passage: the mean of the last hidden states ``[H]``, and logits ``[<= POSITIONS, V]`` if the model has them.
+    """For each passage or sample: an embedding ``[H]``, and logits ``[<= POSITIONS, V]`` if the model has them.
 
     Raises:
-        HfQuantError: The model gives NaN or infinite values.
+        HfQuantError: The model gives NaN or infinite values, or neither hidden states nor logits.
     """
-    encoder = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
     collected: dict[str, list[Tensor]] = {"embedding_cosine": [], "logits_cosine": []}
-    for i, ids in enumerate(progress(texts.ids)):
-        out = encoder(input_ids=ids.to(model.device), output_hidden_states=True)
-        hidden = out.hidden_states[-1] if getattr(out, "last_hidden_state", None) is None else out.last_hidden_state
-        batch = {"embedding_cosine": hidden[0].cpu().double().mean(0)}  # float64: what is missing to 1 is looked at
-        if getattr(out, "logits", None) is not None:
-            logits = out.logits.flatten(0, -2)
-            batch["logits_cosine"] = logits[:: -(-len(logits) // POSITIONS)].cpu().double()
-        for name, value in batch.items():
-            if not value.isfinite().all():
-                raise HfQuantError(f"outputs of {type(model).__name__} are not finite in passage {i}")
-            collected[name].append(value)
+    for batch in progress(texts.batches):
+        encoder = _encoder(model, batch)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # some models draw random numbers: the same ones for the base
+            out = encoder(**arguments(encoder, on_device(model, batch)), **_asked(encoder))
+        mask = _mask(batch) if "input_ids" in batch else None
+        for name, rows in _compared_outputs(out, mask, samples_in(batch), model.config).items():
+            for row in rows:  # float64: what is missing to 1 is looked at
+                collected[name].append(row.cpu().double())
+                if not collected[name][-1].isfinite().all():
+                    what = f"{'sample' if texts.inputs else 'passage'} {len(collected[name]) - 1}"
+                    raise HfQuantError(f"outputs of {type(model).__name__} are not finite in {what}")
+    if not any(collected.values()):
+        raise HfQuantError(f"{type(model).__name__} gives neither hidden states nor logits, which could be compared")
     return {name: values for name, values in collected.items() if values}
+
+
+def _encoder(model: Any, batch: Inputs) -> Any:
+    """What reads a batch: the model, or its encoder where its decoder is given nothing to say."""
+    takes = inspect.signature(model.forward).parameters
+    if (
+        getattr(model.config, "is_encoder_decoder", False)
+        and "decoder_input_ids" in takes
+        and "decoder_input_ids" not in batch
+    ):
+        return model.get_encoder()
+    return model
+
+
+def _asked(encoder: Any) -> dict[str, bool]:
+    """Hidden states, where it is a question that the model understands."""
+    takes = inspect.signature(encoder.forward).parameters.values()
+    understood = any(p.name == "output_hidden_states" or p.kind is p.VAR_KEYWORD for p in takes)
+    return {"output_hidden_states": True} if understood else {}
+
+
+def _compared_outputs(out: Any, mask: Tensor | None, samples: int, config: Any) -> dict[str, list[Tensor]]:
+    """What is compared of each sample."""
+    outputs_of: dict[str, list[Tensor]] = {}
+    if (hidden := _hidden(out)) is not None:
+        rows = _rows(hidden, samples)
+        masks = [None] * samples if mask is None else list(mask)
+        outputs_of["embedding_cosine"] = [_embedding(row, kept) for row, kept in zip(rows, masks, strict=True)]
+    if isinstance(logits := getattr(out, "logits", None), Tensor):
+        if logits.ndim > 3 and logits.shape[1] == getattr(config, "num_labels", 0) != logits.shape[-1]:
+            logits = logits.movedim(1, -1)  # of each pixel
+        outputs_of["logits_cosine"] = [_positions(row) for row in _rows(logits, samples)]
+    return outputs_of
+
+
+def _hidden(out: Any) -> Tensor | None:
+    """The last hidden states of a model; of one that embeds images and text, both embeddings."""
+    last, states = getattr(out, "last_hidden_state", None), getattr(out, "hidden_states", None)
+    if last is None and states:
+        last = states[-1]
+    if last is None:
+        embeddings = [tensor for name in EMBEDDINGS if (tensor := getattr(out, name, None)) is not None]
+        alike = len({len(tensor) for tensor in embeddings}) == 1
+        last = torch.cat(embeddings, -1) if alike else None
+    return last if isinstance(last, Tensor) else None
+
+
+def _rows(tensor: Tensor, samples: int) -> list[Tensor]:
+    """The part of each sample; all of it where it belongs to a single one."""
+    if samples == 1:
+        return [tensor[0] if len(tensor) == 1 else tensor]
+    if len(tensor) != samples:
+        raise HfQuantError(f"outputs {list(tensor.shape)} of {samples} samples: which belongs to which cannot be told")
+    return list(tensor)
+
+
+def _embedding(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of the hidden states ``[T, H]`` of one sample without padding; features in another form as they are."""
+    if hidden.ndim != 2:
+        return hidden.flatten()
+    hidden = hidden.cpu()  # not every device has float64
+    kept = hidden if mask is None or len(mask) != len(hidden) else hidden[mask]
+    return kept.double().mean(0)
+
+
+def _positions(logits: Tensor) -> Tensor:
+    """Logits of one sample at some of its positions, spread evenly."""
+    logits = logits.flatten(0, -2) if logits.ndim > 1 else logits[None]
+    return logits[:: -(-len(logits) // POSITIONS)]
 
 
 def measures_of(base: dict[str, list[Tensor]]) -> list[str]:
@@ -124,16 +237,15 @@ def base_outputs(load_base: Load, texts: Passages, dtype: torch.dtype, progress:
 
 
 def evaluate_encoder(
-    model: Any, base: dict[str, Any], texts: Passages, context: int, progress: Callable[..., Any] = iter
+    model: Any, base: dict[str, Any], texts: Passages, progress: Callable[..., Any] = iter
 ) -> Quality:
-    """Cosine similarities of ``model`` to a base, with intervals over documents.
+    """Cosine similarities of ``model`` to a base, with intervals over documents or samples.
 
     Args:
         model: An encoder, or an encoder-decoder model whose encoder is measured.
         base: From `base_outputs`.
-        texts: The passages.
-        context: The length that they were truncated to.
-        progress: Wraps the list of passages.
+        texts: The passages or samples.
+        progress: Wraps the list of batches.
 
     Raises:
         HfQuantError: Outputs are not finite, or differ in shape.
@@ -143,7 +255,8 @@ def evaluate_encoder(
         for name, values in _compared(base["outputs"], outputs(model, texts, progress)).items()
     }
     return Quality(
-        kind="encoder", tokens=sum(i.shape[1] for i in texts.ids), documents=len(texts.document.unique()),
-        resampled=resampled(texts.document), context=context, stride=context, text_sha256=texts.sha256,
+        kind="encoder", tokens=texts.amount, documents=len(texts.document.unique()),
+        resampled=resampled(texts.document, "samples" if texts.inputs else "documents"), context=texts.context,
+        stride=texts.context, inputs=list(texts.inputs), text_sha256=texts.sha256,
         dtype=str(model.dtype).removeprefix("torch."), base_dtype=base["dtype"], metrics=metrics,
     )  # fmt: skip

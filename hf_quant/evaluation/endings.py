@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from hf_quant.data.text import Windows
+from hf_quant.evaluation.samples import Samples
 from hf_quant.hf.auto import config_of, vocabulary_of
 
 END_OF_THOUGHT = (  # added tokens of the tokenizers of models that think
@@ -53,11 +54,12 @@ class Endings:
         vocabulary = vocabulary_of(config)
         return cls(_ids(stop, vocabulary), _ids([added[word] for word in END_OF_THOUGHT if word in added], vocabulary))
 
-    def in_text(self, windows: Windows) -> Endings:
+    def in_text(self, windows: Windows | Samples) -> Endings:
         """Only the kinds of which a token is to be predicted somewhere in the text."""
-        come = windows.ids[:, 1:][windows.scored & windows.inside]
         kinds = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Endings(**{kind: ids for kind, ids in kinds.items() if torch.isin(come, torch.tensor(ids)).any()})
+        return Endings(
+            **{kind: ids for kind, ids in kinds.items() if torch.isin(windows.continued, torch.tensor(ids)).any()}
+        )
 
 
 NO_ENDINGS = Endings()

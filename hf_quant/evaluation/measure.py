@@ -1,4 +1,4 @@
-"""Measures a model that predicts next tokens against its base, on the same held-out text.
+"""Measures a model that predicts next tokens against its base, on the same held-out text or batches of inputs.
 
 The outputs of the base are computed once and stored on disk (`reference`), so the two models are never in memory together.
 """
@@ -16,8 +16,10 @@ from torch import Tensor
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.bootstrap import interval, share_interval, sums
 from hf_quant.evaluation.metrics import Metric, all_metrics
-from hf_quant.evaluation.reference import Part, Progress, Reference, log_probabilities, require_predictions
+from hf_quant.evaluation.pieces import Piece
+from hf_quant.evaluation.reference import Progress, Reference, log_probabilities, require_predictions
 from hf_quant.evaluation.results import FEWEST_DOCUMENTS, Estimate, Quality
+from hf_quant.evaluation.samples import Samples
 
 
 @torch.inference_mode()
@@ -26,7 +28,7 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
 
     Args:
         model: A causal language model, or an encoder with its decoder.
-        reference: The stored outputs of the base on a text.
+        reference: The stored outputs of the base.
         progress: Wraps the list of batches, for a progress bar.
 
     Raises:
@@ -34,17 +36,17 @@ def evaluate(model: Any, reference: Reference, progress: Progress = iter) -> Qua
     """
     values, variances = token_values(model, reference, progress)
     windows, noise = reference.windows, reference.meta["noise"]
-    document = windows.document[:, 1:][windows.scored]
+    document, inputs = windows.sources, windows.inputs if isinstance(windows, Samples) else ()
     metrics = {name: _estimated(all_metrics()[name], v, document, noise.get(name)) for name, v in values.items()}
     quantiles = {
         f"{name}_p{100 * q:g}": value.nanquantile(q).item()
         for name, value in values.items()
         for q in all_metrics()[name].quantiles
     }
-    tokens = int(windows.scored.sum())
+    tokens = len(document)
     return Quality(
-        kind="seq2seq" if getattr(model.config, "is_encoder_decoder", False) else "causal", tokens=tokens, documents=len(document.unique()), resampled=resampled(document),
-        context=windows.ids.shape[1], stride=windows.stride, text_sha256=windows.sha256, dtype=str(model.dtype).removeprefix("torch."),
+        kind="seq2seq" if getattr(model.config, "is_encoder_decoder", False) else "causal", tokens=tokens, documents=len(document.unique()),
+        resampled=resampled(document, "samples" if inputs else "documents"), context=windows.context, stride=windows.stride, inputs=list(inputs), text_sha256=windows.sha256, dtype=str(model.dtype).removeprefix("torch."),
         base_dtype=reference.meta["base_dtype"], metrics=metrics, quantiles=quantiles,
         kl_error=3 * math.sqrt(variances["kl"].sum().item()) / tokens,
     )  # fmt: skip
@@ -121,9 +123,9 @@ def _possible(
     return ends[0] if low <= ends[0] <= mean else low, ends[1] if mean <= ends[1] <= high else high
 
 
-def resampled(document: Tensor) -> str | None:
+def resampled(document: Tensor, units: str = "documents") -> str | None:
     """`Quality.resampled`: the units that the intervals are computed over."""
-    return "documents" if len(document.unique()) >= FEWEST_DOCUMENTS else None
+    return units if len(document.unique()) >= FEWEST_DOCUMENTS else None
 
 
 @torch.inference_mode()
@@ -140,19 +142,18 @@ def token_values(
     require_predictions(model)
     values: dict[str, list[Tensor]] = {}
     variances: dict[str, list[Tensor]] = {}
-    batch = reference.meta["batch"]
-    for i, part in enumerate(progress(reference)):
-        log_q = log_probabilities(model, part.ids, part.scored, i * batch)
+    for part in progress(reference):
+        log_q = log_probabilities(model, part.piece)
         if log_q.shape[-1] != reference.meta["vocabulary"]:
             raise HfQuantError(
                 f"vocabularies differ: {log_q.shape[-1]} tokens, the base has {reference.meta['vocabulary']}"
             )
         for name, metric in all_metrics().items():
-            measured = metric.measure(part.base, log_q, part.target)
+            measured = metric.measure(part.base, log_q, part.piece.target)
             value, *variance = measured if isinstance(measured, tuple) else (measured,)
-            _require_finite(value, metric.title, part, i * batch)
+            _require_finite(value, metric.title, part.piece)
             if metric.where is not None:
-                value = value.where(metric.where(part.base, part.target, part.inside[part.scored]), torch.nan)
+                value = value.where(metric.where(part.base, part.piece.target, part.piece.inside), torch.nan)
             values.setdefault(name, []).append(value.double())
             if variance:
                 variances.setdefault(name, []).append(variance[0].double())
@@ -160,10 +161,10 @@ def token_values(
     return {name: value for name, value in whole.items() if not value.isnan().all()}, error
 
 
-def _require_finite(value: Tensor, title: str, part: Part, first: int) -> None:
+def _require_finite(value: Tensor, title: str, piece: Piece) -> None:
     bad = (~value.isfinite()).nonzero()
     if len(bad):
-        window = first + int(part.scored.nonzero()[int(bad[0])][0])
+        where = piece.row(int(bad[0]))
         raise HfQuantError(
-            f"{title} is not finite in window {window}: the model rules out a token that its base holds possible"
+            f"{title} is not finite in {where}: the model rules out a token that its base holds possible"
         )

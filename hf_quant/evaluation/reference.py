@@ -1,4 +1,4 @@
-"""The base's outputs on a text, stored on disk: computed once, one or two kilobytes a token.
+"""The base's outputs on a text or on batches of inputs, stored on disk: computed once, one or two kilobytes a token.
 
 Only the most likely tokens and a sample of the others are stored (`metrics.BaseTokens`). For a vocabulary of 150,000 that is
 400 times less than all logits, and the estimate of the KL divergence is unbiased with a known error.
@@ -12,6 +12,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from hf_quant.data.text import Windows
 from hf_quant.disk.atomic import write_json
 from hf_quant.disk.folders import staged
 from hf_quant.errors import HfQuantError
-from hf_quant.evaluation import seq2seq
 from hf_quant.evaluation.endings import NO_ENDINGS, Endings
 from hf_quant.evaluation.metrics import BaseTokens
 from hf_quant.evaluation.metrics.kl import log_mass_without
+from hf_quant.evaluation.pieces import Piece, of_windows
+from hf_quant.evaluation.samples import Samples
+from hf_quant.hf.auto import vocabulary_of
 
 VERSION = 3  # of the files: increased whenever their numbers change
 TOP, SAMPLES = 128, 64
@@ -41,32 +44,30 @@ Measure = Callable[[Any, "Reference"], dict[str, float]]
 
 @dataclass(frozen=True)
 class Part:
-    """Some windows with the base's outputs; ``ids``, ``scored`` and ``inside`` are those of `Windows`."""
+    """A piece with the base's outputs for it."""
 
-    ids: Tensor
-    scored: Tensor
-    inside: Tensor
+    piece: Piece
     base: BaseTokens
-
-    @property
-    def target(self) -> Tensor:
-        """The tokens that follow in the text, at the scored positions: ``[P]``."""
-        return self.ids[:, 1:][self.scored]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The stored outputs of a base on a text.
+    """The stored outputs of a base.
 
     Attributes:
         folder: Where they are stored.
-        windows: The text.
+        windows: The text, or batches of inputs.
         meta: What `META` holds: vocabulary, base_dtype, batch, noise, and a checksum of every part.
     """
 
     folder: Path
-    windows: Windows
+    windows: Windows | Samples
     meta: dict[str, Any]
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        """What the parts are about."""
+        return pieces_of(self.windows, self.meta["batch"])
 
     def __iter__(self) -> Iterator[Part]:
         """The parts, in order.
@@ -77,17 +78,19 @@ class Reference:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Part:
-        batch, parts = self.meta["batch"], self.meta["parts"]
-        rows = slice(number * batch, (number + 1) * batch)
-        base = _read(self.folder / _name(number), parts[number])
-        return Part(self.windows.ids[rows], self.windows.scored[rows], self.windows.inside[rows], base)
+        return Part(self.pieces[number], _read(self.folder / _name(number), self.meta["parts"][number]))
 
     def __len__(self) -> int:
         return len(self.meta["parts"])
 
 
+def pieces_of(windows: Windows | Samples, rows: int) -> list[Piece]:
+    """What goes through a model at once: ``rows`` windows, or a batch as it is."""
+    return list(windows.pieces) if isinstance(windows, Samples) else of_windows(windows, rows)
+
+
 def cached_reference(
-    load_base: Load, identity: str, windows: Windows, *,
+    load_base: Load, identity: str, windows: Windows | Samples, *,
     cache: Path, base_dtype: torch.dtype, noise: Measure | None, say: Callable[[str], None], progress: Progress = iter,
     endings: Endings = NO_ENDINGS,
 ) -> Reference:  # fmt: skip
@@ -135,17 +138,16 @@ def require_predictions(model: Any) -> None:
 
 @torch.inference_mode()
 def _compute(
-    model: Any, folder: Path, windows: Windows, endings: Endings, dtype: torch.dtype, progress: Progress
+    model: Any, folder: Path, windows: Windows | Samples, endings: Endings, dtype: torch.dtype, progress: Progress
 ) -> Reference:
     require_predictions(model)
-    vocabulary = model.config.get_text_config().vocab_size
-    batch = max(1, LOGITS // (windows.ids.shape[1] * vocabulary * 4))
+    vocabulary = vocabulary_of(model.config)
+    batch = max(1, LOGITS // (windows.context * vocabulary * 4))
     draw = torch.Generator().manual_seed(0)
     checksums = []
-    pairs = list(zip(windows.ids.split(batch), windows.scored.split(batch), strict=True))
-    for i, (ids, scored) in enumerate(progress(pairs)):
-        log_p = log_probabilities(model, ids, scored, i * batch)
-        data = save(_stored(compact(log_p, ids[:, 1:][scored], draw, endings)))
+    for i, piece in enumerate(progress(pieces_of(windows, batch))):
+        log_p = log_probabilities(model, piece)
+        data = save(_stored(compact(log_p, piece.target, draw, endings)))
         (folder / _name(i)).write_bytes(data)
         checksums.append(zlib.crc32(data))
     meta = {
@@ -155,39 +157,28 @@ def _compute(
     return Reference(folder, windows, meta)
 
 
-def log_probabilities(model: Any, ids: Tensor, scored: Tensor, first: int) -> Tensor:
-    """Log-probabilities of the next token at the scored positions: float64 ``[P, V]`` on the CPU; -inf for masked tokens.
+def log_probabilities(model: Any, piece: Piece) -> Tensor:
+    """Log-probabilities of the tokens at the scored positions: float64 ``[P, V]`` on the CPU; -inf for masked tokens.
 
     Args:
-        model: A causal language model, or an encoder and its decoder.
-        ids: ``[B, T]``.
-        scored: bool ``[B, T - 1]``; for an encoder-decoder as `seq2seq.second_halves` makes it.
-        first: Number of the first window, for the message.
+        model: A model that predicts tokens.
+        piece: What it is given.
 
     Raises:
         HfQuantError: Logits are not finite (-inf is allowed: it masks a token, as padding of the vocabulary is masked);
-            names the window and the module that gave the first such value.
+            names the row and the module that gave the first such value.
     """
-    logits, scored = _logits(model, ids.to(model.device), scored)
-    bad = (logits.isnan() | (logits == torch.inf) | (logits == -torch.inf).all(-1, True)).flatten(1).any(1).nonzero()
+    every = piece.logits(model)
+    logits = every[piece.scored.to(every.device)]
+    bad = (logits.isnan() | (logits == torch.inf) | (logits == -torch.inf).all(-1, True)).any(-1).nonzero()
     if len(bad):
-        at = int(bad[0])
-        origin = first_not_finite(model, ids[at : at + 1].to(model.device))
-        raise HfQuantError(f"logits of {type(model).__name__} are not finite in window {first + at}: {origin}")
-    picked: Tensor = logits[scored.to(logits.device)]
-    return picked.cpu().double().log_softmax(-1)  # on the CPU, since not every device has float64
+        origin = first_not_finite(model, piece)
+        raise HfQuantError(f"logits of {type(model).__name__} are not finite in {piece.row(int(bad[0]))}: {origin}")
+    return logits.cpu().double().log_softmax(-1)  # on the CPU, since not every device has float64
 
 
-def _logits(model: Any, ids: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of tokens of a window that follow others, and which of them are scored."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        given, first = seq2seq.halves(ids, model.config)
-        return model(**given, use_cache=False).logits, scored[:, first - 1 :]
-    return model(ids, use_cache=False).logits[:, :-1], scored
-
-
-def first_not_finite(model: Any, ids: Tensor) -> str:
-    """A sentence that names the first module whose output for ``ids`` is NaN or infinite."""
+def first_not_finite(model: Any, piece: Piece) -> str:
+    """A sentence that names the first module whose output for ``piece`` is NaN or infinite."""
     names: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
@@ -200,7 +191,7 @@ def first_not_finite(model: Any, ids: Tensor) -> str:
     leaves = [(name, m) for name, m in model.named_modules() if not next(m.children(), None)]
     handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
     try:
-        _logits(model, ids, ids)
+        piece.logits(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -35,23 +35,24 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """The quality of a model against its base on one text.
+    """The quality of a model against its base on one text, or on samples of inputs.
 
     Attributes:
         kind: ``"causal"`` (next-token distributions), ``"seq2seq"`` (those of a decoder beside an encoder) or ``"encoder"``
             (embeddings).
-        tokens: Number of predictions measured; for encoders, of tokens read.
-        documents: Number of documents that they come from.
-        resampled: ``"documents"``, the units of the intervals; None where there are too few for intervals. Older records also
-            have ``"windows"``, whose intervals were too narrow.
-        context: Tokens in a window.
+        tokens: Number of predictions measured; for encoders, of tokens read, or of samples where no tokens are read.
+        documents: Number of documents or samples that they come from.
+        resampled: ``"documents"`` or ``"samples"``, the units of the intervals; None where there are too few for intervals. Older
+            records also have ``"windows"``, whose intervals were too narrow.
+        context: Tokens in a window; the most in a sample, and 0 where it has none.
         stride: Tokens from one window to the next; the overlap is read but not scored.
-        text_sha256: SHA-256 of the token ids.
+        text_sha256: SHA-256 of the token ids, or of the inputs.
         dtype: In which the model computed.
         base_dtype: In which the base computed.
         metrics: Name of a file in ``evaluation/metrics`` to its estimate.
         quantiles: Quantiles of the values of single tokens, such as ``kl_p99``.
         kl_error: Three standard errors of ``metrics["kl"].value``, from sampling the tail of the base's distributions.
+        inputs: Names of the inputs of the samples, such as ``pixel_values``; empty for a text.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Quality:
     metrics: dict[str, Estimate]
     quantiles: dict[str, float] = field(default_factory=dict)
     kl_error: float | None = None
+    inputs: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -93,7 +95,18 @@ def why_no_interval(quality: Mapping[str, Any]) -> str | None:
     documents = quality["documents"]
     if quality["resampled"] is not None:
         return None
+    if quality.get("inputs"):
+        return f"no interval: there are {documents} samples, and at least {FEWEST_DOCUMENTS} are needed"
     return (
         f"no interval: the text has {documents} document{'s' if documents != 1 else ''} (separated by <|endoftext|>), and "
         f"at least {FEWEST_DOCUMENTS} are needed"
     )
+
+
+def amount_of(quality: Mapping[str, Any]) -> str:
+    """How much was measured, such as ``1,024 tokens``, or ``60 samples of pixel_values``."""
+    tokens = f"{quality['tokens']:,} tokens"
+    if not quality.get("inputs"):
+        return tokens
+    samples = f"{quality['documents']:,} samples of {' and '.join(quality['inputs'])}"
+    return samples if quality["kind"] == "encoder" else f"{tokens} in {samples}"

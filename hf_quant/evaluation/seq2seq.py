@@ -1,8 +1,8 @@
-"""How an encoder with a decoder is measured: the encoder reads the first half of a window, the decoder predicts the second."""
+"""How an encoder with a decoder is measured on text: the encoder reads the first half of a window, the decoder predicts the second."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,17 +11,27 @@ from hf_quant.data.text import Windows
 from hf_quant.hf.batch_inputs import decoder_inputs
 
 
-def halves(ids: Tensor, config: Any) -> tuple[dict[str, Tensor], int]:
-    """The arguments of the model for windows ``[B, T]``, and the position of the first token that it predicts.
+@dataclass(frozen=True)
+class Halves(Windows):
+    """Windows with only those tokens scored that the decoder predicts.
 
-    The decoder is given the second half one place further on, after the token that it starts with (teacher forcing).
+    Attributes:
+        config: Of the model, which says what the decoder starts with.
     """
-    first = ids.shape[1] // 2
-    return {"input_ids": ids[:, :first], "decoder_input_ids": decoder_inputs(ids[:, first:], config)}, first
+
+    config: Any
+
+    def halves(self, ids: Tensor) -> tuple[dict[str, Tensor], int]:
+        """The arguments of the model for windows ``[B, T]``, and the position of the first token that it predicts.
+
+        The decoder is given the second half one place further on, after the token that it starts with (teacher forcing).
+        """
+        first = ids.shape[1] // 2
+        return {"input_ids": ids[:, :first], "decoder_input_ids": decoder_inputs(ids[:, first:], self.config)}, first
 
 
-def second_halves(windows: Windows) -> Windows:
-    """The windows with only those tokens scored that the decoder predicts."""
+def second_halves(windows: Windows, config: Any) -> Halves:
+    """The windows, for a model of this configuration."""
     scored = windows.scored.clone()
-    scored[:, : windows.ids.shape[1] // 2 - 1] = False
-    return replace(windows, scored=scored)
+    scored[:, : windows.context // 2 - 1] = False
+    return Halves(windows.ids, windows.document, scored, windows.stride, config)

@@ -1,9 +1,9 @@
-"""A base model and a held-out text, which other models are measured against."""
+"""A base model and a held-out text or batches of inputs, which other models are measured against."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,13 +15,22 @@ from huggingface_hub.constants import HF_HOME
 from transformers.utils import logging
 
 from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.data.batches import Inputs
 from hf_quant.data.text import Text, Windows, windows
-from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, measures_of, passages
+from hf_quant.evaluation.encoders import (
+    Passages,
+    base_outputs,
+    evaluate_encoder,
+    measures_of,
+    passages,
+    sample_passages,
+)
 from hf_quant.evaluation.endings import NO_ENDINGS, Endings
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.measure import evaluate, means
 from hf_quant.evaluation.reference import Progress, Reference, cached_reference
 from hf_quant.evaluation.results import Quality
+from hf_quant.evaluation.samples import Samples, samples
 from hf_quant.evaluation.seq2seq import second_halves
 from hf_quant.hf import load
 from hf_quant.hf._hooks import attention_of
@@ -73,7 +82,7 @@ class Base:
         wanted_device = self.device or "cpu"
         gpu = wanted_device != "cpu" and torch.cuda.is_available()
         device = torch.cuda.get_device_name() if gpu else f"{wanted_device} {torch.backends.cpu.get_cpu_capability()}"
-        attention = attention_of(skeleton(self.model, **self._hub()).config)
+        attention = attention_of(self.skeleton().config)
         return (
             f"torch {torch.__version__}, transformers {version('transformers')}, {device}, attention {attention}, float32 "
             f"products {torch.get_float32_matmul_precision()}"
@@ -84,6 +93,10 @@ class Base:
         if Path(self.model).is_dir():
             return None
         return Path(hf_hub_download(self.model, "config.json", revision=self.revision)).parent.name  # in snapshots/
+
+    def skeleton(self) -> Any:
+        """The model without its weights."""
+        return skeleton(self.model, **self._hub())
 
     def checkpoint(self) -> Checkpoint:
         """Its checkpoint."""
@@ -133,17 +146,23 @@ class Base:
         """
         if self._seq2seq():  # one half of every window is scored
             max_tokens = None if max_tokens is None else 2 * max_tokens
-            text_windows = second_halves(windows(tokenizer, text, context or self.context(), max_tokens, stride))
+            whole = windows(tokenizer, text, context or self.context(), max_tokens, stride)
+            text_windows: Windows = second_halves(whole, config_of(self.model, **self._hub()))
         else:
             text_windows = windows(tokenizer, text, context or self.context(), max_tokens, stride)
-        endings = Endings.of(self.model, tokenizer, **self._hub())
-        return self.reference_on(text_windows, noise=noise, say=say, progress=progress, cache=cache, endings=endings)
+        return self.reference_on(
+            text_windows, noise=noise, say=say, progress=progress, cache=cache, endings=self.endings(tokenizer)
+        )
+
+    def endings(self, tokenizer: Any) -> Endings:
+        """Its tokens that end something."""
+        return Endings.of(self.model, tokenizer, **self._hub())
 
     def reference_on(
-        self, text: Windows, *, noise: bool = True, say: Callable[[str], None] = logger.info, progress: Progress = iter,
+        self, text: Windows | Samples, *, noise: bool = True, say: Callable[[str], None] = logger.info, progress: Progress = iter,
         cache: Path | None = None, endings: Endings = NO_ENDINGS,
     ) -> Reference:  # fmt: skip
-        """The same for a text that is tokens already; ``endings`` as in `cached_reference`."""
+        """The same for a text that is tokens already, or for batches of inputs; ``endings`` as in `cached_reference`."""
         return cached_reference(
             self.load, f"{self.identity()} {self.circumstances()}", text,
             cache=cache or Path(HF_HOME) / "hf_quant" / "base", base_dtype=self.dtype, noise=means if noise else None,
@@ -177,14 +196,36 @@ def yardstick(
         HfQuantError: The gate limits what is not measured of such a model.
     """
     if not base.predicts():
-        gate = gate or Budget()
-        gate.refuse_unmeasured(("top1",), "encoder models")
-        context = context or base.context()
-        texts = passages(tokenizer, text, context, max_tokens)
-        base_result = base_outputs(base.load, texts, base.dtype, progress)
-        gate.refuse_unmeasured(measures_of(base_result["outputs"]), "an encoder without a head")
-        return lambda model: evaluate_encoder(model, base_result, texts, context, progress)
+        return _of_encoder(
+            base, lambda: passages(tokenizer, text, context or base.context(), max_tokens), gate, progress
+        )
     base_outputs_on_disk = base.reference(
         tokenizer, text, context=context, stride=stride, max_tokens=max_tokens, say=say, progress=progress, cache=cache
     )
     return lambda model: evaluate(model, base_outputs_on_disk, progress)
+
+
+def inputs_yardstick(
+    base: Base, tokenizer: Any, batches: Sequence[Inputs], *,
+    gate: Budget | None = None, say: Callable[[str], None], progress: Progress = iter, cache: Path | None = None,
+) -> Callable[[Any], Quality]:  # fmt: skip
+    """The same on batches of inputs, as `data.batches.checked_batches` returns them; ``tokenizer`` may be None."""
+    model = base.skeleton()
+    if not base.predicts():
+        return _of_encoder(base, lambda: sample_passages(model, batches), gate, progress)
+    stored = base.reference_on(
+        samples(model, batches), say=say, progress=progress, cache=cache, endings=base.endings(tokenizer)
+    )
+    return lambda model: evaluate(model, stored, progress)
+
+
+def _of_encoder(
+    base: Base, read: Callable[[], Passages], gate: Budget | None, progress: Progress
+) -> Callable[[Any], Quality]:
+    """Measures models that predict no tokens; limits on what is not measured of them are refused as early as that is known."""
+    gate = gate or Budget()
+    gate.refuse_unmeasured(("top1",), "encoder models")
+    texts = read()
+    base_result = base_outputs(base.load, texts, base.dtype, progress)
+    gate.refuse_unmeasured(measures_of(base_result["outputs"]), "an encoder without a head")
+    return lambda model: evaluate_encoder(model, base_result, texts, progress)

@@ -110,21 +110,27 @@ def vocabulary_of(config: Any) -> int:
     return next((size for size in sizes if isinstance(size, int) and size > 0), CHARACTERS)
 
 
-def refuse_other_inputs(model: str, **hub: Any) -> None:
-    """Refuse a model that does not read text: the commands check and measure models on token ids.
-
-    Raises:
-        PlanError: Names the input of the model.
-    """
+def why_not_text(model: str, **hub: Any) -> str | None:
+    """Why a model cannot be run on token ids alone: what it reads; None where it can."""
     config = config_of(model, **hub)
     kind = class_of(config, **hub)
     inputs = getattr(kind, "main_input_name", "input_ids")
     parts = [part for part in ("vision_config", "audio_config") if hasattr(config, part)]
     if inputs == "input_ids" and parts and not kind.can_generate():
         inputs = f"more than input_ids ({parts[0]})"
-    if inputs != "input_ids":
+    return None if inputs == "input_ids" else f"({kind.__name__}) reads {inputs}"
+
+
+def refuse_other_inputs(model: str, **hub: Any) -> None:
+    """Refuse a model that does not read text: without other inputs the commands check and measure models on token ids.
+
+    Raises:
+        PlanError: Names the input of the model.
+    """
+    if (reason := why_not_text(model, **hub)) is not None:
         raise PlanError(
-            f"{model}: {kind.__name__} reads {inputs}, and the commands check what they write on text; in Python, "
+            f"{model} {reason}, and the commands check what they write on text, or on what --inputs names: a safetensors "
+            "file with the model's inputs by name; in Python, "
             "from_pretrained(..., quantization_config=HfQuantConfig(...)) and save_pretrained quantize it"
         )
 

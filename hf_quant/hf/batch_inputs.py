@@ -1,4 +1,4 @@
-"""What a model is run on for calibration: token ids, or batches of the inputs that its processor makes."""
+"""What a model is run on: token ids, or batches of the inputs that its processor makes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from hf_quant.hf.auto import vocabulary_of
 OF_A_LOSS = ("labels",)  # what only a loss needs; a decoder's are what it shall write
 
 
-def inputs_for(model: Any, batches: Sequence[Inputs]) -> list[Inputs]:
+def inputs_for(model: Any, batches: Sequence[Inputs], purpose: str = "calibration") -> list[Inputs]:
     """`fitting` for a model that exists already, if only on the meta device; none where there are no batches."""
-    return fitting(type(model), model.config, batches, vocabulary_of(model.config)) if batches else []
+    return fitting(type(model), model.config, batches, vocabulary_of(model.config), purpose) if batches else []
 
 
-def fitting(kind: Any, config: Any, batches: Sequence[Inputs], vocabulary: int) -> list[Inputs]:
+def fitting(
+    kind: Any, config: Any, batches: Sequence[Inputs], vocabulary: int, purpose: str = "calibration"
+) -> list[Inputs]:
     """The batches as arguments of a model.
 
     Args:
@@ -29,6 +31,7 @@ def fitting(kind: Any, config: Any, batches: Sequence[Inputs], vocabulary: int) 
         config: Its configuration.
         batches: As `data.batches.checked_batches` returns them.
         vocabulary: What token ids must be below.
+        purpose: What they are for, which every message begins with.
 
     Raises:
         HfQuantError: The model takes no input of such a name, needs another one, or has no such token.
@@ -41,17 +44,17 @@ def fitting(kind: Any, config: Any, batches: Sequence[Inputs], vocabulary: int) 
     superfluous = sorted(names - known) + [name for name in OF_A_LOSS if name in names & known]
     if superfluous:
         raise HfQuantError(
-            f"calibration: {kind.__name__} takes no {superfluous[0]} without a loss; it takes {', '.join(_inputs(takes))}"
+            f"{purpose}: {kind.__name__} takes no {superfluous[0]} without a loss; it takes {', '.join(_inputs(takes))}"
         )
     missing = [name for name in _needed(kind, takes) if name not in names]
     if missing:
-        raise HfQuantError(f"calibration: the batches have no {missing[0]}, which {kind.__name__} needs")
+        raise HfQuantError(f"{purpose}: the batches have no {missing[0]}, which {kind.__name__} needs")
     for number, batch in enumerate(given):
         for name in names & {"input_ids", "decoder_input_ids"}:
             low, high = int(batch[name].min()), int(batch[name].max())
             if low < 0 or high >= vocabulary:
                 raise HfQuantError(
-                    f"calibration: batch {number}: {name}: token id {low if low < 0 else high} is outside of the vocabulary of "
+                    f"{purpose}: batch {number}: {name}: token id {low if low < 0 else high} is outside of the vocabulary of "
                     f"{vocabulary}"
                 )
     return given
@@ -90,6 +93,14 @@ def decoder_inputs(ids: Tensor, config: Any) -> Tensor:
     """What a decoder beside an encoder is given to predict ``ids [B, T]``: the token it starts with, and all but the last."""
     start = getattr(config, "decoder_start_token_id", None) or 0
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+
+
+def on_device(model: Any, inputs: Inputs) -> Inputs:
+    """The inputs where the model is, and in the dtype that it computes in."""
+    return {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in inputs.items()
+    }
 
 
 def root_of(model: Any, names: Sequence[str]) -> Any:

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from hf_quant.data.batches import Inputs
 from hf_quant.data.calibration import Calibration
 from hf_quant.disk.atomic import blaming, need_space, write_json
 from hf_quant.disk.digests import weight_files
@@ -66,6 +67,7 @@ class Job:
         ranks: The processes that share the work; the first one writes.
         inputs: Files and folders that are read besides the model; an output must not overwrite them.
         tuning: How the scales are trained end to end after ``learned``; None leaves them as they are.
+        held_out: Inputs that the models are measured on, if it is not a text.
         finish: Adds files to the folder before it appears. It receives the folder and the content of results.json so far, and
             returns further content.
         stage: Shows a step that has no items.
@@ -85,12 +87,18 @@ class Job:
     ranks: Ranks = ALONE
     inputs: Sequence[str] = ()
     tuning: Tuning | None = None
+    held_out: Sequence[Inputs] = ()
     finish: Callable[[Path, dict[str, Any]], dict[str, Any]] = lambda _folder, _row: {}
     stage: Stage = unshown
 
     def options(self, *names: str) -> dict[str, Any]:
         """Arguments of `load` that are not None."""
         return {name: self.load[name] for name in names if name in self.load}
+
+    def sample(self) -> Sequence[Inputs]:
+        """A batch to check on that what is written computes something, and the same as in memory; empty for a few tokens."""
+        calibrated_on = () if self.calibration is None else self.calibration.batches
+        return (*calibrated_on, *self.held_out)[:1]
 
     def base(self) -> Base:
         """The model as a base for measurements."""
@@ -123,7 +131,7 @@ def compress(job: Job, config: HfQuantConfig, out: Path) -> dict[str, Any]:
             _stream(job, config, work, out)
         return {}
     refuse_quantized(job.model, **hub_options(job.load))
-    if job.calibration is None or not job.calibration.batches:
+    if not job.sample():
         refuse_other_inputs(job.model, **hub_options(job.load))
     check_places([out], (job.model, *job.inputs), overwrite=job.overwrite, gate=bool(job.budget))
     with claimed(out):
@@ -180,8 +188,7 @@ def _compress(
         recipe = _recipe(job, config, asked, quantized_model, plan, blocks) | {"source": _source(job, stage)}
         recipe |= {} if tuned is None else {"tuned": tuned.to_dict()}
         write_json(stage / RECIPE, recipe | {"unclaimed": unclaimed_names, "files": record(stage)["files"]})
-        batches = job.calibration.batches if job.calibration is not None else ()
-        logits, again, dtype = sample_logits(quantized_model, *batches[:1]), None, quantized_model.dtype
+        logits, again, dtype = sample_logits(quantized_model, *job.sample()), None, quantized_model.dtype
         if not calibrated:  # a calibrated model is read from there already
             del quantized_model
             gc.collect()  # frees the first model, which has reference cycles, before the second is loaded
@@ -189,7 +196,7 @@ def _compress(
                 quantized_model = load(
                     str(stage), dtype=dtype, **job.options("device_map", "trust_remote_code")
                 ).eval()
-                again = sample_logits(quantized_model)
+                again = sample_logits(quantized_model, *job.sample())
         _check(logits, again, config.scheme)
         with job.stage("sha256 of the files"):
             files = weight_files(stage)

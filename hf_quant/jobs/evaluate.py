@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from hf_quant.jobs.options import budget, check_model, hub
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
 from hf_quant.jobs.stored import store_results
-from hf_quant.jobs.texts import Measuring, check_overlap, missed, template_arguments
+from hf_quant.jobs.texts import Measuring, check_overlap, measured_on, missed, template_arguments
 
 if TYPE_CHECKING:
     from hf_quant.data.chat import Chat
@@ -72,7 +72,7 @@ class EvaluateResult(Result):
         return record
 
     def title(self) -> str:
-        return f"{self.model} against {self.base}, measured on {self.quality.tokens:,} tokens of {self.text}"
+        return f"{self.model} against {self.base}"
 
     def head(self) -> Row:
         return ("measure", "value", "95 % interval", "base in bf16")
@@ -89,10 +89,7 @@ class EvaluateResult(Result):
             yield name, f"{value:.5g}", "-", "-"
 
     def footnotes(self) -> Iterator[str]:
-        from hf_quant.evaluation.results import why_no_interval
-
-        if (reason := why_no_interval(self.quality.to_dict())) is not None:
-            yield reason
+        yield measured_on(self.quality, self.text)
         for task, numbers in (self.tasks or {}).items():
             yield from (f"{task}: {name} {value:.4g}" for name, value in numbers.items())
 
@@ -106,6 +103,7 @@ def evaluate(
     kv_cache: str | None = None, tasks: str | Sequence[str] | None = None,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
+    inputs: str | Iterable[Mapping[str, Any]] | None = None,
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False, progress: bool | Bar = False,
     say: Say | None = None,
@@ -126,7 +124,8 @@ def evaluate(
         stride: Tokens from one window to the next.
         max_tokens: Measure about that many at most.
         base_dtype: What the base computes in.
-        allow_overlap: Measure even on text that was calibrated on.
+        allow_overlap: Measure even on what was calibrated on.
+        inputs: Inputs of the model to measure on, in place of ``text``: as for `quantize`.
         max_kl: Gate: KL divergence to the base, nats per token.
         max_ppl_increase: Gate: perplexity over the base's minus one.
         min_top1: Gate: share of predictions whose likeliest token is the base's.
@@ -140,11 +139,13 @@ def evaluate(
         HfQuantError: The two models cannot be compared, or something in one of them is not as it must be.
     """
     model, base = check_model(model), None if base is None else check_model(base)
-    how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap)
+    how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs)
     arguments = template_arguments(chat_template_kwargs, [text, dataset], bool(tasks))
     limits = budget(max_kl, max_ppl_increase, min_top1)
     if kv_cache is not None and kv_cache not in KV_CACHES:
         raise OptionError(f"--kv-cache {kv_cache!r} is not one of {', '.join(KV_CACHES)}")
+    if kv_cache is not None and inputs is not None:
+        raise OptionError("--kv-cache is measured on text alone: leave --inputs out, or --kv-cache")
 
     from hf_quant.checkpoint.folder import Checkpoint
     from hf_quant.data.chat import Chat
@@ -162,21 +163,21 @@ def evaluate(
             Checkpoint.open(folder)
     tokenizer = tokenizer_of(base, **of_base)
     chat = Chat(tokenizer, arguments)
-    name, content = how.find(chat, model, base)
+    held_out = how.find(chat, model, base)
     if not tasks:
         chat.refuse_unused()
     if not allow_overlap:
-        check_overlap(model, content)
+        check_overlap(model, held_out)
     with reporting(progress, say) as report:
         _same_tokenizer(model, tokenizer, from_hub)
-        report.say(f"measuring {model} against {base} on {name}")
-        measure = how.yardstick(base, content, tokenizer, report, device=device, gate=limits, **of_base)
+        report.say(f"measuring {model} against {base} on {held_out.name}")
+        measure = how.yardstick(base, held_out, tokenizer, report, device=device, gate=limits, **of_base)
         with report.stage(f"loading {Path(model).name}"):
             loaded = load(model, **from_hub, **({"device_map": device} if device else {})).eval()
         measured = _cached(loaded, kv_cache) if kv_cache else loaded
         quality = measure(measured)
         done = EvaluateResult(
-            model, base, name, quality,
+            model, base, held_out.name, quality,
             layer_errors(loaded, Base(base, **of_base).checkpoint(), recipe.get("blocks") or ()),
             Gate(**limits.verdict(quality)) if limits else None,
             {"kind": kv_cache, "bytes": measured.nbytes} if kv_cache else None,

@@ -128,7 +128,7 @@ def ladder(
     lm_head: bool = False, embeddings: bool = False,
     calibration: str | None = None, calibration_tokens: int = 65536, epochs: int | None = None, max_memory: int | str | None = None,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
-    max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
+    max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False, inputs: str | None = None,
     trial_text: str | None = None, trial_tokens: int = TRIAL_TOKENS, chat_template_kwargs: Mapping[str, Any] | None = None,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
     max_shard_size: int | str = "5GB", overwrite: bool = False, progress: bool | Bar = False, say: Say | None = None,
@@ -164,6 +164,7 @@ def ladder(
         max_tokens: Measure about that many at most; default: 32768.
         base_dtype: What the base computes in while it is the yardstick.
         allow_overlap: Measure even on text that was calibrated on.
+        inputs: Refused: the ladder divides a text to choose and to measure.
         trial_text: UTF-8 or JSONL file that sensitivities are measured on; None: calibration.txt beside the model.
         trial_tokens: How many of its tokens.
         chat_template_kwargs: As for `quantize`.
@@ -177,7 +178,7 @@ def ladder(
         say: As for `quantize`.
 
     Raises:
-        OptionError: Nothing says what to keep; or options contradict each other.
+        OptionError: Nothing says what to keep; options contradict each other; or ``inputs`` are given.
         HfQuantError: The output may not be written, or something in the model is not as it must be.
     """
     model, out = check_model(model), Path(output)
@@ -188,16 +189,17 @@ def ladder(
     source = find_calibration(calibration, model)
     method = method or ("rtn" if source is None else "calibrated")
     calibrated = needs_calibration(method, _slugs(group_size, asym, int8_activations), calibration)
-    how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
-    inputs = list(filter(None, (text, dataset, trial_text, calibration)))
+    if inputs is not None:
+        raise OptionError("--inputs: the ladder chooses by text; quantize and eval measure one scheme on inputs")
+    how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, usual_tokens=TOKENS)
+    files = list(filter(None, (text, dataset, trial_text, calibration)))
     arguments = template_arguments(chat_template_kwargs, [text, dataset, trial_text, source if calibrated else None])
     shard, memory = size_in_bytes(max_shard_size), None if max_memory is None else size_in_bytes(max_memory)
     from_hub = hub(revision, trust_remote_code)
     load_arguments = load_options(dtype, device, from_hub)
-    check_places([out], [model, *inputs], overwrite=overwrite, gate=bool(gate))
+    check_places([out], [model, *files], overwrite=overwrite, gate=bool(gate))
 
     from hf_quant.data.chat import Chat, may_hold_chats
-    from hf_quant.data.text import refuse_overlap
     from hf_quant.evaluation.results import Quality
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
@@ -209,21 +211,21 @@ def ladder(
     with reporting(progress, say) as report:
         tokenizer = tokenizer_of(model, **from_hub)
         chat = Chat(tokenizer, arguments)
-        name, full_text = how.find(chat, model)
-        choosing, held_back = _parts(full_text, report)
+        held_out = how.find(chat, model)
+        choosing, held_back = _parts(held_out.text, report)
         looked_at = calibration_for(model, source, calibration_tokens, chat, from_hub) if calibrated else None
         if not may_hold_chats(trial_text):
             chat.refuse_unused()
         if looked_at is not None and not allow_overlap:
-            refuse_overlap(full_text, looked_at.paragraphs)
+            held_out.refuse_overlap(looked_at.paragraphs)
 
         def measure_on(part: Text) -> Any:
-            return how.yardstick(model, part, tokenizer, report, device=device, **from_hub)
+            return how.yardstick(model, replace(held_out, text=part), tokenizer, report, device=device, **from_hub)
 
         limits = Limits(gate, size, 2.0 if held_back else 1.0)
         job = Job(
             model, load_arguments, shard, overwrite, report.say, tokenizer, gate, measure_on(choosing), looked_at,
-            report.over("blocks"), memory, inputs=inputs, stage=report.stage,
+            report.over("blocks"), memory, inputs=files, stage=report.stage,
         )  # fmt: skip
         options = {
             "method": method, "modules_to_not_convert": list(ignore), "quantize_lm_head": lm_head,
@@ -247,7 +249,7 @@ def ladder(
             remember(folder, model)
     again = record["held_back"]
     return LadderResult(
-        model, walk.rungs, record["chosen"], folder, folder is not None and folder.name == out.name, name,
+        model, walk.rungs, record["chosen"], folder, folder is not None and folder.name == out.name, held_out.name,
         None if again is None else Quality.from_dict(again), record,
     )  # fmt: skip
 

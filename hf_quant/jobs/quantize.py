@@ -23,6 +23,7 @@ from hf_quant.jobs.texts import (
     measured_on,
     missed,
     needs_calibration,
+    refuse_measuring,
     template_arguments,
 )
 
@@ -107,7 +108,7 @@ class QuantizedModel(Result):
         base, quality = ["-"] * 4, ["-"] * 4
         top1 = f"{of['top1'].value:.1%}" if "top1" in of else "-"
         if self._encoder():
-            cosine = of["embedding_cosine"]
+            cosine = next(iter(of.values()))
             base, quality = ["-"] * 3, [f"{cosine.value:.5f}", interval(cosine), top1]
         elif of:
             base[0] = f"{of['base_perplexity'].value:.3f}"
@@ -139,7 +140,7 @@ class QuantizeResult(Result):
     Attributes:
         model: The base: a folder or a Hub id.
         results: One for every scheme; empty in all processes but the first, where several share the work.
-        text: Name of what was measured on; None if nothing was measured.
+        text: Name of the text or inputs that were measured on; None if nothing was measured.
         generated: What the last of the models continues ``prompt`` with; None without a prompt.
     """
 
@@ -190,6 +191,7 @@ def quantize(
     calibration: str | Iterable[Mapping[str, Any]] | None = None, calibration_tokens: int = 65536, epochs: int | None = None, tune: bool = True, max_memory: int | str | None = None,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
+    inputs: str | Iterable[Mapping[str, Any]] | None = None,
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
     prompt: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None, progress: bool | Bar = False,
     say: Say | None = None,
@@ -217,7 +219,7 @@ def quantize(
         trust_remote_code: Run code that the checkpoint brings along.
         max_shard_size: Largest file of weights, in bytes or as ``"5GB"``.
         overwrite: Replace a folder that hf-quant wrote.
-        eval: Measure the result; None: if there is a gate, a ``text``, or heldout.txt beside the model.
+        eval: Measure the result; None: if there is a gate, a ``text``, ``inputs``, or heldout.txt beside the model.
         calibration: For calibrated methods: a UTF-8 or JSONL file, or ``ID[:CONFIG][@SPLIT][#COLUMN]`` of a ``datasets`` set;
             None: calibration.txt beside the model, else a text that comes with this package. Or a safetensors file of the
             model's inputs by their names, or batches of them as its processor returns them.
@@ -231,7 +233,9 @@ def quantize(
         stride: Tokens from one window to the next; default: ``context``.
         max_tokens: Measure about that many at most; default: 32768.
         base_dtype: What the base computes in while it is the yardstick.
-        allow_overlap: Measure even on text that was calibrated on.
+        allow_overlap: Measure even on what was calibrated on.
+        inputs: What to measure a model on that reads images or sounds, in place of ``text``: a safetensors file of its inputs
+            by their names, or batches of them as its processor returns them.
         max_kl: Gate: KL divergence to the base, nats per token.
         max_ppl_increase: Gate: perplexity over the base's minus one, such as 0.01.
         min_top1: Gate: share of predictions whose likeliest token is the base's, such as 0.95.
@@ -248,22 +252,21 @@ def quantize(
     """
     model = check_model(model)
     slugs, gate = schemes(scheme, bits, group_size, asym), budget(max_kl, max_ppl_increase, min_top1)
-    _refuse_measuring(eval, bool(gate), text or dataset)
-    how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
+    refuse_measuring(eval, bool(gate), bool(text or dataset or inputs is not None))
+    how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs, TOKENS)
     other = overrides(override or {})
     _refuse_two_bits([*slugs, *filter(None, other.values())], bool(gate))
     source = find_calibration(calibration, model)
     calibrated = needs_calibration(method, slugs, calibration)
     outs = [Path(output) / slug for slug in slugs] if len(slugs) > 1 else [Path(output)]
-    inputs = [name for name in (text, dataset, source) if isinstance(name, str) and name]
-    arguments = template_arguments(chat_template_kwargs, inputs, bool(prompt))
+    files = [name for name in (text, dataset, inputs, source) if isinstance(name, str) and name]
+    arguments = template_arguments(chat_template_kwargs, files, bool(prompt))
     from_hub = hub(revision, trust_remote_code)
     given = load_options(dtype, device, from_hub)
     shard, memory = size_in_bytes(max_shard_size), None if max_memory is None else size_in_bytes(max_memory)
-    check_places(outs, [model, *inputs], overwrite=overwrite, gate=bool(gate))
+    check_places(outs, [model, *files], overwrite=overwrite, gate=bool(gate))
 
     from hf_quant.data.chat import Chat
-    from hf_quant.data.text import refuse_overlap
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
     from hf_quant.jobs.compress import Job, compress
@@ -286,19 +289,20 @@ def quantize(
         chat = Chat(tokenizer, arguments)
         question = chat.question(prompt) if prompt else None
         looked_at = calibration_for(model, source, calibration_tokens, chat, from_hub) if calibrated else None
-        name = measure = None
+        held_out = measure = None
         if eval is not False and ranks.first:
             always = bool(eval or gate or (looked_at is not None and not looked_at.batches))
-            name, content = (how.find(chat, model) if always else how.beside(chat, model)) or (None, "")
+            held_out = how.find(chat, model) if always else how.beside(chat, model)
         if ranks.first:
             chat.refuse_unused()
-        if name is not None:
+        if held_out is not None:
             if looked_at is not None and not allow_overlap:
-                refuse_overlap(content, looked_at.paragraphs)
-            measure = how.yardstick(model, content, tokenizer, report, device=device, gate=gate, **from_hub)
+                held_out.refuse_overlap(looked_at.paragraphs)
+            measure = how.yardstick(model, held_out, tokenizer, report, device=device, gate=gate, **from_hub)
         job = Job(
             model, given, shard, overwrite, report.say, tokenizer, gate, measure, looked_at, report.over("blocks"), memory,
-            ranks, inputs, _tuning(tune and method == "learned", model, from_hub, report), stage=report.stage,
+            ranks, files, _tuning(tune and method == "learned", model, from_hub, report),
+            held_out.batches if held_out else (), stage=report.stage,
         )  # fmt: skip
         with resumable(
             {out: plan.scheme for plan, out in zip(plans, outs, strict=True)}, "the finished blocks", report
@@ -310,7 +314,7 @@ def quantize(
         for quantized in models:
             remember(quantized.folder, model)
         generated = _continue(models[-1].folder, question, tokenizer, trust_remote_code) if question else None
-    return QuantizeResult(model, models, name, generated)
+    return QuantizeResult(model, models, held_out.name if held_out else None, generated)
 
 
 def _tuning(wanted: bool, model: str, from_hub: dict[str, Any], report: Reporter) -> Tuning | None:
@@ -347,13 +351,6 @@ def resumable(schemes: dict[Path, str], what: str, report: Reporter) -> Iterator
                 only = f" with --scheme {scheme} -o {out}" if len(schemes) > 1 else ""
                 report.say(Important(f"{work_folder(out)} holds {what}: the same command{only} goes on from there"))
         raise
-
-
-def _refuse_measuring(measure: bool | None, gated: bool, text: str | None) -> None:
-    if measure is False and gated:
-        raise OptionError("a gate has to measure: it cannot go with --no-eval")
-    if measure is False and text:
-        raise OptionError("--text and --dataset say what to measure on: they cannot go with --no-eval")
 
 
 def _refuse_two_bits(slugs: Sequence[str], gated: bool) -> None:

@@ -15,7 +15,7 @@ LOCKED = 60  # seconds to wait for another process that adds to the same results
 def store_results(folder: Path, record: dict[str, Any], tell: Callable[[str], None] = lambda _: None) -> None:
     """Add what was measured to results.json, if ``folder`` is one; what was measured on other weights goes.
 
-    Others may add to it at the same time. A quality measured on less text than the one stored does not replace it.
+    Others may add to it at the same time. A quality measured on less of the same kind than the one stored does not replace it.
 
     Args:
         folder: Of the model.
@@ -55,16 +55,22 @@ def _better_founded(known: dict[str, Any], record: dict[str, Any], tell: Callabl
     from hf_quant.evaluation.results import Quality
 
     old, new = known.get("quality"), record.get("quality")
-    if old is None or new is None or old["kind"] != new["kind"]:
+    if old is None or new is None or old["kind"] != new["kind"] or old.get("inputs", []) != new.get("inputs", []):
         return record
-    if (old["resampled"] == "documents", old["tokens"]) <= (new["resampled"] == "documents", new["tokens"]):
+    units = "samples" if new.get("inputs") else "documents"
+    if (old["resampled"] == units, old["tokens"]) <= (new["resampled"] == units, new["tokens"]):
         return record
     combined = record | {"quality": old}
     if "gate" in record:
         combined["gate"] = Budget(**record["gate"]["budget"]).verdict(Quality.from_dict(old))
     tell(
-        f"results.json keeps the quality measured on {old['tokens']:,} tokens of {old['documents']} documents, which says "
-        f"more than these {new['tokens']:,} of {new['documents']}"
+        f"results.json keeps the quality measured on {_extent(old)}, which says more than these {_extent(new)}"
         + (", and judges that by the gate" if "gate" in record else "")
     )
     return combined
+
+
+def _extent(quality: dict[str, Any]) -> str:
+    from hf_quant.evaluation.results import amount_of
+
+    return amount_of(quality) + ("" if quality.get("inputs") else f" of {quality['documents']} documents")

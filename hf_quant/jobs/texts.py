@@ -1,4 +1,4 @@
-"""Which texts a model is calibrated and measured on, and the measuring itself."""
+"""Which texts or inputs a model is calibrated and measured on, and the measuring itself."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError, suggestion
+from hf_quant.jobs.options import hub
 from hf_quant.jobs.progress import Reporter
 
 if TYPE_CHECKING:
     from hf_quant.data.calibration import Calibration
     from hf_quant.data.chat import Chat
-    from hf_quant.data.text import Text
+    from hf_quant.data.held_out import HeldOut
     from hf_quant.evaluation.gate import Budget
     from hf_quant.evaluation.results import Quality
 
@@ -35,7 +36,9 @@ class Measuring:
         stride: Tokens from one window to the next; None for ``context``.
         max_tokens: About that many are measured at most; None for all.
         base_dtype: What the base computes in while it is the yardstick.
-        allow_overlap: Measure even on text that was calibrated on.
+        allow_overlap: Measure even on what was calibrated on.
+        inputs: A safetensors file with inputs of the model by their names, or batches of them, in place of ``text``.
+        usual_tokens: What ``max_tokens`` is of a text where it is not given; None for all.
 
     Raises:
         OptionError: Two of them contradict each other.
@@ -49,10 +52,14 @@ class Measuring:
     max_tokens: int | None
     base_dtype: str
     allow_overlap: bool
+    inputs: Data | None = None
+    usual_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.text is not None and self.dataset is not None:
             raise OptionError("--text and --dataset name two texts to measure on: give one of them")
+        if self.inputs is not None:
+            self._check_inputs(self.inputs)
         if self.stride is not None and self.context is not None and self.stride > self.context:
             raise OptionError(f"--stride {self.stride} is more than --context {self.context}")
         for name, value, least in (("context", self.context, 2), ("stride", self.stride, 1)):
@@ -63,28 +70,49 @@ class Measuring:
         find_text(self.text)
         need_datasets(self.dataset)
 
-    def beside(self, chat: Chat, *folders: str) -> tuple[str, Text] | None:
-        """Name and content of the text to measure on: the one named, or the one in ``folders``; None if there is none.
+    def _check_inputs(self, inputs: Data) -> None:
+        """Whether other options go with inputs, and whether there is such a file; known without torch."""
+        for name in ("text", "dataset"):
+            if getattr(self, name) is not None:
+                raise OptionError(f"--inputs and --{name} both say what to measure on: give one of them")
+        for name in ("context", "stride", "max_tokens"):
+            if getattr(self, name) is not None:
+                raise OptionError(
+                    f"--{name.replace('_', '-')} is about text: all samples of --inputs are measured as they are"
+                )
+        if isinstance(inputs, str) and Path(inputs).suffix != ".safetensors":
+            raise OptionError(
+                f"--inputs {inputs}: not a safetensors file of inputs by their names; --text or --dataset name a text"
+            )
+        if isinstance(inputs, str) and not Path(inputs).is_file():
+            raise HfQuantError(f"--inputs {inputs}: no such file{nearby(inputs)}")
+
+    def beside(self, chat: Chat, *folders: str) -> HeldOut | None:
+        """What to measure on: what is named, or the text in ``folders``; None if there is none.
 
         Messages are rendered by ``chat``.
         """
+        from hf_quant.data.held_out import HeldOut
         from hf_quant.data.text import dataset_rows, documents, read_documents
 
+        if self.inputs is not None:
+            return HeldOut.of_inputs(self.inputs)
         if self.dataset is not None:
-            return self.dataset, documents(self.dataset, dataset_rows(self.dataset), chat)
+            return HeldOut(self.dataset, documents(self.dataset, dataset_rows(self.dataset), chat))
         file = find_text(self.text, *folders)
-        return None if file is None else (file.name, read_documents(file, chat))
+        return None if file is None else HeldOut(file.name, read_documents(file, chat))
 
-    def find(self, chat: Chat, *folders: str) -> tuple[str, Text]:
+    def find(self, chat: Chat, *folders: str) -> HeldOut:
         """The same, or else the bundled text."""
+        from hf_quant.data.held_out import HeldOut
         from hf_quant.data.text import BUNDLED, read_text
 
-        return self.beside(chat, *folders) or ("the bundled text (documentation of Python)", read_text(BUNDLED))
+        return self.beside(chat, *folders) or HeldOut("the bundled text (documentation of Python)", read_text(BUNDLED))
 
     def yardstick(
         self,
-        base: str,
-        text: Text,
+        model: str,
+        held_out: HeldOut,
         tokenizer: Any,
         report: Reporter,
         *,
@@ -93,21 +121,37 @@ class Measuring:
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Callable[[Any], Quality]:
-        """Measures models against ``base``; its outputs are computed here, unless they are cached.
+        """Measures models against ``model``; its outputs are computed here, unless they are cached.
 
         Limits of ``gate`` on what is not measured of such a model are refused before that.
         """
         import torch
 
-        from hf_quant.evaluation.yardstick import Base, yardstick
+        from hf_quant.evaluation.yardstick import Base, inputs_yardstick, yardstick
+        from hf_quant.hf.auto import why_not_text
 
-        if tokenizer is None:
-            raise HfQuantError(f"{base} has no tokenizer, so nothing can be measured: --no-eval leaves it out")
+        base = Base(model, revision, getattr(torch, self.base_dtype), device, trust_remote_code)
+        progress = report.over("measuring")
+        if held_out.batches:
+            return inputs_yardstick(base, tokenizer, held_out.batches, gate=gate, say=report.say, progress=progress)
+        reason = "has no tokenizer" if tokenizer is None else why_not_text(model, **hub(revision, trust_remote_code))
+        if reason is not None:
+            raise HfQuantError(
+                f"{model} {reason}, so it cannot be measured on text: --inputs names a safetensors file with its inputs by name "
+                "to measure on, and --no-eval leaves measuring out of quantize"
+            )
         return yardstick(
-            Base(base, revision, getattr(torch, self.base_dtype), device, trust_remote_code), tokenizer, text,
-            context=self.context, stride=self.stride, max_tokens=self.max_tokens, gate=gate, say=report.say,
-            progress=report.over("measuring"),
+            base, tokenizer, held_out.text, context=self.context, stride=self.stride,
+            max_tokens=self.max_tokens or self.usual_tokens, gate=gate, say=report.say, progress=progress,
         )  # fmt: skip
+
+
+def refuse_measuring(measure: bool | None, gated: bool, named: bool) -> None:
+    """Refuse ``--no-eval`` beside a gate, or beside something that is named to measure on."""
+    if measure is False and gated:
+        raise OptionError("a gate has to measure: it cannot go with --no-eval")
+    if measure is False and named:
+        raise OptionError("--text, --dataset and --inputs say what to measure on: they cannot go with --no-eval")
 
 
 def need_datasets(name: str | None) -> None:
@@ -125,15 +169,13 @@ def find_text(text: str | None, *folders: str) -> Path | None:
     return next((path for folder in folders if (path := Path(folder) / TEXT).is_file()), None)
 
 
-def check_overlap(folder: str, text: Text) -> None:
-    """Refuse ``text`` if the recipe in ``folder`` says that its model was calibrated or trained on it."""
-    from hf_quant.data.text import refuse_overlap
-
+def check_overlap(folder: str, held_out: HeldOut) -> None:
+    """Refuse it if the recipe in ``folder`` says that its model was calibrated or trained on it."""
     recipe = Path(folder) / "recipe.json"
     if recipe.is_file():
         stored = json.loads(recipe.read_text())
-        texts = [stored.get("calibration"), (stored.get("training") or {}).get("text")]
-        refuse_overlap(text, [paragraph for record in texts if record for paragraph in record.get("paragraphs", [])])
+        records = [stored.get("calibration"), (stored.get("training") or {}).get("text")]
+        held_out.refuse_overlap([part for record in records if record for part in record.get("paragraphs", [])])
 
 
 def nearby(file: str) -> str:
@@ -214,11 +256,13 @@ def calibration_for(model: str, source: Data | None, tokens: int, chat: Chat, fr
 
 
 def measured_on(quality: Quality, name: str) -> str:
-    """A sentence on the text that a quality was measured on."""
-    from hf_quant.evaluation.results import why_no_interval
+    """A sentence on what a quality was measured on."""
+    from hf_quant.evaluation.results import amount_of, why_no_interval
 
-    reason = why_no_interval(quality.to_dict())
-    return f"measured on {quality.tokens:,} held-out tokens of {name}" + (f"; {reason}" if reason else "")
+    record = quality.to_dict()
+    reason = why_no_interval(record)
+    of = f"{amount_of(record)} from {name}" if quality.inputs else f"{quality.tokens:,} held-out tokens of {name}"
+    return f"measured on {of}" + (f"; {reason}" if reason else "")
 
 
 def endings(quality: Quality) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from hf_quant.jobs.texts import Measuring, template_arguments
 if TYPE_CHECKING:
     from hf_quant.data.calibration import Calibration
     from hf_quant.data.chat import Chat
-    from hf_quant.data.text import Text
+    from hf_quant.data.held_out import HeldOut
     from hf_quant.evaluation.yardstick import Base
 
 
@@ -35,6 +35,7 @@ def train(
     max_shard_size: int | str = "5GB", overwrite: bool = False,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
+    inputs: str | Iterable[Mapping[str, Any]] | None = None,
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None, progress: bool | Bar = False, say: Say | None = None,
 ) -> QuantizeResult:  # fmt: skip
@@ -80,6 +81,7 @@ def train(
         max_tokens: Measure about that many at most; default: 32768.
         base_dtype: What the base computes in while it is the yardstick.
         allow_overlap: Measure even on text that was trained on.
+        inputs: Inputs of the model to measure on, in place of ``text``.
         max_kl: Gate: KL divergence to the base, nats per token.
         max_ppl_increase: Gate: perplexity over the base's minus one.
         min_top1: Gate: share of predictions whose likeliest token is the base's.
@@ -95,12 +97,13 @@ def train(
     model, slugs, out = check_model(model), schemes(scheme, bits, group_size, asym), Path(output)
     gate, other = budget(max_kl, max_ppl_increase, min_top1), overrides(override or {})
     _check_options(slugs, [*slugs, *filter(None, other.values())], steps, epochs, lr, batch, train_context)
-    how = Measuring(text, dataset, context, stride, max_tokens or TOKENS, base_dtype, allow_overlap)
+    how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs, TOKENS)
     from_hub = hub(revision, trust_remote_code)
     given = load_options(dtype, device, from_hub)
-    shard, inputs = size_in_bytes(max_shard_size), list(filter(None, (text, dataset, data)))
-    arguments = template_arguments(chat_template_kwargs, inputs)
-    check_places([out], [model, *inputs], overwrite=overwrite, gate=bool(gate))
+    shard = size_in_bytes(max_shard_size)
+    files = [name for name in (text, dataset, inputs, data) if isinstance(name, str) and name]
+    arguments = template_arguments(chat_template_kwargs, files)
+    check_places([out], [model, *files], overwrite=overwrite, gate=bool(gate))
 
     from hf_quant.data.calibration import calibration
     from hf_quant.data.chat import Chat
@@ -122,7 +125,7 @@ def train(
         base = Base(model, revision, device=device, trust_remote_code=trust_remote_code)
         chat = Chat(tokenizer, arguments)
         learned = calibration(data, tokenizer, train_context or base.context(), sys.maxsize, base.vocabulary(), chat)
-        name, held_out = how.find(chat, model)
+        held_out = how.find(chat, model)
         chat.refuse_unused()
         if not allow_overlap:
             _refuse_overlap(data, learned, held_out, chat)
@@ -135,13 +138,23 @@ def train(
             report.over("training"),
         )  # fmt: skip
         job = Job(
-            model, given, shard, overwrite, report.say, tokenizer, gate, measure, inputs=inputs, stage=report.stage
+            model,
+            given,
+            shard,
+            overwrite,
+            report.say,
+            tokenizer,
+            gate,
+            measure,
+            inputs=files,
+            held_out=held_out.batches,
+            stage=report.stage,
         )
         with resumable({out: plan.scheme}, "the last checkpoint", report):
             record = train_model(job, training, plan, out)
     trained = QuantizedModel.of(record, out)
     remember(trained.folder, model)
-    return QuantizeResult(model, [trained], name)
+    return QuantizeResult(model, [trained], held_out.name)
 
 
 def _check_options(
@@ -166,14 +179,14 @@ def _check_options(
             raise OptionError(f"{slug}: {reason}")
 
 
-def _refuse_overlap(data: str, learned: Calibration, held_out: Text, chat: Chat) -> None:
-    from hf_quant.data.text import read_documents, refuse_overlap
+def _refuse_overlap(data: str, learned: Calibration, held_out: HeldOut, chat: Chat) -> None:
+    from hf_quant.data.text import read_documents
 
     if (
-        Path(data).is_file() and read_documents(Path(data), chat) == held_out
+        Path(data).is_file() and read_documents(Path(data), chat) == held_out.text
     ):  # its paragraphs may be too short to be compared
         raise HfQuantError(f"--data {data} is the text that is measured on: the numbers would flatter the model")
-    refuse_overlap(held_out, learned.paragraphs)
+    held_out.refuse_overlap(learned.paragraphs)
 
 
 def _teacher(teacher: str | None, base: Base) -> Base | None:

@@ -23,6 +23,7 @@ from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.metrics import BaseTokens
 from hf_quant.evaluation.metrics.kl import kl
+from hf_quant.evaluation.pieces import Piece
 from hf_quant.evaluation.reference import Part, Reference, log_probabilities
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import load
@@ -203,30 +204,36 @@ def _rate(step: int, steps: int) -> float:
 
 def _held(reference: Reference, number: int) -> Tensor:
     """bool ``[B]``: which windows of a part are held out; of very few, the last one."""
-    total, batch = len(reference.windows.ids), reference.meta["batch"]
-    numbers = torch.arange(number * batch, min((number + 1) * batch, total))
-    return held_out(total, HELD)[numbers]
+    piece = reference.pieces[number]
+    return held_out(_windows(reference), HELD)[piece.first : piece.first + len(piece.scored)]
+
+
+def _windows(reference: Reference) -> int:
+    return sum(len(piece.scored) for piece in reference.pieces)
 
 
 def _training(reference: Reference, number: int) -> Tensor:
     """Rows of a part that are learned from."""
     held = _held(reference, number)
-    return (~held).nonzero().flatten() if len(reference.windows.ids) > 1 else held.nonzero().flatten()
+    return (~held).nonzero().flatten() if _windows(reference) > 1 else held.nonzero().flatten()
 
 
 def _selected(part: Part, rows: Tensor) -> Part:
     """Some windows of a part."""
-    mask = torch.zeros(len(part.ids), dtype=torch.bool).index_fill_(0, rows, True)
-    positions = mask[:, None].expand(part.scored.shape)[part.scored]
+    piece = part.piece
+    mask = torch.zeros(len(piece.scored), dtype=torch.bool).index_fill_(0, rows, True)
+    positions = mask[:, None].expand(piece.scored.shape)[piece.scored]
     base = BaseTokens(**{name: tensor[positions] for name, tensor in vars(part.base).items()})
-    return Part(part.ids[mask], part.scored[mask], part.inside[mask], base)
+    inputs = {name: tensor[mask] for name, tensor in piece.inputs.items()}
+    selected = Piece(inputs, piece.scored[mask], piece.target[positions], piece.inside[positions], piece.first)
+    return Part(selected, base)
 
 
 @torch.enable_grad()
 def _loss(model: Any, part: Part) -> Tensor:
     """Cross-entropy with the base's distributions, the mean of all positions: its gradient is that of the divergence."""
-    logits = model(part.ids.to(model.device), use_cache=False).logits[:, :-1]
-    log_q = logits[part.scored.to(logits.device)].float().log_softmax(-1)
+    logits = part.piece.logits(model)
+    log_q = logits[part.piece.scored.to(logits.device)].float().log_softmax(-1)
     base = BaseTokens(**{name: tensor.to(log_q.device) for name, tensor in vars(part.base).items()})
     lost = _expected(base.top.exp().float(), log_q.gather(-1, base.top_ids))
     if base.tail_ids.shape[-1]:
@@ -247,7 +254,6 @@ def _divergence(model: Any, reference: Reference) -> float:
         rows = _held(reference, number).nonzero().flatten()
         if len(rows):
             part = _selected(reference[number], rows)
-            log_q = log_probabilities(model, part.ids, part.scored, number * reference.meta["batch"])
-            value, _ = kl(part.base, log_q, part.target)
+            value, _ = kl(part.base, log_probabilities(model, part.piece), part.piece.target)
             total, count = total + float(value.sum()), count + len(value)
     return total / count

@@ -16,7 +16,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from hf_quant.errors import CheckpointError, PushError
-from hf_quant.evaluation.results import interval_shown
+from hf_quant.evaluation.results import amount_of, interval_shown
 from hf_quant.publish import charts, licence, sentences
 from hf_quant.publish.facts import read_facts
 from hf_quant.publish.markdown import code, line, md, number, percent, plain, size
@@ -100,7 +100,7 @@ def _render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collec
         base=sentences.base(source), schemes=dict(Counter(recipe["schemes"].values()).most_common()),
         method=sentences.method(recipe), format=sentences.format(recipe),
         loading=sentences.loading(recipe, results), elsewhere=sentences.elsewhere(recipe), quality=quality,
-        quality_rows=sentences.quality_rows(quality) if quality else [], ladder=results.get("ladder"), charts=drawn,
+        quality_rows=sentences.quality_rows(quality) if quality else [], amount=amount_of(quality) if quality else "", ladder=results.get("ladder"), charts=drawn,
         layers=(results.get("layers") or [])[:SHOWN], left=sentences.by_reason(recipe["left"]),
         regrouped=sentences.by_reason(recipe.get("regrouped") or {}), command=sentences.command(recipe),
         limits=sentences.limits(recipe, results), licence=sentences.licence(source), attribution=licence.attribution(source),
@@ -135,11 +135,33 @@ def _model_index(recipe: Mapping[str, Any], quality: Mapping[str, Any]) -> list[
         }
         for name, metric in quality["metrics"].items() if name not in OF_BASE
     ]  # fmt: skip
-    task = TASKS[quality["kind"]]
-    dataset = {"type": "text", "name": f"held-out text, sha256 of the token ids {quality['text_sha256'][:12]}"}
+    digest, inputs = quality["text_sha256"][:12], quality.get("inputs")
+    task = task_of(quality["kind"], inputs, "top1" in quality["metrics"]) if inputs else TASKS[quality["kind"]]
+    dataset = {"type": "text", "name": f"held-out text, sha256 of the token ids {digest}"}
+    if inputs:
+        dataset = {"type": "inputs", "name": f"held-out {' and '.join(inputs)}, sha256 {digest}"}
     return [
         {"name": line(sentences.title(recipe)), "results": [{"task": task, "dataset": dataset, "metrics": metrics}]}
     ]
+
+
+def task_of(kind: str, inputs: Collection[str], head: bool) -> dict[str, str]:
+    """The task of the Hub of a model that was measured on ``inputs``.
+
+    Args:
+        kind: `Quality.kind`.
+        inputs: Names of its inputs.
+        head: Whether it has classes to choose from.
+    """
+    sees = any(name.startswith("pixel_values") for name in inputs)
+    if not sees and not any(name.startswith(("input_features", "input_values")) for name in inputs):
+        return TASKS[kind]
+    of_images, of_sounds = {
+        "causal": ("image-text-to-text", "audio-text-to-text"),
+        "seq2seq": ("image-to-text", "automatic-speech-recognition"),
+        "encoder": ("image-classification", "audio-classification") if head else ("feature-extraction",) * 2,
+    }[kind]
+    return {"type": of_images if sees else of_sounds}
 
 
 # -- checking ---------------------------------------------------------------------------------------------------------

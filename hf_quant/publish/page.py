@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, UndefinedError
 
 from hf_quant.errors import CheckpointError
-from hf_quant.evaluation.results import interval_shown
+from hf_quant.evaluation.results import amount_of, interval_shown
 from hf_quant.publish import page_charts
 from hf_quant.publish.markdown import number, percent, size
 from hf_quant.publish.page_model import Model, Sample
@@ -49,6 +49,7 @@ def html_page(folder: Path, other: Path | None = None, samples: Sequence[Sample]
         return environment.get_template("page.html.jinja").render(
             mark=MARK, title=" and ".join(model.name for model in models), models=models, samples=samples,
             quality=_quality(models), layers=_layers(models), charts=page_charts.of(models), speeds=_speeds(models),
+            amount=amount_of,
         )  # fmt: skip
     except UndefinedError as error:
         raise CheckpointError(f"{folder}: recipe.json, results.json or ladder.json: {error.message}") from None

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hf_quant.core.scheme import QuantScheme
-from hf_quant.evaluation.results import interval_shown
+from hf_quant.evaluation.results import amount_of, interval_shown
 from hf_quant.formats import formats
 from hf_quant.publish.markdown import code, md, number, percent, plain, shell_word, size
 
@@ -91,8 +91,9 @@ def _quality(results: Mapping[str, Any]) -> str:
     kl, top1 = (((results.get("quality") or {}).get("metrics") or {}).get(name) for name in ("kl", "top1"))
     if kl is None or top1 is None:
         return f"What that cost: {'see below' if results.get('quality') else MISSING}."
+    on = "inputs" if results["quality"].get("inputs") else "text"
     text = (
-        f"On held-out text its most likely next token is the base's **{percent(top1['value'])}** of the time, and its "
+        f"On held-out {on} its most likely next token is the base's **{percent(top1['value'])}** of the time, and its "
         f"predictions differ by a KL divergence of **{number(kl['value'])} nats per token**"
     )
     text += "" if kl["low"] is None else f" [{interval_shown(kl, number, ', ')}]"
@@ -176,8 +177,9 @@ def format(recipe: Mapping[str, Any]) -> str:
 def loading(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """The lines of Python that load the model."""
     where = json.dumps(plain(recipe.get("repo_id") or "path/to/this/folder"))
-    kind = (results.get("quality") or {}).get("kind")
-    if kind is None:
+    quality = results.get("quality") or {}
+    kind = quality.get("kind")
+    if kind is None or quality.get("inputs"):  # what reads images or sounds has a class and a processor of its kind
         return f"import hf_quant\n\nmodel = hf_quant.load({where})"
     auto = AUTO[kind]
     return (
@@ -240,7 +242,8 @@ def command(recipe: Mapping[str, Any]) -> str:
         words += ["--ignore", glob]
     if calibration:
         words += ["--calibration", calibration["name"]] if calibration["name"] not in UNNAMED_TEXTS else []
-        words += ["--calibration-tokens", str(calibration["sequences"] * calibration["context"])]
+        if "sequences" in calibration:
+            words += ["--calibration-tokens", str(calibration["sequences"] * calibration["context"])]
     rendered = (trained or {}).get("text") or calibration or {}
     if "chat_template_kwargs" in rendered:
         words += ["--chat-template-kwargs", json.dumps(rendered["chat_template_kwargs"])]
@@ -262,7 +265,9 @@ def training_options(trained: Mapping[str, Any], source: Mapping[str, Any]) -> l
 def limits(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
     """What readers should know before they use the model."""
     sentences, quality = [], results.get("quality")
-    if quality:
+    if quality and quality.get("inputs"):
+        sentences.append(f"Measured on {md(amount_of(quality))}: inputs of other kinds were not.")
+    elif quality:
         sentences.append(
             f"Measured on {quality['tokens']:,} tokens of one text: other languages and domains, and contexts longer than "
             f"{quality['context']} tokens, were not."

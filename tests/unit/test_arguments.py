@@ -33,6 +33,13 @@ CASES = [  # command and options, exit code, what is said
     ("quantize M -o Q --max-kl 1 --no-eval", 2, "cannot go with --no-eval"),
     ("quantize M -o Q --dataset c4 --no-eval", 2, "cannot go with --no-eval"),
     ("quantize M -o Q --text /nowhere.txt", 1, "no such file"),
+    ("quantize M -o Q --inputs /nowhere.safetensors", 1, "no such file"),
+    (
+        "eval M --inputs /nowhere.txt",
+        2,
+        "not a safetensors file of inputs by their names; --text or --dataset name a text",
+    ),
+    ("ladder M -o Q --max-kl 1 --inputs a.safetensors", 2, "quantize and eval measure one scheme on inputs"),
     ("quantize M -o Q --calibration /nowhere.txt --method gptq", 1, "no such file"),
     ("quantize M -o Q --calibration-tokens 0 --method gptq", 2, "0 is not in the range"),
     ("quantize M -o Q --min-top1 95", 2, "write it with a percent sign"),

@@ -265,14 +265,14 @@ def test_encoders(make: Any, names: list[str]) -> None:
     texts = passages(lambda t, **_: letters(t[:60]), TEXT, 60)
     base = make(0)
     found = base_outputs(lambda dtype: copy.deepcopy(base).to(dtype), texts, torch.float32)
-    same = evaluate_encoder(base, found, texts, 60)
+    same = evaluate_encoder(base, found, texts)
     assert list(same.metrics) == names and same.kind == "encoder" and same.documents == 24
     assert all(e.value == pytest.approx(1, abs=1e-12) for e in same.metrics.values())
-    off = evaluate_encoder(near(base, 0.5), found, texts, 60).metrics["embedding_cosine"]
+    off = evaluate_encoder(near(base, 0.5), found, texts).metrics["embedding_cosine"]
     assert off.value < 0.999 and off.low is not None and off.high is not None
     assert not off.within_noise and off.low < off.value < off.high
     if "top1" in names:
-        assert 0 < evaluate_encoder(near(base, 0.5), found, texts, 60).metrics["top1"].value < 1
+        assert 0 < evaluate_encoder(near(base, 0.5), found, texts).metrics["top1"].value < 1
     with pytest.raises(HfQuantError, match="not measured for encoder"):
         Budget(max_kl=1).misses(same)
 
@@ -281,15 +281,15 @@ def test_a_list_of_sentences() -> None:
     """Each line is a passage and a document; with empty lines, paragraphs are passages of their document."""
     lines = "\n".join(f"Sentence {i} is {'very ' * (i % 3)}short." for i in range(20))
     made = passages(lambda t, **_: letters(t), lines, 512)
-    assert len(made.ids) == 20 and len(made.document.unique()) == 20
-    assert made.ids[3].shape[1] == len("Sentence 3 is short.")
+    assert len(made.batches) == 20 and len(made.document.unique()) == 20
+    assert made.batches[3]["input_ids"].shape[1] == len("Sentence 3 is short.")
     got = passages(lambda t, **_: letters(t), f"{lines}<|endoftext|>{lines}", 512)
-    assert len(got.ids) == 40 and len(got.document.unique()) == 2
+    assert len(got.batches) == 40 and len(got.document.unique()) == 2
     paragraphs_of = passages(lambda t, **_: letters(t), f"Heading\n\n{'word ' * 20}\n\n{'more ' * 20}", 512)
-    assert len(paragraphs_of.ids) == 2 and len(paragraphs_of.document.unique()) == 1
+    assert len(paragraphs_of.batches) == 2 and len(paragraphs_of.document.unique()) == 1
     base = bert(BertModel)
     found = base_outputs(lambda dtype: copy.deepcopy(base).to(dtype), made, torch.float32)
-    off = evaluate_encoder(near(base, 0.1), found, made, 512).metrics["embedding_cosine"]
+    off = evaluate_encoder(near(base, 0.1), found, made).metrics["embedding_cosine"]
     assert off.low is not None and off.high is not None and off.high - off.low > 1e-4
 
 
@@ -371,7 +371,7 @@ def test_a_decoder_beside_an_encoder_predicts_the_second_half(tmp_path: Path) ->
     torch.manual_seed(0)
     config = T5Config(vocab_size=64, d_model=32, d_ff=64, d_kv=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
     base = T5ForConditionalGeneration(config).eval()
-    model, text = near(base, 0.3), second_halves(windows(letters, TEXT, 32))
+    model, text = near(base, 0.3), second_halves(windows(letters, TEXT, 32), config)
     reference = cached_reference(
         lambda dtype: copy.deepcopy(base).to(dtype), "base", text, cache=tmp_path, base_dtype=torch.float32, noise=None,
         say=print,

@@ -1,10 +1,9 @@
-"""What it would cost to pad layers whose in_features is no multiple of 32, beside leaving them in floating point.
+"""What it costs to pad layers whose in_features is no multiple of 32, beside leaving them in floating point.
 
     python benchmarks/padded_widths.py [--seconds SECONDS]
 
 A layer of K inputs is computed as one of the next multiple of 32: zeros are put behind the inputs of every call, and the weight has zero
 columns there. Time and bytes of that, of the layer in bfloat16 and in float32, and of the padded product alone, in turns in one run.
-Nothing of this is in the package.
 """
 
 from __future__ import annotations
@@ -24,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _results import write
 
 from hf_quant.bench.machine import cpu_name
-from hf_quant.core.scheme import MULTIPLE, QuantScheme
-from hf_quant.methods import method
+from hf_quant.core.numerics import padded
+from hf_quant.core.scheme import QuantScheme
+from hf_quant.methods import method, quantize
 from hf_quant.nn import QuantLinear
 
 # in_features that real models have: fc2 of SigLIP So400m (Gemma 3, PaliGemma), Qwen2.5-VL's tower, EVA02-L, a rank of adapters
@@ -39,12 +39,11 @@ SCHEMES = ("W4A16-g32", "W8A16-g32", "W8A8")
 ROWS = (1, 256)
 
 
-def padded(weight: Tensor, scheme: QuantScheme) -> tuple[Callable[[Tensor], Tensor], QuantLinear, int]:
-    """A function like the layer of ``weight``, the layer it uses, and the bytes of that."""
-    more = -weight.shape[1] % MULTIPLE
-    codes = method("rtn").quantize(nn.functional.pad(weight, (0, more)), scheme, torch.bfloat16)
-    layer = QuantLinear.of(codes, torch.bfloat16)
-    return lambda x: layer(nn.functional.pad(x, (0, more))), layer, sum(part.nbytes for part in codes.parts().values())
+def layers_of(weight: Tensor, scheme: QuantScheme) -> tuple[QuantLinear, QuantLinear, int]:
+    """The layer of a weight, the same with its padding as inputs like all others, and the bytes of either."""
+    codes = quantize(method("rtn"), weight, scheme, torch.bfloat16)
+    size = sum(part.nbytes for part in codes.parts().values())
+    return QuantLinear.of(codes, torch.bfloat16), QuantLinear.of(codes.stored, torch.bfloat16), size
 
 
 def times(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
@@ -64,13 +63,14 @@ def times(functions: dict[str, Callable[[], object]], seconds: float) -> dict[st
 def row(name: str, weight: Tensor, slug: str, rows: int, seconds: float) -> str:
     """A row of the table."""
     n, k = weight.shape
-    run, layer, nbytes = padded(weight, QuantScheme.parse(slug).fitted(k + -k % MULTIPLE))
+    scheme = QuantScheme.parse(slug).fitted(k)
+    run, product, nbytes = layers_of(weight, scheme)
     x, plain = torch.randn(rows, k).bfloat16(), weight.bfloat16()
-    wide, exact = nn.functional.pad(x, (0, -k % MULTIPLE)), nn.functional.linear(x.float(), weight)
+    wide, exact = padded(x, scheme), nn.functional.linear(x.float(), weight)
     took = times(
         {
             "padded": lambda: run(x),
-            "product": lambda: layer(wide),
+            "product": lambda: product(wide),
             "bf16": lambda: nn.functional.linear(x, plain),
             "float32": lambda: nn.functional.linear(x.float(), weight),
         },

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant import _plugins
-from hf_quant.core.scheme import BITS, QuantScheme
+from hf_quant.core.scheme import BITS, MULTIPLE, QuantScheme
 from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import format_named
-from hf_quant.methods import method
+from hf_quant.methods import method, quantize
 from hf_quant.transforms import Stage, transform
 
-WIDTHS = (32, 96, 160, 576, 640, 896, 960, 1536, 4864)
+WIDTHS = (10, 32, 96, 100, 160, 576, 588, 640, 896, 960, 1536, 2730, 4864)
 ROWS = (1, 3, 33, 576)
 OUTLIERS = ((0.0, False), (0.01, False), (0.01, True))
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -47,14 +47,14 @@ class Case:
 def cases(widths: tuple[int, ...] = WIDTHS, rows: tuple[int, ...] = ROWS) -> Iterator[Case]:
     """All of them, those with the same factorization of the Hessian one after the other."""
     for k in widths:
-        for size in (-1, *(1 << i for i in range(4, 13) if k % (1 << i) == 0)):
+        columns = k + -k % MULTIPLE
+        for size in (-1, *(1 << i for i in range(4, 13) if columns % (1 << i) == 0)):
             for n in rows:
                 for bits in BITS:
                     for symmetric in (True, False):
-                        for share, columns in OUTLIERS:
-                            yield Case(
-                                k, n, QuantScheme(bits, size, symmetric, outliers=share, outlier_columns=columns)
-                            )
+                        for share, whole in OUTLIERS:
+                            scheme = QuantScheme(bits, size, symmetric, outliers=share, outlier_columns=whole)
+                            yield Case(k, n, scheme.fitted(k))
 
 
 @lru_cache(maxsize=1)
@@ -86,7 +86,7 @@ def weight(n: int, k: int) -> Tensor:
 def check_method(name: str, case: Case) -> QuantizedTensor:
     """The result is well formed, and loses no more on the inputs seen than rounding to nearest."""
     W, stats, scheme = weight(case.n, case.k).to(case.dtype), seen(case.k), case.scheme
-    made, plain = (method(each).quantize(W, scheme, case.dtype, s) for each, s in ((name, stats), ("rtn", None)))
+    made, plain = (quantize(method(each), W, scheme, case.dtype, s) for each, s in ((name, stats), ("rtn", None)))
     assert made.scheme == scheme and made.in_features == case.k
     assert made.scale.dtype == case.dtype and made.scale.shape == (case.n, scheme.groups(case.k))
     assert (made.scale > 0).all() and made.scale.isfinite().all() and int(made.codes().max()) <= scheme.qmax

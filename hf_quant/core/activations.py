@@ -14,7 +14,8 @@ def rounded(x: Tensor, weight: QuantizedTensor) -> Tensor:
         return x
     plain = x.detach()
     if weight.scheme.outlier_columns and weight.outliers is not None:
-        plain = plain.index_fill(-1, weight.outliers.index.long().to(x.device), 0)
+        columns = weight.outliers.index.long().to(x.device)
+        plain = plain.index_fill(-1, columns[columns < x.shape[-1]], 0)  # padding may be among them
     scale = None if weight.input_scale is None else weight.input_scale.float().to(x.device)
     codes, scale = quantize_rows(plain, scale)
     return x + (codes * scale - plain).to(x.dtype)

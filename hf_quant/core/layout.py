@@ -1,6 +1,7 @@
 """The parts of a `QuantizedTensor` as modules hold them in memory: their names, shapes and dtypes, and checks of their values.
 
-A weight ``[N, K]`` in G groups a row; a stack of weights has its leading axes before all of these:
+A weight ``[N, K]`` in G groups a row, where K counts the columns that are stored, those of padding too; a stack of weights has its
+leading axes before all of these:
 
 | part | dtype | shape |
 |---|---|---|
@@ -30,7 +31,7 @@ from torch import Tensor
 from hf_quant.core.coded_scales import CodedScales
 from hf_quant.core.numerics import LEVELS
 from hf_quant.core.packing import pack_short, unpack_short
-from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.scheme import MULTIPLE, QuantScheme
 from hf_quant.errors import SchemeError
 
 WEIGHT = "weight"
@@ -78,7 +79,7 @@ def shapes_of(shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype) -
     Raises:
         SchemeError: The groups of the scheme do not divide K.
     """
-    *lead, n, k = shape
+    scheme, (*lead, n, k) = scheme.stored, (*shape[:-1], scheme.columns(shape[-1]))
     groups, outliers = scheme.groups(k), scheme.outlier_count(k)
     codes = (n, k // 4, 4) if scheme.bits == 8 else (n, scheme.packed_bytes(k))
     dtype = scale_dtype(scheme, dtype)
@@ -107,9 +108,9 @@ def bytes_of(shape: tuple[int, ...], scheme: QuantScheme, dtype: torch.dtype) ->
 
 
 def in_features(codes: Shaped, scheme: QuantScheme) -> int:
-    """K, which the width of the codes tells."""
+    """K, which the width of the codes and the padding of the scheme tell."""
     stored: int = codes.shape[-2] * codes.shape[-1] if scheme.bits == 8 else codes.shape[-1]
-    return stored * 8 // scheme.bits
+    return stored * 8 // scheme.bits - scheme.padding
 
 
 def wrong_shape(parts: Mapping[str, Shaped], scheme: QuantScheme) -> str | None:
@@ -121,10 +122,10 @@ def wrong_shape(parts: Mapping[str, Shaped], scheme: QuantScheme) -> str | None:
         return f"weight has shape {list(weight.shape)} and weight_scale {list(scale.shape)}: not those of {scheme}"
     *lead, n, _groups = scale.shape
     k = in_features(weight, scheme)
-    if not n or not k:
+    if not n or k < 1:
         return f"weight has shape {list(weight.shape)}: it is empty"
     try:
-        scheme.fitted(k)  # refuses rows that fill no words
+        _check_padding(k, scheme, stacked=bool(lead))
         expected = shapes_of((n, k), scheme, scale.dtype)
     except SchemeError as error:
         return f"weight has shape {list(weight.shape)}: {error}"
@@ -148,6 +149,7 @@ def wrong_values(parts: Mapping[str, Tensor], scheme: QuantScheme, columns: int)
         scheme: Of the layer.
         columns: K.
     """
+    columns = scheme.columns(columns)
     if scheme.scale_bits is not None:
         parts = {**parts, **_in_one_level(parts, scheme, columns)}
     scale = parts["weight_scale"]
@@ -201,6 +203,13 @@ def coded_parts(scales: CodedScales, scheme: QuantScheme) -> dict[str, Tensor]:
         {} if scales.offset_unit is None else {"weight_zero_point": scales.offset_unit}
     )
     return units | packed_scale_codes(codes, scheme)
+
+
+def _check_padding(k: int, scheme: QuantScheme, *, stacked: bool) -> None:
+    if stacked and scheme.padding:
+        raise SchemeError("stacks of experts are not padded")
+    if scheme.columns(k) % MULTIPLE:
+        raise SchemeError(f"{scheme.columns(k)} columns are not a multiple of {MULTIPLE}")
 
 
 def _in_one_level(parts: Mapping[str, Tensor], scheme: QuantScheme, columns: int) -> dict[str, Tensor]:

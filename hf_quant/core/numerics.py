@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.core import two_levels
@@ -24,6 +25,16 @@ LEVELS = {
         tuple(sign * level + 0.0 for sign in (1, -1) for level in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),
     ),
 }  # fmt: skip
+
+
+def padded(columns: Tensor, scheme: QuantScheme) -> Tensor:
+    """``columns`` ``[..., K]`` with the zeros behind them that ``scheme`` stores."""
+    return F.pad(columns, (0, scheme.padding)) if scheme.padding else columns
+
+
+def grouped(columns: Tensor, scheme: QuantScheme) -> Tensor:
+    """The same in groups, ``[..., G, S]``."""
+    return padded(columns, scheme).unflatten(-1, (scheme.groups(columns.shape[-1]), -1))
 
 
 def minmax(groups: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:

@@ -46,8 +46,13 @@ def columns_of(tensor: QuantizedTensor, start: int, count: int) -> QuantizedTens
     Raises:
         SchemeError: There are no such columns, they cut a group, or the columns are stored in another order.
     """
-    scheme, k = tensor.scheme, tensor.in_features
+    k = tensor.in_features
     _check(start, count, k, "columns")
+    if tensor.scheme.padding:  # which only the last columns take along
+        padding = tensor.scheme.padding if start + count == k else 0
+        part = columns_of(tensor.stored, start, count + padding)
+        return replace(part, scheme=replace(part.scheme, padding=padding))
+    scheme = tensor.scheme
     if tensor.perm is not None:
         raise SchemeError(f"{scheme}: its columns are stored in another order and cannot be taken apart")
     unit = COLUMNS if scheme.blocks else MULTIPLE if scheme.group_size == -1 else max(MULTIPLE, scheme.group_size)

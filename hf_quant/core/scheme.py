@@ -11,7 +11,7 @@ from hf_quant.errors import SchemeError
 
 BITS = (2, 3, 4, 8)  # of codes that are made here
 WIDTHS = tuple(range(2, 9))  # of codes that are read and run
-MULTIPLE = 32  # in_features must be a multiple of this: 32 codes of any width fill whole int32 words
+MULTIPLE = 32  # of stored columns: 32 codes of any width fill whole int32 words
 MOST_OUTLIERS = 0.1  # a larger share would be another precision
 CODEBOOKS = ("nf4", "fp4", "e2m1", "nvfp4")  # of bitsandbytes, MXFP4 and NVFP4; no method here produces them
 ACTIVATIONS = {
@@ -22,7 +22,7 @@ ACTIVATIONS = {
 THRESHOLD = 6.0  # of LLM.int8: an input column with such a large value stays in floating point
 _SLUG = re.compile(
     r"W(?P<bits>\d)(A16|(?P<int8>A8)(?P<how>-static|-threshold)?)(-g(?P<group>\d{1,5}|-1))?(?P<asym>-asym(?P<real>-real)?)?(-(?P<codebook>nf4|fp4|e2m1|nvfp4))?(?P<permuted>-perm)?"
-    r"(-o(?P<share>\d{1,2}(\.\d{1,4})?)%(?P<columns>-columns)?)?"
+    r"(-o(?P<share>\d{1,2}(\.\d{1,4})?)%(?P<columns>-columns)?)?(-pad(?P<padding>[1-9]\d?))?"
 )
 
 
@@ -57,6 +57,8 @@ class QuantScheme:
             or more anywhere in the batch, as in LLM.int8 (arXiv:2208.07339). The inputs of outlier columns stay in floating point.
         blocks: Name of a type of K-quants (`hf_quant.core.k_quants`), whose scales are whole multiples of one number for 256
             columns; the other fields are then its own (`of_blocks`). None for scales of any value.
+        padding: Zero columns stored behind those of the weight, so that a K that is no multiple of 32 fills whole words (`fitted`).
+            Methods here take ``in_features`` without them.
 
     Raises:
         SchemeError: A value is not supported.
@@ -72,6 +74,7 @@ class QuantScheme:
     outlier_columns: bool = False
     activations: str | None = None
     blocks: str | None = None
+    padding: int = 0
 
     def __post_init__(self) -> None:
         if type(self.bits) is not int or self.bits not in WIDTHS:
@@ -96,6 +99,10 @@ class QuantScheme:
     def _check_besides(self) -> None:
         if type(self.outliers) not in (int, float) or not 0 <= self.outliers <= MOST_OUTLIERS:
             raise SchemeError(f"outliers must be a share from 0 to {MOST_OUTLIERS}, got {self.outliers!r}")
+        if type(self.padding) is not int or not 0 <= self.padding < MULTIPLE or (self.padding and self.scale_bits):
+            raise SchemeError(
+                f"padding is 0 to {MULTIPLE - 1} columns, and 0 for scales in two levels, got {self.padding!r}"
+            )
         if type(self.outlier_columns) is not bool or (self.outlier_columns and not self.outliers):
             raise SchemeError(
                 f"outlier_columns must be True or False, True only with outliers, got {self.outlier_columns!r}"
@@ -153,18 +160,19 @@ class QuantScheme:
 
     def groups(self, in_features: int) -> int:
         """Number of groups in a row of ``in_features`` columns."""
-        size = in_features if self.group_size == -1 else self.group_size
-        if self.blocks and in_features % COLUMNS:
+        columns = self.columns(in_features)
+        size = columns if self.group_size == -1 else self.group_size
+        if self.blocks and columns % COLUMNS:
             raise SchemeError(
                 f"blocks of {self.blocks} have {COLUMNS} columns, which does not divide in_features {in_features}"
             )
-        if in_features % size:
-            raise SchemeError(f"group_size {size} does not divide in_features {in_features}")
-        return in_features // size
+        if columns % size:
+            raise SchemeError(f"group_size {size} does not divide in_features {columns}")
+        return columns // size
 
     def packed_bytes(self, in_features: int) -> int:
         """Bytes of one row of packed codes."""
-        return in_features * self.bits // 8
+        return self.columns(in_features) * self.bits // 8
 
     def zero_bytes(self, in_features: int) -> int:
         """Bytes of one row of packed zero points."""
@@ -172,33 +180,40 @@ class QuantScheme:
 
     def outlier_count(self, in_features: int) -> int:
         """Outliers in a row of ``in_features`` columns."""
-        return max(1, round(self.outliers * in_features)) if self.outliers else 0
+        return max(1, round(self.outliers * self.columns(in_features))) if self.outliers else 0
 
     def bits_per_weight(self, in_features: int, scale_bits: int = 16) -> float:
-        """Bits per weight for codes, scales, zero points and outliers, without the indices of outlier columns."""
+        """Bits per weight for codes, scales, zero points, outliers and padding, without the indices of outlier columns."""
         groups = self.groups(in_features)
         if self.scale_bits is not None:
             wide = (16 if self.symmetric else 32) if self.blocks else 32
             return self.bits + (sum(self.scale_bits) * groups + wide * self.units(in_features)) / in_features
         zeros = 0 if self.symmetric else groups * scale_bits if self.real_zero else self.zero_bytes(in_features) * 8
         per_outlier = scale_bits if self.outlier_columns else scale_bits + 16
-        extra = scale_bits * groups + zeros + per_outlier * self.outlier_count(in_features)
+        extra = scale_bits * groups + zeros + per_outlier * self.outlier_count(in_features) + self.bits * self.padding
         return self.bits + extra / in_features
 
+    def columns(self, in_features: int) -> int:
+        """Stored columns of a row of ``in_features``: those and the padding."""
+        return in_features + self.padding
+
     def fitted(self, in_features: int) -> QuantScheme:
-        """This scheme, or the same with the largest smaller group size that divides ``in_features``.
+        """This scheme with the padding that ``in_features`` needs, and the largest group size, not above its own, that divides both.
 
         Raises:
-            SchemeError: ``in_features`` is not a multiple of 32, or of the blocks of a K-quant, so no group size fits.
+            SchemeError: ``in_features`` is not a multiple of the blocks of a K-quant, which are not padded.
         """
         if self.blocks:
             self.groups(in_features)
-        if in_features % MULTIPLE:
-            raise SchemeError(f"in_features {in_features} is not a multiple of {MULTIPLE}")
-        size = self.group_size
-        while size != -1 and in_features % size:
+        size, padding = self.group_size, -in_features % MULTIPLE
+        while size != -1 and (in_features + padding) % size:
             size //= 2
-        return replace(self, group_size=size)
+        return replace(self, group_size=size, padding=padding)
+
+    @property
+    def stored(self) -> QuantScheme:
+        """The scheme of the stored matrix, where the padding is columns like all others."""
+        return replace(self, padding=0) if self.padding else self
 
     @property
     def weights(self) -> QuantScheme:
@@ -233,7 +248,9 @@ class QuantScheme:
         outliers = f"-o{round(100 * self.outliers, 4):g}%" if self.outliers else ""
         inputs = "A16" if self.activations is None else f"A8{ACTIVATIONS[self.activations]}"
         group = "" if self.activations and self.group_size == -1 else f"-g{self.group_size}"
-        return f"W{self.bits}{inputs}{group}{kind}{outliers}" + ("-columns" if self.outlier_columns else "")
+        columns = "-columns" if self.outlier_columns else ""
+        padding = f"-pad{self.padding}" if self.padding else ""
+        return f"W{self.bits}{inputs}{group}{kind}{outliers}{columns}{padding}"
 
     @classmethod
     def parse(cls, slug: str) -> QuantScheme:
@@ -249,5 +266,5 @@ class QuantScheme:
         return cls(
             int(match["bits"]), int(match["group"] or -1), match["asym"] is None,
             match["codebook"], match["real"] is not None, match["permuted"] is not None,
-            share, bool(share and match["columns"]), how if match["int8"] else None,
+            share, bool(share and match["columns"]), how if match["int8"] else None, padding=int(match["padding"] or 0),
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SAMPLE_ROWS = 512  # rows on which the error of rounded activations is measured
@@ -45,6 +46,7 @@ class InputStats:
     sample: list[Tensor] = field(default_factory=list)
     _inverse: Tensor | None = None
     _upper: tuple[Tensor, Tensor] | None = None
+    _padded: InputStats | None = None
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu", *, drift: bool = False) -> InputStats:
@@ -167,9 +169,20 @@ class InputStats:
         blend = min(1.0, max(0.0, fits / size)) if size > 0 else 0.0
         return step.mul_(blend).add_(weight), blend
 
+    def padded(self, columns: int) -> InputStats:
+        """Those of the same inputs with that many zeros behind, for layers that store zero columns; notes are shared."""
+        if self._padded is None:
+            square, row = (0, columns, 0, columns), (0, columns)
+            self._padded = InputStats(
+                F.pad(self.gram, square), self.rows, None if self.drift is None else F.pad(self.drift, square),
+                self.drift_rows, [(F.pad(x, row), F.pad(off, row)) for x, off in self.held], self.notes,
+                F.pad(self.peak, row), [F.pad(x, row) for x in self.sample],
+            )  # fmt: skip
+        return self._padded
+
     def forget(self) -> None:
         """Drop cached results after the sums have changed."""
-        self._inverse = self._upper = None
+        self._inverse = self._upper = self._padded = None
 
     def error(self, original: Tensor, quantized: Tensor) -> float:
         """Squared error of the layer's output over the squared output.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_quant.core.coded_scales import CodedScales, recovered
 from hf_quant.core.layout import WEIGHT, coded_parts, coded_scales, index_dtype, part_name
-from hf_quant.core.numerics import levels
+from hf_quant.core.numerics import levels, padded
 from hf_quant.core.packing import pack, pack_short, unpack, unpack_short
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import SchemeError
@@ -53,6 +53,8 @@ class Outliers:
 @dataclass(frozen=True, slots=True)
 class QuantizedTensor:
     """A quantized weight matrix ``[N, K]``, or a stack of them with leading axes ``...``.
+
+    Below, K counts the columns that are stored, which are more than those of the weight where the scheme has padding.
 
     Attributes:
         qweight: uint8 ``[..., N, K / 8 * bits]``, packed along K by `packing.pack`.
@@ -201,12 +203,22 @@ class QuantizedTensor:
         return QuantizedTensor(**values)
 
     @property
-    def in_features(self) -> int:
-        """K, from the width of the packed codes."""
+    def columns(self) -> int:
+        """Stored columns, from the width of the packed codes."""
         return self.qweight.shape[-1] * 8 // self.scheme.bits
 
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight: the stored ones without padding."""
+        return self.columns - self.scheme.padding
+
+    @property
+    def stored(self) -> QuantizedTensor:
+        """The stored matrix, where the padding is columns like all others."""
+        return replace(self, scheme=self.scheme.stored) if self.scheme.padding else self
+
     def codes(self) -> Tensor:
-        """The codes, uint8 ``[..., N, K]``, in stored order."""
+        """The codes of all stored columns, uint8 ``[..., N, K]``, in stored order."""
         return unpack(self.qweight, self.scheme.bits)
 
     def zeros(self) -> Tensor:
@@ -216,11 +228,12 @@ class QuantizedTensor:
         return torch.full_like(self.scale, self.scheme.zero, dtype=torch.uint8)
 
     def nearest_to(self, weight: Tensor) -> QuantizedTensor:
-        """The nearest codes for ``weight`` ``[..., N, K]``, with the scales, zero points and outlier positions of this tensor.
+        """The nearest codes for a weight, with the scales, zero points and outlier positions of this tensor.
 
         The float32 result of `dequantize` becomes the same codes again.
         """
-        wide = weight.float() if self.perm is None else as_stored(weight.float(), self.perm)
+        wide = padded(weight.float(), self.scheme)
+        wide = wide if self.perm is None else as_stored(wide, self.perm)
         outliers = None
         if self.outliers is not None:
             value, wide = self.outliers.taken_from(wide)
@@ -249,7 +262,8 @@ class QuantizedTensor:
         if self.outliers is not None:
             dense = self.outliers.add_to(dense)
         dense = dense.to(dtype or self.scale.dtype)
-        return dense if self.perm is None else in_order(dense, self.perm)
+        dense = dense if self.perm is None else in_order(dense, self.perm)
+        return dense[..., : -self.scheme.padding].contiguous() if self.scheme.padding else dense
 
 
 def as_stored(weight: Tensor, perm: Tensor) -> Tensor:

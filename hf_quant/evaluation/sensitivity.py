@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_quant.core.numerics import quantize_rows
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.hf._hooks import replaced
-from hf_quant.methods import Method
+from hf_quant.methods import Method, quantize
 from hf_quant.nn._hooks import GATE
 
 FUSED = {
@@ -147,7 +147,7 @@ def _round(weight: Tensor, turned: bool, scheme: QuantScheme, method: Method) ->
     dense = torch.empty_like(stack)
     for i, matrix in enumerate(stack):
         rows = matrix.T if turned else matrix
-        codes = method.quantize(rows.contiguous(), scheme.fitted(rows.shape[1]), torch.bfloat16)
+        codes = quantize(method, rows.contiguous(), scheme.fitted(rows.shape[1]), torch.bfloat16)
         real = codes.dequantize(weight.dtype)
         dense[i] = real.T if turned else real
     return dense.view_as(weight)

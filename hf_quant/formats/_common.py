@@ -113,11 +113,13 @@ def check_input_scale(name: str, scale: Tensor) -> None:
         raise FormatError(f"{name}: must be a finite number above zero")
 
 
-def no_two_levels(scheme: QuantScheme) -> str | None:
-    """Why a format that is not GGUF holds no K-quants; None for other schemes."""
-    if not scheme.blocks:
-        return None
-    return f"scales of {scheme.blocks} are in two levels, which it does not have and GGUF has: --to gguf"
+def held_elsewhere(scheme: QuantScheme) -> str | None:
+    """Why a format of whole words and one level of scales does not hold a scheme, and what does; None if that is not the reason."""
+    if scheme.blocks:
+        return f"scales of {scheme.blocks} are in two levels, which it does not have and GGUF has: --to gguf"
+    if scheme.padding:
+        return f"it has no place for {scheme.padding} zero columns behind a layer's own, which the native format has"
+    return None
 
 
 def settled(tensor: QuantizedTensor) -> QuantizedTensor:

@@ -23,9 +23,9 @@ from hf_quant.formats._common import (
     check_scale,
     each_layer,
     group_of,
+    held_elsewhere,
     integer,
     need,
-    no_two_levels,
     refused,
     scheme_for,
     settled,
@@ -86,7 +86,7 @@ class AWQ(Traits):
         return "Marlin" if marlin and not scheme.symmetric else "AWQ kernel"
 
     def why_not(self, scheme: QuantScheme) -> str | None:
-        if reason := no_two_levels(scheme):
+        if reason := held_elsewhere(scheme):
             return reason
         if scheme.activations:
             return f"it says nothing of activations, and those of {scheme} are INT8 beside {scheme.bits}-bit weights"

@@ -32,9 +32,9 @@ from hf_quant.formats._common import (
     check_scale,
     codes_of,
     each_layer,
+    held_elsewhere,
     is_sequence,
     need,
-    no_two_levels,
     order_of,
     permuted,
     refused,
@@ -130,7 +130,7 @@ class CompressedTensors(Traits):
         return f"Without hf-quant: `pip install compressed-tensors`, {lines}"
 
     def why_not(self, scheme: QuantScheme) -> str | None:
-        if reason := no_two_levels(scheme):
+        if reason := held_elsewhere(scheme):
             return reason
         if scheme.codebook or scheme.real_zero:
             return "it holds integers with integer zero points only"

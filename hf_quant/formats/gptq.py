@@ -26,9 +26,9 @@ from hf_quant.formats._common import (
     check_scale,
     each_layer,
     group_of,
+    held_elsewhere,
     integer,
     need,
-    no_two_levels,
     order_of,
     permuted,
     refused,
@@ -108,7 +108,7 @@ class GPTQ(Traits):
         return None if marlin else f"GPTQ in groups of 32, 64, 128 or a row, not of {scheme.group_size}"
 
     def why_not(self, scheme: QuantScheme) -> str | None:
-        if reason := no_two_levels(scheme):
+        if reason := held_elsewhere(scheme):
             return reason
         if scheme.activations:
             return f"it says nothing of activations, and those of {scheme} are INT8 beside {scheme.bits}-bit weights"

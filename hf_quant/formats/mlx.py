@@ -21,7 +21,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError, SchemeError
 from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
-from hf_quant.formats._common import FLOATS, check_scale, each_layer, integer, need, no_two_levels, refused
+from hf_quant.formats._common import FLOATS, check_scale, each_layer, held_elsewhere, integer, need, refused
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SIZES = (32, 64, 128)
@@ -72,7 +72,7 @@ class MLX(Traits):
         return cls(integer(config, "bits", WIDTHS), integer(config, "group_size", SIZES), entries, parsed)
 
     def why_not(self, scheme: QuantScheme) -> str | None:
-        if reason := no_two_levels(scheme):
+        if reason := held_elsewhere(scheme):
             return reason
         if scheme.foreign or scheme.outliers:
             return f"it holds integers in their order, with whole zero points and no outliers, and not these {scheme.bits}-bit codes"

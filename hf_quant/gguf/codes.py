@@ -119,6 +119,8 @@ def why_not(scheme: QuantScheme) -> str | None:
         return f"GGUF has no type for a codebook of {scheme.bits} bits ({scheme.codebook})"
     if scheme.permuted:
         return f"blocks of GGUF hold columns in their natural order, and these {scheme.bits}-bit codes have another"
+    if scheme.padding:
+        return f"GGUF has no place for {scheme.padding} zero columns behind a layer's own, which the native format has"
     if scheme.outliers:
         return f"GGUF has no place for outliers beside the {scheme.bits}-bit codes"
     if scheme.real_zero and (scheme.bits, scheme.group_size) not in ((2, 16), (4, 32), (5, 32)):

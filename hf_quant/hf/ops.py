@@ -16,6 +16,7 @@ from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.hf._hooks import patterns_of
 from hf_quant.hf.plan import Plan
+from hf_quant.methods import quantize
 from hf_quant.nn import QuantExperts, QuantLinear
 from hf_quant.nn._weight import frozen
 
@@ -144,7 +145,7 @@ class QuantizeOnLoad(ConversionOps):
             if bad:
                 raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")
         solver = self.quantizer.plan.decision.solver(scheme)
-        return solver.quantize(weight, scheme, dtype).parts()
+        return quantize(solver, weight, scheme, dtype).parts()
 
     @property
     def reverse_op(self) -> ConversionOps:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+
 from hf_quant.core.layout import bytes_of
-from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.scheme import MULTIPLE, QuantScheme
 from hf_quant.errors import CheckpointError, PlanError, SchemeError
 from hf_quant.formats import Format, formats, in_memory_format, saved_formats
 from hf_quant.hf._hooks import modules_in_float32
@@ -21,6 +24,9 @@ from hf_quant.solve.recipes import Decision
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 GATED = "down_proj"  # its input, a product of two activations, has peaks that one scale cannot represent
 READ_DIRECTLY = {"dt_proj"}  # Mamba multiplies by this weight without calling the module
+SUBSTANTIAL = (
+    0.05  # of the weights to quantize: so many in layers that need padding are worth a format that fewer programs read
+)
 RESCALED = (
     "attention.output",
     "feed_forward.value",
@@ -127,6 +133,8 @@ def make_plan(
         for name, candidate in by_name.items():
             _decide(name, candidate, config, skips.get(name), draft, frozen)
     tied = _tie(model, by_name, draft)
+    if not frozen and _leave_padded(config.format, by_name, draft):
+        tied = _tie(model, by_name, draft)
     if not draft.schemes and not frozen:
         raise PlanError(
             f"nothing to quantize in {type(model).__name__}: "
@@ -170,25 +178,68 @@ def _spared(name: str, scheme: QuantScheme, config: HfQuantConfig) -> bool:
 
 
 def _fit(name: str, candidate: Candidate, asked: QuantScheme, draft: _Draft, frozen: bool) -> None:
+    k = candidate.in_features
     try:
         if frozen:
-            asked.groups(candidate.in_features)
-        fitted = asked.fitted(candidate.in_features)
+            asked.groups(k)
+        fitted = asked.fitted(k)
+        if frozen and (candidate.kind == "experts" or not asked.padding) and fitted.padding:
+            raise SchemeError(f"in_features {k} is not a multiple of {MULTIPLE}")
+        if asked.padding not in (0, fitted.padding):
+            raise SchemeError(f"{asked}: in_features {k} takes a padding of {fitted.padding}, which need not be given")
     except SchemeError as error:
         if frozen:
             raise CheckpointError(f"quantization_config: {name}: {error}") from None
-        if asked.blocks:
-            simple = "W8A16-g32" if candidate.in_features % 32 == 0 else "float"
-            raise PlanError(
-                f"{name}: {error}; give this layer another scheme, overrides={{{name!r}: {simple!r}}}"
-            ) from None
-        draft.left[name] = str(error)
+        simple = str(QuantScheme(8, 32)) if asked.blocks else str(asked.stored)
+        raise PlanError(
+            f"{name}: {error}; give this layer another scheme, overrides={{{name!r}: {simple!r}}}"
+        ) from None
+    if fitted.padding and not frozen and (reason := _why_not_padded(candidate, fitted)) is not None:
+        draft.left[name] = f"in_features {k} is not a multiple of {MULTIPLE}, and {reason}"
         return
     draft.schemes[name] = fitted
     if asked.foreign and not frozen:
         raise PlanError(f"{name}: {asked.foreign}")
-    if fitted != asked:
-        draft.regrouped[name] = f"group size {fitted.group_size}, since {asked.group_size} does not divide in_features"
+    changes = [f"in_features {k} padded to {fitted.columns(k)} by zeros"] if fitted.padding else []
+    if fitted.group_size != asked.group_size:
+        changes.append(f"group size {fitted.group_size}, since {asked.group_size} does not divide in_features")
+    if changes:
+        draft.regrouped[name] = ", ".join(changes)
+
+
+def _why_not_padded(candidate: Candidate, scheme: QuantScheme) -> str | None:
+    """Why a layer is not padded, whatever the format; None if it may be."""
+    if candidate.kind == "experts":
+        return "stacks of experts are not padded"
+    if bytes_of(candidate.shape, scheme, torch.bfloat16) >= 2 * math.prod(candidate.shape):
+        return "padded codes would take no less memory"
+    return None
+
+
+def _leave_padded(asked: str, by_name: dict[str, Candidate], draft: _Draft) -> bool:
+    """Leave layers that need padding in floating point where the format has no place for it; whether there were some.
+
+    ``"auto"`` gives up the format that it would choose without them only where they are `SUBSTANTIAL`.
+    """
+    padded = {name for name, scheme in draft.schemes.items() if scheme.padding}
+    others = replace(draft, schemes={name: scheme for name, scheme in draft.schemes.items() if name not in padded})
+    fmt = formats()[_format(asked, by_name, others)[0]]
+    sizes = {name: math.prod(by_name[name].shape) for name in draft.schemes}
+    share = sum(sizes[name] for name in padded) / max(1, sum(sizes.values()))
+    if fmt.in_memory or (asked == AUTO and share > SUBSTANTIAL):
+        return False
+    for name in padded:
+        draft.left[name] = (
+            f"in_features {by_name[name].in_features} is not a multiple of {MULTIPLE}; format={in_memory_format()!r} pads it"
+            + (
+                f", and so does {AUTO!r} if that is more than {SUBSTANTIAL:.0%} of the weights to quantize"
+                if asked == AUTO
+                else ""
+            )
+        )
+        del draft.schemes[name]
+        draft.regrouped.pop(name, None)
+    return bool(padded)
 
 
 def freeze(config: HfQuantConfig, plan: Plan) -> None:

@@ -23,7 +23,7 @@ from hf_quant.errors import PlanError
 from hf_quant.formats import format_named, in_memory_format
 from hf_quant.hf import publishing
 from hf_quant.hf.plan import Plan
-from hf_quant.methods import Method
+from hf_quant.methods import Method, quantize
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
 from hf_quant.training import FakeQuantEmbedding, FakeQuantLinear
 from hf_quant.training.experts import as_fake_quant_experts
@@ -95,7 +95,7 @@ def _start_of_stack(module: Any, name: str, scheme: QuantScheme, solver: Method)
 def _start(weight: Tensor, scheme: QuantScheme, solver: Method) -> QuantizedTensor:
     """The weight ``[N, K]`` quantized; without values if it has none."""
     if weight.device.type != "meta":
-        return solver.quantize(weight, scheme, weight.dtype)
+        return quantize(solver, weight, scheme, weight.dtype)
     scale = weight.new_empty(weight.shape[0], scheme.groups(weight.shape[1]))
     return QuantizedTensor(weight, scale, None if scheme.symmetric else scale, scheme)
 

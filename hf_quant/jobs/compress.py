@@ -174,7 +174,8 @@ def _compress(
                 quantized_model, blocks = job.quantized(config), []
             plan = quantized_model.hf_quantizer.plan
         seconds = time.perf_counter() - start
-        job.say(f"{config.scheme if len(set(plan.schemes.values())) < 2 else 'mixed bits'}: {plan.summary()}")
+        kinds = {scheme.stored for scheme in plan.schemes.values()}
+        job.say(f"{config.scheme if len(kinds) < 2 else 'mixed bits'}: {plan.summary()}")
         if plan.params < SMALL:
             job.say(f"{plan.params / 1e6:.0f}M parameters: small models lose more; look at the numbers")
         if not calibrated:

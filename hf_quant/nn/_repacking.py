@@ -62,7 +62,7 @@ class Repacking(Outside):
 
     def _repack(self, name: str, *, shared: bool = False) -> None:
         assert self._backend is not None
-        prepared = self._backend.prepare(self._quantized(name), self._specs[name])
+        prepared = self._backend.prepare(self._quantized(name).stored, self._specs[name])
         self._repacked = {**self._repacked, name: prepared}
         if not shared:
             self._set_codes(name, self._codes(name).new_empty(0))  # one copy of the codes in memory, not two

@@ -23,7 +23,7 @@ class QuantEmbedding(Outside, nn.Embedding):
 
     Args:
         num_embeddings: V.
-        embedding_dim: K, a multiple of 32.
+        embedding_dim: K, which the padding of the scheme makes a multiple of 32.
         scheme: The quantization of a row.
         padding_idx: As in ``nn.Embedding``, but without effect on gradients, which do not reach a quantized table.
         dtype: The dtype of returned rows and of scales.

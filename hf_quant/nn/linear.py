@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_quant.core.layout import in_features, wrong_shape, wrong_values
@@ -14,6 +15,7 @@ from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.errors import CheckpointError, PlanError
 from hf_quant.kernels import LinearSpec, outlier_linear, select
 from hf_quant.methods import method as method_named
+from hf_quant.methods import quantize
 from hf_quant.nn._hooks import mark_initialized
 from hf_quant.nn._outside import seen
 from hf_quant.nn._repacking import Repacking
@@ -27,7 +29,7 @@ class QuantLinear(Repacking, nn.Linear):
     outside of this package sees ``weight`` as a float tensor.
 
     Args:
-        in_features: K, a multiple of 32.
+        in_features: K, which the padding of the scheme makes a multiple of 32.
         out_features: N.
         scheme: The quantization of the weight, or its slug.
         bias: Whether the layer has a bias.
@@ -85,7 +87,8 @@ class QuantLinear(Repacking, nn.Linear):
 
         Args:
             weight: ``[N, K]``.
-            scheme: Of the weight, or its slug; with a smaller group size where its own does not divide K.
+            scheme: Of the weight, or its slug; with a smaller group size where its own does not divide K, and padded where 32 does
+                not.
             dtype: In which the layer computes; None for that of the weight.
             method: How codes are chosen, without looking at inputs: ``"rtn"`` or ``"hqq"``.
 
@@ -97,7 +100,7 @@ class QuantLinear(Repacking, nn.Linear):
         solver = method_named(method)
         if solver.calibrated or known.needs_ranges:
             raise PlanError(f"{method}, {known}: a layer by itself has no inputs to look at; rtn and hqq need none")
-        return cls.of(solver.quantize(weight, known, weight.dtype), dtype or weight.dtype)
+        return cls.of(quantize(solver, weight, known, weight.dtype), dtype or weight.dtype)
 
     @classmethod
     def from_tensors(
@@ -143,8 +146,8 @@ class QuantLinear(Repacking, nn.Linear):
     @property
     def spec(self) -> LinearSpec:
         """What a kernel needs to know about this layer."""
-        device = self.weight_scale.device.type
-        return LinearSpec(self.scheme, self.out_features, self.in_features, self.compute_dtype, device)
+        device, columns = self.weight_scale.device.type, self.scheme.columns(self.in_features)
+        return LinearSpec(self.scheme.stored, self.out_features, columns, self.compute_dtype, device)
 
     def quantized_weight(self) -> QuantizedTensor:
         """The weight in the portable layout; its codes are copied if a kernel has repacked them."""
@@ -178,7 +181,9 @@ class QuantLinear(Repacking, nn.Linear):
         if self._backend is None:
             self._backend = select(spec, repacking=False)
         if prepared is None:
-            prepared = self._backend.prepare(read(self, "weight", self.scheme), spec)
+            prepared = self._backend.prepare(read(self, "weight", spec.scheme), spec)
+        if self.scheme.padding:
+            x = F.pad(x, (0, self.scheme.padding))
         if self.scheme.permuted:
             x = x.index_select(-1, self.weight_perm[0])
         fused = getattr(self._backend, "fused", None)

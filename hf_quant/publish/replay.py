@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_quant.core.numerics import padded
 from hf_quant.core.scheme import THRESHOLD
 from hf_quant.hf.loading import sample_logits
 from hf_quant.kernels._shared.rounded import round_activations
@@ -63,9 +64,14 @@ def _linear(layer: QuantLinear, x: Tensor) -> Tensor:
         columns = layer.weight_outlier_index if layer.scheme.outlier_columns else None
         scale = layer.weight_input_scale if layer.scheme.activations == "tensor" else None
         threshold = THRESHOLD if layer.scheme.activations == "threshold" else 0.0
-        rounded = round_activations(x.reshape(-1, layer.in_features), columns, scale, threshold).view(x.shape)
+        x = padded(x, layer.scheme)
+        rounded = round_activations(x.reshape(-1, x.shape[-1]), columns, scale, threshold).view(x.shape)
         x = rounded if columns is None else rounded.index_copy(-1, columns.long(), x.index_select(-1, columns.long()))
-    return F.linear(x.float(), layer.dequantize(torch.float32), None if layer.bias is None else layer.bias.float())
+    return F.linear(
+        x[..., : layer.in_features].float(),
+        layer.dequantize(torch.float32),
+        None if layer.bias is None else layer.bias.float(),
+    )
 
 
 def _by_reference(module: Any, args: tuple[Any, ...]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,8 +60,13 @@ def title(recipe: Mapping[str, Any]) -> str:
     """Title of the card: the repository, or the base and its quantization."""
     if recipe.get("repo_id"):
         return str(recipe["repo_id"]).rpartition("/")[2]
-    schemes = set(recipe["schemes"].values())
+    schemes = _kinds(recipe)
     return f"{str(recipe['source']['model']).rpartition('/')[2]}, {next(iter(schemes)) if len(schemes) == 1 else 'mixed bits'}"
+
+
+def _kinds(recipe: Mapping[str, Any]) -> set[str]:
+    """The schemes of the layers, without the padding that widths need."""
+    return {str(QuantScheme.parse(slug).stored) for slug in recipe["schemes"].values()}
 
 
 def warning(results: Mapping[str, Any]) -> str | None:
@@ -79,7 +83,7 @@ def warning(results: Mapping[str, Any]) -> str | None:
 
 def verdict(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """How small the model is, what that costs in quality, and how fast it is, for readers who know none of the measures."""
-    schemes, base = Counter(recipe["schemes"].values()), _base_link(recipe["source"])
+    schemes, base = _kinds(recipe), _base_link(recipe["source"])
     what = code(next(iter(schemes))) if len(schemes) == 1 else f"a mix of {', '.join(map(code, sorted(schemes)))}"
     text = f"{base} in {what}"
     if "bytes" in results:

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.methods import quantize
 from hf_quant.nn.experts import expert_input, stacks
 from hf_quant.solve.block import Block, put
 from hf_quant.solve.hidden_states import HiddenStates
@@ -76,10 +77,10 @@ def _solve_expert(
     dense: Tensor = getattr(module, stack)[expert]
     weight = (dense.T if module.is_transposed else dense).contiguous()
     if stats.seen < STARVED:
-        quantized = recipe.decision.without_data().quantize(weight, scheme, recipe.dtype)
+        quantized = quantize(recipe.decision.without_data(), weight, scheme, recipe.dtype)
         notes = [f"expert {expert} saw {stats.seen} tokens: rounded to nearest"]
     else:
-        quantized = recipe.decision.solver(scheme).quantize(weight, scheme, recipe.dtype, stats)
+        quantized = quantize(recipe.decision.solver(scheme), weight, scheme, recipe.dtype, stats)
         notes = [f"expert {expert}: {note}" for note in stats.notes]
     quantized = with_range(quantized, stats.peak)
     return quantized.cpu(), stats.error(weight, quantized.dequantize(torch.float32)), notes

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from hf_quant.core.numerics import floored
+from hf_quant.core.numerics import floored, grouped, padded
 from hf_quant.core.packing import pack
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 
@@ -31,7 +31,7 @@ def place_of(weight: Tensor, quantized: QuantizedTensor) -> Tensor:
     device, groups = weight.device, quantized.scale.shape[-1]
     codes = quantized.codes().to(device).float().unflatten(-1, (groups, -1))
     scale, zero = (tensor.to(device).float()[..., None] for tensor in (quantized.scale, quantized.zeros()))
-    away = (weight.float().reshape(codes.shape) / scale + zero - codes).clamp_(-EDGE, EDGE)
+    away = (grouped(weight.float(), quantized.scheme) / scale + zero - codes).clamp_(-EDGE, EDGE)
     return codes.add_(away, alpha=NEAR).clamp_(0, quantized.scheme.qmax)
 
 
@@ -61,20 +61,20 @@ class Latent:
         if start.outliers is not None:
             index = start.outliers.index.long()
             index = index if index.ndim == start.scale.ndim else index[..., None, :]
-            mask = torch.ones(*start.scale.shape[:-1], start.in_features, device=device)
+            mask = torch.ones(*start.scale.shape[:-1], start.columns, device=device)
             self._coded = mask.scatter_(-1, index.to(device).expand(start.outliers.value.shape), 0).view_as(self.place)
 
     def weight(self) -> Tensor:
         """What the codes mean now: float32 ``[..., N, K]``."""
         weight = ((self._codes() - self._zero) * self._stored()).flatten(-2)
         outliers = self.start.outliers
-        if outliers is None:
-            return weight
-        return Outliers(outliers.index.to(self.device), outliers.value.to(self.device)).add_to(weight)
+        if outliers is not None:
+            weight = Outliers(outliers.index.to(self.device), outliers.value.to(self.device)).add_to(weight)
+        return weight[..., : self.start.in_features]
 
     def take(self, gradient: Tensor) -> None:
         """Hand on the gradient of `weight` ``[..., N, K]``."""
-        steps = gradient.view_as(self.place)
+        steps = padded(gradient, self.start.scheme).view_as(self.place)
         if self._coded is not None:
             steps = steps * self._coded
         self.place.grad = steps * self._stored()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_quant.core.numerics import floored
+from hf_quant.core.numerics import floored, padded
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.solve.ranks import ALONE, Ranks
 from hf_quant.solve.recipes import Decision
@@ -86,7 +86,7 @@ def with_range(quantized: QuantizedTensor, peak: Tensor) -> QuantizedTensor:
     if quantized.scheme.activations != "tensor":
         return quantized
     if quantized.scheme.outlier_columns and quantized.outliers is not None:
-        peak = peak.index_fill(0, quantized.outliers.index.long(), 0)
+        peak = padded(peak, quantized.scheme).index_fill(0, quantized.outliers.index.long(), 0)
     return replace(
         quantized, input_scale=floored(peak.amax()[None] / 127, quantized.scale.dtype).to(quantized.scale.dtype)
     )

@@ -15,6 +15,7 @@ from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import HfQuantError
+from hf_quant.methods import quantize
 from hf_quant.solve.block import Block, put
 from hf_quant.solve.experts import solve_experts
 from hf_quant.solve.hidden_states import Batch, HiddenStates
@@ -152,7 +153,7 @@ def _solve_group(
         if owner == recipe.ranks.rank:
             give_back_memory()  # from the layer before: a factorization takes the most
             weight = stage.weight(local)
-            quantized = recipe.decision.solver(schemes[local]).quantize(weight, schemes[local], recipe.dtype, stats)
+            quantized = quantize(recipe.decision.solver(schemes[local]), weight, schemes[local], recipe.dtype, stats)
             error = stats.error(weight, quantized.dequantize(torch.float32))
             solution = with_range(quantized, stats.peak).cpu(), error, list(stats.notes)
             stats.notes.clear()

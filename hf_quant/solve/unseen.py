@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
+from hf_quant.methods import quantize
 from hf_quant.solve.block import Block, parameter_of, put
 from hf_quant.solve.inputs import Group
 from hf_quant.solve.result import Recipe, Solved
@@ -40,5 +41,5 @@ def nearest(parameter: Tensor, turned: bool, scheme: QuantScheme, recipe: Recipe
     weight = parameter.float()
     weight = (weight.transpose(-1, -2) if turned else weight).contiguous()
     if weight.ndim == 3:
-        return QuantizedTensor.stack([solver.quantize(expert, scheme, recipe.dtype) for expert in weight])
-    return solver.quantize(weight, scheme, recipe.dtype)
+        return QuantizedTensor.stack([quantize(solver, expert, scheme, recipe.dtype) for expert in weight])
+    return quantize(solver, weight, scheme, recipe.dtype)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_quant.core.numerics import floored
+from hf_quant.core.numerics import floored, padded
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import PlanError
@@ -66,7 +66,7 @@ class FakeQuant(nn.Module):
         """
         values = self.values(name) if values is None else values
         scheme, weight, scale, offset = self.trained()[name], values[""], values["_scale"], values.get("_offset")
-        integers = codes(self._by_rows(weight), scale, offset, scheme.bits, self.compute_dtype)
+        integers = codes(padded(self._by_rows(weight), scheme), scale, offset, scheme.bits, self.compute_dtype)
         _, zero = grid(scale, offset, scheme.bits, self.compute_dtype)
         stored = floored(scale, self.compute_dtype).to(self.compute_dtype)
         return QuantizedTensor.from_codes(integers, stored, zero.squeeze(-1), scheme)
@@ -134,10 +134,8 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_cast(self.weight)
-        x = seen(x, self.scheme)
-        y = fake_quant_linear(
-            x, self._by_rows(self.weight), self.weight_scale, self.weight_offset, self.scheme, self.compute_dtype
-        )
+        x, weight = (padded(part, self.scheme) for part in (seen(x, self.scheme), self._by_rows(self.weight)))
+        y = fake_quant_linear(x, weight, self.weight_scale, self.weight_offset, self.scheme, self.compute_dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -170,9 +168,10 @@ class FakeQuantEmbedding(FakeQuant, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         refuse_cast(self.weight)
-        weight, scale = self._rows(ids, self.weight), self._rows(ids, self.weight_scale)
+        weight, scale = padded(self._rows(ids, self.weight), self.scheme), self._rows(ids, self.weight_scale)
         offset = None if self.weight_offset is None else self._rows(ids, self.weight_offset)
-        return fake_quantize(weight, scale, offset, self.scheme, self.compute_dtype, self.compute_dtype)
+        rows = fake_quantize(weight, scale, offset, self.scheme, self.compute_dtype, self.compute_dtype)
+        return rows[..., : self.embedding_dim]
 
     def _rows(self, ids: Tensor, table: Tensor) -> Tensor:
         return nn.functional.embedding(ids, table, self.padding_idx)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.core.activations import rounded
-from hf_quant.core.numerics import floored
+from hf_quant.core.numerics import floored, padded
 from hf_quant.core.pieces import rows_at
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.nn import QuantExperts, QuantLinear
@@ -102,7 +102,7 @@ def _compute_with_scales(module: Any, stored: dict[str, torch.dtype]) -> None:
     dtype = next(iter(stored.values()))
 
     def linear(x: Tensor) -> Tensor:
-        y = product(x, read(module, "weight", module.scheme), dtype)
+        y = product(padded(x, module.scheme), read(module, "weight", module.scheme.stored), dtype)
         return y if module.bias is None else y + module.bias.to(y.dtype)
 
     def expert(x: Tensor, weight: QuantizedTensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.core.numerics import dequantize, quantize, search
+from hf_quant.core.numerics import dequantize, grouped, quantize, search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.core.two_levels import holds
@@ -227,9 +227,10 @@ def rounding_error(weights: list[tuple[Tensor, QuantScheme]], gram: Tensor, scal
     """
     total = 0.0
     for W, scheme in weights:
-        groups = (W * scales).unflatten(1, (scheme.groups(W.shape[1]), -1))
-        importance = (gram.diagonal() / scales.square()).view(groups.shape[1], -1)
+        groups = grouped(W * scales, scheme)
+        importance = grouped(gram.diagonal() / scales.square(), scheme)
         scale, zero = search(groups, scheme, torch.float32, steps, 0.6, importance)
-        off = dequantize(quantize(groups, scale, zero, scheme), scale, zero).flatten(1) / scales - W
+        rounded = dequantize(quantize(groups, scale, zero, scheme), scale, zero).flatten(1)[:, : W.shape[1]]
+        off = rounded / scales - W
         total += ((off @ gram) * off).sum(dtype=torch.float64).item()
     return total

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.core.numerics import dequantize, quantize, quantize_rows, search
+from hf_quant.core.numerics import dequantize, grouped, quantize, quantize_rows, search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.transforms import Stage
 from hf_quant.transforms._fold import fold, powers_of_two, rounding_error
@@ -79,9 +79,9 @@ class SmoothQuant:
         for W, scheme in weights:
             if scheme.activations not in rounded:
                 rounded[scheme.activations] = _inputs(x / scales, scheme)
-            groups = (W * scales).unflatten(1, (scheme.groups(W.shape[1]), -1))
+            groups = grouped(W * scales, scheme)
             scale, zero = search(groups, scheme, torch.float32, self.steps, 0.6)
-            rounded_weight = dequantize(quantize(groups, scale, zero, scheme), scale, zero).flatten(1)
+            rounded_weight = dequantize(quantize(groups, scale, zero, scheme), scale, zero).flatten(1)[:, : W.shape[1]]
             total += (
                 (rounded[scheme.activations] @ rounded_weight.T - x @ W.T).square().sum(dtype=torch.float64).item()
             )

@@ -23,7 +23,7 @@ def run(*command: str, **more: str) -> str:
 
 def test_interpreted_it_equals_float64() -> None:
     """In a process of its own, since TRITON_INTERPRET must be set before triton is imported."""
-    files = [str(HERE / name) for name in ("test_wna16.py", "test_outliers.py", "test_experts.py")]
+    files = [str(HERE / name) for name in ("test_wna16.py", "test_outliers.py", "test_experts.py", "test_padding.py")]
     said = run("-m", "pytest", "-q", "-p", "no:cacheprovider", *files, TRITON_INTERPRET="1")
     assert re.search(r"\d{2,} passed", said) and "skipped" not in said, said
 

@@ -12,11 +12,13 @@ from hf_quant.errors import SchemeError
 SCHEMES = st.builds(
     QuantScheme, st.sampled_from(BITS), st.sampled_from([-1, *(2**i for i in range(4, 14))]), st.booleans()
 )
+ANY_WIDTH = st.integers(1, 12800)
 
 
-@given(SCHEMES)
-def test_slug_round_trip(scheme: QuantScheme) -> None:
-    assert QuantScheme.parse(str(scheme)) == scheme
+@given(SCHEMES, ANY_WIDTH)
+def test_slug_round_trip(scheme: QuantScheme, k: int) -> None:
+    for made in (scheme, scheme.fitted(k)):
+        assert QuantScheme.parse(str(made)) == made
 
 
 @given(st.text() | st.none() | st.integers())
@@ -25,7 +27,10 @@ def test_any_other_slug_is_a_scheme_error(slug: Any) -> None:
         QuantScheme.parse(slug)
 
 
-@pytest.mark.parametrize("slug", ["W9A16-g128", "W4A16-g100", "W4A16-g8", "W4A16-g-2", "W4A4-g128", "W4A16-g128\n"])
+@pytest.mark.parametrize(
+    "slug",
+    ["W9A16-g128", "W4A16-g100", "W4A16-g8", "W4A16-g-2", "W4A4-g128", "W4A16-g128\n", "W8A8-pad0", "W8A8-pad32"],
+)
 def test_close_but_impossible_slugs(slug: str) -> None:
     with pytest.raises(SchemeError):
         QuantScheme.parse(slug)
@@ -50,18 +55,20 @@ def test_impossible_schemes_name_the_field(fields: dict[str, Any], named: str) -
         QuantScheme(**fields)
 
 
-@given(SCHEMES, st.integers(1, 400))
-def test_fitted_divides_and_never_grows(scheme: QuantScheme, words: int) -> None:
-    k = 32 * words
+@given(SCHEMES, ANY_WIDTH)
+def test_fitted_divides_and_never_grows(scheme: QuantScheme, k: int) -> None:
     fitted = scheme.fitted(k)
-    assert fitted.groups(k) >= 1 and fitted.groups(k) * (k if fitted.group_size == -1 else fitted.group_size) == k
-    assert fitted.group_size <= scheme.group_size and (fitted.group_size == -1) == (scheme.group_size == -1)
-    assert fitted.group_size == scheme.group_size or k % (2 * fitted.group_size)  # the largest that fits
+    columns, size = fitted.columns(k), fitted.group_size
+    assert columns % 32 == 0 and 0 <= columns - k == fitted.padding < 32
+    assert fitted.groups(k) >= 1 and fitted.groups(k) * (columns if size == -1 else size) == columns
+    assert size <= scheme.group_size and (size == -1) == (scheme.group_size == -1)
+    assert size == scheme.group_size or columns % (2 * size)  # the largest that fits
+    assert fitted.stored.groups(columns) == fitted.groups(k) and fitted.fitted(k) == fitted
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(SchemeError, match="multiple of 32"):
-        QuantScheme(4).fitted(100)
+    with pytest.raises(SchemeError, match="blocks of Q4_K"):
+        QuantScheme.of_blocks("Q4_K").fitted(100)
     with pytest.raises(SchemeError, match="does not divide"):
         QuantScheme(4, 128).groups(192)
 

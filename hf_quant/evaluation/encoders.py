@@ -22,7 +22,7 @@ from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.measure import estimate, resampled
 from hf_quant.evaluation.reference import Load, Progress
 from hf_quant.evaluation.results import Quality
-from hf_quant.hf.batch_inputs import arguments, inputs_for, on_device
+from hf_quant.hf.batch_inputs import arguments, inputs_for, on_device, same_draws
 
 SHORTEST = 40  # characters; shorter paragraphs are headings
 POSITIONS = 8  # positions of a passage at which logits are compared
@@ -118,8 +118,7 @@ def outputs(model: Any, texts: Passages, progress: Progress = iter) -> dict[str,
     collected: dict[str, list[Tensor]] = {"embedding_cosine": [], "logits_cosine": []}
     for batch in progress(texts.batches):
         encoder = _encoder(model, batch)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # some models draw random numbers: the same ones for the base
+        with same_draws():
             out = encoder(**arguments(encoder, on_device(model, batch)), **_asked(encoder))
         mask = _mask(batch) if "input_ids" in batch else None
         for name, rows in _compared_outputs(out, mask, samples_in(batch), model.config).items():

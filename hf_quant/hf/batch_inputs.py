@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,6 +102,14 @@ def on_device(model: Any, inputs: Inputs) -> Inputs:
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in inputs.items()
     }
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Inside, a model that draws random numbers (masks of ViTMAE) draws the same ones every time; outside, nothing has changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
 
 
 def root_of(model: Any, names: Sequence[str]) -> Any:

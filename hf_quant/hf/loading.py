@@ -21,7 +21,7 @@ from hf_quant.formats import known_methods
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf._hooks import build
 from hf_quant.hf.auto import class_of, config_of, hub_options, vocabulary_of
-from hf_quant.hf.batch_inputs import inputs_for, on_device
+from hf_quant.hf.batch_inputs import inputs_for, on_device, same_draws
 from hf_quant.hf.config import HfQuantConfig, quantized_already, taken_over
 from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, make_plan
@@ -154,7 +154,7 @@ def sample_logits(model: Any, batch: Inputs | None = None) -> Tensor:
 
 def _first_output(model: Any, batch: Inputs) -> Tensor:
     (given,) = inputs_for(model, [batch])
-    with torch.no_grad():
+    with torch.no_grad(), same_draws():
         out: Tensor = model(**on_device(model, given))[0]
     return out
 

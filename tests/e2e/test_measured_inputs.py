@@ -17,10 +17,13 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoTokenizer
 
 import hf_quant as hq
 from hf_quant.cli import main
+from hf_quant.data.text import windows
 from hf_quant.errors import HfQuantError, OptionError
+from tests import yardsticks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from calibrated_kinds import IMAGE, KINDS, fit, held_out
@@ -111,6 +114,8 @@ def test_the_same_as_a_loop_over_samples(name: str, count: int, trained: Any, tm
         ("samples", False) if count > 20 else (None, True)
     )
     assert quality.kind == ("seq2seq" if name == WHISPER else "causal")
+    ends = sum(int((target == 2).sum()) for _, target, _ in one_by_one(inputs))  # of these models the EOS token
+    assert (quality.metrics["stop"].positions if ends else None) == (ends or None)
 
 
 def test_padding_and_placeholders_do_not_count(trained: Any) -> None:
@@ -182,6 +187,25 @@ def test_a_vision_language_model_by_the_commands(trained: Any, tmp_path: Path) -
         "eval", tmp_path / "q", "--base", base, "--inputs", tmp_path / "calibration.safetensors", "--allow-overlap"
     )
     assert allowed.exit_code == 0, allowed.output
+
+
+def test_token_ids_are_measured_like_the_text_they_are_of(tmp_path: Path) -> None:
+    base = yardsticks.make("peaked", tmp_path / "base")
+    text = (base / "heldout.txt").read_text()
+    cut = windows(AutoTokenizer.from_pretrained(base), text, 32, 1024)
+    save_file({"ids": cut.ids}, tmp_path / "ids.safetensors")
+    given = ["--inputs", tmp_path / "ids.safetensors", "--max-kl", "99", "--json"]
+    done = run("quantize", base, "-o", tmp_path / "q", "--scheme", "W3A16-g32", *given)
+    assert done.exit_code == 0, done.output
+    of_ids = json.loads(done.stdout)["results"][0]["quality"]["metrics"]
+    of_text = hq.evaluate(tmp_path / "q", base=base, context=32, max_tokens=1024).quality
+    assert of_text.tokens == len(cut.ids) * 31 and of_text.inputs == []
+    for name in ("kl", "perplexity", "top1"):
+        assert of_ids[name]["value"] == pytest.approx(of_text.metrics[name].value, rel=1e-5)
+    train = ["train", base, "-o", tmp_path / "t", "--data", base / "calibration.txt", "--scheme", "W3A16-g32"]
+    done = run(*train, "--steps", "2", "--batch", "2", "--train-context", "32", *given)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["results"][0]["quality"]["documents"] == len(cut.ids)
 
 
 def test_what_cannot_be_measured_is_refused_before_anything_runs(trained: Any, tmp_path: Path) -> None:

@@ -116,8 +116,8 @@ def outputs(model: Any, texts: Passages, progress: Progress = iter) -> dict[str,
         HfQuantError: The model gives NaN or infinite values, or neither hidden states nor logits.
     """
     collected: dict[str, list[Tensor]] = {"embedding_cosine": [], "logits_cosine": []}
+    encoder = _reader(model, texts)
     for batch in progress(texts.batches):
-        encoder = _encoder(model, batch)
         with same_draws():
             out = encoder(**arguments(encoder, on_device(model, batch)), **_asked(encoder))
         mask = _mask(batch) if "input_ids" in batch else None
@@ -132,16 +132,16 @@ def outputs(model: Any, texts: Passages, progress: Progress = iter) -> dict[str,
     return {name: values for name, values in collected.items() if values}
 
 
-def _encoder(model: Any, batch: Inputs) -> Any:
-    """What reads a batch: the model, or its encoder where its decoder is given nothing to say."""
+def _reader(model: Any, texts: Passages) -> Any:
+    """What reads a text or samples: the model, or the encoder of one whose decoder is given nothing to say.
+
+    A classifier with a decoder hands its inputs on to it, so it runs as it is; only a text may lack the end that it looks for.
+    """
     takes = inspect.signature(model.forward).parameters
-    if (
-        getattr(model.config, "is_encoder_decoder", False)
-        and "decoder_input_ids" in takes
-        and "decoder_input_ids" not in batch
-    ):
-        return model.get_encoder()
-    return model
+    if not getattr(model.config, "is_encoder_decoder", False) or "decoder_input_ids" not in takes:
+        return model
+    classifies = texts.inputs and "labels" in takes
+    return model if classifies or "decoder_input_ids" in texts.batches[0] else model.get_encoder()
 
 
 def _asked(encoder: Any) -> dict[str, bool]:
@@ -166,10 +166,10 @@ def _compared_outputs(out: Any, mask: Tensor | None, samples: int, config: Any) 
 
 
 def _hidden(out: Any) -> Tensor | None:
-    """The last hidden states of a model; of one that embeds images and text, both embeddings."""
+    """The last hidden states of a model, or those of its encoder; of one that embeds images and text, both embeddings."""
     last, states = getattr(out, "last_hidden_state", None), getattr(out, "hidden_states", None)
-    if last is None and states:
-        last = states[-1]
+    if last is None:
+        last = states[-1] if states else getattr(out, "encoder_last_hidden_state", None)
     if last is None:
         embeddings = [tensor for name in EMBEDDINGS if (tensor := getattr(out, name, None)) is not None]
         alike = len({len(tensor) for tensor in embeddings}) == 1

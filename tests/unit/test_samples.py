@@ -85,6 +85,14 @@ def images(count: int) -> dict[str, Tensor]:
      {"input_values": torch.randn(3, 2000)}, ["embedding_cosine", "logits_cosine", "top1"]),
     (tf.CLIPModel, tf.CLIPConfig(text_config=SMALL | {"vocab_size": 64}, vision_config=SMALL | {"image_size": 32, "patch_size": 16}),
      images(3) | {"input_ids": torch.randint(3, 60, (3, 5))}, ["embedding_cosine"]),
+    (tf.BartForSequenceClassification,
+     tf.BartConfig(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+                   encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=16),
+     {"input_ids": torch.tensor([[5, 6, 7, 8, 2]] * 3)}, ["embedding_cosine", "logits_cosine", "top1"]),
+    (tf.BartModel,
+     tf.BartConfig(vocab_size=64, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+                   encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=16),
+     {"input_ids": torch.tensor([[5, 6, 7, 8, 2]] * 3)}, ["embedding_cosine"]),
 ])  # fmt: skip
 def test_what_is_compared(kind: Any, config: Any, batch: dict[str, Tensor], names: list[str]) -> None:
     torch.manual_seed(0)

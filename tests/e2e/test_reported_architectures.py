@@ -35,7 +35,7 @@ ROUNDED = [
     ("pvt_v2", "PvtV2ForImageClassification"),
     ("sam3_lite_text_text_model", "Sam3LiteTextTextModel"),
     ("sarvam_moe", "Glm4MoeForCausalLM"), ("segformer", "SegformerForImageClassification"), ("sew-d", "SEWDForCTC"),
-    ("sew", "SEWForCTC"),
+    ("sew", "SEWForCTC"), ("swiftformer", "SwiftFormerForImageClassification"),
     ("tipsv2", "Tipsv2Model"),
     ("tipsv2_vision_model", "Tipsv2VisionModel"), ("unispeech-sat", "UniSpeechSatForCTC"),
     ("unispeech", "UniSpeechForCTC"), ("vits", "VitsModel"), ("voxtral_realtime_encoder", "VoxtralRealtimeEncoder"),
@@ -43,7 +43,7 @@ ROUNDED = [
 ]  # fmt: skip
 NOTHING = [
     # convolutions around a head, and I-BERT, whose layers compute with their weights in their own way
-    ("ibert", "IBertForMaskedLM"), ("swiftformer", "SwiftFormerForImageClassification"),
+    ("ibert", "IBertForMaskedLM"),
     ("bit", "BitForImageClassification"), ("mobilenet_v1", "MobileNetV1ForImageClassification"),
     ("mobilenet_v2", "MobileNetV2ForImageClassification"), ("mobilevitv2", "MobileViTV2ForImageClassification"),
     ("regnet", "RegNetForImageClassification"), ("resnet", "ResNetForImageClassification"),

@@ -45,7 +45,18 @@ def test_learned_codes_lose_less_than_calibrated_ones(folders: Any, tmp_path: Pa
     errors, costs = {}, {}
     for method in ("calibrated", "learned"):
         args = ("--method", method, *(("--epochs", 8, "--no-tune") if method == "learned" else ()))
-        run("quantize", folders("peaked"), "-o", tmp_path / method, "--scheme", "W3A16-g32-asym", *args, *FEW)
+        run(
+            "quantize",
+            folders("peaked"),
+            "-o",
+            tmp_path / method,
+            "--scheme",
+            "W3A16-g32-asym",
+            *args,
+            *FEW,
+            "--calibration-tokens",
+            4096,
+        )
         recipe, results = (json.loads((tmp_path / method / f"{n}.json").read_text()) for n in ("recipe", "results"))
         errors[method] = [block["error"] for block in recipe["blocks"]]
         costs[method] = results["quality"]["metrics"]["kl"]["value"]

@@ -92,7 +92,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     layers: dict[str, Layer] = {}
     for module in model.modules():
         if isinstance(module, QuantLinear):
-            scheme, n, k = module.scheme, module.out_features, module.in_features
+            scheme, n, k = module.spec.scheme, module.spec.out_features, module.spec.in_features  # with padding
             layers.setdefault(key(scheme.bits, n, k), (scheme, n, k, module.compute_dtype))
     return list(layers.values())
 

@@ -164,3 +164,11 @@ def test_rows_of_a_table() -> None:
     table.finished()
     ids = torch.tensor([[3, 0], [39, 3]])
     assert torch.equal(table(ids), weight.dequantize()[ids]) and table.weight.shape == (40, 100)
+
+
+def test_tiles_are_tuned_for_what_a_kernel_multiplies() -> None:
+    pytest.importorskip("triton")
+    from hf_quant.bench.gpu import layers_of
+
+    model = torch.nn.Sequential(QuantLinear.of(coded("W4A16-g32", 40, 100)[0]))
+    assert layers_of(model) == [(QuantScheme(4, 32), 40, 128, torch.float32)]

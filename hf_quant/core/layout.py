@@ -186,23 +186,21 @@ def coded_scales(parts: Mapping[str, Tensor], scheme: QuantScheme, columns: int)
     return CodedScales(*unpacked)
 
 
-def packed_scale_codes(codes: Mapping[str, Tensor], scheme: QuantScheme) -> dict[str, Tensor]:
-    """The parts of these fields of `CodedScales`."""
-    assert scheme.scale_bits is not None
-    named = {
-        "code": ("weight_scale_code", scheme.scale_bits[0]),
-        "offset": ("weight_zero_point_code", scheme.scale_bits[1]),
-    }
-    return {named[field][0]: pack_short(tensor, named[field][1]) for field, tensor in codes.items()}
-
-
 def coded_parts(scales: CodedScales, scheme: QuantScheme) -> dict[str, Tensor]:
     """Inverse of `coded_scales`."""
-    codes = {"code": scales.code} | ({} if scales.offset is None else {"offset": scales.offset})
-    units = {"weight_scale": scales.unit} | (
-        {} if scales.offset_unit is None else {"weight_zero_point": scales.offset_unit}
-    )
-    return units | packed_scale_codes(codes, scheme)
+    assert scheme.scale_bits is not None
+    parts = {"weight_scale": scales.unit, "weight_scale_code": pack_short(scales.code, scheme.scale_bits[0])}
+    if scales.offset is not None and scales.offset_unit is not None:
+        parts["weight_zero_point"] = scales.offset_unit
+        parts["weight_zero_point_code"] = pack_short(scales.offset, scheme.scale_bits[1])
+    return parts
+
+
+def scale_parts(scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> dict[str, Tensor]:
+    """Of scales and zero points ``[..., N, G]`` in one level."""
+    if zero is None:
+        return {"weight_scale": scale}
+    return {"weight_scale": scale, "weight_zero_point": zero if scheme.real_zero else pack_short(zero, scheme.bits)}
 
 
 def _check_padding(k: int, scheme: QuantScheme, *, stacked: bool) -> None:

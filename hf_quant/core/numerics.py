@@ -80,6 +80,13 @@ def levels(codebook: str, device: torch.device) -> Tensor:
         return torch.tensor(LEVELS[codebook], device=device)
 
 
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same in shape, dtype and every bit, the signs of zeros too."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
+
+
 def floored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``scale`` rounded to ``dtype``, as float32, and never zero, so that a group of zeros stays finite.
 

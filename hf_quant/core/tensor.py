@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hf_quant.core.coded_scales import CodedScales, recovered
-from hf_quant.core.layout import WEIGHT, coded_parts, coded_scales, index_dtype, part_name
+from hf_quant.core.layout import WEIGHT, coded_parts, coded_scales, index_dtype, part_name, scale_parts
 from hf_quant.core.numerics import levels, padded
-from hf_quant.core.packing import pack, pack_short, unpack, unpack_short
+from hf_quant.core.packing import pack, unpack, unpack_short
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.errors import SchemeError
 
@@ -116,16 +116,12 @@ class QuantizedTensor:
         Args:
             name: Name of the codes, from which the other names are derived.
         """
-        parts = {
-            WEIGHT: self.qweight.unflatten(-1, (-1, 4)) if self.scheme.bits == 8 else self.qweight,
-            "weight_scale": self.scale,
-        }
+        parts = {WEIGHT: self.qweight.unflatten(-1, (-1, 4)) if self.scheme.bits == 8 else self.qweight}
         if self.scheme.scale_bits is not None:
             coded = self.coded or recovered(self.scale, self.zero_point, self.scheme)
             parts |= coded_parts(coded, self.scheme)
-        elif self.zero_point is not None:
-            real = self.scheme.real_zero
-            parts["weight_zero_point"] = self.zero_point if real else pack_short(self.zero_point, self.scheme.bits)
+        else:
+            parts |= scale_parts(self.scale, self.zero_point, self.scheme)
         if self.perm is not None:
             parts["weight_perm"] = self.perm
         if self.outliers is not None:

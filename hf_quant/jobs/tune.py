@@ -110,7 +110,7 @@ def store_scales(model: nn.Module, folder: Path) -> None:
         HfQuantError: The checkpoint has no such tensor; names it.
     """
     scales = {
-        f"{name}.{weight}_scale": getattr(module, f"{weight}_scale").data.cpu()
+        f"{name}.{weight}_scale": module._quantized(weight).parts(weight)[f"{weight}_scale"].cpu()
         for name, module in model.named_modules()
         if isinstance(module, (QuantLinear, QuantExperts))
         for weight in module._schemes()

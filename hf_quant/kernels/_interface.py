@@ -43,8 +43,8 @@ class LinearBackend(Protocol[P]):
     A backend may also have ``fused(x, prepared, spec, bias, outliers)``: `linear` with both added before it rounds; and
     ``experts(x, prepared, spec, ends, order, bias, outliers)``: the same for a stack of weights, rows sorted by `by_expert`.
 
-    One whose layout holds the codes of scales in two levels has ``scale_codes(prepared, spec)``: they, uint8 ``[N, G]``, by the name of
-    their field of `CodedScales`; the module then holds no others.
+    One whose layout holds scales and zero points has ``scales(prepared, spec)``: they as parts by name (`core.layout`). Those that are
+    to the last bit what the module holds, but for their dtype, are then in memory once, in the layout.
 
     Attributes:
         priority: Backends are tried from the highest to the lowest.

@@ -158,6 +158,10 @@ class CpuInt8:
     def restore(self, prepared: OneDnnWeight, spec: LinearSpec) -> Tensor:
         return prepared.packed.to_dense().T.contiguous().view(torch.uint8) ^ 0x80
 
+    def scales(self, prepared: OneDnnWeight, spec: LinearSpec) -> dict[str, Tensor]:
+        """See `LinearBackend`."""
+        return {"weight_scale": prepared.scale[:, None]}
+
     def linear(self, x: Tensor, prepared: OneDnnWeight, spec: LinearSpec) -> Tensor:
         grid = prepared.rounding
         product = _product if may_skip_dispatcher(x) and x.is_floating_point() else cpu_int8_linear

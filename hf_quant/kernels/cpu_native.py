@@ -61,27 +61,33 @@ def _product(x: Tensor, weight: bytes) -> Tensor:
 
 
 @implements("cpu_native_linear")
-def cpu_native_linear(x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> Tensor:
+def cpu_native_linear(
+    x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, unit: Tensor | None, zero_unit: Tensor | None,
+    subtracted: bool, bits: int, n: int,
+) -> Tensor:  # fmt: skip
     """``x [M, K]`` times the packed codes: ``[M, N]``.
 
     Args:
         x: ``[M, K]``.
-        tiles: uint8 ``[ceil(N / 16), K / 32, 64 bits]``, the layout of ``_native/csrc/cpu.h``.
-        scale: float32 or bf16 ``[ceil(N / 16), G, 16]``.
-        zero: Zero points like ``scale``, or None where all are ``2 ** (bits - 1)``.
+        tiles: As all that follow but ``n`` as in `NativeWeight`.
+        scale: The scales.
+        zero: The zero points, or None where all are ``2 ** (bits - 1)``.
+        unit: Units of scales in two levels, or None.
+        zero_unit: The same of offsets.
+        subtracted: Whether ``zero`` is subtracted from scaled codes.
         bits: Width of a code.
         n: N.
     """
-    return _product(x, described(tiles, scale, zero, bits, n))
+    return _product(x, described(tiles, scale, zero, unit, zero_unit, subtracted, bits, n))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, tiles, scale, zero, ctx.bits, _ = inputs
-    ctx.save_for_backward(tiles, scale, zero)
+    _, *weight, ctx.subtracted, ctx.bits, _ = inputs
+    ctx.save_for_backward(*weight)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return backward(grad, *ctx.saved_tensors, ctx.bits), None, None, None, None, None
+    return backward(grad, *ctx.saved_tensors, ctx.subtracted, ctx.bits), *[None] * 8
 
 
 cpu_native_linear.register_autograd(_backward, setup_context=_save)
@@ -102,15 +108,15 @@ class CpuNative:
     def restore(self, prepared: NativeWeight, spec: LinearSpec) -> Tensor:
         return portable(prepared.tiles, spec)
 
-    def scale_codes(self, prepared: NativeWeight, spec: LinearSpec) -> dict[str, Tensor]:
+    def scales(self, prepared: NativeWeight, spec: LinearSpec) -> dict[str, Tensor]:
         """See `LinearBackend`."""
-        return prepared.codes_of_scales(spec.out_features)
+        return prepared.scales(spec)
 
     def linear(self, x: Tensor, prepared: NativeWeight, spec: LinearSpec) -> Tensor:
         if may_skip_dispatcher(x):
             return _product(x, prepared.description)
         rows, n = flat(x, spec.in_features), spec.out_features
-        y = cpu_native_linear(rows, prepared.tiles, *prepared.in_one_level(), spec.scheme.bits, n)
+        y = cpu_native_linear(rows, *prepared.operands, spec.scheme.bits, n)
         return y.reshape(*x.shape[:-1], n)
 
 

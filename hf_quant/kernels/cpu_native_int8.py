@@ -58,15 +58,15 @@ def cpu_native_int8_linear(
 
     Args:
         x: ``[M, K]``.
-        tiles: uint8 ``[ceil(N / 16), K / 32, 64 bits]``, the layout of ``_native/csrc/cpu.h``.
-        scale: float32 or bf16 ``[ceil(N / 16), G, 16]``.
-        zero: Zero points like ``scale``, or None where all are ``2 ** (bits - 1)``.
+        tiles: As the next two as in `NativeWeight`.
+        scale: The scales, in one level.
+        zero: The zero points, or None where all are ``2 ** (bits - 1)``.
         columns: int16 or int32 ``[C]``, left out; None for none.
         ranges: The scale of all activations, ``[1]``, or None for one of each row.
         bits: Width of a code.
         n: N.
     """
-    return _product(x, described(tiles, scale, zero, bits, n), columns, ranges)
+    return _product(x, described(tiles, scale, zero, None, None, False, bits, n), columns, ranges)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -76,7 +76,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """As if activations were not rounded."""
-    return backward(grad, *ctx.saved_tensors, ctx.bits), *[None] * 7
+    return backward(grad, *ctx.saved_tensors, None, None, False, ctx.bits), *[None] * 7
 
 
 cpu_native_int8_linear.register_autograd(_backward, setup_context=_save)
@@ -114,6 +114,10 @@ class CpuNativeInt8:
 
     def restore(self, prepared: NativeInt8Weight, spec: LinearSpec) -> Tensor:
         return portable(prepared.weight.tiles, spec)
+
+    def scales(self, prepared: NativeInt8Weight, spec: LinearSpec) -> dict[str, Tensor]:
+        """See `LinearBackend`."""
+        return prepared.weight.scales(spec)
 
     def linear(self, x: Tensor, prepared: NativeInt8Weight, spec: LinearSpec) -> Tensor:
         weight, grid = prepared.weight, prepared.rounding

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_quant.core.layout import scale_parts
 from hf_quant.core.numerics import levels
 from hf_quant.core.packing import pack, unpack
 from hf_quant.core.scheme import QuantScheme
@@ -337,6 +338,12 @@ class TritonWNA16:
             prepared.packed, bits, plane(grouped(spec.scheme, spec.in_features), bits), spec.in_features
         )
         return codes if bits == spec.scheme.bits else pack(codes, spec.scheme.bits)
+
+    def scales(self, prepared: PlanarWeight, spec: LinearSpec) -> dict[str, Tensor]:
+        """See `LinearBackend`; those in two levels were multiplied out."""
+        if spec.scheme.scale_bits is not None:
+            return {}
+        return scale_parts(prepared.scale.mT, None if prepared.zero is None else prepared.zero.mT, spec.scheme)
 
     def linear(self, x: Tensor, prepared: PlanarWeight, spec: LinearSpec) -> Tensor:
         return self.fused(x, prepared, spec)

@@ -1,4 +1,4 @@
-"""Codes repacked into the layout of a kernel, invisible to other code."""
+"""Codes and scales repacked into the layout of a kernel, invisible to other code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from hf_quant.core.layout import PARTS, WEIGHT, packed_scale_codes, part_name
+from hf_quant.core.layout import PARTS, WEIGHT, part_name
+from hf_quant.core.numerics import same_bits
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearBackend, LinearSpec
@@ -30,7 +31,7 @@ def _keep_for_child(tensors: Iterable[Tensor]) -> None:
 
 
 class Repacking(Outside):
-    """A module whose codes `choose_kernel` may repack, in place of the portable ones.
+    """A module whose codes and scales `choose_kernel` may repack, in place of the portable ones.
 
     ``state_dict``, copies and pickles have the portable layout, and every move of the module chooses a kernel again.
     """
@@ -50,11 +51,13 @@ class Repacking(Outside):
 
     def _quantized(self, name: str) -> QuantizedTensor:
         """The weight in the portable layout; its codes are copied if only a kernel's layout is in memory."""
-        scheme, restored = self._schemes()[name], {}
+        restored = {}
         if self._backend is not None and self._emptied(name):
             restored[WEIGHT] = self._backend.restore(self._repacked[name], self._specs[name])
-            restored |= self._scale_codes(name, scheme)
-        return read(self, name, scheme, restored=restored)
+            for part, tensor in self._laid_out_scales(name):
+                if 0 in self._part(name, part).shape:
+                    restored[part] = tensor
+        return read(self, name, self._schemes()[name], restored=restored)
 
     def _emptied(self, name: str) -> bool:
         """Whether these codes exist only in the layout of a kernel."""
@@ -64,17 +67,24 @@ class Repacking(Outside):
         assert self._backend is not None
         prepared = self._backend.prepare(self._quantized(name).stored, self._specs[name])
         self._repacked = {**self._repacked, name: prepared}
-        if not shared:
-            self._set_codes(name, self._codes(name).new_empty(0))  # one copy of the codes in memory, not two
-            for part in self._scale_codes(name, self._schemes()[name]):
-                self._parameters[part_name(name, part)] = frozen(self._codes(name).new_empty(0))
+        if shared:
+            return
+        for part, tensor in self._laid_out_scales(name):  # one copy of scales and codes in memory, not two
+            stored = self._part(name, part)
+            if same_bits(tensor, stored):
+                self._parameters[part_name(name, part)] = frozen(stored.new_empty(*stored.shape[:-1], 0))
+        self._set_codes(name, self._codes(name).new_empty(0))
 
-    def _scale_codes(self, name: str, scheme: QuantScheme) -> dict[str, Tensor]:
-        """The codes of scales in two levels that the layout of the kernel holds, as parts."""
-        read = getattr(self._backend, "scale_codes", None)
-        if scheme.scale_bits is None or read is None:
-            return {}
-        return packed_scale_codes(read(self._repacked[name], self._specs[name]), scheme)
+    def _part(self, name: str, part: str) -> Tensor:
+        tensor: Tensor = getattr(self, part_name(name, part))
+        return tensor
+
+    def _laid_out_scales(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """Parts that hold scales and zero points, as the layout of the kernel gives them, in the dtypes of the parameters."""
+        scales = getattr(self._backend, "scales", None)
+        if scales is not None:
+            for part, tensor in scales(self._repacked[name], self._specs[name]).items():
+                yield part, tensor.to(self._part(name, part).dtype)
 
     def _set_codes(self, name: str, codes: Tensor) -> None:
         self._parameters[name] = frozen(codes)
@@ -89,11 +99,12 @@ class Repacking(Outside):
                         yield full, part
 
     def _unpack(self) -> None:
-        for name, codes in list(self._portable()):
+        restored = dict(self._portable())
+        for name in sorted(restored, key=self._schemes().__contains__):  # codes last, where sizes are counted
             if name in self._schemes():
-                self._set_codes(name, codes)
+                self._set_codes(name, restored[name])
             else:
-                self._parameters[name] = frozen(codes)
+                self._parameters[name] = frozen(restored[name])
         self._backend, self._repacked = None, {}
 
     def _finer(self) -> list[nn.Parameter]:

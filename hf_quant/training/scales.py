@@ -69,6 +69,8 @@ def trainable_scales(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
         for name, module in model.named_modules()
         if isinstance(module, (QuantLinear, QuantExperts)) and not getattr(module, "shares_codes", False)
     }
+    for module in layers.values():
+        module._unpack()
     frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
     originals = {
@@ -76,8 +78,6 @@ def trainable_scales(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
         for name, module in layers.items()
         for scale in (f"{weight}_scale" for weight in module._schemes())
     }
-    for module in layers.values():
-        module._unpack()
     for module, scale, parameter in originals.values():
         module._parameters[scale] = nn.Parameter(parameter.data.float())
     for module in layers.values():

@@ -27,6 +27,11 @@ def layer(slug, n, k, dtype):
     made = method("rtn", steps=0).quantize(torch.randn(n, k) + 0.1, replace(scheme, real_zero=False), dtype, stats)
     zero = made.zero_point.to(dtype) + 0.25 if scheme.real_zero else made.zero_point
     weight = replace(made, scheme=scheme, zero_point=zero)
+    if (
+        scheme.real_zero and dtype is torch.float32
+    ):  # as in Q4_1 of GGUF, where a number is subtracted from scaled codes
+        scale = made.scale.half().float()
+        weight = replace(weight, scale=scale, zero_point=(zero * scale).half().float() / scale)
     if scheme.activations == "tensor":
         weight = replace(weight, input_scale=torch.tensor([2.5 / 127], dtype=dtype))
     return replace(weight, outliers=None), weight.outliers, LinearSpec(scheme, n, k, dtype, "cpu")

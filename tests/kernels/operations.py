@@ -78,8 +78,8 @@ def arguments(name: str, slug: str = ASYMMETRIC, m: int = M, dtype: torch.dtype 
             None if t is None else t.clone() for t in (p.tiles, p.scale, p.zero)
         )  # not in a large page
         if first is grad:
-            return grad, tiles, scale, zero, bits
-        more = (row, torch.tensor([0.1])) if kind == "cpu_native_int8" else ()
+            return grad, tiles, scale, zero, None, None, False, bits
+        more = (row, torch.tensor([0.1])) if kind == "cpu_native_int8" else (None, None, False)
         return (x, tiles, scale, zero, *more, bits, N)
     if kind == "outlier_rows":
         return (grad, index, value, K) if first is grad else (x, index, value)

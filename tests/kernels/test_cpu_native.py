@@ -182,13 +182,13 @@ def test_rows_of_any_shape_and_none_of_another_width(slug: str) -> None:
             if slug == "W8A8":
                 cpu_native_int8.cpu_native_int8_linear(other, w.tiles, w.scale, None, None, None, 8, 20)
             else:
-                cpu_native.cpu_native_linear(other, w.tiles, w.scale, None, 4, 20)
+                cpu_native.cpu_native_linear(other, *w.operands, 4, 20)
 
 
 @built
 def test_the_module_takes_no_other_bytes_for_a_weight() -> None:
     for wrong in (b"", bytes(63), 5):
-        with pytest.raises(TypeError, match="linear takes a weight of 88 bytes first"):
+        with pytest.raises(TypeError, match="linear takes a weight of 104 bytes first"):
             compiled._cpu.linear(wrong, 0, 0, 0, 0, 0)  # type: ignore[arg-type]
 
 
@@ -219,7 +219,7 @@ def test_the_op_is_well_formed() -> None:
     w = backend.prepare(weight, spec)
     x = torch.randn(5, 64, requires_grad=True)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(cpu_native.cpu_native_linear, (x, w.tiles, w.scale, w.zero, 4, 48), test_utils=checks)
+    torch.library.opcheck(cpu_native.cpu_native_linear, (x, *w.operands, 4, 48), test_utils=checks)
     grad = torch.randn(5, 48)
     backend.linear(x, w, spec).backward(grad)
     torch.testing.assert_close(x.grad, grad @ weight.dequantize(torch.float32), rtol=1e-4, atol=1e-4)

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hf_quant import _plugins
+from hf_quant.core.coded_scales import CodedScales
 from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import KernelError
 from hf_quant.kernels import LinearSpec, outlier_linear, select
 from hf_quant.kernels._native import compiled
@@ -149,13 +151,14 @@ def test_a_gradient_without_columns() -> None:
         ({"n": N + 16}, "tiles has shape"), ({"n": 0}, "n must be at least 1"), ({"n": -16}, "n must be at least 1"),
         ({"bits": 9}, "bits must be one of 2, 3, 4, 5, 6, 7, 8, got 9"), ({"bits": 0}, "bits must be one of"),
         ({"bits": 8}, "tiles has shape"), ({"bits": 2}, "tiles has shape"),
-        ({"scale": lambda s: s.half()}, "scale is float16, must be one of float32, bfloat16"),
+        ({"scale": lambda s: s.double()}, "scale is float64, must be one of float32, bfloat16, float16"),
+        ({"scale": lambda s: s.byte()}, "scale is uint8, must be one of float32"),
         ({"scale": lambda s: s.transpose(1, 2).contiguous().transpose(1, 2)}, "scale is not contiguous"),
         ({"scale": lambda s: s[:, :1].expand(-1, 16, -1)}, "scale has 16 groups, 128 columns cannot"),
         ({"scale": lambda s: s[:, :1].expand(-1, 3, -1)}, "scale has 3 groups, 128 columns cannot"),
         ({"scale": lambda s: s[:, :0]}, "scale has 0 groups"),
         ({"tiles": lambda t: t[:0]}, "tiles has shape"), ({"tiles": lambda t: t.int()}, "tiles is int32"),
-        ({"zero": lambda z: z.float()}, "zero is float32, must be one of bfloat16"),
+        ({"zero": lambda z: z.double()}, "zero is float64, must be one of uint8, float32, bfloat16, float16"),
         ({"x": lambda x: x.long()}, "x is int64"), ({"x": lambda x: x.to(torch.uint8)}, "x is uint8"),
         ({"x": lambda x: x.to(torch.float8_e4m3fn)}, "x is float8_e4m3fn"),
         ({"x": lambda x: x.to("meta")}, "tensors are on cpu and meta"),
@@ -167,12 +170,43 @@ def test_the_compiled_products(int8: bool, change: dict[str, Any], message: str)
     if int8 and compiled.built() not in compiled.BYTES:
         pytest.skip("no products of bytes")
     op = ops.OPS["cpu_native_int8_linear" if int8 else "cpu_native_linear"]
-    names = ["x", "tiles", "scale", "zero", *(["columns", "ranges"] if int8 else []), "bits", "n"]
+    more = ["columns", "ranges"] if int8 else ["unit", "zero_unit", "subtracted"]
+    names = ["x", "tiles", "scale", "zero", *more, "bits", "n"]
     given = dict(zip(names, arguments(op._name), strict=True))
     for name, what in change.items():
         given[name] = what(given[name]) if callable(what) else what
     with pytest.raises((KernelError, NotImplementedError), match=message):
         op(*given.values())
+
+
+@built
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unit": None}, "scale is uint8, must be one of float32"),
+        ({"zero_unit": None}, "zero must have zero_unit, and be subtracted"),
+        ({"subtracted": False}, "zero must have zero_unit, and be subtracted"),
+        ({"zero": lambda z: z.float()}, "zero is float32, must be one of uint8"),
+        ({"unit": lambda u: u.half()}, "unit is float16, must be one of float32"),
+        ({"unit": lambda u: u[:, :0]}, "unit has 0 parts, 16 groups cannot be shared out"),
+        ({"unit": lambda u: torch.cat([u, u[:, :1]], 1)}, "unit has 3 parts, 16 groups cannot be shared out"),
+        ({"zero_unit": lambda u: u[:, :1]}, "zero_unit has shape"),
+    ],
+)
+def test_the_compiled_product_in_two_levels(change: dict[str, Any], message: str) -> None:
+    scheme = QuantScheme.parse("Q4_K")
+    code = torch.randint(1, 64, (N, 16)).byte()
+    coded = CodedScales(code, torch.rand(N, 2).half(), code, torch.rand(N, 2).half())
+    w = QuantizedTensor.from_coded(torch.randint(256, (N, 256), dtype=torch.uint8), coded, scheme)
+    names = ["tiles", "scale", "zero", "unit", "zero_unit", "subtracted"]
+    given = dict(zip(names, CpuNative().prepare(w, spec_of(w)).operands, strict=True))
+    x = torch.randn(M, 512).bfloat16()
+    right = torch.ops.hf_quant.cpu_native_linear(x, *given.values(), 4, N)
+    torch.testing.assert_close(right.double(), x.double() @ w.dequantize(torch.float64).T, rtol=0.02, atol=0.05)
+    for name, what in change.items():
+        given[name] = what(given[name]) if callable(what) else what
+    with pytest.raises(KernelError, match=message):
+        torch.ops.hf_quant.cpu_native_linear(x, *given.values(), 4, N)
 
 
 @built
@@ -223,7 +257,7 @@ def test_the_module_takes_no_impossible_weight() -> None:
     q, s = torch.zeros(1, 4, 256, dtype=torch.uint8), torch.ones(1, 4, 16)
     x, y = torch.ones(1, K), torch.zeros(1, 16)
     right = {"q": q.data_ptr(), "scale": s.data_ptr(), "zero": 0, "type": 0, "bits": 4, "n": 16, "k": K, "group": 32,
-             "unit": 0, "zero_unit": 0, "shift": 0}  # fmt: skip
+             "unit": 0, "zero_unit": 0, "shift": 0, "zero type": 0, "subtracted": 0}  # fmt: skip
     wrong = [
         {"bits": 9},
         {"bits": 0},
@@ -232,8 +266,14 @@ def test_the_module_takes_no_impossible_weight() -> None:
         {"group": 0},
         {"group": 48},
         {"group": 16},
-        {"type": 2},
+        {"type": 5},
+        {"type": -1},
         {"type": 3},
+        {"type": 4, "zero": s.data_ptr()},
+        {"zero": s.data_ptr(), "zero type": 4},
+        {"zero": s.data_ptr(), "zero type": 3, "subtracted": 1},
+        {"zero_unit": s.data_ptr()},
+        {"type": 2, "unit": s.data_ptr()},
         {"type": 3, "unit": s.data_ptr(), "shift": 3},
         {"type": 3, "unit": s.data_ptr(), "zero": s.data_ptr()},
         {"q": 0},

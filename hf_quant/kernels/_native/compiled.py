@@ -21,10 +21,12 @@ import torch
 from torch import Tensor
 
 from hf_quant.core.coded_scales import CodedScales
+from hf_quant.core.layout import coded_parts, scale_parts
 from hf_quant.core.private_torch import empty_on_cpu
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import BackendError, KernelError
 from hf_quant.kernels._interface import LinearSpec
+from hf_quant.kernels._native.scales import Scales
 from hf_quant.kernels._shared.blocks import BLOCK, as_asked, compute_dtype
 from hf_quant.kernels._shared.ops import implements
 
@@ -34,7 +36,7 @@ except ImportError:  # not built; `why_not` reports it
     _cpu = None  # type: ignore[assignment]
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-STORED = TYPES | {torch.uint8: 3}  # of scales
+STORED, ONE = TYPES | {torch.uint8: 3}, 4  # types of scales in csrc/cpu.h, the last one number for all
 LARGE, MAPPED = 2 << 20, 64 << 20  # bytes of a large page, and of what is mapped at a time
 LARGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE") and os.environ.get("HF_QUANT_LARGE_PAGES") != "0"
 ARM = platform.machine().lower() in ("aarch64", "arm64")
@@ -93,8 +95,9 @@ class NativeWeight:
 
     Attributes:
         tiles: uint8 ``[ceil(N / 16), K / 32, 64 bits]``, the codes.
-        scale: float32 or bf16 ``[ceil(N / 16), G, 16]``; uint8 in two levels.
-        zero: Zero points like ``scale``, or None where all are ``2 ** (bits - 1)``; in two levels offsets.
+        scale: float32, bf16 or float16 ``[ceil(N / 16), G, 16]``, or ``[1, 1, 1]`` where all are the same; uint8 in two levels.
+        zero: Zero points like ``scale``, integers as uint8, or None where all are ``2 ** (bits - 1)``; in two levels offsets.
+        subtracted: Whether ``zero`` is subtracted from scaled codes, not from codes.
         units: float32 ``[ceil(N / 16), B, 16]`` each, what ``scale`` and ``zero`` are multiples of; empty in one level.
         description: What `described` says of the tensors above, computed once: to look at a tensor takes one percent of
             the product with one row.
@@ -103,27 +106,27 @@ class NativeWeight:
     tiles: Tensor
     scale: Tensor
     zero: Tensor | None
+    subtracted: bool
     units: Units
     description: bytes
 
-    def in_one_level(self) -> tuple[Tensor, Tensor | None]:
-        """Scales and zero points in floating point."""
-        if self.units.scale is None:
-            return self.scale, self.zero
-        scale = _spread(self.scale, self.units.scale)
-        return scale, None if self.zero is None else _spread(self.zero, self.units.zero) / scale
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool]:
+        """What operations are given of a weight, in their order."""
+        return self.tiles, self.scale, self.zero, self.units.scale, self.units.zero, self.subtracted
 
-    def codes_of_scales(self, n: int) -> dict[str, Tensor]:
-        """uint8 ``[N, G]`` by the name of the field of `CodedScales`; empty in one level."""
-        if self.units.scale is None:
-            return {}
-        given = {"code": self.scale} | ({} if self.zero is None else {"offset": self.zero})
-        return {name: part.transpose(1, 2).flatten(0, 1)[:n].contiguous() for name, part in given.items()}
-
-
-def _spread(codes: Tensor, units: Tensor | None) -> Tensor:
-    assert units is not None
-    return codes.float() * units.repeat_interleave(codes.shape[1] // units.shape[1], 1)
+    def scales(self, spec: LinearSpec) -> dict[str, Tensor]:
+        """See `LinearBackend`."""
+        scheme, n = spec.scheme, spec.out_features
+        if self.scale.numel() == 1:
+            return scale_parts(self.scale.view(1, 1).expand(n, 1), None, scheme)
+        scale, zero = _in_rows(self.scale, n), None if self.zero is None else _in_rows(self.zero, n)
+        if self.units.scale is not None:
+            zero_unit = None if self.units.zero is None else _in_rows(self.units.zero, n)
+            return coded_parts(CodedScales(scale, _in_rows(self.units.scale, n), zero, zero_unit), scheme)
+        if zero is not None and self.subtracted:
+            zero = zero.float() / scale.float()
+        return scale_parts(scale, zero, scheme)
 
 
 def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> NativeWeight:
@@ -132,20 +135,18 @@ def laid_out(weight: QuantizedTensor, spec: LinearSpec) -> NativeWeight:
     codes = weight.qweight.contiguous()
     tiles = _room.take((n + 15) // 16 * 2 * k * bits).view(-1, k // 32, 64 * bits)
     _cpu.pack(codes.data_ptr(), tiles.data_ptr(), bits, n, k, torch.get_num_threads())
+    held, units = Scales.of(weight), Units()
     if weight.coded is not None:
-        return _coded(tiles, weight.coded, spec)
-    scale, zero = weight.scale, weight.zero_point
-    if zero is not None and zero.is_floating_point():  # of another dtype, maybe; integers up to 255 are exact in all
-        scale, zero = (t.to(torch.promote_types(scale.dtype, zero.dtype)) for t in (scale, zero))
-    scales, zeros = _in_blocks(scale), None if zero is None else _in_blocks(zero.to(scale.dtype))
-    return NativeWeight(tiles, scales, zeros, Units(), described(tiles, scales, zeros, bits, n))
-
-
-def _coded(tiles: Tensor, scales: CodedScales, spec: LinearSpec) -> NativeWeight:
-    codes, offsets = _in_blocks(scales.code), None if scales.offset is None else _in_blocks(scales.offset)
-    units = Units(_in_blocks(scales.unit), None if scales.offset_unit is None else _in_blocks(scales.offset_unit))
-    description = described(tiles, codes, offsets, spec.scheme.bits, spec.out_features, units)
-    return NativeWeight(tiles, codes, offsets, units, description)
+        units = Units(
+            *(
+                None if unit is None else _in_blocks(unit.float())
+                for unit in (weight.coded.unit, weight.coded.offset_unit)
+            )
+        )
+    scale = held.scale.view(1, 1, 1) if held.scale.ndim == 1 else _in_blocks(held.scale)
+    zero = None if held.zero is None else _in_blocks(held.zero)
+    operands = (tiles, scale, zero, units.scale, units.zero, held.subtracted)
+    return NativeWeight(tiles, scale, zero, held.subtracted, units, described(*operands, bits, n))
 
 
 class _Room:
@@ -204,10 +205,9 @@ def portable(tiles: Tensor, spec: LinearSpec) -> Tensor:
 
 
 def _in_blocks(values: Tensor) -> Tensor:
-    """``[N, G]`` to ``[ceil(N / 16), G, 16]``, float32, bf16 or uint8."""
+    """``[N, G]`` to ``[ceil(N / 16), G, 16]``."""
     n, g = values.shape
-    dtype = values.dtype if values.dtype in (torch.bfloat16, torch.uint8) else torch.float32
-    blocks = _room.take((n + 15) // 16 * 16 * g * dtype.itemsize).view(dtype).view(-1, g, 16)
+    blocks = _room.take((n + 15) // 16 * 16 * g * values.itemsize).view(values.dtype).view(-1, g, 16)
     full = n // 16
     blocks[:full] = values[: 16 * full].view(-1, 16, g).transpose(1, 2)
     if full < blocks.shape[0]:
@@ -216,28 +216,31 @@ def _in_blocks(values: Tensor) -> Tensor:
     return blocks
 
 
+def _in_rows(blocks: Tensor, n: int) -> Tensor:
+    """Inverse of `_in_blocks`."""
+    return blocks.transpose(1, 2).flatten(0, 1)[:n].contiguous()
+
+
 SIZES_AT = 40
 _sizes = struct.Struct("2q").unpack_from  # N and K of what `described` says
 
 
 def described(
-    tiles: Tensor,
-    scale: Tensor,
-    zero: Tensor | None,
-    bits: int,
-    n: int,
-    units: Units = Units(),
-) -> bytes:
+    tiles: Tensor, scale: Tensor, zero: Tensor | None, unit: Tensor | None, zero_unit: Tensor | None, subtracted: bool,
+    bits: int, n: int,
+) -> bytes:  # fmt: skip
     """The address, shapes and types of a weight, as the compiled module reads them."""
-    k, zero_address = tiles.shape[1] * 32, 0 if zero is None else zero.data_ptr()
-    at, above, shift = 0, 0, 0
-    if units.scale is not None:
-        at, shift = units.scale.data_ptr(), (scale.shape[1] // units.scale.shape[1]).bit_length() - 1
-        above = 0 if units.zero is None else units.zero.data_ptr()
+    k = tiles.shape[1] * 32
+    kind = ONE if scale.numel() == 1 else STORED[scale.dtype]
+    shift = 0 if unit is None else (scale.shape[1] // unit.shape[1]).bit_length() - 1
     return struct.pack(
-        "11q", tiles.data_ptr(), scale.data_ptr(), zero_address, STORED[scale.dtype], bits, n, k, k // scale.shape[1],
-        at, above, shift,
+        "13q", tiles.data_ptr(), scale.data_ptr(), _address(zero), kind, bits, n, k, k // scale.shape[1],
+        _address(unit), _address(zero_unit), shift, 0 if zero is None else STORED[zero.dtype], subtracted,
     )  # fmt: skip
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
@@ -253,12 +256,15 @@ def dequantized(weight: bytes, dtype: torch.dtype) -> Iterator[tuple[int, int, T
 
 
 @implements("cpu_native_linear_backward")
-def backward(grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+def backward(
+    grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, unit: Tensor | None, zero_unit: Tensor | None,
+    subtracted: bool, bits: int,
+) -> Tensor:  # fmt: skip
     """``grad [M, N]`` times W: ``[M, K]``; blocks of W are summed in float32 or a finer dtype."""
     dtype = compute_dtype(grad)
     out = grad.new_zeros(grad.shape[0], tiles.shape[1] * 32, dtype=torch.promote_types(dtype, torch.float32))
-    wide = grad.to(dtype)
+    wide, weight = grad.to(dtype), described(tiles, scale, zero, unit, zero_unit, subtracted, bits, grad.shape[1])
     with as_asked("cpu"):
-        for i, j, w in dequantized(described(tiles, scale, zero, bits, grad.shape[1]), dtype):
+        for i, j, w in dequantized(weight, dtype):
             out += wide[:, i:j] @ w
     return out.to(grad.dtype)

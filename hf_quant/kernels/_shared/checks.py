@@ -9,7 +9,8 @@ from hf_quant.errors import SchemeError
 from hf_quant.kernels._shared.registration import CODES, COLUMNS, FLOATS, Arguments
 from hf_quant.kernels._triton.planar import layout, parsed
 
-SCALES = (torch.float32, torch.bfloat16)  # what the compiled products read
+SCALES = (torch.float32, torch.bfloat16, torch.float16)  # what the compiled products read
+MOST_GROUPS = 128  # that share a unit there
 ZEROS = (torch.uint8, *FLOATS)
 MOST_COLUMNS = 2**31 - 1  # their numbers are int32 in kernels
 
@@ -137,9 +138,12 @@ def _packed(a: Arguments, packed: Tensor, scale: Tensor) -> int:
 # ---- the compiled products
 
 
-def native(a: Arguments, x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> None:
+def native(
+    a: Arguments, x: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, unit: Tensor | None,
+    zero_unit: Tensor | None, subtracted: bool, bits: int, n: int,
+) -> None:  # fmt: skip
     """See `cpu_native.cpu_native_linear`."""
-    a.rows(x, native_weight(a, tiles, scale, zero, bits, n))
+    a.rows(x, native_weight(a, tiles, scale, zero, unit, zero_unit, subtracted, bits, n))
 
 
 def native_int8(
@@ -147,22 +151,28 @@ def native_int8(
     ranges: Tensor | None, bits: int, n: int,
 ) -> None:  # fmt: skip
     """See `cpu_native_int8.cpu_native_int8_linear`."""
-    k = native_weight(a, tiles, scale, zero, bits, n)
+    k = native_weight(a, tiles, scale, zero, None, None, False, bits, n)
     a.rows(x, k)
     a.columns(columns, k)
     a.input_scale(ranges, "ranges")
 
 
-def native_back(a: Arguments, grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> None:
+def native_back(
+    a: Arguments, grad: Tensor, tiles: Tensor, scale: Tensor, zero: Tensor | None, unit: Tensor | None,
+    zero_unit: Tensor | None, subtracted: bool, bits: int,
+) -> None:  # fmt: skip
     """``grad [M, N]`` and the weight of `native`."""
     a.kind("grad", grad, FLOATS)
     _, n = a.axes("grad", grad, "[M, N]", 2)
     if not n:
         a.refuse("grad has no columns")
-    native_weight(a, tiles, scale, zero, bits, n)
+    native_weight(a, tiles, scale, zero, unit, zero_unit, subtracted, bits, n)
 
 
-def native_weight(a: Arguments, tiles: Tensor, scale: Tensor, zero: Tensor | None, bits: int, n: int) -> int:
+def native_weight(
+    a: Arguments, tiles: Tensor, scale: Tensor, zero: Tensor | None, unit: Tensor | None, zero_unit: Tensor | None,
+    subtracted: bool, bits: int, n: int,
+) -> int:  # fmt: skip
     """Checks a weight that is laid out as ``_native/csrc/cpu.h`` says, and gives K."""
     _only_cpu(a)
     a.bits(bits)
@@ -173,9 +183,33 @@ def native_weight(a: Arguments, tiles: Tensor, scale: Tensor, zero: Tensor | Non
     a.tensor("tiles", tiles, "[ceil(N / 16), K / 32, 64 bits]", (many, blocks, 64 * bits), CODES, contiguous=True)
     _, groups, _ = a.axes("scale", scale, "[ceil(N / 16), G, 16]", 3)
     a.groups(groups, k, 32)
-    a.tensor("scale", scale, "[ceil(N / 16), G, 16]", (many, groups, 16), SCALES, contiguous=True)
-    a.tensor("zero", zero, "[ceil(N / 16), G, 16]", (many, groups, 16), (scale.dtype,), contiguous=True)
+    if scale.numel() == 1 and zero is None and unit is None:  # one for the whole weight
+        a.kind("scale", scale, SCALES[:1])
+        return k
+    shape, meaning = (many, groups, 16), "[ceil(N / 16), G, 16]"
+    a.tensor("scale", scale, meaning, shape, CODES if unit is not None else SCALES, contiguous=True)
+    a.tensor(
+        "zero", zero, meaning, shape, SCALES if subtracted and unit is None else (*CODES, *SCALES), contiguous=True
+    )
+    if unit is not None:
+        _units(a, unit, zero, zero_unit, subtracted, many, groups)
+    elif zero_unit is not None:
+        a.refuse("zero_unit must be None where unit is")
     return k
+
+
+def _units(
+    a: Arguments, unit: Tensor, zero: Tensor | None, zero_unit: Tensor | None, subtracted: bool, many: int, groups: int
+) -> None:
+    _, parts, _ = a.axes("unit", unit, "[ceil(N / 16), B, 16]", 3)
+    if parts < 1 or groups % parts or (groups // parts).bit_count() != 1 or groups // parts > MOST_GROUPS:
+        a.refuse(f"unit has {parts} parts, {groups} groups cannot be shared out among so many")
+    for name, tensor in (("unit", unit), ("zero_unit", zero_unit)):
+        a.tensor(name, tensor, "[ceil(N / 16), B, 16]", (many, parts, 16), SCALES[:1], contiguous=True)
+    if (zero is None) != (zero_unit is None) or subtracted != (zero is not None):
+        a.refuse("with unit, zero must have zero_unit, and be subtracted")
+    if zero is not None:
+        a.kind("zero", zero, CODES)
 
 
 def _only_cpu(a: Arguments) -> None:

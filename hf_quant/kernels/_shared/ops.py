@@ -50,6 +50,7 @@ def _portable_back(grad: Tensor, qweight: Tensor, scale: Tensor, zero: Tensor | 
 
 PORTABLE = "Tensor qweight, Tensor scale, Tensor? zero, SymInt bits"
 TILES = "Tensor tiles, Tensor scale, Tensor? zero"
+UNITS = "Tensor? unit, Tensor? zero_unit, bool subtracted"
 ROUNDED = "Tensor? columns, Tensor? input_scale"
 PLANES = "Tensor packed, Tensor counters, Tensor scale, Tensor? zero, Tensor? table, Tensor? bias, Tensor? index, Tensor? value"
 PLANES_BACK = "Tensor packed, Tensor scale, Tensor? zero, Tensor? table, Tensor? index, Tensor? value"
@@ -65,10 +66,11 @@ TABLE = {
     ),
     # the compiled products of CPUs
     "cpu_native_linear": Op(
-        f"Tensor x, {TILES}, SymInt bits, SymInt n", checks.native, lambda *args: (args[0].shape[0], args[5]),
+        f"Tensor x, {TILES}, {UNITS}, SymInt bits, SymInt n", checks.native,
+        lambda *args: (args[0].shape[0], args[8]),
     ),
     "cpu_native_linear_backward": Op(
-        f"Tensor grad, {TILES}, SymInt bits", checks.native_back,
+        f"Tensor grad, {TILES}, {UNITS}, SymInt bits", checks.native_back,
         lambda grad, tiles, *_: (grad.shape[0], tiles.shape[1] * 32),
     ),
     "cpu_native_int8_linear": Op(

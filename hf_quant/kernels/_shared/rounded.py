@@ -78,6 +78,11 @@ class RoundedViews(Generic[P]):
     def restore(self, prepared: RoundedWeight[P], spec: LinearSpec) -> Tensor:
         return self.inner.restore(prepared.weight, _plain(spec))
 
+    def scales(self, prepared: RoundedWeight[P], spec: LinearSpec) -> dict[str, Tensor]:
+        """See `LinearBackend`."""
+        inner = getattr(self.inner, "scales", None)
+        return {} if inner is None else inner(prepared.weight, _plain(spec))
+
     def linear(self, x: Tensor, prepared: RoundedWeight[P], spec: LinearSpec) -> Tensor:
         grid, threshold = prepared.rounding, THRESHOLD if spec.scheme.activations == "threshold" else 0.0
         rounded = round_activations(flat(x, spec.in_features), grid.columns, grid.scale, threshold)

@@ -55,17 +55,34 @@ void put_code(std::vector<uint8_t>& row, int bits, long k, unsigned code) {
   for (int b = 0; b < bits; b++) row[(k * bits + b) / 8] |= (code >> b & 1) << (k * bits + b) % 8;
 }
 
+// Types of scales and zero points, the latter -1 where there are none.
+struct Kind {
+  int scale, zero;
+  bool subtracted;
+};
+
+const Kind KINDS[] = {{F32, -1, false},  {BF16, -1, false}, {F16, -1, false},   {ONE, -1, false}, {F32, F32, false}, {BF16, BYTE, false},
+                      {F16, BYTE, false}, {F32, BYTE, false}, {F16, BF16, false}, {F16, F16, true}, {F32, F32, true}};
+
+// A number in a type; gives it as it is there.
+float put(std::vector<uint8_t>& to, int type, float f) {
+  uint16_t half = type == BF16 ? float_to_bf16(f) : float_to_f16(f);
+  const uint8_t byte = (uint8_t)f;
+  const void* from = type == BYTE ? (const void*)&byte : type == BF16 || type == F16 ? (const void*)&half : &f;
+  to.insert(to.end(), (const uint8_t*)from, (const uint8_t*)from + (type == BYTE ? 1 : type == BF16 || type == F16 ? 2 : 4));
+  return type == BF16 ? bf16_to_float(half) : type == F16 ? f16_to_float(half) : f;
+}
+
 // A random weight in both layouts, and what it stands for.
 struct Weight {
   long n, k, group;
   int bits;
   std::vector<uint8_t> portable, tiles;
-  std::vector<float> scale, zero;          // [blocks, groups, 16]
-  std::vector<uint16_t> scale16, zero16;   // the same in bf16
   std::vector<double> dense;               // [n, k]
+  std::vector<uint8_t> scale, zero;        // [blocks, groups, 16] of their types
   Linear linear;
 
-  Weight(long n, long k, long group, int bits, bool zeros, int type) : n(n), k(k), group(group), bits(bits) {
+  Weight(long n, long k, long group, int bits, const Kind& kind) : n(n), k(k), group(group), bits(bits) {
     const long blocks = (n + 15) / 16, groups = k / group, bytes = k * bits / 8;
     std::vector<unsigned> codes(n * k);
     for (unsigned& code : codes) code = source() & ((1u << bits) - 1);
@@ -77,20 +94,22 @@ struct Weight {
     tiles.resize(blocks * (k / 32) * 64 * bits);
     for (long b = 0; b < blocks; b++)
       pack_block(&portable[16 * b * bytes], &tiles[b * (k / 32) * 64 * bits], bits, n - 16 * b < 16 ? n - 16 * b : 16, k);
+    const int middle = 1 << (bits - 1);
+    std::vector<float> scales, zeros;
     for (long i = 0; i < blocks * groups * 16; i++) {
-      scale16.push_back(float_to_bf16(0.01f + 0.02f * fabsf(normal())));
-      zero16.push_back(float_to_bf16((float)(1 << (bits - 1)) + normal()));
-      scale.push_back(bf16_to_float(scale16.back())), zero.push_back(bf16_to_float(zero16.back()));
+      const float s = kind.scale == ONE && i ? scales[0] : 0.01f + 0.02f * fabsf(normal());
+      scales.push_back(put(scale, kind.scale, i == 5 && kind.scale == F16 ? 3e-6f : s));  // subnormal there
+      const float z = kind.zero == BYTE ? (float)(source() % (2 * middle)) : middle + normal();
+      if (kind.zero >= 0) zeros.push_back(put(zero, kind.zero, kind.subtracted ? z * s : z));
     }
     for (long i = 0; i < n; i++)
       for (long j = 0; j < k; j++) {
         const long at = (i / 16 * groups + j / group) * 16 + i % 16;
-        const double offset = zeros ? zero[at] : 1 << (bits - 1);
-        dense.push_back((codes[i * k + j] - offset) * scale[at]);
+        const double from = kind.zero < 0 ? middle : kind.subtracted ? zeros[at] / (double)scales[at] : zeros[at];
+        dense.push_back((codes[i * k + j] - from) * scales[at]);
       }
-    const void* s = type == F32 ? (const void*)scale.data() : scale16.data();
-    const void* z = type == F32 ? (const void*)zero.data() : zero16.data();
-    linear = {tiles.data(), s, zeros ? z : nullptr, bits, type, n, k, group};
+    linear = {tiles.data(), scale.data(), zero.empty() ? nullptr : zero.data(), bits, kind.scale, n, k, group};
+    linear.zero_type = kind.zero, linear.subtracted = kind.subtracted;
   }
 };
 
@@ -209,14 +228,13 @@ int main() {
     for (const auto& shape : shapes)
       for (int bits : {2, 3, 4, 5, 6, 7, 8})
         for (long group : {32L, 64L, shape[1]})
-          for (bool zeros : {false, true})
-            for (int type : {F32, BF16}) {
-              if (shape[1] % group) continue;
-              const Weight w(shape[0], shape[1], group, bits, zeros, type);
-              layouts(w);
-              for (int out : {F32, BF16, F16})
-                for (long m : {1, 2, 3, 7}) compare(level, w, out, m);
-            }
+          for (const Kind& kind : KINDS) {
+            if (shape[1] % group) continue;
+            const Weight w(shape[0], shape[1], group, bits, kind);
+            layouts(w);
+            for (int out : {F32, BF16, F16})
+              for (long m : {1, 2, 3, 7}) compare(level, w, out, m);
+          }
     printf("%s: %ld numbers\n", level.name, compared - before);
   }
   Level level = {"", nullptr, false};
@@ -226,11 +244,11 @@ int main() {
   for (const auto& shape : shapes)
     for (int bits : {2, 3, 4, 5, 6, 7, 8})
       for (long group : {32L, 64L, shape[1]})
-        for (bool zeros : {false, true})
+        for (const Kind& kind : KINDS)
           for (int type : {BF16, F16})
             for (long m : {1, 2, 3, 4, 5, 9}) {
               if (!level.there || shape[1] % group) continue;
-              const Weight w(shape[0], shape[1], group, bits, zeros, type == BF16 ? BF16 : F32);
+              const Weight w(shape[0], shape[1], group, bits, kind);
               compare_bytes(level, w, type, m, m % 2);
             }
   if (level.there) printf("%s: %ld numbers\n", level.name, compared - before);

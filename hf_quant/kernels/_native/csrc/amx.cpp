@@ -41,19 +41,17 @@ inline void dequantized(const uint8_t* tile, vf scale, vf shift, uint8_t* out) {
 template <int BITS, int PARTS>
 void panel(const Linear& a, long b, long blocks, long t0, long count, uint8_t* out) {
   const long groups = a.groups(), steps = a.group / 32;
+  static_assert(DEPTH <= Scaling::SOME, "groups of a panel are widened together");
+  Scaling scaling(a);
   for (long i = 0; i < blocks; i++) {
     const uint8_t* tile = a.q + ((b + i) * a.tiles() + t0) * 64 * BITS;
     uint8_t* to = out + i * DEPTH * PARTS * 1024;
-    long g = -1;
-    vf scale = vf{}, shift = vf{};
+    const long first = t0 / steps, last = (t0 + count - 1) / steps;
+    scaling.widen(a, (b + i) * groups + first, last - first + 1);
     for (long t = 0; t < count; t++, tile += 64 * BITS, to += PARTS * 1024) {
       for (int v = 0; v < BITS; v++) _mm_prefetch((const char*)tile + 64 * v + 2048, _MM_HINT_T0);
-      if (g != (t0 + t) / steps) {
-        g = (t0 + t) / steps;
-        scale = scale_of(a, (b + i) * groups + g, 0);
-        if (a.zero) shift = shift_of(a, (b + i) * groups + g, 0, scale);
-      }
-      dequantized<BITS, PARTS>(tile, scale, shift, to);
+      const Group group = scaling.group(a, (b + i) * groups + (t0 + t) / steps, 0);
+      dequantized<BITS, PARTS>(tile, group.scale, group.shift(a), to);
     }
   }
 }

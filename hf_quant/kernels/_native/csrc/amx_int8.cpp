@@ -50,25 +50,13 @@ void multiplied(const int8_t* a, size_t below, const uint8_t* b, size_t beside, 
   sums_out<TALL>(c, right, down);
 }
 
-// What a group's integers stand for, less the scale of x.
-struct Group {
-  vf scale, zero;
-  bool zeros;
-  Group(const Linear& a, long b, long g) : zeros(a.zero) {
-    scale = grouped(a.scale, a.scale_type, b * a.groups() + g, 0);
-    if (zeros) zero = grouped(a.zero, a.scale_type, b * a.groups() + g, 0) - (float)(1 << (a.bits - 1));
-  }
-  vf of(const int32_t* product, float sum) const {
-    const vf made = (vf)_mm512_cvtepi32_ps(_mm512_loadu_si512(product));
-    return (zeros ? made - zero * sum : made) * scale;
-  }
-};
+inline vf floats(const int32_t* from) { return (vf)_mm512_cvtepi32_ps(_mm512_loadu_si512(from)); }
 
 // c [16, 16] += a tile of integers of one group.
-inline void added(const int32_t* product, const Group& group, const float* sums, long groups, float* c, bool first) {
+inline void added(const int32_t* product, const Group group, bool zeros, const float* sums, long groups, float* c, bool first) {
   for (int i = 0; i < 16; i++) {
-    const vf made = group.of(product + 16 * i, group.zeros ? sums[i * groups] : 0);
-    _mm512_storeu_ps(c + 16 * i, (__m512)(first ? made : made + read<vf>(c + 16 * i)));
+    const vf made = floats(product + 16 * i), all = (zeros ? made - group.zero * sums[i * groups] : made) * group.scale;
+    _mm512_storeu_ps(c + 16 * i, (__m512)(first ? all : all + read<vf>(c + 16 * i)));
   }
 }
 
@@ -97,15 +85,17 @@ inline long units(const Linear& a) {
 }
 
 // Two by two tiles of sums (of integers, or of floats where there are groups) to the output.
-void finish(const Linear& a, long b, long blocks, long row, long m, const int32_t* c, size_t right, size_t down,
-            const Int8Tiles& x, const Output& out) {
+void finish(const Linear& a, const Scaling* scaling, long b, long blocks, long row, long m, const int32_t* c, size_t right,
+            size_t down, const Int8Tiles& x, const Output& out) {
   const bool whole = a.groups() == 1;
-  const Group group[2] = {Group(a, b, 0), Group(a, b + blocks - 1, 0)};
+  Group group[2] = {};
+  for (long q = 0; whole && q < blocks; q++) group[q] = scaling[q].group(a, b + q, 0);
   for (long i = 0; i < 32 && row + i < m; i++)
     for (long q = 0; q < blocks; q++) {
       const int32_t* at = c + q * right + i / 16 * down + i % 16 * 16;
       const long n = 16 * (b + q), left = a.n - n < 16 ? a.n - n : 16;
-      put(out, (row + i) * a.n + n, (whole ? group[q].of(at, x.sum[row + i]) : read<vf>(at)) * x.scale[row + i], left);
+      const vf made = whole ? group[q].of(a, floats(at), x.sum[row + i]) : read<vf>(at);
+      put(out, (row + i) * a.n + n, made * x.scale[row + i], left);
     }
 }
 
@@ -117,6 +107,7 @@ void linear(const Linear& a, long from, long to, const Int8Tiles& x, long m, uin
   int32_t* c = (int32_t*)room;  // [WIDE / 2][m_tiles / 2][2][2] tiles: integers, or floats where there are groups
   int32_t* one = c + WIDE * (m_tiles + 1) * 256;
   uint8_t* w = (uint8_t*)(one + 4 * 256);
+  Scaling scaling[2] = {Scaling(a), Scaling(a)};
   configure(m, (int)unit);
   for (long b = from; b < to; b += WIDE) {
     const long blocks = to - b < WIDE ? to - b : WIDE;
@@ -127,6 +118,8 @@ void linear(const Linear& a, long from, long to, const Int8Tiles& x, long m, uin
       for (long i = 0; i < blocks; i += 2) {  // with an odd number of blocks, the last is multiplied twice
         const size_t beside = i + 1 < blocks ? p.beside : 0;
         const long pair = i + 1 < blocks ? 2 : 1;
+        for (long q = 0; q < pair; q++)  // at most 16 groups, those of `units`
+          scaling[q].widen(a, (b + i + q) * groups + (groups == 1 ? 0 : u0 / each), groups == 1 ? 1 : (count + each - 1) / each);
         for (long j = 0; j < m_tiles; j += 2) {
           int32_t* sums = c + (i / 2 * ((m_tiles + 1) / 2) + j / 2) * 1024;
           for (long s = 0; s < count; s += each) {
@@ -134,20 +127,18 @@ void linear(const Linear& a, long from, long to, const Int8Tiles& x, long m, uin
             const int8_t* rows = x.codes + (u0 * m_tiles + j * depth + s) * step;
             const uint8_t* columns = p.at + i * p.beside + s * step;
             int32_t* made = groups == 1 ? sums : one;
-            const bool first = groups > 1 || u0 == 0;
+            const bool fresh = groups > 1 || u0 == 0;
             if (j + 1 < m_tiles)
-              multiplied<2>(rows, depth * step, columns, beside, unit, some, made, right, down, first);
+              multiplied<2>(rows, depth * step, columns, beside, unit, some, made, right, down, fresh);
             else
-              multiplied<1>(rows, depth * step, columns, beside, unit, some, made, right, down, first);
+              multiplied<1>(rows, depth * step, columns, beside, unit, some, made, right, down, fresh);
             BARRIER;
-            for (long q = 0; groups > 1 && q < pair; q++) {
-              const Group group(a, b + i + q, g);
+            for (long q = 0; groups > 1 && q < pair; q++)
               for (long r = 0; r < 2 && j + r < m_tiles; r++)
-                added(one + r * down + q * right, group, x.sum + (j + r) * 16 * groups + g, groups,
+                added(one + r * down + q * right, scaling[q].group(a, (b + i + q) * groups + g, 0), a.zero, x.sum + (j + r) * 16 * groups + g, groups,
                       (float*)sums + r * down + q * right, g == 0);
-            }
           }
-          if (u0 + count == all) finish(a, b + i, pair, 16 * j, m, sums, right, down, x, out);
+          if (u0 + count == all) finish(a, scaling, b + i, pair, 16 * j, m, sums, right, down, x, out);
         }
       }
     }

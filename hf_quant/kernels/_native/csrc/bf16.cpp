@@ -120,12 +120,13 @@ template <int BITS>
 void chunk(const Linear& a, long b, long t0, long count, int i, bool scaled, uint8_t* out) {
   const long groups = a.groups(), steps = a.group / 32;
   const uint8_t* tile = a.q + (b * a.tiles() + t0) * 64 * BITS;
+  Scaling scaling(a);
+  if (scaled) scaling.widen(a, b * groups + t0 / steps, (t0 + count - 1) / steps - t0 / steps + 1);
   out += 64 * i;
   for (long t = t0; t < t0 + count; t++, tile += 64 * BITS, out += 16 * 128) {
     if (scaled) {
-      const vf scale = scale_of(a, b * groups + t / steps, 0);
-      vf shift = vf{};
-      if (a.zero) shift = shift_of(a, b * groups + t / steps, 0, scale);
+      const Group group = scaling.group(a, b * groups + t / steps, 0);
+      const vf scale = group.scale, shift = group.shift(a);
       each_pair<BITS>(tile, 0, [&](int r, vf low, vf high) __attribute__((always_inline)) {
         _mm512_store_si512(out + 128 * r, pairs(low * scale + shift, high * scale + shift));
       });
@@ -142,15 +143,16 @@ long parted(const Linear& a, long b, long other, long t0, long count, bool scale
     part[0] = {16 * count, 0, {splat(1), splat(1)}, {}, false};
     return 1;
   }
+  Scaling scaling[2] = {Scaling(a), Scaling(a)};
+  for (int i = 0; i < 2; i++)
+    scaling[i].widen(a, (i ? other : b) * groups + t0 / steps, (t0 + count - 1) / steps - t0 / steps + 1);
   long parts = 0;
   for (long t = t0; t < t0 + count; parts++, part++) {
     const long g = t / steps, to = (g + 1) * steps < t0 + count ? (g + 1) * steps : t0 + count;
     part->pairs = 16 * (to - t), part->group = g, part->shifted = a.zero && t == g * steps;
     for (int i = 0; i < 2; i++) {
-      const long at = (i ? other : b) * groups + g;
-      part->scale[i] = scale_of(a, at, 0);
-      if (part->shifted)
-        part->shift[i] = shift_of(a, at, 0, part->scale[i]);
+      const Group group = scaling[i].group(a, (i ? other : b) * groups + g, 0);
+      part->scale[i] = group.scale, part->shift[i] = group.shift(a);
     }
     t = to;
   }

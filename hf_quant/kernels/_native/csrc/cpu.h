@@ -6,23 +6,26 @@
 // one (high half): a pair of neighbours is what AMX wants in a word. With 3, 5, 6 and 7 bits, the high bits of the halves that
 // are left over hold the last pairs, vector after vector: with three bits, bit 15 of the three are the bits of the sixteenth.
 // Codes of eight bits are stored less 128, as int8.
-// Rows are padded with zero codes, K is a multiple of 32. Scales and zero points: [N / 16, G, 16]. In two levels they are bytes:
-// a scale is a byte times a unit, and a byte times a unit is subtracted, units [N / 16, G >> shift, 16]; never with INT8 inputs.
+// Rows are padded with zero codes, K is a multiple of 32. Scales and zero points, [N / 16, G, 16], have the types in which they
+// came, and become float32 in registers; a scale may also be one number for the whole weight. In two levels they are bytes: a scale
+// is a byte times a unit, and a byte times a unit is subtracted, units [N / 16, G >> shift, 16]; never with INT8 inputs.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-enum Type { F32 = 0, BF16 = 1, F16 = 2, CODED = 3 };
+enum Type { F32 = 0, BF16 = 1, F16 = 2, BYTE = 3, ONE = 4 };
 
 struct Linear {
   const uint8_t* q;
-  const void* scale;  // F32, BF16, or CODED: bytes
-  const void* zero;   // of the same type, or null where all are 2^(bits - 1)
+  const void* scale;  // of any type; ONE: a float32
+  const void* zero;   // of any but ONE, or null where all are 2^(bits - 1)
   int bits, scale_type;
   long n, k, group;
-  const float *unit = nullptr, *zero_unit = nullptr;  // of bytes
+  const float *unit = nullptr, *zero_unit = nullptr;  // in two levels
   int shift = 0;                                      // 2^shift groups share a unit
+  int zero_type = F32;
+  bool subtracted = false;  // whether `zero` is subtracted from scaled codes, not from codes
   long blocks() const { return (n + 15) / 16; }
   long tiles() const { return k / 32; }
   long groups() const { return k / group; }

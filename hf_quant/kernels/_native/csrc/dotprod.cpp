@@ -26,6 +26,7 @@ template <int BITS, int M, int D>
 void byte_block(const Linear& a, long b, const Digits& x, long first, const Output& out) {
   const long groups = a.groups(), steps = a.group / 32, tiles = a.tiles();
   const uint8_t* tile = a.q + b * tiles * 64 * BITS;
+  Scaling scaling(a);
   vf total[M][H] = {};
   for (long g = 0; g < groups; g++) {
     vf sum[M][H] = {};
@@ -51,8 +52,8 @@ void byte_block(const Linear& a, long b, const Digits& x, long first, const Outp
         }
       }
     for (int h = 0; h < H; h++) {
-      const vf scale = scale_of(a, b * groups + g, h);
-      for (int m = 0; m < M; m++) total[m][h] += stands_for(a, b * groups + g, h, scale, sum[m][h], all[m]);
+      const Group group = scaling.next(a, b, g, h);
+      for (int m = 0; m < M; m++) total[m][h] += group.of(a, sum[m][h], all[m]);
     }
   }
   const long count = a.n - 16 * b < 16 ? a.n - 16 * b : 16;

@@ -187,10 +187,21 @@ bool integers(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssiz
 
 bool is_width(int bits) { return bits >= 2 && bits <= 8; }
 
-// The weight and the integers of a call. A weight is bytes, 11 integers of 64 bits: as many objects of Python would have to
+// Whether scales and zero points are of types that there are, and go together.
+bool scaled(const Linear& w) {
+  const bool halves = w.scale_type >= F32 && w.scale_type <= F16;
+  if (w.unit) {
+    if (w.shift < 0 || w.shift >= 8 || w.groups() % (1 << w.shift) || w.scale_type != BYTE) return false;
+    return !w.zero ? !w.zero_unit : w.zero_unit && w.zero_type == BYTE && w.subtracted;
+  }
+  if (w.zero_unit || (!halves && w.scale_type != ONE)) return false;
+  return !w.zero || (halves && w.zero_type >= F32 && w.zero_type <= BYTE && !(w.subtracted && w.zero_type == BYTE));
+}
+
+// The weight and the integers of a call. A weight is bytes, 13 integers of 64 bits: as many objects of Python would have to
 // come from memory one after the other at every token.
 bool with_weight(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, Linear* w, long long* out) {
-  long long a[11];
+  long long a[13];
   if (given < 1 || !PyBytes_Check(args[0]) || PyBytes_Size(args[0]) != sizeof a) {
     PyErr_Format(PyExc_TypeError, "%s takes a weight of %zu bytes first", name, sizeof a);
     return false;
@@ -199,9 +210,9 @@ bool with_weight(const char* name, PyObject* const* args, Py_ssize_t given, Py_s
   w->q = (const uint8_t*)a[0], w->scale = (const void*)a[1], w->zero = (const void*)a[2];
   w->scale_type = (int)a[3], w->bits = (int)a[4], w->n = (long)a[5], w->k = (long)a[6], w->group = (long)a[7];
   w->unit = (const float*)a[8], w->zero_unit = (const float*)a[9], w->shift = (int)a[10];
-  const bool coded = w->scale_type == CODED, whole = w->unit && !w->zero == !w->zero_unit && w->shift >= 0 && w->shift < 8;
+  w->zero_type = (int)a[11], w->subtracted = a[12] != 0;
   if (!is_width(w->bits) || w->n < 1 || w->k < 32 || w->group < 32 || w->group % 32 || w->k % w->group || !w->q || !w->scale ||
-      (coded ? !whole || w->k / w->group % (1 << w->shift) : w->scale_type != F32 && w->scale_type != BF16)) {
+      !scaled(*w)) {
     PyErr_Format(PyExc_ValueError, "%s: no weight has %d bits, %ld rows, %ld columns in groups of %ld and scales of type %d",
                  name, w->bits, w->n, w->k, w->group, w->scale_type);
     return false;
@@ -293,8 +304,8 @@ PyObject* py_int8_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
   long long a[8];
   Linear w;
   if (!with_weight("int8_linear", args, given, 8, &w, a)) return nullptr;
-  if (w.scale_type == CODED) {
-    PyErr_SetString(PyExc_ValueError, "int8_linear: scales in two levels");
+  if (w.unit || w.subtracted) {
+    PyErr_SetString(PyExc_ValueError, "int8_linear: scales in two levels, or what is subtracted from scaled codes");
     return nullptr;
   }
   if (level < BYTE_PRODUCTS) {

@@ -4,6 +4,8 @@
 #include "cpu.h"
 #if defined(SET_AVX2)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -128,15 +130,23 @@ inline void put(const Output& out, long at, vf v, long count) {
 }
 #endif
 
-// Scales or zero points of 16 rows in one group, the h-th part.
-inline vf grouped(const void* from, int type, long at, int h) {
-  if (type == F32) return read<vf>((const float*)from + at * 16 + L * h);
-  const vh half = read<vh>((const uint16_t*)from + at * 16 + L * h);
-  return (vf)(__builtin_convertvector(half, vu) << 16);
+// Float16 to float32, all numbers exactly, whatever the processor does with subnormal ones.
+inline vf wide(vh half) {
+#if defined(SET_AVX512)
+  return (vf)_mm512_cvtph_ps((__m256i)half);
+#elif defined(SET_AVX2)
+  return (vf)_mm256_cvtph_ps((__m128i)half);
+#elif defined(__aarch64__)
+  return (vf)vcvt_f32_f16((float16x4_t)half);
+#else
+  const vu u = __builtin_convertvector(half, vu), sign = (u & 0x8000) << 16, rest = (u & 0x7fff) << 13;
+  const vf small = (vf)(rest | 0x38800000) - 6.103515625e-05f;  // 2^-14, below which numbers are subnormal
+  const vu large = rest + 0x38000000 + ((vu)(rest >= 0x0f800000) & 0x38000000);
+  return (vf)(sign | (rest < 0x00800000 ? (vu)small : large));
+#endif
 }
 
-inline vf bytes_at(const void* from, long at, int h) {
-  const uint8_t* p = (const uint8_t*)from + at * 16 + L * h;
+inline vf byte(const uint8_t* p) {
 #if defined(SET_AVX512)
   return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #elif defined(SET_AVX2)
@@ -146,31 +156,108 @@ inline vf bytes_at(const void* from, long at, int h) {
 #endif
 }
 
-// Scales of 16 rows, the h-th part; `at`: the block times groups, and the group.
-inline vf scale_of(const Linear& a, long at, int h) {
-  if (a.scale_type != CODED) return grouped(a.scale, a.scale_type, at, h);
-  return bytes_at(a.scale, at, h) * read<vf>(a.unit + (at >> a.shift) * 16 + L * h);
+// Numbers of a type as float32, from the at-th on.
+template <int TYPE>
+inline vf numbers(const void* from, long at) {
+  if (TYPE == ONE) return splat(*(const float*)from);
+  if (TYPE == BYTE) return byte((const uint8_t*)from + at);
+  if (TYPE == F32) return read<vf>((const float*)from + at);
+  const vh half = read<vh>((const uint16_t*)from + at);
+  return TYPE == F16 ? wide(half) : (vf)(__builtin_convertvector(half, vu) << 16);
 }
 
-// What is added to scaled codes that are less 2^(bits - 1), where there are zero points; `scale` is that of `scale_of`.
-inline vf shift_of(const Linear& a, long at, int h, vf scale) {
-  const float half = (float)(1 << (a.bits - 1));
-  if (a.scale_type != CODED) return (half - grouped(a.zero, a.scale_type, at, h)) * scale;
-  return half * scale - bytes_at(a.zero, at, h) * read<vf>(a.zero_unit + (at >> a.shift) * 16 + L * h);
+// f(Width<type>), for every type of scales and zero points.
+template <class F>
+inline void of_type(int type, F f) {
+  if (type == F32) f(Width<F32>());
+  if (type == BF16) f(Width<BF16>());
+  if (type == F16) f(Width<F16>());
+  if (type == BYTE) f(Width<BYTE>());
+  if (type == ONE) f(Width<ONE>());
 }
 
-// A sum of products with codes, and that of x, as what they stand for.
-inline __attribute__((always_inline)) vf stands_for(const Linear& a, long at, int h, vf scale, vf sum, float all) {
-  if (!a.zero) return sum * scale;
-  if (a.scale_type == CODED) return sum * scale + shift_of(a, at, h, scale) * all;
-  return (sum - (grouped(a.zero, a.scale_type, at, h) - (float)(1 << (a.bits - 1))) * all) * scale;
-}
+// The scales and zero points of 16 rows in one group, a vector of them.
+struct Group {
+  vf scale, zero;  // the latter less 2^(bits - 1); or, where zero points are subtracted from scaled codes, what is added
+
+  // A sum of products with codes less 2^(bits - 1), and that of x, as what they stand for.
+  inline __attribute__((always_inline)) vf of(const Linear& a, vf sum, float all) const {
+    if (!a.zero) return sum * scale;
+    return a.subtracted ? sum * scale + zero * all : (sum - zero * all) * scale;
+  }
+
+  // What is added to such codes once they are scaled.
+  inline vf shift(const Linear& a) const { return !a.zero ? vf{} : a.subtracted ? zero : -zero * scale; }
+};
+
+// Reads groups, counted through all blocks. Types that are read in few instructions are read where they lie; of others some
+// groups are widened together, so that types are looked at once for all of them.
+struct Scaling {
+  static const int SOME = 16;
+  bool plain;
+  float half;
+  long first = 0;  // of those that are widened
+  alignas(64) float scale[SOME * 16], zero[SOME * 16];
+
+  explicit Scaling(const Linear& a) : half((float)(1 << (a.bits - 1))) {
+    plain = (a.scale_type == F16 || a.scale_type == BF16) && (!a.zero || a.zero_type == BYTE);
+  }
+
+  // Before groups at, ..., at + count - 1, up to SOME, are read.
+  inline void widen(const Linear& a, long at, long count) {
+    if (!plain) fill(a, at, count);
+  }
+
+  inline __attribute__((always_inline)) Group group(const Linear& a, long at, int h) const {
+    if (!plain) return {read<vf>(scale + (at - first) * 16 + L * h), read<vf>(zero + (at - first) * 16 + L * h)};
+    const long i = at * 16 + L * h;
+    return {a.scale_type == F16 ? numbers<F16>(a.scale, i) : numbers<BF16>(a.scale, i),
+            a.zero ? numbers<BYTE>(a.zero, i) - half : vf{}};
+  }
+
+  // The h-th part of group g of a block, whose groups are read one after the other: those that follow are fetched.
+  inline __attribute__((always_inline)) Group next(const Linear& a, long b, long g, int h) {
+    const long at = b * a.groups() + g, size = a.scale_type == F32 ? 64 : a.scale_type == BYTE ? 16 : 32;
+    if (h == 0) {
+      if (g % SOME == 0) widen(a, at, a.groups() - g < SOME ? a.groups() - g : SOME);
+      if (a.scale_type != ONE) __builtin_prefetch((const uint8_t*)a.scale + (at + SOME) * size);
+      if (a.zero) __builtin_prefetch((const uint8_t*)a.zero + (at + SOME) * (a.zero_type == BYTE ? 16 : size));
+    }
+    return group(a, at, h);
+  }
+
+ private:
+  __attribute__((noinline)) void fill(const Linear& a, long at, long count) {
+    first = at;
+    widened(a.scale, a.scale_type, a.unit, a.shift, at, count, scale);
+    if (!a.zero) return;
+    widened(a.zero, a.zero_type, a.zero_unit, a.shift, at, count, zero);
+    for (long i = 0; i < count * 16; i += L) {
+      const vf z = read<vf>(zero + i), made = a.subtracted ? half * read<vf>(scale + i) - z : z - half;
+      memcpy(zero + i, &made, sizeof made);
+    }
+  }
+
+  static inline void widened(const void* from, int type, const float* unit, int by, long at, long count, float* to) {
+    of_type(type, [=](auto kind) {
+      for (long i = 0; i < count * 16; i += L) {
+        const vf v = numbers<kind.bits>(from, at * 16 + i);
+        memcpy(to + i, &v, sizeof v);
+      }
+    });
+    for (long i = 0; unit && i < count * 16; i += L) {
+      const vf v = read<vf>(to + i) * read<vf>(unit + ((at + i / 16) >> by) * 16 + i % 16);
+      memcpy(to + i, &v, sizeof v);
+    }
+  }
+};
 
 template <int BITS, int M>
 inline void block(const Linear& a, long b, const float* x, const float* sums, long first, const Output& out) {
   const long groups = a.groups(), steps = a.group / 32;
   const int CHAINS = M == 1 ? 4 : 2;  // sums in flight, to hide the latency of additions
   const uint8_t* tile = a.q + b * a.tiles() * 64 * BITS;
+  Scaling scaling(a);
   vf total[M][H] = {};
   for (long g = 0; g < groups; g++) {
     vf sum[M][H][CHAINS] = {};
@@ -191,11 +278,11 @@ inline void block(const Linear& a, long b, const float* x, const float* sums, lo
         });
     }
     for (int h = 0; h < H; h++) {
-      const vf scale = scale_of(a, b * groups + g, h);
+      const Group group = scaling.next(a, b, g, h);
       for (int m = 0; m < M; m++) {
         vf s = sum[m][h][0] + sum[m][h][1];
         if (CHAINS == 4) s += sum[m][h][2 % CHAINS] + sum[m][h][3 % CHAINS];
-        total[m][h] += stands_for(a, b * groups + g, h, scale, s, a.zero ? sums[m * groups + g] : 0);
+        total[m][h] += group.of(a, s, a.zero ? sums[m * groups + g] : 0);
       }
     }
   }
@@ -221,22 +308,18 @@ void rows_of(const Linear& a, long from, long to, const float* x, const float* s
 
 template <int BITS>
 void dequantize_of(const Linear& a, long from, long to, const Output& out) {
-  const long groups = a.groups(), steps = a.group / 32;
+  const long steps = a.group / 32;
   for (long b = from; b < to; b++) {
     const uint8_t* tile = a.q + b * a.tiles() * 64 * BITS;
+    Scaling scaling(a);
+    Group group[H];
     const long count = a.n - 16 * b < 16 ? a.n - 16 * b : 16;
     for (long t = 0; t < a.tiles(); t++, tile += 64 * BITS) {
       float made[32][16], row[32];
       for (int h = 0; h < H; h++) {
-        const vf scale = scale_of(a, b * groups + t / steps, h);
-        vf zero = vf{}, shift = vf{};
-        if (a.scale_type != CODED) {
-          if (a.zero) zero = grouped(a.zero, a.scale_type, b * groups + t / steps, h) - (float)(1 << (BITS - 1));
-        } else if (a.zero) {
-          shift = shift_of(a, b * groups + t / steps, h, scale);
-        }
+        if (t % steps == 0) group[h] = scaling.next(a, b, t / steps, h);
         each_pair<BITS>(tile, h, [&](int r, vf low, vf high) {
-          const vf even = (low - zero) * scale + shift, odd = (high - zero) * scale + shift;
+          const vf even = group[h].of(a, low, 1), odd = group[h].of(a, high, 1);
           memcpy(made[2 * r] + L * h, &even, sizeof even);
           memcpy(made[2 * r + 1] + L * h, &odd, sizeof odd);
         });

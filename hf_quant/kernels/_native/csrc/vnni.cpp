@@ -20,6 +20,7 @@ void block(const Linear& a, long b, const Digits& x, long first, const Output& o
   const long groups = a.groups(), steps = a.group / 32, tiles = a.tiles(), size = 64 * BITS, far = tiles * size;
   const uint8_t* tile = a.q + b * far;
   const long ahead = BITS < 4 ? 8 : 4;  // tiles that are fetched before they are needed
+  Scaling scaling[2] = {Scaling(a), Scaling(a)};
   vf total[M][W] = {};
   for (long g = 0; g < groups; g++) {
     vf sum[M][W] = {};
@@ -62,12 +63,12 @@ void block(const Linear& a, long b, const Digits& x, long first, const Output& o
         }
     }
     for (int w = 0; w < W; w++) {
-      const vf scale = scale_of(a, (b + w) * groups + g, 0);
+      const Group group = scaling[w].next(a, b + w, g, 0);
       for (int m = 0; m < M; m++) {
         float all = 0;
         if (a.zero)
           for (long t = g * steps; t < (g + 1) * steps; t++) all += x.sum[(first + m) * tiles + t];
-        total[m][w] += stands_for(a, (b + w) * groups + g, 0, scale, sum[m][w], all);
+        total[m][w] += group.of(a, sum[m][w], all);
       }
     }
   }

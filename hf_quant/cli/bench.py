@@ -92,14 +92,14 @@ def _measured(
 ) -> dict[str, Any]:  # fmt: skip
     from hf_quant.bench import memory, speed
     from hf_quant.hf import load
+    from hf_quant.hf.auto import hub_options
 
+    for name in names.values():
+        _check_kind(name, hub_options(how))
     with report.stage("memory and time to load"):
         record: dict[str, Any] = {role: memory.measure(name, **how).to_dict() for role, name in names.items()}
     with report.stage("loading"):
         models = {role: load(name, **how).eval() for role, name in names.items()}
-    for role, model in models.items():
-        if not model.can_generate() or model.config.is_encoder_decoder:
-            raise HfQuantError(f"{names[role]}: bench measures causal language models, not {type(model).__name__}")
     speeds = speed.compare(
         models,
         batch,
@@ -115,6 +115,17 @@ def _measured(
     record["slower"] = _slower(record) if "base" in names else []
     record["machine"] = _machine()
     return record
+
+
+def _check_kind(name: str, hub: dict[str, Any]) -> None:
+    """Refuse a model that does not continue token ids, before anything is loaded."""
+    from hf_quant.hf.auto import other_inputs
+    from hf_quant.hf.loading import skeleton
+
+    model = skeleton(name, **hub)
+    reads_more = other_inputs(type(model), model.config) is not None
+    if reads_more or model.config.is_encoder_decoder or not model.can_generate():
+        raise HfQuantError(f"{name}: bench measures causal language models, not {type(model).__name__}")
 
 
 def _slower(record: dict[str, Any]) -> list[str]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_args, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -199,6 +199,16 @@ def _positions(logits: Tensor) -> Tensor:
     """Logits of one sample at some of its positions, spread evenly."""
     logits = logits.flatten(0, -2) if logits.ndim > 1 else logits[None]
     return logits[:: -(-len(logits) // POSITIONS)]
+
+
+def without_logits(kind: Any) -> bool:
+    """Whether a class of models says in the type of its outputs that it gives no logits; False where it does not say."""
+    try:
+        returned = get_type_hints(kind.forward).get("return")
+    except (NameError, TypeError):
+        return False
+    outputs_of = [output for output in get_args(returned) or (returned,) if is_dataclass(output)]
+    return bool(outputs_of) and not any(field.name == "logits" for output in outputs_of for field in fields(output))
 
 
 def measures_of(base: dict[str, list[Tensor]]) -> list[str]:

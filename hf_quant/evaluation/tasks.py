@@ -5,10 +5,25 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 from hf_quant.data.chat import Chat
 from hf_quant.errors import HfQuantError
+
+MISSING = "--tasks needs lm-evaluation-harness: pip install 'hf-quant[tasks]'"
+
+
+def refuse_tasks(model: str, tokenizer: Any) -> None:
+    """Refuse tasks before anything is measured where they cannot be asked.
+
+    Raises:
+        HfQuantError: The model has no tokenizer, or lm-eval is not installed.
+    """
+    if tokenizer is None:
+        raise HfQuantError(f"--tasks asks questions in text, and {model} has no tokenizer: leave --tasks out")
+    if find_spec("lm_eval") is None:
+        raise HfQuantError(MISSING)
 
 
 def run_tasks(model: Any, chat: Chat, names: Sequence[str], limit: int | None = None) -> dict[str, dict[str, float]]:
@@ -27,7 +42,7 @@ def run_tasks(model: Any, chat: Chat, names: Sequence[str], limit: int | None = 
         from lm_eval import simple_evaluate  # type: ignore[import-not-found,unused-ignore]
         from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
-        raise HfQuantError(f"--tasks needs lm-evaluation-harness: pip install 'hf-quant[tasks]' ({error})") from None
+        raise HfQuantError(f"{MISSING} ({error})") from None
     try:
         report = simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=_with_arguments(chat)), tasks=list(names), limit=limit,

@@ -24,6 +24,7 @@ from hf_quant.evaluation.encoders import (
     measures_of,
     passages,
     sample_passages,
+    without_logits,
 )
 from hf_quant.evaluation.endings import NO_ENDINGS, Endings
 from hf_quant.evaluation.gate import Budget
@@ -225,6 +226,8 @@ def _of_encoder(
     """Measures models that predict no tokens; limits on what is not measured of them are refused as early as that is known."""
     gate = gate or Budget()
     gate.refuse_unmeasured(("top1",), "encoder models")
+    if gate and without_logits(type(base.skeleton())):
+        gate.refuse_unmeasured((), "an encoder without a head")
     texts = read()
     base_result = base_outputs(base.load, texts, base.dtype, progress)
     gate.refuse_unmeasured(measures_of(base_result["outputs"]), "an encoder without a head")

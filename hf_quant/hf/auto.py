@@ -114,11 +114,17 @@ def why_not_text(model: str, **hub: Any) -> str | None:
     """Why a model cannot be run on token ids alone: what it reads; None where it can."""
     config = config_of(model, **hub)
     kind = class_of(config, **hub)
-    inputs = getattr(kind, "main_input_name", "input_ids")
+    inputs = other_inputs(kind, config)
+    return None if inputs is None else f"({kind.__name__}) reads {inputs}"
+
+
+def other_inputs(kind: Any, config: Any) -> str | None:
+    """What a class of models reads if that is more than token ids."""
+    inputs: str = getattr(kind, "main_input_name", "input_ids")
     parts = [part for part in ("vision_config", "audio_config") if hasattr(config, part)]
     if inputs == "input_ids" and parts and not kind.can_generate():
         inputs = f"more than input_ids ({parts[0]})"
-    return None if inputs == "input_ids" else f"({kind.__name__}) reads {inputs}"
+    return None if inputs == "input_ids" else inputs
 
 
 def refuse_other_inputs(model: str, **hub: Any) -> None:

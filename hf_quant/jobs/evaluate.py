@@ -151,6 +151,7 @@ def evaluate(
     from hf_quant.data.chat import Chat
     from hf_quant.evaluation.gate import Gate
     from hf_quant.evaluation.layers import layer_errors
+    from hf_quant.evaluation.tasks import refuse_tasks
     from hf_quant.evaluation.yardstick import Base
     from hf_quant.hf import load
     from hf_quant.hf.auto import tokenizer_of
@@ -162,6 +163,8 @@ def evaluate(
         if folder.is_dir():
             Checkpoint.open(folder)
     tokenizer = tokenizer_of(base, **of_base)
+    if tasks:
+        refuse_tasks(base, tokenizer)
     chat = Chat(tokenizer, arguments)
     held_out = how.find(chat, model, base)
     if not tasks:

@@ -22,7 +22,7 @@ from hf_quant.evaluation.results import Quality
 from hf_quant.hf import load
 from hf_quant.publish import card, licence
 from hf_quant.publish.manifest import manifest_of
-from hf_quant.publish.replay import replay
+from hf_quant.publish.replay import Replay, replay
 from hf_quant.publish.scan import Snapshot, look_through, snapshot
 from hf_quant.publish.source import describe, metadata, model_type, notices
 from hf_quant.publish.upload import Target, Uploaded, upload
@@ -127,7 +127,7 @@ def publish(
         PushError: The files do not give the model back, or the upload did not end.
     """
     say(f"loading {ready.folder} once more and comparing each kernel with plain products")
-    check_runs(ready.folder, card.facts(ready.folder)[0], model)
+    say(str(check_runs(ready.folder, card.facts(ready.folder)[0], model)))
     ready.content.check_unchanged(ready.written)
     content = ready.content.plus({MANIFEST: manifest_of(ready.content.files)})
     for name in (*sorted(ready.written), MANIFEST):
@@ -195,8 +195,8 @@ def push_model(
     return publish(ready, api, model=model, say=say).url
 
 
-def check_runs(folder: Path, recipe: Mapping[str, Any], model: Any = None) -> None:
-    """Load ``folder`` and run it: its layers must be those of ``recipe`` and ``model``, and its kernels must be correct.
+def check_runs(folder: Path, recipe: Mapping[str, Any], model: Any = None) -> Replay:
+    """Load ``folder`` and run it, or layer by layer if it needs more than token ids: its layers must be those of ``recipe`` and ``model``, and its kernels must be correct.
 
     Raises:
         PushError: A layer differs, or a kernel differs from the product with dequantized weights.
@@ -206,12 +206,13 @@ def check_runs(folder: Path, recipe: Mapping[str, Any], model: Any = None) -> No
         raise PushError(f"{folder}: recipe.json lists other layers or schemes than the checkpoint has")
     if model is not None and (name := _differs(model, again)) is not None:
         raise PushError(f"{name} of the model in memory is not what {folder} holds; save it, and measure that")
-    logits, errors = replay(again)
-    if not logits.isfinite().all():
+    compared = replay(again)
+    if compared.logits is not None and not compared.logits.isfinite().all():
         raise PushError(f"{folder}: its logits are not finite")
-    for name, error in errors.items():
+    for name, error in compared.errors.items():
         if not error < CLOSE:
             raise PushError(f"{folder}: the kernel of {name} gives {error:.1%} else than its weights dequantized")
+    return compared
 
 
 def _differs(model: Any, again: Any) -> str | None:

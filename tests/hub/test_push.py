@@ -147,7 +147,9 @@ def test_sound_kernels_are_told_from_rounding(kind: str, slug: str, tmp_path: Pa
     """INT8 activations with strong channels are far from the weights alone, and no kernel is to blame for that."""
     make(kind, tmp_path / "m")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=HfQuantConfig(slug)).eval()
-    logits, errors = replay(model)
+    compared = replay(model)
+    logits, errors = compared.logits, compared.errors
+    assert logits is not None and compared.reached == len(errors) and "random" not in str(compared)
     assert torch.equal(logits, sample_logits(model)), "the kernels are chosen again"
     assert len(errors) == len(model.hf_quantizer.plan.schemes) - (kind == "moe") * 2, (
         "a stack of experts has two weights"

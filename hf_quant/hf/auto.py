@@ -148,7 +148,9 @@ def tokenizer_of(model: str, **hub: Any) -> Any:
         CheckpointError: It needs code that is not trusted, or one of its files is damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(model, **({"trust_remote_code": False} | hub))
+        tokenizer = AutoTokenizer.from_pretrained(model, **({"trust_remote_code": False} | hub))
+        # of some models without files of a tokenizer, such as Whisper, transformers makes one that knows nothing
+        return None if getattr(tokenizer, "vocab_size", None) == 0 else tokenizer
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise CheckpointError(f"{model}: its tokenizer {CODE}") from None

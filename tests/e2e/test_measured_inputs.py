@@ -23,6 +23,7 @@ import hf_quant as hq
 from hf_quant.cli import main
 from hf_quant.data.text import windows
 from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.hf.auto import tokenizer_of
 from tests import yardsticks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -91,6 +92,10 @@ def by_a_loop(base: Any, model: Any, inputs: dict[str, Tensor]) -> dict[str, flo
         "kl": torch.cat(lost).mean().item(), "perplexity": math.exp(-torch.cat(likely).mean().item()),
         "top1": torch.cat(alike).mean().item(), "tokens": len(torch.cat(lost)),
     }  # fmt: skip
+
+
+def test_a_tokenizer_that_transformers_invents_is_none(trained: Any) -> None:
+    assert tokenizer_of(str(trained(WHISPER))) is None
 
 
 def run(*args: Any) -> Any:

@@ -356,6 +356,7 @@ def test_the_broken_layer_comes_first(tmp_path: Path) -> None:
     assert len(errors) == 7 and all(0.01 < e.error < 0.2 for e in errors)
     name = errors[-1].layer
     module = model.get_submodule(name)
+    module._unpack()  # the kernel's layout has the scales
     module.weight_scale.data *= 2
     module.choose_kernel()
     first = layer_errors(model, base)[0]

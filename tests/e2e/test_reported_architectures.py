@@ -11,6 +11,9 @@ from tests.architectures import check_calibration, check_rounding
 
 from .test_every_architecture import made
 
+# older versions of transformers use it in models of speech
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 ROUNDED = [
     ("aimv2", "Aimv2Model"), ("altclip", "AltCLIPModel"),
     ("canine", "CanineForSequenceClassification"), ("chinese_clip", "ChineseCLIPModel"), ("clipseg", "CLIPSegModel"),

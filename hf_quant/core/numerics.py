@@ -81,7 +81,7 @@ def levels(codebook: str, device: torch.device) -> Tensor:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same in shape, dtype and every bit, the signs of zeros too."""
+    """Whether two tensors are the same in shape, dtype and every bit, the signs of zeros too; so NaN equals itself."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))

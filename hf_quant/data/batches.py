@@ -148,6 +148,11 @@ def digest_of(batches: Sequence[Inputs]) -> str:
     return digest.hexdigest()
 
 
+def without_padding(ids: Tensor, mask: Tensor | None) -> Tensor:
+    """bool, which of the token ids ``[B, T]`` are no padding: those that a mask of their shape keeps; without one, all."""
+    return torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.shape != ids.shape else mask.bool()
+
+
 def samples_in(batch: Inputs) -> int:
     """How many samples a batch has; 1 where its tensors do not say."""
     if "input_ids" in batch:

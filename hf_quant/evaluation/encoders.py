@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.data.batches import Inputs, digest_of, samples_in
+from hf_quant.data.batches import Inputs, digest_of, samples_in, without_padding
 from hf_quant.data.held_out import PURPOSE
 from hf_quant.data.text import Text, split
 from hf_quant.errors import HfQuantError
@@ -74,8 +74,7 @@ def sample_passages(model: Any, batches: Sequence[Inputs]) -> Passages:
 
 def _mask(batch: Inputs) -> Tensor:
     """Which token ids are no padding."""
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    return torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.shape != ids.shape else mask.bool()
+    return without_padding(batch["input_ids"], batch.get("attention_mask"))
 
 
 def passages(tokenizer: Any, text: Text, context: int, max_tokens: int | None = None) -> Passages:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.data.batches import Inputs, digest_of
+from hf_quant.data.batches import Inputs, digest_of, without_padding
 from hf_quant.data.held_out import PURPOSE
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.pieces import Piece
@@ -107,7 +107,7 @@ def _next(inputs: Inputs, name: str, mask: Tensor | None, config: Any) -> tuple[
         names = "labels or decoder_input_ids" if name == "decoder_input_ids" else name
         raise HfQuantError(f"{PURPOSE}: the model predicts tokens, and the batches have no {names}")
     ids = inputs[name]
-    kept = torch.ones_like(ids, dtype=torch.bool) if mask is None or mask.shape != ids.shape else mask.bool()
+    kept = without_padding(ids, mask)
     text = kept & ~torch.isin(ids, torch.tensor(placeholders(config), dtype=ids.dtype))
     scored = kept[:, :-1] & text[:, 1:]
     return F.pad(scored, (0, 1)), ids[:, 1:][scored]

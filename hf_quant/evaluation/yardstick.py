@@ -116,9 +116,13 @@ class Base:
         """The number of token ids."""
         return vocabulary_of(config_of(self.model, **self._hub()))
 
+    def kind(self) -> Any:
+        """Its class."""
+        return class_of(config_of(self.model, **self._hub()), **self._hub())
+
     def predicts(self) -> bool:
         """Whether it predicts next tokens; otherwise it is measured as an encoder."""
-        return bool(class_of(config_of(self.model, **self._hub()), **self._hub()).can_generate())
+        return bool(self.kind().can_generate())
 
     def causal(self) -> bool:
         """Whether it predicts next tokens without an encoder beside it."""
@@ -226,7 +230,7 @@ def _of_encoder(
     """Measures models that predict no tokens; limits on what is not measured of them are refused as early as that is known."""
     gate = gate or Budget()
     gate.refuse_unmeasured(("top1",), "encoder models")
-    if gate and without_logits(type(base.skeleton())):
+    if gate and without_logits(base.kind()):
         gate.refuse_unmeasured((), "an encoder without a head")
     texts = read()
     base_result = base_outputs(base.load, texts, base.dtype, progress)

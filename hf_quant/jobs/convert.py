@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from hf_quant.checkpoint.contents import Contents, quantization_of
 from hf_quant.checkpoint.folder import WEIGHTS, Checkpoint
 from hf_quant.core.layout import part_name
+from hf_quant.core.numerics import same_bits
 from hf_quant.core.tensor import QuantizedTensor, in_order
 from hf_quant.disk.atomic import copy_file, write_json
 from hf_quant.disk.safetensors import write_tensors
@@ -371,10 +372,5 @@ def _codes(tensor: QuantizedTensor) -> Tensor:
 
 
 def _same(name: str, before: Tensor, after: Tensor) -> None:
-    alike = before.shape == after.shape and before.dtype == after.dtype
-    if not alike or not torch.equal(_bits(before), _bits(after)):
+    if not same_bits(before, after):
         raise CheckpointError(f"{name}: what was written does not read back as it was; nothing is kept")
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8)  # so that NaN equals itself

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_quant.core.layout import in_features, wrong_shape, wrong_values
+from hf_quant.core.numerics import padded
 from hf_quant.core.pieces import below, columns_of, rows_of, why_not_below
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import Outliers, QuantizedTensor
@@ -182,8 +182,7 @@ class QuantLinear(Repacking, nn.Linear):
             self._backend = select(spec, repacking=False)
         if prepared is None:
             prepared = self._backend.prepare(read(self, "weight", spec.scheme), spec)
-        if self.scheme.padding:
-            x = F.pad(x, (0, self.scheme.padding))
+        x = padded(x, self.scheme)
         if self.scheme.permuted:
             x = x.index_select(-1, self.weight_perm[0])
         fused = getattr(self._backend, "fused", None)

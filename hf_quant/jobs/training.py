@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.data.calibration import Calibration
+from hf_quant.data.held_windows import held_out
 from hf_quant.disk.atomic import write_json
 from hf_quant.disk.folders import discard
 from hf_quant.disk.journal import is_journal, open_journal
@@ -26,7 +27,6 @@ from hf_quant.hf.auto import hub_options, tokenizer_of
 from hf_quant.jobs.compress import Job, compress
 from hf_quant.jobs.outputs import RECIPE, work_folder
 from hf_quant.training.distillation import divergence
-from hf_quant.training.held_out import held_out
 from hf_quant.training.loop import Loss, Settings, State, Steps
 
 HELD, JUDGED = 16, 64  # of so many windows one is held out; at most about that many windows are

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_quant.data.calibration import Calibration
+from hf_quant.data.held_windows import held_from_learning
 from hf_quant.data.text import Windows
 from hf_quant.disk.atomic import put
 from hf_quant.disk.safetensors import write_tensors
@@ -28,10 +29,8 @@ from hf_quant.evaluation.reference import Part, Reference, log_probabilities
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import load
 from hf_quant.nn import QuantExperts, QuantLinear
-from hf_quant.training.held_out import held_out
 from hf_quant.training.scales import trainable_scales
 
-HELD = 8  # of so many windows one is held out
 TOGETHER = 4  # windows in a step, at most
 WARM, LAST = 10, 0.05  # steps until the learning rate is reached, and the share of it that is left in the end
 PATIENCE = 3  # steps in a row without a finite loss
@@ -56,8 +55,8 @@ class Tuning:
 class Tuned:
     """What became of it: KL divergence to the base on the windows held out, nats per token.
 
-    Where the codes were calibrated on the same text, calibration has seen these windows, too: the divergence on a text that
-    nothing has seen is larger.
+    ``method="learned"`` keeps these windows from everything before, too. Codes that another method, or another program, has
+    calibrated on the same text have seen them: then the divergence on a text that nothing has seen is larger.
 
     Attributes:
         before: With the scales as they were.
@@ -205,7 +204,7 @@ def _rate(step: int, steps: int) -> float:
 def _held(reference: Reference, number: int) -> Tensor:
     """bool ``[B]``: which windows of a part are held out; of very few, the last one."""
     piece = reference.pieces[number]
-    return held_out(_windows(reference), HELD)[piece.first : piece.first + len(piece.scored)]
+    return held_from_learning(_windows(reference))[piece.first : piece.first + len(piece.scored)]
 
 
 def _windows(reference: Reference) -> int:

@@ -43,6 +43,10 @@ class HiddenParts(HiddenStates):
         parts = [place.view(states.shape).copy_(states) for place, states in zip(places, entered, strict=True)]
         return cls(row, 1, calls, carried, parts)
 
+    @property
+    def sequences(self) -> int:
+        return len(self.parts)
+
     def __len__(self) -> int:
         return len(self.parts)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hf_quant.data.held_windows import held_from_learning
 from hf_quant.disk.atomic import blaming
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a block besides hidden states
@@ -68,6 +69,17 @@ class HiddenStates:
         if not 0 <= number < len(self):
             raise IndexError(number)
         return self.states[number * self.size : (number + 1) * self.size]
+
+    @property
+    def sequences(self) -> int:
+        """Number of sequences, or of batches that are held out as a whole."""
+        return self.states.shape[0]
+
+    def held_out(self) -> list[int]:
+        """The batches with sequences that nothing may be learned from; none if that would leave nothing."""
+        held = held_from_learning(self.sequences).split(self.size)
+        numbers = [number for number, batch in enumerate(held) if bool(batch.any())]
+        return numbers if len(numbers) < len(self) else []
 
     def batch(self, number: int, block: str) -> Batch:
         """A batch with the arguments of a block."""

@@ -121,27 +121,29 @@ def _joined(parts: tuple[Tensor, ...]) -> Tensor:
 
 
 def collect(
-    block: Block, part: list[Group], hidden: HiddenStates, mine: list[int], ranks: Ranks, twin: nn.Module | None,
+    block: Block, part: list[Group], hidden: HiddenStates, numbers: list[int], ranks: Ranks, twin: nn.Module | None,
     original: HiddenStates | None,
 ) -> dict[str, InputStats]:  # fmt: skip
-    """Statistics of the input of each group, by the name of its first layer."""
+    """Statistics of the input of each group in the batches ``numbers``, of all ranks, by the name of its first layer."""
     leaders = [group.layers[0] for group in part]
     stats = {}
     for name in leaders:
         weight = weight_of(block.module.get_submodule(name))
         stats[name] = InputStats.empty(weight.shape[1], weight.device, drift=twin is not None)
-    judged, all_tokens = max(1, len(hidden) // HELD), sum(map(hidden.rows, range(len(hidden))))
+    judged, all_tokens = max(1, len(numbers) // HELD), sum(map(hidden.rows, numbers))
     rounds = {g.layers[0]: any(block.layers[block.full(n)].activations for n in g.layers) for g in part}
     look = partial(inputs_of, block, names=leaders, repeated=any(group.repeated for group in part))
-    for i in mine:
+    for place, i in enumerate(numbers):
+        if ranks.owner(i) != ranks.rank:
+            continue
         seen = look(block.module, batch=hidden.batch(i, block.name))
         original_inputs = {} if twin is None or original is None else look(twin, batch=original.batch(i, block.name))
-        held = i % HELD == HELD - 1 or (1 < len(hidden) < HELD and i == len(hidden) - 1)
+        held = place % HELD == HELD - 1 or (1 < len(numbers) < HELD and place == len(numbers) - 1)
         tokens = hidden.rows(i)
         every = -(-judged * tokens // min(HELD_ROWS, -(-all_tokens // HELD)))
         for name in leaders:
             other = _following(original_inputs[name][0], seen[name][0]) if original_inputs else None
-            few = -(-tokens * len(hidden) // SAMPLE_ROWS) if rounds[name] else 0
+            few = -(-tokens * len(numbers) // SAMPLE_ROWS) if rounds[name] else 0
             stats[name].update(seen[name][0], other, held=every if held else 0, sampled=few)
     for name, stats_of_group in stats.items():
         reduce(stats_of_group, ranks)

@@ -15,7 +15,6 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
 from hf_quant.solve.block import Block, parameter_of, put, use
 from hf_quant.solve.hidden_states import Batch, HiddenStates
-from hf_quant.solve.inputs import HELD
 from hf_quant.solve.latent import Latent
 from hf_quant.solve.recipes import LEARNED, Learning
 from hf_quant.solve.result import Recipe, Solved
@@ -29,8 +28,9 @@ PATIENCE = 3  # steps in a row without a finite loss
 def learn(block: Block, hidden: HiddenStates, wanted: HiddenStates, recipe: Recipe, solved: Solved) -> None:
     """Lower the error of the block's output, and put the codes that do it into ``solved`` and into the block.
 
-    One batch in `HELD` is held out. After every pass over the others the error on it is measured, and the codes with the
-    least are kept: those that learning starts from, if no pass lowers it.
+    Some batches are held out, which the statistics that the start was calibrated on have not seen either
+    (`HiddenStates.held_out`). After every pass over the others the error on them is measured, and the codes with the least are
+    kept: those that learning starts from, if no pass lowers it.
 
     Args:
         block: Computes with the codes of ``solved``.
@@ -47,9 +47,8 @@ def learn(block: Block, hidden: HiddenStates, wanted: HiddenStates, recipe: Reci
         return
     names = [name for name, scheme in block.layers.items() if recipe.decision.learning(scheme) is not None]
     latents = {name: Latent(solved.codes[name], solved.places.pop(name)) for name in names}
-    every = range(len(hidden))
-    held = [i for i in every if i % HELD == HELD - 1] or list(every[-1:])
-    train = [i for i in every if i not in held] or list(every)
+    held = hidden.held_out() or list(range(len(hidden)))
+    train = [i for i in range(len(hidden)) if i not in held] or held
     with _rounded_inputs(block, solved.codes):
         first = least = _loss(block, hidden, wanted, held, recipe)
         best = {name: solved.codes[name] for name in names}

@@ -170,6 +170,11 @@ class Decision:
         """Whether a transform changes weights before they are rounded, in any layer."""
         return any(chosen.transforms for chosen in self.presets.values())
 
+    @property
+    def learns(self) -> bool:
+        """Whether something is learned in any layer, so that some of the text has to be kept from everything before."""
+        return any(chosen.learning for chosen in self.presets.values())
+
     def without_data(self) -> Method:
         """The method that chooses codes where no calibration data is at hand: its own, or plain rounding if it needs data."""
         from hf_quant.methods import method

@@ -84,7 +84,9 @@ def choose(
         twin: The float block; None if the recipe does not need it.
         original: The inputs of the twin; None if there is none.
     """
-    solved, mine = Solved(), [i for i in range(len(hidden)) if recipe.ranks.owner(i) == recipe.ranks.rank]
+    solved, unseen = Solved(), hidden.held_out() if recipe.decision.learns else []
+    numbers = [i for i in range(len(hidden)) if i not in unseen]
+    mine = [i for i in numbers if recipe.ranks.owner(i) == recipe.ranks.rank]
     # each rank advances its own batches only; for the others, the first batch is still that of an earlier block
     first = recipe.ranks.shared(hidden.batch(0, block.name)._replace(carry=None) if recipe.ranks.first else None)
     groups = groups_of(block, first)
@@ -96,7 +98,7 @@ def choose(
             solve_experts(block, part[0], hidden, mine, recipe, solved)
             continue
         drifts = recipe.decision.drifts(block.layers[block.full(n)] for group in part for n in group.layers)
-        stats = collect(block, part, hidden, mine, recipe.ranks, twin if drifts else None, original)
+        stats = collect(block, part, hidden, numbers, recipe.ranks, twin if drifts else None, original)
         for group in part:
             _solve_group(block, group, stats.pop(group.layers[0]), first, recipe, solved, twin)
     return solved

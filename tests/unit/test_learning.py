@@ -91,7 +91,7 @@ def naive(states: Tensor, wanted: Tensor, epochs: int) -> dict[str, tuple[Tensor
         alone = epoch < half
         rates, steps = ((0.0, 0.002), 2 * half) if alone else ((0.02, 0.0005), 2 * (epochs - half))
         step = 2 * (epoch if alone else epoch - half)
-        order = torch.randperm(3, generator=draw).tolist()
+        order = torch.randperm(4, generator=draw).tolist()
         for numbers in (order[:2], order[2:]):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * learning._rate(step, steps)
@@ -123,8 +123,8 @@ def learned(states: Tensor, wanted: Tensor, epochs: int) -> tuple[Solved, dict[s
 
 def test_the_fast_loop_does_what_the_naive_one_does() -> None:
     torch.manual_seed(0)
-    states = torch.randn(4, 12, 32)
-    states[3] = states[0]  # what helps here helps on the text held out
+    states = torch.randn(5, 12, 32)
+    states[4] = states[0]  # what helps here helps on the text held out
     with torch.no_grad():
         wanted = Mlp()(states)
     made, before = learned(states, wanted, 40)
@@ -141,10 +141,10 @@ def test_the_fast_loop_does_what_the_naive_one_does() -> None:
 def test_nothing_that_is_worse_is_kept() -> None:
     """The text held out wants the opposite of the text that is learned from."""
     torch.manual_seed(0)
-    states = torch.randn(4, 12, 32)
+    states = torch.randn(5, 12, 32)
     with torch.no_grad():
         wanted = Mlp()(states)
-    made, before = learned(states, torch.cat([-wanted[:3], wanted[3:]]), 3)
+    made, before = learned(states, torch.cat([-wanted[:4], wanted[4:]]), 3)
     assert made.codes == before and not made.steps
 
 

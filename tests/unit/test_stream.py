@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.core.scheme import QuantScheme
+from hf_quant.data.held_windows import held_from_learning
 from hf_quant.solve.block import Block
 from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.inputs import collect, groups_of
 from hf_quant.solve.ranks import ALONE
 from hf_quant.solve.recipes import Decision
 from hf_quant.solve.result import Recipe
-from hf_quant.solve.solve import solve
+from hf_quant.solve.solve import choose, solve
 
 NOTHING: Any = ((), {})
 
@@ -82,6 +83,33 @@ def test_few_sequences(name: str, sequences: int, size: int) -> None:
         errors[each] = solved.error
         assert all(0 < error < 1 for error in solved.errors.values())
     assert errors[name] < 1.5 * errors["rtn"]
+
+
+@pytest.mark.parametrize(("name", "unseen"), [("learned", True), ("calibrated", False)])
+def test_what_learning_is_judged_on_is_in_no_statistics(name: str, unseen: bool) -> None:
+    """Else the codes that learning starts from would have seen it already, and would be kept for that."""
+    torch.manual_seed(0)
+    states, scheme, chosen = torch.randn(32, 8, 32), QuantScheme(4, 32), []
+    other = HiddenStates(states, 2)
+    for number in other.held_out():
+        other = HiddenStates(other.states.clone(), 2)
+        other.put(number, torch.randn(2, 8, 32) * 3)
+    for hidden in (HiddenStates(states.clone(), 2), other):
+        torch.manual_seed(1)
+        block = block_of(Mlp())
+        with torch.no_grad():
+            solved = choose(block, hidden, recipe(name, scheme), Mlp().requires_grad_(False), hidden)
+        chosen.append({layer: codes.codes().tolist() for layer, codes in solved.codes.items()})
+    assert other.held_out() == [7, 15] and (chosen[0] == chosen[1]) == unseen
+
+
+@pytest.mark.parametrize(("sequences", "size"), [(2, 1), (3, 1), (4, 2), (16, 2), (32, 2), (32, 1), (33, 1)])
+def test_every_step_holds_out_the_same_windows(sequences: int, size: int) -> None:
+    """Those of the blocks, and those of the training of scales end to end."""
+    held = HiddenStates(torch.empty(sequences, 1, 1), size).held_out()
+    windows = held_from_learning(sequences).nonzero().flatten().tolist()
+    assert windows == [s for number in held for s in range(number * size, number * size + size)]
+    assert 0 < len(windows) < sequences
 
 
 class Experts(nn.Module):

@@ -13,7 +13,19 @@ kernels = Extension(
     sources=[f"hf_quant/kernels/_native/csrc/{unit}.cpp" for unit in UNITS],
     depends=[
         f"hf_quant/kernels/_native/csrc/{name}.h"
-        for name in ("cpu", "vector", "bytes", "columns", "amx", "threads", "layout", "levels")
+        for name in (
+            "cpu",
+            "vector",
+            "rounding",
+            "rounding_calls",
+            "calls",
+            "bytes",
+            "columns",
+            "amx",
+            "threads",
+            "layout",
+            "levels",
+        )
     ],
     extra_compile_args=[
         "-std=c++17",

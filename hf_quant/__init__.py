@@ -123,4 +123,5 @@ def _push_model(*args: Any, **options: Any) -> str:
 
 _upwards.push_model = _push_model
 _upwards.transformers_plugin = lambda: import_module("hf_quant.hf")
+_upwards.rounding = lambda: import_module("hf_quant.kernels._native.rounding")
 _waiting.spin_briefly()

@@ -11,3 +11,6 @@ from typing import Any
 
 push_model: Callable[..., str]  # `hf_quant.publish.push.push_model`, which ``model.push_to_hub`` calls
 transformers_plugin: Callable[[], ModuleType | Any]  # imports `hf_quant.hf`, once transformers asks for a class of it
+rounding: Callable[
+    [], ModuleType | Any
+]  # imports `hf_quant.kernels._native.rounding`, which `hf_quant.core.rounding` asks

@@ -24,7 +24,7 @@ def recovered(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[
     """Scale and zero point of the groups that lie on a grid of the scheme.
 
     Args:
-        groups: float32 ``[..., G, K/G]``.
+        groups: floating point ``[..., G, K/G]``.
         scheme: Of the codes.
         dtype: The dtype of stored scales.
 
@@ -33,12 +33,12 @@ def recovered(groups: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> tuple[
     """
     flat = groups.reshape(-1, groups.shape[-1])
     sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE]
-    sample = sample[sample.count_nonzero(-1) > 2]  # a group of one or two values lies on many grids
+    sample = sample[sample.count_nonzero(-1) > 2].float()  # a group of one or two values lies on many grids
     if not len(sample) or _misses(sample[:FIRST], scheme) > (1 - MOST) * len(sample):
         return None
     if float(_on_grid(sample, scheme)[0].float().mean()) < MOST:
         return None
-    fitting, scale, zero = _on_grid(flat, scheme)
+    fitting, scale, zero = _on_grid(flat.float(), scheme)
     shape = (*groups.shape[:-1], 1)
     return floored(scale, dtype).view(shape), zero.view(shape), fitting.view(shape)
 

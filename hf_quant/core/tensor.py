@@ -84,8 +84,15 @@ class QuantizedTensor:
         """Pack ``codes`` ``[..., N, K]``, K a multiple of 32; the zero point is dropped for a symmetric scheme."""
         if codes.shape[-1] % 32:
             raise SchemeError(f"in_features must be a multiple of 32, got {codes.shape[-1]}")
+        return cls.of_packed(pack(codes, scheme.bits), scale, zero_point, scheme, outliers)
+
+    @classmethod
+    def of_packed(
+        cls, qweight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme, outliers: Outliers | None = None
+    ) -> QuantizedTensor:
+        """Of packed codes ``[..., N, K / 8 * bits]``; the zero point is dropped for a symmetric scheme."""
         zero = None if scheme.symmetric else zero_point if scheme.real_zero else zero_point.to(torch.uint8)
-        return cls(pack(codes, scheme.bits), scale, zero, scheme, outliers=outliers)
+        return cls(qweight, scale, zero, scheme, outliers=outliers)
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_quant.core.grid import recovered
 from hf_quant.core.layout import scale_dtype
-from hf_quant.core.numerics import quantize, search
+from hf_quant.core.rounding import encode, search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import Outliers, QuantizedTensor
@@ -38,19 +38,21 @@ def nearest(
         columns = outlier_index(weight.float(), scheme, dtype, importance, steps, least, importance)
 
     def rows(part: Tensor) -> QuantizedTensor:
-        wide, index, outliers = part.float(), columns, None
-        if scheme.outliers and index is None:
-            index = outlier_index(wide, scheme, dtype, importance, steps, least)
+        index, outliers = columns, None
+        if scheme.outliers:
+            part = part.float()
+            if index is None:
+                index = outlier_index(part, scheme, dtype, importance, steps, least)
         if index is not None:
-            outliers = Outliers.gather(wide, index, dtype)
-            wide = wide.masked_fill(outlier_mask(index, wide.shape), 0)
-        groups = wide.unflatten(-1, (scheme.groups(wide.shape[-1]), -1))  # [n, G, K/G]
+            outliers = Outliers.gather(part, index, dtype)
+            part = part.masked_fill(outlier_mask(index, part.shape), 0)
+        groups = part.unflatten(-1, (scheme.groups(part.shape[-1]), -1))  # [n, G, K/G]
         by_group = None if importance is None else importance.view(groups.shape[1], -1)
         scale, zero = search(groups, scheme, dtype, steps, least, by_group)
         if steps and not scheme.blocks and (grid := recovered(groups, scheme, dtype)) is not None:
             scale, zero = torch.where(grid[2], grid[0], scale), torch.where(grid[2], grid[1], zero)
-        codes = quantize(groups, scale, zero, scheme).to(torch.uint8).flatten(-2)
-        return QuantizedTensor.from_codes(codes, scale.squeeze(-1).to(dtype), zero.squeeze(-1), scheme, outliers)
+        packed = encode(groups, scale, zero, scheme)
+        return QuantizedTensor.of_packed(packed, scale.squeeze(-1).to(dtype), zero.squeeze(-1), scheme, outliers)
 
     n, k = weight.shape
     dtype = scale_dtype(scheme, dtype)

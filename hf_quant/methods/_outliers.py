@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_quant.core.numerics import dequantize, quantize, search
+from hf_quant.core.numerics import dequantize, quantize
+from hf_quant.core.rounding import search
 from hf_quant.core.scheme import QuantScheme
 
 

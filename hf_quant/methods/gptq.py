@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_quant.core.k_quants import COLUMNS
 from hf_quant.core.layout import scale_dtype
-from hf_quant.core.numerics import dequantize, quantize, search
+from hf_quant.core.numerics import dequantize, quantize
+from hf_quant.core.rounding import search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import Outliers, QuantizedTensor

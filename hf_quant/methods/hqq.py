@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.core.numerics import dequantize, floored, minmax, quantize, search
+from hf_quant.core.numerics import dequantize, floored, minmax, quantize
+from hf_quant.core.rounding import search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import Outliers, QuantizedTensor

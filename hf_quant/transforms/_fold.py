@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_quant.core.numerics import dequantize, grouped, quantize, search
+from hf_quant.core.numerics import dequantize, grouped, quantize
+from hf_quant.core.rounding import search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.core.two_levels import holds

@@ -8,7 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.core.numerics import dequantize, grouped, quantize, quantize_rows, search
+from hf_quant.core.numerics import dequantize, grouped, quantize, quantize_rows
+from hf_quant.core.rounding import search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.transforms import Stage
 from hf_quant.transforms._fold import fold, powers_of_two, rounding_error

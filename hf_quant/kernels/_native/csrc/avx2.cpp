@@ -5,9 +5,9 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define SET_AVX2
-#include "vector.h"
+#include "rounding.h"
 
-const Kernels avx2_kernels = {rows, dequantize};
+const Kernels avx2_kernels = {rows, dequantize, search, encode};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

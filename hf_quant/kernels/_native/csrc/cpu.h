@@ -104,13 +104,44 @@ static inline void load(const void* x, int type, long at, float* to, long count)
   }
 }
 
-// One instruction set: some blocks of 16 rows of a weight, in float32.
+// Groups of a weight, whose scales and zero points are searched.
+struct Search {
+  const void* w;  // [groups, size]
+  int type;
+  long size;
+  const float* importance;  // [period, size], of the g-th group at g % period; null for equal weights
+  long period;
+  const float* shares;  // [steps], of the full range, and numbers up to a multiple of 16
+  long steps;
+  int bits, type_of_scale;
+  bool symmetric;
+  float *scale, *zero;  // [groups]
+  uint8_t* doubtful;    // [groups], 1 where scale and zero point are left to PyTorch
+};
+
+// Groups of a weight, whose codes are packed one after another, low bits first.
+struct Encoding {
+  const void* w;  // [groups, size], size a multiple of 8
+  int type;
+  long size;
+  const float *scale, *zero;  // [groups]
+  int bits;
+  uint8_t* codes;  // [groups, size / 8 * bits]
+};
+
+// One instruction set: some blocks of 16 rows of a weight, in float32, or some of its groups.
 struct Kernels {
   // y[m, 16 b ...] = x[m] @ W.T for blocks from, to (exclusive); x [m, k] and its sums over groups, [m, groups].
   void (*rows)(const Linear&, long from, long to, const float* x, const float* sums, long m, const Output&);
   // W of those blocks: out [16 (to - from), k], less rows beyond n.
   void (*dequantize)(const Linear&, long from, long to, const Output&);
+  // Groups from, ..., to - 1; room as `rounding_room` says.
+  void (*search)(const Search&, long from, long to, uint8_t* room);
+  void (*encode)(const Encoding&, long from, long to, uint8_t* room);
 };
+
+// Bytes that a thread needs for a group of `size` columns and `steps` ranges.
+static inline size_t rounding_room(long size, long steps) { return (size + 16) * 2 * sizeof(float) + (steps + 16) * 40; }
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
 

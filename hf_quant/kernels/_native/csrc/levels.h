@@ -27,6 +27,14 @@ const Level BYTE_PRODUCTS = VNNI;
 #endif
 int best = PORTABLE, level = PORTABLE;
 
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (level >= AVX512) return avx512_kernels;
+  if (level == AVX2) return avx2_kernels;
+#endif
+  return portable_kernels;
+}
+
 int detect() {
 #if defined(__x86_64__)
   __builtin_cpu_init();

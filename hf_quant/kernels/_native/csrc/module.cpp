@@ -8,22 +8,14 @@
 #include <atomic>
 #include <new>
 
+#include "calls.h"
 #include "cpu.h"
 #include "layout.h"
 #include "levels.h"
+#include "rounding_calls.h"
 #include "threads.h"
 
 namespace {
-
-// ---- instruction sets
-
-const Kernels& kernels() {
-#if defined(__x86_64__)
-  if (level >= AVX512) return avx512_kernels;
-  if (level == AVX2) return avx2_kernels;
-#endif
-  return portable_kernels;
-}
 
 // ---- products
 
@@ -172,21 +164,6 @@ void many_int8(const Linear& a, const Activations& x, const Output& y, long m, l
 
 // ---- Python
 
-// Integers out of a call's arguments; false with an exception set.
-bool integers(const char* name, PyObject* const* args, Py_ssize_t given, Py_ssize_t wanted, long long* out) {
-  if (given != wanted) {
-    PyErr_Format(PyExc_TypeError, "%s takes %zd integers, got %zd", name, wanted, given);
-    return false;
-  }
-  for (Py_ssize_t i = 0; i < wanted; i++) {
-    out[i] = PyLong_AsLongLong(args[i]);
-    if (out[i] == -1 && PyErr_Occurred()) return false;
-  }
-  return true;
-}
-
-bool is_width(int bits) { return bits >= 2 && bits <= 8; }
-
 // Whether scales and zero points are of types that there are, and go together.
 bool scaled(const Linear& w) {
   const bool halves = w.scale_type >= F32 && w.scale_type <= F16;
@@ -218,21 +195,6 @@ bool with_weight(const char* name, PyObject* const* args, Py_ssize_t given, Py_s
     return false;
   }
   return integers(name, args + 1, given - 1, wanted, out);
-}
-
-// Runs f without Python's lock; null with an exception set where memory ran out, else None.
-template <class F>
-PyObject* unlocked(F f) {
-  bool done = true;
-  Py_BEGIN_ALLOW_THREADS;
-  try {
-    f();
-  } catch (const std::bad_alloc&) {
-    done = false;
-  }
-  Py_END_ALLOW_THREADS;
-  if (!done) return PyErr_NoMemory();
-  Py_RETURN_NONE;
 }
 
 // Whether x, of m rows, can be read as `type` says; false with an exception set where it cannot.
@@ -370,6 +332,8 @@ PyMethodDef methods[] = {
     {"int8_linear", FAST(py_int8_linear), "int8_linear(weight, x, y, type, m, threads, columns, count, fixed)"},
     {"pack", FAST((py_layout<pack_block, true>)), "pack(codes, tiles, bits, n, k, threads)"},
     {"unpack", FAST((py_layout<unpack_block, false>)), "unpack(tiles, codes, bits, n, k, threads)"},
+    {"search", FAST(py_search), "search(groups, type, count, size, importance, period, shares, steps, bits, symmetric, scale_type, scale, zero, doubtful, threads)"},
+    {"encode", FAST(py_encode), "encode(groups, type, count, size, scale, zero, bits, codes, threads)"},
     {"limit", py_limit, METH_O, "Use no more than this instruction set."},
     {"level", py_level, METH_NOARGS, "The instruction set in use."},
     {"threaded", py_threaded, METH_NOARGS, "Whether PyTorch's threads are used."},

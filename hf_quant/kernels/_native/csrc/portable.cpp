@@ -1,4 +1,4 @@
 // What every machine runs: vectors of 16 bytes (SSE2, NEON), which compilers turn into plain numbers where there are none.
-#include "vector.h"
+#include "rounding.h"
 
-const Kernels portable_kernels = {rows, dequantize};
+const Kernels portable_kernels = {rows, dequantize, search, encode};

@@ -17,7 +17,7 @@ from hf_quant import HfQuantConfig
 from hf_quant.data.calibration import Calibration
 from hf_quant.errors import PlanError
 from hf_quant.hf.calibrate_shards import Settings, quantize_streaming
-from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
+from hf_quant.nn import QuantEmbedding, QuantExperts, QuantMatrix
 from tests.tiny_models import inputs_of, relative, run, vocabulary_of
 
 SCHEMES = ("W4A16-g32", "W8A8", "W2A16-g32")
@@ -126,7 +126,7 @@ def _check_twin(found: Findings, step: str, model: Any, got: Tensor, inputs: Map
     twin = found.attempt(f"{step} dequantize", lambda: model.dequantize())
     if twin is None:
         return
-    left = {type(m).__name__ for m in twin.modules() if isinstance(m, QuantLinear | QuantEmbedding | QuantExperts)}
+    left = {type(m).__name__ for m in twin.modules() if isinstance(m, QuantMatrix | QuantEmbedding | QuantExperts)}
     found.expect(f"{step} dequantize", not left, f"still quantized: {sorted(left)}")
     dense = found.attempt(f"{step} twin", lambda: run(twin, inputs))
     if dense is not None:

@@ -32,14 +32,15 @@ ROUNDED = [
     ("tipsv2_vision_model", "Tipsv2VisionModel"), ("unispeech-sat", "UniSpeechSatForCTC"),
     ("unispeech", "UniSpeechForCTC"), ("vits", "VitsModel"), ("voxtral_realtime_encoder", "VoxtralRealtimeEncoder"),
     ("wav2vec2-conformer", "Wav2Vec2ConformerForCTC"), ("wav2vec2", "Wav2Vec2ForCTC"), ("wavlm", "WavLMForCTC"),
+    # convolutions of single points between others
+    ("hgnet_v2", "HGNetV2Backbone"), ("mobilenet_v1", "MobileNetV1ForImageClassification"),
+    ("mobilenet_v2", "MobileNetV2ForImageClassification"), ("mobilevitv2", "MobileViTV2ForImageClassification"),
+    ("poolformer", "PoolFormerModel"), ("regnet", "RegNetForImageClassification"),
+    ("resnet", "ResNetForImageClassification"), ("textnet", "TextNetForImageClassification"),
 ]  # fmt: skip
 NOTHING = [
-    # convolutions around a head, and I-BERT, whose layers compute with their weights in their own way
-    ("ibert", "IBertForMaskedLM"),
-    ("bit", "BitForImageClassification"), ("mobilenet_v1", "MobileNetV1ForImageClassification"),
-    ("mobilenet_v2", "MobileNetV2ForImageClassification"), ("mobilevitv2", "MobileViTV2ForImageClassification"),
-    ("regnet", "RegNetForImageClassification"), ("resnet", "ResNetForImageClassification"),
-    ("textnet", "TextNetForImageClassification"),
+    # layers that compute with their weights in their own way, and convolutions with weights that are normalized at every step
+    ("ibert", "IBertForMaskedLM"), ("bit", "BitForImageClassification"),
 ]  # fmt: skip
 CALIBRATED = [
     ("bailing_hybrid", "BailingHybridForCausalLM"), ("bamba", "BambaForCausalLM"), ("big_bird", "BigBirdForCausalLM"),

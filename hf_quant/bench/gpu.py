@@ -19,7 +19,7 @@ from hf_quant.disk.atomic import make_folder, write_json
 from hf_quant.errors import HfQuantError
 from hf_quant.kernels import LinearSpec, select
 from hf_quant.kernels._triton.tiles import Tile, as_list, forget, key, too_old, tuned, tuned_path
-from hf_quant.nn import QuantLinear
+from hf_quant.nn import QuantMatrix
 
 ROWS = (8, 16, 32, 64, 128, 256, 512, 1024)
 CACHES = 4  # total size of the weights of one timing, in sizes of the last cache
@@ -91,7 +91,7 @@ def layers_of(model: nn.Module) -> list[Layer]:
     """The distinct linear layers of a model: tiles depend on scheme, shape and dtype, but not on zero points."""
     layers: dict[str, Layer] = {}
     for module in model.modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantMatrix):
             scheme, n, k = module.spec.scheme, module.spec.out_features, module.spec.in_features  # with padding
             layers.setdefault(key(scheme.bits, n, k), (scheme, n, k, module.compute_dtype))
     return list(layers.values())

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.core.geometry import geometry_of
 from hf_quant.hf import Plan
-from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
+from hf_quant.nn import QuantEmbedding, QuantExperts, QuantMatrix
 
 ROWS = 256
 ROUNDED = 0.01  # relative change of a float tensor beyond what storing it in another dtype can cause
@@ -90,7 +91,7 @@ def _of_outputs(model: nn.Module, blocks: Sequence[Mapping[str, Any]]) -> list[L
     """The errors of outputs, from the squared errors in the recipe."""
     schemes = {}
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantMatrix):
             schemes[name] = module.scheme
         elif isinstance(module, QuantExperts):
             schemes |= {f"{name}.{stack}": scheme for stack, scheme in module.schemes.items()}
@@ -108,14 +109,12 @@ def _of_weights(model: nn.Module, base: Checkpoint) -> list[LayerError]:
     """The errors of the layers that ``base`` holds under the same name, with one tensor in memory at a time."""
     errors = []
     for name, module in model.named_modules():
-        if isinstance(module, (QuantLinear, QuantEmbedding)):
+        if isinstance(module, (QuantMatrix, QuantEmbedding)):
             stored = f"{name}.weight"
             if stored in base.tensors:
                 original = base.read(stored)
-                turned = isinstance(module, QuantLinear) and module.conv1d
-                errors.append(
-                    _error(name, str(module.scheme), original.T if turned else original, module.dequantize())
-                )
+                matrix = geometry_of(module).matrix(original)
+                errors.append(_error(name, str(module.scheme), matrix, module.dequantize()))
         elif isinstance(module, QuantExperts):
             for stack, scheme in module.schemes.items():
                 stored = f"{name}.{stack}"

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_quant.core.geometry import Geometry, geometry_of
 from hf_quant.core.numerics import quantize_rows
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.hf._hooks import replaced
@@ -43,8 +44,8 @@ def rounded(model: Any, names: Sequence[str], scheme: QuantScheme, method: Metho
     originals = {name: weight.data for name, (weight, _) in before.items()}
     with ExitStack() as rounding:
         try:
-            for weight, turned in before.values():
-                weight.data = _round(weight.data, turned, scheme, method)
+            for weight, geometry in before.values():
+                weight.data = _round(weight.data, geometry, scheme, method)
             if scheme.activations:
                 for enter in _inputs(model, names):
                     rounding.enter_context(enter)
@@ -115,14 +116,11 @@ def sensitivities(
     return costs
 
 
-def _weight(model: Any, name: str) -> tuple[torch.nn.Parameter, bool]:
-    """The parameter of a layer or stack, and whether it is stored ``[K, N]``."""
-    parent, _, leaf = name.rpartition(".")
-    module = model.get_submodule(parent)
-    if isinstance(getattr(module, leaf), torch.nn.Parameter):
-        return getattr(module, leaf), bool(getattr(module, "is_transposed", False))
-    layer = model.get_submodule(name)
-    return layer.weight, not isinstance(layer, (torch.nn.Linear, torch.nn.Embedding))
+def _weight(model: Any, name: str) -> tuple[torch.nn.Parameter, Geometry]:
+    """The parameter of a layer or stack, and its geometry."""
+    owner: Any = _owner(model, name)
+    leaf = name.rpartition(".")[2]
+    return getattr(owner, leaf if leaf in owner._parameters else "weight"), geometry_of(owner)
 
 
 def _owner(model: Any, name: str) -> torch.nn.Module:
@@ -132,8 +130,9 @@ def _owner(model: Any, name: str) -> torch.nn.Module:
     return module if isinstance(getattr(module, leaf), torch.nn.Parameter) else getattr(module, leaf)
 
 
-def _round_input(_module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (_rounded_rows(args[0]), *args[1:])
+def _round_input(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    geometry = geometry_of(module)
+    return (geometry.with_rows(args[0], _rounded_rows(geometry.rows(args[0]))), *args[1:])
 
 
 def _rounded_rows(x: Tensor) -> Tensor:
@@ -142,12 +141,10 @@ def _rounded_rows(x: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _round(weight: Tensor, turned: bool, scheme: QuantScheme, method: Method) -> Tensor:
-    stack = weight if weight.dim() == 3 else weight[None]
-    dense = torch.empty_like(stack)
-    for i, matrix in enumerate(stack):
-        rows = matrix.T if turned else matrix
+def _round(weight: Tensor, geometry: Geometry, scheme: QuantScheme, method: Method) -> Tensor:
+    matrices = geometry.matrix(weight)
+    parts = []
+    for rows in matrices if matrices.dim() == 3 else matrices[None]:
         codes = quantize(method, rows.contiguous(), scheme.fitted(rows.shape[1]), torch.bfloat16)
-        real = codes.dequantize(weight.dtype)
-        dense[i] = real.T if turned else real
-    return dense.view_as(weight)
+        parts.append(codes.dequantize(weight.dtype))
+    return geometry.weight(torch.stack(parts).view(matrices.shape)).contiguous()

@@ -30,12 +30,14 @@ class Layer:
         scheme: How it is coded; None where it can only be read to floating point.
         scale_dtype: Of the stored scales.
         note: Why it is read to floating point, or what of it is left out.
+        convolution: Whether it is a convolution, whose weight is a matrix here too; only in formats that are `in_memory`.
     """
 
     shape: tuple[int, ...]
     scheme: QuantScheme | None
     scale_dtype: torch.dtype
     note: str = ""
+    convolution: bool = False
 
 
 Headers = Mapping[str, Mapping[str, Shaped]]  # module -> local name -> header

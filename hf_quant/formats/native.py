@@ -25,9 +25,11 @@ class Native(Traits):
 
     Args:
         schemes: Name or glob of modules to scheme, the first match counts; the last one, ``*``, is the default.
+        convolutions: Names of the modules that are convolutions.
     """
 
     schemes: tuple[tuple[str, QuantScheme], ...] = ()
+    convolutions: frozenset[str] = frozenset()
 
     label: ClassVar[str] = "native"
     methods: ClassVar[tuple[str, ...]] = ("hf_quant",)
@@ -43,11 +45,10 @@ class Native(Traits):
         overrides = config.get("overrides") or {}
         if not isinstance(overrides, Mapping):
             raise refused("overrides", overrides, "must be an object")
-        if not is_sequence(config.get("modules_to_not_convert") or []):
-            raise refused("modules_to_not_convert", config["modules_to_not_convert"], "must be a list of names")
+        _names(config, "modules_to_not_convert")
         try:
             schemes = [(name, QuantScheme.parse(slug)) for name, slug in overrides.items() if slug is not None]
-            return cls((*schemes, ("*", _default(config))))
+            return cls((*schemes, ("*", _default(config))), frozenset(_names(config, "convolutions")))
         except SchemeError as error:
             raise FormatError(f"quantization_config: {error}") from None
 
@@ -119,11 +120,19 @@ class Native(Traits):
                 raise FormatError(wrong)
             scheme = fitting[0]
         *lead, n, _groups = scale.shape
-        return Layer((*lead, n, in_features(weight, scheme)), scheme, scale.dtype)
+        convolution = not self.convolutions.isdisjoint(names)
+        return Layer((*lead, n, in_features(weight, scheme)), scheme, scale.dtype, convolution=convolution)
 
     @cached_property
     def _named(self) -> Globs:
         return Globs("overrides", [name for name, _ in self.schemes[:-1]])
+
+
+def _names(config: Mapping[str, Any], field: str) -> Sequence[str]:
+    names: Sequence[str] = config.get(field) or []
+    if not is_sequence(names) or not all(isinstance(name, str) for name in names):
+        raise refused(field, names, "must be a list of names")
+    return names
 
 
 def _default(config: Mapping[str, Any]) -> QuantScheme:

@@ -12,9 +12,13 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_quant.core.geometry import patches_of
 from hf_quant.nn.experts import stacks, why_not_experts
 
-Kind = Literal["linear", "conv1d", "experts", "embedding"]
+BASES: dict[type[nn.Module], tuple[int, ...]] = {  # shapes of inputs with four features
+    nn.Linear: (2, 5, 4), nn.Conv1d: (2, 4, 5), nn.Conv2d: (2, 4, 5, 5), nn.Conv3d: (2, 4, 5, 5, 5)
+}  # fmt: skip
+Kind = Literal["linear", "conv1d", "patches", "experts", "embedding"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,37 +52,41 @@ def _input_embeddings(model: Any) -> Any:
 
 
 def _candidates_in(name: str, module: nn.Module, is_embedding: bool) -> Iterator[tuple[str, Candidate]]:
+    kind: Any = type(module)  # mypy doubts that classes can be hashed
     if isinstance(module, nn.Linear):
-        reason = why_not_linear(type(module))  # type: ignore[arg-type]  # mypy doubts that classes can be hashed
-        yield name, Candidate("linear", (module.out_features, module.in_features), reason)
+        yield name, Candidate("linear", (module.out_features, module.in_features), why_not_plain(kind))
     elif type(module) is Conv1D:
         k, n = module.weight.shape
         yield name, Candidate("conv1d", (n, k))
     elif is_embedding and isinstance(module, nn.Embedding):
-        refusal = None if type(module) is nn.Embedding else f"{type(module).__name__} scales its rows in its own way"
+        refusal = None if kind is nn.Embedding else f"{kind.__name__} scales its rows in its own way"
         yield name, Candidate("embedding", (module.num_embeddings, module.embedding_dim), refusal)
+    elif (patches := patches_of(module)) is not None:
+        rows: Any = module.out_channels
+        yield name, Candidate("patches", (rows, patches.columns), why_not_plain(kind))
     else:
         for stack, shape in stacks(module).items():
             yield f"{name}.{stack}", Candidate("experts", shape, why_not_experts(module))
 
 
 @lru_cache
-def why_not_linear(kind: type[nn.Linear]) -> str | None:
-    """Why layers of a subclass of ``nn.Linear`` cannot be replaced; None if they compute ``x @ W.T + b`` and nothing else.
+def why_not_plain(kind: Any) -> str | None:
+    """Why layers of a subclass of ``nn.Linear``, or of a convolution, cannot be replaced; None if they compute what those compute.
 
-    A small layer of that class, without what its own ``__init__`` may add, is compared with ``nn.Linear``.
+    A small layer of that class, without what its own ``__init__`` may add, is compared with its base.
     """
-    if kind is nn.Linear or kind.forward is nn.Linear.forward:
+    base: Any = next(base for base in BASES if issubclass(kind, base))
+    if kind is base:
         return None
     refusal = f"{kind.__name__} computes with its weight in its own way"
     random = torch.Generator(device="cpu").manual_seed(0)
     with torch.device("cpu"), torch.no_grad():
-        plain = nn.Linear(4, 3)
+        plain = base(4, 3) if base is nn.Linear else base(4, 3, 1)
         for parameter in plain.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=random))
         other = kind.__new__(kind)
         other.__dict__.update(copy.deepcopy(plain).__dict__)
-        x = torch.randn(2, 5, 4, generator=random)
+        x = torch.randn(BASES[base], generator=random)
         try:
             same = all(torch.allclose(other(rows), plain(rows), atol=1e-6) for rows in (x, x[0]))
             for layer in (other, plain):

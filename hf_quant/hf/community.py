@@ -167,6 +167,8 @@ def _place_one(placed: Placed, home: str, at: Candidate, layers: dict[str, Layer
         _check_stack(home, at, layers, contents)
     elif others:
         raise CheckpointError(f"{contents.where(first)}: {others[0]} is the same layer of the model, {home}")
+    elif at.kind == "patches" and not contents.fmt.in_memory:
+        raise CheckpointError(f"{contents.where(first)}: a convolution, and this format holds linear layers")
     elif layers[first].shape != at.shape:
         raise CheckpointError(
             f"{contents.where(first)} has shape {list(layers[first].shape)}, config.json says {list(at.shape)}"

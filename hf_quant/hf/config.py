@@ -32,6 +32,7 @@ UNSTORED = (
     "stored",
     "dequantize",
     "given",
+    "convolutions",
     "files",
     "training",
     "saves_training",
@@ -88,6 +89,7 @@ class HfQuantConfig(QuantizationConfigMixin):
             ``save_pretrained`` then writes what ``training=False`` would have: the quantized model.
         version: Of this configuration's meaning; a newer one is refused, not guessed at.
         share_quantized: Filled in after quantizing: share of the parameters that became codes.
+        convolutions: Likewise: names of the quantized convolutions.
 
     Raises:
         SchemeError: The scheme is impossible, or another field contradicts it.
@@ -116,6 +118,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         training: bool = False,
         version: int = VERSION,
         share_quantized: float | None = None,
+        convolutions: list[str] | None = None,
         quant_method: str = "hf_quant",
         **unknown: Any,
     ) -> None:
@@ -140,11 +143,12 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.scheme = str(default)
         self.bits, self.group_size, self.symmetric = default.bits, default.group_size, default.symmetric
         self.overrides = dict(_typed("overrides", overrides or {}, Mapping))
-        self.modules_to_not_convert = list(_typed("modules_to_not_convert", modules_to_not_convert or [], list))
+        self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
         self.quantize_lm_head = quantize_lm_head
         self.quantize_embeddings = quantize_embeddings
         self.share_quantized = share_quantized
         self.stored: Mapping[str, Any] | None = None  # of a checkpoint that is being taken over
+        self.convolutions = _names("convolutions", convolutions)
         self.files: Mapping[str, str] = {}  # quantized module to its name in the files, where they call it otherwise
         self.dequantize = False
         if activations not in ("float", "int8", None):
@@ -152,8 +156,6 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.activations = activations
         self.training: bool = _typed("training", training, bool)
         self.saves_training = False  # while a training is saved that shall go on
-        for name in self.modules_to_not_convert:
-            _typed("modules_to_not_convert", name, str)
         for glob, slug in self.overrides.items():
             if slug is not None:
                 _parsed(f"overrides[{glob!r}]", slug)
@@ -229,6 +231,7 @@ class HfQuantConfig(QuantizationConfigMixin):
                 ({"training": True} if self.saves_training else {})
                 | {name: value for name, value in self.__dict__.items() if name not in UNSTORED}
                 | {"overrides": self._both(self.overrides)}
+                | ({"convolutions": self._also_in_files(self.convolutions)} if self.convolutions else {})
             )
         overrides = {
             name: QuantScheme.parse(slug) for name, slug in self._both(self.overrides).items() if slug is not None
@@ -240,6 +243,9 @@ class HfQuantConfig(QuantizationConfigMixin):
     def _both(self, overrides: Mapping[str, str | None]) -> dict[str, str | None]:
         """Under the names of the modules, and under those in the files too: readers of checkpoints know either."""
         return dict(overrides) | {self.files[name]: slug for name, slug in overrides.items() if name in self.files}
+
+    def _also_in_files(self, names: Sequence[str]) -> list[str]:
+        return [*names, *(self.files[name] for name in names if name in self.files)]
 
     def resolve(self, schemes: Mapping[str, QuantScheme], left: Sequence[str]) -> None:
         """Say which layers of the model are quantized and how, and which are not, where another program decided it."""
@@ -358,6 +364,10 @@ def _typed(field: str, value: Any, kind: type) -> Any:
     if not isinstance(value, kind):
         raise PlanError(f"quantization_config.{field} must be a {kind.__name__}, got {value!r}")
     return value
+
+
+def _names(field: str, value: list[str] | None) -> list[str]:
+    return [_typed(field, name, str) for name in _typed(field, value or [], list)]
 
 
 def _parsed(field: str, slug: Any) -> QuantScheme:

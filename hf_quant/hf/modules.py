@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_quant.core.geometry import CONVOLUTIONS, TRANSPOSED, patches_of, weight_of
 from hf_quant.core.layout import COMPANIONS, WEIGHT, part_name
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.hf.candidates import Candidate
 from hf_quant.hf.plan import Plan
-from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, as_quant_experts
+from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, QuantMatrix, QuantPatches, as_quant_experts
 from hf_quant.nn._hooks import mark_initialized
 from hf_quant.nn._weight import frozen
 from hf_quant.nn.experts import stacks
@@ -81,11 +82,7 @@ class Modules:
                     padding_idx=old.padding_idx, dtype=old.weight.dtype, quantized=quantized,
                 )  # fmt: skip
             else:
-                k, n = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else old.weight.shape
-                new = QuantLinear(
-                    k, n, scheme, bias=old.bias is not None, dtype=old.weight.dtype, quantized=quantized,
-                    scale_dtype=self._scale_dtype(name, old.weight.dtype), conv1d=not isinstance(old, nn.Linear),
-                )  # fmt: skip
+                new = _quantized(old, scheme, quantized, self._scale_dtype(name, old.weight.dtype))
         new.train(old.training)
         model.set_submodule(name, new)
 
@@ -138,20 +135,41 @@ def to_float(model: Any, dtype: torch.dtype | None) -> None:
                     module._parameters.pop(stack + companion, None)
                 module._parameters[stack] = frozen(dense)  # in its place: PEFT counts on the order
             module.__class__ = module.float_class  # type: ignore[assignment]
-        elif isinstance(module, (QuantLinear, QuantEmbedding)):
+        elif isinstance(module, (QuantMatrix, QuantEmbedding)):
             model.set_submodule(name, _float_module(module, dtype))
 
 
-def _float_module(module: QuantLinear | QuantEmbedding, dtype: torch.dtype | None) -> nn.Module:
+def _quantized(old: Any, scheme: QuantScheme, quantized: bool, scale_dtype: torch.dtype | None) -> nn.Module:
+    """The quantized layer, with empty parameters, in place of a linear layer or a convolution in floating point."""
+    n, k = weight_of(old).shape
+    rest: dict[str, Any] = {
+        "bias": old.bias is not None, "dtype": old.weight.dtype, "quantized": quantized, "scale_dtype": scale_dtype
+    }  # fmt: skip
+    if (patches := patches_of(old)) is not None:
+        return QuantPatches(patches, n, scheme, **rest)
+    return QuantLinear(k, n, scheme, conv1d=not isinstance(old, nn.Linear), **rest)
+
+
+def _float_module(module: QuantMatrix | QuantEmbedding, dtype: torch.dtype | None) -> nn.Module:
     weight = module.dequantize(dtype)
     n, k = weight.shape
     if isinstance(module, QuantEmbedding):
         return nn.Embedding(n, k, module.padding_idx, _weight=weight, _freeze=True)
-    dense: nn.Module
     with torch.device("meta"):
-        conv1d: Any = Conv1D  # its __init__ is not annotated
-        dense = conv1d(n, k) if module.conv1d else nn.Linear(k, n, bias=module.bias is not None)
-    dense.weight = frozen(weight.T.contiguous() if module.conv1d else weight)
+        dense = _dense(module)
+    dense.weight = frozen(module.geometry.weight(weight).contiguous())
     if module.bias is not None:
         dense.bias = frozen(module.bias.to(weight.dtype))
+    return dense
+
+
+def _dense(module: QuantMatrix) -> nn.Module:
+    n, k, bias = module.out_features, module.in_features, module.bias is not None
+    if isinstance(module, QuantPatches):
+        patches = module.geometry
+        kind: Any = CONVOLUTIONS[len(patches.kernel) - 1]
+        convolution: nn.Module = kind(patches.channels, n, patches.kernel, patches.stride, bias=bias)
+        return convolution
+    conv1d: Any = Conv1D  # its __init__ is not annotated
+    dense: nn.Module = conv1d(n, k) if module.geometry is TRANSPOSED else nn.Linear(k, n, bias=bias)
     return dense

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 
+from hf_quant.core.geometry import geometry_of
 from hf_quant.core.layout import part_name
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.disk.memory import give_back_memory
@@ -17,7 +18,7 @@ from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.hf._hooks import patterns_of
 from hf_quant.hf.plan import Plan
 from hf_quant.methods import quantize
-from hf_quant.nn import QuantExperts, QuantLinear
+from hf_quant.nn import QuantExperts
 from hf_quant.nn._weight import frozen
 
 
@@ -119,8 +120,7 @@ class QuantizeOnLoad(ConversionOps):
             return self._stack(name, value, module, leaf, placeholder)
         assert isinstance(value, Tensor)
         _check_shape(name, value.shape, placeholder.shape)
-        turned = isinstance(module, QuantLinear) and module.conv1d
-        return self._matrix(name, value.T if turned else value, module.scheme, placeholder.dtype)
+        return self._matrix(name, geometry_of(module).matrix(value), module.scheme, placeholder.dtype)
 
     def _stack(
         self, name: str, value: Tensor | Apart, module: QuantExperts, leaf: str, placeholder: Tensor
@@ -132,8 +132,8 @@ class QuantizeOnLoad(ConversionOps):
         for e in range(experts):
             weight = torch.cat([source[e] for source in value]) if isinstance(value, Apart) else value[e]
             _check_shape(f"{name}[{e}]", weight.shape, placeholder.shape[1:])
-            turned = weight.T if module.is_transposed else weight
-            for local, part in self._matrix(f"{name}[{e}]", turned, module.schemes[leaf], placeholder.dtype).items():
+            matrix = geometry_of(module).matrix(weight)
+            for local, part in self._matrix(f"{name}[{e}]", matrix, module.schemes[leaf], placeholder.dtype).items():
                 if e == 0:
                     stacked[local] = part.new_empty((experts, *part.shape))
                 stacked[local][e] = part

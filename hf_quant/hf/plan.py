@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,19 +14,16 @@ import torch
 from hf_quant.core.layout import bytes_of
 from hf_quant.core.scheme import MULTIPLE, QuantScheme
 from hf_quant.errors import CheckpointError, PlanError, SchemeError
-from hf_quant.formats import Format, formats, in_memory_format, saved_formats
 from hf_quant.hf._hooks import modules_in_float32
 from hf_quant.hf.candidates import Candidate, candidates
-from hf_quant.hf.config import AUTO, HfQuantConfig
+from hf_quant.hf.config import HfQuantConfig
+from hf_quant.hf.plan_format import Draft, format_of, leave_convolutions, leave_padded
 from hf_quant.hf.unquantized import others
 from hf_quant.solve.recipes import Decision
 
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 GATED = "down_proj"  # its input, a product of two activations, has peaks that one scale cannot represent
 READ_DIRECTLY = {"dt_proj"}  # Mamba multiplies by this weight without calling the module
-SUBSTANTIAL = (
-    0.05  # of the weights to quantize: so many in layers that need padding are worth a format that fewer programs read
-)
 RESCALED = (
     "attention.output",
     "feed_forward.value",
@@ -50,6 +47,8 @@ class Plan:
         format_reason: The reason for that format.
         decision: Transforms and method for every scheme in ``schemes``.
         others: Weights of kinds that are never quantized, with the reason; with `schemes` and `left`, these are all weights.
+        kept: Parameters of each weight in `left` and `others`.
+        convolutions: The quantized convolutions.
     """
 
     schemes: dict[str, QuantScheme]
@@ -64,6 +63,8 @@ class Plan:
     format_reason: str
     decision: Decision
     others: dict[str, str]
+    kept: dict[str, int]
+    convolutions: list[str]
 
     @property
     def share(self) -> float:
@@ -86,7 +87,8 @@ class Plan:
             reasons.setdefault(reason, []).append(name)
         for reason, names in reasons.items():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            lines.append(f"in floating point: {shown}: {reason}")
+            share = sum(self.kept[name] for name in names) / max(1, self.params)
+            lines.append(f"in floating point: {shown} ({share:.2%} of the parameters): {reason}")
         lines += sorted({f"{sentence}: {_count(self.regrouped, sentence)}" for sentence in self.regrouped.values()})
         return "\n".join(lines)
 
@@ -94,15 +96,6 @@ class Plan:
 def _count(named: dict[str, str], sentence: str) -> str:
     names = [name for name, other in named.items() if other == sentence]
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-@dataclass
-class _Draft:
-    """A plan that is not complete yet."""
-
-    schemes: dict[str, QuantScheme] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-    regrouped: dict[str, str] = field(default_factory=dict)
 
 
 def make_plan(
@@ -125,32 +118,37 @@ def make_plan(
     skips = {} if frozen else _default_skips(model, config, by_name)
     if not frozen:
         _check_globs(model, config, by_name)
-    draft = _Draft()
+    draft = Draft()
     if stored is not None:
         draft.schemes |= stored
         draft.left |= {name: "in floating point in the checkpoint" for name in by_name if name not in stored}
     else:
         for name, candidate in by_name.items():
             _decide(name, candidate, config, skips.get(name), draft, frozen)
+    if not frozen:
+        leave_convolutions(config, by_name, draft)
     tied = _tie(model, by_name, draft)
-    if not frozen and _leave_padded(config.format, by_name, draft):
+    if not frozen and leave_padded(config, by_name, draft):
         tied = _tie(model, by_name, draft)
     if not draft.schemes and not frozen:
         raise PlanError(
             f"nothing to quantize in {type(model).__name__}: "
             + "; ".join(sorted({*draft.left.values(), *others(model, by_name).values()}))
         )
-    chosen, reason = _format(config.format, by_name, draft)
+    chosen, reason = format_of(config.format, by_name, draft)
     params, params_quantized, bytes_float, bytes_quantized = _sizes(model, by_name, draft, tied)
+    beside = others(model, by_name)
     return Plan(
         draft.schemes, draft.left, draft.regrouped, tied,
         params, params_quantized, bytes_float, bytes_quantized, chosen, reason,
-        Decision.of(config.method, draft.schemes.values(), config.epochs), others(model, by_name),
+        Decision.of(config.method, draft.schemes.values(), config.epochs), beside,
+        {name: _numel(model, name) for name in draft.left | beside},
+        [name for name in draft.schemes if _kind(by_name, name) == "patches"],
     )  # fmt: skip
 
 
 def _decide(
-    name: str, candidate: Candidate, config: HfQuantConfig, skip: str | None, draft: _Draft, frozen: bool
+    name: str, candidate: Candidate, config: HfQuantConfig, skip: str | None, draft: Draft, frozen: bool
 ) -> None:
     named = next((glob for glob in config.overrides if fnmatchcase(name, glob)), None)
     slug = config.scheme if named is None else config.overrides[named]
@@ -177,7 +175,7 @@ def _spared(name: str, scheme: QuantScheme, config: HfQuantConfig) -> bool:
     return rounds and config.method in ("calibrated", "learned") and name.rpartition(".")[2] == GATED
 
 
-def _fit(name: str, candidate: Candidate, asked: QuantScheme, draft: _Draft, frozen: bool) -> None:
+def _fit(name: str, candidate: Candidate, asked: QuantScheme, draft: Draft, frozen: bool) -> None:
     k = candidate.in_features
     try:
         if frozen:
@@ -216,37 +214,12 @@ def _why_not_padded(candidate: Candidate, scheme: QuantScheme) -> str | None:
     return None
 
 
-def _leave_padded(asked: str, by_name: dict[str, Candidate], draft: _Draft) -> bool:
-    """Leave layers that need padding in floating point where the format has no place for it; whether there were some.
-
-    ``"auto"`` gives up the format that it would choose without them only where they are `SUBSTANTIAL`.
-    """
-    padded = {name for name, scheme in draft.schemes.items() if scheme.padding}
-    others = replace(draft, schemes={name: scheme for name, scheme in draft.schemes.items() if name not in padded})
-    fmt = formats()[_format(asked, by_name, others)[0]]
-    sizes = {name: math.prod(by_name[name].shape) for name in draft.schemes}
-    share = sum(sizes[name] for name in padded) / max(1, sum(sizes.values()))
-    if fmt.in_memory or (asked == AUTO and share > SUBSTANTIAL):
-        return False
-    for name in padded:
-        draft.left[name] = (
-            f"in_features {by_name[name].in_features} is not a multiple of {MULTIPLE}; format={in_memory_format()!r} pads it"
-            + (
-                f", and so does {AUTO!r} if that is more than {SUBSTANTIAL:.0%} of the weights to quantize"
-                if asked == AUTO
-                else ""
-            )
-        )
-        del draft.schemes[name]
-        draft.regrouped.pop(name, None)
-    return bool(padded)
-
-
 def freeze(config: HfQuantConfig, plan: Plan) -> None:
     """Write the resolved plan into ``config``, so that loading the result decides nothing again."""
     config.overrides = {name: str(s) for name, s in plan.schemes.items() if str(s) != config.scheme}
     config.modules_to_not_convert = sorted(plan.left)
     config.format = plan.format
+    config.convolutions = plan.convolutions
     config.quantize_embeddings = config.quantize_embeddings or plan.tied
     config.share_quantized = round(plan.share, 4)
 
@@ -327,7 +300,7 @@ def _is_tied(model: Any, head_name: str) -> bool:
     return f"{head_name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def _tie(model: Any, by_name: dict[str, Candidate], draft: _Draft) -> bool:
+def _tie(model: Any, by_name: dict[str, Candidate], draft: Draft) -> bool:
     """Where the output head is tied to the embeddings, give all modules of that table one scheme, or none."""
     groups: dict[str, list[str]] = {}
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
@@ -354,32 +327,14 @@ def _tie(model: Any, by_name: dict[str, Candidate], draft: _Draft) -> bool:
     return tied
 
 
-def _format(asked: str, by_name: dict[str, Candidate], draft: _Draft) -> tuple[str, str]:
-    """Name of the format to save in, and why; ``"auto"`` prefers formats that other software reads too."""
-    if asked != AUTO:
-        if (reason := _unfit(formats()[asked], by_name, draft)) is not None:
-            raise PlanError(f"format {asked} cannot hold this plan: {reason}")
-        return asked, "as asked"
-    preferred = [name for name in saved_formats() if formats()[name].automatic]
-    reasons = {name: _unfit(formats()[name], by_name, draft) for name in preferred}
-    if fitting := next((name for name, reason in reasons.items() if reason is None), None):
-        return fitting, "other software reads it too"
-    return in_memory_format(), "; ".join(
-        f"{formats()[name].label} cannot: {reason}" for name, reason in reasons.items()
-    )
+def _numel(model: Any, name: str) -> int:
+    """Parameters of a weight, by the name of its module or its own."""
+    path, _, leaf = name.rpartition(".")
+    parameter = model.get_submodule(path)._parameters.get(leaf)
+    return int((model.get_parameter(f"{name}.weight") if parameter is None else parameter).numel())
 
 
-def _unfit(fmt: Format, by_name: dict[str, Candidate], draft: _Draft) -> str | None:
-    """Why a format cannot hold the plan; None if it can."""
-    for name, scheme in draft.schemes.items():
-        if (reason := fmt.why_not(scheme)) is not None:
-            return reason
-        if not fmt.in_memory and by_name[name].kind != "linear":
-            return f"it holds plain linear layers only, and {name} is {by_name[name].kind}"
-    return None
-
-
-def _sizes(model: Any, by_name: dict[str, Candidate], draft: _Draft, tied: bool) -> tuple[int, int, int, int]:
+def _sizes(model: Any, by_name: dict[str, Candidate], draft: Draft, tied: bool) -> tuple[int, int, int, int]:
     """Number of parameters, number of quantized ones, bytes before and after; tied parameters count once."""
     before = {id(p): p for p in model.parameters()}
     ties = getattr(model, "all_tied_weights_keys", None) or {}

@@ -41,7 +41,7 @@ from hf_quant.hf.publishing import guard, release
 from hf_quant.hf.saved_names import settle, state_on_disk, stems
 from hf_quant.hf.sizes import report_own_sizes, report_true_sizes
 from hf_quant.hf.trainable import make_trainable, save_trainable
-from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
+from hf_quant.nn import QuantEmbedding, QuantExperts, QuantMatrix
 from hf_quant.nn._outside import Outside
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class HfQuantQuantizer(HfQuantizer):
         module = model.get_submodule(path)
         if isinstance(module, QuantExperts):
             return leaf in module.schemes
-        return isinstance(module, (QuantLinear, QuantEmbedding)) and leaf == "weight"
+        return isinstance(module, (QuantMatrix, QuantEmbedding)) and leaf == "weight"
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         if self.param_needs_quantization(model, param_name):
@@ -214,7 +214,7 @@ class HfQuantQuantizer(HfQuantizer):
         cast(model, self._dtypes)
         dispatched = len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1
         for name, module in model.named_modules():
-            if isinstance(module, (QuantLinear, QuantEmbedding, QuantExperts)):
+            if isinstance(module, (QuantMatrix, QuantEmbedding, QuantExperts)):
                 self._finish(name, module, dispatched)
         check_floats(model, from_checkpoint=self.pre_quantized and not dispatched)
         report_true_sizes(model)
@@ -245,7 +245,7 @@ class HfQuantQuantizer(HfQuantizer):
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)  # the loader enables it for every float tensor
         check_codes(name, module, self.placed, pre_quantized=self.pre_quantized)
-        if isinstance(module, (QuantLinear, QuantExperts)):
+        if isinstance(module, (QuantMatrix, QuantExperts)):
             module.keeps_layout = dispatched and is_hooked(module)
             module.choose_kernel()
             give_back_memory()

@@ -49,8 +49,7 @@ def outside(plan: Plan, chains: Sequence[Sequence[str]]) -> list[str]:
 @torch.no_grad()
 def rounded(model: Any, name: str, plan: Plan, recipe: Recipe) -> QuantizedTensor:
     """The codes of a layer, or of a stack of experts, in floating point in memory, which gets the values of the codes in float32."""
-    parameter, turned = parameter_in(model, name)
-    codes = nearest(parameter, turned, plan.schemes[name], recipe)
-    real = codes.dequantize(torch.float32)
-    parameter.data = real.transpose(-1, -2).contiguous() if turned else real
+    parameter, geometry = parameter_in(model, name)
+    codes = nearest(parameter, geometry, plan.schemes[name], recipe)
+    parameter.data = geometry.weight(codes.dequantize(torch.float32)).contiguous()
     return codes

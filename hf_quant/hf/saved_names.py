@@ -28,7 +28,7 @@ from hf_quant.errors import PlanError
 from hf_quant.formats import format_named, in_memory_format
 from hf_quant.hf._hooks import conversions_of, set_conversions
 from hf_quant.hf.offload import onloaded
-from hf_quant.nn import QuantLinear
+from hf_quant.nn import QuantMatrix
 from hf_quant.nn._outside import Outside
 
 
@@ -48,7 +48,7 @@ def state_on_disk(model: Any, format: str) -> tuple[dict[str, Tensor], set[str]]
         module_names = {
             n for p in list(module._parameters) if module.float_shape(p) is not None for n in all_names(f"{name}.{p}")
         }
-        if as_in_memory or not isinstance(module, QuantLinear):
+        if as_in_memory or not isinstance(module, QuantMatrix):
             coded |= module_names & state.keys()
             continue
         for coded_name in module_names:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.geometry import Patches, geometry_of
 from hf_quant.core.layout import part_name
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
@@ -24,8 +25,8 @@ from hf_quant.formats import format_named, in_memory_format
 from hf_quant.hf import publishing
 from hf_quant.hf.plan import Plan
 from hf_quant.methods import Method, quantize
-from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
-from hf_quant.training import FakeQuantEmbedding, FakeQuantLinear
+from hf_quant.nn import QuantEmbedding, QuantExperts, QuantMatrix
+from hf_quant.training import FakeQuantEmbedding, FakeQuantLinear, FakeQuantMatrix, FakeQuantPatches
 from hf_quant.training.experts import as_fake_quant_experts
 from hf_quant.training.modules import SUFFIXES, FakeQuant
 
@@ -69,27 +70,27 @@ def make_trainable(model: Any, plan: Plan) -> None:
             tensor.data = tensor.data.clone()
 
 
-def _trainable(old: Any, scheme: QuantScheme, solver: Method) -> FakeQuantLinear | FakeQuantEmbedding:
-    if isinstance(old, QuantLinear | QuantEmbedding):  # by a calibrated method, whose codes are the beginning
+def _trainable(old: Any, scheme: QuantScheme, solver: Method) -> FakeQuantMatrix | FakeQuantEmbedding:
+    geometry = geometry_of(old)
+    if isinstance(old, QuantMatrix | QuantEmbedding):  # by a calibrated method, whose codes are the beginning
         start, dtype = old.quantized_weight(), old.compute_dtype
-        turned = isinstance(old, QuantLinear) and old.conv1d
-        weight = start.dequantize(torch.float32)
-        weight = weight.T.contiguous() if turned else weight
+        weight = geometry.weight(start.dequantize(torch.float32)).contiguous()
     else:
         weight, dtype = old.weight, old.weight.dtype
-        turned = not isinstance(old, nn.Linear | nn.Embedding)
-        start = _start(weight.T if turned else weight, scheme, solver)
+        start = _start(geometry.matrix(weight), scheme, solver)
     if isinstance(old, nn.Embedding):
         return FakeQuantEmbedding(weight, start, padding_idx=old.padding_idx, dtype=dtype)
-    return FakeQuantLinear(weight, start, bias=old.bias, dtype=dtype, conv1d=turned)
+    kind = FakeQuantPatches if isinstance(geometry, Patches) else FakeQuantLinear
+    return kind(weight, start, bias=old.bias, dtype=dtype, geometry=geometry)
 
 
 def _start_of_stack(module: Any, name: str, scheme: QuantScheme, solver: Method) -> QuantizedTensor:
     if isinstance(module, QuantExperts):
         raise PlanError("training: stacked experts begin from plain rounding: method='rtn'")
     stack = module._parameters[name]
-    parts = (matrix.T if module.is_transposed else matrix for matrix in stack.unbind(0))
-    return QuantizedTensor.stack([_start(part, scheme, solver) for part in parts])
+    return QuantizedTensor.stack(
+        [_start(part, scheme, solver) for part in geometry_of(module).matrix(stack).unbind(0)]
+    )
 
 
 def _start(weight: Tensor, scheme: QuantScheme, solver: Method) -> QuantizedTensor:
@@ -158,7 +159,7 @@ def quantized_state(model: Any, state: Mapping[str, Tensor], format: str) -> tup
             values = {suffix: saved.pop(full + suffix) for suffix in SUFFIXES if full + suffix in saved}
             if not values or full in model.all_tied_weights_keys:  # another process, or module, has it
                 continue
-            fmt = format_named(format if isinstance(module, FakeQuantLinear) else in_memory_format())
+            fmt = format_named(format if isinstance(module, FakeQuantMatrix) else in_memory_format())
             for local, tensor in fmt.write(module.quantized(name, values)).items():
                 coded.add(_stored_name(full, local))
                 saved[_stored_name(full, local)] = tensor

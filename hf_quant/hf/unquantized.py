@@ -31,5 +31,5 @@ def _reason(module: nn.Module) -> str:
     if isinstance(module, nn.Embedding):
         return "a table besides the input embeddings"
     if isinstance(module, CONVOLUTIONS):
-        return "a convolution"
+        return "a convolution whose patches overlap, are padded, or share their channels out to groups"
     return f"{type(module).__name__} computes with its weights in its own way"

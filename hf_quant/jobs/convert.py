@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_quant.checkpoint.contents import Contents, quantization_of
 from hf_quant.checkpoint.folder import WEIGHTS, Checkpoint
+from hf_quant.core.geometry import PLAIN, Geometry, geometry_of
 from hf_quant.core.layout import part_name
 from hf_quant.core.numerics import same_bits
 from hf_quant.core.tensor import QuantizedTensor, in_order
@@ -99,7 +100,7 @@ class _Job:
     to: str
     fmt: Format | None  # None: floating point
     dtype: torch.dtype  # of that
-    turned: frozenset[str]  # layers whose float weight is stored the other way round
+    geometries: Mapping[str, Geometry]  # of layers, for floating point
     config: dict[str, Any] | None
 
 
@@ -215,6 +216,8 @@ def _refusal(fmt: Format, layer: Layer) -> str | None:
         return f"not integer codes ({layer.note}); --to dense makes it floating point"
     if len(layer.shape) != 2 and not fmt.in_memory:
         return "its experts are stacked, and this format holds matrices"
+    if layer.convolution and not fmt.in_memory:
+        return "a convolution, and this format holds linear layers; --to dense makes it floating point"
     return why_unheld(fmt, layer, layer.scheme)
 
 
@@ -239,18 +242,18 @@ def _job(contents: Contents, to: str) -> _Job:
         model = skeleton(str(contents.checkpoint.folder))
         targets, places = candidates(model), homes(model, contents)
     if fmt is None:
-        turned = {
-            name for name, home in places.items() if home in targets and _turned(model, home, targets[home].kind)
-        }
-        return _Job(contents, to, None, _dtype(contents), frozenset(turned), None)
+        geometries = {name: _geometry(model, home) for name, home in places.items() if home in targets}
+        return _Job(contents, to, None, _dtype(contents), geometries, None)
     if fmt.in_memory:
         if dense := place(model, contents).dense:
             raise FormatError(f"--to {to}: {next(iter(dense))}: {next(iter(dense.values()))}")
         schemes = {places[name]: scheme for name, scheme in schemes.items()}
         left = [name for name in targets if name not in schemes]
-        return _Job(contents, to, fmt, torch.float32, frozenset(), fmt.config(schemes, sorted(left)))
+        convolutions = [name for name in schemes if targets[name].kind == "patches"]
+        config = fmt.config(schemes, sorted(left)) | ({"convolutions": convolutions} if convolutions else {})
+        return _Job(contents, to, fmt, torch.float32, {}, config)
     config = fmt.config(schemes, sorted(left)) | {"hf_quant": _known(contents)}
-    return _Job(contents, to, fmt, torch.float32, frozenset(), config)
+    return _Job(contents, to, fmt, torch.float32, {}, config)
 
 
 def _known(contents: Contents) -> dict[str, Any]:
@@ -266,11 +269,10 @@ def _is_linear(name: str, checkpoint: Checkpoint) -> bool:
     return name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 2 and "embed" not in name
 
 
-def _turned(model: Any, home: str, kind: str) -> bool:
-    if kind == "experts":
-        owner: nn.Module = model.get_submodule(home.rpartition(".")[0])
-        return bool(getattr(owner, "is_transposed", False))
-    return kind == "conv1d"
+def _geometry(model: Any, home: str) -> Geometry:
+    path, _, leaf = home.rpartition(".")
+    owner = model.get_submodule(path)
+    return geometry_of(owner if leaf in owner._parameters else model.get_submodule(home))
 
 
 def _dtype(contents: Contents) -> torch.dtype:
@@ -311,7 +313,7 @@ def _layer(job: _Job, module: str) -> dict[str, Tensor]:
 
 def _float(job: _Job, module: str, read: QuantizedTensor | Tensor) -> Tensor:
     dense = read.dequantize(job.dtype) if isinstance(read, QuantizedTensor) else read.to(job.dtype)
-    return dense.transpose(-1, -2) if module in job.turned else dense
+    return job.geometries.get(module, PLAIN).weight(dense)
 
 
 def _narrowed(module: str, read: QuantizedTensor, to: str) -> QuantizedTensor:

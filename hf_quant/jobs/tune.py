@@ -28,7 +28,7 @@ from hf_quant.evaluation.pieces import Piece
 from hf_quant.evaluation.reference import Part, Reference, log_probabilities
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import load
-from hf_quant.nn import QuantExperts, QuantLinear
+from hf_quant.nn import QuantExperts, QuantMatrix
 from hf_quant.training.scales import trainable_scales
 
 TOGETHER = 4  # windows in a step, at most
@@ -111,7 +111,7 @@ def store_scales(model: nn.Module, folder: Path) -> None:
     scales = {
         f"{name}.{weight}_scale": module._quantized(weight).parts(weight)[f"{weight}_scale"].cpu()
         for name, module in model.named_modules()
-        if isinstance(module, (QuantLinear, QuantExperts))
+        if isinstance(module, (QuantMatrix, QuantExperts))
         for weight in module._schemes()
     }
     for file in sorted(folder.glob("*.safetensors")):

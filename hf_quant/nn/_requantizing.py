@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from hf_quant.core.geometry import geometry_of
 from hf_quant.core.layout import WEIGHT, part_name
 from hf_quant.nn._repacking import Repacking
 from hf_quant.nn.embedding import QuantEmbedding
@@ -18,8 +19,7 @@ def requantize(module: Repacking | QuantEmbedding, name: str, weight: Tensor) ->
         weight: Floating point, in the shape of ``module.float_shape(name)``.
     """
     held = module.quantized_weight() if isinstance(module, QuantEmbedding) else module._quantized(name)
-    turned = getattr(module, "conv1d", False) or getattr(module, "is_transposed", False)
-    quantized = held.nearest_to(weight.transpose(-1, -2) if turned else weight)
+    quantized = held.nearest_to(geometry_of(module).matrix(weight))
     parts = quantized.parts()
     if isinstance(module, Repacking):
         module._unpack()

@@ -7,26 +7,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.geometry import PLAIN, TRANSPOSED, Geometry
 from hf_quant.core.layout import in_features, wrong_shape, wrong_values
-from hf_quant.core.numerics import padded
 from hf_quant.core.pieces import below, columns_of, rows_of, why_not_below
 from hf_quant.core.scheme import QuantScheme
-from hf_quant.core.tensor import Outliers, QuantizedTensor
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import CheckpointError, PlanError
-from hf_quant.kernels import LinearSpec, outlier_linear, select
 from hf_quant.methods import method as method_named
 from hf_quant.methods import quantize
-from hf_quant.nn._hooks import mark_initialized
-from hf_quant.nn._outside import seen
-from hf_quant.nn._repacking import Repacking
-from hf_quant.nn._weight import frozen, read, register
+from hf_quant.nn._weight import frozen
+from hf_quant.nn.matrix import QuantMatrix
 
 
-class QuantLinear(Repacking, nn.Linear):
+class QuantLinear(QuantMatrix, nn.Linear):  # type: ignore[misc]  # the bias is a tensor there
     """Drop-in for ``nn.Linear(in_features, out_features)``; a subclass, so that PEFT trains adapters on top of it.
-
-    Its parameters are those of `core.layout`. `choose_kernel` is called after loading and after every move. After `finished`, code
-    outside of this package sees ``weight`` as a float tensor.
 
     Args:
         in_features: K, which the padding of the scheme makes a multiple of 32.
@@ -39,29 +33,26 @@ class QuantLinear(Repacking, nn.Linear):
         conv1d: Whether it replaces GPT-2's ``Conv1D``, whose float weight is ``[K, N]``.
     """
 
-    weight = seen("weight")
-    weight_scale: nn.Parameter
-    weight_zero_point: nn.Parameter | None
-    weight_outlier_index: nn.Parameter
-    weight_outlier_value: nn.Parameter
-    weight_perm: nn.Parameter
-    weight_input_scale: nn.Parameter
-
     def __init__(
         self, in_features: int, out_features: int, scheme: QuantScheme | str, *, bias: bool, dtype: torch.dtype,
         scale_dtype: torch.dtype | None = None, quantized: bool = True, conv1d: bool = False,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
-        scheme = _known(scheme)
-        self.in_features, self.out_features, self.scheme, self.conv1d = in_features, out_features, scheme, conv1d
-        self.compute_dtype = dtype  # PEFT gives its adapters this dtype
-        if not quantized:
-            shape = (in_features, out_features) if conv1d else (out_features, in_features)
-            self.weight = frozen(torch.empty(shape, dtype=dtype))
-        register(self, "weight", (out_features, in_features), scheme, scale_dtype or dtype, codes=quantized)
-        self.register_parameter("bias", frozen(torch.empty(out_features, dtype=dtype)) if bias else None)
-        self.shares_codes = False  # True if the embeddings use the same codes
-        mark_initialized(self)
+        self.conv1d = conv1d
+        self._build(
+            (out_features, in_features), _known(scheme), bias=bias, dtype=dtype, scale_dtype=scale_dtype, quantized=quantized
+        )  # fmt: skip
+
+    @property
+    def geometry(self) -> Geometry:  # type: ignore[override]
+        """That of a linear layer, or of a ``Conv1D``."""
+        return TRANSPOSED if self.conv1d else PLAIN
+
+    def float_shape(self, name: str) -> tuple[int, ...] | None:
+        if name != "weight":
+            return None
+        n, k = self.out_features, self.in_features
+        return (k, n) if self.conv1d else (n, k)
 
     @classmethod
     def of(cls, weight: QuantizedTensor, dtype: torch.dtype | None = None) -> QuantLinear:
@@ -142,63 +133,6 @@ class QuantLinear(Repacking, nn.Linear):
         """One layer whose outputs are those of all ``layers``, one after the other; None where their weights do not fit together."""
         weights = [layer.quantized_weight() for layer in layers]
         return None if why_not_below(weights) is not None else cls.of(below(weights), layers[0].compute_dtype)
-
-    @property
-    def spec(self) -> LinearSpec:
-        """What a kernel needs to know about this layer."""
-        device, columns = self.weight_scale.device.type, self.scheme.columns(self.in_features)
-        return LinearSpec(self.scheme.stored, self.out_features, columns, self.compute_dtype, device)
-
-    def quantized_weight(self) -> QuantizedTensor:
-        """The weight in the portable layout; its codes are copied if a kernel has repacked them."""
-        return self._quantized("weight")
-
-    def choose_kernel(self) -> None:
-        self._unpack()
-        if self.weight_scale.device.type == "meta":
-            return
-        self._specs = {"weight": self.spec}
-        self._backend = select(self._specs["weight"], repacking=not self.keeps_layout)
-        if self._backend.repacks:
-            self._repack("weight", shared=self.shares_codes)
-
-    def float_shape(self, name: str) -> tuple[int, ...] | None:
-        if name != "weight":
-            return None
-        n, k = self.out_features, self.in_features
-        return (k, n) if self.conv1d else (n, k)
-
-    def float_weight(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        weight = self.dequantize(dtype or self.compute_dtype)
-        return weight.T if self.conv1d else weight
-
-    def _schemes(self) -> Mapping[str, QuantScheme]:
-        return {"weight": self.scheme}
-
-    def forward(self, x: Tensor) -> Tensor:
-        prepared = self._repacked.get("weight")
-        spec = self.spec if prepared is None else self._specs["weight"]
-        if self._backend is None:
-            self._backend = select(spec, repacking=False)
-        if prepared is None:
-            prepared = self._backend.prepare(read(self, "weight", spec.scheme), spec)
-        x = padded(x, self.scheme)
-        if self.scheme.permuted:
-            x = x.index_select(-1, self.weight_perm[0])
-        fused = getattr(self._backend, "fused", None)
-        if fused is not None:
-            outliers = Outliers(self.weight_outlier_index, self.weight_outlier_value) if self.scheme.outliers else None
-            output: Tensor = fused(x, prepared, spec, self.bias, outliers)
-            return output
-        y = self._backend.linear(x, prepared, spec)
-        if self.scheme.outliers:
-            y = y + outlier_linear(x, self.weight_outlier_index, self.weight_outlier_value)
-        bias = self.bias
-        return y if bias is None else y + bias.to(y.dtype)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The float weight ``[N, K]``."""
-        return self.quantized_weight().dequantize(dtype)
 
     def extra_repr(self) -> str:
         bits = self.scheme.bits_per_weight(self.in_features, 8 * self.weight_scale.element_size())

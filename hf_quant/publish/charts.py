@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hf_quant.errors import HfQuantError
@@ -13,6 +14,7 @@ INK = {False: ("#1f2328", "#ffffff", "#d0d7de"), True: ("#e6edf3", "#0d1117", "#
 ORDER = {
     kind: i for i, kind in enumerate(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
 }
+LABEL = 20  # letters of the name of a column
 BLUE, RED, GREY = "#2f81f7", "#e5534b", "#8b949e"
 
 
@@ -83,7 +85,7 @@ def sensitivity(walk: dict[str, Any], dark: bool) -> bytes:
     from matplotlib.colors import LogNorm
 
     bits, costs = walk["sensitivity"]["bits"], walk["sensitivity"]["kl"]
-    places = {group: place(group) for group in costs}
+    places = places_of(costs)
     blocks = sorted({block for block, _ in places.values()})
     kinds = list(dict.fromkeys(kind for _, kind in places.values()))
     every = [max(value, 1e-9) for values in costs.values() for value in values]
@@ -96,7 +98,7 @@ def sensitivity(walk: dict[str, Any], dark: bool) -> bytes:
             for group, (block, kind) in places.items():
                 grid[blocks.index(block)][kinds.index(kind)] = max(costs[group][i], 1e-9)
             image = axes.imshow(grid, aspect="auto", cmap="viridis", norm=norm)
-            axes.set_xticks(range(len(kinds)), [kind.replace("_proj", "") for kind in kinds], rotation=35, ha="right")
+            axes.set_xticks(range(len(kinds)), [_label(kind) for kind in kinds], rotation=35, ha="right")
             axes.set_yticks(range(len(blocks)), blocks) if len(blocks) <= 40 else None
             axes.set_title(f"{width} bits", fontsize=11)
         panels[0].set_ylabel("block")
@@ -114,7 +116,7 @@ def layers(errors: list[dict[str, Any]], dark: bool) -> bytes:
         errors: ``layers`` of results.json.
         dark: For a dark background.
     """
-    places = {layer["layer"]: place(layer["layer"].removesuffix(".weight")) for layer in errors}
+    places = places_of([layer["layer"] for layer in errors])
     blocks = sorted({block for block, _ in places.values()})
     kinds = sorted(
         {kind for _, kind in places.values()}, key=lambda kind: (kind not in ORDER, ORDER.get(kind, 0), kind)
@@ -135,7 +137,7 @@ def layers(errors: list[dict[str, Any]], dark: bool) -> bytes:
                 kinds.index(kind), blocks.index(block), match[1] if match else "", ha="center", va="center", fontsize=8,
                 color="black" if 100 * layer["error"] > 0.6 * top else "white",
             )  # fmt: skip
-        axes.set_xticks(range(len(kinds)), [kind.replace("_proj", "") for kind in kinds], rotation=35, ha="right")
+        axes.set_xticks(range(len(kinds)), [_label(kind) for kind in kinds], rotation=35, ha="right")
         axes.set_yticks(range(len(blocks)), blocks) if len(blocks) <= 40 else None
         axes.set_ylabel("block")
         axes.set_title("Relative error of the weights; in each field, the bits", fontsize=11)
@@ -157,12 +159,22 @@ def _labelled(rungs: list[dict[str, Any]], walk: dict[str, Any]) -> list[dict[st
     return [rung for rung in rungs if rung["name"] != "mixed" or rung is shown]
 
 
-def place(group: str) -> tuple[int, str]:
-    """Number of the block (-1 outside of blocks) and the name within the block."""
-    match = re.search(r"\.(\d+)\.(.+)$", group)
-    if match is None:
-        return -1, group
-    return int(match[1]), match[2].rpartition(".")[2]
+def places_of(layers: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """For each layer or group the number of its block (-1 outside of blocks), and its name there: no two have one place."""
+    inside = {layer: re.search(r"\.(\d+)\.(.+)$", layer.removesuffix(".weight")) for layer in layers}
+    names = {layer: (int(match[1]), match[2]) if match else (-1, layer) for layer, match in inside.items()}
+    short = {
+        layer: (block, name.rpartition(".")[2]) if block >= 0 else (block, name)
+        for layer, (block, name) in names.items()
+    }
+    count = Counter(short.values())
+    return {layer: place if count[place] == 1 else names[layer] for layer, place in short.items()}
+
+
+def _label(kind: str) -> str:
+    """A name that fits below a column."""
+    kind = kind.replace("_proj", "")
+    return kind if len(kind) <= LABEL else f"\N{HORIZONTAL ELLIPSIS}{kind[1 - LABEL :]}"
 
 
 def _png(draw: Callable[[Any, str], None], dark: bool, size: tuple[float, float]) -> bytes:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from hf_quant.publish.charts import ORDER, place
+from hf_quant.publish.charts import ORDER, places_of
 from hf_quant.publish.markdown import number, percent
 from hf_quant.publish.page_model import Model
 
@@ -26,7 +26,9 @@ def of(models: Sequence[Model]) -> dict[str, Chart]:
             label = f"{bits} bits"
             charts[f"{i}-sensitivity-{bits}"] = {"kind": "heat", "cells": cells, "top": max(every), "label": label}
         if model.results.get("layers"):
-            cells = _sorted([_cell(layer) for layer in model.results["layers"]])
+            layers = model.results["layers"]
+            places = places_of([layer["layer"] for layer in layers])
+            cells = _sorted([_cell(layer, *places[layer["layer"]]) for layer in layers])
             charts[f"{i}-layers"] = {"kind": "heat", "cells": cells, "top": top, "label": "error of each layer"}
     for what in ("prefill", "decode"):
         if rows := _speeds(models, what):
@@ -56,18 +58,18 @@ def ladder_chart(walk: Mapping[str, Any]) -> Chart:
 
 
 def _sensitivity(costs: Mapping[str, Any]) -> Iterator[tuple[int, list[Chart]]]:
+    places = places_of(costs.get("kl") or [])
     for i, bits in enumerate(costs.get("bits") or []):
         cells = []
         for group, values in costs["kl"].items():
-            block, kind = place(group)
+            block, kind = places[group]
             tip = f"{group}\nin {bits} bits alone: KL {number(values[i])}"
             cells.append({"block": block, "kind": kind, "value": values[i], "text": "", "tip": tip})
         if cells:
             yield bits, _sorted(cells)
 
 
-def _cell(layer: Mapping[str, Any]) -> Chart:
-    block, kind = place(layer["layer"].removesuffix(".weight"))
+def _cell(layer: Mapping[str, Any], block: int, kind: str) -> Chart:
     bits = re.match(r"W(\d+)", layer["scheme"])
     ratio = "" if layer["sqnr_db"] is None else f", signal to noise {layer['sqnr_db']:.1f} dB"
     tip = f"{layer['layer']}\n{layer['scheme']}\nerror {percent(layer['error'], '%.2f')}{ratio}"

@@ -23,7 +23,7 @@ from hf_quant.core.scheme import THRESHOLD
 from hf_quant.hf.auto import other_inputs
 from hf_quant.hf.loading import sample_logits
 from hf_quant.kernels._shared.rounded import round_activations
-from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
+from hf_quant.nn import QuantEmbedding, QuantExperts, QuantMatrix
 
 ROWS = 16  # random inputs of a layer
 STRONG = 16  # of so many channels one is so many times as strong as the others, like outliers of real activations
@@ -64,7 +64,7 @@ def replay(model: Any) -> Replay:
     inputs: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
     layers = {
         name: module for name, module in model.named_modules()
-        if isinstance(module, (QuantLinear, QuantEmbedding, QuantExperts))
+        if isinstance(module, (QuantMatrix, QuantEmbedding, QuantExperts))
     }  # fmt: skip
 
     def keep(name: str) -> Any:
@@ -93,16 +93,16 @@ def _random(module: Any) -> tuple[Tensor, ...]:
     x = torch.randn(1, ROWS, _width(module), generator=draws)
     x[..., ::STRONG] *= STRONG
     x = x.to(device, module.compute_dtype)
-    if isinstance(module, QuantLinear):
+    if isinstance(module, QuantMatrix):
         if module.scheme.activations == "tensor":  # within the stored range
             x = x / x.abs().max() * module.weight_input_scale.to(x.dtype) * 127
-        return (x,)
+        return (module.geometry.input(x),)
     experts = torch.rand(ROWS, module.num_experts, generator=draws).topk(min(2, module.num_experts))
     return x[0], experts.indices.to(device), experts.values.to(device, x.dtype)
 
 
 def _width(module: Any) -> int:
-    if isinstance(module, QuantLinear):
+    if isinstance(module, QuantMatrix):
         return module.in_features
     shape = module.float_shape("down_proj") or module.down_proj.shape
     return int(shape[-1] if module.is_transposed else shape[1])
@@ -112,12 +112,13 @@ def _error(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> float:
     if isinstance(module, QuantEmbedding):
         plain = F.embedding(args[0], module.dequantize(torch.float32))
     else:
-        plain = (_linear(module, args[0]) if isinstance(module, QuantLinear) else _by_reference(module, args)).float()
+        plain = (_linear(module, args[0]) if isinstance(module, QuantMatrix) else _by_reference(module, args)).float()
     return float((output.float() - plain).norm() / plain.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
-def _linear(layer: QuantLinear, x: Tensor) -> Tensor:
+def _linear(layer: QuantMatrix, x: Tensor) -> Tensor:
     """``F.linear`` with the layer's dequantized weight, in float32, and activations rounded as its scheme says."""
+    x = layer.geometry.rows(x)
     if layer.scheme.activations is not None:
         columns = layer.weight_outlier_index if layer.scheme.outlier_columns else None
         scale = layer.weight_input_scale if layer.scheme.activations == "tensor" else None
@@ -125,11 +126,8 @@ def _linear(layer: QuantLinear, x: Tensor) -> Tensor:
         x = padded(x, layer.scheme)
         rounded = round_activations(x.reshape(-1, x.shape[-1]), columns, scale, threshold).view(x.shape)
         x = rounded if columns is None else rounded.index_copy(-1, columns.long(), x.index_select(-1, columns.long()))
-    return F.linear(
-        x[..., : layer.in_features].float(),
-        layer.dequantize(torch.float32),
-        None if layer.bias is None else layer.bias.float(),
-    )
+    bias = None if layer.bias is None else layer.bias.float()
+    return layer.geometry.output(F.linear(x[..., : layer.in_features].float(), layer.dequantize(torch.float32), bias))
 
 
 def _by_reference(module: Any, args: tuple[Any, ...]) -> Tensor:

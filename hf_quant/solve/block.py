@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.geometry import Geometry, geometry_of
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import UnchainedError
@@ -135,23 +136,23 @@ def use(block: Block, codes: Mapping[str, QuantizedTensor]) -> None:
 
 def put(block: Block, name: str, real: Tensor) -> None:
     """Replace the weight of a layer, or a stack of experts, by ``real`` ``[N, K]`` or ``[E, N, K]``."""
-    parameter, turned = parameter_of(block, name)
-    parameter.data.copy_(real.transpose(-1, -2) if turned else real)
+    parameter, geometry = parameter_of(block, name)
+    parameter.data.copy_(geometry.weight(real))
 
 
-def parameter_of(block: Block, name: str) -> tuple[nn.Parameter, bool]:
-    """The parameter that holds the weight of a layer, or a stack of experts, and whether it is ``[..., K, N]``."""
+def parameter_of(block: Block, name: str) -> tuple[nn.Parameter, Geometry]:
+    """The parameter that holds the weight of a layer, or a stack of experts, and its geometry."""
     return parameter_in(block.module, block.local(name))
 
 
-def parameter_in(root: nn.Module, name: str) -> tuple[nn.Parameter, bool]:
+def parameter_in(root: nn.Module, name: str) -> tuple[nn.Parameter, Geometry]:
     """`parameter_of` by the name inside of ``root``, which may be a whole model."""
     path, _, leaf = name.rpartition(".")
     parent: Any = root.get_submodule(path)
     if leaf in stacks(parent):
-        return getattr(parent, leaf), parent.is_transposed
+        return getattr(parent, leaf), geometry_of(parent)
     module: Any = root.get_submodule(name)
-    return module.weight, not isinstance(module, nn.Linear)
+    return module.weight, geometry_of(module)
 
 
 def _out_of_memory(error: RuntimeError) -> bool:

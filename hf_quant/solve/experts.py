@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_quant.core.geometry import geometry_of
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import QuantizedTensor
@@ -66,8 +67,7 @@ def solve_experts(
         solved.errors[name] = sum(lost) / len(lost)
         if recipe.decision.learning(block.layers[name]) is not None:
             dense: Tensor = getattr(module, stack).data
-            weight = dense.transpose(-1, -2) if module.is_transposed else dense
-            solved.places[name] = place_of(weight, solved.codes[name])
+            solved.places[name] = place_of(geometry_of(module).matrix(dense), solved.codes[name])
         put(block, name, solved.codes[name].dequantize(torch.float32))
 
 
@@ -75,7 +75,7 @@ def _solve_expert(
     module: Any, stack: str, expert: int, scheme: QuantScheme, stats: InputStats, recipe: Recipe
 ) -> tuple[QuantizedTensor, float, list[str]]:
     dense: Tensor = getattr(module, stack)[expert]
-    weight = (dense.T if module.is_transposed else dense).contiguous()
+    weight = geometry_of(module).matrix(dense).contiguous()
     if stats.seen < STARVED:
         quantized = quantize(recipe.decision.without_data(), weight, scheme, recipe.dtype)
         notes = [f"expert {expert} saw {stats.seen} tokens: rounded to nearest"]

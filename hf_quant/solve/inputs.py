@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.geometry import geometry_of, weight_of
 from hf_quant.core.stats import HELD_ROWS, SAMPLE_ROWS, InputStats
 from hf_quant.errors import HfQuantError
 from hf_quant.nn.experts import stacks
 from hf_quant.solve.block import Block
 from hf_quant.solve.hidden_states import Batch, HiddenStates
 from hf_quant.solve.ranks import Ranks
-from hf_quant.transforms import weight_of
 
 HELD = 8  # one in so many batches (for an expert: one in so many rows) is held out
 
@@ -93,15 +93,16 @@ class _SeenError(Exception):
 def inputs_of(
     block: Block, module: nn.Module, names: list[str], batch: Batch, *, repeated: bool = False
 ) -> dict[str, tuple[Tensor, ...]]:
-    """The arguments of modules in all their runs, by local name.
+    """The arguments of modules in all their runs, by local name; the first one as rows ``[..., K]``.
 
     The block is not run any further than needed, which is to its end if one of them is ``repeated``.
     """
     by_module: dict[str, list[tuple[Tensor, ...]]] = {}
 
     def look(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            by_module.setdefault(name, []).append((*args, *kwargs.values()))
+        def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            first, *others = (*args, *kwargs.values())
+            by_module.setdefault(name, []).append((geometry_of(module).rows(first), *others))
             if not repeated and len(by_module) == len(names) and block.rows >= batch.states.shape[0]:
                 raise _SeenError
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_quant.core.activations import rounded
+from hf_quant.core.geometry import geometry_of
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
 from hf_quant.solve.block import Block, parameter_of, put, use
@@ -129,11 +130,11 @@ def _step(
             loss += part.item()
     (loss,) = recipe.ranks.total(loss)
     for name, latent in latents.items():
-        parameter, turned = parameter_of(block, name)
+        parameter, geometry = parameter_of(block, name)
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         parameter.grad = None
         recipe.ranks.sum_(gradient)
-        latent.take(gradient.transpose(-1, -2).contiguous() if turned else gradient)
+        latent.take(geometry.matrix(gradient).contiguous())
         if not bool(latent.factor.grad.isfinite().all()):  # type: ignore[union-attr]
             loss = math.nan
     return loss
@@ -181,7 +182,11 @@ def _rounded_inputs(block: Block, codes: dict[str, QuantizedTensor]) -> Iterator
     """Inside, layers whose scheme rounds activations are given rounded ones; gradients pass straight through."""
 
     def rounding(weight: QuantizedTensor) -> Any:
-        return lambda _module, args: (rounded(args[0], weight), *args[1:])
+        def hook(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            geometry = geometry_of(module)
+            return (geometry.with_rows(args[0], rounded(geometry.rows(args[0]), weight)), *args[1:])
+
+        return hook
 
     modules = dict(block.module.named_modules())
     handles = [

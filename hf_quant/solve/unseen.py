@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from hf_quant.core.geometry import Geometry
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
@@ -28,18 +29,16 @@ def round_unseen(block: Block, groups: Iterable[Group], recipe: Recipe, solved: 
             continue
         if not seen or scheme.activations == "tensor":
             raise HfQuantError(f"{name} saw no tokens")
-        parameter, turned = parameter_of(block, name)
-        solved.codes[name] = nearest(parameter, turned, scheme, recipe)
+        solved.codes[name] = nearest(*parameter_of(block, name), scheme, recipe)
         solved.errors[name] = 0.0
         solved.note(name, ["saw no tokens: rounded to nearest"])
         put(block, name, solved.codes[name].dequantize(torch.float32))
 
 
-def nearest(parameter: Tensor, turned: bool, scheme: QuantScheme, recipe: Recipe) -> QuantizedTensor:
-    """The codes of a weight, or of a stack of experts, without data; ``turned`` if it is ``[..., K, N]``."""
+def nearest(parameter: Tensor, geometry: Geometry, scheme: QuantScheme, recipe: Recipe) -> QuantizedTensor:
+    """The codes of a weight, or of a stack of experts, without data."""
     solver = recipe.decision.without_data()
-    weight = parameter.float()
-    weight = (weight.transpose(-1, -2) if turned else weight).contiguous()
+    weight = geometry.matrix(parameter.float()).contiguous()
     if weight.ndim == 3:
         return QuantizedTensor.stack([quantize(solver, expert, scheme, recipe.dtype) for expert in weight])
     return quantize(solver, weight, scheme, recipe.dtype)

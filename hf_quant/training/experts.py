@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hf_quant.core.geometry import geometry_of
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.nn.experts import one_by_one
@@ -27,7 +28,7 @@ class FakeQuantExperts(FakeQuant):
         return self.schemes
 
     def _by_rows(self, weight: Tensor) -> Tensor:
-        return weight.transpose(-1, -2) if self.is_transposed else weight
+        return geometry_of(self).matrix(weight)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         for name in self.schemes:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.geometry import PLAIN, Geometry
 from hf_quant.core.numerics import floored, padded
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
@@ -102,27 +103,29 @@ class FakeQuant(nn.Module):
         return self
 
 
-class FakeQuantLinear(FakeQuant, nn.Linear):
-    """In place of ``nn.Linear(in_features, out_features)``, and of GPT-2's ``Conv1D``, whose weight is ``[K, N]``.
+class FakeQuantMatrix(FakeQuant):
+    """In place of a layer that multiplies the rows of its input by one matrix ``[N, K]``.
 
     Args:
         weight: As the module that it takes the place of has it.
         start: The weight quantized, from which scales and zero points begin.
         bias: Of that module.
         dtype: What it computes in.
-        conv1d: Whether it stands in for a ``Conv1D``.
+        geometry: Of that module.
     """
 
     weight: nn.Parameter
     weight_scale: nn.Parameter
     weight_offset: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
-        self, weight: Tensor, start: QuantizedTensor, *, bias: nn.Parameter | None, dtype: torch.dtype, conv1d: bool = False
+        self, weight: Tensor, start: QuantizedTensor, *, bias: nn.Parameter | None, dtype: torch.dtype,
+        geometry: Geometry = PLAIN,
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
-        self.scheme, self.conv1d, self.compute_dtype = start.scheme, conv1d, dtype
-        self.out_features, self.in_features = weight.shape[::-1] if conv1d else weight.shape
+        self.scheme, self.geometry, self.compute_dtype = start.scheme, geometry, dtype
+        self.out_features, self.in_features = geometry.matrix(weight).shape
         self._register("weight", weight, start.scale, start.zero_point)
         self.register_parameter("bias", bias)
 
@@ -130,16 +133,25 @@ class FakeQuantLinear(FakeQuant, nn.Linear):
         return {"weight": self.scheme}
 
     def _by_rows(self, weight: Tensor) -> Tensor:
-        return weight.T if self.conv1d else weight
+        return self.geometry.matrix(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_cast(self.weight)
-        x, weight = (padded(part, self.scheme) for part in (seen(x, self.scheme), self._by_rows(self.weight)))
+        x = seen(self.geometry.rows(x), self.scheme)
+        x, weight = (padded(part, self.scheme) for part in (x, self._by_rows(self.weight)))
         y = fake_quant_linear(x, weight, self.weight_scale, self.weight_offset, self.scheme, self.compute_dtype)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.geometry.output(y if self.bias is None else y + self.bias.to(y.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}, bias={self.bias is not None}"
+
+
+class FakeQuantLinear(FakeQuantMatrix, nn.Linear):  # type: ignore[misc]  # parameters are tensors there
+    """In place of ``nn.Linear(in_features, out_features)``, and of GPT-2's ``Conv1D``, whose weight is ``[K, N]``."""
+
+
+class FakeQuantPatches(FakeQuantMatrix):
+    """In place of a convolution that is a linear map of each patch; no ``nn.Linear``, as which PEFT would treat it."""
 
 
 class FakeQuantEmbedding(FakeQuant, nn.Embedding):

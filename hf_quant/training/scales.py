@@ -14,7 +14,7 @@ from hf_quant.core.activations import rounded
 from hf_quant.core.numerics import floored, padded
 from hf_quant.core.pieces import rows_at
 from hf_quant.core.tensor import QuantizedTensor
-from hf_quant.nn import QuantExperts, QuantLinear
+from hf_quant.nn import QuantExperts, QuantMatrix
 from hf_quant.nn._weight import read
 
 
@@ -67,7 +67,7 @@ def trainable_scales(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (QuantLinear, QuantExperts)) and not getattr(module, "shares_codes", False)
+        if isinstance(module, (QuantMatrix, QuantExperts)) and not getattr(module, "shares_codes", False)
     }
     for module in layers.values():
         module._unpack()
@@ -91,7 +91,7 @@ def trainable_scales(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
             parameter.data.copy_(floored(module.get_parameter(scale).data, parameter.dtype))
             module._parameters[scale] = parameter
         for module in layers.values():
-            del module.__dict__["forward" if isinstance(module, QuantLinear) else "_product"]
+            del module.__dict__["forward" if isinstance(module, QuantMatrix) else "_product"]
             module.choose_kernel()
         for parameter, wanted in frozen:
             parameter.requires_grad_(wanted)
@@ -102,11 +102,12 @@ def _compute_with_scales(module: Any, stored: dict[str, torch.dtype]) -> None:
     dtype = next(iter(stored.values()))
 
     def linear(x: Tensor) -> Tensor:
-        y = product(padded(x, module.scheme), read(module, "weight", module.scheme.stored), dtype)
-        return y if module.bias is None else y + module.bias.to(y.dtype)
+        rows = padded(module.geometry.rows(x), module.scheme)
+        y = product(rows, read(module, "weight", module.scheme.stored), dtype)
+        return module.geometry.output(y if module.bias is None else y + module.bias.to(y.dtype))
 
     def expert(x: Tensor, weight: QuantizedTensor) -> Tensor:
         return product(x, weight, dtype)
 
-    computation: Callable[..., Tensor] = linear if isinstance(module, QuantLinear) else expert
-    module.__dict__["forward" if isinstance(module, QuantLinear) else "_product"] = computation
+    computation: Callable[..., Tensor] = linear if isinstance(module, QuantMatrix) else expert
+    module.__dict__["forward" if isinstance(module, QuantMatrix) else "_product"] = computation

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from hf_quant import _plugins
+from hf_quant.core.geometry import Patches, geometry_of, weight_of
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import QuantizedTensor
@@ -46,6 +47,11 @@ class Stage:
         """The block, and its twin if there is one."""
         return [self.block] if self.twin is None else [self.block, self.twin]
 
+    def convolution(self, *names: str) -> str | None:
+        """The first of these modules of the block that is a convolution, whose input and output are not rows; None if none is."""
+        modules = ((name, self.block.get_submodule(name)) for name in names)
+        return next((name for name, module in modules if isinstance(geometry_of(module), Patches)), None)
+
     def weight(self, name: str) -> Tensor:
         """The weight ``[N, K]`` of a layer of this block, in its dtype."""
         return weight_of(self.block.get_submodule(name))
@@ -76,9 +82,3 @@ def transform(name: str, **hyperparameters: object) -> Transform:
     """Build a transform by file name: ``transform("awq")``."""
     loaded: Transform = _plugins.load("transforms", name).TRANSFORM(**hyperparameters)
     return loaded
-
-
-def weight_of(module: Any) -> Tensor:
-    """The weight ``[N, K]`` of a layer, as a view; a ``Conv1D`` stores its transpose."""
-    weight: Tensor = module.weight.data
-    return weight if isinstance(module, nn.Linear) else weight.T

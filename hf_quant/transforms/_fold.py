@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.geometry import geometry_of, weight_of
 from hf_quant.core.numerics import dequantize, grouped, quantize
 from hf_quant.core.rounding import search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.core.two_levels import holds
-from hf_quant.transforms import Stage, weight_of
+from hf_quant.transforms import Stage
 from hf_quant.transforms._judge import call_of, changed, close
 
 PAIRS = {
@@ -44,6 +45,8 @@ def fold(stage: Stage, scales: Tensor) -> str | None:
     producer = _producer(stage)
     if producer is None:
         return "nothing before it can take the scales"
+    if (convolution := stage.convolution(producer, *stage.layers)) is not None:
+        return f"{convolution} is a convolution"
     shared = _shared(stage, producer, scales)
     if shared is None:
         return f"{producer} has fewer rows than this has columns"
@@ -181,7 +184,7 @@ def _into_layer(stage: Stage, producer: str, scales: Tensor) -> _Taken | str:
         exact = _exact(stored, (stored.float() / row_scales[:, None]).to(dtype), row_scales[:, None])
     if not exact:
         return "is stored in a type that cannot hold it divided by the scales"
-    weight = module.weight.data / (row_scales[:, None] if isinstance(module, nn.Linear) else row_scales)
+    weight = geometry_of(module).weight(weight_of(module) / row_scales[:, None])
     return _Taken(row_scales, scales, weight, None if bias is None else bias.data / row_scales, codes)
 
 

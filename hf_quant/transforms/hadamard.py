@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_quant.transforms import Stage, weight_of
+from hf_quant.core.geometry import weight_of
+from hf_quant.transforms import Stage
 from hf_quant.transforms._judge import changed
 
 VALUES, OUTPUT = "v_proj", ("o_proj", "out_proj")
@@ -34,6 +35,9 @@ class Hadamard:
             stage.notes.append("hadamard: no output layer, or heads whose width is not a power of two")
             return []
         H, reader = hadamard(head), f"{path}.{output}".lstrip(".")
+        if stage.convolution(values, reader) is not None:
+            stage.notes.append("hadamard: values or output are a convolution")
+            return []
         if changed(stage, values, lambda out: _by_head(out, H.T), [reader], lambda x: _by_head(x, H)) is not None:
             stage.notes.append("hadamard: more than a product lies between values and output")
             return []

@@ -10,7 +10,7 @@ from packaging.version import Version
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_quant.hf.candidates import why_not_linear
+from hf_quant.hf.candidates import why_not_plain
 from tests import reported_architectures as reported
 from tests.architectures import check_calibration, check_rounding, saved
 from tests.tiny_models import built
@@ -89,17 +89,6 @@ def test_calibration_in_memory_and_from_shards(model_type: str, class_name: str,
     assert not found.faults
 
 
-@pytest.mark.parametrize(
-    ("model_type", "class_name"), [("hgnet_v2", "HGNetV2Backbone"), ("poolformer", "PoolFormerModel")]
-)
-def test_a_model_of_convolutions_alone_has_nothing_to_quantize(
-    model_type: str, class_name: str, tmp_path: Path
-) -> None:
-    found = check_rounding(*made(model_type, class_name, tmp_path), tmp_path, ("W4A16-g32",))
-    assert not found.faults
-    assert found.numbers["nothing"].startswith(f"PlanError: nothing to quantize in {class_name}: a convolution")
-
-
 @pytest.mark.parametrize(("model_type", "class_name"), reported.NOTHING)
 def test_a_model_says_that_there_is_nothing_to_quantize(model_type: str, class_name: str, tmp_path: Path) -> None:
     found = check_rounding(*made(model_type, class_name, tmp_path), tmp_path, ("W4A16-g32",))
@@ -133,7 +122,17 @@ class Pair(Plain):
         return super().forward(input), input  # type: ignore[return-value]
 
 
+class Points(nn.Conv2d):
+    unused = "of its own"
+
+
+class ScaledPoints(nn.Conv2d):
+    def _conv_forward(self, *arguments: torch.Tensor | None) -> torch.Tensor:
+        return 2 * super()._conv_forward(*arguments)  # type: ignore[arg-type]
+
+
 def test_a_linear_map_is_told_by_what_it_computes() -> None:
-    assert why_not_linear(nn.Linear) is None and why_not_linear(Plain) is None
-    for kind in (Scaled, Pair):
-        assert why_not_linear(kind) == f"{kind.__name__} computes with its weight in its own way"
+    for plain in (nn.Linear, Plain, nn.Conv1d, nn.Conv3d, Points):
+        assert why_not_plain(plain) is None
+    for kind in (Scaled, Pair, ScaledPoints):
+        assert why_not_plain(kind) == f"{kind.__name__} computes with its weight in its own way"

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from hf_quant.publish.charts import layers, places_of
 from hf_quant.publish.page import MARK, html_page, why_not
 from hf_quant.publish.page_model import Sample
 
@@ -66,3 +67,17 @@ def test_a_page_of_two_models(tmp_path: Path) -> None:
     assert "<h1>llama, W4A16-g128</h1>" in html_page(one) and not re.search(r"src=|@import|url\(", page), (
         "it loads nothing"
     )
+
+
+def test_every_layer_has_a_place_of_its_own_in_the_chart() -> None:
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj.weight", "lm_head"]
+    assert list(places_of(names).values()) == [(0, "q_proj"), (1, "down_proj"), (-1, "lm_head")]
+    names = [
+        f"resnet.encoder.stages.{i}.layers.{j}.layer.{k}.convolution"
+        for i in range(2)
+        for j in range(2)
+        for k in range(3)
+    ]
+    assert len(set(places_of(names).values())) == len(names)
+    errors = [{"layer": name, "error": 0.1, "scheme": "W4A16-g32"} for name in names]
+    assert layers(errors, dark=False).startswith(b"\x89PNG")

@@ -119,6 +119,12 @@ KINDS: dict[str, tuple[Callable[[], Any], Draw]] = {
         lambda: tf.ViTForImageClassification(tf.ViTConfig(**SMALL, image_size=32, patch_size=8, num_labels=CLASSES)),
         gratings,
     ),
+    "convolutional classifier (ResNet)": (
+        lambda: tf.ResNetForImageClassification(
+            tf.ResNetConfig(embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2], num_labels=CLASSES)
+        ),
+        gratings,
+    ),
     "audio classifier (AST)": (
         lambda: tf.ASTForAudioClassification(
             tf.ASTConfig(**SMALL, max_length=64, num_mel_bins=16, patch_size=8, time_stride=8, frequency_stride=8,

@@ -243,8 +243,12 @@ def tiny_config(kind: Any, variant: Variant) -> Any:
             sizes = {**variant.sizes, **({"num_hidden_layers": layers} if layers else {})}
             values[name] = tiny_config(part, dataclasses.replace(variant, sizes=sizes)).to_dict()
     values |= {name: value for name, value in variant.exact.items() if name in parts}
-    if any(field.name == "pad_token_id" for field in dataclasses.fields(kind)):
-        values["pad_token_id"] = 0
+    for name, value in (
+        ("pad_token_id", 0),
+        ("num_time_features", 2),
+    ):  # without the last a series would have an empty input
+        if any(field.name == name for field in dataclasses.fields(kind)):
+            values[name] = value
     return kind(**values)
 
 
@@ -284,6 +288,8 @@ def _size(name: str, default: Any, variant: Variant) -> Any:
     value = variant.sizes.get(name, SIZES[name])
     if default is None:
         return None if name in variant.none else value
+    if name == "image_size" and isinstance(default, list | tuple):
+        return [value] * len(default)
     if isinstance(default, list | tuple | dict | str) or isinstance(default, bool) != isinstance(value, bool):
         return None
     smaller = type(value) is int and isinstance(default, int | float) and default < value

@@ -90,9 +90,8 @@ class Patches(Geometry):
         return self.with_rows(rows.new_zeros(len(rows), self.channels, *size), rows)
 
     def output(self, y: Tensor) -> Tensor:
-        return y.movedim(
-            -1, -len(self.kernel) - 1
-        ).contiguous()  # contiguous like that of a convolution: models view it
+        image = y.movedim(-1, -len(self.kernel) - 1)
+        return image.contiguous()  # as a convolution returns it: models call view() on it
 
     def _patches(self, x: Tensor) -> Tensor:
         """The view ``[..., *patches, C, *kernel]`` of an input."""
@@ -112,9 +111,8 @@ def patches_of(module: nn.Module) -> Patches | None:
     apart = all(size <= step for size, step in zip(module.kernel_size, module.stride, strict=True))
     padded = module.padding != "valid" and (isinstance(module.padding, str) or any(module.padding))
     dilated = any(step > 1 for size, step in zip(module.kernel_size, module.dilation, strict=True) if size > 1)
-    if (
-        not apart or padded or dilated or module.groups > 1 or "weight" not in module._parameters
-    ):  # it may be parametrized
+    parametrized = "weight" not in module._parameters
+    if not apart or padded or dilated or module.groups > 1 or parametrized:
         return None
     return Patches(module.in_channels, tuple(module.kernel_size), tuple(module.stride))
 

@@ -11,7 +11,9 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.mark.parametrize("name", ["audio classifier (AST)", "convolutional classifier (ResNet)", "vision-language (LLaVA)"])
+@pytest.mark.parametrize(
+    "name", ["audio classifier (AST)", "convolutional classifier (ResNet)", "vision-language (LLaVA)"]
+)
 def test_calibrated_is_closer_than_rounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import calibrated_kinds

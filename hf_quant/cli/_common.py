@@ -139,7 +139,7 @@ def calibration_options(function: Function) -> Function:
         click.option(
             "--epochs",
             type=click.IntRange(1),
-            help="How often --method learned goes through the calibration text for each block. Default: 8.",
+            help="How often --method learned goes through the calibration text for each block. Default: 6.",
         ),
         click.option(
             "--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it."

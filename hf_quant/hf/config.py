@@ -81,7 +81,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         calibration_tokens: How many of its tokens to take at most.
         chat_template_kwargs: Arguments of the chat template that renders messages of ``calibration``, such as
             ``{"enable_thinking": False}``. Never stored.
-        epochs: How often ``"learned"`` goes through them for each block; 8 by default. Never stored.
+        epochs: How often ``"learned"`` goes through them for each block; 6 by default. Never stored.
         activations: Of a checkpoint that another program quantized: ``"float"`` runs its layers against activations in
             floating point, ``"int8"`` as that program would (for LLM.int8 with its threshold of 6). None follows the config
             of compressed-tensors, and keeps floating point for LLM.int8, which is more exact.

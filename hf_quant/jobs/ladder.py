@@ -155,7 +155,7 @@ def ladder(
         embeddings: Quantize the input embeddings too.
         calibration: As for `quantize`, like the next three.
         calibration_tokens: How many tokens calibrated methods look at.
-        epochs: How often ``"learned"`` goes through them for each block; default: 8.
+        epochs: How often ``"learned"`` goes through them for each block; default: 6.
         max_memory: Bytes that hidden states may take before they go to disk.
         text: As for `quantize`, like the next six.
         dataset: ``datasets`` set to measure on, in place of ``text``.

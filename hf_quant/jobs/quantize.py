@@ -224,7 +224,7 @@ def quantize(
             None: calibration.txt beside the model, else a text that comes with this package. Or a safetensors file of the
             model's inputs by their names, or batches of them as its processor returns them.
         calibration_tokens: How many of its tokens are looked at.
-        epochs: How often ``"learned"`` goes through them for each block; default: 8.
+        epochs: How often ``"learned"`` goes through them for each block; default: 6.
         tune: After ``"learned"``, train the scales end to end; the whole base has to fit into memory for that.
         max_memory: Bytes that hidden states may take before they go to disk.
         text: UTF-8 or JSONL file to measure on; None: heldout.txt beside the model, else a text that comes with this package.

@@ -31,7 +31,6 @@ from hf_quant.hf import load
 from hf_quant.nn import QuantExperts, QuantMatrix
 from hf_quant.training.scales import trainable_scales
 
-TOGETHER = 4  # windows in a step, at most
 WARM, LAST = 10, 0.05  # steps until the learning rate is reached, and the share of it that is left in the end
 PATIENCE = 3  # steps in a row without a finite loss
 
@@ -167,13 +166,13 @@ def _passes(
     """Train, and stop after every pass for a look at the result; yields how many of its steps were skipped."""
     optimizer = torch.optim.Adam(factors.values(), betas=(0.9, 0.95))
     step, failed = 0, 0
-    steps = tuning.epochs * sum(len(_training(reference, i).split(TOGETHER)) for i in range(len(reference)))
+    steps = tuning.epochs * sum(len(_training(reference, i)) for i in range(len(reference)))
     draw = torch.Generator().manual_seed(tuning.seed)
     for _ in range(tuning.epochs):
         skipped = 0
         for number in torch.randperm(len(reference), generator=draw).tolist():
             part = reference[number]
-            for rows in _training(reference, number).split(TOGETHER):
+            for rows in _training(reference, number).split(1):  # small steps, and many of them
                 loss = _loss(model, _selected(part, rows))
                 loss.backward()
                 finite = math.isfinite(loss.item()) and all(_take(scales[n], factors[n], first[n]) for n in scales)

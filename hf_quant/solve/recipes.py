@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # names can be checked before torch is imported
     from hf_quant.transforms import Transform
 
 
-EPOCHS = 8
+EPOCHS = 6
 ELSEWHERE = {  # what others call them, without hyphens
     "autoround": "learned", "gptqmodel": "gptq", "autogptq": "gptq", "autoawq": "awq", "gptaq": "drift+gptq",
     "quarot": "hadamard+gptq", "imatrix": "calibrated", "best": "calibrated", "minmax": "rtn", "nearest": "rtn", "none": "rtn",
@@ -35,19 +35,19 @@ class Learning:
     Attributes:
         epochs: Passes over the calibration text.
         codes: Learning rate of the codes, in steps of the grid.
-        scales: Learning rate of the scales, relative to what they start from; a quarter of it while codes are learned.
+        scales: Learning rate of the scales, relative to what they start from; half of it while codes are learned.
         seed: Of the order of the text.
     """
 
     epochs: int = EPOCHS
-    codes: float = 0.02
+    codes: float = 0.01
     scales: float = 0.002
     seed: int = 0
 
     @property
     def together(self) -> tuple[float, float]:
         """Learning rates of codes and scales while both are learned."""
-        return self.codes, self.scales / 4
+        return self.codes, self.scales / 2
 
 
 @dataclass(frozen=True)

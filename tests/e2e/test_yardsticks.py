@@ -41,8 +41,8 @@ def test_fewer_bits_cost_more_and_little_at_eight(folders: Any, tmp_path: Path, 
 
 
 def test_learned_codes_lose_less_than_calibrated_ones(folders: Any, tmp_path: Path) -> None:
-    """Block by block on the calibration text, and of the whole model on another."""
-    errors, costs = {}, {}
+    """On another text: on the one that was calibrated on, `calibrated` has seen the windows that `learned` holds out."""
+    costs = {}
     for method in ("calibrated", "learned"):
         args = ("--method", method, *(("--epochs", 8, "--no-tune") if method == "learned" else ()))
         run(
@@ -57,11 +57,9 @@ def test_learned_codes_lose_less_than_calibrated_ones(folders: Any, tmp_path: Pa
             "--calibration-tokens",
             4096,
         )
-        recipe, results = (json.loads((tmp_path / method / f"{n}.json").read_text()) for n in ("recipe", "results"))
-        errors[method] = [block["error"] for block in recipe["blocks"]]
+        results = json.loads((tmp_path / method / "results.json").read_text())
         costs[method] = results["quality"]["metrics"]["kl"]["value"]
-    assert all(new < old for new, old in zip(errors["learned"], errors["calibrated"], strict=True))
-    assert costs["learned"] < costs["calibrated"]
+    assert costs["learned"] < 0.7 * costs["calibrated"]
 
 
 @pytest.mark.parametrize("kind", ["outliers", "wide"])

@@ -1,6 +1,7 @@
 """Scales that are trained end to end, with codes that stay."""
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hf_quant import HfQuantConfig, load
-from hf_quant.core.numerics import levels
+from hf_quant.core.numerics import floored, levels
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
-from hf_quant.data.calibration import calibration
+from hf_quant.data.calibration import Calibration, calibration
 from hf_quant.errors import HfQuantError, OptionError
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.jobs.convert import convert
@@ -24,6 +25,7 @@ from hf_quant.jobs.repair import repair
 from hf_quant.jobs.tune import Tuning, tune, tune_checkpoint, windows_of
 from hf_quant.jobs.verify import verify
 from hf_quant.methods import method
+from hf_quant.nn import QuantLinear
 from hf_quant.publish.sentences import command
 from hf_quant.training.scales import product, trainable_scales
 from tests import yardsticks
@@ -141,6 +143,49 @@ def test_nothing_that_is_worse_is_kept_and_nothing_is_left_behind(
     assert not any(p.requires_grad for name, p in model.named_parameters() if "scale" in name)
     with pytest.raises(HfQuantError, match="no quantized layers"):
         tune(base.load(torch.float32), reference, Tuning(), lambda _: None)
+
+
+def test_scales_are_those_of_a_naive_loop(source: Path) -> None:
+    """One step for every window that is not held out, through the plain product of every layer."""
+    base = Base(str(source))
+    quantized = load(str(source), quantization_config=HfQuantConfig("W3A16-g32-asym"), dtype=torch.float32)
+    ids = text(base, "calibration.txt").ids[:6]
+    reference = base.reference_on(windows_of(Calibration(ids, "text", [])), noise=False)
+    layers = {name: module for name, module in quantized.named_modules() if isinstance(module, QuantLinear)}
+    weights = {name: module.quantized_weight() for name, module in layers.items()}
+    factors = {name: torch.ones_like(weight.scale.float(), requires_grad=True) for name, weight in weights.items()}
+    plainly, optimizer = base.load(torch.float32), torch.optim.Adam(factors.values(), betas=(0.9, 0.95))
+    pieces = {rows.inputs["input_ids"].shape[0] for rows in reference.pieces}
+    order = [w for n in torch.randperm(len(reference), generator=torch.Generator().manual_seed(0)).tolist()
+             for w in range(4) if reference.pieces[n].first <= w < reference.pieces[n].first + max(pieces)]  # fmt: skip
+    for step, window in enumerate(order):
+        real = {
+            f"{n}.weight": plain(w, floored(w.scale.float() * factors[n], w.scale.dtype)) for n, w in weights.items()
+        }
+        number = next(
+            n for n, piece in enumerate(reference.pieces) if piece.first <= window < piece.first + len(piece.scored)
+        )
+        own = slice(63 * (window - reference.pieces[number].first), 63 * (window - reference.pieces[number].first + 1))
+        base_says = {name: tensor[own] for name, tensor in vars(reference[number].base).items()}
+        p = torch.zeros(63, 512).scatter_(-1, base_says["top_ids"].long(), base_says["top"].exp().float())
+        share = base_says["tail_mass"].exp().float()[:, None] / base_says["tail_ids"].shape[-1]
+        p.scatter_add_(-1, base_says["tail_ids"].long(), share.expand(base_says["tail_ids"].shape))
+        log_q = torch.func.functional_call(plainly, real, (ids[window : window + 1],)).logits.log_softmax(-1)[:, :-1]
+        optimizer.zero_grad()
+        (-(p * log_q[0]).sum(-1).mean()).backward()
+        optimizer.param_groups[0]["lr"] = (
+            0.1 * min(1, (step + 1) / 10) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / 4)) / 2)
+        )
+        optimizer.step()
+    assert len(order) == 4
+    tuned = tune(quantized, reference, Tuning(1, 0.1), lambda _: None)
+    assert tuned.after < tuned.before
+    for name, module in layers.items():
+        start, wanted = weights[name].scale.float(), weights[name].scale.float() * factors[name].detach()
+        off = module.quantized_weight().scale.float() - wanted
+        assert (
+            off.norm() < 0.3 * (wanted - start).norm()
+        )  # the cache holds the likely tokens and a sample of the others
 
 
 def test_quantizing_tunes_what_it_has_learned(source: Path, tmp_path: Path) -> None:

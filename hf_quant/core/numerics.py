@@ -27,6 +27,9 @@ LEVELS = {
 }  # fmt: skip
 
 
+TOGETHER = 1 << 18  # weights times ranges that are searched together: small weights in a few operations
+
+
 def padded(columns: Tensor, scheme: QuantScheme) -> Tensor:
     """``columns`` ``[..., K]`` with the zeros behind them that ``scheme`` stores."""
     return F.pad(columns, (0, scheme.padding)) if scheme.padding else columns
@@ -131,18 +134,22 @@ def search(
         return two_levels.search(groups, scheme.k_quant, steps, least, importance, base)
     scale, zero = minmax(groups, scheme)
     widest = scale = floored(scale, dtype)
+    if not steps:
+        return scale, zero
     best = torch.full_like(scale, torch.inf)
     low = -zero * scale  # the real value of code 0 in the full range
-    for share in torch.linspace(1, least, steps).tolist():
+    for shares in torch.linspace(1, least, steps).to(groups.device).split(max(1, TOGETHER // max(1, groups.numel()))):
+        share = shares.view(-1, *[1] * groups.dim())
         tried = floored(widest * share, dtype)
-        moved = zero if scheme.symmetric else torch.round(-low * share / tried).clamp(0, scheme.qmax)
+        moved = zero[None] if scheme.symmetric else torch.round(-low * share / tried).clamp(0, scheme.qmax)
         # (codes - zero_point) * scale - w, without two passes to subtract and add the zero point
         square_error = (
             torch.div(groups, tried).round_().clamp_(-moved, scheme.qmax - moved).mul_(tried).sub_(groups).square_()
         )
-        error = (square_error if importance is None else square_error.mul_(importance)).sum(-1, keepdim=True)
-        better = error < best
-        best = torch.where(better, error, best)
-        scale = torch.where(better, tried, scale)
-        zero = torch.where(better, moved, zero) if not scheme.symmetric else zero
+        errors = (square_error if importance is None else square_error.mul_(importance)).sum(-1, keepdim=True)
+        error, index = errors.nan_to_num_(torch.inf, torch.inf).min(0, keepdim=True)  # the first of equal ones
+        better = error[0] < best
+        best = torch.where(better, error[0], best)
+        scale = torch.where(better, tried.gather(0, index)[0], scale)
+        zero = zero if scheme.symmetric else torch.where(better, moved.gather(0, index)[0], zero)
     return scale, zero

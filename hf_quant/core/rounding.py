@@ -25,14 +25,14 @@ def search(
     if not compiled.takes(groups, scheme, dtype):
         return numerics.search(groups.float(), scheme, dtype, steps, least, importance, base)
     scale, zero, doubtful = compiled.search(groups, scheme, dtype, _shares(steps, least), importance)
-    if bool(doubtful.any()):  # about one group in a thousand, whose two best ranges differ by the rounding of sums
-        picked = groups[doubtful].float()
-        count = len(picked)
-        weights = None if importance is None else importance.expand_as(groups)[doubtful]
+    index = doubtful.nonzero(as_tuple=True)
+    if count := len(index[0]):  # about one group in a thousand, whose two best ranges differ by the rounding of sums
+        picked = groups[index].float()
+        weights = None if importance is None else importance.expand_as(groups)[index]
         if groups.stride(-1) != 1:  # as groups of a transposed weight are summed
             picked, weights = _side_by_side(picked), None if weights is None else _side_by_side(weights)
         decided = numerics.search(picked, scheme, dtype, steps, least, weights)
-        scale[doubtful], zero[doubtful] = (values[:count] for values in decided)
+        scale[index], zero[index] = (values[:count] for values in decided)
     return scale, zero
 
 

@@ -140,7 +140,7 @@ class QuantizeOnLoad(ConversionOps):
         return stacked
 
     def _matrix(self, name: str, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype) -> dict[str, Tensor]:
-        if not math.isfinite(weight.sum(dtype=torch.float32).item()):
+        if not math.isfinite(weight.sum().item()):
             bad = weight.numel() - int(weight.isfinite().sum())
             if bad:
                 raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")

@@ -16,7 +16,9 @@ from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.methods._outliers import outlier_index, outlier_mask
 
-CHUNK = 1 << 20  # weights searched together: limits the float32 working memory to a few tens of MB
+CHUNK = (
+    1 << 21
+)  # weights searched together: limits the float32 working memory, where there is some, to a few tens of MB
 
 
 def nearest(

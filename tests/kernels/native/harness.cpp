@@ -205,6 +205,55 @@ void layouts(const Weight& w) {
   if (back != w.portable) wrong++, printf("layout of %d bits, %ld x %ld: not what it was\n", w.bits, w.n, w.k);
 }
 
+// The squared error of a group on a grid, and its codes.
+double error_of(const std::vector<float>& w, const std::vector<float>& by, long from, long size, int bits, float scale, float zero,
+                std::vector<uint8_t>* codes) {
+  double sum = 0;
+  const float most = (1 << bits) - 1;
+  for (long i = from; i < from + size; i++) {
+    const float code = fminf(fmaxf(nearbyintf(w[i] / scale) + zero, 0), most);
+    const double off = (double)(code - zero) * scale - w[i];
+    sum += off * off * by[i - from];
+    if (codes) put_code(*codes, bits, i, (unsigned)code);
+  }
+  return sum;
+}
+
+// Scales that are searched beside those with the least error of all, and packed codes.
+void roundings(const Level& level, int type, int bits, bool symmetric, bool weighed, long size) {
+  const long groups = 21, steps = 20;
+  std::vector<uint8_t> stored, doubtful(groups, 9), codes(groups * size * bits / 8, 0xff), wanted(codes.size());
+  std::vector<float> w, by(size, 1), shares, scale(groups), zero(groups);
+  for (long i = 0; i < groups * size; i++) w.push_back(put(stored, type, i / size == 3 ? 0 : normal() * (i % 19 ? 0.02f : 0.2f)));
+  for (long i = 0; weighed && i < size; i++) by[i] = i % 5 ? fabsf(normal()) : 0;
+  for (long i = 0; i < 32; i++) shares.push_back(i < steps ? 1 - 0.4f * i / (steps - 1) : 1);
+  std::vector<double> room(rounding_room(size, steps));
+  const Search search = {stored.data(), type, size, weighed ? by.data() : nullptr, 1, shares.data(), steps, bits, F32, symmetric,
+                         scale.data(), zero.data(), doubtful.data()};
+  level.kernels->search(search, 0, groups, (uint8_t*)room.data());
+  const float most = (1 << bits) - 1;
+  for (long g = 0; g < groups; g++) {
+    float low = 0, high = 0;
+    for (long i = g * size; i < (g + 1) * size; i++) low = fminf(low, w[i]), high = fmaxf(high, w[i]);
+    const float range = fmaxf(symmetric ? fmaxf(high, -low) * 2 / most : (high - low) / most, 1.17549435e-38f);
+    const float middle = symmetric ? 1 << (bits - 1) : fminf(fmaxf(nearbyintf(-low / range), 0), most);
+    double least = INFINITY;
+    for (long i = 0; i < steps; i++) {
+      const float s = fmaxf(range * shares[i], 1.17549435e-38f);
+      const float z = symmetric ? middle : fminf(fmaxf(nearbyintf(middle * range * shares[i] / s), 0), most);
+      least = fmin(least, error_of(w, by, g * size, size, bits, s, z, nullptr));
+    }
+    compared++;
+    if (doubtful[g]) scale[g] = range, zero[g] = middle;  // PyTorch's part
+    const double error = error_of(w, by, g * size, size, bits, scale[g], zero[g], &wanted);
+    if (doubtful[g] ? g == 3 : error > least * (1 + 1e-5))
+      wrong++, printf("%s, search in %d bits, group of %ld, type %d: error %g, least %g\n", level.name, bits, size, type, error, least);
+  }
+  level.kernels->encode({stored.data(), type, size, scale.data(), zero.data(), bits, codes.data()}, 0, groups, (uint8_t*)room.data());
+  compared++;
+  if (codes != wanted) wrong++, printf("%s, codes of %d bits, groups of %ld, type %d\n", level.name, bits, size, type);
+}
+
 void halves() {  // every number of 16 bits stays what it is
   for (unsigned h = 0; h < 1u << 16; h++) {
     compared += 2;
@@ -235,6 +284,10 @@ int main() {
             for (int out : {F32, BF16, F16})
               for (long m : {1, 2, 3, 7}) compare(level, w, out, m);
           }
+    for (int type : {F32, BF16, F16})
+      for (int bits : {2, 3, 4, 5, 8})
+        for (long size : {16L, 32L, 128L, 136L, 576L})
+          for (int kind = 0; kind < 4; kind++) roundings(level, type, bits, kind & 1, kind & 2, size);
     printf("%s: %ld numbers\n", level.name, compared - before);
   }
   Level level = {"", nullptr, false};

@@ -140,8 +140,8 @@ struct Kernels {
   void (*encode)(const Encoding&, long from, long to, uint8_t* room);
 };
 
-// Bytes that a thread needs for a group of `size` columns and `steps` ranges.
-static inline size_t rounding_room(long size, long steps) { return (size + 16) * 2 * sizeof(float) + (steps + 16) * 40; }
+// Bytes that a thread needs for a group of `size` columns and `steps` ranges; it may take eight of them together.
+static inline size_t rounding_room(long size, long steps) { return ((size + 16) * 2 + (steps + 16) * 7) * sizeof(float); }
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
 

@@ -5,65 +5,104 @@
 
 namespace {
 
-inline unsigned code_at(const uint8_t* row, int bits, long k) {
-  const long bit = k * bits;
-  unsigned word = row[bit >> 3];
-  if ((bit & 7) + bits > 8) word |= (unsigned)row[(bit >> 3) + 1] << 8;
-  return word >> (bit & 7) & ((1u << bits) - 1);
+// What holds 16 codes.
+template <int BITS>
+struct Sixteen {
+  typedef unsigned __int128 Bits;
+};
+template <>
+struct Sixteen<2> {
+  typedef uint64_t Bits;
+};
+template <>
+struct Sixteen<3> : Sixteen<2> {};
+template <>
+struct Sixteen<4> : Sixteen<2> {};
+
+// Swaps fields of a word that lie `by` bits apart, the lower ones under the mask.
+inline uint64_t swapped(uint64_t x, int by, uint64_t mask) {
+  const uint64_t other = (x >> by ^ x) & mask;
+  return x ^ other ^ other << by;
 }
 
-// Where bit j of column 2 r (and half a word on, of 2 r + 1) of a tile lies, vector and bit; true where the next bits follow it.
-inline bool place(int bits, int r, int j, int* vector, int* shift) {
-  const int per = 16 / bits, spare = 16 - per * bits, at = (r - per * bits) * bits + j;
-  if (at < j) {
-    *vector = r / per, *shift = r % per * bits + j;
-    return true;
+// A tile's 32 codes of one row: those of even columns side by side, and those of odd columns.
+template <int BITS>
+struct Row {
+  typedef typename Sixteen<BITS>::Bits Bits;
+  static constexpr int PER = 16 / BITS, SPARE = 16 - PER * BITS, HALF = 4 * BITS;
+  static constexpr uint64_t FIELD = (1u << BITS) - 1, FIELDS = FIELD << BITS | FIELD;
+  static constexpr uint64_t MIDDLE = FIELD << BITS | FIELD << 5 * BITS;  // one after the first, and one after the fifth
+  Bits even = 0, odd = 0;
+
+  void take(const uint8_t* codes) {
+    for (int g = 0; g < 4; g++) {
+      uint64_t eight = 0;
+      for (int b = 0; b < BITS; b++) eight |= (uint64_t)codes[g * BITS + b] << 8 * b;
+      eight = swapped(swapped(eight, BITS, MIDDLE), 2 * BITS, FIELDS << 2 * BITS);
+      even |= (Bits)(eight & (((uint64_t)1 << HALF) - 1)) << g * HALF, odd |= (Bits)(eight >> HALF) << g * HALF;
+    }
   }
-  *vector = at / spare, *shift = per * bits + at % spare;
-  return false;
+
+  void give(uint8_t* codes) const {
+    for (int g = 0; g < 4; g++) {
+      const uint64_t mask = ((uint64_t)1 << HALF) - 1;
+      uint64_t eight = ((uint64_t)(even >> g * HALF) & mask) | ((uint64_t)(odd >> g * HALF) & mask) << HALF;
+      eight = swapped(swapped(eight, 2 * BITS, FIELDS << 2 * BITS), BITS, MIDDLE);
+      memcpy(codes + g * BITS, &eight, BITS);
+    }
+  }
+
+  // The part of such codes that vector v holds in half a word, and back.
+  static uint32_t half(Bits codes, int v) {
+    uint32_t word = (uint32_t)(codes >> v * PER * BITS) & ((1u << PER * BITS) - 1);
+    if (SPARE) word |= ((uint32_t)(codes >> (PER * BITS * BITS + v * SPARE) % (8 * (int)sizeof(Bits))) & ((1u << SPARE) - 1)) << PER * BITS;
+    return word;
+  }
+  static Bits whole(uint32_t word, int v) {
+    Bits codes = (Bits)(word & ((1u << PER * BITS) - 1)) << v * PER * BITS;
+    if (SPARE) codes |= (Bits)(word >> PER * BITS & ((1u << SPARE) - 1)) << (PER * BITS * BITS + v * SPARE) % (8 * (int)sizeof(Bits));
+    return codes;
+  }
+};
+
+template <int BITS>
+void pack_rows(const uint8_t* rows, uint8_t* tiles, long n, long k) {
+  const uint32_t sign = BITS == 8 ? 0x80808080 : 0;
+  for (long t = 0; t < k / 32; t++, tiles += 64 * BITS) {
+    uint32_t words[BITS][16] = {};
+    for (long i = 0; i < n; i++) {
+      Row<BITS> row;
+      row.take(rows + (i * k / 32 + t) * 4 * BITS);
+      for (int v = 0; v < BITS; v++) words[v][i] = (row.half(row.even, v) | row.half(row.odd, v) << 16) ^ sign;
+    }
+    memcpy(tiles, words, sizeof words);
+  }
+}
+
+template <int BITS>
+void unpack_rows(const uint8_t* tiles, uint8_t* rows, long n, long k) {
+  const uint32_t sign = BITS == 8 ? 0x80808080 : 0;
+  for (long t = 0; t < k / 32; t++, tiles += 64 * BITS) {
+    uint32_t words[BITS][16];
+    memcpy(words, tiles, sizeof words);
+    for (long i = 0; i < n; i++) {
+      Row<BITS> row;
+      for (int v = 0; v < BITS; v++) row.even |= row.whole((words[v][i] ^ sign) & 0xffff, v), row.odd |= row.whole((words[v][i] ^ sign) >> 16, v);
+      row.give(rows + (i * k / 32 + t) * 4 * BITS);
+    }
+  }
 }
 
 void pack_block(const uint8_t* rows, uint8_t* tiles, int bits, long n, long k) {
-  const long bytes = k * bits / 8;
-  for (long t = 0; t < k / 32; t++, tiles += 64 * bits) {
-    uint32_t words[8][16] = {};
-    for (long i = 0; i < n; i++)
-      for (int c = 0; c < 32; c++) {
-        unsigned code = code_at(rows + i * bytes, bits, 32 * t + c) ^ (bits == 8 ? 128 : 0);
-        int v, s;
-        if (place(bits, c / 2, 0, &v, &s)) words[v][i] |= code << (s + c % 2 * 16);
-        else
-          for (int j = 0; j < bits; j++) {
-            place(bits, c / 2, j, &v, &s);
-            words[v][i] |= (code >> j & 1) << (s + c % 2 * 16);
-          }
-      }
-    memcpy(tiles, words, 64 * bits);
-  }
+  void (*const packs[])(const uint8_t*, uint8_t*, long, long) = {pack_rows<2>, pack_rows<3>, pack_rows<4>, pack_rows<5>,
+                                                                 pack_rows<6>, pack_rows<7>, pack_rows<8>};
+  packs[bits - 2](rows, tiles, n, k);
 }
 
 void unpack_block(const uint8_t* tiles, uint8_t* rows, int bits, long n, long k) {
-  const long bytes = k * bits / 8;
-  memset(rows, 0, n * bytes);
-  for (long t = 0; t < k / 32; t++, tiles += 64 * bits) {
-    uint32_t words[8][16];
-    memcpy(words, tiles, 64 * bits);
-    for (long i = 0; i < n; i++)
-      for (int c = 0; c < 32; c++) {
-        unsigned code = 0;
-        int v, s;
-        if (place(bits, c / 2, 0, &v, &s)) code = words[v][i] >> (s + c % 2 * 16) & ((1u << bits) - 1);
-        else
-          for (int j = 0; j < bits; j++) {
-            place(bits, c / 2, j, &v, &s);
-            code |= (words[v][i] >> (s + c % 2 * 16) & 1) << j;
-          }
-        code ^= bits == 8 ? 128 : 0;
-        const long bit = (32 * t + c) * bits;
-        rows[i * bytes + (bit >> 3)] |= (uint8_t)(code << (bit & 7));
-        if ((bit & 7) + bits > 8) rows[i * bytes + (bit >> 3) + 1] |= (uint8_t)(code >> (8 - (bit & 7)));
-      }
-  }
+  void (*const unpacks[])(const uint8_t*, uint8_t*, long, long) = {unpack_rows<2>, unpack_rows<3>, unpack_rows<4>, unpack_rows<5>,
+                                                                   unpack_rows<6>, unpack_rows<7>, unpack_rows<8>};
+  unpacks[bits - 2](tiles, rows, n, k);
 }
 
 }  // namespace

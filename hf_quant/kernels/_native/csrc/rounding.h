@@ -42,7 +42,6 @@ template <class F>
 inline float folded(vf v, F f) {
   float all[L];
   memcpy(all, &v, sizeof v);
-#pragma GCC unroll 4
   for (int half = L / 2; half; half /= 2)
     for (int i = 0; i < half; i++) all[i] = f(all[i], all[i + half]);
   return all[0];
@@ -56,6 +55,14 @@ inline float total(vf v) {
 #endif
 }
 
+inline float least(vf v) {
+#if defined(SET_AVX512)
+  return _mm512_reduce_min_ps((__m512)v);
+#else
+  return folded(v, [](float a, float b) { return a < b ? a : b; });
+#endif
+}
+
 // To the nearest whole number, ties to even; for numbers below 2^22.
 inline vf rounded_whole(vf v) { return (v + splat(WHOLE)) - splat(WHOLE); }
 
@@ -63,7 +70,7 @@ constexpr double UNIT = 5.9604644775390625e-08;  // 2^-24, the rounding of float
 const int BESIDE = L == 16 ? 4 : 2;          // ranges tried at a time: as many as registers hold
 const long STRETCH = 32 * L;                 // columns whose errors are summed in float32
 
-// The ranges that are tried, each as scale and zero point.
+// The ranges of a group that are tried, each as scale and zero point; arrays in whole vectors.
 struct Ranges {
   float *scale, *zero, *inverse, *bottom, *top;  // codes less the zero point, from bottom to top, plus WHOLE
   float *cut, *error;                            // what the weights cost at least that it cuts off; what all cost
@@ -77,6 +84,8 @@ struct Group32 {
   float low, high;   // at most and at least zero
   double all;        // sum of `by`
   bool sound;        // numbers are finite, and far from where float32 ends
+  float lowest;      // of the errors
+  Ranges ranges;
 
   float peak() const { return high > -low ? high : -low; }
 };
@@ -91,47 +100,66 @@ inline const float* whole(const void* from, int type, long at, long size, long c
       memcpy(room + i, &v, sizeof v);
     }
   });
-  load(from, type, at + i, room + i, size - i);
-  memset(room + size, 0, sizeof(float) * (count - size));
+  if (size < count) {
+    load(from, type, at + i, room + i, size - i);
+    memset(room + size, 0, sizeof(float) * (count - size));
+  }
   return room;
 }
 
 inline long in_vectors(long size) { return (size + L - 1) / L * L; }
 
 inline Group32 group_at(const Search& a, long g, float* room) {
-  Group32 made = {nullptr, nullptr, a.size, in_vectors(a.size), 0, 0, (double)a.size, false};
+  Group32 made = {nullptr, nullptr, a.size, in_vectors(a.size), 0, 0, (double)a.size, false, 0, {}};
+  const long steps = in_vectors(a.steps);
+  float* at = room + 2 * made.count;
+  made.ranges = {at, at + steps, at + 2 * steps, at + 3 * steps, at + 4 * steps, at + 5 * steps, at + 6 * steps, a.steps};
   made.w = whole(a.w, a.type, g * a.size, a.size, made.count, room);
   vf low = {}, high = {}, odd = {};
   for (long i = 0; i < made.count; i += L) {
     const vf v = read<vf>(made.w + i);
     low = lesser(v, low), high = larger(v, high), odd += v - v;
   }
-  made.low = folded(low, [](float a, float b) { return a < b ? a : b; });
-  made.high = folded(high, [](float a, float b) { return a > b ? a : b; });
+  made.low = least(low), made.high = -least(-high);
   made.sound = total(odd) == 0 && (made.peak() == 0 || (made.peak() >= 0x1p-40f && made.peak() <= 0x1p60f));
   if (!a.importance) return made;
   made.by = whole(a.importance, F32, g % a.period * a.size, a.size, made.count, room + made.count);
-  vf sum = {}, least = {};
+  vf sum = {}, negative = {};
   for (long i = 0; i < made.count; i += L) {
     const vf v = read<vf>(made.by + i);
-    sum += v, least = lesser(v, least);
+    sum += v, negative = lesser(v, negative);
   }
   made.all = total(sum);
-  made.sound = made.sound && total(least) == 0 && made.all <= 0x1p60;
+  made.sound = made.sound && total(negative) == 0 && made.all <= 0x1p60;
   return made;
 }
 
-// Sums of squared errors of some ranges.
+// The sums of BESIDE vectors.
+inline void totals(const vf* sum, float* out) {
+#if defined(SET_AVX512)
+  __m256 half[4];
+  for (int r = 0; r < 4; r++) half[r] = _mm256_add_ps(_mm512_castps512_ps256((__m512)sum[r]), _mm512_extractf32x8_ps((__m512)sum[r], 1));
+  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+  for (int r = 0; r < BESIDE; r++) out[r] = total(sum[r]);
+#endif
+}
+
+// Sums of squared errors of BESIDE ranges, from the first-th on.
 template <bool WEIGHED>
-inline void errors(const Group32& g, const Ranges& t, const long* tried) {
+inline void errors(const Group32& g, long first) {
+  const Ranges& t = g.ranges;
+  vf inverse[BESIDE], scale[BESIDE], bottom[BESIDE], top[BESIDE];
+  for (int r = 0; r < BESIDE; r++) {
+    inverse[r] = splat(t.inverse[first + r]), scale[r] = splat(t.scale[first + r]);
+    bottom[r] = splat(t.bottom[first + r]), top[r] = splat(t.top[first + r]);
+  }
+  float* out = t.error + first;
   double sums[BESIDE] = {};
   for (long from = 0; from < g.count; from += STRETCH) {
     const long end = g.count - from < STRETCH ? g.count : from + STRETCH;
-    vf sum[BESIDE] = {}, inverse[BESIDE], scale[BESIDE], bottom[BESIDE], top[BESIDE];
-    for (int r = 0; r < BESIDE; r++) {
-      inverse[r] = splat(t.inverse[tried[r]]), scale[r] = splat(t.scale[tried[r]]);
-      bottom[r] = splat(t.bottom[tried[r]]), top[r] = splat(t.top[tried[r]]);
-    }
+    vf sum[BESIDE] = {};
     for (long i = from; i < end; i += L) {
       const vf w = read<vf>(g.w + i), by = WEIGHED ? read<vf>(g.by + i) : vf{};
 #pragma GCC unroll 4
@@ -140,27 +168,35 @@ inline void errors(const Group32& g, const Ranges& t, const long* tried) {
         sum[r] += WEIGHED ? off * by * off : off * off;
       }
     }
-    for (int r = 0; r < BESIDE; r++) sums[r] += total(sum[r]);
+    totals(sum, out);
+    if (g.count <= STRETCH) return;
+    for (int r = 0; r < BESIDE; r++) sums[r] += out[r];
   }
-  for (int r = 0; r < BESIDE; r++) t.error[tried[r]] = (float)sums[r];
+  for (int r = 0; r < BESIDE; r++) out[r] = (float)sums[r];
 }
+
+// By how much sums of positive numbers in float32 may differ from the sum: PyTorch's, of 256 and fewer numbers, rounds no
+// intermediate one more than 32 times, of more than that hardly more often.
+inline double order(const Group32& g) { return (g.size <= 256 ? 40 : 256) * UNIT; }
 
 // By how much such sums may differ from PyTorch's: codes that lie halfway, products rounded once or twice, the order of the sum.
 struct Slack {
-  static constexpr double SHARE = 256 * UNIT;
-  double off;  // of the root of the sum
+  double share, off;  // of the sum, and of its root
 
-  explicit Slack(const Group32& g) : off(g.peak() * 16 * UNIT * __builtin_sqrt(g.all)) {}
-  double most(double error) const { return error * (1 + SHARE) + (2 * __builtin_sqrt(error) + off) * off; }
-  // The largest of sums that may be as small as `most`.
-  double within(double most) const {
-    const double root = (off + __builtin_sqrt(off * off + (1 - SHARE) * (most + off * off))) / (1 - SHARE);
+  explicit Slack(const Group32& g) : share(order(g) + 48 * UNIT), off(g.peak() * 16 * UNIT * __builtin_sqrt(g.all)) {}
+  // The largest of sums that may be as small as `error` may be.
+  double within(double error) const {
+    const double most = error * (1 + share) + (2 * __builtin_sqrt(error) + off) * off;
+    const double root = (off + __builtin_sqrt(off * off + (1 - share) * (most + off * off))) / (1 - share);
     return root * root;
   }
+  // Not less than that, sooner.
+  float about(float error) const { return error * (1 + 0x1p-8f) + (float)(off * off * 2048); }
 };
 
 // The same sum, of the terms that PyTorch computes.
-inline double exact_error(const Group32& g, const Ranges& t, long r) {
+inline double exact_error(const Group32& g, long r) {
+  const Ranges& t = g.ranges;
   double sum = 0;
   for (long i = 0; i < g.count; i += L) {
     const vf w = read<vf>(g.w + i);
@@ -195,7 +231,9 @@ inline vf stored(vf scale, int type) {
 inline vf zero_point(vf real, float most) { return rounded_whole(lesser(larger(real, vf{}), splat(most))); }
 
 // Scale and zero point of the full range, and the ranges to be tried.
-inline void ranges(const Search& a, const Group32& g, float* scale, float* zero, const Ranges& out) {
+inline void set_ranges(const Search& a, const Group32& g, float* scale, float* zero) {
+  const Ranges& out = g.ranges;
+  const vf never = splat(__builtin_inff());
   const float most = (float)((1 << a.bits) - 1), off = (float)(g.peak() * 32 * UNIT);
   const float range = a.symmetric ? g.peak() * 2 / most : (g.high - g.low) / most;
   *zero = a.symmetric ? (float)(1 << (a.bits - 1)) : zero_point(splat(-g.low) / stored(splat(range), F32), most)[0];
@@ -205,70 +243,80 @@ inline void ranges(const Search& a, const Group32& g, float* scale, float* zero,
     const vf share = read<vf>(a.shares + i), s = stored(*scale * share, a.type_of_scale);
     const vf z = a.symmetric ? splat(*zero) : zero_point(-low * share / s, most), inverse = 1 / s;
     const vf beyond = larger(g.high - (most - z) * s - off, vf{}), below = larger(-z * s - g.low - off, vf{});
-    const vf cut = (beyond * beyond + below * below) * (float)(1 - 2 * Slack::SHARE), bottom = WHOLE - z, top = WHOLE + most - z;
+    const vf cut = (beyond * beyond + below * below) * (1 - 0x1p-12f), bottom = WHOLE - z, top = WHOLE + most - z;
     memcpy(out.scale + i, &s, sizeof s), memcpy(out.zero + i, &z, sizeof z), memcpy(out.cut + i, &cut, sizeof cut);
-    memcpy(out.inverse + i, &inverse, sizeof inverse);
+    memcpy(out.inverse + i, &inverse, sizeof inverse), memcpy(out.error + i, &never, sizeof never);
     memcpy(out.bottom + i, &bottom, sizeof bottom), memcpy(out.top + i, &top, sizeof top);
   }
 }
 
-// Tries all ranges but those that cut off too much; gives how many were tried, and which.
-inline long try_all(const Group32& g, const Ranges& t, const Slack& slack, long* tried) {
-  double least = __builtin_inf(), most = least;
-  long count = 0;
-  for (long i = 0; i < t.count;) {
-    const long first = count;
-    for (; i < t.count && count < first + BESIDE; i++)
-      if (g.by || !(t.cut[i] > most)) tried[count++] = i;
-    if (count == first) break;
-    for (int r = (int)(count - first); r < BESIDE; r++) tried[first + r] = tried[first];
-    g.by ? errors<true>(g, t, tried + first) : errors<false>(g, t, tried + first);
-    for (long r = first; r < count; r++) least = t.error[tried[r]] < least ? t.error[tried[r]] : least;
-    most = slack.most(least);
+// The errors of all ranges, and the least; those of ranges that cut off too much stay infinite.
+inline void try_all(Group32& g) {
+  const Ranges& t = g.ranges;
+  const Slack slack(g);
+  float most = g.lowest = __builtin_inff();
+  for (long i = 0; i < t.count; i += BESIDE) {
+    float cut = t.cut[i];
+    for (int r = 1; r < BESIDE; r++) cut = t.cut[i + r] < cut ? t.cut[i + r] : cut;
+    if (cut > most && !g.by) continue;
+    g.by ? errors<true>(g, i) : errors<false>(g, i);
+    for (int r = 0; r < BESIDE; r++) g.lowest = t.error[i + r] < g.lowest ? t.error[i + r] : g.lowest;
+    most = slack.about(g.lowest);
   }
-  const double within = slack.within(most);
-  long left = 0;
-  for (long i = 0; i < count; i++)
-    if (!(t.error[tried[i]] > within)) tried[left++] = tried[i];
-  return left;
 }
 
-// The best of the ranges, or -1 where PyTorch has to decide.
-inline long best_of(const Group32& g, const Ranges& t, long* tried) {
-  const long count = try_all(g, t, Slack(g), tried);
-  if (count == 1) return tried[0];
-  const double order = (g.size <= 256 ? 64 : 256) * UNIT;  // by how much sums of positive numbers differ in other orders
-  long best = -1;
-  double least = __builtin_inf();
+// Which of several ranges is the best, of those with errors up to `most`; -1 where PyTorch has to decide.
+inline long best_of_several(const Group32& g, float most) {
+  const Ranges& t = g.ranges;
+  const double by = order(g);
+  long best = -1, last = -1;
+  double lowest = __builtin_inf();
   bool clear = false;
-  for (long i = 0; i < count; i++) {
-    const long r = tried[i];
-    if (i && t.scale[r] == t.scale[tried[i - 1]] && t.zero[r] == t.zero[tried[i - 1]]) continue;
-    const double error = exact_error(g, t, r);
-    if (error < least) {
-      clear = error * (1 + order) < least * (1 - order), least = error, best = r;
+  for (long i = 0; i < t.count; i++) {
+    if (t.error[i] > most || (last >= 0 && t.scale[i] == t.scale[last] && t.zero[i] == t.zero[last])) continue;
+    const double error = exact_error(g, last = i);
+    if (error < lowest) {
+      clear = error * (1 + by) < lowest * (1 - by), lowest = error, best = i;
     } else {
-      clear = clear && (least == 0 || error * (1 - order) > least * (1 + order));
+      clear = clear && (lowest == 0 || error * (1 - by) > lowest * (1 + by));
     }
   }
-  return clear && (least == 0 || (least > 0x1p-90 && least < 0x1p90)) ? best : -1;
+  return clear && (lowest == 0 || (lowest > 0x1p-90 && lowest < 0x1p90)) ? best : -1;
 }
 
+// The best of the ranges; -1 where PyTorch has to decide.
+inline long best_of(const Group32& g) {
+  const float within = (float)(Slack(g).within(g.lowest) * (1 + 2 * UNIT));
+  vf count = {}, sum = {}, index;
+  for (int i = 0; i < L; i++) index[i] = (float)i;
+  for (long i = 0; i < g.ranges.count; i += L, index += (float)L) {
+    const vf near = __builtin_convertvector((vi)(read<vf>(g.ranges.error + i) <= splat(within)), vf);
+    count -= near, sum -= near * index;
+  }
+  const long only = (long)total(sum);
+  return total(count) == 1 && only < g.ranges.count ? only : best_of_several(g, within);
+}
+
+// Some groups are searched together, one step after another, so that none waits for the results of the step before.
+const long TOGETHER = 8, SMALL = 256;
+
 [[maybe_unused]] void search(const Search& a, long from, long to, uint8_t* room) {
-  float* numbers = (float*)room;
-  const long steps = in_vectors(a.steps);
-  float* at = numbers + 2 * in_vectors(a.size);
-  const Ranges t = {at, at + steps, at + 2 * steps, at + 3 * steps, at + 4 * steps, at + 5 * steps, at + 6 * steps, a.steps};
-  long* tried = (long*)(at + 7 * steps);
-  for (long i = from; i < to; i++) {
-    const Group32 g = group_at(a, i, numbers);
-    a.doubtful[i] = !g.sound;
-    if (!g.sound) continue;
-    ranges(a, g, &a.scale[i], &a.zero[i], t);
-    if (!t.count || g.peak() == 0) continue;
-    const long best = best_of(g, t, tried);
-    a.doubtful[i] = best < 0;
-    if (best >= 0) a.scale[i] = t.scale[best], a.zero[i] = t.zero[best];
+  const long together = a.size <= SMALL ? TOGETHER : 1, bytes = (long)rounding_room(a.size, a.steps);
+  Group32 some[TOGETHER];
+  for (long first = from; first < to; first += together) {
+    const long count = to - first < together ? to - first : together;
+    for (long i = 0; i < count; i++) {
+      some[i] = group_at(a, first + i, (float*)(room + i * bytes));
+      if (some[i].sound) set_ranges(a, some[i], &a.scale[first + i], &a.zero[first + i]);
+    }
+    for (long i = 0; i < count; i++)
+      if (some[i].sound) try_all(some[i]);
+    for (long i = 0; i < count; i++) {
+      const bool done = some[i].sound && (!a.steps || some[i].peak() == 0);
+      const long best = some[i].sound && !done ? best_of(some[i]) : -1;
+      a.doubtful[first + i] = best < 0 && !done;
+      if (best >= 0) a.scale[first + i] = some[i].ranges.scale[best], a.zero[first + i] = some[i].ranges.zero[best];
+    }
   }
 }
 

@@ -20,7 +20,7 @@ PyObject* for_groups(long count, long size, long steps, long threads, F f) {
   const long some = size < (1 << 15) ? (1 << 15) / size : 1;
   return unlocked([&] {
     each((count + some - 1) / some, threads, [&](long i) {
-      f(i * some, (i + 1) * some < count ? (i + 1) * some : count, own_room.of(rounding_room(size, steps)));
+      f(i * some, (i + 1) * some < count ? (i + 1) * some : count, own_room.of(8 * rounding_room(size, steps)));
     });
   });
 }

@@ -53,14 +53,18 @@ def refuse_other_kinds(kind: Any, method: str) -> None:
 
 
 def blocks_of(model: Any, plan: Plan) -> dict[str, nn.Module]:
-    """The elements of the outermost lists of modules that hold layers of the plan, by name."""
+    """The elements of the outermost lists of modules that hold layers of the plan, by name.
+
+    Lists in which only convolutions are quantized, as those before the encoder of a model of sounds, count as none: they are seldom
+    chains of blocks, and would keep the others from being followed.
+    """
     blocks: dict[str, nn.Module] = {}
     done: tuple[str, ...] = ()
     for name, module in model.named_modules():
         nested = isinstance(module, nn.ModuleList) and any(isinstance(element, nn.ModuleList) for element in module)
         if isinstance(module, nn.ModuleList) and not nested and not f"{name}.".startswith(done):
             elements = {f"{name}.{i}": element for i, element in enumerate(module)}
-            if any(layers_of(plan, element) for element in elements):
+            if any(layers_of(plan, element).keys() - plan.convolutions for element in elements):
                 blocks |= elements
                 done = (*done, f"{name}.")
     return blocks

@@ -20,6 +20,7 @@ from hf_quant.core.geometry import Patches, geometry_of, patches_of, weight_of
 from hf_quant.errors import FormatError, HfQuantError, PlanError
 from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.sensitivity import rounded
+from hf_quant.hf.blocks import blocks_of
 from hf_quant.hf.plan import make_plan
 from hf_quant.jobs.convert import convert
 from hf_quant.methods import method as method_named
@@ -188,6 +189,18 @@ def test_learned_codes_of_convolutions_within_blocks(tmp_path: Path) -> None:
             if any("pointwise" in n for n in load_file(file))
         ]
         assert recipe
+
+
+def test_convolutions_before_an_encoder_do_not_keep_its_blocks_from_being_followed() -> None:
+    config = tf.Wav2Vec2Config(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, conv_dim=(32, 64), conv_kernel=(10, 2),
+        conv_stride=(5, 2), num_feat_extract_layers=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = tf.Wav2Vec2ForCTC(config)
+    plan = make_plan(model, HfQuantConfig("W4A16-g32", method="calibrated"))
+    assert plan.convolutions == ["wav2vec2.feature_extractor.conv_layers.1.conv"]
+    assert list(blocks_of(model, plan)) == ["wav2vec2.encoder.layers.0", "wav2vec2.encoder.layers.1"]
 
 
 def test_few_convolutions_stay_unless_they_are_named() -> None:

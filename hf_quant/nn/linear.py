@@ -19,7 +19,7 @@ from hf_quant.nn._weight import frozen
 from hf_quant.nn.matrix import QuantMatrix
 
 
-class QuantLinear(QuantMatrix, nn.Linear):  # type: ignore[misc]  # the bias is a tensor there
+class QuantLinear(QuantMatrix, nn.Linear):
     """Drop-in for ``nn.Linear(in_features, out_features)``; a subclass, so that PEFT trains adapters on top of it.
 
     Args:

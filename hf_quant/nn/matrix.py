@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class QuantMatrix(Repacking):
     weight_outlier_value: nn.Parameter
     weight_perm: nn.Parameter
     weight_input_scale: nn.Parameter
-    bias: nn.Parameter | None
+    bias: Any  # a parameter or None; nn.Linear says otherwise
     in_features: int
     out_features: int
     scheme: QuantScheme

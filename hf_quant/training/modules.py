@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ class FakeQuantMatrix(FakeQuant):
     weight: nn.Parameter
     weight_scale: nn.Parameter
     weight_offset: nn.Parameter | None
-    bias: nn.Parameter | None
+    bias: Any  # a parameter or None; nn.Linear says otherwise
 
     def __init__(
         self, weight: Tensor, start: QuantizedTensor, *, bias: nn.Parameter | None, dtype: torch.dtype,

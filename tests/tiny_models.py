@@ -85,6 +85,7 @@ SIZES: dict[str, Any] = {
     "num_labels": 3, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0, "rotary_pct": 0.5, "num_filters": 32,
     "prediction_length": 4, "width_coefficient": 0.05, "depth_coefficient": 0.5, "vocabulary_map": {"<image>": 200},
     "use_mamba_kernels": False, "default_language": "en_XX",
+    "use_stochastic_duration_prediction": False,
 }  # fmt: skip
 SHRINKS_ONLY = {"hidden_size", "intermediate_size"}  # all other sizes that are smaller by default stay so
 STAY_NONE = {
@@ -215,9 +216,10 @@ def build(model_type: str, class_name: str, variant: str = "") -> Any:
             name,
             module,
         ) in model.named_modules():  # lengths that hardly depend on values, so that outputs can be compared
-            if name.endswith("duration_predictor") and isinstance(last := getattr(module, "linear", None), nn.Linear):
+            last = getattr(module, "linear", getattr(module, "proj", None))
+            if name.endswith("duration_predictor") and isinstance(last, nn.Linear | nn.Conv1d):
                 last.weight.mul_(0.01)
-                last.bias.fill_(1.1)
+                last.bias.fill_(1.2)
     return model
 
 

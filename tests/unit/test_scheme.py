@@ -23,8 +23,11 @@ def test_slug_round_trip(scheme: QuantScheme, k: int) -> None:
 
 @given(st.text() | st.none() | st.integers())
 def test_any_other_slug_is_a_scheme_error(slug: Any) -> None:
-    with pytest.raises(SchemeError):
-        QuantScheme.parse(slug)
+    try:
+        scheme = QuantScheme.parse(slug)
+    except SchemeError:
+        return
+    assert str(scheme) == slug  # hypothesis draws strings of the code, too, which may be slugs
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.hf._hooks import replaced
 from hf_quant.methods import Method, quantize
 from hf_quant.nn._hooks import GATE
+from hf_quant.solve.block import parameter_in
 
 FUSED = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "q", "k", "v", "query", "key", "value"), "qkv"),
@@ -40,7 +41,7 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
 @contextmanager
 def rounded(model: Any, names: Sequence[str], scheme: QuantScheme, method: Method) -> Iterator[None]:
     """Inside, the weights ``names`` of a floating-point ``model``, and their inputs if ``scheme`` says so, are rounded."""
-    before = {name: _weight(model, name) for name in names}
+    before = {name: parameter_in(model, name) for name in names}
     originals = {name: weight.data for name, (weight, _) in before.items()}
     with ExitStack() as rounding:
         try:
@@ -114,13 +115,6 @@ def sensitivities(
         with rounded(model, layers[group], scheme, method):
             costs[group].append(cost(model))
     return costs
-
-
-def _weight(model: Any, name: str) -> tuple[torch.nn.Parameter, Geometry]:
-    """The parameter of a layer or stack, and its geometry."""
-    owner: Any = _owner(model, name)
-    leaf = name.rpartition(".")[2]
-    return getattr(owner, leaf if leaf in owner._parameters else "weight"), geometry_of(owner)
 
 
 def _owner(model: Any, name: str) -> torch.nn.Module:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hf_quant.checkpoint.contents import Contents, quantization_of
 from hf_quant.checkpoint.folder import WEIGHTS, Checkpoint
-from hf_quant.core.geometry import PLAIN, Geometry, geometry_of
+from hf_quant.core.geometry import PLAIN, Geometry
 from hf_quant.core.layout import part_name
 from hf_quant.core.numerics import same_bits
 from hf_quant.core.tensor import QuantizedTensor, in_order
@@ -42,6 +42,7 @@ from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
 from hf_quant.jobs.results import Result, Row, fields
 from hf_quant.jobs.targets import GGUF, check_target, why_unheld
 from hf_quant.jobs.to_gguf import why_not_gguf, write_gguf
+from hf_quant.solve.block import parameter_in
 
 DENSE = "dense"  # floating point
 
@@ -242,7 +243,7 @@ def _job(contents: Contents, to: str) -> _Job:
         model = skeleton(str(contents.checkpoint.folder))
         targets, places = candidates(model), homes(model, contents)
     if fmt is None:
-        geometries = {name: _geometry(model, home) for name, home in places.items() if home in targets}
+        geometries = {name: parameter_in(model, home)[1] for name, home in places.items() if home in targets}
         return _Job(contents, to, None, _dtype(contents), geometries, None)
     if fmt.in_memory:
         if dense := place(model, contents).dense:
@@ -267,12 +268,6 @@ def _known(contents: Contents) -> dict[str, Any]:
 def _is_linear(name: str, checkpoint: Checkpoint) -> bool:
     """Whether a tensor looks like the weight of a linear layer: tables of embeddings have other names."""
     return name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 2 and "embed" not in name
-
-
-def _geometry(model: Any, home: str) -> Geometry:
-    path, _, leaf = home.rpartition(".")
-    owner = model.get_submodule(path)
-    return geometry_of(owner if leaf in owner._parameters else model.get_submodule(home))
 
 
 def _dtype(contents: Contents) -> torch.dtype:

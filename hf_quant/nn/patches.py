@@ -33,12 +33,8 @@ class QuantPatches(QuantMatrix):
         self.geometry = geometry
         # models read these to compute the sizes of outputs
         self.in_channels, self.out_channels, self.kernel_size = geometry.channels, out_features, geometry.kernel
-        self.stride, self.padding, self.dilation, self.groups = (
-            geometry.stride,
-            (0,) * len(geometry.kernel),
-            (1,) * len(geometry.kernel),
-            1,
-        )
+        axes = len(geometry.kernel)
+        self.stride, self.padding, self.dilation, self.groups = geometry.stride, (0,) * axes, (1,) * axes, 1
         self._build(
             (out_features, geometry.columns), scheme, bias=bias, dtype=dtype, scale_dtype=scale_dtype, quantized=quantized
         )  # fmt: skip

@@ -23,6 +23,7 @@ kernels = Extension(
             "columns",
             "amx",
             "threads",
+            "products",
             "layout",
             "levels",
         )

@@ -5,164 +5,17 @@
 #include <Python.h>
 #include <dlfcn.h>
 
-#include <atomic>
 #include <new>
 
 #include "calls.h"
 #include "cpu.h"
 #include "layout.h"
 #include "levels.h"
+#include "products.h"
 #include "rounding_calls.h"
 #include "threads.h"
 
 namespace {
-
-// ---- products
-
-const long FEW = 4, FEW_HALVES = 8, FEW_INT8 = 8;  // up to so many rows, vectors are as fast as AMX: float32, 16 bits, 8
-const long MOST = 16 << 20;  // bytes of x that are packed at a time
-
-// f(from, to) for blocks of W, in a few shares for each thread.
-template <class F>
-void in_shares(const Linear& a, long threads, F f) {
-  const long parts = threads * 4 < a.blocks() ? threads * 4 : a.blocks();
-  each(parts, threads, [&](long i) { f(a.blocks() * i / parts, a.blocks() * (i + 1) / parts); });
-}
-
-void few_rows(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
-  const long groups = a.groups();
-  float* wide = (float*)shared_room.of(sizeof(float) * m * (a.k + groups));
-  float* sums = wide + m * a.k;
-  each(m, m * a.k > 1 << 16 ? threads : 1, [=](long i) {
-    load(x, type, i * a.k, wide + i * a.k, a.k);
-    if (a.zero)
-      for (long g = 0; g < groups; g++) {
-        float s[8] = {};
-        for (long j = 0; j < a.group; j++) s[j % 8] += wide[i * a.k + g * a.group + j];
-        sums[i * groups + g] = ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
-      }
-  });
-  const Kernels& set = kernels();
-  in_shares(a, threads, [&](long from, long to) { set.rows(a, from, to, wide, sums, m, y); });
-}
-
-#if defined(BYTES)
-// The same as products of bytes, x in one digit or two; false, and nothing done, where fill(row, digits) is for some row.
-template <class F>
-bool few_digits(const Linear& a, int digits, long m, const Output& y, long threads, F fill) {
-  const long count = m * a.tiles();
-  uint8_t* at = shared_room.of(count * (32 * digits + 3 * 4));
-  float* scale = (float*)(at + count * 32 * digits);
-  const Digits made = {(int8_t*)at, scale, (int32_t*)(scale + count), scale + 2 * count, digits};
-  std::atomic<bool> fit{true};
-  each(m, m * a.k > 1 << 16 ? threads : 1, [&](long i) {
-    if (!fill(i, made)) fit = false;
-  });
-  if (!fit) return false;
-  in_shares(a, threads, [&](long from, long to) { byte_rows(a, from, to, made, m, y); });
-  return true;
-}
-
-bool few_halves(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
-  return few_digits(a, 2, m, y, threads, [&](long i, const Digits& out) { return byte_digits(x, type, i, a, out); });
-}
-
-void few_int8(const Linear& a, const Activations& x, long m, const Output& y, long threads) {
-  few_digits(a, 1, m, y, threads, [&](long i, const Digits& out) {
-    byte_int8(x, i, a, (float*)own_room.of(sizeof(float) * a.k), out);
-    return true;
-  });
-}
-#endif
-
-#if defined(__x86_64__)
-// A few rows of x at a time, from the i-th on: what `many_rows` and `many_int8` do.
-template <class F>
-void in_parts(const Linear& a, long m, long bytes, F f) {
-  long step = MOST / (a.k * bytes) / 32 * 32;
-  step = step < 32 ? 32 : step > 512 ? 512 : step;
-  for (long i = 0; i < m; i += step) f(i, m - i < step ? m - i : step);
-}
-
-// f(from, to) for blocks of W, shared out in `parts` for each thread, or more.
-template <class F>
-void in_blocks(const Linear& a, long parts, long threads, F f) {
-  long blocks = (a.blocks() + parts * threads - 1) / (parts * threads);
-  blocks = blocks > WIDE ? WIDE : (blocks + 1) / 2 * 2;
-  each((a.blocks() + blocks - 1) / blocks, threads,
-       [&](long j) { f(j * blocks, (j + 1) * blocks < a.blocks() ? (j + 1) * blocks : a.blocks()); });
-}
-
-void many_rows(const Linear& a, const uint8_t* x, const Output& y, long m, long threads) {
-  const int parts = y.type == BF16 ? 1 : 2;
-  const long size = y.type == F32 ? 4 : 2;
-  in_parts(a, m, 2 * parts, [&](long i, long rows) {
-    const long m_tiles = (rows + 15) / 16;
-    uint8_t* packed = shared_room.of(amx_tiles(m_tiles, a.tiles(), parts));
-    each(m_tiles, threads, [=](long j) { amx_pack(x + i * a.k * size, y.type, rows, a.k, parts, j, m_tiles, packed); });
-    const Output to = {(uint8_t*)y.y + i * a.n * size, y.type};
-    in_blocks(a, 2, threads, [&](long from, long end) {
-      amx_linear(a, from, end, packed, rows, parts, own_room.of(amx_room(m_tiles, parts)), to);
-    });
-  });
-}
-
-// How many of m rows to take together: the fewer are left over in the last tile the better, and the fewer tiles.
-long tallest(long m) {
-  long best = m < TALL ? m : TALL, least = m * 1000;
-  for (long tall = best; tall > TALL / 2 && m > TALL; tall--) {
-    const long tiles = (m + tall - 1) / tall, cost = tiles * (10 * tall + 3);
-    if (cost < least) least = cost, best = tall;
-  }
-  return best;
-}
-
-// Without AMX: rows of x in bf16, as many at a time as their part of a chunk leaves room for in the second-level cache.
-void many_halves(const Linear& a, const uint16_t* x, const Output& y, long m, long threads) {
-  const long passes = (m + 511) / 512;
-  for (long p = 0; p < passes; p++) {
-    const long first = m * p / passes, rows = m * (p + 1) / passes - first;
-    const long tall = tallest(rows), all = (rows + tall - 1) / tall * tall;
-    uint32_t* at = (uint32_t*)shared_room.of(sizeof(float) * all * (a.k / 2 + (a.zero ? a.groups() : 0)));
-    const bool scaled = a.group < 64 || rows >= 256;  // sums to be scaled would take longer than what it takes to scale weights
-    const RowTiles packed = {at, (float*)(at + all * a.k / 2), rows, tall, scaled, scaled ? 16 : 8};
-    each(packed.tiles(), threads, [&](long j) { bf16_pack(x + first * a.k, a, j, packed); });
-    const Output to = {(uint16_t*)y.y + first * a.n, y.type};
-    in_blocks(a, 4, threads, [&](long from, long end) {
-      bf16_linear(a, from, end, packed, own_room.of(bf16_room(packed)), to);
-    });
-  }
-}
-
-void many_int8(const Linear& a, const Activations& x, const Output& y, long m, long threads) {
-  const long size = x.type == F32 ? 4 : 2;
-  const bool small = a.groups() > 1 && a.group < 64 && a.bits < 8;  // beside whose own error that of bf16 is nothing
-  in_parts(a, m, small ? 2 : 1, [&](long i, long rows) {
-    const long m_tiles = (rows + 15) / 16;
-    const size_t bytes = small ? amx_tiles(m_tiles, a.tiles(), 1) : int8_tiles(a, m_tiles);
-    uint8_t* at = shared_room.of(bytes + sizeof(float) * 16 * m_tiles * (1 + a.groups()));
-    float* scale = (float*)(at + bytes);
-    const Int8Tiles packed = {(int8_t*)at, scale, scale + 16 * m_tiles, int8_unit(a), m_tiles};
-    const Activations part = {(const uint8_t*)x.x + i * a.k * size, x.type, x.columns, x.left, x.fixed};
-    const Output to = {(uint8_t*)y.y + i * a.n * size, y.type, small ? scale : nullptr};
-    each(m_tiles, threads, [&](long j) {
-      float* row = (float*)own_room.of(sizeof(float) * a.k);
-      if (small)
-        int8_as_bf16(part, rows, a, j, m_tiles, row, at, scale);
-      else
-        int8_pack(part, rows, a, j, row, packed);
-    });
-    in_blocks(a, small ? 2 : 16, threads, [&](long from, long end) {
-      if (small)
-        amx_linear(a, from, end, at, rows, 1, own_room.of(amx_room(m_tiles, 1)), to);
-      else
-        int8_linear(a, from, end, packed, rows, own_room.of(int8_room(a, m_tiles)), to);
-    });
-  });
-}
-#endif
-
-// ---- Python
 
 // Whether scales and zero points are of types that there are, and go together.
 bool scaled(const Linear& w) {

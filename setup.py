@@ -24,6 +24,7 @@ kernels = Extension(
             "amx",
             "threads",
             "products",
+            "panels",
             "layout",
             "levels",
         )

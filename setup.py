@@ -7,7 +7,7 @@ import os
 
 from setuptools import Extension, setup
 
-UNITS = ("module", "portable", "avx2", "avx512", "vnni", "bf16", "amx", "amx_int8", "dotprod")
+UNITS = ("module", "portable", "avx2", "avx512", "vnni", "bf16", "int8", "amx", "amx_int8", "dotprod")
 kernels = Extension(
     "hf_quant.kernels._cpu",
     sources=[f"hf_quant/kernels/_native/csrc/{unit}.cpp" for unit in UNITS],
@@ -19,12 +19,12 @@ kernels = Extension(
             "rounding",
             "rounding_calls",
             "calls",
+            "blocked",
             "bytes",
             "columns",
             "amx",
             "threads",
             "products",
-            "panels",
             "layout",
             "levels",
         )

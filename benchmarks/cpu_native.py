@@ -36,6 +36,7 @@ from hf_quant.kernels import LinearBackend, LinearSpec, prepared_tensors
 from hf_quant.kernels._native.compiled import built
 from hf_quant.kernels.cpu_int4 import CpuInt4
 from hf_quant.kernels.cpu_native import CpuNative
+from hf_quant.kernels.cpu_native_int8 import CpuNativeInt8
 
 SHAPES = ((2048, 2048), (4096, 4096), (11008, 4096))  # N, K
 ROWS = (1, 4, 16, 128, 512)
@@ -47,7 +48,11 @@ CELLS = [("W4A16-g128", *shape) for shape in SHAPES] + [
     (slug, 4096, 4096) for slug in ("W8A16-g128", "W3A16-g128", "W2A16-g128")
 ]
 
-PROMPT_CELLS = [*CELLS, ("W4A16-g128", 576, 1536), ("W4A16-g32", 4096, 4096), ("W4A16-g128-asym", 4096, 4096)]
+PROMPT_CELLS = [
+    (slug, *shape)
+    for slug in ("W4A16-g128", "W8A16-g128", "W3A16-g128", "W2A16-g128", "W8A8", "W4A8-g128")
+    for shape in (*SHAPES, (576, 1536))
+] + [("W4A16-g32", 4096, 4096), ("W4A16-g128-asym", 4096, 4096), ("W4A8-g32", 4096, 4096)]
 Clock = Callable[[], float]
 
 
@@ -126,9 +131,10 @@ def measure(threads: int) -> list[dict[str, object]]:
 def prompts(threads: int) -> list[dict[str, object]]:
     """Ours and bf16 in seconds of the processor, all threads together."""
     torch.set_num_threads(threads)
-    rows, backend = [], CpuNative()
+    rows = []
     for slug, n, k in PROMPT_CELLS:
         made, spec = weight(slug, n, k), LinearSpec(QuantScheme.parse(slug), n, k, torch.bfloat16, "cpu")
+        backend: LinearBackend[Any] = CpuNativeInt8() if spec.scheme.activations else CpuNative()
         again = partial(backend.prepare, made, spec)
         held, dense = rotating(again(), again, BYTES // 8), rotating(torch.randn(n, k).bfloat16(), total=BYTES // 4)
         for m in PROMPTS:

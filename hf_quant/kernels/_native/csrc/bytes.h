@@ -29,19 +29,18 @@ inline vf half_floats(const void* x, int type, long at) {
 // gets the sum of the integers of tile t. Gives the scale, NaN where one of them is not finite. `row` is room for k floats.
 template <class P, class E>
 inline float int8_row(const Activations& x, long at, long k, const __m512i order[2], float* row, P next, E each) {
-  for (long i = 0; i < k; i += 16) {
-    const vf v = x.type == F32 ? read<vf>((const float*)x.x + at * k + i) : half_floats(x.x, x.type, at * k + i);
-    _mm512_storeu_ps(row + i, (__m512)v);
-  }
+  of_type(x.type, [=](auto type) {
+    for (long i = 0; i < k; i += 16) _mm512_storeu_ps(row + i, (__m512)numbers<type.bits>(x.x, at * k + i));
+  });
   for (long j = 0; j < x.left; j++) row[x.columns[j]] = 0;
-  __m512 peak[2] = {}, wrong[2] = {};
-  for (long t = 0; t < k / 32; t++)
-    for (int i = 0; i < 2; i++) {
-      const __m512 v = _mm512_loadu_ps(row + 32 * t + 16 * i);
-      peak[i] = _mm512_max_ps(peak[i], _mm512_abs_ps(v));
-      wrong[i] = _mm512_add_ps(wrong[i], _mm512_sub_ps(v, v));  // NaN where v is not finite
+  vi peak[2] = {};  // as bits, where infinities and NaN are the largest
+  for (long i = 0; i < k; i += 32)
+    for (int j = 0; j < 2; j++) {
+      const vi v = read<vi>(row + i + 16 * j) & 0x7fffffff;
+      peak[j] = v > peak[j] ? v : peak[j];
     }
-  const float most = _mm512_reduce_max_ps(_mm512_max_ps(peak[0], peak[1])), least = 1.17549435e-38f * 127;
+  const int bits = _mm512_reduce_max_epi32((__m512i)(peak[0] > peak[1] ? peak[0] : peak[1]));
+  const float most = read<float>(&bits), least = 1.17549435e-38f * 127;
   const float scale = x.fixed ? *x.fixed : (most > least ? most : least) / 127, by = 1 / scale;
   const __m512 factor = _mm512_set1_ps(by), top = _mm512_set1_ps(127), bottom = _mm512_set1_ps(-127);
   for (long t = 0; t < k / 32; t++) {
@@ -55,7 +54,7 @@ inline float int8_row(const Activations& x, long at, long k, const __m512i order
       _mm_storeu_si128((__m128i*)(to + 16 * i), _mm512_cvtepi32_epi8(_mm512_permutex2var_epi32(whole[0], order[i], whole[1])));
     each(t, _mm512_reduce_add_epi32(_mm512_add_epi32(whole[0], whole[1])));
   }
-  return scale + _mm512_reduce_add_ps(_mm512_add_ps(wrong[0], wrong[1]));
+  return scale + (most - most);
 }
 
 }  // namespace

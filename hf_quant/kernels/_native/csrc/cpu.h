@@ -129,25 +129,10 @@ struct Encoding {
   uint8_t* codes;  // [groups, size / 8 * bits]
 };
 
-// Many rows of x in float32, some columns of all rows after others: [chunk of columns][m][COLUMNS].
-const long COLUMNS = 128;
-struct FloatRows {
-  float* x;
-  long m;
-  float* at(long chunk, long row) const { return x + (chunk * m + row) * COLUMNS; }
-};
-
-static inline size_t rows_room(long m, long k) { return sizeof(float) * m * ((k + COLUMNS - 1) / COLUMNS * COLUMNS); }
-static inline size_t panel_room(long m) { return sizeof(float) * (2 * COLUMNS * 16 + 8 * 16 * m); }  // bytes a thread needs
-
 // One instruction set: some blocks of 16 rows of a weight, in float32, or some of its groups.
 struct Kernels {
   // y[m, 16 b ...] = x[m] @ W.T for blocks from, to (exclusive); x [m, k] and its sums over groups, [m, groups].
   void (*rows)(const Linear&, long from, long to, const float* x, const float* sums, long m, const Output&);
-  long few;  // rows up to which that is faster than `panels`
-  // The same with many rows: one of them, spread as `FloatRows` says; and all; room as `panel_room` says.
-  void (*spread)(const void* x, int type, long k, long row, const FloatRows&);
-  void (*panels)(const Linear&, long from, long to, const FloatRows&, float* room, const Output&);
   // W of those blocks: out [16 (to - from), k], less rows beyond n.
   void (*dequantize)(const Linear&, long from, long to, const Output&);
   // Groups from, ..., to - 1; room as `rounding_room` says.
@@ -185,22 +170,31 @@ bool byte_digits(const void* x, int type, long row, const Linear&, const Digits&
 void byte_int8(const Activations&, long row, const Linear&, float* room, const Digits&);
 void byte_rows(const Linear&, long from, long to, const Digits&, long m, const Output&);
 
-// AVX512-BF16: x in tiles of a few rows, pairs of neighbouring columns, some columns of all tiles after others:
-// [chunk of columns][tile][pair of the chunk][row of the tile].
+// Without AMX: x in tiles of a few rows, words of a pair of neighbouring columns in bf16 (AVX512-BF16) or of four in int8 (VNNI),
+// some columns of all tiles after others: [chunk of columns][tile][word of the chunk][row of the tile].
 struct RowTiles {
   uint32_t* x;
-  float* sums;  // [tiles * tall, groups], where there are zero points
+  float* sums;    // [tiles * tall, groups], where there are zero points
+  float* scales;  // [tiles * tall], of rows in int8
   long m, tall;
   bool scaled;  // whether weights are rounded to bf16, scales and all, or scales are applied to sums of codes, which are exact
   long chunk;   // tiles of 32 columns
+  long words;   // of a tile
   long tiles() const { return (m + tall - 1) / tall; }
-  uint32_t* at(long t, long count, long tile) const { return x + (t * tiles() + tile * count) * 16 * tall; }
+  uint32_t* at(long t, long count, long tile) const { return x + (t * tiles() + tile * count) * words * tall; }
 };
 const long TALL = 14;  // rows of a tile at most: twice as many sums, and what they are made of, in 32 registers
 
 void bf16_pack(const uint16_t* x, const Linear&, long tile, const RowTiles&);
 void bf16_linear(const Linear&, long from, long to, const RowTiles&, uint8_t* room, const Output&);
-size_t bf16_room(const RowTiles&);  // bytes a thread needs
+// Row `first` of x on is the first of all tiles; room for k floats and k bytes.
+void bytes_pack(const Activations& x, long first, const Linear&, long tile, float* room, const RowTiles&);
+void bytes_linear(const Linear&, long from, long to, const RowTiles&, uint8_t* room, const Output&);
+// Bytes a thread needs for blocks of W in a chunk and what becomes of BLOCKS of them, taken together for the second-level cache.
+const long BLOCKS = 8;
+static inline size_t blocked_room(const RowTiles& x) {
+  return x.chunk * x.words * 128 + sizeof(float) * BLOCKS / 2 * x.tiles() * x.tall * 32;
+}
 
 // AMX: x in tiles of 16 rows and 32 columns of bf16, `parts` of them (1: bf16; 2: float32 as a sum of two) side by side,
 // the tiles of up to DEPTH steps of k together: [k / DEPTH][m][DEPTH][parts][1 KB].

@@ -9,6 +9,7 @@
 namespace {
 
 const long FEW = 4, FEW_HALVES = 8, FEW_INT8 = 8;  // up to so many rows, vectors are as fast as AMX: float32, 16 bits, 8
+const long FEW_WORDS = 6;  // the same beside `in_passes`
 const long MOST = 16 << 20;  // bytes of x that are packed at a time
 
 // f(from, to) for blocks of W, in a few shares for each thread.
@@ -56,14 +57,6 @@ bool few_halves(const Linear& a, const void* x, int type, long m, const Output& 
   return few_digits(a, 2, m, y, threads, [&](long i, const Digits& out) { return byte_digits(x, type, i, a, out); });
 }
 
-// Up to how many rows that is fastest: in small groups, digits are scaled more often than what they save.
-long few_halves_most(const Linear& a) {
-#if defined(__x86_64__)
-  if (level == AMX) return FEW_HALVES;
-#endif
-  return a.group < 128 ? 4 : 32;
-}
-
 void few_int8(const Linear& a, const Activations& x, long m, const Output& y, long threads) {
   few_digits(a, 1, m, y, threads, [&](long i, const Digits& out) {
     byte_int8(x, i, a, (float*)own_room.of(sizeof(float) * a.k), out);
@@ -72,39 +65,6 @@ void few_int8(const Linear& a, const Activations& x, long m, const Output& y, lo
 }
 #endif
 
-// f(from, to) for blocks of W, shared out in `parts` for each thread, or more.
-template <class F>
-void in_blocks(const Linear& a, long parts, long threads, F f) {
-  long blocks = (a.blocks() + parts * threads - 1) / (parts * threads);
-  blocks = blocks > WIDE ? WIDE : (blocks + 1) / 2 * 2;
-  each((a.blocks() + blocks - 1) / blocks, threads,
-       [&](long j) { f(j * blocks, (j + 1) * blocks < a.blocks() ? (j + 1) * blocks : a.blocks()); });
-}
-
-// f(first, rows) for parts of m rows of about the same size, some columns of which stay in a cache; of `bytes` each once packed.
-template <class F>
-void in_passes(const Linear& a, long m, long bytes, F f) {
-  long most = MOST / (a.k * bytes);
-  most = most < 64 ? 64 : most > 512 ? 512 : most;
-  const long passes = (m + most - 1) / most;
-  for (long p = 0; p < passes; p++) f(m * p / passes, m * (p + 1) / passes - m * p / passes);
-}
-
-// Many rows of x with vectors alone, which every processor has.
-void many_floats(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
-  const Kernels& set = kernels();
-  const long size = type == F32 ? 4 : 2;
-  in_passes(a, m, 4, [&](long first, long rows) {
-    const FloatRows packed = {(float*)shared_room.of(rows_room(rows, a.k)), rows};
-    const void* from = (const uint8_t*)x + first * a.k * size;
-    each(rows, rows * a.k > 1 << 16 ? threads : 1, [&](long i) { set.spread(from, type, a.k, i, packed); });
-    const Output to = {(uint8_t*)y.y + first * a.n * size, y.type};
-    in_blocks(a, 4, threads, [&](long b, long end) {
-      set.panels(a, b, end, packed, (float*)own_room.of(panel_room(rows)), to);
-    });
-  });
-}
-
 #if defined(__x86_64__)
 // A few rows of x at a time, from the i-th on: what `many_rows` and `many_int8` do.
 template <class F>
@@ -112,6 +72,15 @@ void in_parts(const Linear& a, long m, long bytes, F f) {
   long step = MOST / (a.k * bytes) / 32 * 32;
   step = step < 32 ? 32 : step > 512 ? 512 : step;
   for (long i = 0; i < m; i += step) f(i, m - i < step ? m - i : step);
+}
+
+// f(from, to) for blocks of W, shared out in `parts` for each thread, or more.
+template <class F>
+void in_blocks(const Linear& a, long parts, long threads, F f) {
+  long blocks = (a.blocks() + parts * threads - 1) / (parts * threads);
+  blocks = blocks > WIDE ? WIDE : (blocks + 1) / 2 * 2;
+  each((a.blocks() + blocks - 1) / blocks, threads,
+       [&](long j) { f(j * blocks, (j + 1) * blocks < a.blocks() ? (j + 1) * blocks : a.blocks()); });
 }
 
 void many_rows(const Linear& a, const uint8_t* x, const Output& y, long m, long threads) {
@@ -138,19 +107,54 @@ long tallest(long m) {
   return best;
 }
 
-// Without AMX: rows of x in bf16, as many at a time as their part of a chunk leaves room for in the second-level cache.
-void many_halves(const Linear& a, const uint16_t* x, const Output& y, long m, long threads) {
-  in_passes(a, m, 2, [&](long first, long rows) {
-    const long tall = tallest(rows), all = (rows + tall - 1) / tall * tall;
-    uint32_t* at = (uint32_t*)shared_room.of(sizeof(float) * all * (a.k / 2 + (a.zero ? a.groups() : 0)));
-    const bool scaled = a.group < 64 || rows >= 256;  // sums to be scaled would take longer than what it takes to scale weights
-    const RowTiles packed = {at, (float*)(at + all * a.k / 2), rows, tall, scaled, scaled ? 16 : 8};
-    each(packed.tiles(), threads, [&](long j) { bf16_pack(x + first * a.k, a, j, packed); });
-    const Output to = {(uint16_t*)y.y + first * a.n, y.type};
-    in_blocks(a, 4, threads, [&](long from, long end) {
-      bf16_linear(a, from, end, packed, own_room.of(bf16_room(packed)), to);
+// Blocks of W that a thread takes together, up to BLOCKS: those that leave the fewest to the thread that has the most.
+long together(long blocks, long threads) {
+  long best = BLOCKS, least = 0;
+  for (long some = BLOCKS; some >= 2; some -= 2) {
+    const long rounds = ((blocks + some - 1) / some + threads - 1) / threads;
+    const long cost = rounds + (threads > 1 ? rounds * some : blocks);
+    if (!least || cost < least) least = cost, best = some;
+  }
+  return best;
+}
+
+// Without AMX: as many rows of x at a time as their part of a chunk leaves room for in the second-level cache. pack(first row,
+// tile, tiles of x), and product(first row, blocks from, to, tiles of x, room).
+template <class P, class F>
+void in_passes(const Linear& a, long m, long threads, bool halves, P pack, F product) {
+  const long passes = (m + 511) / 512, words = halves ? 16 : 8;
+  for (long p = 0; p < passes; p++) {
+    const long first = m * p / passes, rows = m * (p + 1) / passes - first;
+    const long tall = tallest(rows), all = (rows + tall - 1) / tall * tall, size = all * a.tiles() * words;
+    uint32_t* at = (uint32_t*)shared_room.of(sizeof(float) * (size + all * (1 + (a.zero ? a.groups() : 0))));
+    float* scales = (float*)(at + size);
+    const bool scaled = halves && (a.group < 64 || rows >= 256);  // sums to be scaled would take longer than what it takes to scale weights
+    const RowTiles packed = {at, scales + all, scales, rows, tall, scaled, halves && !scaled ? 8 : 16, words};
+    each(packed.tiles(), threads, [&](long j) { pack(first, j, packed); });
+    const long some = together(a.blocks(), threads);
+    each((a.blocks() + some - 1) / some, threads, [&](long j) {
+      const long from = j * some, to = from + some < a.blocks() ? from + some : a.blocks();
+      product(first, from, to, packed, own_room.of(blocked_room(packed)));
     });
-  });
+  }
+}
+
+void many_halves(const Linear& a, const uint16_t* x, const Output& y, long m, long threads) {
+  in_passes(
+      a, m, threads, true, [&](long first, long j, const RowTiles& out) { bf16_pack(x + first * a.k, a, j, out); },
+      [&](long first, long from, long to, const RowTiles& x, uint8_t* room) {
+        bf16_linear(a, from, to, x, room, {(uint16_t*)y.y + first * a.n, y.type});
+      });
+}
+
+void many_bytes(const Linear& a, const Activations& x, const Output& y, long m, long threads) {
+  const long size = x.type == F32 ? 4 : 2;
+  in_passes(
+      a, m, threads, false,
+      [&](long first, long j, const RowTiles& out) { bytes_pack(x, first, a, j, (float*)own_room.of((4 + out.tall) * a.k), out); },
+      [&](long first, long from, long to, const RowTiles& x, uint8_t* room) {
+        bytes_linear(a, from, to, x, room, {(uint8_t*)y.y + first * a.n * size, y.type});
+      });
 }
 
 void many_int8(const Linear& a, const Activations& x, const Output& y, long m, long threads) {

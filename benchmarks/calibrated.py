@@ -6,7 +6,8 @@ Each peer runs in its own environment (`calibrated_peers.py`), at its defaults f
 star use options that the peer offers beyond them. All layers of the decoder's blocks are quantized; embeddings and head are
 not. Every result, ours too, becomes a plain float32 model and is measured alike: KL to the float32 model it was made from, per
 token, with 95 % intervals over documents. What is done stays in WORK, so single rows can be redone (--row, --again) and timed
-again when the machine is quiet (--timing). A cell that a peer cannot do says why, in the peer's words.
+again when the machine is quiet (--timing); they take the place of theirs in the results that are committed. A cell that a peer
+cannot do says why, in the peer's words.
 """
 
 import json
@@ -23,7 +24,7 @@ from typing import Any
 
 import click
 import torch
-from _results import write
+from _results import RESULTS, stem_for, write
 from calibrated_peers import PEERS, Watch, bits_per_weight, layers, stored
 from outlier_variant import make
 from safetensors.torch import save_file
@@ -161,9 +162,13 @@ def fill(row: str, model: Path, scheme: str, work: Path, base: Reference, python
 
 
 def cells_of(work: Path) -> list[Cell]:
+    """What is done in ``work``, in place of the same cells of the results that are committed for this processor."""
     order = [*OURS, *PEERS]
-    found = [json.loads(file.read_text()) for file in work.glob("*/cells/*.json")]
-    found = [cell for cell in found if cell["row"] in order]
+    committed = RESULTS / f"{stem_for(RESULTS, 'calibrated', cpu_name())}.json"
+    cells = json.loads(committed.read_text())["cells"] if committed.is_file() else []
+    cells += [json.loads(file.read_text()) for file in work.glob("*/cells/*.json")]
+    by_name = {(cell["model"], cell["scheme"], cell["row"]): cell for cell in cells}
+    found = [cell for cell in by_name.values() if cell["row"] in order]
     return sorted(found, key=lambda c: (c["model"], list(SCHEMES).index(c["scheme"]), order.index(c["row"])))
 
 

@@ -7,20 +7,22 @@ tokens as the loss. These come from the cache that evaluation keeps, so the base
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.data.calibration import Calibration
 from hf_quant.data.held_windows import held_from_learning
 from hf_quant.data.text import Windows
 from hf_quant.disk.atomic import put
-from hf_quant.disk.safetensors import write_tensors
+from hf_quant.disk.safetensors import TORCH, write_tensors
 from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.metrics import BaseTokens
 from hf_quant.evaluation.metrics.kl import kl
@@ -29,7 +31,7 @@ from hf_quant.evaluation.reference import Part, Reference, log_probabilities
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import load
 from hf_quant.nn import QuantExperts, QuantMatrix
-from hf_quant.training.scales import trainable_scales
+from hf_quant.training.scales import Moving, trainable_scales
 
 WARM, LAST = 10, 0.05  # steps until the learning rate is reached, and the share of it that is left in the end
 PATIENCE = 3  # steps in a row without a finite loss
@@ -94,15 +96,18 @@ def tune_checkpoint(
         say: Told of every pass.
     """
     reference = base.reference_on(windows_of(data), noise=False, say=say)
+    stored = {name: TORCH[info.dtype] for name, info in Checkpoint.open(folder).tensors.items()}
     model = load(str(folder), dtype=torch.float32, **options).eval()
-    tuned = tune(model, reference, tuning, say)
+    tuned = tune(model, reference, tuning, say, stored)
     if tuned.after < tuned.before:
         store_scales(model, folder)
     return tuned
 
 
 def store_scales(model: nn.Module, folder: Path) -> None:
-    """Put the scales of ``model`` in place of those of its checkpoint; no file changes that something else may link to.
+    """Put the scales of ``model`` in place of those of its checkpoint, in the dtype that they have there.
+
+    No file changes that something else may link to.
 
     Raises:
         HfQuantError: The checkpoint has no such tensor; names it.
@@ -115,7 +120,7 @@ def store_scales(model: nn.Module, folder: Path) -> None:
     }
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
-        tuned = {name: scales.pop(name) for name in tensors if name in scales}
+        tuned = {name: scales.pop(name).to(tensors[name].dtype) for name in tensors if name in scales}
         wrong = next((name for name in tuned if tuned[name].shape != tensors[name].shape), None)
         if wrong is not None:
             raise HfQuantError(f"{file.name}: {wrong} has shape {list(tensors[wrong].shape)}, not that of its layer")
@@ -125,7 +130,10 @@ def store_scales(model: nn.Module, folder: Path) -> None:
         raise HfQuantError(f"{folder.name}: no tensor {min(scales)}, whose new values would be lost")
 
 
-def tune(model: Any, reference: Reference, tuning: Tuning, say: Callable[[str], None]) -> Tuned:
+def tune(
+    model: Any, reference: Reference, tuning: Tuning, say: Callable[[str], None],
+    stored: Mapping[str, torch.dtype] = MappingProxyType({}),
+) -> Tuned:  # fmt: skip
     """Train the scales of ``model``, in place, and keep those with the least divergence on the windows held out.
 
     Args:
@@ -133,38 +141,39 @@ def tune(model: Any, reference: Reference, tuning: Tuning, say: Callable[[str], 
         reference: The stored outputs of the base on a text.
         tuning: How.
         say: Told of every pass.
+        stored: What its tensors are stored in, by name, where that is not the dtype they have in the model: what is trained is
+            rounded to it in every step.
 
     Raises:
         HfQuantError: The vocabularies differ, the model has no scales, or the loss is not finite again and again.
     """
     if (vocabulary := model.config.get_text_config().vocab_size) != reference.meta["vocabulary"]:
         raise HfQuantError(f"vocabularies differ: {vocabulary} tokens, the base has {reference.meta['vocabulary']}")
+    stored = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)} | dict(
+        stored
+    )
     with trainable_scales(model) as scales:
         if not scales:
             raise HfQuantError(f"{type(model).__name__}: no quantized layers, so there are no scales to train")
-        factors = {name: nn.Parameter(torch.ones_like(scale)) for name, scale in scales.items()}
-        first = {name: scale.data.clone() for name, scale in scales.items()}
+        tensors = [Moving(scale, scale.data, stored[name], positive=True) for name, scale in scales.items()]
         before = least = _divergence(model, reference)
-        best, skipped = first, 0
-        for epoch, failed in enumerate(_passes(model, reference, scales, factors, first, tuning)):
+        best, skipped = [tensor.parameter.data.clone() for tensor in tensors], 0
+        for epoch, failed in enumerate(_passes(model, reference, tensors, tuning)):
             skipped += failed
             held = _divergence(model, reference)
             say(
                 f"scales, pass {epoch + 1} of {tuning.epochs}: KL {held:.5f} on windows not trained on, {before:.5f} at first"
             )
             if held < least:
-                least, best = held, {name: scale.data.clone() for name, scale in scales.items()}
-        for name, scale in scales.items():
-            scale.data.copy_(best[name])
+                least, best = held, [tensor.parameter.data.clone() for tensor in tensors]
+        for tensor, value in zip(tensors, best, strict=True):
+            tensor.parameter.data.copy_(value)
     return Tuned(before, least, skipped, tuning)
 
 
-def _passes(
-    model: Any, reference: Reference, scales: dict[str, nn.Parameter], factors: dict[str, nn.Parameter],
-    first: dict[str, Tensor], tuning: Tuning,
-) -> Iterator[int]:  # fmt: skip
+def _passes(model: Any, reference: Reference, tensors: list[Moving], tuning: Tuning) -> Iterator[int]:
     """Train, and stop after every pass for a look at the result; yields how many of its steps were skipped."""
-    optimizer = torch.optim.Adam(factors.values(), betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam([tensor.moved for tensor in tensors], betas=(0.9, 0.95))
     step, failed = 0, 0
     steps = tuning.epochs * sum(len(_training(reference, i)) for i in range(len(reference)))
     draw = torch.Generator().manual_seed(tuning.seed)
@@ -175,25 +184,17 @@ def _passes(
             for rows in _training(reference, number).split(1):  # small steps, and many of them
                 loss = _loss(model, _selected(part, rows))
                 loss.backward()
-                finite = math.isfinite(loss.item()) and all(_take(scales[n], factors[n], first[n]) for n in scales)
+                finite = all([math.isfinite(loss.item()), *(tensor.take() for tensor in tensors)])
                 failed, skipped = (0, skipped) if finite else (failed + 1, skipped + 1)
                 if failed == PATIENCE:
                     raise HfQuantError(f"the loss of the trained scales is not finite, {PATIENCE} steps in a row")
                 if finite:
                     optimizer.param_groups[0]["lr"] = tuning.scales * _rate(step, steps)
                     optimizer.step()
-                    for name, scale in scales.items():
-                        scale.data.copy_(first[name] * factors[name].data)
-                for scale in scales.values():
-                    scale.grad = None
+                    for tensor in tensors:
+                        tensor.put()
                 step += 1
         yield skipped
-
-
-def _take(scale: nn.Parameter, factor: nn.Parameter, first: Tensor) -> bool:
-    """Hand the gradient of a scale on to its factor; whether it is finite."""
-    factor.grad = torch.zeros_like(first) if scale.grad is None else scale.grad * first
-    return bool(factor.grad.isfinite().all())
 
 
 def _rate(step: int, steps: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,42 +19,71 @@ from hf_quant.nn._weight import read
 
 
 class ScaledProduct(torch.autograd.Function):
-    """``x W^T``, where the backward pass dequantizes ``W`` again instead of keeping it.
-
-    The scales are rounded to what is stored, and their gradient passes straight through that (arXiv:1902.08153).
-    """
+    """``x W^T``, where the backward pass dequantizes ``W`` again instead of keeping it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, weight: QuantizedTensor, stored: torch.dtype) -> Tensor:
-        """``x [..., K]``, ``scale`` float32 ``[N, G]`` in place of that of ``weight [N, K]``, ``stored``: its dtype on disk."""
+    def forward(ctx: Any, x: Tensor, scale: Tensor, weight: QuantizedTensor) -> Tensor:
+        """``x [..., K]``, ``scale`` float32 ``[N, G]`` in place of that of ``weight [N, K]``."""
         ctx.save_for_backward(x, scale)
-        ctx.weight, ctx.stored = weight, stored
-        return x @ _real(weight, scale, stored).to(x.dtype).T
+        ctx.weight = weight
+        return x @ _real(weight, scale).to(x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (gradient,), (x, scale) = gradients, ctx.saved_tensors
         slope = gradient.flatten(0, -2).float().T @ x.flatten(0, -2).float()
         steps = replace(ctx.weight, scale=torch.ones_like(scale), outliers=None).dequantize(torch.float32)
         by_scale = (slope * steps).unflatten(-1, (scale.shape[-1], -1)).sum(-1)
-        return gradient @ _real(ctx.weight, scale, ctx.stored).to(gradient.dtype), by_scale, None, None
+        return gradient @ _real(ctx.weight, scale).to(gradient.dtype), by_scale, None
 
 
-def _real(weight: QuantizedTensor, scale: Tensor, stored: torch.dtype) -> Tensor:
-    return replace(weight, scale=floored(scale, stored)).dequantize(torch.float32)
+def _real(weight: QuantizedTensor, scale: Tensor) -> Tensor:
+    return replace(weight, scale=scale).dequantize(torch.float32)
 
 
-def product(x: Tensor, weight: QuantizedTensor, stored: torch.dtype) -> Tensor:
+def product(x: Tensor, weight: QuantizedTensor) -> Tensor:
     """A layer's output ``[..., N]`` for ``x [..., K]``, differentiable in both and in ``weight.scale [N, G]``."""
     if weight.perm is not None:  # each part of the rows has an order of its own
         rows = [torch.arange(len(weight.scale)).chunk(len(weight.perm))[part] for part in range(len(weight.perm))]
         parts = [
-            product(x.index_select(-1, order), replace(rows_at(weight, positions), perm=None), stored)
+            product(x.index_select(-1, order), replace(rows_at(weight, positions), perm=None))
             for order, positions in zip(weight.perm, rows, strict=True)
         ]
         return torch.cat(parts, -1)
-    result: Tensor = ScaledProduct.apply(rounded(x, weight), weight.scale, weight, stored)  # type: ignore[no-untyped-call]
+    result: Tensor = ScaledProduct.apply(rounded(x, weight), weight.scale, weight)  # type: ignore[no-untyped-call]
     return result
+
+
+class Moving:
+    """A tensor that is trained in steps relative to its size, and is at all times what will be stored.
+
+    Gradients pass straight through the rounding to the stored dtype (arXiv:1308.3432).
+
+    Args:
+        parameter: Of a model.
+        unit: What it moves in, broadcast against it: the scales themselves, since each is of another size.
+        dtype: What it is stored in.
+        positive: Whether it must stay above zero.
+
+    Attributes:
+        moved: float32, like the parameter: how far from where it began, in units.
+    """
+
+    def __init__(self, parameter: nn.Parameter, unit: Tensor, dtype: torch.dtype, *, positive: bool) -> None:
+        self.parameter, self.dtype, self.positive = parameter, dtype, positive
+        self.first, self.unit = parameter.data.float().clone(), unit.float().clone()
+        self.moved = nn.Parameter(torch.zeros_like(self.first))
+
+    def take(self) -> bool:
+        """Hand the gradient of the parameter on; whether it is finite."""
+        gradient, self.parameter.grad = self.parameter.grad, None
+        self.moved.grad = torch.zeros_like(self.first) if gradient is None else gradient.float() * self.unit
+        return bool(self.moved.grad.isfinite().all())
+
+    def put(self) -> None:
+        """Give the parameter its new values."""
+        value = self.first + self.unit * self.moved.data
+        self.parameter.data.copy_(floored(value, self.dtype) if self.positive else value.to(self.dtype))
 
 
 @contextmanager
@@ -81,9 +110,7 @@ def trainable_scales(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
     for module, scale, parameter in originals.values():
         module._parameters[scale] = nn.Parameter(parameter.data.float())
     for module in layers.values():
-        _compute_with_scales(
-            module, {scale: stored.dtype for owner, scale, stored in originals.values() if owner is module}
-        )
+        _compute_with_scales(module)
     try:
         yield {name: module.get_parameter(scale) for name, (module, scale, _) in originals.items()}
     finally:
@@ -97,17 +124,13 @@ def trainable_scales(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
             parameter.requires_grad_(wanted)
 
 
-def _compute_with_scales(module: Any, stored: dict[str, torch.dtype]) -> None:
+def _compute_with_scales(module: Any) -> None:
     """Let a module multiply so that its scales receive gradients."""
-    dtype = next(iter(stored.values()))
 
     def linear(x: Tensor) -> Tensor:
         rows = padded(module.geometry.rows(x), module.scheme)
-        y = product(rows, read(module, "weight", module.scheme.stored), dtype)
+        y = product(rows, read(module, "weight", module.scheme.stored))
         return module.geometry.output(y if module.bias is None else y + module.bias.to(y.dtype))
 
-    def expert(x: Tensor, weight: QuantizedTensor) -> Tensor:
-        return product(x, weight, dtype)
-
-    computation: Callable[..., Tensor] = linear if isinstance(module, QuantMatrix) else expert
-    module.__dict__["forward" if isinstance(module, QuantMatrix) else "_product"] = computation
+    computation, name = (linear, "forward") if isinstance(module, QuantMatrix) else (product, "_product")
+    module.__dict__[name] = computation

@@ -22,7 +22,7 @@ from hf_quant.evaluation.yardstick import Base
 from hf_quant.jobs.convert import convert
 from hf_quant.jobs.quantize import quantize
 from hf_quant.jobs.repair import repair
-from hf_quant.jobs.tune import Tuning, tune, tune_checkpoint, windows_of
+from hf_quant.jobs.tune import Tuning, _divergence, tune, tune_checkpoint, windows_of
 from hf_quant.jobs.verify import verify
 from hf_quant.methods import method
 from hf_quant.nn import QuantLinear
@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_plain_product(kind: str) -> None:
     for fast in (True, False):
         x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
         scale = weight.scale.clone().requires_grad_()
-        y = product(x, replace(weight, scale=scale), torch.float32) if fast else x @ plain(weight, scale).T
+        y = product(x, replace(weight, scale=scale)) if fast else x @ plain(weight, scale).T
         y.sin().sum().backward()  # type: ignore[no-untyped-call]
         found.append([y.detach(), x.grad, scale.grad])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
@@ -106,6 +106,21 @@ def test_a_checkpoint_comes_closer_to_its_base(source: Path, tmp_path: Path) -> 
     (folder / "model.safetensors").unlink()
     os.link(tmp_path / "linked.safetensors", folder / "model.safetensors")
     assert now < 0.9 * divergence(load(str(folder), dtype=torch.float32), floats, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_stored_is_what_was_measured(source: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """Every tensor keeps its dtype, and the checkpoint read again diverges by the very number that was kept."""
+    base, folder = Base(str(source)), tmp_path / "q"
+    load(str(source), quantization_config=HfQuantConfig("W2A16-g32-asym"), dtype=dtype).save_pretrained(folder)
+    types = {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()}
+    assert {kind for name, kind in types.items() if name.endswith("_scale")} == {dtype}
+    tuned = tune_checkpoint(folder, base, text(base, "calibration.txt"), Tuning(1, 0.01), {}, lambda _: None)
+    assert {name: tensor.dtype for name, tensor in load_file(folder / "model.safetensors").items()} == types
+    reference = base.reference_on(windows_of(text(base, "calibration.txt")), noise=False)
+    again = load(str(folder), dtype=torch.float32)
+    with trainable_scales(again):
+        assert _divergence(again, reference) == tuned.after < tuned.before
 
 
 def test_a_gptq_checkpoint_is_repaired(source: Path, tmp_path: Path) -> None:

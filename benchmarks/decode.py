@@ -1,10 +1,10 @@
 """A model of a billion random weights through transformers' ``generate``: INT4 and INT8 beside bf16, and llama.cpp on the same shapes.
 
-    python benchmarks/decode.py [--threads 2] [--llama-bench PROGRAM --gguf FILE]
+    python benchmarks/decode.py [--threads 2] [--plain] [--llama-bench PROGRAM --gguf FILE ...]
 
-Tokens a second after the first one (greedy, a cache, one sequence), and seconds for a prompt of 128 tokens; each model in a
-process of its own, as it is and, with a static cache, after ``torch.compile``; medians of several turns. llama.cpp's own
-``llama-bench`` measures FILE, a Llama of the same shapes in Q4_0.
+Tokens a second after the first one (greedy, a cache, one sequence), and of prompts of 128 and 512 tokens; each model in a
+process of its own, as it is and, with a static cache, after ``torch.compile`` (not with ``--plain``); medians of several turns.
+llama.cpp's own ``llama-bench`` measures each FILE, a Llama of the same shapes in Q4_0 or Q4_K_M.
 """
 
 import argparse
@@ -33,76 +33,98 @@ SHAPES = LlamaConfig(
     hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False,
 )  # fmt: skip
-PROMPT, NEW, TURNS = 128, 48, 3
+PROMPTS, NEW, TURNS = (128, 512), 48, 3
+WHAT = ("decode", *(f"prompt of {n}" for n in PROMPTS))
 MODELS = ("bf16", "W4A16-g128", "W4A16-g32", "W4A8-g128", "W8A16-g128", "W8A8")
 
 
+def first(model: Any, prompt: int, **how: Any) -> float:
+    """Seconds up to the first token."""
+    ids = torch.randint(0, 32000, (1, prompt))
+    start = time.perf_counter()
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, min_new_tokens=1, **how)
+    return time.perf_counter() - start
+
+
 def measure(model: Any, **how: Any) -> dict[str, float]:
-    ids, rates, prefills = torch.randint(0, 32000, (1, PROMPT)), [], []
-    how |= {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    for turn in range(TURNS + 1):
+    times: dict[str, list[float]] = {what: [] for what in WHAT}
+    how |= {"do_sample": False, "pad_token_id": 0}
+    ids = torch.randint(0, 32000, (1, PROMPTS[0]))
+    for _ in range(TURNS + 1):
+        for what, prompt in zip(WHAT[1:], PROMPTS, strict=True):
+            times[what].append(first(model, prompt, **how) / prompt)
         start = time.perf_counter()
-        model.generate(ids, max_new_tokens=1, min_new_tokens=1, **how)
-        first = time.perf_counter() - start
-        start = time.perf_counter()
-        model.generate(ids, max_new_tokens=NEW + 1, min_new_tokens=NEW + 1, **how)
-        if turn:
-            prefills.append(first)
-            rates.append(NEW / (time.perf_counter() - start - first))
-    return {"decode": statistics.median(rates), "prefill": PROMPT / statistics.median(prefills)}
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW + 1, min_new_tokens=NEW + 1, **how)
+        times["decode"].append((time.perf_counter() - start - times[WHAT[1]][-1] * PROMPTS[0]) / NEW)
+    return {what: 1 / statistics.median(each[1:]) for what, each in times.items()}
 
 
-def both(folder: Path, name: str) -> dict[str, dict[str, float]]:
-    """One model, as it is and compiled."""
+def both(folder: Path, name: str, plain: bool) -> dict[str, dict[str, float]]:
+    """One model, as it is and, unless ``plain``, compiled."""
     config = {} if name == "bf16" else {"quantization_config": HfQuantConfig(name, quantize_lm_head=True)}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **config).eval()
     found = {name: measure(model)}
+    if plain:
+        return found
     model.forward = torch.compile(model.forward)
     return found | {f"{name}, torch.compile": measure(model, cache_implementation="static")}
 
 
-def apart(folder: Path, name: str, threads: int) -> dict[str, dict[str, float]]:
+def apart(folder: Path, name: str, threads: int, plain: bool) -> dict[str, dict[str, float]]:
     call = [sys.executable, __file__, "--threads", str(threads), "--model", name, "--folder", str(folder)]
+    call += ["--plain"] * plain
     return json.loads(subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def llama(program: Path, file: Path, threads: int) -> dict[str, float]:
-    call = [program, "-m", file, "-p", str(PROMPT), "-n", str(NEW), "-t", str(threads), "-r", str(TURNS), "-o", "json"]
+    call = [
+        program,
+        "-m",
+        file,
+        "-p",
+        ",".join(map(str, PROMPTS)),
+        "-n",
+        str(NEW),
+        "-t",
+        str(threads),
+        "-r",
+        str(TURNS),
+        "-o",
+        "json",
+    ]
     rows = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
-    return {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
+    return {f"prompt of {row['n_prompt']}" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--llama-bench", type=Path)
-    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--gguf", type=Path, action="append", default=[])
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--model", choices=MODELS, help="this one alone, out of --folder, to standard output")
     parser.add_argument("--folder", type=Path)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     if asked.model:
-        print(json.dumps(both(asked.folder, asked.model)))
+        print(json.dumps(both(asked.folder, asked.model, asked.plain)))
         return
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(SHAPES, dtype=torch.bfloat16).save_pretrained(folder)
         gc.collect()
         for name in MODELS:
-            found |= apart(Path(folder), name, asked.threads)
-    if asked.llama_bench and asked.gguf:
-        try:
-            found["llama.cpp Q4_0"] = llama(asked.llama_bench, asked.gguf, asked.threads)
-        except subprocess.CalledProcessError as error:
-            print(f"llama.cpp: {error}")
+            found |= apart(Path(folder), name, asked.threads, asked.plain)
+    for file in asked.gguf if asked.llama_bench else []:
+        found[f"llama.cpp {file.stem}"] = llama(asked.llama_bench, file, asked.threads)
     about = {
         "cpu": cpu_name(), "threads": asked.threads, "instruction_set": built(), "torch": version("torch"),
         "transformers": version("transformers"), "date": str(date.today()),
     }  # fmt: skip
     lines = ["# A billion weights through generate", "", str(about), "",
-             "| | decode, tokens/s | over bf16 | prompt of 128, tokens/s | over bf16 |", "|---|---|---|---|---|"]  # fmt: skip
+             "| tokens/s | " + " | ".join(f"{what} | over bf16" for what in WHAT) + " |", "|---" * (1 + 2 * len(WHAT)) + "|"]  # fmt: skip
     for name, each in found.items():
-        over = [f"{each[what]:.1f} | {each[what] / found['bf16'][what]:.2f}x" for what in ("decode", "prefill")]
+        over = [f"{each[what]:.1f} | {each[what] / found['bf16'][what]:.2f}x" for what in WHAT]
         lines.append(f"| {name} | {' | '.join(over)} |")
     write("decode", {"about": about, "found": found}, "\n".join(lines))
     print("\n".join(lines))

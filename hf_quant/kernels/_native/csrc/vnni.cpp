@@ -19,7 +19,7 @@ template <int BITS, int M, int D, int W>
 void block(const Linear& a, long b, const Digits& x, long first, const Output& out) {
   const long groups = a.groups(), steps = a.group / 32, tiles = a.tiles(), size = 64 * BITS, far = tiles * size;
   const uint8_t* tile = a.q + b * far;
-  const long ahead = BITS < 4 ? 8 : 4;  // tiles that are fetched before they are needed
+  const long ahead = (BITS < 4 ? 64 : 48) / BITS;  // tiles that are fetched before they are needed
   Scaling scaling[2] = {Scaling(a), Scaling(a)};
   vf total[M][W] = {};
   for (long g = 0; g < groups; g++) {

@@ -25,6 +25,7 @@ kernels = Extension(
             "amx",
             "threads",
             "products",
+            "panels",
             "layout",
             "levels",
         )

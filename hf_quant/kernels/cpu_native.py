@@ -3,13 +3,13 @@
 A few rows are multiplied as fast as memory gives the codes: in float32, or, for bf16 and float16 where there is VNNI, as
 integers of 16 bits; many rows on AMX, where W is dequantized to bf16 in the cache (and, for float16 and float32 models, as
 a sum of two bf16 numbers, whose products lose nothing that counts beside the codes). Where there is AVX512-BF16 and no AMX,
-many rows of bf16 are multiplied by codes that become bf16 in the cache. All else is left to PyTorch's dense product, some
-dequantized rows of W at a time. The threads are PyTorch's.
+many rows of bf16 are multiplied by codes that become bf16 in the cache; all other rows, many at a time, by codes that become
+float32 there. The threads are PyTorch's. Only x in float64 is left to PyTorch's dense product, some dequantized rows of W at a
+time.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any, ClassVar
 
 import torch
@@ -31,32 +31,22 @@ from hf_quant.kernels._native.compiled import (
     portable,
     why_not,
 )
-from hf_quant.kernels._shared.blocks import as_asked, compute_dtype, cpu_multiplies_bf16, flat
+from hf_quant.kernels._shared.blocks import as_asked, flat
 from hf_quant.kernels._shared.ops import implements
 from hf_quant.kernels._shared.registration import FLOATS, Arguments
-
-
-def _few_rows(dtype: torch.dtype) -> int:
-    """Below this many rows our own product is faster than PyTorch's dense one on dequantized rows; with bf16 products of our own, always."""
-    if _cpu.level() == "amx" or (_cpu.level() == "bf16" and dtype is torch.bfloat16):
-        return sys.maxsize
-    if _cpu.level() in ("avx512", "vnni", "bf16"):
-        return 32 if dtype is torch.bfloat16 and cpu_multiplies_bf16() else 192
-    return 16
 
 
 def _product(x: Tensor, weight: bytes) -> Tensor:
     """``x [..., K]`` times what `described` says of a weight; with one row, Python takes several percent of the time."""
     m, y = output(x, weight)
-    if x.dtype in TYPES and (m == 1 or m < _few_rows(x.dtype)):
+    if x.dtype in TYPES:
         x = x.contiguous()
         _cpu.linear(weight, x.data_ptr(), y.data_ptr(), TYPES[x.dtype], m, torch.get_num_threads())
         return y
     Arguments("cpu_native_linear", x).kind("x", x, FLOATS)
-    wide = x.to(compute_dtype(x))
     with as_asked("cpu"):
-        for i, j, w in dequantized(weight, wide.dtype):
-            y[..., i:j] = F.linear(wide, w)
+        for i, j, w in dequantized(weight, x.dtype):
+            y[..., i:j] = F.linear(x, w)
     return y
 
 

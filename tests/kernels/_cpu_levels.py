@@ -64,7 +64,7 @@ for threads, shapes in ((1, SHAPES), (2, SHAPES[-1:])):  # threads share the wor
                 prepared = backend.prepare(full, spec)
                 assert torch.equal(backend.restore(prepared, spec), weight.qweight), (slug, n, k)
                 kind = "worst" if weight.scheme.activations is None else "worst_int8"
-                for m in (0, 1, 2, 3, 4, 7, 8, 13, 17, 130):
+                for m in (0, 1, 2, 3, 4, 7, 8, 9, 13, 17, 33, 130):
                     x = torch.randn(m, k).to(dtype)
                     got = backend.linear(x, prepared, spec)
                     assert got.dtype is dtype and got.shape == (m, n)

@@ -7,12 +7,14 @@ import mmap
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from hf_quant.core.coded_scales import CodedScales
 from hf_quant.core.numerics import quantize_rows
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
@@ -32,6 +34,9 @@ SLUGS = (
     "W3A16-g32-asym",
     "W2A16-g32",
     "W2A16-g64-asym",
+    "W5A16-g64-asym",
+    "W6A16-g32",
+    "W7A16-g128",
     "W8A8",
     "W8A8-static-o5%-columns",
     "W8A8-g32-asym",
@@ -81,37 +86,70 @@ def test_a_few_huge_activations_cost_the_others_nothing(dtype: torch.dtype, m: i
     assert (got - expected).norm() / expected.norm() < LIMITS[str(dtype)]
 
 
+@pytest.fixture(params=compiled.LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One instruction set after the other, or less, on lesser machines."""
+    before = compiled._cpu.level()
+    compiled._cpu.limit(request.param)
+    yield request.param
+    compiled._cpu.limit(before)
+
+
 @built
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_what_is_not_finite_and_what_is_tiny(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("m", [3, 19])
+@pytest.mark.usefixtures("level")
+def test_what_is_not_finite_and_what_is_tiny(dtype: torch.dtype, m: int) -> None:
     scheme = QuantScheme(4, 32, symmetric=False)
     weight = method("rtn", steps=0).quantize(torch.randn(20, 64), scheme, dtype)
     backend, spec = cpu_native.BACKEND(), LinearSpec(scheme, 20, 64, dtype, "cpu")
     prepared = backend.prepare(weight, spec)
-    x = torch.randn(3, 64).to(dtype)
+    x = torch.randn(m, 64).to(dtype)
     x[0, 5], x[1, 40] = torch.inf, torch.nan
     got = backend.linear(x, prepared, spec)
-    assert not got[:2].isfinite().any() and got[2].isfinite().all()
-    assert torch.equal(backend.linear(torch.zeros_like(x), prepared, spec), torch.zeros(3, 20, dtype=dtype))
+    assert not got[:2].isfinite().any() and got[2:].isfinite().all()
+    assert torch.equal(backend.linear(torch.zeros_like(x), prepared, spec), torch.zeros(m, 20, dtype=dtype))
     if dtype is torch.bfloat16:  # whose exponents are those of float32
-        tiny = torch.randn(3, 64).to(dtype) * 2.0**-110
+        tiny = torch.randn(m, 64).to(dtype) * 2.0**-110
         expected = tiny.double() @ weight.dequantize(torch.float64).T
         assert (backend.linear(tiny, prepared, spec) - expected).norm() / expected.norm() < LIMITS[str(dtype)]
 
 
-@built
-@pytest.mark.parametrize("slug", ["W4A16-g64-asym", "W8A16-g-1-asym", "W3A16-g32"])
-@pytest.mark.parametrize("m", [33, 513])
-def test_prompts_in_several_passes_on_widths_that_fill_no_chunk(slug: str, m: int) -> None:
+def coded(slug: str, n: int, k: int) -> QuantizedTensor:
+    """A weight with scales in two levels."""
     scheme = QuantScheme.parse(slug)
-    weight = method("rtn", steps=0).quantize(torch.randn(145, 576) + 0.1, scheme, torch.bfloat16)
-    backend, spec = cpu_native.BACKEND(), LinearSpec(scheme, 145, 576, torch.bfloat16, "cpu")
-    x = torch.randn(m, 576).bfloat16()
-    got, expected = (
-        backend.linear(x, backend.prepare(weight, spec), spec),
-        x.double() @ weight.dequantize(torch.float64).T,
+    scales, offsets = (torch.randint(1, 64, (n, scheme.groups(k)), dtype=torch.uint8) for _ in range(2))
+    scale, offset = (torch.rand(n, scheme.units(k)).half() + 0.1 for _ in range(2))
+    packed = torch.randint(256, (n, scheme.packed_bytes(k)), dtype=torch.uint8)
+    return QuantizedTensor.from_coded(packed, CodedScales(scales & 15, scale, offsets & 15, offset), scheme)
+
+
+@built
+@pytest.mark.parametrize(
+    ("slug", "n", "k"),
+    [
+        ("W4A16-g64-asym", 145, 576),
+        ("W8A16-g-1-asym", 145, 576),
+        ("W3A16-g32", 145, 576),
+        ("W4A16-g128", 81, 1152),
+        ("Q4_K", 145, 768),
+        ("Q5_K", 33, 1280),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("level")
+def test_prompts_in_several_passes_on_widths_that_fill_no_chunk(slug: str, n: int, k: int, dtype: torch.dtype) -> None:
+    scheme = QuantScheme.parse(slug)
+    two_levels = scheme.scale_bits is not None
+    weight = (
+        coded(slug, n, k) if two_levels else method("rtn", steps=0).quantize(torch.randn(n, k) + 0.1, scheme, dtype)
     )
-    assert float(((got - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 2 * LIMITS[str(x.dtype)]
+    backend, spec = cpu_native.BACKEND(), LinearSpec(scheme, n, k, dtype, "cpu")
+    prepared, dense = backend.prepare(weight, spec), weight.dequantize(torch.float64).T
+    for m in (9, 16, 33, 70, 515):
+        x = torch.randn(m, k).to(dtype)
+        got, expected = backend.linear(x, prepared, spec), x.double() @ dense
+        assert float(((got - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 2 * LIMITS[str(dtype)], m
 
 
 @built

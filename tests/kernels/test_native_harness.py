@@ -49,14 +49,21 @@ def test_every_level_of_arm(tmp_path: Path) -> None:
         assert ("dotprod: this processor has it not" in done.stdout) == (processor == "cortex-a57"), done.stdout
 
 
-def test_a_wrong_kernel_is_noticed(tmp_path: Path) -> None:
-    compiler, wrong = own_compiler(), tmp_path / "csrc"
-    shutil.copytree(SOURCES, wrong)
-    header = (wrong / "vector.h").read_text(encoding="utf-8")
-    assert header.count("return sum * scale;") == 1
-    (wrong / "vector.h").write_text(header.replace("return sum * scale;", "return sum;"), encoding="utf-8")
-    done = run(str(built(compiler, "-O1", out=tmp_path / "wrong", sources=wrong)))
-    assert done.returncode == 1 and "portable, product" in done.stdout
+@pytest.mark.parametrize(
+    ("header", "right", "wrong", "what"),
+    [
+        ("vector.h", "return sum * scale;", "return sum;", "product"),
+        ("panels.h", "(high - zero) * scale", "(high - zero * scale)", "many rows"),
+    ],
+)
+def test_a_wrong_kernel_is_noticed(tmp_path: Path, header: str, right: str, wrong: str, what: str) -> None:
+    compiler, copy = own_compiler(), tmp_path / "csrc"
+    shutil.copytree(SOURCES, copy)
+    text = (copy / header).read_text(encoding="utf-8")
+    assert text.count(right) == 1
+    (copy / header).write_text(text.replace(right, wrong), encoding="utf-8")
+    done = run(str(built(compiler, "-O1", out=tmp_path / "wrong", sources=copy)))
+    assert done.returncode == 1 and f"portable, {what}" in done.stdout
 
 
 def test_the_harness_knows_every_unit_of_vectors() -> None:

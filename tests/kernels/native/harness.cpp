@@ -134,26 +134,54 @@ void check(const Level& level, const char* what, const Weight& w, int type, doub
            w.group, type, got, wanted);
 }
 
+// Rows of x and their products in double precision.
+struct Products {
+  std::vector<float> x;
+  std::vector<double> sum, size;  // the latter of the terms of a sum
+  Products(const Weight& w, long m) : x(m * w.k) {
+    for (float& f : x) f = round16(normal());
+    for (long i = 0; i < m; i++)
+      for (long j = 0; j < w.n; j++) {
+        double total = 0, large = 0;
+        for (long c = 0; c < w.k; c++) {
+          total += x[i * w.k + c] * w.dense[j * w.k + c];
+          large += fabs(x[i * w.k + c]) * (1 << w.bits) * 0.1;
+        }
+        sum.push_back(total), size.push_back(large);
+      }
+  }
+  static float round16(float f) { return bf16_to_float(float_to_bf16(f)); }  // which every type holds
+  void check(const Level& level, const char* what, const Weight& w, int type, const std::vector<uint8_t>& y) const {
+    for (size_t i = 0; i < sum.size(); i++) ::check(level, what, w, type, number(y, type, i), sum[i], size[i]);
+  }
+};
+
 void compare(const Level& level, const Weight& w, int type, long m) {
   const size_t size = type == F32 ? 4 : 2;
-  std::vector<float> x(m * w.k), sums(m * w.linear.groups());
-  for (float& f : x) f = normal();
-  for (long i = 0; i < m * w.k; i++) sums[i / w.group] += x[i];
+  const Products products(w, m);
+  std::vector<float> sums(m * w.linear.groups());
+  for (long i = 0; i < m * w.k; i++) sums[i / w.group] += products.x[i];
   std::vector<uint8_t> y(m * w.n * size, 0xff);  // NaN where nothing is written
-  level.kernels->rows(w.linear, 0, w.linear.blocks(), x.data(), sums.data(), m, {y.data(), type});
-  for (long i = 0; i < m; i++)
-    for (long j = 0; j < w.n; j++) {
-      double sum = 0, large = 0;
-      for (long c = 0; c < w.k; c++) {
-        sum += x[i * w.k + c] * w.dense[j * w.k + c];
-        large += fabs(x[i * w.k + c]) * (1 << w.bits) * 0.1;
-      }
-      check(level, "product", w, type, number(y, type, i * w.n + j), sum, large);
-    }
+  level.kernels->rows(w.linear, 0, w.linear.blocks(), products.x.data(), sums.data(), m, {y.data(), type});
+  products.check(level, "product", w, type, y);
   std::vector<uint8_t> dense(w.n * w.k * size, 0xff);
   level.kernels->dequantize(w.linear, 0, w.linear.blocks(), {dense.data(), type});
   for (long i = 0; i < w.n * w.k; i++)
     check(level, "weight", w, type, number(dense, type, i), w.dense[i], (1 << w.bits) * 0.1);
+}
+
+// Many rows, in panels that start at any block.
+void compare_many(const Level& level, const Weight& w, int type, long m) {
+  const Products products(w, m);
+  std::vector<uint8_t> x, y(m * w.n * (type == F32 ? 4 : 2), 0xff);
+  for (float f : products.x) put(x, type, f);
+  std::vector<float> spread(rows_room(m, w.k) / sizeof(float), NAN), room(panel_room(m) / sizeof(float), NAN);
+  const FloatRows rows = {spread.data(), m};
+  for (long i = 0; i < m; i++) level.kernels->spread(x.data(), type, w.k, i, rows);
+  const long blocks = w.linear.blocks(), parts[] = {0, blocks / 2, blocks};
+  for (int i = 0; i < 2; i++)
+    level.kernels->panels(w.linear, parts[i], parts[i + 1], rows, room.data(), {y.data(), type});
+  products.check(level, "many rows", w, type, y);
 }
 
 // Products of bytes of m rows: of x in 16 bits, as two digits, and rounded to INT8 by row or by one scale.
@@ -283,7 +311,10 @@ int main() {
             layouts(w);
             for (int out : {F32, BF16, F16})
               for (long m : {1, 2, 3, 7}) compare(level, w, out, m);
+            for (long m : {4, 5, 15, 31}) compare_many(level, w, (int)(m % 3), m);
           }
+    const long groups[] = {32, 96, 4128};  // x that is larger than NEAR, and many blocks
+    for (int out : {F32, BF16, F16}) compare_many(level, Weight(330, 4128, groups[out], 4, KINDS[4]), out, 37);
     for (int type : {F32, BF16, F16})
       for (int bits : {2, 3, 4, 5, 8})
         for (long size : {16L, 32L, 128L, 136L, 576L})

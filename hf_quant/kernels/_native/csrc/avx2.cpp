@@ -5,9 +5,10 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define SET_AVX2
+#include "panels.h"
 #include "rounding.h"
 
-const Kernels avx2_kernels = {rows, dequantize, search, encode};
+const Kernels avx2_kernels = {rows, 3, spread, panels, dequantize, search, encode};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -6,9 +6,10 @@
 #endif
 #define SET_AVX2
 #define SET_AVX512
+#include "panels.h"
 #include "rounding.h"
 
-const Kernels avx512_kernels = {rows, dequantize, search, encode};
+const Kernels avx512_kernels = {rows, 15, spread, panels, dequantize, search, encode};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -129,10 +129,27 @@ struct Encoding {
   uint8_t* codes;  // [groups, size / 8 * bits]
 };
 
+const long BLOCKS = 8;  // of W, that some columns of many rows of x stay in the second-level cache for
+
+// Many rows of x in float32, some columns of all rows after others: [chunk of columns][m][COLUMNS].
+const long COLUMNS = 128;
+struct FloatRows {
+  float* x;
+  long m;
+  float* at(long chunk, long row) const { return x + (chunk * m + row) * COLUMNS; }
+};
+
+static inline size_t rows_room(long m, long k) { return sizeof(float) * m * ((k + COLUMNS - 1) / COLUMNS * COLUMNS); }
+static inline size_t panel_room(long m) { return sizeof(float) * (2 * COLUMNS * 16 + BLOCKS * 16 * m); }  // bytes a thread needs
+
 // One instruction set: some blocks of 16 rows of a weight, in float32, or some of its groups.
 struct Kernels {
   // y[m, 16 b ...] = x[m] @ W.T for blocks from, to (exclusive); x [m, k] and its sums over groups, [m, groups].
   void (*rows)(const Linear&, long from, long to, const float* x, const float* sums, long m, const Output&);
+  long few;  // rows up to which that is faster than `panels`
+  // The same with many rows: one of them, spread as `FloatRows` says; and all; room as `panel_room` says.
+  void (*spread)(const void* x, int type, long k, long row, const FloatRows&);
+  void (*panels)(const Linear&, long from, long to, const FloatRows&, float* room, const Output&);
   // W of those blocks: out [16 (to - from), k], less rows beyond n.
   void (*dequantize)(const Linear&, long from, long to, const Output&);
   // Groups from, ..., to - 1; room as `rounding_room` says.
@@ -191,7 +208,6 @@ void bf16_linear(const Linear&, long from, long to, const RowTiles&, uint8_t* ro
 void bytes_pack(const Activations& x, long first, const Linear&, long tile, float* room, const RowTiles&);
 void bytes_linear(const Linear&, long from, long to, const RowTiles&, uint8_t* room, const Output&);
 // Bytes a thread needs for blocks of W in a chunk and what becomes of BLOCKS of them, taken together for the second-level cache.
-const long BLOCKS = 8;
 static inline size_t blocked_room(const RowTiles& x) {
   return x.chunk * x.words * 128 + sizeof(float) * BLOCKS / 2 * x.tiles() * x.tall * 32;
 }

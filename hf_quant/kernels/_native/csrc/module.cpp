@@ -70,16 +70,13 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
     const bool halves = level >= BYTE_PRODUCTS && y.type != F32;
 #endif
 #if defined(__x86_64__)
-    if (level == AMX && m > (halves ? FEW_HALVES : FEW))
-      many_rows(w, (const uint8_t*)x, y, m, threads);
-    else if (level == HALVES && y.type == BF16 && m > FEW_WORDS)
-      many_halves(w, (const uint16_t*)x, y, m, threads);
-    else
+    if (level == AMX && m > (halves ? FEW_HALVES : FEW)) return many_rows(w, (const uint8_t*)x, y, m, threads);
+    if (level == HALVES && y.type == BF16 && m > FEW_WORDS) return many_halves(w, (const uint16_t*)x, y, m, threads);
 #endif
 #if defined(BYTES)
-    if (!halves || !few_halves(w, x, y.type, m, y, threads))
+    if (halves && m <= few_halves_most(w) && few_halves(w, x, y.type, m, y, threads)) return;
 #endif
-      few_rows(w, x, y.type, m, y, threads);
+    (m > kernels().few ? many_floats : few_rows)(w, x, y.type, m, y, threads);
   });
 }
 

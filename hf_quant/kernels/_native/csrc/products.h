@@ -57,6 +57,14 @@ bool few_halves(const Linear& a, const void* x, int type, long m, const Output& 
   return few_digits(a, 2, m, y, threads, [&](long i, const Digits& out) { return byte_digits(x, type, i, a, out); });
 }
 
+// Up to how many rows that is fastest: in small groups, digits are scaled more often than what they save.
+long few_halves_most(const Linear& a) {
+#if defined(__x86_64__)
+  if (level == AMX) return FEW_HALVES;
+#endif
+  return a.group < 128 ? 4 : 32;
+}
+
 void few_int8(const Linear& a, const Activations& x, long m, const Output& y, long threads) {
   few_digits(a, 1, m, y, threads, [&](long i, const Digits& out) {
     byte_int8(x, i, a, (float*)own_room.of(sizeof(float) * a.k), out);
@@ -65,15 +73,6 @@ void few_int8(const Linear& a, const Activations& x, long m, const Output& y, lo
 }
 #endif
 
-#if defined(__x86_64__)
-// A few rows of x at a time, from the i-th on: what `many_rows` and `many_int8` do.
-template <class F>
-void in_parts(const Linear& a, long m, long bytes, F f) {
-  long step = MOST / (a.k * bytes) / 32 * 32;
-  step = step < 32 ? 32 : step > 512 ? 512 : step;
-  for (long i = 0; i < m; i += step) f(i, m - i < step ? m - i : step);
-}
-
 // f(from, to) for blocks of W, shared out in `parts` for each thread, or more.
 template <class F>
 void in_blocks(const Linear& a, long parts, long threads, F f) {
@@ -81,6 +80,32 @@ void in_blocks(const Linear& a, long parts, long threads, F f) {
   blocks = blocks > WIDE ? WIDE : (blocks + 1) / 2 * 2;
   each((a.blocks() + blocks - 1) / blocks, threads,
        [&](long j) { f(j * blocks, (j + 1) * blocks < a.blocks() ? (j + 1) * blocks : a.blocks()); });
+}
+
+// Many rows of x with vectors alone, which every processor has.
+void many_floats(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
+  const Kernels& set = kernels();
+  const long size = type == F32 ? 4 : 2, fit = MOST / (a.k * (long)sizeof(float)), most = fit < 64 ? 64 : fit > 512 ? 512 : fit;
+  const long passes = (m + most - 1) / most;
+  for (long p = 0; p < passes; p++) {
+    const long first = m * p / passes, rows = m * (p + 1) / passes - first;
+    const FloatRows packed = {(float*)shared_room.of(rows_room(rows, a.k)), rows};
+    const void* from = (const uint8_t*)x + first * a.k * size;
+    each(rows, rows * a.k > 1 << 16 ? threads : 1, [&](long i) { set.spread(from, type, a.k, i, packed); });
+    const Output to = {(uint8_t*)y.y + first * a.n * size, y.type};
+    in_blocks(a, 4, threads, [&](long b, long end) {
+      set.panels(a, b, end, packed, (float*)own_room.of(panel_room(rows)), to);
+    });
+  }
+}
+
+#if defined(__x86_64__)
+// A few rows of x at a time, from the i-th on: what `many_rows` and `many_int8` do.
+template <class F>
+void in_parts(const Linear& a, long m, long bytes, F f) {
+  long step = MOST / (a.k * bytes) / 32 * 32;
+  step = step < 32 ? 32 : step > 512 ? 512 : step;
+  for (long i = 0; i < m; i += step) f(i, m - i < step ? m - i : step);
 }
 
 void many_rows(const Linear& a, const uint8_t* x, const Output& y, long m, long threads) {

@@ -113,25 +113,35 @@ inline __attribute__((always_inline)) void each_pair(const uint8_t* tile, int h,
   }
 }
 
+// Float32 to float16, to nearest, ties to even.
+inline vh narrow(vf v) {
 #if defined(SET_AVX512)
-// 16 numbers of a row of the output, or the first of them where it ends.
+  return (vh)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(SET_AVX2)
+  return (vh)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__aarch64__)
+  return (vh)vcvt_f16_f32((float32x4_t)v);
+#else
+  vh half;
+  for (int i = 0; i < L; i++) half[i] = float_to_f16(v[i]);
+  return half;
+#endif
+}
+
+// L numbers of a row of the output, or the first of them where it ends.
 inline void put(const Output& out, long at, vf v, long count) {
-  if (count < 16) {
-    float made[16];
+  if (count < L) {
+    float made[L];
     memcpy(made, &v, sizeof made);
-    store(out, at, made, count);
-  } else if (out.type == F16) {
-    const __m256i made = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    memcpy((uint16_t*)out.y + at, &made, sizeof made);
+    if (count > 0) store(out, at, made, count);
   } else if (out.type == F32) {
     memcpy((float*)out.y + at, &v, sizeof v);
   } else {
     const vu u = (vu)v, even = u + 0x7fffu + (u >> 16 & 1);
-    const vh made = __builtin_convertvector((v == v ? even : u | 0x400000u) >> 16, vh);
+    const vh made = out.type == F16 ? narrow(v) : __builtin_convertvector((v == v ? even : u | 0x400000u) >> 16, vh);
     memcpy((uint16_t*)out.y + at, &made, sizeof made);
   }
 }
-#endif
 
 // Float16 to float32, all numbers exactly, whatever the processor does with subnormal ones.
 inline vf wide(vh half) {

@@ -1,9 +1,10 @@
 """One layer on a CPU: the compiled product beside PyTorch's packed int4 product, bf16 and float32, and the speed of memory.
 
-    python benchmarks/cpu_native.py [--threads 1] [--threads 2] [--prompts]
+    python benchmarks/cpu_native.py [--threads 1] [--threads 2] [--prompts [--level avx2] [--dtype float32]]
 
 ``--prompts`` times prompts of 16 to 512 tokens beside bf16 alone, in seconds of the processor, which other programs on
-the machine do not change.
+the machine do not change. ``--level`` limits the instructions of our kernels and of PyTorch's, ``--dtype`` says what dtype is
+multiplied and compared with; what these two measure has a table of its own.
 
 Weights rotate through a gigabyte, so that none comes from a cache; the ways take turns of a tenth of a second, long
 enough for clocks to settle after another's instructions; medians. Reading, a dot product of a gigabyte with itself, takes its
@@ -17,6 +18,7 @@ import copy
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -33,7 +35,7 @@ from hf_quant.bench.machine import cpu_name
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearBackend, LinearSpec, prepared_tensors
-from hf_quant.kernels._native.compiled import built
+from hf_quant.kernels._native.compiled import _cpu, built
 from hf_quant.kernels.cpu_int4 import CpuInt4
 from hf_quant.kernels.cpu_native import CpuNative
 from hf_quant.kernels.cpu_native_int8 import CpuNativeInt8
@@ -54,6 +56,13 @@ PROMPT_CELLS = [
     for shape in (*SHAPES, (576, 1536))
 ] + [("W4A16-g32", 4096, 4096), ("W4A16-g128-asym", 4096, 4096), ("W4A8-g32", 4096, 4096)]
 Clock = Callable[[], float]
+LIMITS = {  # on PyTorch and its libraries
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "vnni": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_VNNI"},
+    "bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
+}
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def weight(slug: str, n: int, k: int) -> QuantizedTensor:
@@ -128,60 +137,112 @@ def measure(threads: int) -> list[dict[str, object]]:
     return rows
 
 
-def prompts(threads: int) -> list[dict[str, object]]:
-    """Ours and bf16 in seconds of the processor, all threads together."""
+def prompts(threads: int, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, object]]:
+    """Ours and PyTorch's product of a dtype in seconds of the processor, all threads together."""
     torch.set_num_threads(threads)
-    rows = []
+    rows, name = [], "bf16" if dtype is torch.bfloat16 else str(dtype).removeprefix("torch.")
     for slug, n, k in PROMPT_CELLS:
-        made, spec = weight(slug, n, k), LinearSpec(QuantScheme.parse(slug), n, k, torch.bfloat16, "cpu")
+        made, spec = weight(slug, n, k), LinearSpec(QuantScheme.parse(slug), n, k, dtype, "cpu")
         backend: LinearBackend[Any] = CpuNativeInt8() if spec.scheme.activations else CpuNative()
+        if backend.why_not(spec):  # INT8 activations need instructions for them
+            continue
         again = partial(backend.prepare, made, spec)
-        held, dense = rotating(again(), again, BYTES // 8), rotating(torch.randn(n, k).bfloat16(), total=BYTES // 4)
+        held, dense = rotating(again(), again, BYTES // 8), rotating(torch.randn(n, k).to(dtype), total=BYTES // 4)
         for m in PROMPTS:
-            x = torch.randn(m, k).bfloat16()
+            x = torch.randn(m, k).to(dtype)
             times = in_turns(
-                {"compiled": (held, packed(backend, x, spec)), "bf16": (dense, product(x))}, time.process_time
+                {"compiled": (held, packed(backend, x, spec)), name: (dense, product(x))}, time.process_time
             )
-            seconds = {name: statistics.median(each) for name, each in times.items()}
+            seconds = {way: statistics.median(each) for way, each in times.items()}
             rows.append({"threads": threads, "scheme": slug, "n": n, "k": k, "rows": m, "seconds": seconds})
-            print(rows[-1], seconds["bf16"] / seconds["compiled"], flush=True)
+            print(rows[-1], seconds[name] / seconds["compiled"], flush=True)
     return rows
 
 
+def prompt_table(title: str, rows: list[dict[str, Any]]) -> list[str]:
+    """PyTorch's seconds over ours, one line for each weight."""
+    lines = [f"## {title}", "", f"| scheme | N x K | {' | '.join(f'{m} rows' for m in PROMPTS)} |",
+             "|---|---|" + "---|" * len(PROMPTS)]  # fmt: skip
+    for slug, n, k in PROMPT_CELLS:
+        here = [r["seconds"] for r in rows if (r["scheme"], r["n"], r["k"]) == (slug, n, k)]
+        ratios = " | ".join(
+            f"{other / s['compiled']:.2f}x" for s in here for way, other in s.items() if way != "compiled"
+        )
+        lines += [f"| {slug} | {n} x {k} | {ratios} |"] if here else []
+    return [*lines, ""]
+
+
 def prompt_page(about: dict[str, object], rows: list[dict[str, Any]]) -> str:
+    title = "# Prompts on a CPU: seconds of the processor in bf16 over those of the compiled product"
+    lines = [title, "", str(about), ""]
+    for threads in sorted({row["threads"] for row in rows}):
+        lines += prompt_table(f"{threads} thread(s)", [row for row in rows if row["threads"] == threads])
+    return "\n".join(lines)
+
+
+def level_page(about: dict[str, object], rows: list[dict[str, Any]]) -> str:
+    title = "# Prompts on a CPU with fewer instructions and other dtypes: PyTorch's seconds of the processor over ours"
     lines = [
-        "# Prompts on a CPU: seconds of the processor in bf16 over those of the compiled product",
+        title,
+        "",
+        "PyTorch multiplies dense weights of the dtype, with no more instructions than ours.",
         "",
         str(about),
         "",
     ]
-    for threads in sorted({row["threads"] for row in rows}):
-        lines += [f"## {threads} thread(s)", "", f"| scheme | N x K | {' | '.join(f'{m} rows' for m in PROMPTS)} |",
-                  "|---|---|" + "---|" * len(PROMPTS)]  # fmt: skip
-        for slug, n, k in PROMPT_CELLS:
-            here = [r["seconds"] for r in rows if (r["threads"], r["scheme"], r["n"], r["k"]) == (threads, slug, n, k)]
-            ratios = " | ".join(f"{s['bf16'] / s['compiled']:.2f}x" for s in here)
-            lines += [f"| {slug} | {n} x {k} | {ratios} |"] if here else []
-        lines.append("")
+    for level, dtype, threads in sorted({(row["level"], row["dtype"], row["threads"]) for row in rows}):
+        here = [row for row in rows if (row["level"], row["dtype"], row["threads"]) == (level, dtype, threads)]
+        lines += prompt_table(f"{level}, {dtype}, {threads} thread(s)", here)
     return "\n".join(lines)
+
+
+def limited(level: str) -> None:
+    """Limits our kernels, and PyTorch's by running this script again: they look at the environment once."""
+    if any(os.environ.get(name) != value for name, value in LIMITS[level].items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | LIMITS[level])
+    _cpu.limit(level)
+    if built() != level:
+        raise SystemExit(f"this processor has no more than {built()}")
+
+
+def measure_level(level: str, dtypes: list[str], asked: list[int]) -> None:
+    limited(level)
+    name = "cpu_native_levels"
+    file = RESULTS / f"{stem_for(RESULTS, name, cpu_name())}.json"
+    rows = json.loads(file.read_text())["rows"] if file.is_file() else []
+    for dtype in dtypes:
+        for threads in asked:
+            rows = [row for row in rows if (row["level"], row["dtype"], row["threads"]) != (level, dtype, threads)]
+            rows += [row | {"level": level, "dtype": dtype} for row in prompts(threads, getattr(torch, dtype))]
+    about = machine()
+    write(name, {"about": about, "rows": rows}, level_page(about, rows))
+
+
+def machine() -> dict[str, object]:
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "torch": version("torch"), "hf-quant": version("hf-quant"),
+            "date": str(date.today())}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, action="append")
     parser.add_argument("--prompts", action="store_true")
+    parser.add_argument("--level", choices=LIMITS)
+    parser.add_argument("--dtype", choices=DTYPES, action="append")
     args = parser.parse_args()
+    if (args.level or args.dtype) and not args.prompts:
+        parser.error("--level and --dtype are options of --prompts")
     asked = args.threads or [1, 2]
+    if args.level or args.dtype:
+        measure_level(args.level or built(), args.dtype or ["bfloat16"], asked)
+        return
     name = "cpu_native_prompts" if args.prompts else "cpu_native"
     file = RESULTS / f"{stem_for(RESULTS, name, cpu_name())}.json"
     kept = json.loads(file.read_text())["rows"] if file.is_file() else []
     rows = [row for row in kept if row["threads"] not in asked]
     for threads in asked:
         rows += prompts(threads) if args.prompts else measure(threads)
-    about = {
-        "cpu": cpu_name(), "cores": os.cpu_count(), "instruction_set": built(), "torch": version("torch"),
-        "hf-quant": version("hf-quant"), "date": str(date.today()),
-    }  # fmt: skip
+    about = machine() | {"instruction_set": built()}
     if args.prompts:
         write(name, {"about": about, "rows": rows}, prompt_page(about, rows))
         return

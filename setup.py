@@ -4,32 +4,18 @@ HF_QUANT_SANITIZE adds options of the compiler and the linker; ``.ci/sanitize`` 
 """
 
 import os
+import runpy
+from pathlib import Path
 
 from setuptools import Extension, setup
 
+SOURCES = runpy.run_path("hf_quant/kernels/_native/sources.py")["digest"]()
 UNITS = ("module", "portable", "avx2", "avx512", "vnni", "bf16", "int8", "amx", "amx_int8", "dotprod")
 kernels = Extension(
     "hf_quant.kernels._cpu",
     sources=[f"hf_quant/kernels/_native/csrc/{unit}.cpp" for unit in UNITS],
-    depends=[
-        f"hf_quant/kernels/_native/csrc/{name}.h"
-        for name in (
-            "cpu",
-            "vector",
-            "rounding",
-            "rounding_calls",
-            "calls",
-            "blocked",
-            "bytes",
-            "columns",
-            "amx",
-            "threads",
-            "products",
-            "panels",
-            "layout",
-            "levels",
-        )
-    ],
+    depends=sorted(map(str, Path("hf_quant/kernels/_native/csrc").glob("*.h"))),
+    define_macros=[("SOURCES", f'"{SOURCES}"')],
     extra_compile_args=[
         "-std=c++17",
         "-O3",

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from hf_quant.core.coded_scales import CodedScales
 from hf_quant.core.numerics import quantize_rows
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.errors import BackendError
 from hf_quant.kernels import LinearSpec, cpu_native, cpu_native_int8, prepared_tensors, select
 from hf_quant.kernels._native import compiled
 from hf_quant.methods import method
@@ -289,3 +291,13 @@ def test_the_op_is_well_formed() -> None:
     torch.testing.assert_close(x.grad, grad @ weight.dequantize(torch.float32), rtol=1e-4, atol=1e-4)
     whole = torch.compile(lambda x: backend.linear(x, w, spec), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(whole(x.detach()), backend.linear(x.detach(), w, spec))
+
+
+def test_a_module_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "digest", lambda: "0123456789abcdef")
+    compiled.check_sources(SimpleNamespace(sources=lambda: "0123456789abcdef"))
+    for module in (SimpleNamespace(sources=lambda: "fedcba9876543210"), SimpleNamespace()):  # the latter is older
+        with pytest.raises(BackendError, match=r"pip install -e \. there again"):
+            compiled.check_sources(module)
+    monkeypatch.setattr(compiled, "digest", lambda: None)  # a wheel has no sources
+    compiled.check_sources(SimpleNamespace())

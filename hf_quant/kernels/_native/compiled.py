@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import BackendError, KernelError
 from hf_quant.kernels._interface import LinearSpec
 from hf_quant.kernels._native.scales import Scales
+from hf_quant.kernels._native.sources import digest
 from hf_quant.kernels._shared.blocks import BLOCK, as_asked, compute_dtype
 from hf_quant.kernels._shared.ops import implements
 
@@ -43,6 +45,17 @@ ARM = platform.machine().lower() in ("aarch64", "arm64")
 LEVELS = ("portable", "dotprod") if ARM else ("portable", "avx2", "avx512", "vnni", "bf16", "amx")
 BYTES = ("dotprod", "vnni", "bf16", "amx")  # levels that have products of bytes
 
+
+def check_sources(module: Any) -> None:
+    """Raises `BackendError` where a module was compiled from other sources than those that lie here."""
+    sources = digest()
+    if sources and getattr(module, "sources", lambda: None)() != sources:
+        root = Path(__file__).parents[3]
+        raise BackendError(f"the compiled kernels are not of the sources in {root}: run pip install -e . there again")
+
+
+if _cpu is not None:
+    check_sources(_cpu)
 if _cpu is not None and (wanted := os.environ.get("HF_QUANT_CPU_LEVEL")):
     if wanted not in LEVELS:
         raise BackendError(f"HF_QUANT_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {wanted!r}")

@@ -174,6 +174,7 @@ PyObject* py_limit(PyObject*, PyObject* name) {
 }
 
 PyObject* py_level(PyObject*, PyObject*) { return PyUnicode_FromString(NAMES[level]); }
+PyObject* py_sources(PyObject*, PyObject*) { return PyUnicode_FromString(SOURCES); }
 PyObject* py_threaded(PyObject*, PyObject*) { return PyBool_FromLong(parallel != nullptr); }
 
 #define FAST(f) (PyCFunction)(void (*)(void)) f, METH_FASTCALL
@@ -187,6 +188,7 @@ PyMethodDef methods[] = {
     {"encode", FAST(py_encode), "encode(groups, type, count, size, scale, zero, bits, codes, threads)"},
     {"limit", py_limit, METH_O, "Use no more than this instruction set."},
     {"level", py_level, METH_NOARGS, "The instruction set in use."},
+    {"sources", py_sources, METH_NOARGS, "Which sources this was compiled from."},
     {"threaded", py_threaded, METH_NOARGS, "Whether PyTorch's threads are used."},
     {nullptr, nullptr, 0, nullptr}};
 

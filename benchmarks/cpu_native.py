@@ -138,7 +138,7 @@ def measure(threads: int) -> list[dict[str, object]]:
 
 
 def prompts(threads: int, dtype: torch.dtype = torch.bfloat16) -> list[dict[str, object]]:
-    """Ours and PyTorch's product of a dtype in seconds of the processor, all threads together."""
+    """Ours and PyTorch's product of a dtype: seconds of the processor for one thread, of the clock for more."""
     torch.set_num_threads(threads)
     rows, name = [], "bf16" if dtype is torch.bfloat16 else str(dtype).removeprefix("torch.")
     for slug, n, k in PROMPT_CELLS:

@@ -155,7 +155,7 @@ def tune(
     with trainable_scales(model) as scales:
         if not scales:
             raise HfQuantError(f"{type(model).__name__}: no quantized layers, so there are no scales to train")
-        tensors = [Moving(scale, scale.data, stored[name], positive=True) for name, scale in scales.items()]
+        tensors = [Moving(scale, stored[name]) for name, scale in scales.items()]
         before = least = _divergence(model, reference)
         best, skipped = [tensor.parameter.data.clone() for tensor in tensors], 0
         for epoch, failed in enumerate(_passes(model, reference, tensors, tuning)):

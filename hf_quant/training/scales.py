@@ -55,35 +55,31 @@ def product(x: Tensor, weight: QuantizedTensor) -> Tensor:
 
 
 class Moving:
-    """A tensor that is trained in steps relative to its size, and is at all times what will be stored.
+    """Scales that are trained in steps relative to their size, and are at all times what will be stored.
 
     Gradients pass straight through the rounding to the stored dtype (arXiv:1308.3432).
 
     Args:
         parameter: Of a model.
-        unit: What it moves in, broadcast against it: the scales themselves, since each is of another size.
         dtype: What it is stored in.
-        positive: Whether it must stay above zero.
 
     Attributes:
-        moved: float32, like the parameter: how far from where it began, in units.
+        moved: float32, like the parameter: how far from where it began, in shares of that.
     """
 
-    def __init__(self, parameter: nn.Parameter, unit: Tensor, dtype: torch.dtype, *, positive: bool) -> None:
-        self.parameter, self.dtype, self.positive = parameter, dtype, positive
-        self.first, self.unit = parameter.data.float().clone(), unit.float().clone()
+    def __init__(self, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+        self.parameter, self.dtype, self.first = parameter, dtype, parameter.data.float().clone()
         self.moved = nn.Parameter(torch.zeros_like(self.first))
 
     def take(self) -> bool:
         """Hand the gradient of the parameter on; whether it is finite."""
         gradient, self.parameter.grad = self.parameter.grad, None
-        self.moved.grad = torch.zeros_like(self.first) if gradient is None else gradient.float() * self.unit
+        self.moved.grad = torch.zeros_like(self.first) if gradient is None else gradient.float() * self.first
         return bool(self.moved.grad.isfinite().all())
 
     def put(self) -> None:
         """Give the parameter its new values."""
-        value = self.first + self.unit * self.moved.data
-        self.parameter.data.copy_(floored(value, self.dtype) if self.positive else value.to(self.dtype))
+        self.parameter.data.copy_(floored(self.first + self.first * self.moved.data, self.dtype))
 
 
 @contextmanager

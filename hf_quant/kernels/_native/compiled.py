@@ -56,10 +56,10 @@ def check_sources(module: Any) -> None:
 
 if _cpu is not None:
     check_sources(_cpu)
-if _cpu is not None and (wanted := os.environ.get("HF_QUANT_CPU_LEVEL")):
-    if wanted not in LEVELS:
-        raise BackendError(f"HF_QUANT_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {wanted!r}")
-    _cpu.limit(wanted)
+    if wanted := os.environ.get("HF_QUANT_CPU_LEVEL"):
+        if wanted not in LEVELS:
+            raise BackendError(f"HF_QUANT_CPU_LEVEL must be one of {', '.join(LEVELS)}, got {wanted!r}")
+        _cpu.limit(wanted)
 
 
 def built() -> str | None:

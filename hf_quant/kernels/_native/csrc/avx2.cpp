@@ -6,7 +6,7 @@
 #endif
 #define SET_AVX2
 #include "panels.h"
-#include "rounding.h"
+#include "search.h"
 
 const Kernels avx2_kernels = {rows, 3, spread, panels, dequantize, search, encode};
 #if defined(__clang__)

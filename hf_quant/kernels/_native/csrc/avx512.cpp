@@ -7,7 +7,7 @@
 #define SET_AVX2
 #define SET_AVX512
 #include "panels.h"
-#include "rounding.h"
+#include "search.h"
 
 const Kernels avx512_kernels = {rows, 15, spread, panels, dequantize, search, encode};
 #if defined(__clang__)

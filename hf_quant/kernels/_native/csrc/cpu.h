@@ -157,8 +157,8 @@ struct Kernels {
   void (*encode)(const Encoding&, long from, long to, uint8_t* room);
 };
 
-// Bytes that a thread needs for a group of `size` columns and `steps` ranges; it may take eight of them together.
-static inline size_t rounding_room(long size, long steps) { return ((size + 16) * 2 + (steps + 16) * 7) * sizeof(float); }
+// Bytes that a thread needs for groups of `size` columns and `steps` ranges, of which it searches up to 16 together.
+static inline size_t rounding_room(long size, long steps) { return ((size + 16) * 2 + (steps + 16) * 7) * 16 * sizeof(float); }
 
 extern const Kernels portable_kernels, avx2_kernels, avx512_kernels;
 

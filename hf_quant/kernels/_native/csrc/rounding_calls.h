@@ -17,10 +17,10 @@ bool is_groups(const char* name, const void* w, int type, long count, long size,
 // f(from, to, room) for groups, some of them at a time.
 template <class F>
 PyObject* for_groups(long count, long size, long steps, long threads, F f) {
-  const long some = size < (1 << 15) ? (1 << 15) / size : 1;
+  const long some = size < (1 << 11) ? (1 << 15) / size : 16;
   return unlocked([&] {
     each((count + some - 1) / some, threads, [&](long i) {
-      f(i * some, (i + 1) * some < count ? (i + 1) * some : count, own_room.of(8 * rounding_room(size, steps)));
+      f(i * some, (i + 1) * some < count ? (i + 1) * some : count, own_room.of(rounding_room(size, steps)));
     });
   });
 }

@@ -27,7 +27,7 @@ from hf_quant.bench.machine import cpu_name
 from hf_quant.data.text import SEPARATOR, paragraphs, read_text, split
 
 SCHEME = "W2A16-g64-asym"
-HEAD = "| bits/weight | start | steps | tokens | windows | learning rate | held-out loss | KL | 95 % interval | top-1 | seconds of CPU |"
+HEAD = "| bits/weight | start | trained | steps | tokens | windows | learning rate | held-out loss | KL | 95 % interval | top-1 | seconds of CPU |"
 
 
 def sample(text: Path, tokens: int, out: Path) -> int:
@@ -67,7 +67,7 @@ def line(row: dict[str, Any]) -> str:
     training, settings = row["training"], row["settings"]
     kept = training["kept"]
     return (
-        f"| {row['bits_per_weight']:.2f} | {settings['method']} | {training['settings']['steps']} | {training['tokens']:,} | "
+        f"| {row['bits_per_weight']:.2f} | {settings['method']} | {settings.get('learn', 'weights')} | {training['settings']['steps']} | {training['tokens']:,} | "
         f"{settings['batch']} of {settings['train_context']} | {settings['lr']:g} | {kept['before']:.4f} to {kept['after']:.4f} | "
         f"{row['kl']:.5f} | {row['low']:.5f}..{row['high']:.5f} | {row['top1']:.1%} | {row['seconds']:.0f} |"
     )
@@ -82,6 +82,7 @@ def line(row: dict[str, Any]) -> str:
 @click.option("--batch", type=int, default=4, show_default=True)
 @click.option("--context", type=int, default=256, show_default=True)
 @click.option("--steps", type=int, help="Default: once over the text.")
+@click.option("--learn", default="weights", show_default=True, help="As for hf-quant train.")
 @click.option("--pilot", is_flag=True, help="Print the row alone.")
 def main(
     text: Path,
@@ -92,9 +93,10 @@ def main(
     batch: int,
     context: int,
     steps: int | None,
+    learn: str,
     pilot: bool,
 ) -> None:
-    settings = {"method": method, "lr": lr, "batch": batch, "train_context": context, "steps": steps}
+    settings = {"method": method, "lr": lr, "batch": batch, "train_context": context, "steps": steps, "learn": learn}
     row = run(text, work.resolve(), tokens, settings)
     print(line(row), flush=True)
     if pilot:

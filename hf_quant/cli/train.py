@@ -52,6 +52,13 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
     show_default=True,
     help="From one checkpoint to the next; the same command goes on from the last.",
 )
+@click.option(
+    "--learn",
+    type=click.Choice(["weights", "all"]),
+    default="weights",
+    show_default=True,
+    help="weights: those that are rounded, and their scales. all: embeddings, norms and biases too.",
+)
 @scheme_options
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="What the model computes in.")
 @click.option("--device", type=Device(), help="Where to train: cpu, cuda, ...")

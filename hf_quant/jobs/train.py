@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from hf_quant.data.held_out import HeldOut
     from hf_quant.evaluation.yardstick import Base
 
+LEARN = ("weights", "all")
+
 
 def train(
     model: str | os.PathLike[str], output: str | os.PathLike[str], *, data: str, teacher: str | None = None,
     steps: int | None = None, epochs: float | None = None, lr: float = 1e-4, batch: int = 8, train_context: int | None = None,
-    seed: int = 0, checkpoint_minutes: float = 5.0, scheme: str | Sequence[str] | None = None,
+    seed: int = 0, checkpoint_minutes: float = 5.0, learn: str = "weights", scheme: str | Sequence[str] | None = None,
     bits: int | None = None, group_size: int | None = None, asym: bool | None = None, method: str = "rtn", format: str = "auto",
     ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
@@ -41,8 +43,8 @@ def train(
 ) -> QuantizeResult:  # fmt: skip
     """Train a model with its weights rounded to a scheme, and write it quantized into a folder; ``hf-quant train``.
 
-    What is trained are the weights that are rounded, their scales and zero points; everything else stays as it is. The same call
-    goes on with a training that was stopped, and ends with the bytes of one that was not. A few windows of the text are held out,
+    What is trained are the weights that are rounded, their scales and zero points, or the whole model. The same call goes on with
+    a training that was stopped, and ends with the bytes of one that was not. A few windows of the text are held out,
     and the state with the least loss on them is written, which may be that before the first step.
 
     Args:
@@ -58,6 +60,8 @@ def train(
         train_context: Tokens in a window; default: 512, or what the model allows.
         seed: Of the order of the windows.
         checkpoint_minutes: From one checkpoint to the next.
+        learn: ``"weights"``: the weights that are rounded, with their scales and zero points; everything else stays as it is.
+            ``"all"``: everything else too, in particular embeddings, norms and biases, which stay in floating point.
         scheme: As for `quantize`; one of them.
         bits: Likewise.
         group_size: Likewise.
@@ -96,7 +100,7 @@ def train(
     """
     model, slugs, out = check_model(model), schemes(scheme, bits, group_size, asym), Path(output)
     gate, other = budget(max_kl, max_ppl_increase, min_top1), overrides(override or {})
-    _check_options(slugs, [*slugs, *filter(None, other.values())], steps, epochs, lr, batch, train_context)
+    _check_options(slugs, [*slugs, *filter(None, other.values())], steps, epochs, lr, batch, train_context, learn)
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs, TOKENS)
     from_hub = hub(revision, trust_remote_code)
     given = load_options(dtype, device, from_hub)
@@ -134,7 +138,7 @@ def train(
         updates = steps or math.ceil((epochs or 1) * int((~held).sum()) / batch)
         report.say(f"{updates} steps of {batch * learned.ids.shape[1]:,} tokens of {learned.name}")
         training = Training(
-            learned, Settings(updates, batch, lr, seed=seed), _teacher(teacher, base), method, 60 * checkpoint_minutes,
+            learned, Settings(updates, batch, lr, seed=seed, everything=learn == "all"), _teacher(teacher, base), method, 60 * checkpoint_minutes,
             report.over("training"),
         )  # fmt: skip
         job = Job(
@@ -159,13 +163,15 @@ def train(
 
 def _check_options(
     schemes: Sequence[str], slugs: Sequence[str], steps: int | None, epochs: float | None, lr: float, batch: int,
-    train_context: int | None,
+    train_context: int | None, learn: str,
 ) -> None:  # fmt: skip
     from hf_quant.core.scheme import QuantScheme
     from hf_quant.training import why_not
 
     if len(schemes) > 1:
         raise OptionError("--scheme: one training has one scheme")
+    if learn not in LEARN:
+        raise OptionError(f"--learn {learn}: one of {', '.join(LEARN)} is trained")
     if steps is not None and epochs is not None:
         raise OptionError("--steps and --epochs both say how long: give one of them")
     for name, value, least in (("steps", steps, 1), ("batch", batch, 1), ("train-context", train_context, 2)):

@@ -163,8 +163,9 @@ def training(trained: Mapping[str, Any]) -> str:
     kept = ""
     if state is not None:
         kept = f"; step {state['step']:,} is kept, held-out loss {state['before']:.4f} -> {state['after']:.4f}"
+    rest = " and everything else of the model" if trained["settings"].get("everything") else ""
     return (
-        f"trained with the rounded weights for {trained['settings']['steps']:,} steps on {trained['tokens']:,} tokens of "
+        f"trained with the rounded weights{rest} for {trained['settings']['steps']:,} steps on {trained['tokens']:,} tokens of "
         f"{md(trained['text']['name'])} (sha256 {code(trained['text']['sha256'][:16])}) by {trained['loss']}{teacher}{start}{kept}"
     )
 
@@ -262,6 +263,7 @@ def training_options(trained: Mapping[str, Any], source: Mapping[str, Any]) -> l
     return [
         "--data", text["name"], "--train-context", str(text["context"]), "--steps", str(settings["steps"]),
         "--batch", str(settings["batch"]), "--seed", str(settings["seed"]), "--lr", f"{trained['learning_rates'][-1][1]:g}",
+        *(["--learn", "all"] if settings.get("everything") else []),
         *([] if teacher == source["model"] else ["--teacher", "none" if teacher is None else teacher]),
     ]  # fmt: skip
 

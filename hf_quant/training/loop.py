@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_quant.disk.journal import Journal
 from hf_quant.errors import HfQuantError
+from hf_quant.training.masters import Masters
 from hf_quant.training.modules import SUFFIXES, FakeQuant
 
 Loss = Callable[[Any, Tensor], Tensor]  # of a model and some windows [B, T]: the mean per token
@@ -34,6 +35,7 @@ class Settings:
         warmup: Share of the steps in which it rises to that.
         clip: Norm that the gradient is cut down to.
         seed: Of the order of the windows, and of dropout.
+        everything: Whether all other parameters of the model are trained too: embeddings, norms, biases.
     """
 
     steps: int
@@ -43,6 +45,7 @@ class Settings:
     warmup: float = 0.05
     clip: float = 1.0
     seed: int = 0
+    everything: bool = False
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
@@ -78,7 +81,7 @@ class Best:
         step: Steps that were done; 0 is the model before training.
         before: Loss before training.
         after: Loss of this state.
-        parameters: The trained parameters then, on the CPU.
+        parameters: The trained parameters then, float32, on the CPU.
     """
 
     step: int
@@ -111,7 +114,7 @@ class State:
 
 @dataclass(frozen=True)
 class Steps:
-    """A training of the rounded weights of a model, and of nothing else of it; iterating trains, and yields the state after each step.
+    """A training of the rounded weights of a model, or of all of it; iterating trains, and yields the state after each step.
 
     At the end the model is in the state with the least loss on the windows held out, which may be that before the first step.
 
@@ -147,33 +150,34 @@ class Steps:
         Raises:
             HfQuantError: The loss or its gradient was not finite several times in a row, or the loss before the first step.
         """
-        settings, parameters = self.settings, _trained(self.model)
-        optimizer = _optimizer(parameters, settings)
+        settings = self.settings
+        masters = Masters(_trained(self.model, settings.everything))
+        optimizer = _optimizer(masters.values, settings)
         torch.manual_seed(settings.seed)
-        state = _restore(self.journal, parameters, optimizer)
+        state = _restore(self.journal, masters, optimizer)
         if not state.rates or state.rates[-1][1] != settings.lr:
             state.rates.append((state.step, settings.lr))
         if state.best is None:
-            self._look(state, parameters)
+            self._look(state, masters)
         yield state
         self.model.train()
         written = time.monotonic()
         while state.step < settings.steps:
             rows = self.ids[settings.windows(state.step, len(self.ids))]
-            state.losses.append(_update(self.model, rows, self.loss, optimizer, settings, state.step))
+            state.losses.append(_update(self.model, rows, self.loss, masters, optimizer, settings, state.step))
             state.step += 1
             if settings.looks(state.step):
-                self._look(state, parameters)
+                self._look(state, masters)
             if not math.isfinite(state.losses[-1]):
                 _refuse_divergence(state, self.journal, self.say)
             elif time.monotonic() - written >= self.seconds or state.step == settings.steps:
-                _write(self.journal, state, parameters, optimizer)
+                _write(self.journal, state, masters, optimizer)
                 written = time.monotonic()
             yield state
-        _set(parameters, _best(state).parameters)
+        masters.set(_best(state).parameters)
         self.model.eval()
 
-    def _look(self, state: State, parameters: dict[str, nn.Parameter]) -> None:
+    def _look(self, state: State, masters: Masters) -> None:
         """Measure the loss on the windows held out, and remember the state if none was better."""
         training = self.model.training
         held = _held_out_loss(self.model.eval(), self.held, self.loss, self.settings.batch)
@@ -182,15 +186,15 @@ class Steps:
             raise HfQuantError("training: the loss of the model before the first step is not finite")
         if state.best is None or held < state.best.after:
             before = held if state.best is None else state.best.before
-            copies = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
-            state.best = Best(state.step, before, held, copies)
+            state.best = Best(state.step, before, held, masters.copied())
         loss = f"loss {state.losses[-1]:.4f}, " if state.losses else ""
         self.say(f"step {state.step} of {self.settings.steps}: {loss}held-out loss {held:.4f}")
 
 
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """By name, what is shared once; everything else is frozen."""
-    model.requires_grad_(False)
+def _trained(model: nn.Module, everything: bool) -> dict[str, nn.Parameter]:
+    """By name, what is shared once; what is not trained is frozen."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(everything and parameter.is_floating_point())
     for module in model.modules():
         if isinstance(module, FakeQuant):
             for values in map(module.parameters_of, module.trained()):
@@ -217,15 +221,9 @@ def _best(state: State) -> Best:
     return state.best
 
 
-@torch.no_grad()
-def _set(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
-
-
 def _update(
-    model: nn.Module, rows: Tensor, loss: Loss, optimizer: torch.optim.Optimizer,
-    settings: Settings, step: int,
+    model: nn.Module, rows: Tensor, loss: Loss, masters: Masters, optimizer: torch.optim.Optimizer, settings: Settings,
+    step: int,
 ) -> float:  # fmt: skip
     """One step; returns its loss, or NaN where that or the gradient was not finite and nothing was changed."""
     for group in optimizer.param_groups:
@@ -234,12 +232,12 @@ def _update(
     value = batch_loss.item()
     if math.isfinite(value):
         batch_loss.backward()
-        norm = nn.utils.clip_grad_norm_(
-            [p for group in optimizer.param_groups for p in group["params"]], settings.clip
-        )
+        masters.take_gradients()
+        norm = nn.utils.clip_grad_norm_(masters.values.values(), settings.clip)
         value = value if bool(norm.isfinite()) else math.nan
     if math.isfinite(value):
         optimizer.step()
+        masters.round()
     optimizer.zero_grad()
     return value if math.isfinite(value) else math.nan
 
@@ -253,11 +251,9 @@ def _refuse_divergence(state: State, journal: Journal, say: Callable[[str], None
         )
 
 
-def _write(
-    journal: Journal, state: State, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
+def _write(journal: Journal, state: State, masters: Masters, optimizer: torch.optim.Optimizer) -> None:
     content = {
-        "parameters": {name: parameter.detach() for name, parameter in parameters.items()},
+        "parameters": {name: master.detach() for name, master in masters.values.items()},
         "optimizer": optimizer.state_dict(),
         "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else ())],
         "losses": state.losses, "rates": state.rates, "best": vars(_best(state)),
@@ -265,12 +261,12 @@ def _write(
     journal.replace(f"step-{state.step:08d}.pt", lambda draft: torch.save(content, draft), {"step": state.step})
 
 
-def _restore(journal: Journal, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> State:
+def _restore(journal: Journal, masters: Masters, optimizer: torch.optim.Optimizer) -> State:
     """Go on from the last checkpoint, if there is one."""
     if not journal.parts:
         return State(0, [], [])
     stored: Any = torch.load(_file(journal), map_location="cpu", weights_only=True)
-    _set(parameters, stored["parameters"])
+    masters.set(stored["parameters"])
     optimizer.load_state_dict(stored["optimizer"])
     torch.set_rng_state(stored["random"][0])
     if torch.cuda.is_available() and len(stored["random"]) > 1:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 
 from hf_quant.cli import main
 from hf_quant.disk import journal
@@ -72,6 +73,32 @@ def test_training_loses_less_than_rounding(kind: str, peaked: Path, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn", "trained"]  # no checkpoint is left
 
 
+def test_everything_is_trained(peaked: Path, tmp_path: Path) -> None:
+    """Embeddings and norms in 16 bits too, each update of which is less than 16 bits can hold; the saved model is that of the last look."""
+    options = ("--scheme", "W2A16-g64-asym", "--max-tokens", "1024", "--json", "--dtype", "bfloat16", "--lr", "2e-4")
+    options += ("--steps", "40", "--batch", "4", "--train-context", "64")
+    results = {
+        learn: json.loads(train(peaked, tmp_path / learn, *options, "--learn", learn).stdout)["results"][0]
+        for learn in ("weights", "all")
+    }
+    assert results["all"]["training"]["after"] < 0.95 * results["weights"]["training"]["after"]
+    assert results["all"]["quality"]["metrics"]["kl"]["value"] < results["weights"]["quality"]["metrics"]["kl"]["value"]
+    assert results["all"]["bytes"] == results["weights"]["bytes"]
+    base, weights_alone, everything = (
+        load_file(folder / "model.safetensors") for folder in (peaked, tmp_path / "weights", tmp_path / "all")
+    )
+    rest = [name for name in base if name in everything]
+    assert any("embed" in name for name in rest) and any("norm" in name for name in rest)
+    moved = [name for name in rest if not torch.equal(everything[name], weights_alone[name])]
+    assert len(moved) > 1 and any("embed" in name for name in moved)  # large norms move by less than 16 bits show
+    for name in rest:
+        assert everything[name].dtype is torch.bfloat16
+        assert torch.equal(weights_alone[name], base[name].bfloat16())
+    card = render(*facts(tmp_path / "all"))
+    assert "trained with the rounded weights and everything else of the model for 40 steps" in card
+    assert "--learn all" in card and "--learn" not in render(*facts(tmp_path / "weights"))
+
+
 def test_a_gate_that_is_missed(peaked: Path, tmp_path: Path) -> None:
     said = train(peaked, tmp_path / "out", *W2, *FEW, "--teacher", "none", "--max-kl", "1e-9", code=3)
     assert "gate missed" in said.stderr and not (tmp_path / "out").exists()
@@ -129,10 +156,12 @@ class Stopped(BaseException):
     """A kill, as far as one process can feel it."""
 
 
+@pytest.mark.parametrize("more", [(), ("--learn", "all", "--dtype", "bfloat16")], ids=["weights", "all"])
 def test_a_training_that_is_killed_ends_with_the_same_bytes(
-    peaked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    more: tuple[str, ...], peaked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(peaked, tmp_path / "whole", *W2, *FEW)
+    options = (*W2, *FEW, *more)
+    train(peaked, tmp_path / "whole", *options)
     expected, left = weights(tmp_path / "whole"), iter((1, 2, 3, 1))
 
     def stopping(original: Any, after: int) -> Any:
@@ -150,13 +179,13 @@ def test_a_training_that_is_killed_ends_with_the_same_bytes(
         with monkeypatch.context() as patch:
             patch.setattr(place, name, stopping(getattr(place, name), next(left)))
             with pytest.raises(Stopped):
-                train(peaked, out, *W2, *FEW)
+                train(peaked, out, *options)
         assert not out.exists()
         steps.append(max((part["step"] for part in journal.recorded(work_folder(out))), default=0))
     assert steps == sorted(steps) and 0 < steps[-1] < 6
-    said = train(peaked, out, *W2, *FEW, "--batch", "3", code=1)
+    said = train(peaked, out, *options, "--batch", "3", code=1)
     assert "begun with other settings (settings)" in said.stderr
-    train(peaked, out, *W2, *FEW)
+    train(peaked, out, *options)
     assert weights(out) == expected and not work_folder(out).exists()
 
 

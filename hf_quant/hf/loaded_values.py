@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +12,9 @@ from hf_quant.core.layout import PARTS, WEIGHT, in_features, part_name, wrong_va
 from hf_quant.errors import CheckpointError
 from hf_quant.hf._hooks import may_be_missing
 from hf_quant.hf.community import Placed
+from hf_quant.kernels._native.finite import all_finite
 from hf_quant.nn import QuantExperts
 from hf_quant.nn._hooks import is_initialized
-
-CHUNK = 1 << 24  # values checked together
 
 
 def check_complete_module(name: str, module: nn.Module) -> None:
@@ -75,11 +73,8 @@ def check_floats(model: Any, *, from_checkpoint: bool) -> None:
             raise CheckpointError(f"tensor {name} is missing from the checkpoint")
         if not parameter.is_floating_point():
             continue
-        chunks = parameter.detach().flatten().split(CHUNK)  # a sum in float32 copies its input to float32
-        if not math.isfinite(sum(chunk.sum(dtype=torch.float32) for chunk in chunks)):
-            bad = int((~parameter.isfinite()).sum())
-            if bad:
-                raise CheckpointError(f"tensor {name}: {bad} values are NaN or infinite")
+        if not all_finite(parameter.detach()):
+            raise CheckpointError(f"tensor {name}: {int((~parameter.isfinite()).sum())} values are NaN or infinite")
 
 
 def cast(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from hf_quant.hf.config import HfQuantConfig
 
 logger = logging.get_logger(__name__)
+FREED = 64 << 20  # bytes of codes that a kernel's layout has taken the place of, until their memory is given back
 
 
 @register_quantizer("hf_quant")
@@ -213,9 +214,14 @@ class HfQuantQuantizer(HfQuantizer):
             return self._finish_trainable(model)
         cast(model, self._dtypes)
         dispatched = len(set((getattr(model, "hf_device_map", None) or {"": 0}).values())) > 1
+        freed = 0
         for name, module in model.named_modules():
             if isinstance(module, (QuantMatrix, QuantEmbedding, QuantExperts)):
+                freed += sum(parameter.nbytes for parameter in module.parameters(recurse=False))
                 self._finish(name, module, dispatched)
+            if freed > FREED:
+                give_back_memory()
+                freed = 0
         check_floats(model, from_checkpoint=self.pre_quantized and not dispatched)
         report_true_sizes(model)
         guard(model)  # transformers' own methods would publish it without a gate
@@ -248,7 +254,6 @@ class HfQuantQuantizer(HfQuantizer):
         if isinstance(module, (QuantMatrix, QuantExperts)):
             module.keeps_layout = dispatched and is_hooked(module)
             module.choose_kernel()
-            give_back_memory()
         if isinstance(module, Outside):
             module.finished()
 

@@ -82,7 +82,9 @@ def test_everything_is_trained(peaked: Path, tmp_path: Path) -> None:
         for learn in ("weights", "all")
     }
     assert results["all"]["training"]["after"] < 0.95 * results["weights"]["training"]["after"]
-    assert results["all"]["quality"]["metrics"]["kl"]["value"] < results["weights"]["quality"]["metrics"]["kl"]["value"]
+    assert (
+        results["all"]["quality"]["metrics"]["kl"]["value"] < results["weights"]["quality"]["metrics"]["kl"]["value"]
+    )
     assert results["all"]["bytes"] == results["weights"]["bytes"]
     base, weights_alone, everything = (
         load_file(folder / "model.safetensors") for folder in (peaked, tmp_path / "weights", tmp_path / "all")

@@ -221,11 +221,8 @@ def _in_blocks(values: Tensor) -> Tensor:
     """``[N, G]`` to ``[ceil(N / 16), G, 16]``."""
     n, g = values.shape
     blocks = _room.take((n + 15) // 16 * 16 * g * values.itemsize).view(values.dtype).view(-1, g, 16)
-    full = n // 16
-    blocks[:full] = values[: 16 * full].view(-1, 16, g).transpose(1, 2)
-    if full < blocks.shape[0]:
-        blocks[full] = 0
-        blocks[full, :, : n % 16] = values[16 * full :].t()
+    values = values.contiguous()
+    _cpu.blocks(values.data_ptr(), blocks.data_ptr(), values.itemsize, n, g, torch.get_num_threads())
     return blocks
 
 

@@ -65,12 +65,30 @@ struct Row {
   }
 };
 
+// The words of a tile of codes that do not cross bytes, two or four in one: a word holds those of PER / 4 bytes for each bit.
+template <int BITS>
+inline uint32_t word_of(const uint8_t* codes) {
+  const int half = 4 * BITS;
+  uint32_t word = 0;
+  for (int g = 0; g < 4 / BITS; g++) {
+    uint64_t eight = 0;
+    memcpy(&eight, codes + g * BITS, BITS);
+    eight = swapped(swapped(eight, BITS, Row<BITS>::MIDDLE), 2 * BITS, Row<BITS>::FIELDS << 2 * BITS);
+    word |= (uint32_t)((eight & (((uint64_t)1 << half) - 1)) | eight >> half << 16) << g * half;
+  }
+  return word;
+}
+
 template <int BITS>
 void pack_rows(const uint8_t* rows, uint8_t* tiles, long n, long k) {
   const uint32_t sign = BITS == 8 ? 0x80808080 : 0;
   for (long t = 0; t < k / 32; t++, tiles += 64 * BITS) {
     uint32_t words[BITS][16] = {};
     for (long i = 0; i < n; i++) {
+      if (BITS == 2 || BITS == 4) {
+        for (int v = 0; v < BITS; v++) words[v][i] = word_of<BITS>(rows + (i * k / 32 + t) * 4 * BITS + 4 * v);
+        continue;
+      }
       Row<BITS> row;
       row.take(rows + (i * k / 32 + t) * 4 * BITS);
       for (int v = 0; v < BITS; v++) words[v][i] = (row.half(row.even, v) | row.half(row.odd, v) << 16) ^ sign;
@@ -103,6 +121,21 @@ void unpack_block(const uint8_t* tiles, uint8_t* rows, int bits, long n, long k)
   void (*const unpacks[])(const uint8_t*, uint8_t*, long, long) = {unpack_rows<2>, unpack_rows<3>, unpack_rows<4>, unpack_rows<5>,
                                                                    unpack_rows<6>, unpack_rows<7>, unpack_rows<8>};
   unpacks[bits - 2](tiles, rows, n, k);
+}
+
+// Values of rows [n, groups] to blocks of 16 rows, [groups, 16] each, with zeros in rows that are not there.
+template <class T>
+void pack_values(const T* rows, T* blocks, long n, long groups) {
+  for (long g = 0; g < groups; g++)
+    for (long i = 0; i < 16; i++) blocks[16 * g + i] = i < n ? rows[i * groups + g] : 0;
+}
+
+// Whether no number is NaN or infinite: their exponents have all bits set.
+template <class T>
+bool all_finite(const T* numbers, long count, T exponent) {
+  T odd = 0;
+  for (long i = 0; i < count; i++) odd |= (numbers[i] & exponent) == exponent;
+  return !odd;
 }
 
 }  // namespace

@@ -161,6 +161,47 @@ PyObject* py_layout(PyObject*, PyObject* const* args, Py_ssize_t given) {
   });
 }
 
+PyObject* py_blocks(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long a[6];
+  if (!integers("blocks", args, given, 6, a)) return nullptr;
+  const long size = (long)a[2], n = (long)a[3], groups = (long)a[4];
+  if ((size != 1 && size != 2 && size != 4) || n < 1 || groups < 1 || !a[0] || !a[1]) {
+    PyErr_Format(PyExc_ValueError, "blocks: no values of %ld bytes in %ld rows of %ld", size, n, groups);
+    return nullptr;
+  }
+  return unlocked([&] {
+    each((n + 15) / 16, (long)a[5], [&](long b) {
+      const long at = 16 * b * groups, count = n - 16 * b < 16 ? n - 16 * b : 16;
+      if (size == 1) pack_values((const uint8_t*)a[0] + at, (uint8_t*)a[1] + at, count, groups);
+      if (size == 2) pack_values((const uint16_t*)a[0] + at, (uint16_t*)a[1] + at, count, groups);
+      if (size == 4) pack_values((const uint32_t*)a[0] + at, (uint32_t*)a[1] + at, count, groups);
+    });
+  });
+}
+
+PyObject* py_finite(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long a[4];
+  if (!integers("finite", args, given, 4, a)) return nullptr;
+  const int type = (int)a[1];
+  const long count = (long)a[2], some = 1 << 16;
+  if (type < F32 || type > F16 || count < 0 || (count && !a[0])) {
+    PyErr_Format(PyExc_ValueError, "finite: %ld numbers of type %d", count, type);
+    return nullptr;
+  }
+  std::atomic<bool> odd{false};
+  PyObject* done = unlocked([&] {
+    each((count + some - 1) / some, (long)a[3], [&](long i) {
+      const long at = i * some, size = count - at < some ? count - at : some;
+      const bool finite = type == F32 ? all_finite<uint32_t>((const uint32_t*)a[0] + at, size, 0x7f800000u)
+                                      : all_finite<uint16_t>((const uint16_t*)a[0] + at, size, type == BF16 ? 0x7f80 : 0x7c00);
+      if (!finite) odd = true;
+    });
+  });
+  if (!done) return nullptr;
+  Py_DECREF(done);
+  return PyBool_FromLong(!odd);
+}
+
 PyObject* py_limit(PyObject*, PyObject* name) {
   const char* wanted = PyUnicode_AsUTF8AndSize(name, nullptr);
   if (!wanted) return nullptr;
@@ -184,6 +225,8 @@ PyMethodDef methods[] = {
     {"int8_linear", FAST(py_int8_linear), "int8_linear(weight, x, y, type, m, threads, columns, count, fixed)"},
     {"pack", FAST((py_layout<pack_block, true>)), "pack(codes, tiles, bits, n, k, threads)"},
     {"unpack", FAST((py_layout<unpack_block, false>)), "unpack(tiles, codes, bits, n, k, threads)"},
+    {"blocks", FAST(py_blocks), "blocks(values, blocks, bytes of one, rows, groups, threads)"},
+    {"finite", FAST(py_finite), "finite(numbers, type, count, threads)"},
     {"search", FAST(py_search), "search(groups, type, count, size, importance, period, shares, steps, bits, symmetric, scale_type, scale, zero, doubtful, threads)"},
     {"encode", FAST(py_encode), "encode(groups, type, count, size, scale, zero, bits, codes, threads)"},
     {"limit", py_limit, METH_O, "Use no more than this instruction set."},

@@ -20,6 +20,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     Returns:
         uint8 ``[..., K / 8 * bits]``.
     """
+    if 8 % bits == 0:
+        lanes = codes.to(torch.uint8).unflatten(-1, (-1, 8 // bits))
+        byte = lanes[..., 0].clone(memory_format=torch.contiguous_format)
+        for i in range(1, 8 // bits):
+            byte |= lanes[..., i] << (bits * i)
+        return byte
     lanes = codes.unflatten(-1, (-1, 8))
     word = lanes[..., 0].to(torch.int64, copy=True)  # a copy, since it is changed in place
     for i in range(1, 8):

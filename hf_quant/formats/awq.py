@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hf_quant.core.packing import pack, unpack
+from hf_quant.core.packing import pack, unpack, unpack_short
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
@@ -33,6 +34,7 @@ from hf_quant.formats._common import (
 )
 
 ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # which of eight columns each nibble of a GEMM word holds
+CACHED = 1 << 15  # words of one row of squares that are worked on at a time
 VERSIONS = ("gemm", "gemv", "gemv_fast")
 
 
@@ -118,17 +120,16 @@ class AWQ(Traits):
         }
 
     def read(self, tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
-        codes, scale, zero, size = self._parts(tensors)
-        k = codes.shape[1]
+        packed, scale, zero, k, size = self._parts(tensors)
         if scheme.symmetric and not bool((zero == 8).all()):
             raise FormatError("qzeros: not all zero points are 8, so zero_point in the config does not tell the truth")
         stored = None if scheme.symmetric else spread(zero, k, size, scheme)
-        return settled(QuantizedTensor(pack(codes, 4), spread(scale, k, size, scheme), stored, scheme))
+        return settled(QuantizedTensor(packed, spread(scale, k, size, scheme), stored, scheme))
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        codes, scale, zero, size = self._parts(tensors)
-        group = group_of(codes.shape[1], size, 1)
-        return (codes.float() - zero.float()[:, group]) * scale.float()[:, group]
+        packed, scale, zero, k, size = self._parts(tensors)
+        group = group_of(k, size, 1)
+        return (unpack_short(packed, 4, k).float() - zero.float()[:, group]) * scale.float()[:, group]
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         return each_layer(headers, lambda _module, tensors: self._layer(tensors))
@@ -186,20 +187,43 @@ class AWQ(Traits):
             need(tensors, "qzeros", FLOATS, (padded, n))
         return n, k, groups, size
 
-    def _parts(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Codes uint8 ``[N, K]``, scales ``[N, G]``, zero points uint8 ``[N, G]``, columns of a group."""
+    def _parts(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """Packed codes ``[N, ceil(K / 2)]``, scales ``[N, G]``, zero points uint8 ``[N, G]``, K, columns of a group."""
         n, k, groups, size = self._facts(tensors)
         qweight, qzeros, scales = (tensors[name] for name in self.suffixes)
         if self.version == "gemm":
-            codes, scale, zero = _columns(qweight).T, scales.T.contiguous(), _columns(qzeros).T
+            packed, scale, zero = _transposed(qweight), scales.T.contiguous(), _columns(qzeros).T
         elif self.version == "gemv":
-            codes, zero = (unpack(t.contiguous().view(torch.uint8), 4) for t in (qweight, qzeros))
-            scale, zero = scales[:, :groups].contiguous(), zero[:, :groups]
+            packed, zero = (t.contiguous().view(torch.uint8) for t in (qweight, qzeros))
+            scale, zero = scales[:, :groups].contiguous(), unpack(zero, 4)[:, :groups]
         else:
-            codes, scale = _fast(qweight, n, k), scales[:groups].T.contiguous()
+            packed, scale = pack(_fast(qweight, n, k), 4), scales[:groups].T.contiguous()
             zero = _recovered(scale, qzeros[:groups].T)
         check_scale("scales", scale)
-        return codes, scale, zero.contiguous(), size
+        return packed, scale, zero.contiguous(), k, size
+
+
+def _transposed(words: Tensor) -> Tensor:
+    """Packed codes uint8 ``[N, ceil(K / 2)]`` of interleaved int32 words ``[K, N / 8]``.
+
+    Eight words below each other are a square of eight by eight nibbles. It is transposed by swapping its halves, then quarters,
+    then single nibbles, each time those above the diagonal with those below it.
+    """
+    k, wide = words.shape
+    squares = F.pad(words, (0, 0, 0, -k % 8)).view(-1, 8, wide)
+    packed = words.new_empty(wide, 8, len(squares))
+    size = max(1, CACHED // (wide or 1))
+    for first in range(0, len(squares), size):
+        part = squares[first : first + size].clone()
+        for distance, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
+            for i in (i for i in range(8) if not i & distance):
+                low, high = part[:, i], part[:, i + distance]
+                other = (low >> 4 * distance).bitwise_xor_(high).bitwise_and_(mask)
+                high ^= other
+                low ^= other.bitwise_left_shift_(4 * distance)
+        for i, column in enumerate(ORDER.tolist()):
+            packed[:, column, first : first + size] = part[:, i].T
+    return packed.view(8 * wide, -1).view(torch.uint8)[:, : (k + 1) // 2]
 
 
 def _columns(words: Tensor) -> Tensor:

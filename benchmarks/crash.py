@@ -1,14 +1,15 @@
 """Calibrated quantization under SIGKILL, failing disks and loss of power.
 
-    python benchmarks/crash.py [kills] [schemes] [learned] [shipped] [faults] [power] [wrong] [ext4] [full]
+    python benchmarks/crash.py [kills] [schemes] [learned] [train] [shipped] [faults] [power] [wrong] [ext4] [full]
 
-Everything runs the real command, ``hf-quant quantize MODEL`` with a calibrated method, in forked children or in this process. What has
+Everything runs the real command, ``hf-quant quantize MODEL`` with a calibrated method or ``train``, in forked children or in this process. What has
 to be true afterwards is said in ``tests/e2e/crashes.py``, and how a disk fails in ``tests/e2e/faulty_disk.py``. No section
 named means all of them; the results of the others stay. The last two mount file systems, which takes root on Linux.
 
 kills    at least 100 SIGKILLs at random moments on a tiny Llama of twelve blocks, again and again until it gets through
 schemes  at least 20 SIGKILLs for each kind of tensor that blocks are stored in: W8A8, static, mixed, native, ... (200 in all)
 learned  at least 20 while codes are learned block by block and scales are trained end to end, on a tiny model
+train    at least 20 of hf-quant train with a checkpoint after each step, for --learn weights and for --learn all
 shipped  at least 15 on the model in examples/, which is measured on held-out text too
 faults   every durable operation, killed before it, torn in the midst of it, on a full disk, and with EIO
 power    every moment of five runs, in several ways that unsynced data and entries may be lost
@@ -29,7 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +51,12 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)  # children have no others
 
+from click.testing import CliRunner  # noqa: E402
+
+from hf_quant.cli import main as main_command  # noqa: E402
+from hf_quant.disk import journal  # noqa: E402
+from hf_quant.jobs.outputs import work_folder  # noqa: E402
+from tests import yardsticks  # noqa: E402
 from tests.e2e import crashes  # noqa: E402
 from tests.e2e.crashes import FEW, SCENARIOS, SCHEMES, TINY, WRONG, Case, quantize  # noqa: E402
 from tests.e2e.faulty_disk import KINDS  # noqa: E402
@@ -66,6 +73,10 @@ LEARNED = (
     "1024",
     "--no-eval",
 )
+TRAIN = (
+    "--scheme", "W2A16-g32-asym", "--steps", "40", "--batch", "2", "--train-context", "64", "--max-tokens", "256",
+    "--checkpoint-minutes", "0", "--lr", "1e-3", "--dtype", "bfloat16",
+)  # fmt: skip
 SHIPPED = ("--scheme", "W4A16-g128", "--calibration-tokens", "2048", "--max-tokens", "1024")
 
 
@@ -83,6 +94,59 @@ def schemes(root: Path) -> dict[str, object]:
 
 def learned(root: Path) -> dict[str, object]:
     return _kills(crashes.make_model(root / "model", 6), root, LEARNED, 20)
+
+
+def train(root: Path) -> dict[str, object]:
+    model = yardsticks.make("peaked", root / "model")
+    return {"learn": {learn: _train(model, root / learn, (*TRAIN, "--learn", learn)) for learn in ("weights", "all")}}
+
+
+def _train(model: Path, root: Path, options: tuple[str, ...]) -> dict[str, object]:
+    """The command is killed at random moments until it gets through, again and again, until there were enough kills."""
+
+    def started(out: Path) -> int:
+        child = os.fork()
+        if not child:
+            code = (
+                CliRunner()
+                .invoke(
+                    main_command,
+                    ["train", str(model), "-o", str(out), "--data", str(model / "calibration.txt"), *options],
+                )
+                .exit_code
+            )
+            os._exit(code)
+        return child
+
+    def ended(child: int) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    began = time.perf_counter()
+    assert ended(started(root / "whole" / "q")) == 0
+    seconds, whole = time.perf_counter() - began, crashes.contents(root / "whole" / "q")
+    steps: list[int] = []
+    wrong, draw, models = Counter[str](), random.Random(0), 0
+    while len(steps) < 20:
+        out, code, before = root / str(models) / "q", -1, 0
+        while code:
+            child = started(out)
+            time.sleep(seconds * draw.random())
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            code = ended(child)
+            if code == -signal.SIGKILL and crashes.contents(out) is None:
+                steps.append(max((part["step"] for part in journal.recorded(work_folder(out))), default=0))
+                wrong["steps were lost"] += steps[-1] < before
+                before = steps[-1]
+            elif code:
+                wrong[f"exit status {code}"] += code != -signal.SIGKILL
+                code = 0  # it had appeared
+        wrong["the files differ from those of an undisturbed run"] += crashes.contents(out) != whole
+        models += 1
+    return {
+        "kills": len(steps), "models": models, "undisturbed_seconds": round(seconds, 2),
+        "finished_steps_at_a_kill": dict(sorted(Counter(steps).items())), "wrong": +wrong,
+    }  # fmt: skip
 
 
 def shipped(root: Path) -> dict[str, object]:
@@ -198,7 +262,7 @@ def full(root: Path) -> dict[str, object]:
 
 
 SECTIONS: dict[str, Callable[[Path], dict[str, object]]] = {
-    "kills": kills, "schemes": schemes, "learned": learned, "shipped": shipped, "faults": faults, "power": powerless, "wrong": wrong, "ext4": ext4, "full": full,
+    "kills": kills, "schemes": schemes, "learned": learned, "train": train, "shipped": shipped, "faults": faults, "power": powerless, "wrong": wrong, "ext4": ext4, "full": full,
 }  # fmt: skip
 
 
@@ -258,6 +322,22 @@ def of_kills(row: dict) -> list[str]:
     return [*table(head, line), "", f"Kills by finished blocks: {blocks}."]
 
 
+def of_training(row: dict) -> list[str]:
+    lines = [
+        (learn, each["kills"], each["models"], each["undisturbed_seconds"],
+         ", ".join(f"{count} x {at}" for at, count in each["finished_steps_at_a_kill"].items()), amount(each["wrong"]))
+        for learn, each in row["learn"].items()
+    ]  # fmt: skip
+    head = (
+        "--learn",
+        "kills",
+        "models finished in spite of them",
+        "seconds of an undisturbed run",
+        "kills by finished steps of 40",
+    )
+    return table((*head, "wrong"), *lines)
+
+
 def of_schemes(row: dict) -> list[str]:
     lines: list[tuple[object, ...]] = []
     for name, each in row["schemes"].items():
@@ -313,7 +393,7 @@ def of_full(row: dict) -> list[str]:
 
 
 LINES: dict[str, Callable[[dict], list[str]]] = {
-    "kills": of_kills, "schemes": of_schemes, "learned": of_kills, "shipped": of_kills, "faults": of_faults, "power": of_power, "wrong": of_wrong, "ext4": of_ext4,
+    "kills": of_kills, "schemes": of_schemes, "learned": of_kills, "train": of_training, "shipped": of_kills, "faults": of_faults, "power": of_power, "wrong": of_wrong, "ext4": of_ext4,
     "full": of_full,
 }  # fmt: skip
 

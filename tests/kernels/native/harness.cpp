@@ -18,6 +18,7 @@ struct Level {
   const char* name;
   const Kernels* kernels;
   bool there;
+  void (*rows)(const Linear&, long from, long to, const Digits&, long m, const Output&) = nullptr;  // products of bytes
 };
 
 std::vector<Level> levels() {
@@ -33,18 +34,17 @@ std::vector<Level> levels() {
   return all;
 }
 
-// Whether this processor has the products of bytes, and what they are called.
-bool bytes(const char** name) {
+// Those that have products of bytes.
+std::vector<Level> byte_levels() {
 #if defined(__x86_64__)
-  *name = "vnni";
-  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq");
+  const bool vnni = __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                    __builtin_cpu_supports("avx512dq");
+  return {{"vnni", nullptr, vnni, byte_rows}};
 #elif defined(__aarch64__)
-  *name = "dotprod";
-  return getauxval(AT_HWCAP) & 1ul << 20;
+  const bool dotprod = getauxval(AT_HWCAP) & 1ul << 20, i8mm = getauxval(AT_HWCAP2) & 1ul << 13;
+  return {{"dotprod", nullptr, dotprod, byte_rows}, {"i8mm", nullptr, dotprod && i8mm, matrix_rows}};
 #else
-  *name = "bytes";
-  return false;
+  return {};
 #endif
 }
 
@@ -203,7 +203,7 @@ void compare_bytes(const Level& level, const Weight& w, int type, long m, bool f
       if (each == 2 && !byte_digits(x.data(), type, i, w.linear, made)) wrong++, printf("%s: digits refused\n", level.name);
     }
     std::vector<uint16_t> y(m * w.n, 0xffff);
-    byte_rows(w.linear, 0, w.linear.blocks(), made, m, {y.data(), type});
+    level.rows(w.linear, 0, w.linear.blocks(), made, m, {y.data(), type});
     for (long i = 0; i < m; i++) {
       double most = 0;
       for (long c = 0; c < k; c++)
@@ -321,21 +321,24 @@ int main() {
           for (int kind = 0; kind < 4; kind++) roundings(level, type, bits, kind & 1, kind & 2, size);
     printf("%s: %ld numbers\n", level.name, compared - before);
   }
-  Level level = {"", nullptr, false};
-  level.there = bytes(&level.name);
-  if (!level.there) printf("%s: this processor has it not\n", level.name);
-  const long before = compared;
-  for (const auto& shape : shapes)
-    for (int bits : {2, 3, 4, 5, 6, 7, 8})
-      for (long group : {32L, 64L, shape[1]})
-        for (const Kind& kind : KINDS)
-          for (int type : {BF16, F16})
-            for (long m : {1, 2, 3, 4, 5, 9}) {
-              if (!level.there || shape[1] % group) continue;
-              const Weight w(shape[0], shape[1], group, bits, kind);
-              compare_bytes(level, w, type, m, m % 2);
-            }
-  if (level.there) printf("%s: %ld numbers\n", level.name, compared - before);
+  for (const Level& level : byte_levels()) {
+    if (!level.there) {
+      printf("%s: this processor has it not\n", level.name);
+      continue;
+    }
+    const long before = compared;
+    for (const auto& shape : shapes)
+      for (int bits : {2, 3, 4, 5, 6, 7, 8})
+        for (long group : {32L, 64L, shape[1]})
+          for (const Kind& kind : KINDS)
+            for (int type : {BF16, F16})
+              for (long m : {1, 2, 3, 4, 5, 9}) {
+                if (shape[1] % group) continue;
+                const Weight w(shape[0], shape[1], group, bits, kind);
+                compare_bytes(level, w, type, m, m % 2);
+              }
+    printf("%s: %ld numbers\n", level.name, compared - before);
+  }
   printf("%ld numbers compared, %ld differ\n", compared, wrong);
   return wrong != 0;
 }

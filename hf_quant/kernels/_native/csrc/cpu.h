@@ -186,6 +186,7 @@ bool byte_digits(const void* x, int type, long row, const Linear&, const Digits&
 // One row as int8; room for k floats.
 void byte_int8(const Activations&, long row, const Linear&, float* room, const Digits&);
 void byte_rows(const Linear&, long from, long to, const Digits&, long m, const Output&);
+void matrix_rows(const Linear&, long from, long to, const Digits&, long m, const Output&);  // the same with SMMLA of ARM
 
 // Without AMX: x in tiles of a few rows, words of a pair of neighbouring columns in bf16 (AVX512-BF16) or of four in int8 (VNNI),
 // some columns of all tiles after others: [chunk of columns][tile][word of the chunk][row of the tile].

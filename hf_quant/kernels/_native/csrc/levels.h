@@ -14,8 +14,8 @@ namespace {
 
 #if defined(__aarch64__)
 #define BYTES
-enum Level { PORTABLE = 0, DOTPROD = 1, LAST = DOTPROD };
-const char* const NAMES[] = {"portable", "dotprod"};
+enum Level { PORTABLE = 0, DOTPROD = 1, I8MM = 2, LAST = I8MM };
+const char* const NAMES[] = {"portable", "dotprod", "i8mm"};
 const Level BYTE_PRODUCTS = DOTPROD;
 #else
 enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3, HALVES = 4, AMX = 5, LAST = AMX };
@@ -49,11 +49,16 @@ int detect() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & need) != need || !amx_allowed()) return HALVES;
   return AMX;
 #elif defined(__aarch64__) && defined(__linux__)
-  return getauxval(AT_HWCAP) & 1ul << 20 ? DOTPROD : PORTABLE;  // HWCAP_ASIMDDP
+  if (!(getauxval(AT_HWCAP) & 1ul << 20)) return PORTABLE;    // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP2) & 1ul << 13 ? I8MM : DOTPROD;  // HWCAP2_I8MM
 #elif defined(__aarch64__) && defined(__APPLE__)
-  int has = 0;
-  size_t size = sizeof has;
-  return !sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, nullptr, 0) && has ? DOTPROD : PORTABLE;
+  const auto has = [](const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return !sysctlbyname(name, &value, &size, nullptr, 0) && value;
+  };
+  if (!has("hw.optional.arm.FEAT_DotProd")) return PORTABLE;
+  return has("hw.optional.arm.FEAT_I8MM") ? I8MM : DOTPROD;
 #else
   return PORTABLE;
 #endif

@@ -49,7 +49,12 @@ bool few_digits(const Linear& a, int digits, long m, const Output& y, long threa
     if (!fill(i, made)) fit = false;
   });
   if (!fit) return false;
-  in_shares(a, threads, [&](long from, long to) { byte_rows(a, from, to, made, m, y); });
+#if defined(__aarch64__)
+  const auto rows = level >= I8MM && m > 1 ? matrix_rows : byte_rows;
+#else
+  const auto rows = byte_rows;
+#endif
+  in_shares(a, threads, [&](long from, long to) { rows(a, from, to, made, m, y); });
   return true;
 }
 

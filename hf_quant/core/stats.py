@@ -204,6 +204,14 @@ class InputStats:
     def _weighed(self, rows: Tensor) -> Tensor:
         return rows @ self.gram if self.rows else rows
 
+    def scaled_gram(self) -> Tensor:
+        """The Gram matrix of the inputs over the mean of its diagonal, float32 ``[K, K]``; it is float64 itself, and as large again."""
+        mean = self.gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+        scaled = torch.empty_like(self.gram, dtype=torch.float32)
+        for part, rows in zip(scaled.split(ROWS), self.gram.split(ROWS), strict=True):
+            part.copy_(rows / mean)
+        return scaled
+
     def row_errors(self, original: Tensor, quantized: Tensor) -> Tensor:
         """Squared error of each row's output on the rows seen, up to a common factor: float32 ``[N]``.
 
@@ -211,7 +219,7 @@ class InputStats:
             original: ``[N, K]``.
             quantized: ``[N, K]``.
         """
-        gram = (self.gram / self.gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)).float()
+        gram = self.scaled_gram()
         off = quantized.float() - original.float()
         return ((off @ gram) * off).sum(1)
 

@@ -57,6 +57,17 @@ class GPTQ:
             raise HfQuantError("gptq needs calibration data; rtn needs none")
         if not stats.gram.isfinite().all():
             raise HfQuantError("NaN or infinite values among the inputs")
+        quantized = self._compensated(weight, scheme, dtype, stats)
+        columns = None
+        if quantized.outliers is not None and scheme.outlier_columns:
+            columns = quantized.outliers.index.long()
+        others = best(weight, scheme, scale_dtype(scheme, dtype), self.steps, self.least, stats, columns)
+        return better(weight, stats, quantized, others)
+
+    def _compensated(
+        self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, stats: InputStats
+    ) -> QuantizedTensor:
+        """Column after column, each making up for the errors of those before it."""
         n, k = weight.shape
         G, dtype = scheme.groups(k), scale_dtype(scheme, dtype)
         order = self._order(stats.gram.diagonal(), G, k // COLUMNS if scheme.blocks else None)
@@ -74,17 +85,26 @@ class GPTQ:
         codes, scale, zero, base = codes[back], scale[groups], zero[groups], base[:, groups]
         values = None if free is None else (free[back], W[back])
         if self.sweeps:
-            H = (stats.gram / stats.gram.diagonal().mean()).float()
-            descend(weight.float().T, codes, scale, zero, H, scheme, dtype, self.sweeps, values, Base(*base))
+            descend(
+                weight.float().T,
+                codes,
+                scale,
+                zero,
+                stats.scaled_gram(),
+                scheme,
+                dtype,
+                self.sweeps,
+                values,
+                Base(*base),
+            )
         outliers = columns = None
         if values is not None:
             columns = values[0].sum(1).nonzero().flatten() if scheme.outlier_columns else None
             where = values[0].T.nonzero()[:, 1].view(n, -1) if columns is None else columns
             outliers = Outliers.gather(values[1].T, where, dtype)
-        quantized = QuantizedTensor.from_codes(
+        return QuantizedTensor.from_codes(
             codes.T.to(torch.uint8), scale.T.to(dtype).contiguous(), zero.T.contiguous(), scheme, outliers
         )
-        return better(weight, stats, quantized, best(weight, scheme, dtype, self.steps, self.least, stats, columns))
 
     def _greedy(
         self, W: Tensor, U: Tensor, importance: Tensor, scheme: QuantScheme, dtype: torch.dtype, free: Tensor | None

@@ -108,6 +108,7 @@ def _passes(
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * _rate(step, steps)
                 optimizer.step()
+                optimizer.zero_grad()  # their memory is wanted by the gradients of the weights
                 for name, latent in latents.items():
                     latent.keep_inside()
                     put(block, name, latent.weight())

@@ -221,7 +221,7 @@ class InputStats:
         """
         gram = self.scaled_gram()
         off = quantized.float() - original.float()
-        return ((off @ gram) * off).sum(1)
+        return (off @ gram).mul_(off).sum(1)
 
     def held_error(self, original: Tensor, quantized: Tensor) -> float:
         """Squared error of the layer's output on held-out rows; 0 without any.

@@ -22,6 +22,7 @@ from hf_quant.core.two_levels import holds
 from hf_quant.transforms import Stage
 from hf_quant.transforms._judge import call_of, changed, close
 
+TOGETHER = 1 << 22  # weights that are rounded together: several copies of them are in memory for a moment
 PAIRS = {
     "o_proj": "v_proj",
     "down_proj": "up_proj",
@@ -230,11 +231,12 @@ def rounding_error(weights: list[tuple[Tensor, QuantScheme]], gram: Tensor, scal
         steps: Ranges tried for each group.
     """
     total = 0.0
-    for W, scheme in weights:
-        groups = grouped(W * scales, scheme)
+    for weight, scheme in weights:
         importance = grouped(gram.diagonal() / scales.square(), scheme)
-        scale, zero = search(groups, scheme, torch.float32, steps, 0.6, importance)
-        rounded = dequantize(quantize(groups, scale, zero, scheme), scale, zero).flatten(1)[:, : W.shape[1]]
-        off = rounded / scales - W
-        total += ((off @ gram) * off).sum(dtype=torch.float64).item()
+        for W in weight.split(max(1, TOGETHER // len(gram))):
+            groups = grouped(W * scales, scheme)
+            scale, zero = search(groups, scheme, torch.float32, steps, 0.6, importance)
+            rounded = dequantize(quantize(groups, scale, zero, scheme), scale, zero).flatten(1)[:, : W.shape[1]]
+            off = rounded / scales - W
+            total += (off @ gram).mul_(off).sum(dtype=torch.float64).item()
     return total

@@ -65,7 +65,7 @@ struct Row {
   }
 };
 
-// The words of a tile of codes that do not cross bytes, two or four in one: a word holds those of PER / 4 bytes for each bit.
+// Four bytes of a row, codes of 2 or 4 bits, as they stand in a word of a tile.
 template <int BITS>
 inline uint32_t word_of(const uint8_t* codes) {
   const int half = 4 * BITS;

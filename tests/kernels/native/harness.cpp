@@ -255,10 +255,10 @@ void roundings(const Level& level, int type, int bits, bool symmetric, bool weig
   for (long i = 0; i < groups * size; i++) w.push_back(put(stored, type, i / size == 3 ? 0 : normal() * (i % 19 ? 0.02f : 0.2f)));
   for (long i = 0; weighed && i < size; i++) by[i] = i % 5 ? fabsf(normal()) : 0;
   for (long i = 0; i < 32; i++) shares.push_back(i < steps ? 1 - 0.4f * i / (steps - 1) : 1);
-  std::vector<double> room(rounding_room(size, steps));
+  std::vector<uint8_t> room(rounding_room(size, steps));
   const Search search = {stored.data(), type, size, weighed ? by.data() : nullptr, 1, shares.data(), steps, bits, F32, symmetric,
                          scale.data(), zero.data(), doubtful.data()};
-  level.kernels->search(search, 0, groups, (uint8_t*)room.data());
+  level.kernels->search(search, 0, groups, room.data());
   const float most = (1 << bits) - 1;
   for (long g = 0; g < groups; g++) {
     float low = 0, high = 0;
@@ -277,7 +277,7 @@ void roundings(const Level& level, int type, int bits, bool symmetric, bool weig
     if (doubtful[g] ? g == 3 : error > least * (1 + 1e-5))
       wrong++, printf("%s, search in %d bits, group of %ld, type %d: error %g, least %g\n", level.name, bits, size, type, error, least);
   }
-  level.kernels->encode({stored.data(), type, size, scale.data(), zero.data(), bits, codes.data()}, 0, groups, (uint8_t*)room.data());
+  level.kernels->encode({stored.data(), type, size, scale.data(), zero.data(), bits, codes.data()}, 0, groups, room.data());
   compared++;
   if (codes != wanted) wrong++, printf("%s, codes of %d bits, groups of %ld, type %d\n", level.name, bits, size, type);
 }

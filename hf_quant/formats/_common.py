@@ -135,12 +135,13 @@ def settled(tensor: QuantizedTensor) -> QuantizedTensor:
 
 def codes_of(name: str, signed: Tensor, scheme: QuantScheme) -> Tensor:
     """uint8, of the signed integers that are stored one a byte."""
-    moved = signed.to(torch.int16) + scheme.zero
-    if bool(((moved < 0) | (moved > scheme.qmax)).any()):
-        raise FormatError(
-            f"{name}: values from {int(signed.min())} to {int(signed.max())} are not those of {scheme.bits} bits"
-        )
-    return moved.to(torch.uint8)
+    least, most = -scheme.zero, scheme.qmax - scheme.zero
+    kind = torch.iinfo(signed.dtype)
+    if (kind.min < least or kind.max > most) and signed.numel():
+        low, high = (int(value) for value in signed.aminmax())
+        if low < least or high > most:
+            raise FormatError(f"{name}: values from {low} to {high} are not those of {scheme.bits} bits")
+    return (signed.view(torch.uint8) if signed.dtype is torch.int8 else signed).add(scheme.zero).to(torch.uint8)
 
 
 def scheme_for(bits: int, group_size: int, in_features: int, symmetric: bool, **kind: Any) -> QuantScheme | None:

@@ -4,7 +4,7 @@
 
 Makes a Llama of a billion weights with random numbers, quantizes it, and then reads the file and loads the model in turn, both from
 the page cache. Medians, on a quiet machine; every row in a process of its own. What is read lies in memory afterwards, as the model
-does.
+does. Rows that are measured again (--scheme) take the place of theirs in the results that are committed.
 """
 
 import gc
@@ -22,7 +22,7 @@ from typing import Any
 import click
 import torch
 import transformers
-from _results import write
+from _results import RESULTS, write
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import hf_quant as hq
@@ -91,24 +91,28 @@ def line(row: dict[str, Any]) -> str:
 
 @click.command(help=__doc__)
 @click.option("--work", type=Path, required=True, help="Folder for the models.")
+@click.option("--scheme", multiple=True, help="Only these.")
 @click.option("--folder", type=Path, hidden=True, help="Measure this one in this process.")
-def main(work: Path, folder: Path | None) -> None:
+def main(work: Path, scheme: tuple[str, ...], folder: Path | None) -> None:
     if folder is not None:
         print(json.dumps(measure(folder)))
         return
-    base, rows = work / "base", []
+    base, file = work / "base", RESULTS / "loading.json"
     if not base.is_dir():
         make_base(base)
-    for scheme, kind in ROWS:
-        out = work / f"{scheme}-{kind}"
+    before = json.loads(file.read_text())["rows"] if scheme and file.is_file() else []
+    rows = {(row["scheme"], row["format"], row["threads"]): row for row in before}
+    for name, kind in [row for row in ROWS if not scheme or row[0] in scheme]:
+        out = work / f"{name}-{kind}"
         if not out.is_dir():
-            make(base, scheme, kind, out)
+            make(base, name, kind, out)
         for threads in (1, 2):
             command = [sys.executable, __file__, "--work", str(work), "--folder", str(out)]
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
-            rows.append({"scheme": scheme, "format": kind, "threads": threads, **json.loads(said.splitlines()[-1])})
-            print(line(rows[-1]), flush=True)
+            row = {"scheme": name, "format": kind, "threads": threads, **json.loads(said.splitlines()[-1])}
+            rows[name, kind, threads] = row
+            print(line(row), flush=True)
     about = {
         "cpu": cpu_name(), "cores": os.cpu_count(), "date": str(date.today()), "turns": TURNS,
         **{name: version(name) for name in ("torch", "transformers")},
@@ -122,11 +126,8 @@ def main(work: Path, folder: Path | None) -> None:
         "",
         HEAD,
     ]
-    write(
-        "loading",
-        {"about": about, "rows": rows},
-        "\n".join([*page, "|---" * HEAD.count(" | ") + "|---|", *map(line, rows)]),
-    )
+    lines = [*page, "|---" * HEAD.count(" | ") + "|---|", *map(line, rows.values())]
+    write("loading", {"about": about, "rows": list(rows.values())}, "\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -12,16 +12,18 @@ class Masters:
     """What an optimizer updates in place of the parameters of a model.
 
     Args:
-        parameters: Of the model, by name. Those in float32 are their own masters.
+        parameters: Of the model, by name. Those in float32, and in float64, are their own masters.
 
     Attributes:
-        values: The masters by name, float32.
+        values: The masters by name.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         self.parameters = parameters
         self.values = {
-            name: parameter if parameter.dtype is MASTER else nn.Parameter(parameter.detach().to(MASTER))
+            name: parameter
+            if parameter.dtype.itemsize >= MASTER.itemsize
+            else nn.Parameter(parameter.detach().to(MASTER))
             for name, parameter in parameters.items()
         }
 

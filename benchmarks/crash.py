@@ -107,15 +107,12 @@ def _train(model: Path, root: Path, options: tuple[str, ...]) -> dict[str, objec
     def started(out: Path) -> int:
         child = os.fork()
         if not child:
-            code = (
+            data = str(model / "calibration.txt")
+            os._exit(
                 CliRunner()
-                .invoke(
-                    main_command,
-                    ["train", str(model), "-o", str(out), "--data", str(model / "calibration.txt"), *options],
-                )
+                .invoke(main_command, ["train", str(model), "-o", str(out), "--data", data, *options])
                 .exit_code
             )
-            os._exit(code)
         return child
 
     def ended(child: int) -> int:

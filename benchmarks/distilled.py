@@ -56,6 +56,7 @@ def run(text: Path, work: Path, tokens: int, settings: dict[str, Any]) -> dict[s
         )
         (work / "seconds").write_text(f"{time.process_time() - begun}")
     training = json.loads((out / "recipe.json").read_text())["training"]
+    del training["text"]["paragraphs"]  # a digest of each, which the text gives again
     model, bits = plain("ours rtn", SHIPPED, out, {})
     return {
         "bits_per_weight": bits, "distinct_tokens": count, "seconds": float((work / "seconds").read_text()), "training": training,

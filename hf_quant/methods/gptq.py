@@ -85,18 +85,8 @@ class GPTQ:
         codes, scale, zero, base = codes[back], scale[groups], zero[groups], base[:, groups]
         values = None if free is None else (free[back], W[back])
         if self.sweeps:
-            descend(
-                weight.float().T,
-                codes,
-                scale,
-                zero,
-                stats.scaled_gram(),
-                scheme,
-                dtype,
-                self.sweeps,
-                values,
-                Base(*base),
-            )
+            H = stats.scaled_gram()
+            descend(weight.float().T, codes, scale, zero, H, scheme, dtype, self.sweeps, values, Base(*base))
         outliers = columns = None
         if values is not None:
             columns = values[0].sum(1).nonzero().flatten() if scheme.outlier_columns else None

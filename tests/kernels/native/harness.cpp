@@ -291,17 +291,26 @@ void halves() {  // every number of 16 bits stays what it is
   }
 }
 
-}  // namespace
-
-int main() {
-  halves();
-  const long shapes[][2] = {{1, 32}, {17, 64}, {16, 576}, {40, 192}};
-  for (const Level& level : levels()) {
+// f of those that this processor has.
+template <class F>
+void compare_each(const std::vector<Level>& all, F f) {
+  for (const Level& level : all) {
     if (!level.there) {
       printf("%s: this processor has it not\n", level.name);
       continue;
     }
     const long before = compared;
+    f(level);
+    printf("%s: %ld numbers\n", level.name, compared - before);
+  }
+}
+
+}  // namespace
+
+int main() {
+  halves();
+  const long shapes[][2] = {{1, 32}, {17, 64}, {16, 576}, {40, 192}};
+  compare_each(levels(), [&](const Level& level) {
     for (const auto& shape : shapes)
       for (int bits : {2, 3, 4, 5, 6, 7, 8})
         for (long group : {32L, 64L, shape[1]})
@@ -319,14 +328,8 @@ int main() {
       for (int bits : {2, 3, 4, 5, 8})
         for (long size : {16L, 32L, 128L, 136L, 576L})
           for (int kind = 0; kind < 4; kind++) roundings(level, type, bits, kind & 1, kind & 2, size);
-    printf("%s: %ld numbers\n", level.name, compared - before);
-  }
-  for (const Level& level : byte_levels()) {
-    if (!level.there) {
-      printf("%s: this processor has it not\n", level.name);
-      continue;
-    }
-    const long before = compared;
+  });
+  compare_each(byte_levels(), [&](const Level& level) {
     for (const auto& shape : shapes)
       for (int bits : {2, 3, 4, 5, 6, 7, 8})
         for (long group : {32L, 64L, shape[1]})
@@ -337,8 +340,7 @@ int main() {
                 const Weight w(shape[0], shape[1], group, bits, kind);
                 compare_bytes(level, w, type, m, m % 2);
               }
-    printf("%s: %ld numbers\n", level.name, compared - before);
-  }
+  });
   printf("%ld numbers compared, %ld differ\n", compared, wrong);
   return wrong != 0;
 }

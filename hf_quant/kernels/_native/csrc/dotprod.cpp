@@ -46,12 +46,7 @@ void byte_block(const Linear& a, long b, const Digits& x, long first, const Outp
       for (int m = 0; m < M; m++) total[m][h] += group.of(a, sum[m][h], all[m]);
     }
   }
-  const long count = a.n - 16 * b < 16 ? a.n - 16 * b : 16;
-  for (int m = 0; m < M; m++) {
-    float made[16];
-    memcpy(made, total[m], sizeof made);
-    store(out, (first + m) * a.n + 16 * b, made, count);
-  }
+  for (int m = 0; m < M; m++) give(a, b, total[m], first + m, out);
 }
 
 template <int BITS, int D>

@@ -65,12 +65,7 @@ void matrix_block(const Linear& a, long b, const Digits& x, long first, long m, 
       for (int i = 0; i < M; i++) total[i][h] += group.of(a, sum[i][h], all[i]);
     }
   }
-  const long count = a.n - 16 * b < 16 ? a.n - 16 * b : 16;
-  for (int i = 0; i < M && first + i < m; i++) {
-    float made[16];
-    memcpy(made, total[i], sizeof made);
-    store(out, (first + i) * a.n + 16 * b, made, count);
-  }
+  for (int i = 0; i < M && first + i < m; i++) give(a, b, total[i], first + i, out);
 }
 
 template <int D>

@@ -25,7 +25,7 @@ from typing import Any
 import click
 import torch
 from _results import RESULTS, stem_for, write
-from calibrated_peers import PEERS, Watch, bits_per_weight, layers, stored
+from calibrated_peers import PEERS, Watch, bits_per_weight, layers, stored, turned
 from outlier_variant import make
 from safetensors.torch import save_file
 from torch import Tensor
@@ -116,7 +116,7 @@ def plain(row: str, model: Path, out: Path, pythons: dict[str, str]) -> tuple[An
         if set(found) != set(original):
             raise RowError(f"other layers were quantized: {sorted(set(found) ^ set(original))}")
         rest = {name: p.float() for name, p in made.named_parameters() if name.rpartition(".")[0] not in found}
-        weights = {f"{name}.weight": module.dequantize(torch.float32) for name, module in found.items()}
+        weights = {f"{name}.weight": turned(name, module.dequantize(torch.float32)) for name, module in found.items()}
         floats = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         missing, unexpected = floats.load_state_dict(rest | weights, strict=False)
         if unexpected or set(missing) - {"lm_head.weight"}:
@@ -146,6 +146,17 @@ def reference(model: Path, work: Path) -> Reference:
     ids = windows(tokenizer, read_text(model / "calibration.txt"), base.context(), CALIBRATION).ids
     save_file({"ids": ids.contiguous()}, work / "calibration.safetensors")
     return base.reference(tokenizer, read_text(model / "heldout.txt"), max_tokens=HELD_OUT, cache=work / "base")
+
+
+def folder_of(name: str, here: Path) -> Path:
+    """Where the model called ``name`` is: the shipped one, its variant with outliers, which is made in ``here``, or a folder."""
+    if name == "ref-llama-16m":
+        return SHIPPED
+    if name != "outliers":
+        return Path(name).resolve()
+    if not (here / name).is_dir():
+        make(SHIPPED, here / name)
+    return here / name
 
 
 def fill(row: str, model: Path, scheme: str, work: Path, base: Reference, pythons: dict[str, str]) -> Cell:
@@ -240,7 +251,8 @@ def report(work: Path) -> None:
 @click.option("--peer", multiple=True, metavar="PACKAGE=PYTHON", help="Where a peer is installed.")
 @click.option("--row", multiple=True, type=click.Choice([*OURS, *PEERS]), help="Only these rows.")
 @click.option("--scheme", multiple=True, type=click.Choice(list(SCHEMES)), help="Only these schemes.")
-@click.option("--model", multiple=True, type=click.Choice(["ref-llama-16m", "outliers"]), help="Only these models.")
+@click.option("--model", multiple=True, metavar="NAME",
+              help="Only these models: ref-llama-16m, outliers, or a folder with calibration.txt and heldout.txt, as train_small.py makes.")  # fmt: skip
 @click.option("--again", is_flag=True, help="Redo cells that are done.")
 @click.option("--timing", is_flag=True, help="Only quantize once more and note what it cost, with two threads.")
 def main(
@@ -250,11 +262,9 @@ def main(
     pythons = {name: str(Path(python).absolute()) for name, _, python in (each.partition("=") for each in peer)}
     rows = [each for each in row or [*OURS, *PEERS] if each in OURS or PEERS[each].package in pythons]
     for name in model or ("ref-llama-16m", "outliers"):
-        here = work.resolve() / name
+        here = work.resolve() / Path(name).name
         (here / "cells").mkdir(parents=True, exist_ok=True)
-        folder = SHIPPED if name == "ref-llama-16m" else here / "outliers"
-        if not folder.is_dir():
-            make(SHIPPED, folder)
+        folder = folder_of(name, here)
         base = reference(folder, here)
         for each in scheme or SCHEMES:
             for one in rows:

@@ -64,13 +64,18 @@ class Watch:
 
 
 def layers(folder: Path) -> Weights:
-    """The weights that everybody quantizes: all linear layers of the decoder's blocks."""
+    """The weights that everybody quantizes, ``[N, K]``: all linear layers of the decoder's blocks."""
     return {
-        name.removesuffix(".weight"): tensor
+        name.removesuffix(".weight"): turned(name, tensor)
         for file in folder.glob("*.safetensors")
         for name, tensor in load_file(file).items()
-        if tensor.ndim == 2 and ".layers." in name
+        if tensor.ndim == 2 and (".layers." in name or ".h." in name)
     }
+
+
+def turned(name: str, weight: Tensor) -> Tensor:
+    """``[N, K]`` from what a checkpoint holds, or the reverse: GPT-2, whose blocks are called ``h``, stores ``[K, N]``."""
+    return weight.T.contiguous() if ".h." in name else weight
 
 
 def stored(folder: Path) -> Weights:
@@ -286,7 +291,7 @@ def dequantize(recipe: str, model: Path, out: Path, plain: Path) -> None:
     if shapes != {name: tuple(weight.shape) for name, weight in original.items()}:
         raise ValueError(f"{recipe} quantized other layers: {sorted(set(shapes) ^ set(original))}")
     rest = {name: kept.get(name, tensor).float() for name, tensor in stored(model).items()}
-    save(plain, rest | {f"{name}.weight": weight for name, weight in weights.items()})
+    save(plain, rest | {f"{name}.weight": turned(name, weight) for name, weight in weights.items()})
     config = json.loads((model / "config.json").read_text()) | {"dtype": "float32"}
     (plain / "config.json").write_text(json.dumps(config))
     print(json.dumps({"bits_per_weight": bits_per_weight(kept, original)}))

@@ -1,6 +1,6 @@
-"""A small Qwen3-like model whose rows are multiples of 256, trained for some minutes of one core, for measurements of K-quants.
+"""A small model like Qwen3 or GPT-2, trained for some minutes of one core; its rows are multiples of 256, as K-quants need.
 
-    python benchmarks/train_small.py TEXT OUT --minutes 5
+    python benchmarks/train_small.py TEXT OUT --like qwen3 --layers 4 --minutes 5
 
 TEXT is a UTF-8 file, of which nothing may be in the texts that are calibrated or measured on. The tokenizer and those texts,
 calibration.txt and heldout.txt, are those of the shipped model.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shutil
 import time
 from pathlib import Path
@@ -19,8 +20,18 @@ import torch
 import transformers
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "ref-llama-16m"
-SHAPE = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 1024, "tie_word_embeddings": True}  # fmt: skip
+LIKE = {
+    "qwen3": (
+        transformers.Qwen3Config,
+        {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "head_dim": 64, "max_position_embeddings": 1024, "tie_word_embeddings": True},
+    ),
+    "gpt2": (
+        transformers.GPT2Config,
+        {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 1024,
+         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+}  # fmt: skip
 BATCH, LENGTH, WARM = 8, 256, 20
 RATES = {"matrices": 0.02, "rest": 3e-3}  # of Muon, https://kellerjordan.github.io/posts/muon, and of AdamW
 
@@ -29,6 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--like", choices=LIKE, default="qwen3", help="the architecture")
+    parser.add_argument("--layers", type=int, default=4, help="of the decoder")
     parser.add_argument("--minutes", type=float, default=5, help="of the processor's time")
     parser.add_argument("--characters", type=int, default=8_000_000, help="of TEXT that are used")
     options = parser.parse_args()
@@ -36,8 +49,11 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(SHIPPED)
     with options.text.open(encoding="utf-8") as file:
         ids = torch.tensor(tokenizer(file.read(options.characters)).input_ids)
-    config = transformers.Qwen3Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **SHAPE)
-    model = transformers.Qwen3ForCausalLM(config)
+    architecture, shape = LIKE[options.like]
+    config = architecture(
+        vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, num_hidden_layers=options.layers, **shape
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
     steps = train(model, ids, options.minutes * 60)
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
@@ -48,7 +64,7 @@ def main() -> None:
 
 def train(model: transformers.PreTrainedModel, ids: torch.Tensor, seconds: float) -> int:
     """Train for that long; the learning rate falls with the time that is left. Returns the number of steps."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and re.search(r"\.(layers|h)\.", name)]
     rest = [p for p in model.parameters() if all(p is not other for other in matrices)]
     optimizers = (
         torch.optim.Muon(matrices, lr=RATES["matrices"], weight_decay=0.01),

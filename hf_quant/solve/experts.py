@@ -17,7 +17,7 @@ from hf_quant.nn.experts import expert_input, stacks
 from hf_quant.solve.block import Block, put
 from hf_quant.solve.hidden_states import HiddenStates
 from hf_quant.solve.inputs import HELD, Group, inputs_of, reduce
-from hf_quant.solve.latent import place_of
+from hf_quant.solve.latent import offset_of
 from hf_quant.solve.result import Recipe, Solved, with_range
 
 EXPERT_HELD = 256  # largest number of rows of one expert that are held out
@@ -67,7 +67,7 @@ def solve_experts(
         solved.errors[name] = sum(lost) / len(lost)
         if recipe.decision.learning(block.layers[name]) is not None:
             dense: Tensor = getattr(module, stack).data
-            solved.places[name] = place_of(geometry_of(module).matrix(dense), solved.codes[name])
+            solved.offsets[name] = offset_of(geometry_of(module).matrix(dense), solved.codes[name])
         put(block, name, solved.codes[name].dequantize(torch.float32))
 
 

@@ -13,10 +13,11 @@ from hf_quant.core.tensor import Outliers, QuantizedTensor
 
 EDGE = 0.45  # of a step at most is a weight away from its code, so that rounding gives that code
 NEAR = 0.5  # and half as far as that in the beginning
+UNIT = EDGE * NEAR / 127  # of what is kept until learning starts, which takes a quarter of the memory of float32
 
 
-def place_of(weight: Tensor, quantized: QuantizedTensor) -> Tensor:
-    """Half way between each weight and its code, or the edge of its code if it has been given another one than the nearest.
+def offset_of(weight: Tensor, quantized: QuantizedTensor) -> Tensor:
+    """From each code half way to its weight, or to the edge of its code if it has been given another one than the nearest.
 
     That is a quarter of the codes that GPTQ chooses at 2 bits, and they make up for one another: at the edge itself the first few
     steps would round all of them back.
@@ -26,13 +27,17 @@ def place_of(weight: Tensor, quantized: QuantizedTensor) -> Tensor:
         quantized: Its codes.
 
     Returns:
-        float32 ``[..., N, G, K/G]``; does not change where columns or rows are scaled afterwards.
+        int8 ``[..., N, G, K/G]``, in `UNIT` of a step; does not change where columns or rows are scaled afterwards.
     """
-    device, groups = weight.device, quantized.scale.shape[-1]
-    codes = quantized.codes().to(device).float().unflatten(-1, (groups, -1))
+    device = weight.device
     scale, zero = (tensor.to(device).float()[..., None] for tensor in (quantized.scale, quantized.zeros()))
-    away = (grouped(weight.float(), quantized.scheme) / scale + zero - codes).clamp_(-EDGE, EDGE)
-    return codes.add_(away, alpha=NEAR).clamp_(0, quantized.scheme.qmax)
+    away = (grouped(weight.float(), quantized.scheme) / scale).add_(zero).sub_(_codes_of(quantized, device))
+    return away.clamp_(-EDGE, EDGE).mul_(NEAR / UNIT).round_().to(torch.int8)
+
+
+def _codes_of(quantized: QuantizedTensor, device: torch.device) -> Tensor:
+    """float32 ``[..., N, G, K/G]``."""
+    return quantized.codes().to(device).float().unflatten(-1, (quantized.scale.shape[-1], -1))
 
 
 class Latent:
@@ -44,16 +49,18 @@ class Latent:
 
     Args:
         start: What learning starts from.
-        place: As `place_of` gives it.
+        offset: As `offset_of` gives it.
 
     Attributes:
         place: float32 ``[..., N, G, K/G]``, from 0 to the largest code.
         factor: float32 ``[..., N, G, 1]``.
     """
 
-    def __init__(self, start: QuantizedTensor, place: Tensor) -> None:
-        self.start, self.place = start, nn.Parameter(place)
-        self.device = device = place.device
+    def __init__(self, start: QuantizedTensor, offset: Tensor) -> None:
+        self.start, self.device = start, offset.device
+        device = offset.device
+        self.place = nn.Parameter(_codes_of(start, device).add_(offset, alpha=UNIT))
+        self.keep_inside()
         self.factor = nn.Parameter(torch.ones(*start.scale.shape, 1, device=device))
         self._scale = start.scale.to(device).float()[..., None]
         self._zero = start.zeros().to(device).float()[..., None]

@@ -46,7 +46,7 @@ def learn(block: Block, hidden: HiddenStates, wanted: HiddenStates, recipe: Reci
     if learning is None:
         return
     names = [name for name, scheme in block.layers.items() if recipe.decision.learning(scheme) is not None]
-    latents = {name: Latent(solved.codes[name], solved.places.pop(name)) for name in names}
+    latents = {name: Latent(solved.codes[name], solved.offsets.pop(name)) for name in names}
     held = hidden.held_out() or list(range(len(hidden)))
     train = [i for i in range(len(hidden)) if i not in held] or held
     with _rounded_inputs(block, solved.codes):

@@ -44,8 +44,8 @@ class Solved:
             float model's hidden states are followed, on those.
         experts: Full name of each stack to the number of tokens of each expert.
         starved: Full name of each stack to the experts with too few tokens, which were rounded to nearest without data.
-        places: Full name of each layer whose codes will be trained to the places of its weights between the codes
-            (`hf_quant.solve.latent.place_of`).
+        offsets: Full name of each layer whose codes will be trained to how far its weights are from their codes
+            (`hf_quant.solve.latent.offset_of`).
     """
 
     codes: dict[str, QuantizedTensor] = field(default_factory=dict)
@@ -55,7 +55,7 @@ class Solved:
     error: float = 0.0
     experts: dict[str, list[int]] = field(default_factory=dict)
     starved: dict[str, list[int]] = field(default_factory=dict)
-    places: dict[str, Tensor] = field(default_factory=dict)
+    offsets: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def sqnr_db(self) -> float | None:

@@ -20,7 +20,7 @@ from hf_quant.solve.block import Block, put
 from hf_quant.solve.experts import solve_experts
 from hf_quant.solve.hidden_states import Batch, HiddenStates
 from hf_quant.solve.inputs import Group, collect, groups_of
-from hf_quant.solve.latent import place_of
+from hf_quant.solve.latent import offset_of
 from hf_quant.solve.learning import learn
 from hf_quant.solve.ranks import ALONE, Ranks
 from hf_quant.solve.result import Recipe, Solved, with_range
@@ -162,7 +162,7 @@ def _solve_group(
         quantized, solved.errors[full[local]], notes = recipe.ranks.shared(solution, owner)
         solved.codes[full[local]] = quantized
         if recipe.decision.learning(schemes[local]) is not None:
-            solved.places[full[local]] = place_of(stage.weight(local), quantized)
+            solved.offsets[full[local]] = offset_of(stage.weight(local), quantized)
         solved.note(full[local], notes)
         put(block, full[local], quantized.dequantize(torch.float32))
 

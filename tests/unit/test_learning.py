@@ -15,7 +15,7 @@ from hf_quant.methods import method
 from hf_quant.solve import learning
 from hf_quant.solve.block import Block, use
 from hf_quant.solve.hidden_states import HiddenStates
-from hf_quant.solve.latent import place_of
+from hf_quant.solve.latent import EDGE, NEAR, UNIT, Latent, offset_of
 from hf_quant.solve.recipes import Decision, preset
 from hf_quant.solve.result import Recipe, Solved
 
@@ -41,9 +41,21 @@ def begun() -> tuple[Block, Solved]:
     for name in LAYERS:
         weight = block.module.get_submodule(block.local(name)).weight.data.clone()
         made.codes[name] = method("rtn").quantize(weight, SCHEME, torch.bfloat16)
-        made.places[name] = place_of(weight, made.codes[name])
+        made.offsets[name] = offset_of(weight, made.codes[name])
     use(block, made.codes)
     return block, made
+
+
+def test_learning_starts_half_way_between_weights_and_their_codes() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 96)
+    quantized = method("rtn").quantize(weight, QuantScheme.parse("W3A16-g32-asym"), torch.bfloat16)
+    latent = Latent(quantized, offset_of(weight, quantized))
+    codes, scale = quantized.codes().double().view(16, 3, 32), quantized.scale.double()[..., None]
+    away = weight.double().view(16, 3, 32) / scale + quantized.zeros().double()[..., None] - codes
+    wanted = (codes + NEAR * away.clamp(-EDGE, EDGE)).clamp(0, 7)
+    assert (latent.place.double() - wanted).abs().max() <= UNIT / 2 + 1e-6
+    assert torch.equal(latent.quantized().codes(), quantized.codes())
 
 
 class Through(torch.autograd.Function):
@@ -78,7 +90,8 @@ def real(start: QuantizedTensor, place: Tensor, factor: Tensor) -> Tensor:
 def naive(states: Tensor, wanted: Tensor, epochs: int) -> dict[str, tuple[Tensor, Tensor]]:
     """The learning rule, weight by weight as it is written: codes and scales of each layer."""
     _, made = begun()
-    places = {name: made.places[name].flatten(1).requires_grad_() for name in LAYERS}
+    starts = {name: Latent(made.codes[name], made.offsets[name]).place.data for name in LAYERS}
+    places = {name: start.flatten(1).requires_grad_() for name, start in starts.items()}
     factors = {name: torch.ones(each.scale.shape, requires_grad=True) for name, each in made.codes.items()}
     rule = preset("learned", SCHEME).learning
     assert rule is not None

@@ -1,10 +1,10 @@
-"""Peak anonymous memory of GPTQ on a checkpoint far larger than it.
+"""Peak anonymous memory of a method on a checkpoint far larger than it.
 
-    python benchmarks/big_memory.py [--tokens 4096] [--work FOLDER]
+    python benchmarks/big_memory.py [--method gptq|learned] [--tokens 4096] [--work FOLDER]
 
-Makes a Llama-shaped model of 2.8 GB in bf16 (random weights, 500 MB shards) and quantizes it with ``hf-quant quantize
---method gptq --no-eval`` in a process whose RssAnon is read every 20 ms, from its start to the finished, reloaded and compared
-result. Target: under 1.5 GB.
+Makes a Llama-shaped model of 2.8 GB in bf16 (random weights, 500 MB shards) and quantizes it to W4A16-g128 in a process whose
+RssAnon is read every 20 ms, from its start to the finished, reloaded and compared result. Targets: under 1.5 GB with gptq, and
+under 2 GB with learned, which learns for two passes over the text here instead of six; memory does not grow with their number.
 """
 
 import argparse
@@ -19,7 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-LIMIT = 1.5e9
+LIMITS = {"gptq": 1.5e9, "learned": 2e9}
+EPOCHS = 2
 HIDDEN, WIDE, LAYERS, VOCABULARY = 2048, 5632, 22, 64000
 
 
@@ -71,7 +72,7 @@ from pathlib import Path
 from hf_quant import HfQuantConfig
 from hf_quant.data.calibration import Calibration
 from hf_quant.jobs.compress import Job, compress
-source, out, tokens, method = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+source, out, tokens, method, epochs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
 ids = torch.randint(0, 32000, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
 say = lambda line: print(line, file=sys.stderr, flush=True)
 def progress(blocks):
@@ -80,7 +81,7 @@ def progress(blocks):
         yield block
 job = Job(str(source), {"dtype": "auto"}, "5GB", False, say, calibration=Calibration(ids, "random ids", []),
           progress=progress, max_memory=0)
-compress(job, HfQuantConfig("W4A16-g128", method=method), out)
+compress(job, HfQuantConfig("W4A16-g128", method=method, epochs=epochs), out)
 """
 
 
@@ -92,7 +93,7 @@ def anonymous(pid: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--method", default="gptq")
+    parser.add_argument("--method", choices=LIMITS, default="gptq")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.work) as folder:
@@ -100,7 +101,7 @@ def main() -> None:
         source.mkdir()
         size = make(source)
         start, peak = time.perf_counter(), 0
-        call = [sys.executable, "-c", CALL, str(source), str(out), str(asked.tokens), asked.method]
+        call = [sys.executable, "-c", CALL, str(source), str(out), str(asked.tokens), asked.method, str(EPOCHS)]
         with subprocess.Popen(call) as process:
             while process.poll() is None:
                 try:
@@ -115,11 +116,13 @@ def main() -> None:
             "date": str(date.today()), "machine": platform.processor() or platform.machine(),
             "versions": {n: version(n) for n in ("hf-quant", "torch", "transformers", "safetensors")},
             "checkpoint_bytes": size, "method": asked.method, "tokens": asked.tokens, "seconds": round(seconds, 1),
-            "peak_anonymous_bytes": peak, "limit": LIMIT, "within": peak < LIMIT,
+            "peak_anonymous_bytes": peak, "limit": LIMITS[asked.method], "within": peak < LIMITS[asked.method],
             "result_bytes": sum(f.stat().st_size for f in out.glob("*.safetensors")),
         }  # fmt: skip
     print(json.dumps(record, indent=2))
-    RESULTS.joinpath("big_memory.json").write_text(json.dumps(record, indent=2) + "\n")
+    results = RESULTS / "big_memory.json"
+    records = json.loads(results.read_text()) | {asked.method: record}
+    results.write_text(json.dumps(records, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -220,8 +220,9 @@ class InputStats:
             quantized: ``[N, K]``.
         """
         gram = self.scaled_gram()
-        off = quantized.float() - original.float()
-        return (off @ gram).mul_(off).sum(1)
+        parts = zip(original.split(ROWS), quantized.split(ROWS), strict=True)
+        differences = (after.float() - before.float() for before, after in parts)
+        return torch.cat([(off @ gram).mul_(off).sum(1) for off in differences])
 
     def held_error(self, original: Tensor, quantized: Tensor) -> float:
         """Squared error of the layer's output on held-out rows; 0 without any.

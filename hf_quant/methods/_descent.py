@@ -34,7 +34,8 @@ def descend(
     Q = ((codes.view(G, size, -1) - zero[:, None]) * scale[:, None]).view_as(W)
     if free is not None:
         Q = torch.where(free[0], free[1], Q)
-    slope = H @ (Q - W)  # half the gradient, updated with every change
+    slope = H @ Q.sub_(W)  # half the gradient, updated with every change
+    del Q
     for _ in range(sweeps):
         for g in H.diagonal().view(G, size).sum(1).argsort(descending=True, stable=True).tolist():
             now = slice(g * size, (g + 1) * size)

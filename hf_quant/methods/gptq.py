@@ -68,8 +68,26 @@ class GPTQ:
         self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, stats: InputStats
     ) -> QuantizedTensor:
         """Column after column, each making up for the errors of those before it."""
-        n, k = weight.shape
-        G, dtype = scheme.groups(k), scale_dtype(scheme, dtype)
+        dtype = scale_dtype(scheme, dtype)
+        codes, scale, zero, base, values = self._solution(weight, scheme, dtype, stats)
+        if self.sweeps:
+            H = stats.scaled_gram()
+            descend(weight.float().T, codes, scale, zero, H, scheme, dtype, self.sweeps, values, Base(*base))
+        outliers = columns = None
+        if values is not None:
+            columns = values[0].sum(1).nonzero().flatten() if scheme.outlier_columns else None
+            where = values[0].T.nonzero()[:, 1].view(len(weight), -1) if columns is None else columns
+            outliers = Outliers.gather(values[1].T, where, dtype)
+        return QuantizedTensor.from_codes(
+            codes.T.to(torch.uint8), scale.T.to(dtype).contiguous(), zero.T.contiguous(), scheme, outliers
+        )
+
+    def _solution(
+        self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, stats: InputStats
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """What `_greedy` gives, with columns in their own order, and the outliers: their mask and values, ``[K, N]``."""
+        k = weight.shape[1]
+        G = scheme.groups(k)
         order = self._order(stats.gram.diagonal(), G, k // COLUMNS if scheme.blocks else None)
         U = self._factor(order, stats)
         importance = (
@@ -82,19 +100,8 @@ class GPTQ:
         back = torch.empty_like(order)
         back[order] = torch.arange(k, device=order.device)
         groups = order[:: k // G].argsort()
-        codes, scale, zero, base = codes[back], scale[groups], zero[groups], base[:, groups]
         values = None if free is None else (free[back], W[back])
-        if self.sweeps:
-            H = stats.scaled_gram()
-            descend(weight.float().T, codes, scale, zero, H, scheme, dtype, self.sweeps, values, Base(*base))
-        outliers = columns = None
-        if values is not None:
-            columns = values[0].sum(1).nonzero().flatten() if scheme.outlier_columns else None
-            where = values[0].T.nonzero()[:, 1].view(n, -1) if columns is None else columns
-            outliers = Outliers.gather(values[1].T, where, dtype)
-        return QuantizedTensor.from_codes(
-            codes.T.to(torch.uint8), scale.T.to(dtype).contiguous(), zero.T.contiguous(), scheme, outliers
-        )
+        return codes[back], scale[groups], zero[groups], base[:, groups], values
 
     def _greedy(
         self, W: Tensor, U: Tensor, importance: Tensor, scheme: QuantScheme, dtype: torch.dtype, free: Tensor | None

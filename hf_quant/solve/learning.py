@@ -86,6 +86,7 @@ def _passes(
     optimizer = torch.optim.Adam(
         [{"params": [getattr(latent, name) for latent in latents.values()]} for name in ("place", "factor")],
         betas=(0.9, 0.95),
+        fused=True,  # needs no memory beside its moments
     )
     draw, failed = torch.Generator().manual_seed(learning.seed), 0
     first = learning.epochs // 3

@@ -55,6 +55,16 @@ void put_code(std::vector<uint8_t>& row, int bits, long k, unsigned code) {
   for (int b = 0; b < bits; b++) row[(k * bits + b) / 8] |= (code >> b & 1) << (k * bits + b) % 8;
 }
 
+// Puts a code where cpu.h says that its bits lie in the words of a tile.
+void put_in_tile(uint32_t* tile, int bits, long row, long column, unsigned code) {
+  const int per = 16 / bits, spare = 16 - per * bits;
+  for (int b = 0; b < bits; b++) {
+    const int pair = (int)column / 2, left = (pair - per * bits) * bits + b;  // among the spare bits
+    const int v = left < 0 || !spare ? pair / per : left / spare, at = left < 0 || !spare ? pair % per * bits + b : per * bits + left % spare;
+    tile[16 * v + row] ^= (code >> b & 1) << (at + column % 2 * 16);
+  }
+}
+
 // Types of scales and zero points, the latter -1 where there are none.
 struct Kind {
   int scale, zero;
@@ -92,8 +102,11 @@ struct Weight {
       portable.insert(portable.end(), row.begin(), row.end());
     }
     tiles.resize(blocks * (k / 32) * 64 * bits);
-    for (long b = 0; b < blocks; b++)
-      pack_block(&portable[16 * b * bytes], &tiles[b * (k / 32) * 64 * bits], bits, n - 16 * b < 16 ? n - 16 * b : 16, k);
+    for (long i = 0; i < n; i++)
+      for (long j = 0; j < k; j++) {
+        uint32_t* tile = (uint32_t*)&tiles[(i / 16 * (k / 32) + j / 32) * 64 * bits];
+        put_in_tile(tile, bits, i % 16, j % 32, codes[i * k + j] ^ (bits == 8 ? 0x80 : 0));
+      }
     const int middle = 1 << (bits - 1);
     std::vector<float> scales, zeros;
     for (long i = 0; i < blocks * groups * 16; i++) {
@@ -224,13 +237,29 @@ void compare_bytes(const Level& level, const Weight& w, int type, long m, bool f
   }
 }
 
-void layouts(const Weight& w) {
-  std::vector<uint8_t> back(w.portable.size(), 0xff);
-  const long bytes = w.k * w.bits / 8;
-  for (long b = 0; b < w.linear.blocks(); b++)
-    unpack_block(&w.tiles[b * (w.k / 32) * 64 * w.bits], &back[16 * b * bytes], w.bits, w.n - 16 * b < 16 ? w.n - 16 * b : 16, w.k);
-  compared++;
+void layouts(const Level& level, const Weight& w) {
+  std::vector<uint8_t> there(w.tiles.size(), 0xff), back(w.portable.size(), 0xff);
+  const long bytes = w.k * w.bits / 8, tiles = w.k / 32 * 64 * w.bits;
+  for (long b = 0; b < w.linear.blocks(); b++) {
+    const long rows = w.n - 16 * b < 16 ? w.n - 16 * b : 16;
+    level.kernels->pack(&w.portable[16 * b * bytes], &there[b * tiles], w.bits, rows, w.k);
+    unpack_block(&w.tiles[b * tiles], &back[16 * b * bytes], w.bits, rows, w.k);
+  }
+  compared += 2;
+  if (there != w.tiles) wrong++, printf("%s, tiles of %d bits, %ld x %ld\n", level.name, w.bits, w.n, w.k);
   if (back != w.portable) wrong++, printf("layout of %d bits, %ld x %ld: not what it was\n", w.bits, w.n, w.k);
+}
+
+void turned(const Level& level, long rows, long columns) {
+  std::vector<uint32_t> words(rows * columns), there(words.size()), wanted(words.size());
+  for (uint32_t& word : words) word = (uint32_t)source();
+  for (long r = 0; r < rows; r++)
+    for (long c = 0; c < columns; c++) wanted[c * rows + r] = words[r * columns + c];
+  const long middle = columns / 3;
+  level.kernels->turn(words.data(), rows, columns, there.data(), 0, middle);
+  level.kernels->turn(words.data(), rows, columns, there.data(), middle, columns);
+  compared++;
+  if (there != wanted) wrong++, printf("%s, transpose of %ld x %ld\n", level.name, rows, columns);
 }
 
 // The squared error of a group on a grid, and its codes.
@@ -317,11 +346,13 @@ int main() {
           for (const Kind& kind : KINDS) {
             if (shape[1] % group) continue;
             const Weight w(shape[0], shape[1], group, bits, kind);
-            layouts(w);
+            layouts(level, w);
             for (int out : {F32, BF16, F16})
               for (long m : {1, 2, 3, 7}) compare(level, w, out, m);
             for (long m : {4, 5, 15, 31}) compare_many(level, w, (int)(m % 3), m);
           }
+    for (long rows : {1, 15, 64, 131})
+      for (long columns : {1, 16, 50, 216}) turned(level, rows, columns);
     const long groups[] = {32, 96, 4128};  // x that is larger than NEAR, and many blocks
     for (int out : {F32, BF16, F16}) compare_many(level, Weight(330, 4128, groups[out], 4, KINDS[4]), out, 37);
     for (int type : {F32, BF16, F16})

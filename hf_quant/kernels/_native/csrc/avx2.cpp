@@ -7,8 +7,9 @@
 #define SET_AVX2
 #include "panels.h"
 #include "search.h"
+#include "tiles.h"
 
-const Kernels avx2_kernels = {rows, 3, spread, panels, dequantize, search, encode};
+const Kernels avx2_kernels = {rows, 3, spread, panels, dequantize, search, encode, pack_tiles, turn};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -8,8 +8,9 @@
 #define SET_AVX512
 #include "panels.h"
 #include "search.h"
+#include "tiles.h"
 
-const Kernels avx512_kernels = {rows, 15, spread, panels, dequantize, search, encode};
+const Kernels avx512_kernels = {rows, 15, spread, panels, dequantize, search, encode, pack_tiles, turn};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

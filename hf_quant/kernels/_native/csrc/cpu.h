@@ -155,6 +155,10 @@ struct Kernels {
   // Groups from, ..., to - 1; room as `rounding_room` says.
   void (*search)(const Search&, long from, long to, uint8_t* room);
   void (*encode)(const Encoding&, long from, long to, uint8_t* room);
+  // Portable codes of up to 16 rows, [n, k] in bytes, to the tiles of a block.
+  void (*pack)(const uint8_t* rows, uint8_t* tiles, int bits, long n, long k);
+  // Rows first, ..., last - 1 of the transpose of words [rows, columns].
+  void (*turn)(const uint32_t* from, long rows, long columns, uint32_t* to, long first, long last);
 };
 
 // Bytes that a thread needs for groups of `size` columns and `steps` ranges, of which it searches up to 16 together.

@@ -1,4 +1,4 @@
-// Portable codes to tiles (see cpu.h) and back, a block of 16 rows at a time. Included by the module alone.
+// Tiles (see cpu.h) to portable codes, a block of 16 rows at a time; the way there is in tiles.h. Included by the module alone.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -34,15 +34,6 @@ struct Row {
   static constexpr uint64_t MIDDLE = FIELD << BITS | FIELD << 5 * BITS;  // one after the first, and one after the fifth
   Bits even = 0, odd = 0;
 
-  void take(const uint8_t* codes) {
-    for (int g = 0; g < 4; g++) {
-      uint64_t eight = 0;
-      for (int b = 0; b < BITS; b++) eight |= (uint64_t)codes[g * BITS + b] << 8 * b;
-      eight = swapped(swapped(eight, BITS, MIDDLE), 2 * BITS, FIELDS << 2 * BITS);
-      even |= (Bits)(eight & (((uint64_t)1 << HALF) - 1)) << g * HALF, odd |= (Bits)(eight >> HALF) << g * HALF;
-    }
-  }
-
   void give(uint8_t* codes) const {
     for (int g = 0; g < 4; g++) {
       const uint64_t mask = ((uint64_t)1 << HALF) - 1;
@@ -52,50 +43,13 @@ struct Row {
     }
   }
 
-  // The part of such codes that vector v holds in half a word, and back.
-  static uint32_t half(Bits codes, int v) {
-    uint32_t word = (uint32_t)(codes >> v * PER * BITS) & ((1u << PER * BITS) - 1);
-    if (SPARE) word |= ((uint32_t)(codes >> (PER * BITS * BITS + v * SPARE) % (8 * (int)sizeof(Bits))) & ((1u << SPARE) - 1)) << PER * BITS;
-    return word;
-  }
+  // The codes that vector v holds in half a word.
   static Bits whole(uint32_t word, int v) {
     Bits codes = (Bits)(word & ((1u << PER * BITS) - 1)) << v * PER * BITS;
     if (SPARE) codes |= (Bits)(word >> PER * BITS & ((1u << SPARE) - 1)) << (PER * BITS * BITS + v * SPARE) % (8 * (int)sizeof(Bits));
     return codes;
   }
 };
-
-// Four bytes of a row, codes of 2 or 4 bits, as they stand in a word of a tile.
-template <int BITS>
-inline uint32_t word_of(const uint8_t* codes) {
-  const int half = 4 * BITS;
-  uint32_t word = 0;
-  for (int g = 0; g < 4 / BITS; g++) {
-    uint64_t eight = 0;
-    memcpy(&eight, codes + g * BITS, BITS);
-    eight = swapped(swapped(eight, BITS, Row<BITS>::MIDDLE), 2 * BITS, Row<BITS>::FIELDS << 2 * BITS);
-    word |= (uint32_t)((eight & (((uint64_t)1 << half) - 1)) | eight >> half << 16) << g * half;
-  }
-  return word;
-}
-
-template <int BITS>
-void pack_rows(const uint8_t* rows, uint8_t* tiles, long n, long k) {
-  const uint32_t sign = BITS == 8 ? 0x80808080 : 0;
-  for (long t = 0; t < k / 32; t++, tiles += 64 * BITS) {
-    uint32_t words[BITS][16] = {};
-    for (long i = 0; i < n; i++) {
-      if (BITS == 2 || BITS == 4) {
-        for (int v = 0; v < BITS; v++) words[v][i] = word_of<BITS>(rows + (i * k / 32 + t) * 4 * BITS + 4 * v);
-        continue;
-      }
-      Row<BITS> row;
-      row.take(rows + (i * k / 32 + t) * 4 * BITS);
-      for (int v = 0; v < BITS; v++) words[v][i] = (row.half(row.even, v) | row.half(row.odd, v) << 16) ^ sign;
-    }
-    memcpy(tiles, words, sizeof words);
-  }
-}
 
 template <int BITS>
 void unpack_rows(const uint8_t* tiles, uint8_t* rows, long n, long k) {
@@ -109,12 +63,6 @@ void unpack_rows(const uint8_t* tiles, uint8_t* rows, long n, long k) {
       row.give(rows + (i * k / 32 + t) * 4 * BITS);
     }
   }
-}
-
-void pack_block(const uint8_t* rows, uint8_t* tiles, int bits, long n, long k) {
-  void (*const packs[])(const uint8_t*, uint8_t*, long, long) = {pack_rows<2>, pack_rows<3>, pack_rows<4>, pack_rows<5>,
-                                                                 pack_rows<6>, pack_rows<7>, pack_rows<8>};
-  packs[bits - 2](rows, tiles, n, k);
 }
 
 void unpack_block(const uint8_t* tiles, uint8_t* rows, int bits, long n, long k) {

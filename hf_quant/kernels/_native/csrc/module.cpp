@@ -161,6 +161,23 @@ PyObject* py_layout(PyObject*, PyObject* const* args, Py_ssize_t given) {
   });
 }
 
+void pack_here(const uint8_t* rows, uint8_t* tiles, int bits, long n, long k) { kernels().pack(rows, tiles, bits, n, k); }
+
+PyObject* py_turn(PyObject*, PyObject* const* args, Py_ssize_t given) {
+  long long a[5];
+  if (!integers("turn", args, given, 5, a)) return nullptr;
+  const long rows = (long)a[2], columns = (long)a[3], some = 256;
+  if (rows < 1 || columns < 1 || !a[0] || !a[1]) {
+    PyErr_Format(PyExc_ValueError, "turn: no words in %ld rows and %ld columns", rows, columns);
+    return nullptr;
+  }
+  return unlocked([&] {
+    each((columns + some - 1) / some, (long)a[4], [&](long i) {
+      kernels().turn((const uint32_t*)a[0], rows, columns, (uint32_t*)a[1], i * some, columns - i * some < some ? columns : (i + 1) * some);
+    });
+  });
+}
+
 PyObject* py_blocks(PyObject*, PyObject* const* args, Py_ssize_t given) {
   long long a[6];
   if (!integers("blocks", args, given, 6, a)) return nullptr;
@@ -223,7 +240,8 @@ PyMethodDef methods[] = {
     {"linear", FAST(py_linear), "linear(weight, x, y, type, m, threads); a weight is q, scale, zero, scale_type, bits, n, k, group, unit, zero_unit, shift"},
     {"dequantize", FAST(py_dequantize), "dequantize(weight, first block, end, out, type, threads)"},
     {"int8_linear", FAST(py_int8_linear), "int8_linear(weight, x, y, type, m, threads, columns, count, fixed)"},
-    {"pack", FAST((py_layout<pack_block, true>)), "pack(codes, tiles, bits, n, k, threads)"},
+    {"pack", FAST((py_layout<pack_here, true>)), "pack(codes, tiles, bits, n, k, threads)"},
+    {"turn", FAST(py_turn), "turn(words, to, rows, columns, threads)"},
     {"unpack", FAST((py_layout<unpack_block, false>)), "unpack(tiles, codes, bits, n, k, threads)"},
     {"blocks", FAST(py_blocks), "blocks(values, blocks, bytes of one, rows, groups, threads)"},
     {"finite", FAST(py_finite), "finite(numbers, type, count, threads)"},

@@ -8,6 +8,7 @@
 // As many groups as a vector has numbers are searched together, one in each lane: nothing is summed across a vector.
 #pragma once
 #include "rounding.h"
+#include "transpose.h"
 
 namespace {
 
@@ -34,33 +35,6 @@ struct Lanes {
 
   vf peak() const { return larger(high, -low); }
 };
-
-// The numbers of one vector and of another in turn, of their first halves or of their second.
-template <int HALF>
-inline vf in_turn(vf a, vf b) {
-#if defined(__clang__)
-  vf made;
-  for (int i = 0; i < L; i++) made[i] = (i % 2 ? b : a)[HALF * L / 2 + i / 2];
-  return made;
-#else
-  vi from;
-  for (int i = 0; i < L; i++) from[i] = HALF * L / 2 + i / 2 + i % 2 * L;
-  return __builtin_shuffle(a, b, from);
-#endif
-}
-
-inline void transpose(vf* lines) {
-  for (int done = 1; done < L; done *= 2) {
-    vf next[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L / 2; i++) {
-      next[2 * i] = in_turn<0>(lines[i], lines[i + L / 2]);
-      next[2 * i + 1] = in_turn<1>(lines[i], lines[i + L / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; i++) lines[i] = next[i];
-  }
-}
 
 // The group(l)-th group of numbers in lane l, column by column.
 template <class Index>

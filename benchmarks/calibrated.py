@@ -115,7 +115,11 @@ def plain(row: str, model: Path, out: Path, pythons: dict[str, str]) -> tuple[An
         found = {name: module for name, module in made.named_modules() if isinstance(module, QuantLinear)}
         if set(found) != set(original):
             raise RowError(f"other layers were quantized: {sorted(set(found) ^ set(original))}")
-        rest = {name: p.float() for name, p in made.named_parameters() if name.rpartition(".")[0] not in found}
+        rest = {
+            name: p.float()
+            for name, p in made.named_parameters()
+            if name.endswith(".bias") or name.rpartition(".")[0] not in found
+        }
         weights = {f"{name}.weight": turned(name, module.dequantize(torch.float32)) for name, module in found.items()}
         floats = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         missing, unexpected = floats.load_state_dict(rest | weights, strict=False)

@@ -124,4 +124,6 @@ def _push_model(*args: Any, **options: Any) -> str:
 _upwards.push_model = _push_model
 _upwards.transformers_plugin = lambda: import_module("hf_quant.hf")
 _upwards.rounding = lambda: import_module("hf_quant.kernels._native.rounding")
+_upwards.compiled = lambda: import_module("hf_quant.kernels._native.compiled")
+_upwards.words = lambda: import_module("hf_quant.kernels._native.words")
 _waiting.spin_briefly()

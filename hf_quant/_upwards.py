@@ -14,3 +14,7 @@ transformers_plugin: Callable[[], ModuleType | Any]  # imports `hf_quant.hf`, on
 rounding: Callable[
     [], ModuleType | Any
 ]  # imports `hf_quant.kernels._native.rounding`, which `hf_quant.core.rounding` asks
+compiled: Callable[
+    [], ModuleType | Any
+]  # imports `hf_quant.kernels._native.compiled`, which `hf_quant.core.pages` asks
+words: Callable[[], ModuleType | Any]  # imports `hf_quant.kernels._native.words`, which `hf_quant.core.words` asks

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_quant.core.layout import Shaped
 from hf_quant.core.packing import pack
+from hf_quant.core.pages import empty
 from hf_quant.core.scheme import MULTIPLE, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
@@ -141,7 +142,10 @@ def codes_of(name: str, signed: Tensor, scheme: QuantScheme) -> Tensor:
         low, high = (int(value) for value in signed.aminmax())
         if low < least or high > most:
             raise FormatError(f"{name}: values from {low} to {high} are not those of {scheme.bits} bits")
-    return (signed.view(torch.uint8) if signed.dtype is torch.int8 else signed).add(scheme.zero).to(torch.uint8)
+    if signed.dtype is not torch.int8:
+        return signed.add(scheme.zero).to(torch.uint8)
+    codes = empty(tuple(signed.shape), torch.uint8, signed.device)
+    return torch.add(signed.view(torch.uint8), scheme.zero, out=codes)
 
 
 def scheme_for(bits: int, group_size: int, in_features: int, symmetric: bool, **kind: Any) -> QuantScheme | None:

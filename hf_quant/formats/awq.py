@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_quant.core.packing import pack, unpack, unpack_short
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.core.words import transposed_codes
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
 from hf_quant.formats._common import (
@@ -34,7 +34,6 @@ from hf_quant.formats._common import (
 )
 
 ORDER = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # which of eight columns each nibble of a GEMM word holds
-CACHED = 1 << 15  # words of one row of squares that are worked on at a time
 VERSIONS = ("gemm", "gemv", "gemv_fast")
 
 
@@ -192,7 +191,8 @@ class AWQ(Traits):
         n, k, groups, size = self._facts(tensors)
         qweight, qzeros, scales = (tensors[name] for name in self.suffixes)
         if self.version == "gemm":
-            packed, scale, zero = _transposed(qweight), scales.T.contiguous(), _columns(qzeros).T
+            packed = transposed_codes(qweight, ORDER.tolist()).view(torch.uint8)[:, : (k + 1) // 2]
+            scale, zero = scales.T.contiguous(), _columns(qzeros).T
         elif self.version == "gemv":
             packed, zero = (t.contiguous().view(torch.uint8) for t in (qweight, qzeros))
             scale, zero = scales[:, :groups].contiguous(), unpack(zero, 4)[:, :groups]
@@ -201,29 +201,6 @@ class AWQ(Traits):
             zero = _recovered(scale, qzeros[:groups].T)
         check_scale("scales", scale)
         return packed, scale, zero.contiguous(), k, size
-
-
-def _transposed(words: Tensor) -> Tensor:
-    """Packed codes uint8 ``[N, ceil(K / 2)]`` of interleaved int32 words ``[K, N / 8]``.
-
-    Eight words below each other are a square of eight by eight nibbles. It is transposed by swapping its halves, then quarters,
-    then single nibbles, each time those above the diagonal with those below it.
-    """
-    k, wide = words.shape
-    squares = F.pad(words, (0, 0, 0, -k % 8)).view(-1, 8, wide)
-    packed = words.new_empty(wide, 8, len(squares))
-    size = max(1, CACHED // (wide or 1))
-    for first in range(0, len(squares), size):
-        part = squares[first : first + size].clone()
-        for distance, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
-            for i in (i for i in range(8) if not i & distance):
-                low, high = part[:, i], part[:, i + distance]
-                other = (low >> 4 * distance).bitwise_xor_(high).bitwise_and_(mask)
-                high ^= other
-                low ^= other.bitwise_left_shift_(4 * distance)
-        for i, column in enumerate(ORDER.tolist()):
-            packed[:, column, first : first + size] = part[:, i].T
-    return packed.view(8 * wide, -1).view(torch.uint8)[:, : (k + 1) // 2]
 
 
 def _columns(words: Tensor) -> Tensor:

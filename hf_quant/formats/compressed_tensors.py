@@ -192,7 +192,8 @@ class CompressedTensors(Traits):
         else:
             n, k = need(tensors, "weight", (torch.int8,), (None, None)).shape
             layout = Layout(scheme.bits)
-            packed = pack(codes_of("weight", tensors["weight"], scheme), scheme.bits)
+            codes = codes_of("weight", tensors["weight"], scheme)
+            packed = codes if scheme.bits == 8 else pack(codes, scheme.bits)
         scale = _scale(tensors, n)
         groups = scale.shape[1]
         if scheme.groups(k) % groups:

@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_quant.core.packing import pack, unpack
 from hf_quant.core.scheme import BITS, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.core.words import transposed
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
 from hf_quant.formats._common import (
@@ -140,7 +141,7 @@ class GPTQ(Traits):
             back = tensor.perm[0].argsort()
             g_idx, qweight = g_idx[back], pack(tensor.codes()[:, back], tensor.scheme.bits)
         return {
-            "qweight": qweight.contiguous().view(torch.int32).T.contiguous(),
+            "qweight": transposed(qweight.contiguous().view(torch.int32)),
             "qzeros": self._stored(tensor.zeros().T, tensor.scheme.bits),
             "scales": tensor.scale.T.contiguous(),
             "g_idx": g_idx,
@@ -157,7 +158,7 @@ class GPTQ(Traits):
                 f"{1 + self.v2}: checkpoint_format or sym does not tell the truth"
             )
         packed, scale = (
-            tensors["qweight"].T.contiguous().view(torch.uint8),
+            transposed(tensors["qweight"]).view(torch.uint8),
             spread(tensors["scales"].T, k, size, scheme),
         )
         quantized = QuantizedTensor(packed, scale, None if scheme.symmetric else spread(zero, k, size, scheme), scheme)
@@ -175,7 +176,7 @@ class GPTQ(Traits):
         check_scale("scales", tensors["scales"])
         self._order(tensors, k, groups)
         group = tensors.get("g_idx", group_of(k, self._size(k, groups), 1)).long()
-        codes = unpack(tensors["qweight"].T.contiguous().view(torch.uint8), bits).float()
+        codes = unpack(transposed(tensors["qweight"]).view(torch.uint8), bits).float()
         zero, scale = self._zeros(tensors["qzeros"], bits).float(), tensors["scales"].T.float()
         return (codes - zero[:, group]) * scale[:, group]
 

@@ -55,6 +55,8 @@ def test_every_level_of_arm(tmp_path: Path) -> None:
     [
         ("vector.h", "return sum * scale;", "return sum;", "product"),
         ("panels.h", "(high - zero) * scale", "(high - zero * scale)", "many rows"),
+        ("tiles.h", "out[r / per] |= pair", "out[r / per] = pair", "tiles"),
+        ("transpose.h", "word[i + by] ^= other", "word[i + by] = other", "transpose of codes"),
     ],
 )
 def test_a_wrong_kernel_is_noticed(tmp_path: Path, header: str, right: str, wrong: str, what: str) -> None:

@@ -191,7 +191,12 @@ def _mapped(size: int) -> mmap.mmap:
     return room
 
 
-_room = _Room()
+_room, _scratch = _Room(), _Room()  # of weights, and of what goes sooner
+
+
+def scratch(size: int) -> Tensor:
+    """``size`` uninitialized bytes for a tensor that does not stay, uint8, in large pages if it is large."""
+    return _scratch.take(size) if size >= LARGE // 4 else torch.empty(size, dtype=torch.uint8)
 
 
 def output(x: Tensor, weight: bytes) -> tuple[int, Tensor]:

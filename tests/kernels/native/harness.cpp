@@ -251,15 +251,32 @@ void layouts(const Level& level, const Weight& w) {
 }
 
 void turned(const Level& level, long rows, long columns) {
-  std::vector<uint32_t> words(rows * columns), there(words.size()), wanted(words.size());
+  const long wide = columns + 3, tall = rows + 5;
+  std::vector<uint32_t> words(rows * wide), there(columns * tall), wanted(there.size());
   for (uint32_t& word : words) word = (uint32_t)source();
   for (long r = 0; r < rows; r++)
-    for (long c = 0; c < columns; c++) wanted[c * rows + r] = words[r * columns + c];
-  const long middle = columns / 3;
-  level.kernels->turn(words.data(), rows, columns, there.data(), 0, middle);
-  level.kernels->turn(words.data(), rows, columns, there.data(), middle, columns);
+    for (long c = 0; c < columns; c++) wanted[c * tall + r] = words[r * wide + c];
+  const Words all = {words.data(), rows, columns, wide, there.data(), tall};
+  level.kernels->turn(all, 0, columns / 3);
+  level.kernels->turn(all, columns / 3, columns);
   compared++;
   if (there != wanted) wrong++, printf("%s, transpose of %ld x %ld\n", level.name, rows, columns);
+}
+
+void turned_codes(const Level& level, long rows, long columns) {
+  const uint32_t order = 0x75316420;
+  std::vector<uint32_t> words(rows * columns), there(columns * rows), wanted(there.size());
+  for (uint32_t& word : words) word = (uint32_t)source();
+  for (long r = 0; r < rows; r++)
+    for (long c = 0; c < 8 * columns; c++) {
+      const uint32_t code = words[r * columns + c / 8] >> c % 8 * 4 & 15;
+      wanted[((c / 8 * 8 + (order >> c % 8 * 4 & 15)) * rows + r) / 8] |= code << r % 8 * 4;
+    }
+  const Words all = {words.data(), rows, columns, columns, there.data(), rows / 8};
+  level.kernels->turn_codes(all, order, 0, columns / 3);
+  level.kernels->turn_codes(all, order, columns / 3, columns);
+  compared++;
+  if (there != wanted) wrong++, printf("%s, transpose of codes in %ld x %ld words\n", level.name, rows, columns);
 }
 
 // The squared error of a group on a grid, and its codes.
@@ -352,7 +369,7 @@ int main() {
             for (long m : {4, 5, 15, 31}) compare_many(level, w, (int)(m % 3), m);
           }
     for (long rows : {1, 15, 64, 131})
-      for (long columns : {1, 16, 50, 216}) turned(level, rows, columns);
+      for (long columns : {1, 16, 50, 216}) turned(level, rows, columns), turned_codes(level, 8 * rows, columns);
     const long groups[] = {32, 96, 4128};  // x that is larger than NEAR, and many blocks
     for (int out : {F32, BF16, F16}) compare_many(level, Weight(330, 4128, groups[out], 4, KINDS[4]), out, 37);
     for (int type : {F32, BF16, F16})

@@ -9,7 +9,7 @@
 #include "search.h"
 #include "tiles.h"
 
-const Kernels avx2_kernels = {rows, 3, spread, panels, dequantize, search, encode, pack_tiles, turn};
+const Kernels avx2_kernels = {rows, 3, spread, panels, dequantize, search, encode, pack_tiles, turn, turn_codes};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -10,7 +10,7 @@
 #include "search.h"
 #include "tiles.h"
 
-const Kernels avx512_kernels = {rows, 15, spread, panels, dequantize, search, encode, pack_tiles, turn};
+const Kernels avx512_kernels = {rows, 15, spread, panels, dequantize, search, encode, pack_tiles, turn, turn_codes};
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

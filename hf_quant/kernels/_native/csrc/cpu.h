@@ -143,6 +143,14 @@ static inline size_t rows_room(long m, long k) { return sizeof(float) * m * ((k 
 static inline size_t panel_room(long m) { return sizeof(float) * (2 * COLUMNS * 16 + BLOCKS * 16 * m); }  // bytes a thread needs
 
 // One instruction set: some blocks of 16 rows of a weight, in float32, or some of its groups.
+// Words of 32 bits [rows, columns], and where their transpose is to be, with how many words lie between the beginnings of rows.
+struct Words {
+  const uint32_t* from;
+  long rows, columns, stride;
+  uint32_t* to;
+  long to_stride;
+};
+
 struct Kernels {
   // y[m, 16 b ...] = x[m] @ W.T for blocks from, to (exclusive); x [m, k] and its sums over groups, [m, groups].
   void (*rows)(const Linear&, long from, long to, const float* x, const float* sums, long m, const Output&);
@@ -157,8 +165,10 @@ struct Kernels {
   void (*encode)(const Encoding&, long from, long to, uint8_t* room);
   // Portable codes of up to 16 rows, [n, k] in bytes, to the tiles of a block.
   void (*pack)(const uint8_t* rows, uint8_t* tiles, int bits, long n, long k);
-  // Rows first, ..., last - 1 of the transpose of words [rows, columns].
-  void (*turn)(const uint32_t* from, long rows, long columns, uint32_t* to, long first, long last);
+  // Rows first, ..., last - 1 of a transpose.
+  void (*turn)(const Words&, long first, long last);
+  // Of columns first, ..., last - 1 the codes of four bits in words, see transpose.h.
+  void (*turn_codes)(const Words&, uint32_t order, long first, long last);
 };
 
 // Bytes that a thread needs for groups of `size` columns and `steps` ranges, of which it searches up to 16 together.

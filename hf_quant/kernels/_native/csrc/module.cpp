@@ -163,17 +163,21 @@ PyObject* py_layout(PyObject*, PyObject* const* args, Py_ssize_t given) {
 
 void pack_here(const uint8_t* rows, uint8_t* tiles, int bits, long n, long k) { kernels().pack(rows, tiles, bits, n, k); }
 
+// Words as they are, or, with an `order`, the codes of four bits in them.
 PyObject* py_turn(PyObject*, PyObject* const* args, Py_ssize_t given) {
-  long long a[5];
-  if (!integers("turn", args, given, 5, a)) return nullptr;
-  const long rows = (long)a[2], columns = (long)a[3], some = 256;
-  if (rows < 1 || columns < 1 || !a[0] || !a[1]) {
-    PyErr_Format(PyExc_ValueError, "turn: no words in %ld rows and %ld columns", rows, columns);
+  long long a[8];
+  if (!integers("turn", args, given, 8, a)) return nullptr;
+  const Words words = {(const uint32_t*)a[0], (long)a[1], (long)a[2], (long)a[3], (uint32_t*)a[4], (long)a[5]};
+  const uint32_t order = (uint32_t)a[6];
+  const long columns = words.columns, wide = order ? words.rows / 8 : words.rows, some = order ? 32 : 256;
+  if (words.rows < 1 || columns < 1 || words.stride < columns || words.to_stride < wide || !words.from || !words.to || (order && words.rows % 8)) {
+    PyErr_Format(PyExc_ValueError, "turn: no words in %ld rows, %ld apart, and %ld columns", words.rows, words.stride, columns);
     return nullptr;
   }
   return unlocked([&] {
-    each((columns + some - 1) / some, (long)a[4], [&](long i) {
-      kernels().turn((const uint32_t*)a[0], rows, columns, (uint32_t*)a[1], i * some, columns - i * some < some ? columns : (i + 1) * some);
+    each((columns + some - 1) / some, (long)a[7], [&](long i) {
+      const long first = i * some, last = columns - first < some ? columns : first + some;
+      order ? kernels().turn_codes(words, order, first, last) : kernels().turn(words, first, last);
     });
   });
 }
@@ -241,7 +245,7 @@ PyMethodDef methods[] = {
     {"dequantize", FAST(py_dequantize), "dequantize(weight, first block, end, out, type, threads)"},
     {"int8_linear", FAST(py_int8_linear), "int8_linear(weight, x, y, type, m, threads, columns, count, fixed)"},
     {"pack", FAST((py_layout<pack_here, true>)), "pack(codes, tiles, bits, n, k, threads)"},
-    {"turn", FAST(py_turn), "turn(words, to, rows, columns, threads)"},
+    {"turn", FAST(py_turn), "turn(words, rows, columns, stride, to, stride, order of codes or 0, threads)"},
     {"unpack", FAST((py_layout<unpack_block, false>)), "unpack(tiles, codes, bits, n, k, threads)"},
     {"blocks", FAST(py_blocks), "blocks(values, blocks, bytes of one, rows, groups, threads)"},
     {"finite", FAST(py_finite), "finite(numbers, type, count, threads)"},

@@ -3,4 +3,4 @@
 #include "search.h"
 #include "tiles.h"
 
-const Kernels portable_kernels = {rows, 3, spread, panels, dequantize, search, encode, pack_tiles, turn};
+const Kernels portable_kernels = {rows, 3, spread, panels, dequantize, search, encode, pack_tiles, turn, turn_codes};

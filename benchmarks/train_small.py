@@ -2,8 +2,8 @@
 
     python benchmarks/train_small.py TEXT OUT --like qwen3 --layers 4 --minutes 5
 
-TEXT is a UTF-8 file, of which nothing may be in the texts that are calibrated or measured on. The tokenizer and those texts,
-calibration.txt and heldout.txt, are those of the shipped model.
+TEXT is a UTF-8 file; documents that share a paragraph with the texts that are calibrated or measured on are left out. The tokenizer
+and those texts, calibration.txt and heldout.txt, are those of the shipped model.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 import transformers
+
+from hf_quant.data.text import SEPARATOR, paragraphs, read_text, split
 
 SHIPPED = Path(__file__).parents[1] / "examples" / "ref-llama-16m"
 LIKE = {
@@ -47,8 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(SHIPPED)
-    with options.text.open(encoding="utf-8") as file:
-        ids = torch.tensor(tokenizer(file.read(options.characters)).input_ids)
+    ids = torch.tensor(tokenizer(text_of(options.text, options.characters)).input_ids)
     architecture, shape = LIKE[options.like]
     config = architecture(
         vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, num_hidden_layers=options.layers, **shape
@@ -60,6 +61,14 @@ def main() -> None:
     for name in ("calibration.txt", "heldout.txt"):
         shutil.copy(SHIPPED / name, options.out / name)
     (options.out / "train.json").write_text(json.dumps({"minutes": options.minutes, "steps": steps}) + "\n")
+
+
+def text_of(file: Path, characters: int) -> str:
+    """The documents among the first ``characters`` that have nothing in common with what is calibrated or measured on."""
+    with file.open(encoding="utf-8") as lines:
+        documents = split(lines.read(characters))
+    known = paragraphs(read_text(SHIPPED / "calibration.txt")) | paragraphs(read_text(SHIPPED / "heldout.txt"))
+    return SEPARATOR.join(document for document in documents if not paragraphs(document) & known)
 
 
 def train(model: transformers.PreTrainedModel, ids: torch.Tensor, seconds: float) -> int:

@@ -14,6 +14,7 @@ import pstats
 import shutil
 import subprocess
 import sys
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from hf_quant.jobs.compress import Job, compress
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE.parent / "examples" / "ref-llama-16m"
-METHODS, PEER = ("gptq", "calibrated", "learned"), "gptqmodel-gptq"
+METHODS, PEER = ("gptq", "calibrated"), "gptqmodel-gptq"
 TOKENS, LENGTH = 4096, 512
 PARTS = {  # what is told apart: where it begins
     "inputs and their statistics": ("solve/inputs.py", "collect"),
@@ -41,7 +42,6 @@ PARTS = {  # what is told apart: where it begins
     "codes of GPTQ": ("methods/gptq.py", "_solution"),
     "coordinate descent": ("methods/_descent.py", "descend"),
     "the better of two": ("methods/_nearest.py", "better"),
-    "learning": ("solve/learning.py", "learn"),
 }
 
 
@@ -61,7 +61,7 @@ def ours(model: Path, method: str, out: Path, ids: torch.Tensor) -> dict[str, An
     shutil.rmtree(out, ignore_errors=True)
     job = Job(str(model), {"dtype": "auto"}, "5GB", False, lambda _: None, calibration=Calibration(ids, "random", []))
     config = HfQuantConfig("W4A16-g128", method=method)
-    with Watch() as watch, cProfile.Profile() as profile:
+    with Watch() as watch, cProfile.Profile(time.process_time) as profile:
         compress(job, config, out)
     stats: Any = pstats.Stats(profile).stats  # type: ignore[attr-defined]
     parts = {
@@ -72,7 +72,7 @@ def ours(model: Path, method: str, out: Path, ids: torch.Tensor) -> dict[str, An
 
 
 def line(name: str, weights: int, cost: dict[str, Any]) -> str:
-    whole, parts = cost["seconds"], cost.get("parts", {})
+    whole, parts = cost["cpu_seconds"], cost.get("parts", {})
     shares = [f"{parts[part] / whole:.0%}" if parts.get(part) else "-" for part in PARTS]
     rest = f"{1 - sum(parts.values()) / whole:.0%}" if parts else "-"
     return (

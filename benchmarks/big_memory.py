@@ -19,8 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-LIMITS = {"gptq": 1.5e9, "learned": 2e9}
-EPOCHS = 2
+METHODS = {"gptq": (1.5e9, {}), "learned": (2e9, {"epochs": 2})}  # limits in bytes, and options
 HIDDEN, WIDE, LAYERS, VOCABULARY = 2048, 5632, 22, 64000
 
 
@@ -67,12 +66,12 @@ def make(folder: Path) -> int:
 
 
 CALL = """
-import sys, torch
+import json, sys, torch
 from pathlib import Path
 from hf_quant import HfQuantConfig
 from hf_quant.data.calibration import Calibration
 from hf_quant.jobs.compress import Job, compress
-source, out, tokens, method, epochs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4], int(sys.argv[5])
+source, out, tokens, options = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 ids = torch.randint(0, 32000, (tokens // 512, 512), generator=torch.Generator().manual_seed(0))
 say = lambda line: print(line, file=sys.stderr, flush=True)
 def progress(blocks):
@@ -81,7 +80,7 @@ def progress(blocks):
         yield block
 job = Job(str(source), {"dtype": "auto"}, "5GB", False, say, calibration=Calibration(ids, "random ids", []),
           progress=progress, max_memory=0)
-compress(job, HfQuantConfig("W4A16-g128", method=method, epochs=epochs), out)
+compress(job, HfQuantConfig("W4A16-g128", **options), out)
 """
 
 
@@ -93,15 +92,17 @@ def anonymous(pid: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--method", choices=LIMITS, default="gptq")
+    parser.add_argument("--method", choices=METHODS, default="gptq")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     asked = parser.parse_args()
+    limit, options = METHODS[asked.method]
     with tempfile.TemporaryDirectory(dir=asked.work) as folder:
         source, out = Path(folder, "model"), Path(folder, "out")
         source.mkdir()
         size = make(source)
         start, peak = time.perf_counter(), 0
-        call = [sys.executable, "-c", CALL, str(source), str(out), str(asked.tokens), asked.method, str(EPOCHS)]
+        told = json.dumps({"method": asked.method, **options})
+        call = [sys.executable, "-c", CALL, str(source), str(out), str(asked.tokens), told]
         with subprocess.Popen(call) as process:
             while process.poll() is None:
                 try:
@@ -116,7 +117,7 @@ def main() -> None:
             "date": str(date.today()), "machine": platform.processor() or platform.machine(),
             "versions": {n: version(n) for n in ("hf-quant", "torch", "transformers", "safetensors")},
             "checkpoint_bytes": size, "method": asked.method, "tokens": asked.tokens, "seconds": round(seconds, 1),
-            "peak_anonymous_bytes": peak, "limit": LIMITS[asked.method], "within": peak < LIMITS[asked.method],
+            "peak_anonymous_bytes": peak, "limit": limit, "within": peak < limit,
             "result_bytes": sum(f.stat().st_size for f in out.glob("*.safetensors")),
         }  # fmt: skip
     print(json.dumps(record, indent=2))

@@ -9,10 +9,8 @@ that within the named functions, so that the reading of the model and the writin
 
 import cProfile
 import json
-import os
 import pstats
 import shutil
-import subprocess
 import sys
 import time
 from datetime import date
@@ -22,6 +20,8 @@ from typing import Any
 import click
 import torch
 from _results import write
+from calibrated import PEER as SCRIPT
+from calibrated import SHIPPED, call
 from calibrated_peers import Watch, layers
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
@@ -31,8 +31,6 @@ from hf_quant.bench.machine import cpu_name
 from hf_quant.data.calibration import Calibration
 from hf_quant.jobs.compress import Job, compress
 
-HERE = Path(__file__).resolve().parent
-SHIPPED = HERE.parent / "examples" / "ref-llama-16m"
 METHODS, PEER = ("gptq", "calibrated"), "gptqmodel-gptq"
 TOKENS, LENGTH = 4096, 512
 PARTS = {  # what is told apart: where it begins
@@ -81,15 +79,6 @@ def line(name: str, weights: int, cost: dict[str, Any]) -> str:
     )
 
 
-def spawned(command: list[str], work: Path) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
-    done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 @click.command(help=__doc__)
 @click.option("--work", type=Path, required=True, help="Folder for the model and the results.")
 @click.option("--peer", metavar="PYTHON", help="Where GPTQModel is installed.")
@@ -97,25 +86,23 @@ def spawned(command: list[str], work: Path) -> dict[str, Any]:
 def main(work: Path, peer: str | None, method: str | None) -> None:
     work = work.resolve()
     model, calibration = work / "speed-model", work / "speed-calibration.safetensors"
+    ids = torch.randint(0, 2048, (TOKENS // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
     if method is not None:
-        ids = torch.randint(0, 2048, (TOKENS // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
         print(json.dumps(ours(model, method, work / f"speed-{method}", ids)))
         return
     if not model.is_dir():
         make(model)
-    ids = torch.randint(0, 2048, (TOKENS // LENGTH, LENGTH), generator=torch.Generator().manual_seed(0))
     save_file({"ids": ids}, calibration)
     weights = sum(weight.numel() for weight in layers(model).values())
     rows = {}
     for name in METHODS:
         command = [sys.executable, __file__, "--work", str(work), "--method", name]
-        rows[f"ours {name}"] = spawned(command, work)
+        rows[f"ours {name}"] = call(command, 1, work)
         print(line(name, weights, rows[f"ours {name}"]), flush=True)
     if peer:
         shutil.rmtree(work / "speed-peer", ignore_errors=True)
-        script = str(HERE / "calibrated_peers.py")
-        command = [str(Path(peer).absolute()), script, "quantize", PEER, str(model), str(calibration), "4", "128", str(work / "speed-peer")]  # fmt: skip
-        rows[PEER] = spawned(command, work)
+        command = [str(Path(peer).absolute()), str(SCRIPT), "quantize", PEER, str(model), str(calibration), "4", "128", str(work / "speed-peer")]  # fmt: skip
+        rows[PEER] = call(command, 1, work)
         print(line(PEER, weights, rows[PEER]), flush=True)
     about = {
         "cpu": cpu_name(),

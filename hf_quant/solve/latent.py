@@ -57,8 +57,8 @@ class Latent:
     """
 
     def __init__(self, start: QuantizedTensor, offset: Tensor) -> None:
-        self.start, self.device = start, offset.device
-        device = offset.device
+        self.start = start
+        self.device = device = offset.device
         self.place = nn.Parameter(_codes_of(start, device).add_(offset, alpha=UNIT))
         self.keep_inside()
         self.factor = nn.Parameter(torch.ones(*start.scale.shape, 1, device=device))

@@ -10,8 +10,10 @@ from torch import Tensor
 
 SAMPLE_ROWS = 512  # rows on which the error of rounded activations is measured
 HELD_ROWS = 2048  # held-out rows, enough to compare two candidates
+TOGETHER = 512  # rows of inputs that are in float64 at the same time
 TILE = 128  # columns of the Gram matrix computed together
-ROWS = 256  # weight rows processed together in float64
+WIDE = 256  # columns of it that rows are multiplied by together
+ROWS = 256  # weight rows processed together
 PART = 4096  # rows whose drift is summed in float32
 DAMP = 0.01  # added to the Hessian's diagonal before inversion, as a share of its mean
 RISES = (1, 10, 100)  # multiples of the damping to try until the factorization succeeds
@@ -76,15 +78,16 @@ class InputStats:
             self.held.append((rows[held_rows], off[held_rows] if len(off) else off))
         if self.drift is not None and not held:
             for before, part in zip(off.float().split(PART), rows.float().split(PART), strict=True):
-                self.drift += before.T @ part
+                for columns, summed in zip(before.split(WIDE, dim=1), self.drift.split(WIDE), strict=True):
+                    summed += columns.T @ part
             self.drift_rows += off.shape[0]
-        wide = _without(rows, held_rows).to(torch.float64)
-        for i in range(0, wide.shape[1], TILE):  # only one triangle of the symmetric matrix is computed
-            j = min(i + TILE, wide.shape[1])
-            part = wide[:, i:].T @ wide[:, i:j]
-            self.gram[i:, i:j] += part
-            self.gram[i:j, j:] += part[j - i :].T
-        self.rows += wide.shape[0]
+        added = _without(rows, held_rows)
+        for wide in map(torch.Tensor.double, added.split(TOGETHER)):
+            for i in range(0, wide.shape[1], TILE):  # only one triangle of the symmetric matrix is computed
+                self.gram[i:, i : i + TILE].addmm_(wide[:, i:].T, wide[:, i : i + TILE])
+        for i in range(0, len(self.gram), TILE):
+            self.gram[i : i + TILE, i + TILE :] = self.gram[i + TILE :, i : i + TILE].T
+        self.rows += len(added)
         self.forget()
 
     def _kept_out(self, count: int, held: int) -> Tensor:
@@ -118,10 +121,11 @@ class InputStats:
     def upper(self, order: Tensor) -> Tensor | None:
         """Upper Cholesky factor of that inverse, with rows and columns in ``order``, float32 ``[K, K]``; None if it is singular.
 
-        It is cached for other layers with this input, which takes one matrix of the size of the Gram matrix.
+        It is cached for other layers with this input, in place of the inverse, which is as large again.
         """
         if self._upper is None or not torch.equal(self._upper[0], order):
-            inverse = self._inverted(order)
+            inverse = self._inverted(order) if self._inverse is None else self._inverse[order[:, None], order].T
+            self._inverse = None
             if inverse is None or _factored(inverse, upper=True):
                 return None
             self._upper = order, inverse.float()
@@ -158,9 +162,7 @@ class InputStats:
         inverse = self.inverse() if self.drift is not None and self.drift_rows and held else None
         if self.drift is None or inverse is None:
             return weight.float(), 0.0
-        W = weight.double()
-        step = W @ self.drift
-        step = (step @ inverse).mul_(2 / self.drift_rows).float()
+        step = _product(_product(weight.float(), self.drift), inverse).mul_(2 / self.drift_rows)
         fits, size = 0.0, 0.0
         for x, off in held:
             correction = x @ step.T
@@ -194,23 +196,28 @@ class InputStats:
             quantized: ``[N, K]``.
         """
         squared_error = squared_output = 0.0
+        gram, mean = (self.scaled_gram(), float(self._mean())) if self.rows else (None, 1.0)
         for w, q in zip(original.split(ROWS), quantized.split(ROWS), strict=True):
-            wide = w.double()
-            difference = wide - q.double()
-            squared_error += float((self._weighed(difference) * difference).sum())
-            squared_output += float((self._weighed(wide) * wide).sum())
+            off = w.double() - q.double()
+            if gram is None:
+                errors, outputs = off.square_(), w.double().square_()
+            else:  # the errors of GPTQ make up for one another: what is left of them is lost in float32
+                errors, outputs = quadratic(off, self.gram), quadratic(w.float(), gram)
+            squared_error += float(errors.sum()) / mean
+            squared_output += float(outputs.sum(dtype=torch.float64))
         return squared_error / squared_output if squared_output > 0 else 0.0
-
-    def _weighed(self, rows: Tensor) -> Tensor:
-        return rows @ self.gram if self.rows else rows
 
     def scaled_gram(self) -> Tensor:
         """The Gram matrix of the inputs over the mean of its diagonal, float32 ``[K, K]``; it is float64 itself, and as large again."""
-        mean = self.gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
+        mean = self._mean()
         scaled = torch.empty_like(self.gram, dtype=torch.float32)
         for part, rows in zip(scaled.split(ROWS), self.gram.split(ROWS), strict=True):
             part.copy_(rows / mean)
         return scaled
+
+    def _mean(self) -> Tensor:
+        """Of the diagonal, and above zero."""
+        return self.gram.diagonal().mean().clamp(min=torch.finfo(torch.float64).tiny)
 
     def row_errors(self, original: Tensor, quantized: Tensor) -> Tensor:
         """Squared error of each row's output on the rows seen, up to a common factor: float32 ``[N]``.
@@ -222,17 +229,42 @@ class InputStats:
         gram = self.scaled_gram()
         parts = zip(original.split(ROWS), quantized.split(ROWS), strict=True)
         differences = (after.float() - before.float() for before, after in parts)
-        return torch.cat([(off @ gram).mul_(off).sum(1) for off in differences])
+        return torch.cat([quadratic(off, gram) for off in differences])
 
-    def held_error(self, original: Tensor, quantized: Tensor) -> float:
-        """Squared error of the layer's output on held-out rows; 0 without any.
+    def held_errors(self, original: Tensor, quantized: Tensor) -> Tensor:
+        """Squared error of each row's output on held-out rows: float64 ``[N]``, zeros without any.
 
         Args:
             original: ``[N, K]``.
             quantized: ``[N, K]``.
         """
         off = (quantized.float() - original.float()).T
-        return sum(float((x.float() @ off).square().sum(dtype=torch.float64)) for x, _ in self.held)
+        total = torch.zeros(len(original), dtype=torch.float64, device=original.device)
+        for x, _ in self.held:
+            total += (x.float() @ off).square_().sum(0, dtype=torch.float64)
+        return total
+
+
+def _product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``rows @ matrix`` in the dtype of ``rows``, without a copy of the whole matrix in it."""
+    return torch.cat([rows @ part.to(rows.dtype) for part in matrix.split(WIDE, dim=1)], dim=1)
+
+
+def quadratic(rows: Tensor, gram: Tensor) -> Tensor:
+    """``r gram r^T`` of each row ``r``: ``[N]``; of a symmetric matrix one half is multiplied.
+
+    Args:
+        rows: ``[N, K]``.
+        gram: ``[K, K]``, symmetric, of the same dtype.
+    """
+    total = rows.new_zeros(len(rows))
+    for start in range(0, len(gram), WIDE):
+        stop = min(start + WIDE, len(gram))
+        part = rows[:, start:stop]
+        product = part @ gram[start:stop, start:stop]
+        product.addmm_(rows[:, stop:], gram[stop:, start:stop], alpha=2)
+        total += product.mul_(part).sum(1)
+    return total
 
 
 def _without(rows: Tensor, numbers: Tensor) -> Tensor:

@@ -46,8 +46,9 @@ def descend(
                 )
             else:
                 moved = _rescale(now, g, codes, scale, zero, slope, H, dtype, free)
-            slope += H[:, now] @ moved
-            slope += H[:, now] @ _recode(now, g, codes, scale, zero, slope, H, scheme, free)
+            local = slope[now] + H[now, now] @ moved
+            moved += _recode(now, g, codes, scale, zero, local, H, scheme, free)
+            slope.addmm_(H[:, now], moved)
 
 
 def _rescale(
@@ -67,11 +68,14 @@ def _rescale(
 
 
 def _recode(
-    now: slice, g: int, codes: Tensor, scale: Tensor, zero: Tensor, slope: Tensor, H: Tensor, scheme: QuantScheme,
+    now: slice, g: int, codes: Tensor, scale: Tensor, zero: Tensor, local: Tensor, H: Tensor, scheme: QuantScheme,
     free: tuple[Tensor, Tensor] | None,
 ) -> Tensor:  # fmt: skip
-    """The best codes of one column after the other, all else fixed; returns the change of the group's weights."""
-    local, block = slope[now].clone(), H[now, now]
+    """The best codes of one column after the other, all else fixed; returns the change of the group's weights.
+
+    ``local`` is the slope of the group, which is used up.
+    """
+    block = H[now, now]
     moved = torch.zeros_like(local)
     for j in range(block.shape[0]):
         at = now.start + j

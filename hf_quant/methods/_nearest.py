@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import isnan
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,10 +62,18 @@ def nearest(
     return QuantizedTensor.of_rows(map(rows, weight.split(max(1, CHUNK // k))), n)
 
 
+class Judged(NamedTuple):
+    """A candidate, and the error of each of its rows on the inputs seen, float32 ``[N]``, and on held-out ones, float64 ``[N]``."""
+
+    quantized: QuantizedTensor
+    seen: Tensor
+    held: Tensor
+
+
 def best(
     weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, steps: int, least: float, stats: InputStats,
     columns: Tensor | None = None,
-) -> QuantizedTensor:  # fmt: skip
+) -> Judged:  # fmt: skip
     """`nearest`, weighted by the importance of inputs or not, or plain min/max rounding: the one with the least error on the
     inputs seen."""
     importance = stats.importance.to(weight.device)
@@ -74,29 +83,31 @@ def best(
     searched, minmax = (
         nearest(weight, scheme, dtype, steps_tried, least, None, columns) for steps_tried in (steps, 0)
     )
-    return better(weight, stats, weighed, searched, minmax)
+    return better(*(judged(weight, stats, candidate) for candidate in (weighed, searched, minmax)))
 
 
-def better(weight: Tensor, stats: InputStats, tried: QuantizedTensor, *others: QuantizedTensor) -> QuantizedTensor:
+def judged(weight: Tensor, stats: InputStats, quantized: QuantizedTensor) -> Judged:
+    """With its errors, which are zeros without inputs."""
+    real = quantized.dequantize(torch.float32)
+    seen = stats.row_errors(weight, real) if stats.rows else torch.zeros(len(weight), device=weight.device)
+    return Judged(quantized, seen, stats.held_errors(weight, real))
+
+
+def better(tried: Judged, *others: Judged) -> Judged:
     """``tried``, with the rows of another candidate where those have less error; or another candidate with less error on held-out rows.
 
     All of them have the same outlier columns, if any.
     """
-    if not stats.rows:
-        return tried
-    chosen, errors_chosen = tried, stats.row_errors(weight, tried.dequantize(torch.float32))
+    chosen = tried
     for other in others:
-        errors = stats.row_errors(weight, other.dequantize(torch.float32))
-        worse = ~(errors_chosen <= errors)
+        worse = ~(chosen.seen <= other.seen)
         if bool(worse.any()):
-            chosen, errors_chosen = _rows(worse, other, chosen), torch.where(worse, errors, errors_chosen)
-    if not stats.held:
-        return chosen
-    held = {
-        i: stats.held_error(weight, candidate.dequantize(torch.float32))
-        for i, candidate in enumerate((chosen, *others))
-    }
-    return (chosen, *others)[min(held, key=lambda i: (isnan(held[i]), held[i]))]
+            chosen = Judged(
+                _rows(worse, other.quantized, chosen.quantized), torch.where(worse, other.seen, chosen.seen),
+                torch.where(worse, other.held, chosen.held),
+            )  # fmt: skip
+    held = [candidate.held.sum().item() for candidate in (chosen, *others)]
+    return (chosen, *others)[min(range(len(held)), key=lambda i: (isnan(held[i]), held[i]))]
 
 
 def _rows(use_second: Tensor, one: QuantizedTensor, other: QuantizedTensor) -> QuantizedTensor:

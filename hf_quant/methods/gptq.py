@@ -19,7 +19,7 @@ from hf_quant.core.tensor import Outliers, QuantizedTensor
 from hf_quant.core.two_levels import Base, base_of
 from hf_quant.errors import HfQuantError
 from hf_quant.methods._descent import descend
-from hf_quant.methods._nearest import best, better
+from hf_quant.methods._nearest import best, better, judged
 from hf_quant.methods._outliers import outlier_index, outlier_mask
 
 BLOCK = 128  # columns whose errors are passed to later ones in one product: affects speed, not the result
@@ -62,7 +62,7 @@ class GPTQ:
         if quantized.outliers is not None and scheme.outlier_columns:
             columns = quantized.outliers.index.long()
         others = best(weight, scheme, scale_dtype(scheme, dtype), self.steps, self.least, stats, columns)
-        return better(weight, stats, quantized, others)
+        return better(judged(weight, stats, quantized), others).quantized
 
     def _compensated(
         self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, stats: InputStats

@@ -13,7 +13,7 @@ from hf_quant.core.rounding import search
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
 from hf_quant.core.tensor import Outliers, QuantizedTensor
-from hf_quant.methods._nearest import best, better
+from hf_quant.methods._nearest import best, better, judged
 from hf_quant.methods._outliers import outlier_index, outlier_mask
 
 CHUNK = 1 << 20  # weights that are optimized together
@@ -50,11 +50,10 @@ class HQQ:
             columns = outlier_index(weight.float(), scheme, dtype, None, STEPS, LEAST, inputs)
         parts = (self._rows(part, scheme, dtype, columns) for part in weight.split(max(1, CHUNK // weight.shape[1])))
         quantized = QuantizedTensor.of_rows(parts, weight.shape[0])
-        return (
-            quantized
-            if stats is None
-            else better(weight, stats, quantized, best(weight, scheme, dtype, STEPS, LEAST, stats, columns))
-        )
+        if stats is None:
+            return quantized
+        others = best(weight, scheme, dtype, STEPS, LEAST, stats, columns)
+        return better(judged(weight, stats, quantized), others).quantized
 
     def _rows(self, weight: Tensor, scheme: QuantScheme, dtype: torch.dtype, index: Tensor | None) -> QuantizedTensor:
         wide, outliers = weight.float(), None

@@ -34,7 +34,7 @@ class RTN:
     ) -> QuantizedTensor:
         if stats is None:
             return nearest(weight, scheme, dtype, self.steps, self.least)
-        return best(weight, scheme, dtype, self.steps, self.least, stats)
+        return best(weight, scheme, dtype, self.steps, self.least, stats).quantized
 
 
 METHOD = RTN

@@ -73,7 +73,7 @@ class Latent:
 
     def weight(self) -> Tensor:
         """What the codes mean now: float32 ``[..., N, K]``."""
-        weight = ((self._codes() - self._zero) * self._stored()).flatten(-2)
+        weight = self._codes().sub_(self._zero).mul_(self._stored()).flatten(-2)
         outliers = self.start.outliers
         if outliers is not None:
             weight = Outliers(outliers.index.to(self.device), outliers.value.to(self.device)).add_to(weight)
@@ -85,7 +85,7 @@ class Latent:
         if self._coded is not None:
             steps = steps * self._coded
         self.place.grad = steps * self._stored()
-        self.factor.grad = ((self._codes() - self._zero) * steps).sum(-1, keepdim=True) * self._scale
+        self.factor.grad = self._codes().sub_(self._zero).mul_(steps).sum(-1, keepdim=True) * self._scale
 
     def keep_inside(self) -> None:
         """After a step: no place beyond the grid, where it would take many more to come back."""

@@ -145,6 +145,7 @@ def _solve_group(
         for changed in transform.apply(stage):
             solved.steps.setdefault(block.full(changed), []).append(name)
     stage.layers = schemes
+    stats.drift = None  # only transforms need it, and it is as large as the Gram matrix
     for local, quantized_tensor in codes.items():
         if quantized_tensor is not before[local]:  # scales were folded into it
             solved.codes[block.full(local)] = quantized_tensor

@@ -17,6 +17,7 @@ from hf_quant.core.geometry import geometry_of, weight_of
 from hf_quant.core.numerics import dequantize, grouped, quantize
 from hf_quant.core.rounding import search
 from hf_quant.core.scheme import QuantScheme
+from hf_quant.core.stats import quadratic
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.core.two_levels import holds
 from hf_quant.transforms import Stage
@@ -211,12 +212,11 @@ def _divided(codes: QuantizedTensor, row_scales: Tensor) -> QuantizedTensor:
 def _rescale(stage: Stage, scales: Tensor) -> None:
     """Adapt the statistics of an input that is divided by ``scales``."""
     stats = stage.stats
-    both = (scales[:, None] * scales).to(stats.gram.dtype)
-    stats.gram.div_(both)
+    for products in (stats.gram, stats.drift):
+        if products is not None:
+            products.div_(scales[:, None]).div_(scales)
     stats.peak = stats.peak / scales
     stats.sample = [x / scales for x in stats.sample]
-    if stats.drift is not None:
-        stats.drift.div_(both)
     stats.held = [(x / scales, off / scales) for x, off in stats.held]
     stats.forget()
 
@@ -226,7 +226,7 @@ def rounding_error(weights: list[tuple[Tensor, QuantScheme]], gram: Tensor, scal
 
     Args:
         weights: float32 ``[N, K]``, with its scheme, for each layer.
-        gram: float32 ``[K, K]``, Gram matrix of the inputs without the scales.
+        gram: float32 ``[K, K]``, Gram matrix of the inputs without the scales, up to a factor.
         scales: float32 ``[K]``.
         steps: Ranges tried for each group.
     """
@@ -238,5 +238,5 @@ def rounding_error(weights: list[tuple[Tensor, QuantScheme]], gram: Tensor, scal
             scale, zero = search(groups, scheme, torch.float32, steps, 0.6, importance)
             rounded = dequantize(quantize(groups, scale, zero, scheme), scale, zero).flatten(1)[:, : W.shape[1]]
             off = rounded / scales - W
-            total += (off @ gram).mul_(off).sum(dtype=torch.float64).item()
+            total += quadratic(off, gram).sum(dtype=torch.float64).item()
     return total

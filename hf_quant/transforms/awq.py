@@ -10,6 +10,8 @@ import torch
 from hf_quant.transforms import Stage
 from hf_quant.transforms._fold import fold, powers_of_two, rounding_error
 
+ROWS = 1024  # of the layers that share an input, all together, on which scales are compared
+
 
 @dataclass(frozen=True)
 class AWQ:
@@ -37,10 +39,12 @@ class AWQ:
 
     def apply(self, stage: Stage) -> list[str]:
         weights = [(stage.weight(name).float(), scheme) for name, scheme in stage.layers.items()]
+        every = -(-sum(len(w) for w, _ in weights) // ROWS)
         inputs = stage.stats.importance.sqrt().clamp(min=1e-4)
         columns = torch.stack([w.square().mean(0) for w, _ in weights]).mean(0).sqrt()
         columns = (columns / columns.mean()).clamp(min=1e-4)
-        gram = (stage.stats.gram / max(1, stage.stats.rows)).float()
+        weights = [(w[::every], scheme) for w, scheme in weights]
+        gram = stage.stats.scaled_gram()
         least = rounding_error(weights, gram, torch.ones_like(inputs), self.steps)
         limit, best = (1 - self.gain) * least, None
         for a, b in self.grid:

@@ -55,7 +55,7 @@ class SmoothQuant:
     def _fixed(self, stage: Stage, scales: Tensor) -> Tensor | None:
         """``scales``; None if they save too little."""
         weights = [(stage.weight(name).float(), scheme) for name, scheme in stage.layers.items()]
-        gram = (stage.stats.gram / max(1, stage.stats.rows)).float()
+        gram = stage.stats.scaled_gram()
         plain, lost = (rounding_error(weights, gram, s, self.steps) for s in (torch.ones_like(scales), scales))
         return scales if lost < (1 - self.gain) * plain else None
 

@@ -121,12 +121,12 @@ def naive(states: Tensor, wanted: Tensor, epochs: int) -> dict[str, tuple[Tensor
     return {name: (places[name].detach().round(), floored(scales[name], torch.bfloat16)) for name in LAYERS}
 
 
-def learned(states: Tensor, wanted: Tensor, epochs: int) -> tuple[Solved, dict[str, QuantizedTensor]]:
+def learned(states: Tensor, wanted: Tensor, epochs: int, size: int = 1) -> tuple[Solved, dict[str, QuantizedTensor]]:
     block, made = begun()
     before = dict(made.codes)
     recipe = Recipe(Decision.of("learned", [SCHEME], epochs), torch.bfloat16)
     with torch.no_grad():
-        learning.learn(block, HiddenStates(states, 1), HiddenStates(wanted, 1), recipe, made)
+        learning.learn(block, HiddenStates(states, size), HiddenStates(wanted, size), recipe, made)
     for name, each in made.codes.items():  # the block is left computing with what is stored
         assert torch.equal(block.module.get_submodule(block.local(name)).weight, each.dequantize(torch.float32))
     return made, before
@@ -147,6 +147,29 @@ def test_the_fast_loop_does_what_the_naive_one_does() -> None:
         here = torch.ones_like(codes).scatter_(1, own.outliers.index.long(), 0).bool()
         assert (own.codes() == codes)[here].double().mean() > 0.99  # sums in another order
         torch.testing.assert_close(made.codes[name].scale.float(), scale, rtol=2**-7, atol=0)
+
+
+def test_long_sequences_of_a_batch_are_learned_from_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What their gradients need is in memory for one of them alone, and they come to the same."""
+    torch.manual_seed(0)
+    states = torch.randn(10, 12, 32)
+    with torch.no_grad():
+        wanted = Mlp()(states)
+    together, _ = learned(states, wanted, 12, 2)
+    sizes, run = set(), Mlp.forward
+
+    def forward(self: Mlp, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            sizes.add(len(x))
+        return run(self, x)
+
+    monkeypatch.setattr(Mlp, "forward", forward)
+    monkeypatch.setattr(learning, "LONG", 12)
+    alone, _ = learned(states, wanted, 12, 2)
+    assert sizes == {1}
+    for name in LAYERS:
+        assert (alone.codes[name].codes() == together.codes[name].codes()).double().mean() > 0.99
+        torch.testing.assert_close(alone.codes[name].scale, together.codes[name].scale, rtol=2**-7, atol=0)
 
 
 def test_nothing_that_is_worse_is_kept() -> None:

@@ -39,7 +39,8 @@ PARTS = {  # what is told apart: where it begins
     "drift of the inputs": ("transforms/drift.py", "apply"),
     "codes of GPTQ": ("methods/gptq.py", "_solution"),
     "coordinate descent": ("methods/_descent.py", "descend"),
-    "the better of two": ("methods/_nearest.py", "better"),
+    "errors of candidates": ("methods/_nearest.py", "judged"),
+    "error of the result": ("core/stats.py", "error"),
 }
 
 

@@ -78,8 +78,8 @@ class InputStats:
             self.held.append((rows[held_rows], off[held_rows] if len(off) else off))
         if self.drift is not None and not held:
             for before, part in zip(off.float().split(PART), rows.float().split(PART), strict=True):
-                for columns, summed in zip(before.split(WIDE, dim=1), self.drift.split(WIDE), strict=True):
-                    summed += columns.T @ part
+                for columns, into in zip(before.split(WIDE, dim=1), self.drift.split(WIDE), strict=True):
+                    into.add_(columns.T @ part)
             self.drift_rows += off.shape[0]
         added = _without(rows, held_rows)
         for wide in map(torch.Tensor.double, added.split(TOGETHER)):
@@ -246,8 +246,11 @@ class InputStats:
 
 
 def _product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``rows @ matrix`` in the dtype of ``rows``, without a copy of the whole matrix in it."""
-    return torch.cat([rows @ part.to(rows.dtype) for part in matrix.split(WIDE, dim=1)], dim=1)
+    """``rows @ matrix``, which is square, in the dtype of ``rows``, without a copy of the whole matrix in it."""
+    product = torch.empty_like(rows)
+    for into, part in zip(product.split(WIDE, dim=1), matrix.split(WIDE, dim=1), strict=True):
+        torch.mm(rows, part.to(rows.dtype), out=into)
+    return product
 
 
 def quadratic(rows: Tensor, gram: Tensor) -> Tensor:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 import psutil
 
@@ -86,15 +87,34 @@ def _statistic(path: Path, name: str) -> int:
         return 0
 
 
+class _Heap(ctypes.Structure):
+    """``struct mallinfo2`` of glibc."""
+
+    _fields_: ClassVar = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
 @lru_cache
-def _malloc_trim() -> Callable[[int], int] | None:
+def _glibc() -> ctypes.CDLL | None:
     try:
-        return ctypes.CDLL("libc.so.6").malloc_trim
-    except (OSError, AttributeError):
+        library = ctypes.CDLL("libc.so.6")
+    except OSError:
         return None
+    if hasattr(library, "mallinfo2"):  # since 2.33
+        library.mallinfo2.restype = _Heap
+    return library if hasattr(library, "malloc_trim") else None
 
 
-def give_back_memory() -> None:
-    """Return freed memory to the system: between two codes, glibc keeps a third more than the size of the model."""
-    if (trim := _malloc_trim()) is not None:
-        trim(0)
+def give_back_memory(least: int = 0) -> None:
+    """Return freed memory to the system: between two codes, glibc keeps a third more than the size of the model.
+
+    Args:
+        least: Bytes from which on it is worth the time to get them again.
+    """
+    glibc = _glibc()
+    if glibc is not None and (least == 0 or (hasattr(glibc, "mallinfo2") and glibc.mallinfo2().fordblks >= least)):
+        glibc.malloc_trim(0)

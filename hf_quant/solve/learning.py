@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_quant.core.activations import rounded
 from hf_quant.core.geometry import geometry_of
 from hf_quant.core.tensor import QuantizedTensor
+from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import HfQuantError
 from hf_quant.solve.block import Block, parameter_of, put, use
 from hf_quant.solve.hidden_states import Batch, HiddenStates
@@ -23,6 +24,7 @@ from hf_quant.solve.result import Recipe, Solved
 WARM = 10  # steps until the learning rate is what it should be
 LAST = 0.05  # of the learning rate is left in the end
 LONG = 512  # tokens of a sequence from which on a processor is as fast with one as with two
+WORTH = 1 << 26  # bytes
 PATIENCE = 3  # steps in a row without a finite loss
 
 
@@ -128,6 +130,7 @@ def _step(
             error = _error(block, batch, target) * (len(target) / len(wanted[number]))
             error.backward()
             loss += error.item()
+        give_back_memory(WORTH)  # what it took to get there, before the gradients of codes and scales are made
     (loss,) = recipe.ranks.total(loss)
     for name, latent in latents.items():
         parameter, geometry = parameter_of(block, name)

@@ -139,6 +139,7 @@ def _solve_group(
         return ranks.shared(block.sample(first, module) if ranks.first else None)
 
     before = dict(codes)
+    give_back_memory()  # from the runs of the block
     stage = Stage(block.module, twin, schemes, stats, group.source, codes, probe)
     for name, transform, selected in recipe.decision.transforms(schemes):
         stage.layers = selected

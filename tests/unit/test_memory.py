@@ -94,3 +94,15 @@ def test_no_more_memory_is_a_sentence(
         with pytest.raises(SystemExit) as ended:
             main(["doctor"], standalone_mode=False)
         assert ended.value.code == 1 and said in capsys.readouterr().err.splitlines()[0]
+
+
+@pytest.mark.skipif(memory._glibc() is None, reason="the C library is another one")
+def test_freed_memory_is_given_back_where_that_is_worth_it() -> None:
+    blocks = [bytes(100_000) for _ in range(3000)]  # too small to be mapped each by itself
+    kept = blocks[::100]  # so that the heap cannot shrink from its end
+    full = psutil.Process().memory_info().rss
+    del blocks
+    memory.give_back_memory(least=GB)
+    assert psutil.Process().memory_info().rss > full - GB // 20
+    memory.give_back_memory(least=GB // 10)
+    assert psutil.Process().memory_info().rss < full - GB // 5 and len(kept) == 30

@@ -77,16 +77,17 @@ class Block:
             again: Called when memory has run out and the run is repeated one sequence at a time, so that hooks can drop what they
                 have collected.
         """
-        undivided = batch.call is not None  # arguments for all of its sequences together
         while True:
             try:
                 parts = (
-                    [batch.states] if undivided or self.rows >= len(batch.states) else batch.states.split(self.rows)
+                    [batch.states]
+                    if batch.undivided or self.rows >= len(batch.states)
+                    else batch.states.split(self.rows)
                 )
                 outputs = [self._run(batch._replace(states=part), module or self.module) for part in parts]
                 return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
             except RuntimeError as error:
-                if undivided or not _out_of_memory(error) or min(self.rows, len(batch.states)) == 1:
+                if batch.undivided or not _out_of_memory(error) or min(self.rows, len(batch.states)) == 1:
                     raise
                 self.rows = 1
                 if again is not None:
@@ -94,7 +95,7 @@ class Block:
 
     def sample(self, batch: Batch, module: nn.Module | None = None) -> Tensor:
         """The output for the first sequence of a batch, or for a batch that has arguments of its own."""
-        if batch.call is not None:
+        if batch.undivided:
             return self._run(batch, module or self.module)
         return self._run(batch._replace(states=batch.states[:1]), module or self.module)
 

@@ -30,6 +30,11 @@ class Batch(NamedTuple):
     call: Call | None = None
     carry: Callable[[Any], None] | None = None
 
+    @property
+    def undivided(self) -> bool:
+        """Whether its other arguments are for all of its sequences together, so that it runs as a whole."""
+        return self.call is not None
+
 
 @dataclass(frozen=True)
 class HiddenStates:

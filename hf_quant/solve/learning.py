@@ -145,7 +145,7 @@ def _step(
 
 def _parts(batch: Batch, wanted: Tensor) -> Iterator[tuple[Batch, Tensor]]:
     """The batch, with what the block should give, or long sequences one after the other: what gradients need is kept for one."""
-    if batch.call is not None or batch.states.shape[1] < LONG:
+    if batch.undivided or batch.states.shape[1] < LONG:
         yield batch, wanted
         return
     for states, target in zip(batch.states.split(1), wanted.split(1), strict=True):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from hf_quant.jobs.convert import convert as convert
     from hf_quant.jobs.evaluate import EvaluateResult as EvaluateResult
     from hf_quant.jobs.evaluate import evaluate as evaluate
+    from hf_quant.jobs.generate import GenerateResult as GenerateResult
+    from hf_quant.jobs.generate import generate as generate
     from hf_quant.jobs.ladder import LadderResult as LadderResult
     from hf_quant.jobs.ladder import ladder as ladder
     from hf_quant.jobs.plan import PlannedModel as PlannedModel
@@ -51,6 +53,7 @@ __all__ = [
     "ConvertResult",
     "Distillation",
     "EvaluateResult",
+    "GenerateResult",
     "HfQuantConfig",
     "HfQuantError",
     "LadderResult",
@@ -65,6 +68,7 @@ __all__ = [
     "VerifyResult",
     "convert",
     "evaluate",
+    "generate",
     "ladder",
     "load",
     "merge_adapters",
@@ -82,6 +86,7 @@ _HOMES = {
     "hf": ("HfQuantConfig", "QuantCache", "load", "merge_adapters", "prepare_for_training", "take_over"),
     "jobs.convert": ("ConvertResult", "convert"),
     "jobs.evaluate": ("EvaluateResult", "evaluate"),
+    "jobs.generate": ("GenerateResult", "generate"),
     "jobs.ladder": ("LadderResult", "ladder"),
     "jobs.plan": ("PlanResult", "PlannedModel", "plan"),
     "jobs.push": ("PushResult", "push"),

@@ -30,7 +30,8 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
     "--data",
     required=True,
     metavar="TEXT",
-    help="What to train on: a UTF-8 or JSONL file, or ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set.",
+    help="What to train on: a UTF-8 or JSONL file, a safetensors file with token ids, or "
+    "ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set.",
 )
 @click.option(
     "--teacher",

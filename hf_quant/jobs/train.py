@@ -50,7 +50,7 @@ def train(
     Args:
         model: Folder or Hub id, in floating point.
         output: Folder of the result; checkpoints lie beside it in ``OUTPUT.work`` until it is there.
-        data: What to train on: a UTF-8 or JSONL file, or ``ID[:CONFIG][@SPLIT][#COLUMN]`` of a ``datasets`` set.
+        data: What to train on: a UTF-8 or JSONL file, a safetensors file with token ids, or ``ID[:CONFIG][@SPLIT][#COLUMN]`` of a ``datasets`` set.
         teacher: Folder or Hub id of the model whose distributions of next tokens are learned; None: of ``model`` itself.
             ``"none"``: the text is learned.
         steps: Updates of the weights.
@@ -131,6 +131,12 @@ def train(
         learned = calibration(data, tokenizer, train_context or base.context(), sys.maxsize, base.vocabulary(), chat)
         held_out = how.find(chat, model)
         chat.refuse_unused()
+        if learned.batches:
+            raise HfQuantError(f"--data {data}: training is on text or token ids, not on {learned.name}")
+        if train_context not in (None, learned.ids.shape[1]):
+            raise OptionError(
+                f"--train-context {train_context}: the windows of {learned.name} have {learned.ids.shape[1]} tokens"
+            )
         if not allow_overlap:
             _refuse_overlap(data, learned, held_out, chat)
         measure = how.yardstick(model, held_out, tokenizer, report, device=device, **from_hub)
@@ -188,9 +194,9 @@ def _check_options(
 def _refuse_overlap(data: str, learned: Calibration, held_out: HeldOut, chat: Chat) -> None:
     from hf_quant.data.text import read_documents
 
-    if (
-        Path(data).is_file() and read_documents(Path(data), chat) == held_out.text
-    ):  # its paragraphs may be too short to be compared
+    file = Path(data)
+    readable = file.is_file() and file.suffix != ".safetensors"
+    if readable and read_documents(file, chat) == held_out.text:  # its paragraphs may be too short to be compared
         raise HfQuantError(f"--data {data} is the text that is measured on: the numbers would flatter the model")
     held_out.refuse_overlap(learned.paragraphs)
 

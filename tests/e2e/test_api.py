@@ -23,7 +23,8 @@ from hf_quant.errors import OptionError
 from hf_quant.jobs.results import Result
 
 FUNCTIONS = {"quantize": "quantize", "evaluate": "eval", "ladder": "ladder", "convert": "convert", "verify": "verify",
-             "push": "push", "plan": "plan", "train": "train", "repair": "repair"}  # fmt: skip
+             "push": "push", "plan": "plan", "train": "train", "repair": "repair",
+             "generate": "generate"}  # fmt: skip
 TERMINAL = {"as_json", "quiet", "yes"}  # options of commands that are about a terminal
 PYTHON = {"progress", "say", "confirm"}
 SCHEME = "W4A16-g32"

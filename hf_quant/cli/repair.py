@@ -22,7 +22,7 @@ from hf_quant.cli._types import Device, Model
     "default: calibration.txt beside the base, else a bundled text.",
 )
 @click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it.")
-@click.option("--passes", type=click.IntRange(1), help="Times that it is seen. Default: 4.")
+@click.option("--passes", type=click.IntRange(1), help="Times that it is seen. Default: 4, or fewer of a long text.")
 @chat_options
 @click.option("--device", type=Device(), help="Where to train: cpu, cuda, ...")
 @click.option("--revision", help="Of a base from the Hub.")

@@ -74,7 +74,7 @@ def repair(
         base: Folder or Hub id of the model that it was made from, in floating point.
         calibration: As for `hf_quant.quantize`, like the next one.
         calibration_tokens: How many tokens are looked at.
-        passes: Times that the text is seen.
+        passes: Times that the text is seen; None: four times, or less often if it is long.
         device: Where to train.
         revision: Of a base from the Hub.
         chat_template_kwargs: As for `hf_quant.quantize`.
@@ -125,7 +125,7 @@ def repair(
                 draft,
                 Base(base, device=device, **from_hub),
                 data,
-                Tuning(passes or Tuning.epochs),
+                Tuning(passes),
                 options,
                 report.say,
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -35,6 +35,7 @@ from hf_quant.training.scales import Moving, trainable_scales
 
 WARM, LAST = 10, 0.05  # steps until the learning rate is reached, and the share of it that is left in the end
 PATIENCE = 3  # steps in a row without a finite loss
+PASSES, ENOUGH = 4, 450  # over a text, unless fewer are as many steps as this
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ class Tuning:
     """How to train scales.
 
     Attributes:
-        epochs: Passes over the text.
+        epochs: Passes over the text; None for four, or for fewer over a long one.
         scales: Learning rate, relative to each scale.
         seed: Of the order of the text.
     """
 
-    epochs: int = 4
+    epochs: int | None = None
     scales: float = 0.002
     seed: int = 0
 
@@ -63,7 +64,7 @@ class Tuned:
         before: With the scales as they were.
         after: With those that are kept; the same number where no pass was better.
         skipped: Steps without a finite loss.
-        tuning: How it was done.
+        tuning: How it was done, with the passes that it took.
     """
 
     before: float
@@ -152,32 +153,35 @@ def tune(
     stored = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)} | dict(
         stored
     )
+    steps = sum(len(_training(reference, number)) for number in range(len(reference)))
+    epochs = tuning.epochs or min(PASSES, max(1, round(ENOUGH / steps)))
     with trainable_scales(model) as scales:
         if not scales:
             raise HfQuantError(f"{type(model).__name__}: no quantized layers, so there are no scales to train")
         tensors = [Moving(scale, stored[name]) for name, scale in scales.items()]
         before = least = _divergence(model, reference)
         best, skipped = [tensor.parameter.data.clone() for tensor in tensors], 0
-        for epoch, failed in enumerate(_passes(model, reference, tensors, tuning)):
+        for epoch, failed in enumerate(_passes(model, reference, tensors, tuning, epochs * steps)):
             skipped += failed
             held = _divergence(model, reference)
             say(
-                f"scales, pass {epoch + 1} of {tuning.epochs}: KL {held:.5f} on windows not trained on, {before:.5f} at first"
+                f"scales, pass {epoch + 1} of {epochs}: KL {held:.5f} on windows not trained on, {before:.5f} at first"
             )
             if held < least:
                 least, best = held, [tensor.parameter.data.clone() for tensor in tensors]
         for tensor, value in zip(tensors, best, strict=True):
             tensor.parameter.data.copy_(value)
-    return Tuned(before, least, skipped, tuning)
+    return Tuned(before, least, skipped, replace(tuning, epochs=epochs))
 
 
-def _passes(model: Any, reference: Reference, tensors: list[Moving], tuning: Tuning) -> Iterator[int]:
-    """Train, and stop after every pass for a look at the result; yields how many of its steps were skipped."""
+def _passes(
+    model: Any, reference: Reference, tensors: list[Moving], tuning: Tuning, steps: int
+) -> Iterator[int]:  # fmt: skip
+    """Train for ``steps`` steps, and stop after every pass for a look at the result; yields how many were skipped in it."""
     optimizer = torch.optim.Adam([tensor.moved for tensor in tensors], betas=(0.9, 0.95))
     step, failed = 0, 0
-    steps = tuning.epochs * sum(len(_training(reference, i)) for i in range(len(reference)))
     draw = torch.Generator().manual_seed(tuning.seed)
-    for _ in range(tuning.epochs):
+    while step < steps:
         skipped = 0
         for number in torch.randperm(len(reference), generator=draw).tolist():
             part = reference[number]

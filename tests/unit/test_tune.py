@@ -160,6 +160,19 @@ def test_nothing_that_is_worse_is_kept_and_nothing_is_left_behind(
         tune(base.load(torch.float32), reference, Tuning(), lambda _: None)
 
 
+@pytest.mark.parametrize(("enough", "passes"), [(450, 4), (60, 2), (5, 1)])
+def test_a_long_text_is_seen_less_often(
+    enough: int, passes: int, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """28 windows are trained on; what was done is what the recipe says."""
+    monkeypatch.setattr("hf_quant.jobs.tune.ENOUGH", enough)
+    base, said = Base(str(source)), list[str]()
+    model = load(str(source), quantization_config=HfQuantConfig("W4A16-g32"), dtype=torch.float32)
+    reference = base.reference_on(windows_of(text(base, "calibration.txt")), noise=False)
+    tuned = tune(model, reference, Tuning(), said.append)
+    assert len(said) == tuned.to_dict()["epochs"] == passes and f"pass {passes} of {passes}" in said[-1]
+
+
 def test_scales_are_those_of_a_naive_loop(source: Path) -> None:
     """One step for every window that is not held out, through the plain product of every layer."""
     base = Base(str(source))

@@ -10,7 +10,20 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 SOURCES = runpy.run_path("hf_quant/kernels/_native/sources.py")["digest"]()
-UNITS = ("module", "portable", "avx2", "avx512", "vnni", "bf16", "int8", "amx", "amx_int8", "dotprod", "i8mm")
+UNITS = (
+    "module",
+    "portable",
+    "avx2",
+    "avx512",
+    "vnni",
+    "bf16",
+    "int8",
+    "amx",
+    "amx_int8",
+    "dotprod",
+    "i8mm",
+    "bfmmla",
+)
 kernels = Extension(
     "hf_quant.kernels._cpu",
     sources=[f"hf_quant/kernels/_native/csrc/{unit}.cpp" for unit in UNITS],

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "hf_quant" / "kernels" / "_native" / "csrc"
 HARNESS = Path(__file__).parent / "native" / "harness.cpp"
-UNITS = ("portable", "avx2", "avx512", "vnni", "dotprod", "i8mm")  # each is empty for other processors
+UNITS = ("portable", "avx2", "avx512", "vnni", "dotprod", "i8mm", "bfmmla")  # each is empty for other processors
 OPTIONS = ("-std=c++17", "-O2", "-ffp-contract=fast", "-w")
 
 
@@ -43,10 +43,14 @@ def test_every_level_of_arm(tmp_path: Path) -> None:
     if compiler is None or emulator is None:
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
     harness = str(built(compiler, "-static", out=tmp_path / "harness"))
-    for processor, lacks in (("max", set()), ("neoverse-n1", {"i8mm"}), ("cortex-a57", {"dotprod", "i8mm"})):
+    for processor, lacks in (
+        ("max", set()),
+        ("neoverse-n1", {"i8mm", "bf16"}),
+        ("cortex-a57", {"dotprod", "i8mm", "bf16"}),
+    ):
         done = run(emulator, "-cpu", processor, harness)
         assert done.returncode == 0 and ", 0 differ" in done.stdout, done.stdout
-        for level in ("dotprod", "i8mm"):
+        for level in ("dotprod", "i8mm", "bf16"):
             assert (f"{level}: this processor has it not" in done.stdout) == (level in lacks), done.stdout
 
 

@@ -1,6 +1,6 @@
 """The compiled module of ``hf_quant/kernels/_native/csrc``, and weights in its layout, for all backends that call it.
 
-HF_QUANT_CPU_LEVEL limits the instruction set: portable, avx2, avx512, vnni, bf16 or amx; on ARM portable, dotprod or i8mm.
+HF_QUANT_CPU_LEVEL limits the instruction set: portable, avx2, avx512, vnni, bf16 or amx; on ARM portable, dotprod, i8mm or bf16.
 HF_QUANT_LARGE_PAGES=0 keeps weights in ordinary memory, which a sanitizer can observe.
 """
 
@@ -42,7 +42,7 @@ STORED, ONE = TYPES | {torch.uint8: 3}, 4  # types of scales in csrc/cpu.h, the 
 LARGE, MAPPED = 2 << 20, 64 << 20  # bytes of a large page, and of what is mapped at a time
 LARGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE") and os.environ.get("HF_QUANT_LARGE_PAGES") != "0"
 ARM = platform.machine().lower() in ("aarch64", "arm64")
-LEVELS = ("portable", "dotprod", "i8mm") if ARM else ("portable", "avx2", "avx512", "vnni", "bf16", "amx")
+LEVELS = ("portable", "dotprod", "i8mm", "bf16") if ARM else ("portable", "avx2", "avx512", "vnni", "bf16", "amx")
 BYTES = ("dotprod", "i8mm", "vnni", "bf16", "amx")  # levels that have products of bytes
 
 

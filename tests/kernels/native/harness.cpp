@@ -48,6 +48,15 @@ std::vector<Level> byte_levels() {
 #endif
 }
 
+// Those that have products of pairs of rows in bf16.
+std::vector<Level> pair_levels() {
+#if defined(__aarch64__)
+  return {{"bf16", nullptr, (getauxval(AT_HWCAP2) & 1ul << 14) != 0}};
+#else
+  return {};
+#endif
+}
+
 std::mt19937 source(0);
 float normal() { return std::normal_distribution<float>()(source); }
 
@@ -237,6 +246,32 @@ void compare_bytes(const Level& level, const Weight& w, int type, long m, bool f
   }
 }
 
+#if defined(__aarch64__)
+// Many rows in bf16, in panels that start at any block, beside weights that are rounded to bf16 or not.
+void compare_pairs(const Level& level, const Weight& w, long m) {
+  const Products products(w, m);
+  std::vector<uint16_t> x, y(m * w.n, 0xffff), spread(pairs_room(m, w.k) / 2, 0xffff);  // NaN where nothing is written
+  for (float f : products.x) x.push_back(float_to_bf16(f));
+  std::vector<uint8_t> room(panel_room(m), 0xff);
+  const RowPairs rows = {spread.data(), m};
+  for (long i = 0; i < m; i++) pairs_spread(x.data(), w.k, i, rows);
+  const long blocks = w.linear.blocks(), parts[] = {0, blocks / 2, blocks};
+  for (int i = 0; i < 2; i++) pairs_panels(w.linear, parts[i], parts[i + 1], rows, room.data(), {y.data(), BF16});
+  for (long i = 0; i < m; i++)
+    for (long j = 0; j < w.n; j++) {
+      double exact = 0, rounded = 0, large = 0;
+      for (long c = 0; c < w.k; c++) {
+        const double weight = w.dense[j * w.k + c];
+        exact += products.x[i * w.k + c] * weight, rounded += products.x[i * w.k + c] * bf16_to_float(float_to_bf16((float)weight));
+        large += fabs(products.x[i * w.k + c] * weight);
+      }
+      const double got = bf16_to_float(y[i * w.n + j]);
+      check(level, "pairs of rows", w, BF16, got, rounded, large * 20 + (1 << w.bits) * 0.1);  // some weights lie between two of bf16
+      check(level, "pairs of rows", w, BF16, got, exact, large / 512 / 2e-6);
+    }
+}
+#endif
+
 void layouts(const Level& level, const Weight& w) {
   std::vector<uint8_t> there(w.tiles.size(), 0xff), back(w.portable.size(), 0xff);
   const long bytes = w.k * w.bits / 8, tiles = w.k / 32 * 64 * w.bits;
@@ -389,6 +424,19 @@ int main() {
                 compare_bytes(level, w, type, m, m % 2);
               }
   });
+#if defined(__aarch64__)
+  compare_each(pair_levels(), [&](const Level& level) {
+    for (const auto& shape : shapes)
+      for (int bits : {2, 3, 4, 5, 6, 7, 8})
+        for (long group : {32L, 64L, shape[1]})
+          for (const Kind& kind : KINDS)
+            for (long m : {1, 2, 5, 6, 9}) {
+              if (shape[1] % group) continue;
+              compare_pairs(level, Weight(shape[0], shape[1], group, bits, kind), m);
+            }
+    compare_pairs(level, Weight(330, 4128, 96, 4, KINDS[4]), 37);
+  });
+#endif
   printf("%ld numbers compared, %ld differ\n", compared, wrong);
   return wrong != 0;
 }

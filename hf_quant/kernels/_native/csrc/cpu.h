@@ -202,6 +202,19 @@ void byte_int8(const Activations&, long row, const Linear&, float* room, const D
 void byte_rows(const Linear&, long from, long to, const Digits&, long m, const Output&);
 void matrix_rows(const Linear&, long from, long to, const Digits&, long m, const Output&);  // the same with SMMLA of ARM
 
+// ARM with BFMMLA: x in bf16, pairs of rows with four columns of both side by side, some columns of all pairs after others:
+// [chunk of columns][pair][COLUMNS / 4][2][4]. Beside the last of an odd number of rows lies anything: it changes no other row.
+struct RowPairs {
+  uint16_t* x;
+  long m;
+  long pairs() const { return (m + 1) / 2; }
+  uint16_t* at(long chunk, long pair) const { return x + (chunk * pairs() + pair) * 2 * COLUMNS; }
+};
+
+static inline size_t pairs_room(long m, long k) { return sizeof(uint16_t) * (m + 1) * ((k + COLUMNS - 1) / COLUMNS * COLUMNS); }
+void pairs_spread(const uint16_t* x, long k, long row, const RowPairs&);
+void pairs_panels(const Linear&, long from, long to, const RowPairs&, uint8_t* room, const Output&);  // room as `panel_room` says
+
 // Without AMX: x in tiles of a few rows, words of a pair of neighbouring columns in bf16 (AVX512-BF16) or of four in int8 (VNNI),
 // some columns of all tiles after others: [chunk of columns][tile][word of the chunk][row of the tile].
 struct RowTiles {

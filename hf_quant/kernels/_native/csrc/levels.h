@@ -14,8 +14,8 @@ namespace {
 
 #if defined(__aarch64__)
 #define BYTES
-enum Level { PORTABLE = 0, DOTPROD = 1, I8MM = 2, LAST = I8MM };
-const char* const NAMES[] = {"portable", "dotprod", "i8mm"};
+enum Level { PORTABLE = 0, DOTPROD = 1, I8MM = 2, HALVES = 3, LAST = HALVES };
+const char* const NAMES[] = {"portable", "dotprod", "i8mm", "bf16"};
 const Level BYTE_PRODUCTS = DOTPROD;
 #else
 enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, VNNI = 3, HALVES = 4, AMX = 5, LAST = AMX };
@@ -49,8 +49,10 @@ int detect() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & need) != need || !amx_allowed()) return HALVES;
   return AMX;
 #elif defined(__aarch64__) && defined(__linux__)
-  if (!(getauxval(AT_HWCAP) & 1ul << 20)) return PORTABLE;    // HWCAP_ASIMDDP
-  return getauxval(AT_HWCAP2) & 1ul << 13 ? I8MM : DOTPROD;  // HWCAP2_I8MM
+  if (!(getauxval(AT_HWCAP) & 1ul << 20)) return PORTABLE;  // HWCAP_ASIMDDP
+  const unsigned long more = getauxval(AT_HWCAP2);
+  if (!(more & 1ul << 13)) return DOTPROD;  // HWCAP2_I8MM
+  return more & 1ul << 14 ? HALVES : I8MM;  // HWCAP2_BF16
 #elif defined(__aarch64__) && defined(__APPLE__)
   const auto has = [](const char* name) {
     int value = 0;
@@ -58,7 +60,8 @@ int detect() {
     return !sysctlbyname(name, &value, &size, nullptr, 0) && value;
   };
   if (!has("hw.optional.arm.FEAT_DotProd")) return PORTABLE;
-  return has("hw.optional.arm.FEAT_I8MM") ? I8MM : DOTPROD;
+  if (!has("hw.optional.arm.FEAT_I8MM")) return DOTPROD;
+  return has("hw.optional.arm.FEAT_BF16") ? HALVES : I8MM;
 #else
   return PORTABLE;
 #endif

@@ -73,6 +73,9 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t given) {
     if (level == AMX && m > (halves ? FEW_HALVES : FEW)) return many_rows(w, (const uint8_t*)x, y, m, threads);
     if (level == HALVES && y.type == BF16 && m > FEW_WORDS) return many_halves(w, (const uint16_t*)x, y, m, threads);
 #endif
+#if defined(__aarch64__)
+    if (level == HALVES && y.type == BF16 && m > FEW_PAIRS) return many_pairs(w, (const uint16_t*)x, m, y, threads);
+#endif
 #if defined(BYTES)
     if (halves && m <= few_halves_most(w) && few_halves(w, x, y.type, m, y, threads)) return;
 #endif

@@ -10,6 +10,7 @@ namespace {
 
 const long FEW = 4, FEW_HALVES = 8, FEW_INT8 = 8;  // up to so many rows, vectors are as fast as AMX: float32, 16 bits, 8
 const long FEW_WORDS = 6;  // the same beside `in_passes`
+const long FEW_PAIRS = 8;  // and beside `many_pairs`, which nothing has timed
 const long MOST = 16 << 20;  // bytes of x that are packed at a time
 
 // f(from, to) for blocks of W, in a few shares for each thread.
@@ -87,22 +88,40 @@ void in_blocks(const Linear& a, long parts, long threads, F f) {
        [&](long j) { f(j * blocks, (j + 1) * blocks < a.blocks() ? (j + 1) * blocks : a.blocks()); });
 }
 
-// Many rows of x with vectors alone, which every processor has.
-void many_floats(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
-  const Kernels& set = kernels();
-  const long size = type == F32 ? 4 : 2, fit = MOST / (a.k * (long)sizeof(float)), most = fit < 64 ? 64 : fit > 512 ? 512 : fit;
+// Many rows of x, some at a time. Rows{room, how many} is what they are spread to: spread(their place in x, row, Rows), and
+// product(blocks from, to, Rows, room, output).
+template <class Rows, class S, class P>
+void in_panels(const Linear& a, const void* x, long m, const Output& y, long threads, size_t (*room)(long, long), S spread, P product) {
+  const long size = y.type == F32 ? 4 : 2, fit = MOST / (a.k * (long)sizeof(float)), most = fit < 64 ? 64 : fit > 512 ? 512 : fit;
   const long passes = (m + most - 1) / most;
   for (long p = 0; p < passes; p++) {
     const long first = m * p / passes, rows = m * (p + 1) / passes - first;
-    const FloatRows packed = {(float*)shared_room.of(rows_room(rows, a.k)), rows};
+    Rows packed = {};
+    packed.x = (decltype(packed.x))shared_room.of(room(rows, a.k)), packed.m = rows;
     const void* from = (const uint8_t*)x + first * a.k * size;
-    each(rows, rows * a.k > 1 << 16 ? threads : 1, [&](long i) { set.spread(from, type, a.k, i, packed); });
+    each(rows, rows * a.k > 1 << 16 ? threads : 1, [&](long i) { spread(from, i, packed); });
     const Output to = {(uint8_t*)y.y + first * a.n * size, y.type};
-    in_blocks(a, 4, threads, [&](long b, long end) {
-      set.panels(a, b, end, packed, (float*)own_room.of(panel_room(rows)), to);
-    });
+    in_blocks(a, 4, threads, [&](long b, long end) { product(b, end, packed, own_room.of(panel_room(rows)), to); });
   }
 }
+
+// With vectors alone, which every processor has.
+void many_floats(const Linear& a, const void* x, int type, long m, const Output& y, long threads) {
+  const Kernels& set = kernels();
+  in_panels<FloatRows>(
+      a, x, m, y, threads, rows_room, [&](const void* from, long i, const FloatRows& to) { set.spread(from, type, a.k, i, to); },
+      [&](long b, long end, const FloatRows& rows, uint8_t* room, const Output& to) { set.panels(a, b, end, rows, (float*)room, to); });
+}
+
+#if defined(__aarch64__)
+// In bf16, with BFMMLA.
+void many_pairs(const Linear& a, const uint16_t* x, long m, const Output& y, long threads) {
+  in_panels<RowPairs>(
+      a, x, m, y, threads, pairs_room,
+      [&](const void* from, long i, const RowPairs& to) { pairs_spread((const uint16_t*)from, a.k, i, to); },
+      [&](long b, long end, const RowPairs& rows, uint8_t* room, const Output& to) { pairs_panels(a, b, end, rows, room, to); });
+}
+#endif
 
 #if defined(__x86_64__)
 // A few rows of x at a time, from the i-th on: what `many_rows` and `many_int8` do.

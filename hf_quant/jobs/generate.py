@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_quant.disk.journal import is_journal
 from hf_quant.errors import HfQuantError, OptionError
 from hf_quant.jobs.options import check_model, hub, load_options
-from hf_quant.jobs.outputs import check_places, shown
+from hf_quant.jobs.outputs import check_places, shown, work_folder
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
 from hf_quant.jobs.texts import calibration_for, find_calibration, template_arguments
@@ -130,6 +131,7 @@ def _check_file(out: Path, inputs: list[str]) -> None:
     """Refuse a file that is there already, or a place where it may not be."""
     if out.suffix != ".safetensors":
         raise OptionError(f"{shown(out)}: token ids are written as safetensors: call it {out.name}.safetensors")
-    if out.exists():
+    if not out.exists():
+        check_places([out], inputs, overwrite=False, gate=False)
+    elif not is_journal(work_folder(out)):  # a run that was stopped after the file was there has only to clear up
         raise HfQuantError(f"{shown(out)}: exists, and no file is replaced: name another one with -o")
-    check_places([out], inputs, overwrite=False, gate=False)

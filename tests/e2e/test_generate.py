@@ -73,6 +73,20 @@ def test_a_stopped_run_goes_on(tiny: Path, tmp_path: Path, monkeypatch: pytest.M
     assert len(set(calls)) == len(calls) - 1 and out.read_bytes() == whole and not work_folder(out).exists()
 
 
+def test_a_run_that_was_stopped_at_its_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generated, "discard", interrupted)
+        hq.generate(tiny, out, **FEW)
+    written = out.read_bytes()
+    monkeypatch.setattr(generated, "continued", interrupted)  # nothing is left to be written
+    assert hq.generate(tiny, out, **FEW).file.read_bytes() == written and [*tmp_path.iterdir()] == [out]
+
+
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 def test_tokens_are_drawn_from_the_whole_distribution(tiny: Path, temperature: float) -> None:
     """Whatever the model's own way to generate; and a text that ends is followed by another."""

@@ -44,6 +44,7 @@ from hf_quant.nn import QuantLinear
 HERE = Path(__file__).resolve().parent
 SHIPPED, PEER = HERE.parent / "examples" / "ref-llama-16m", HERE / "calibrated_peers.py"
 SCHEMES = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
+OWN_TEXT = "ours learned asym, text of its own"
 OURS = {
     "ours rtn": ["--method", "rtn"],
     "ours gptq": ["--method", "gptq"],
@@ -55,9 +56,8 @@ OURS = {
     "ours learned": ["--method", "learned"],
     "ours learned asym, untuned": ["--method", "learned", "--asym", "--no-tune"],
     "ours learned asym": ["--method", "learned", "--asym"],
-    "ours learned asym, text of its own": ["--method", "learned", "--asym", "--epochs", "2"],
+    OWN_TEXT: ["--method", "learned", "--asym", "--epochs", "2"],
 }
-OWN_TEXT = "ours learned asym, text of its own"
 CALIBRATION, HELD_OUT = 65536, 65536  # tokens
 SMALL = (
     "Made by `train_small.py --like {} --layers 6 --minutes 8 --characters 40000000`, before it left documents out: 57 of the 1,668 "
@@ -83,31 +83,27 @@ def call(command: list[str], threads: int, folder: Path, **extra: str) -> Cell:
     return json.loads(done.stdout.splitlines()[-1]) | {"process_seconds": time.perf_counter() - start}
 
 
+def call_ours(command: str, model: Path, out: Path, options: list[str], threads: int, work: Path) -> Cell:
+    """Run one of our commands in a process of its own."""
+    ours = [sys.executable, str(HERE / "calibrated.py"), "--ours", command, str(model), "-o", str(out), "-q"]
+    return call([*ours, *options], threads, work)
+
+
+def text_of(model: Path) -> list[str]:
+    """Options that name its calibration text."""
+    return ["--calibration", str(model / "calibration.txt"), "--calibration-tokens", str(CALIBRATION)]
+
+
 def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, str], out: Path, threads: int) -> Cell:
     """Quantize ``model`` into ``out``: what it cost."""
     bits, group_size = SCHEMES[scheme]
     shutil.rmtree(out, ignore_errors=True)
     if row in OURS:
-        text = ["--calibration", str(model / "calibration.txt"), "--calibration-tokens", str(CALIBRATION)]
-        text = [] if row == "ours rtn" else text  # rounding looks at no text
+        text = [] if row == "ours rtn" else text_of(model)  # rounding looks at no text
         text = ["--calibration", str(own_text(model, work, threads))] if row == OWN_TEXT else text
         gate = ["--max-kl", "1000", "--max-tokens", "1024"] if bits == 2 else ["--no-eval"]  # 2 bits need a gate
         how = ["--bits", str(bits), "--group-size", str(group_size), *OURS[row], *text, *gate]
-        return call(
-            [
-                sys.executable,
-                str(HERE / "calibrated.py"),
-                "--ours",
-                "quantize",
-                str(model),
-                "-o",
-                str(out),
-                "-q",
-                *how,
-            ],
-            threads,
-            work,
-        )
+        return call_ours("quantize", model, out, how, threads, work)
     python = pythons[PEERS[row].package]
     return call(
         [python, str(PEER), "quantize", row, str(model), str(work / "calibration.safetensors"), str(bits),
@@ -121,18 +117,7 @@ def own_text(model: Path, work: Path, threads: int) -> Path:
     """What ``model`` writes after the calibration text, with it."""
     file = work / "generated.safetensors"
     if not file.is_file():
-        command = [
-            sys.executable,
-            str(HERE / "calibrated.py"),
-            "--ours",
-            "generate",
-            str(model),
-            "-o",
-            str(file),
-            "-q",
-        ]
-        text = ["--calibration", str(model / "calibration.txt"), "--calibration-tokens", str(CALIBRATION)]
-        cost = call([*command, *text], threads, work)
+        cost = call_ours("generate", model, file, text_of(model), threads, work)
         (work / "generated.json").write_text(json.dumps(cost))
     return file
 

@@ -130,6 +130,26 @@ def measure_options(function: Function) -> Function:
     return function
 
 
+def text_options(what: str, beside: str = "model", *, inputs: bool = False) -> Callable[[Function], Function]:
+    """Which text a command looks at, and how much of it: ``what`` for, whose folder may bring one along, and whether the model's
+    inputs will do, too."""
+    tensors = " or with the model's inputs by name (pixel_values, input_features, ...)," if inputs else ","
+
+    def decorated(function: Function) -> Function:
+        function = click.option(
+            "--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it."
+        )(function)
+        return click.option(
+            "--calibration",
+            metavar="TEXT",
+            help=f"{what}: a UTF-8 or JSONL file, a safetensors file with token ids{tensors} or "
+            "ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
+            f"default: calibration.txt beside the {beside}, else a bundled text.",
+        )(function)
+
+    return decorated
+
+
 def calibration_options(function: Function) -> Function:
     """What calibrated methods look at, and what that may take."""
     for option in (
@@ -141,17 +161,7 @@ def calibration_options(function: Function) -> Function:
             type=click.IntRange(1),
             help="How often --method learned goes through the calibration text for each block. Default: 6.",
         ),
-        click.option(
-            "--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it."
-        ),
-        click.option(
-            "--calibration",
-            metavar="TEXT",
-            help="For calibrated methods: a UTF-8 or JSONL file, a safetensors file with token ids or with the model's inputs by name "
-            "(pixel_values, input_features, ...), or "
-            "ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
-            "default: calibration.txt beside the model, else a bundled text.",
-        ),
+        text_options("For calibrated methods", inputs=True),
     ):
         function = option(function)
     return function

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hf_quant.cli._common import bars, chat_options, emit, output_options, say
+from hf_quant.cli._common import bars, chat_options, emit, output_options, say, text_options
 from hf_quant.cli._types import DTYPE, Device, Model
 
 
@@ -16,14 +16,7 @@ from hf_quant.cli._types import DTYPE, Device, Model
 @click.option(
     "--tokens", type=click.IntRange(1), default=262144, show_default=True, help="What the model writes, about."
 )
-@click.option(
-    "--calibration",
-    metavar="TEXT",
-    help="What it goes on from: a UTF-8 or JSONL file, a safetensors file with token ids, or "
-    "ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
-    "default: calibration.txt beside the model, else a bundled text.",
-)
-@click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it.")
+@text_options("What it goes on from")
 @click.option(
     "--prompt-tokens", type=click.IntRange(1), default=64, show_default=True, help="Tokens that a window begins with."
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from hf_quant.cli._common import bars, chat_options, emit, output_options, say
+from hf_quant.cli._common import bars, chat_options, emit, output_options, say, text_options
 from hf_quant.cli._types import Device, Model
 
 
@@ -14,14 +14,7 @@ from hf_quant.cli._types import Device, Model
 @click.argument("folder", type=Model())
 @click.option("-o", "--output", required=True, help="Folder of the result.")
 @click.option("--base", required=True, type=Model(), help="The model that FOLDER was made from, in floating point.")
-@click.option(
-    "--calibration",
-    metavar="TEXT",
-    help="What to train on: a UTF-8 or JSONL file, a safetensors file with token ids, or "
-    "ID[:CONFIG][@SPLIT][#COLUMN][~REVISION] of a datasets set; "
-    "default: calibration.txt beside the base, else a bundled text.",
-)
-@click.option("--calibration-tokens", type=click.IntRange(1), default=65536, show_default=True, help="How much of it.")
+@text_options("What to train on", "base")
 @click.option("--passes", type=click.IntRange(1), help="Times that it is seen. Default: 4, or fewer of a long text.")
 @chat_options
 @click.option("--device", type=Device(), help="Where to train: cpu, cuda, ...")

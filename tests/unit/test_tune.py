@@ -181,6 +181,7 @@ def test_scales_are_those_of_a_naive_loop(source: Path) -> None:
     reference = base.reference_on(windows_of(Calibration(ids, "text", [])), noise=False)
     layers = {name: module for name, module in quantized.named_modules() if isinstance(module, QuantLinear)}
     weights = {name: module.quantized_weight() for name, module in layers.items()}
+    weights = {name: replace(w, scale=w.scale.clone()) for name, w in weights.items()}  # the model's own, uncompiled
     factors = {name: torch.ones_like(weight.scale.float(), requires_grad=True) for name, weight in weights.items()}
     plainly, optimizer = base.load(torch.float32), torch.optim.Adam(factors.values(), betas=(0.9, 0.95))
     pieces = {rows.inputs["input_ids"].shape[0] for rows in reference.pieces}

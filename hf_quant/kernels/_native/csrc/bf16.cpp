@@ -17,8 +17,10 @@ namespace {
 
 // Two vectors of float32 to pairs of bf16.
 inline __m512i pairs(vf low, vf high) {
-  const __m256i one = (__m256i)_mm512_cvtneps_pbh((__m512)low), other = (__m256i)_mm512_cvtneps_pbh((__m512)high);
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(other), 16));
+  alignas(64) static const uint16_t order[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                                8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  return _mm512_permutexvar_epi16(_mm512_load_si512(order), both);
 }
 
 // Float32 that bf16 holds exactly.
@@ -90,10 +92,10 @@ struct Halves {
 
 void bf16_pack(const uint16_t* x, const Linear& a, long tile, const RowTiles& out) {
   const long groups = a.groups();
-  const long first = tile * out.tall, height = out.m - first < out.tall ? out.m - first : out.tall;
-  for (long t0 = 0; t0 < a.tiles(); t0 += out.chunk) {
-    const long count = a.tiles() - t0 < out.chunk ? a.tiles() - t0 : out.chunk;
-    side_by_side((const uint8_t*)(x + first * a.k + 32 * t0), 2 * a.k, height, 16 * count, out.tall, 0, out.at(t0, count, tile));
+  const long first = out.first(tile), height = out.height(tile);
+  for (long t0 = 0; t0 < a.tiles(); t0 += CHUNK) {
+    const long count = a.tiles() - t0 < CHUNK ? a.tiles() - t0 : CHUNK;
+    side_by_side((const uint8_t*)(x + first * a.k + 32 * t0), 2 * a.k, height, 16 * count, 0, out.at(t0, count, tile));
   }
   if (!a.zero || out.scaled) return;
   for (long i = 0; i < height; i++)

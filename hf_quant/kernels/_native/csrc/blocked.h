@@ -2,44 +2,27 @@
 // stays in the first-level cache, and are multiplied by all rows. Included by the units that have such products, each for its own
 // `Kind`: how words of W and x are multiplied and how sums become float32. A word of x, and of a row of W, holds some columns.
 #pragma once
-#include "vector.h"
+#include "transpose.h"
 
 namespace {
 
 const long AHEAD = 32;  // words of x that are fetched before they are needed
 
-// A transposed matrix of 16 x 16 words.
-inline void transposed(vi row[16]) {
-#pragma GCC unroll 4
-  for (int s = 1; s < 16; s *= 2) {
-    vi low, high;
-    for (int j = 0; j < 16; j++) low[j] = j & s ? 16 + j - s : j, high[j] = j & s ? 16 + j : j + s;
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) {
-      if (i & s) continue;
-      const __m512i one = (__m512i)row[i], other = (__m512i)row[i + s];
-      row[i] = (vi)_mm512_permutex2var_epi32(one, (__m512i)low, other);
-      row[i + s] = (vi)_mm512_permutex2var_epi32(one, (__m512i)high, other);
-    }
-  }
-}
-
-// Rows of words, `far` bytes apart, as a tile of `tall` rows: the words of a column side by side, those of rows that are not
-// there zero; in all of them the bits of `flip` turned over.
-inline void side_by_side(const uint8_t* from, long far, long rows, long words, long tall, int flip, uint32_t* to) {
+// Rows of words, `far` bytes apart, as a tile: the words of a column side by side, in all of them the bits of `flip` turned over.
+inline void side_by_side(const uint8_t* from, long far, long rows, long words, int flip, uint32_t* to) {
   for (long p = 0; p < words; p += 16) {
     const __mmask16 left = words - p < 16 ? (__mmask16)((1u << (words - p)) - 1) : (__mmask16)~0;
-    vi row[16];
+    vf row[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; i++) {
       const uint8_t* const at = from + (i < rows ? i : 0) * far + 4 * p;
       _mm_prefetch((const char*)at + 512, _MM_HINT_T0);
-      row[i] = (vi)_mm512_maskz_loadu_epi32(i < rows ? left : (__mmask16)0, at) ^ flip;
+      row[i] = (vf)((vi)_mm512_maskz_loadu_epi32(left, at) ^ flip);
     }
-    transposed(row);
+    transpose(row);
 #pragma GCC unroll 16
-    for (int j = 0; j < 16; j++, to += tall) {  // what is written beyond a column, the next ones write over
-      const long rest = (words - p - j) * tall;
+    for (int j = 0; j < 16; j++, to += rows) {  // what is written beyond a column, the next ones write over
+      const long rest = (words - p - j) * rows;
       if (rest >= 16) _mm512_storeu_si512(to, (__m512i)row[j]);
       if (rest > 0 && rest < 16) _mm512_mask_storeu_epi32(to, (__mmask16)((1u << rest) - 1), (__m512i)row[j]);
     }
@@ -60,10 +43,20 @@ struct Ahead {
   long step;
 };
 
-// c [T, 2, 16] += rows of x times the columns of two blocks.
+// Where what is multiplied goes: sums of all rows, and in the end numbers of the output.
+struct Sums {
+  float* c;          // [m, 2, 16]
+  bool fresh, last;  // whether nothing is in `c` yet, and whether nothing is to come
+  const RowTiles& x;
+  const Output& out;
+  long groups, n, from, count;  // of a row: groups of x, numbers of the output, the first of those wanted, and how many
+};
+
+// Adds rows of x, from `row` on, times the columns of two blocks.
 template <class Kind, int T>
-void multiplied(const uint8_t* w, const uint32_t* x, const Part* part, long parts, const float* sums, long groups, float* c,
-                Ahead ahead) {
+void multiplied(const uint8_t* w, const uint32_t* x, const Part* part, long parts, long row, const Sums& to, Ahead ahead) {
+  float* const c = to.c + 32 * row;
+  bool fresh = to.fresh;
   for (; parts; parts--, part++) {
     typename Kind::Sum sum[T][2];
 #pragma GCC unroll 14
@@ -80,21 +73,25 @@ void multiplied(const uint8_t* w, const uint32_t* x, const Part* part, long part
       }
     }
 #pragma GCC unroll 14
-    for (int m = 0; m < T; m++) {
-      const vf one = read<vf>(c + 32 * m) + Kind::number(sum[m][0]) * part->scale[0];
-      const vf other = read<vf>(c + 32 * m + 16) + Kind::number(sum[m][1]) * part->scale[1];
-      _mm512_store_ps(c + 32 * m, (__m512)one), _mm512_store_ps(c + 32 * m + 16, (__m512)other);
-    }
-    if (!part->shifted) continue;
     for (int m = 0; m < T; m++)
       for (int i = 0; i < 2; i++) {
-        const vf made = read<vf>(c + 32 * m + 16 * i) + part->shift[i] * sums[m * groups + part->group];
-        _mm512_store_ps(c + 32 * m + 16 * i, (__m512)made);
+        vf all = Kind::number(sum[m][i]) * part->scale[i];
+        if (!fresh) all += read<vf>(c + 32 * m + 16 * i);
+        _mm512_store_ps(c + 32 * m + 16 * i, (__m512)all);
       }
+    fresh = false;
+    if (part->shifted)
+      for (int m = 0; m < T; m++)
+        for (int i = 0; i < 2; i++) {
+          const vf all = read<vf>(c + 32 * m + 16 * i) + part->shift[i] * to.x.sums[(row + m) * to.groups + part->group];
+          _mm512_store_ps(c + 32 * m + 16 * i, (__m512)all);
+        }
   }
+  if (to.last)
+    for (int m = 0; m < T; m++) Kind::give(c + 32 * m, to.x, to.out, row + m, (row + m) * to.n + to.from, to.count);
 }
 
-typedef void (*Multiply)(const uint8_t*, const uint32_t*, const Part*, long, const float*, long, float*, Ahead);
+typedef void (*Multiply)(const uint8_t*, const uint32_t*, const Part*, long, long, const Sums&, Ahead);
 
 template <class K>
 Multiply multiply_of(long tall) {
@@ -132,36 +129,35 @@ long parted(const Linear& a, long b, long other, long t0, long count, const RowT
 // Blocks from, ..., to - 1. Kind::chunk expands a chunk of a block, Kind::give writes up to 32 numbers of a row of the output.
 template <class Kind, int BITS>
 void linear(const Linear& a, long from, long to, const RowTiles& x, uint8_t* room, const Output& out) {
-  const long all = x.tiles(), size = x.tall * 32, groups = a.groups();
-  const Multiply multiply = multiply_of<Kind>(x.tall);
+  const long groups = a.groups();
   uint8_t* w = room;
-  float* c = (float*)(room + x.chunk * x.words * 128);  // [BLOCKS / 2][tiles][tall][2][16]
+  float* c = (float*)(room + CHUNK * x.words * 128);  // [BLOCKS / 2][m][2][16]
   Part part[16];
   for (long b = from; b < to; b += BLOCKS) {
     const long blocks = to - b < BLOCKS ? to - b : BLOCKS, twos = (blocks + 1) / 2;
-    memset(c, 0, sizeof(float) * twos * all * size);
-    for (long t0 = 0; t0 < a.tiles(); t0 += x.chunk) {
-      const long count = a.tiles() - t0 < x.chunk ? a.tiles() - t0 : x.chunk;
+    for (long t0 = 0; t0 < a.tiles(); t0 += CHUNK) {
+      const long count = a.tiles() - t0 < CHUNK ? a.tiles() - t0 : CHUNK;
       for (long i = 0; i < twos; i++) {  // with an odd number of blocks, the last is multiplied twice
         const long one = b + 2 * i, other = one + 1 < to ? one + 1 : one;
         Kind::template chunk<BITS>(a, one, t0, count, x.scaled, w);
         Kind::template chunk<BITS>(a, other, t0, count, x.scaled, w + 64);
         const long parts = parted<Kind>(a, one, other, t0, count, x, w, part);
         const bool last = i + 1 == twos;  // then the first two blocks are next, a chunk on
-        const long bytes = 64 * BITS, next = (last ? b : one + 2) * a.tiles() + (last ? t0 + x.chunk : t0);
+        const long bytes = 64 * BITS, next = (last ? b : one + 2) * a.tiles() + (last ? t0 + CHUNK : t0);
         const char* codes = (const char*)a.q + next * bytes;
-        const long far = a.tiles() * bytes, each = (count * bytes + all - 1) / all;
+        const long far = a.tiles() * bytes, each = (count * bytes + x.tiles - 1) / x.tiles;
         const long step = (each + x.words * count - 1) / (x.words * count);
-        for (long j = 0; j < all; j++)
-          multiply(w, x.at(t0, count, j), part, parts, x.sums + j * x.tall * groups, groups, c + (i * all + j) * size,
-                   {{codes + j * each, codes + j * each + far}, step});
+        const long n = 16 * one, end = 16 * to < a.n ? 16 * to : a.n;
+        const Sums sums = {c + 32 * i * x.m, t0 == 0, t0 + count == a.tiles(), x, out, groups, a.n, n, end - n < 32 ? end - n : 32};
+        Ahead ahead = {{codes, codes + far}, step};
+        const uint32_t* words = x.at(t0, count, 0);
+        for (long j = 0, row = 0, height; j < x.tiles; j++, row += height, words += height * count * x.words) {
+          height = x.height(j);
+          multiply_of<Kind>(height)(w, words, part, parts, row, sums, ahead);
+          for (const char*& next : ahead.at) next += each;
+        }
       }
     }
-    for (long m = 0; m < x.m; m++)
-      for (long i = 0; i < twos; i++) {
-        const long n = 16 * (b + 2 * i), end = 16 * to < a.n ? 16 * to : a.n;
-        Kind::give(c + i * all * size + 32 * m, x, out, m, m * a.n + n, end - n < 32 ? end - n : 32);
-      }
   }
 }
 

@@ -29,16 +29,22 @@ inline vf half_floats(const void* x, int type, long at) {
 // gets the sum of the integers of tile t. Gives the scale, NaN where one of them is not finite. `row` is room for k floats.
 template <class P, class E>
 inline float int8_row(const Activations& x, long at, long k, const __m512i order[2], float* row, P next, E each) {
-  of_type(x.type, [=](auto type) {
-    for (long i = 0; i < k; i += 16) _mm512_storeu_ps(row + i, (__m512)numbers<type.bits>(x.x, at * k + i));
+  const bool all = !x.left;
+  vi peak[2] = {};  // as bits, where infinities and NaN are the largest
+  const auto higher = [&](vf v, int i) {
+    const vi size = (vi)v & 0x7fffffff;
+    peak[i] = size > peak[i] ? size : peak[i];
+  };
+  of_type(x.type, [&](auto type) {
+    for (long i = 0; i < k; i += 32)
+      for (int j = 0; j < 2; j++) {
+        const vf v = numbers<type.bits>(x.x, at * k + i + 16 * j);
+        _mm512_storeu_ps(row + i + 16 * j, (__m512)v);
+        if (all) higher(v, j);
+      }
   });
   for (long j = 0; j < x.left; j++) row[x.columns[j]] = 0;
-  vi peak[2] = {};  // as bits, where infinities and NaN are the largest
-  for (long i = 0; i < k; i += 32)
-    for (int j = 0; j < 2; j++) {
-      const vi v = read<vi>(row + i + 16 * j) & 0x7fffffff;
-      peak[j] = v > peak[j] ? v : peak[j];
-    }
+  for (long i = all ? k : 0; i < k; i += 16) higher(read<vf>(row + i), 0);
   const int bits = _mm512_reduce_max_epi32((__m512i)(peak[0] > peak[1] ? peak[0] : peak[1]));
   const float most = read<float>(&bits), least = 1.17549435e-38f * 127;
   const float scale = x.fixed ? *x.fixed : (most > least ? most : least) / 127, by = 1 / scale;

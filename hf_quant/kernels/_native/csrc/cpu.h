@@ -217,18 +217,19 @@ void pairs_panels(const Linear&, long from, long to, const RowPairs&, uint8_t* r
 
 // Without AMX: x in tiles of a few rows, words of a pair of neighbouring columns in bf16 (AVX512-BF16) or of four in int8 (VNNI),
 // some columns of all tiles after others: [chunk of columns][tile][word of the chunk][row of the tile].
+const long TALL = 14;   // rows of a tile at most: twice as many sums, and what they are made of, in 32 registers
+const long CHUNK = 16;  // times 32 columns
 struct RowTiles {
   uint32_t* x;
-  float* sums;    // [tiles * tall, groups], where there are zero points
-  float* scales;  // [tiles * tall], of rows in int8
-  long m, tall;
+  float* sums;    // [m, groups], where there are zero points
+  float* scales;  // [m], of rows in int8
+  long m, tiles, tall, taller;  // the rows; `tall` of them in a tile, and one more in the first `taller`
   bool scaled;  // whether weights are rounded to bf16, scales and all, or scales are applied to sums of codes, which are exact
-  long chunk;   // tiles of 32 columns
-  long words;   // of a tile
-  long tiles() const { return (m + tall - 1) / tall; }
-  uint32_t* at(long t, long count, long tile) const { return x + (t * tiles() + tile * count) * words * tall; }
+  long words;  // of a row in 32 columns
+  long first(long tile) const { return tile * tall + (tile < taller ? tile : taller); }
+  long height(long tile) const { return tall + (tile < taller); }
+  uint32_t* at(long t, long count, long tile) const { return x + (t * m + first(tile) * count) * words; }
 };
-const long TALL = 14;  // rows of a tile at most: twice as many sums, and what they are made of, in 32 registers
 
 void bf16_pack(const uint16_t* x, const Linear&, long tile, const RowTiles&);
 void bf16_linear(const Linear&, long from, long to, const RowTiles&, uint8_t* room, const Output&);
@@ -237,7 +238,7 @@ void bytes_pack(const Activations& x, long first, const Linear&, long tile, floa
 void bytes_linear(const Linear&, long from, long to, const RowTiles&, uint8_t* room, const Output&);
 // Bytes a thread needs for blocks of W in a chunk and what becomes of BLOCKS of them, taken together for the second-level cache.
 static inline size_t blocked_room(const RowTiles& x) {
-  return x.chunk * x.words * 128 + sizeof(float) * BLOCKS / 2 * x.tiles() * x.tall * 32;
+  return CHUNK * x.words * 128 + sizeof(float) * BLOCKS / 2 * x.m * 32;
 }
 
 // AMX: x in tiles of 16 rows and 32 columns of bf16, `parts` of them (1: bf16; 2: float32 as a sum of two) side by side,

@@ -48,12 +48,12 @@ struct Bytes {
 
 void bytes_pack(const Activations& x, long first, const Linear& a, long tile, float* room, const RowTiles& out) {
   const long groups = a.groups(), tiles = a.tiles(), steps = a.group / 32;
-  int8_t* const rows = (int8_t*)(room + a.k);  // [tall, k]
+  int8_t* const rows = (int8_t*)(room + a.k);  // [TALL, k]
   __m512i order[2];
   in_order(a.bits, order);
-  const long height = out.m - tile * out.tall < out.tall ? out.m - tile * out.tall : out.tall;
+  const long height = out.height(tile);
   for (long i = 0; i < height; i++) {
-    const long m = tile * out.tall + i;
+    const long m = out.first(tile) + i;
     int8_t* at = rows + i * a.k;
     float* sums = out.sums + m * groups;
     if (a.zero) memset(sums, 0, sizeof(float) * groups);
@@ -63,9 +63,9 @@ void bytes_pack(const Activations& x, long first, const Linear& a, long tile, fl
           if (a.zero) sums[t / steps] += (float)sum;
         });
   }
-  for (long t0 = 0; t0 < tiles; t0 += out.chunk) {
-    const long count = tiles - t0 < out.chunk ? tiles - t0 : out.chunk;
-    side_by_side((uint8_t*)rows + 32 * t0, a.k, height, 8 * count, out.tall, (int)0x80808080, out.at(t0, count, tile));
+  for (long t0 = 0; t0 < tiles; t0 += CHUNK) {
+    const long count = tiles - t0 < CHUNK ? tiles - t0 : CHUNK;
+    side_by_side((uint8_t*)rows + 32 * t0, a.k, height, 8 * count, (int)0x80808080, out.at(t0, count, tile));
   }
 }
 

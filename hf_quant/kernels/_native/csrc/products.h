@@ -146,16 +146,6 @@ void many_rows(const Linear& a, const uint8_t* x, const Output& y, long m, long 
   });
 }
 
-// How many of m rows to take together: the fewer are left over in the last tile the better, and the fewer tiles.
-long tallest(long m) {
-  long best = m < TALL ? m : TALL, least = m * 1000;
-  for (long tall = best; tall > TALL / 2 && m > TALL; tall--) {
-    const long tiles = (m + tall - 1) / tall, cost = tiles * (10 * tall + 3);
-    if (cost < least) least = cost, best = tall;
-  }
-  return best;
-}
-
 // Blocks of W that a thread takes together, up to BLOCKS: those that leave the fewest to the thread that has the most.
 long together(long blocks, long threads) {
   long best = BLOCKS, least = 0;
@@ -173,13 +163,13 @@ template <class P, class F>
 void in_passes(const Linear& a, long m, long threads, bool halves, P pack, F product) {
   const long passes = (m + 511) / 512, words = halves ? 16 : 8;
   for (long p = 0; p < passes; p++) {
-    const long first = m * p / passes, rows = m * (p + 1) / passes - first;
-    const long tall = tallest(rows), all = (rows + tall - 1) / tall * tall, size = all * a.tiles() * words;
-    uint32_t* at = (uint32_t*)shared_room.of(sizeof(float) * (size + all * (1 + (a.zero ? a.groups() : 0))));
+    const long first = m * p / passes, rows = m * (p + 1) / passes - first, tiles = (rows + TALL - 1) / TALL;
+    const long size = rows * a.tiles() * words;
+    uint32_t* at = (uint32_t*)shared_room.of(sizeof(float) * (size + rows * (1 + (a.zero ? a.groups() : 0))));
     float* scales = (float*)(at + size);
     const bool scaled = halves && (a.group < 64 || rows >= 256);  // sums to be scaled would take longer than what it takes to scale weights
-    const RowTiles packed = {at, scales + all, scales, rows, tall, scaled, halves && !scaled ? 8 : 16, words};
-    each(packed.tiles(), threads, [&](long j) { pack(first, j, packed); });
+    const RowTiles packed = {at, scales + rows, scales, rows, tiles, rows / tiles, rows % tiles, scaled, words};
+    each(tiles, threads, [&](long j) { pack(first, j, packed); });
     const long some = together(a.blocks(), threads);
     each((a.blocks() + some - 1) / some, threads, [&](long j) {
       const long from = j * some, to = from + some < a.blocks() ? from + some : a.blocks();
@@ -200,7 +190,7 @@ void many_bytes(const Linear& a, const Activations& x, const Output& y, long m, 
   const long size = x.type == F32 ? 4 : 2;
   in_passes(
       a, m, threads, false,
-      [&](long first, long j, const RowTiles& out) { bytes_pack(x, first, a, j, (float*)own_room.of((4 + out.tall) * a.k), out); },
+      [&](long first, long j, const RowTiles& out) { bytes_pack(x, first, a, j, (float*)own_room.of((4 + TALL) * a.k), out); },
       [&](long first, long from, long to, const RowTiles& x, uint8_t* room) {
         bytes_linear(a, from, to, x, room, {(uint8_t*)y.y + first * a.n * size, y.type});
       });

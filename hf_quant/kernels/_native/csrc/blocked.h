@@ -43,61 +43,53 @@ struct Ahead {
   long step;
 };
 
-// Where what is multiplied goes: sums of all rows, and in the end numbers of the output.
-struct Sums {
-  float* c;          // [m, 2, 16]
-  bool fresh, last;  // whether nothing is in `c` yet, and whether nothing is to come
-  const RowTiles& x;
-  const Output& out;
-  long groups, n, from, count;  // of a row: groups of x, numbers of the output, the first of those wanted, and how many
-};
-
-// Adds rows of x, from `row` on, times the columns of two blocks.
+// c [T, 2, 16], nothing as long as it is `fresh`, += rows of x times the columns of two blocks.
 template <class Kind, int T>
-void multiplied(const uint8_t* w, const uint32_t* x, const Part* part, long parts, long row, const Sums& to, Ahead ahead) {
-  float* const c = to.c + 32 * row;
-  bool fresh = to.fresh;
+void multiplied(const uint8_t* w, const uint32_t* x, const Part* part, long parts, const float* sums, long groups, float* c,
+                bool fresh, Ahead ahead) {
   for (; parts; parts--, part++) {
     typename Kind::Sum sum[T][2];
-#pragma GCC unroll 14
+#pragma GCC unroll 8
     for (int m = 0; m < T; m++) sum[m][0] = Kind::start(*part, 0), sum[m][1] = Kind::start(*part, 1);
     for (long p = 0; p < part->words; p++, w += 128, x += T) {
       _mm_prefetch((const char*)(x + AHEAD * T), _MM_HINT_T0);
       for (int i = 0; i < 2; i++) _mm_prefetch(ahead.at[i], _MM_HINT_T0), ahead.at[i] += ahead.step;
       const __m512i one = _mm512_load_si512(w), other = _mm512_load_si512(w + 64);
-#pragma GCC unroll 14
+#pragma GCC unroll 8
       for (int m = 0; m < T; m++) {
         const __m512i both = _mm512_set1_epi32((int)x[m]);
         sum[m][0] = Kind::more(sum[m][0], one, both);
         sum[m][1] = Kind::more(sum[m][1], other, both);
       }
     }
-#pragma GCC unroll 14
-    for (int m = 0; m < T; m++)
-      for (int i = 0; i < 2; i++) {
-        vf all = Kind::number(sum[m][i]) * part->scale[i];
-        if (!fresh) all += read<vf>(c + 32 * m + 16 * i);
-        _mm512_store_ps(c + 32 * m + 16 * i, (__m512)all);
+    if (fresh)
+#pragma GCC unroll 8
+      for (int m = 0; m < T; m++)
+        for (int i = 0; i < 2; i++)
+          _mm512_store_ps(c + 32 * m + 16 * i, (__m512)(Kind::number(sum[m][i]) * part->scale[i]));
+    else
+#pragma GCC unroll 8
+      for (int m = 0; m < T; m++) {
+        const vf one = read<vf>(c + 32 * m) + Kind::number(sum[m][0]) * part->scale[0];
+        const vf other = read<vf>(c + 32 * m + 16) + Kind::number(sum[m][1]) * part->scale[1];
+        _mm512_store_ps(c + 32 * m, (__m512)one), _mm512_store_ps(c + 32 * m + 16, (__m512)other);
       }
     fresh = false;
-    if (part->shifted)
-      for (int m = 0; m < T; m++)
-        for (int i = 0; i < 2; i++) {
-          const vf all = read<vf>(c + 32 * m + 16 * i) + part->shift[i] * to.x.sums[(row + m) * to.groups + part->group];
-          _mm512_store_ps(c + 32 * m + 16 * i, (__m512)all);
-        }
+    if (!part->shifted) continue;
+    for (int m = 0; m < T; m++)
+      for (int i = 0; i < 2; i++) {
+        const vf all = read<vf>(c + 32 * m + 16 * i) + part->shift[i] * sums[m * groups + part->group];
+        _mm512_store_ps(c + 32 * m + 16 * i, (__m512)all);
+      }
   }
-  if (to.last)
-    for (int m = 0; m < T; m++) Kind::give(c + 32 * m, to.x, to.out, row + m, (row + m) * to.n + to.from, to.count);
 }
 
-typedef void (*Multiply)(const uint8_t*, const uint32_t*, const Part*, long, long, const Sums&, Ahead);
+typedef void (*Multiply)(const uint8_t*, const uint32_t*, const Part*, long, const float*, long, float*, bool, Ahead);
 
 template <class K>
 Multiply multiply_of(long tall) {
-  static const Multiply all[] = {multiplied<K, 1>, multiplied<K, 2>, multiplied<K, 3>, multiplied<K, 4>,  multiplied<K, 5>,
-                                 multiplied<K, 6>, multiplied<K, 7>, multiplied<K, 8>, multiplied<K, 9>,  multiplied<K, 10>,
-                                 multiplied<K, 11>, multiplied<K, 12>, multiplied<K, 13>, multiplied<K, 14>};
+  static const Multiply all[] = {multiplied<K, 1>, multiplied<K, 2>, multiplied<K, 3>, multiplied<K, 4>,
+                                 multiplied<K, 5>, multiplied<K, 6>, multiplied<K, 7>, multiplied<K, 8>};
   return all[tall - 1];
 }
 
@@ -126,19 +118,19 @@ long parted(const Linear& a, long b, long other, long t0, long count, const RowT
   return parts;
 }
 
-// Blocks from, ..., to - 1. Kind::chunk expands a chunk of a block, Kind::give writes up to 32 numbers of a row of the output.
+// Blocks from, ..., end - 1. Kind::chunk expands a chunk of a block, Kind::give writes up to 32 numbers of a row of the output.
 template <class Kind, int BITS>
-void linear(const Linear& a, long from, long to, const RowTiles& x, uint8_t* room, const Output& out) {
+void linear(const Linear& a, long from, long end, const RowTiles& x, uint8_t* room, const Output& out) {
   const long groups = a.groups();
   uint8_t* w = room;
   float* c = (float*)(room + CHUNK * x.words * 128);  // [BLOCKS / 2][m][2][16]
   Part part[16];
-  for (long b = from; b < to; b += BLOCKS) {
-    const long blocks = to - b < BLOCKS ? to - b : BLOCKS, twos = (blocks + 1) / 2;
+  for (long b = from; b < end; b += BLOCKS) {
+    const long blocks = end - b < BLOCKS ? end - b : BLOCKS, twos = (blocks + 1) / 2;
     for (long t0 = 0; t0 < a.tiles(); t0 += CHUNK) {
       const long count = a.tiles() - t0 < CHUNK ? a.tiles() - t0 : CHUNK;
       for (long i = 0; i < twos; i++) {  // with an odd number of blocks, the last is multiplied twice
-        const long one = b + 2 * i, other = one + 1 < to ? one + 1 : one;
+        const long one = b + 2 * i, other = one + 1 < end ? one + 1 : one;
         Kind::template chunk<BITS>(a, one, t0, count, x.scaled, w);
         Kind::template chunk<BITS>(a, other, t0, count, x.scaled, w + 64);
         const long parts = parted<Kind>(a, one, other, t0, count, x, w, part);
@@ -147,14 +139,17 @@ void linear(const Linear& a, long from, long to, const RowTiles& x, uint8_t* roo
         const char* codes = (const char*)a.q + next * bytes;
         const long far = a.tiles() * bytes, each = (count * bytes + x.tiles - 1) / x.tiles;
         const long step = (each + x.words * count - 1) / (x.words * count);
-        const long n = 16 * one, end = 16 * to < a.n ? 16 * to : a.n;
-        const Sums sums = {c + 32 * i * x.m, t0 == 0, t0 + count == a.tiles(), x, out, groups, a.n, n, end - n < 32 ? end - n : 32};
+        const long n = 16 * one, left = (16 * end < a.n ? 16 * end : a.n) - n;
         Ahead ahead = {{codes, codes + far}, step};
         const uint32_t* words = x.at(t0, count, 0);
-        for (long j = 0, row = 0, height; j < x.tiles; j++, row += height, words += height * count * x.words) {
-          height = x.height(j);
-          multiply_of<Kind>(height)(w, words, part, parts, row, sums, ahead);
+        float* to = c + 32 * i * x.m;
+        for (long j = 0, m = 0; j < x.tiles; j++) {
+          const long height = x.height(j);
+          multiply_of<Kind>(height)(w, words, part, parts, x.sums + m * groups, groups, to, t0 == 0, ahead);
           for (const char*& next : ahead.at) next += each;
+          words += height * count * x.words;
+          for (const long next = m + height; m < next; m++, to += 32)
+            if (t0 + count == a.tiles()) Kind::give(to, x, out, m, m * a.n + n, left < 32 ? left : 32);
         }
       }
     }

@@ -217,7 +217,7 @@ void pairs_panels(const Linear&, long from, long to, const RowPairs&, uint8_t* r
 
 // Without AMX: x in tiles of a few rows, words of a pair of neighbouring columns in bf16 (AVX512-BF16) or of four in int8 (VNNI),
 // some columns of all tiles after others: [chunk of columns][tile][word of the chunk][row of the tile].
-const long TALL = 14;   // rows of a tile at most: twice as many sums, and what they are made of, in 32 registers
+const long TALL = 8;    // rows of a tile at most: with more, sums that are scaled wait for each other, with fewer, products
 const long CHUNK = 16;  // times 32 columns
 struct RowTiles {
   uint32_t* x;

@@ -140,16 +140,14 @@ void linear(const Linear& a, long from, long end, const RowTiles& x, uint8_t* ro
         const long far = a.tiles() * bytes, each = (count * bytes + x.tiles - 1) / x.tiles;
         const long step = (each + x.words * count - 1) / (x.words * count);
         const long n = 16 * one, left = (16 * end < a.n ? 16 * end : a.n) - n;
-        Ahead ahead = {{codes, codes + far}, step};
-        const uint32_t* words = x.at(t0, count, 0);
-        float* to = c + 32 * i * x.m;
-        for (long j = 0, m = 0; j < x.tiles; j++) {
-          const long height = x.height(j);
-          multiply_of<Kind>(height)(w, words, part, parts, x.sums + m * groups, groups, to, t0 == 0, ahead);
-          for (const char*& next : ahead.at) next += each;
-          words += height * count * x.words;
-          for (const long next = m + height; m < next; m++, to += 32)
-            if (t0 + count == a.tiles()) Kind::give(to, x, out, m, m * a.n + n, left < 32 ? left : 32);
+        const bool complete = t0 + count == a.tiles();
+        for (long j = 0; j < x.tiles; j++) {
+          const long m = x.first(j), height = x.height(j);
+          float* const sums = c + 32 * (i * x.m + m);
+          multiply_of<Kind>(height)(w, x.at(t0, count, j), part, parts, x.sums + m * groups, groups, sums, t0 == 0,
+                                    {{codes + j * each, codes + j * each + far}, step});
+          for (long r = 0; complete && r < height; r++)
+            Kind::give(sums + 32 * r, x, out, m + r, (m + r) * a.n + n, left < 32 ? left : 32);
         }
       }
     }

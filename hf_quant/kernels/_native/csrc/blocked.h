@@ -124,7 +124,7 @@ void linear(const Linear& a, long from, long end, const RowTiles& x, uint8_t* ro
   const long groups = a.groups();
   uint8_t* w = room;
   float* c = (float*)(room + CHUNK * x.words * 128);  // [BLOCKS / 2][m][2][16]
-  Part part[16];
+  Part part[CHUNK];
   for (long b = from; b < end; b += BLOCKS) {
     const long blocks = end - b < BLOCKS ? end - b : BLOCKS, twos = (blocks + 1) / 2;
     for (long t0 = 0; t0 < a.tiles(); t0 += CHUNK) {

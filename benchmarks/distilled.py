@@ -27,7 +27,7 @@ from hf_quant.bench.machine import cpu_name
 from hf_quant.data.text import SEPARATOR, paragraphs, read_text, split
 
 SCHEME = "W2A16-g64-asym"
-HEAD = "| bits/weight | start | trained | steps | tokens | windows | learning rate | held-out loss | KL | 95 % interval | top-1 | seconds of CPU |"
+HEAD = "| bits/weight | start | trained | weight of hidden states | steps | tokens | windows | learning rate | held-out loss | KL | 95 % interval | top-1 | seconds of CPU |"
 
 
 def sample(text: Path, tokens: int, out: Path) -> int:
@@ -68,7 +68,7 @@ def line(row: dict[str, Any]) -> str:
     training, settings = row["training"], row["settings"]
     kept = training["kept"]
     return (
-        f"| {row['bits_per_weight']:.2f} | {settings['method']} | {settings.get('learn', 'weights')} | {training['settings']['steps']} | {training['tokens']:,} | "
+        f"| {row['bits_per_weight']:.2f} | {settings['method']} | {settings.get('learn', 'weights')} | {training.get('hidden_weight', 0):g} | {training['settings']['steps']} | {training['tokens']:,} | "
         f"{settings['batch']} of {settings['train_context']} | {settings['lr']:g} | {kept['before']:.4f} to {kept['after']:.4f} | "
         f"{row['kl']:.5f} | {row['low']:.5f}..{row['high']:.5f} | {row['top1']:.1%} | {row['seconds']:.0f} |"
     )
@@ -81,23 +81,13 @@ def line(row: dict[str, Any]) -> str:
 @click.option("--method", default="calibrated", show_default=True, help="Where training begins.")
 @click.option("--lr", type=float, default=4e-4, show_default=True)
 @click.option("--batch", type=int, default=4, show_default=True)
-@click.option("--context", type=int, default=256, show_default=True)
+@click.option("--context", "train_context", type=int, default=256, show_default=True)
 @click.option("--steps", type=int, help="Default: once over the text.")
 @click.option("--learn", default="weights", show_default=True, help="As for hf-quant train.")
+@click.option("--hidden-weight", type=float, help="As for hf-quant train.")
+@click.option("--dtype", default="auto", show_default=True, help="What the model computes in.")
 @click.option("--pilot", is_flag=True, help="Print the row alone.")
-def main(
-    text: Path,
-    work: Path,
-    tokens: int,
-    method: str,
-    lr: float,
-    batch: int,
-    context: int,
-    steps: int | None,
-    learn: str,
-    pilot: bool,
-) -> None:
-    settings = {"method": method, "lr": lr, "batch": batch, "train_context": context, "steps": steps, "learn": learn}
+def main(text: Path, work: Path, tokens: int, pilot: bool, **settings: Any) -> None:
     row = run(text, work.resolve(), tokens, settings)
     print(line(row), flush=True)
     if pilot:

@@ -45,6 +45,11 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
 @click.option(
     "--train-context", type=click.IntRange(2), help="Tokens in a window of it; default: 512, or what the model allows."
 )
+@click.option(
+    "--hidden-weight",
+    type=click.FloatRange(0),
+    help="Of the error of hidden states, beside that of the distributions; default: 3, or 0 for another --teacher than MODEL.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the windows.")
 @click.option(
     "--checkpoint-minutes",

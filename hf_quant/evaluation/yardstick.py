@@ -109,12 +109,16 @@ class Base:
 
     def context(self) -> int:
         """The default number of tokens in a window."""
-        config = config_of(self.model, **self._hub()).get_text_config()
+        config = self.config().get_text_config()
         return min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
 
     def vocabulary(self) -> int:
         """The number of token ids."""
-        return vocabulary_of(config_of(self.model, **self._hub()))
+        return vocabulary_of(self.config())
+
+    def config(self) -> Any:
+        """Its config."""
+        return config_of(self.model, **self._hub())
 
     def kind(self) -> Any:
         """Its class."""

@@ -26,7 +26,7 @@ from hf_quant.hf import HfQuantConfig, load
 from hf_quant.hf.auto import hub_options, tokenizer_of
 from hf_quant.jobs.compress import Job, compress
 from hf_quant.jobs.outputs import RECIPE, work_folder
-from hf_quant.training.distillation import divergence
+from hf_quant.training.distillation import divergence, hidden_error, hidden_states, refuse_other_shape
 from hf_quant.training.loop import Loss, Settings, State, Steps
 
 HELD, JUDGED = 16, 64  # of so many windows one is held out; at most about that many windows are
@@ -41,6 +41,7 @@ class Training:
         text: What to train on.
         settings: How.
         teacher: The model whose distributions are learned; None learns the text itself.
+        hidden_weight: Of the error of hidden states, beside the divergence from the teacher's distributions.
         start: Method whose codes training begins from.
         seconds: From one checkpoint to the next.
         watch: Wraps the states of a training, which know how many there will be, for a progress bar.
@@ -49,6 +50,7 @@ class Training:
     text: Calibration
     settings: Settings
     teacher: Base | None
+    hidden_weight: float = 0.0
     start: str = "rtn"
     seconds: float = 300.0
     watch: Progress = iter
@@ -63,6 +65,7 @@ class Training:
         return {
             "held_out": int(held_windows(len(self.text.ids)).sum()),
             "loss": "cross-entropy with the text" if self.teacher is None else "KL divergence to the teacher",
+            "hidden_weight": self.hidden_weight,
             "teacher": None if self.teacher is None else _name(self.teacher.model),
             "start": self.start, "settings": self.settings.to_dict(), "text": self.text.to_dict(),
         }  # fmt: skip
@@ -86,6 +89,8 @@ def train_model(job: Job, training: Training, config: HfQuantConfig, out: Path) 
         HfQuantError: As `compress`, or the training cannot go on; says why.
     """
     refuse_other_vocabulary(job, training.teacher)
+    if training.teacher is not None and training.hidden_weight:
+        refuse_other_shape(job.base().config(), training.teacher.config())
     values = {member.name: getattr(job, member.name) for member in fields(Job)}
     train_job = _TrainJob(
         **values | {"overwrite": job.overwrite or _appeared(out, training)}, training=training, out=out
@@ -114,7 +119,9 @@ class _TrainJob(Job):
                 raise PlanError(
                     f"{training.text.name}: {len(ids)} windows, beside {len(held)} held out, are fewer than one batch"
                 )
-            loss = text_loss if training.teacher is None else distilled(training.teacher.load(model.dtype))
+            loss: Loss = text_loss
+            if training.teacher is not None:
+                loss = distilled(training.teacher.load(model.dtype), training.hidden_weight)
             steps = Steps(model, ids, held, loss, training.settings, log, training.seconds, self.say)
             *_, state = training.watch(steps)
             self.became.update(
@@ -184,14 +191,20 @@ def text_loss(model: Any, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
-def distilled(teacher: Any) -> Loss:
-    """A loss: the mean KL divergence from the teacher, per token in nats."""
+def distilled(teacher: Any, hidden_weight: float) -> Loss:
+    """A loss per token: the mean KL divergence from the teacher in nats; in training, with ``hidden_weight`` times `hidden_error`."""
 
     def loss(model: Any, rows: Tensor) -> Tensor:
         rows = rows.to(model.device)
+        hidden = bool(hidden_weight) and model.training
         with torch.no_grad():
-            expected = teacher(input_ids=rows.to(teacher.device), use_cache=False).logits[:, :-1].to(model.device)
-        return divergence(model(input_ids=rows, use_cache=False).logits[:, :-1], expected).mean()
+            expected = teacher(input_ids=rows.to(teacher.device), use_cache=False, output_hidden_states=hidden)
+        given = model(input_ids=rows, use_cache=False, output_hidden_states=hidden)
+        nats = divergence(given.logits[:, :-1], expected.logits[:, :-1].to(model.device)).mean()
+        if not hidden:
+            return nats
+        states = [state.to(model.device) for state in hidden_states(expected)]
+        return nats + hidden_weight * hidden_error(hidden_states(given), states).mean()
 
     return loss
 

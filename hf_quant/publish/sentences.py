@@ -158,6 +158,8 @@ def method(recipe: Mapping[str, Any]) -> str:
 def training(trained: Mapping[str, Any]) -> str:
     """What a model was trained on, for how long, and by which loss."""
     teacher = f" ({md(str(trained['teacher']))})" if trained["teacher"] else ""
+    weight = trained.get("hidden_weight", 0)
+    hidden = f" and {weight:g} times the relative error of its hidden states" if weight else ""
     start = "" if trained["start"] == "rtn" else f", beginning from the codes of {code(trained['start'])}"
     state = trained.get("kept")
     kept = ""
@@ -166,7 +168,8 @@ def training(trained: Mapping[str, Any]) -> str:
     rest = " and everything else of the model" if trained["settings"].get("everything") else ""
     return (
         f"trained with the rounded weights{rest} for {trained['settings']['steps']:,} steps on {trained['tokens']:,} tokens of "
-        f"{md(trained['text']['name'])} (sha256 {code(trained['text']['sha256'][:16])}) by {trained['loss']}{teacher}{start}{kept}"
+        f"{md(trained['text']['name'])} (sha256 {code(trained['text']['sha256'][:16])}) by "
+        f"{trained['loss']}{teacher}{hidden}{start}{kept}"
     )
 
 
@@ -264,6 +267,7 @@ def training_options(trained: Mapping[str, Any], source: Mapping[str, Any]) -> l
         "--data", text["name"], "--train-context", str(text["context"]), "--steps", str(settings["steps"]),
         "--batch", str(settings["batch"]), "--seed", str(settings["seed"]), "--lr", f"{trained['learning_rates'][-1][1]:g}",
         *(["--learn", "all"] if settings.get("everything") else []),
+        *([] if teacher is None else ["--hidden-weight", f"{trained.get('hidden_weight', 0):g}"]),
         *([] if teacher == source["model"] else ["--teacher", "none" if teacher is None else teacher]),
     ]  # fmt: skip
 

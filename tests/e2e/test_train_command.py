@@ -69,6 +69,8 @@ def test_training_loses_less_than_rounding(kind: str, peaked: Path, tmp_path: Pa
     assert recipe["losses"]["last"] < recipe["losses"]["first"] and recipe["text"]["name"] == "calibration.txt"
     card = render(*facts(tmp_path / "trained"))
     assert "trained with the rounded weights for 40 steps on 10,240 tokens of calibration.txt" in card
+    assert "by KL divergence to the teacher" in card and "and 3 times the relative error of its hidden states" in card
+    assert "--hidden-weight 3" in card
     assert "hf-quant train" in card and "--data calibration.txt" in card and "--teacher" not in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn", "trained"]  # no checkpoint is left
 
@@ -251,6 +253,10 @@ def test_what_cannot_be_trained_is_refused(peaked: Path, tmp_path: Path) -> None
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
     refused("a vocabulary of 1000 tokens, and the model has one of 512", *W2, *FEW, "--teacher", other, code=2)
+    refused("--teacher none has none", *W2, *FEW, "--teacher", "none", "--hidden-weight", "1", code=2)
+    deeper = config | {"num_hidden_layers": config["num_hidden_layers"] + 1}
+    (other / "config.json").write_text(json.dumps(deeper))
+    refused("teacher has a num_hidden_layers of", *W2, *FEW, "--teacher", other, "--hidden-weight", "1", code=2)
     train(peaked, tmp_path / "coded", *W2, *FEW, data=tmp_path / "long.txt")
     refused("quantized already", *W2, *FEW, model=tmp_path / "coded", data=peaked / "calibration.txt", code=2)
     said = CliRunner().invoke(

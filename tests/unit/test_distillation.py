@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_quant.errors import PlanError
 from hf_quant.training import Distillation
-from hf_quant.training.distillation import divergence
+from hf_quant.training.distillation import divergence, hidden_error, hidden_states
 
 
 def naive(given: Tensor, expected: Tensor, temperature: float) -> float:
@@ -47,12 +47,14 @@ class Toy(nn.Module):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.table = nn.Embedding(vocabulary, vocabulary)
-        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=vocabulary))
+        shape = SimpleNamespace(vocab_size=vocabulary, num_hidden_layers=2, hidden_size=vocabulary)
+        self.config = SimpleNamespace(get_text_config=lambda: shape)
         self.seen: list[dict[str, Any]] = []
 
-    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+    def forward(self, input_ids: Tensor, output_hidden_states: bool = False, **kwargs: Any) -> Any:
         self.seen.append(kwargs)
-        return SimpleNamespace(logits=self.table(input_ids))
+        row = self.table(input_ids)
+        return SimpleNamespace(logits=row, hidden_states=(row, row.tanh(), row) if output_hidden_states else None)
 
 
 def test_the_teacher_sees_what_the_student_was_given() -> None:
@@ -75,8 +77,50 @@ def test_the_teacher_sees_what_the_student_was_given() -> None:
     assert student.table.weight.grad is not None and teacher.table.weight.grad is None
 
 
+def test_hidden_states_count_while_the_student_trains() -> None:
+    student, teacher, ids = Toy(11), Toy(11), torch.randint(0, 11, (2, 5))
+    labels = ids.clone()
+    labels[0, :3] = -100
+    plain, both = Distillation(student, teacher), Distillation(student, teacher, hidden_weight=2.5)
+    outputs = student(input_ids=ids)
+    errors = []
+    for row, at in ((row, at) for row in range(2) for at in range(4) if labels[row, at + 1] != -100):
+        pairs = [
+            (state[row, at].tolist(), expected[row, at].tolist())
+            for state, expected in zip(outputs.hidden_states[1:], teacher(ids, True).hidden_states[1:], strict=True)
+        ]
+        errors += [
+            sum((a - b) ** 2 for a, b in zip(*pair, strict=True)) / sum(b * b for b in pair[1]) for pair in pairs
+        ]
+    made = both(outputs, labels)
+    assert made.item() == pytest.approx(plain(outputs, labels).item() + 2.5 * sum(errors) / len(errors), rel=1e-5)
+    made.backward()
+    assert student.table.weight.grad is not None and teacher.table.weight.grad is None
+    outputs = student.eval()(input_ids=ids)
+    assert outputs.hidden_states is None
+    torch.testing.assert_close(both(outputs, labels), plain(outputs, labels))
+
+
+def test_a_large_token_counts_as_much_as_another() -> None:
+    expected = torch.randn(2, 3, 8, dtype=torch.float64)
+    given = (expected * 1.1).requires_grad_()
+    scale = torch.tensor([1.0, 1.0, 3000.0]).double()[:, None]
+    torch.testing.assert_close(hidden_error([given * scale], [expected * scale]), torch.full((2, 3), 0.01).double())
+    assert hidden_error([torch.zeros(1, 4)], [torch.zeros(1, 4)]).item() == 0
+    torch.autograd.gradcheck(lambda x: hidden_error([x, x**2], [expected, expected]), (given,))
+
+
 def test_what_cannot_teach_is_refused() -> None:
     with pytest.raises(PlanError, match="teacher has a vocabulary of 12 tokens and the model one of 11"):
         Distillation(Toy(11), Toy(12))
     with pytest.raises(PlanError, match="temperature"):
         Distillation(Toy(11), Toy(11), temperature=0.0)
+    with pytest.raises(PlanError, match="hidden_weight must be 0 or a positive number"):
+        Distillation(Toy(11), Toy(11), hidden_weight=-1.0)
+    wide = Toy(11)
+    wide.config.get_text_config().hidden_size = 12
+    Distillation(wide, Toy(11))
+    with pytest.raises(PlanError, match="teacher has a hidden_size of 11 and the model one of 12"):
+        Distillation(wide, Toy(11), hidden_weight=1.0)
+    with pytest.raises(PlanError, match="returns no hidden states; with a hidden weight of 0"):
+        hidden_states(SimpleNamespace(logits=torch.zeros(1)))

@@ -84,7 +84,7 @@ def line(row: dict[str, Any]) -> str:
 @click.option("--context", "train_context", type=int, default=256, show_default=True)
 @click.option("--steps", type=int, help="Default: once over the text.")
 @click.option("--learn", default="weights", show_default=True, help="As for hf-quant train.")
-@click.option("--hidden-weight", type=float, help="As for hf-quant train.")
+@click.option("--hidden-weight", type=float, default=0.0, show_default=True, help="As for hf-quant train.")
 @click.option("--dtype", default="auto", show_default=True, help="What the model computes in.")
 @click.option("--pilot", is_flag=True, help="Print the row alone.")
 def main(text: Path, work: Path, tokens: int, pilot: bool, **settings: Any) -> None:

@@ -25,9 +25,7 @@ arguments = TrainingArguments(
     save_strategy="no", report_to=[],
 )  # fmt: skip
 data = [{"input_ids": window, "labels": window} for window in windows]
-trainer = Trainer(
-    student, arguments, train_dataset=data, compute_loss_func=Distillation(student, teacher, hidden_weight=3)
-)
+trainer = Trainer(student, arguments, train_dataset=data, compute_loss_func=Distillation(student, teacher))
 trainer.train()
 trainer.save_model(f"{out}/w2")  # an ordinary quantized checkpoint
 small = AutoModelForCausalLM.from_pretrained(f"{out}/w2")

@@ -48,7 +48,9 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
 @click.option(
     "--hidden-weight",
     type=click.FloatRange(0),
-    help="Of the error of hidden states, beside that of the distributions; default: 3, or 0 for another --teacher than MODEL.",
+    default=0.0,
+    show_default=True,
+    help="Of the relative error of hidden states, beside the divergence from the teacher's distributions.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the windows.")
 @click.option(

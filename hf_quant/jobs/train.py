@@ -25,13 +25,12 @@ if TYPE_CHECKING:
     from hf_quant.evaluation.yardstick import Base
 
 LEARN = ("weights", "all")
-HIDDEN = 3.0  # of the weights that were tried (0, 0.5, 2, 3, 10), that with the least divergence in the end
 
 
 def train(
     model: str | os.PathLike[str], output: str | os.PathLike[str], *, data: str, teacher: str | None = None,
     steps: int | None = None, epochs: float | None = None, lr: float = 1e-4, batch: int = 8, train_context: int | None = None,
-    hidden_weight: float | None = None, seed: int = 0, checkpoint_minutes: float = 5.0, learn: str = "weights", scheme: str | Sequence[str] | None = None,
+    hidden_weight: float = 0.0, seed: int = 0, checkpoint_minutes: float = 5.0, learn: str = "weights", scheme: str | Sequence[str] | None = None,
     bits: int | None = None, group_size: int | None = None, asym: bool | None = None, method: str = "rtn", format: str = "auto",
     ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
@@ -59,8 +58,8 @@ def train(
         lr: Learning rate of AdamW, which rises in the first steps and then falls along a cosine.
         batch: Windows of text in an update.
         train_context: Tokens in a window; default: 512, or what the model allows.
-        hidden_weight: Of the relative squared error of hidden states, which is added to the divergence from the teacher; None: 3,
-            or 0 for another teacher than ``model`` itself. 0 compares the distributions of tokens alone.
+        hidden_weight: Of the relative squared error of hidden states, which is added to the divergence from the teacher; 0 compares
+            the distributions of tokens alone.
         seed: Of the order of the windows.
         checkpoint_minutes: From one checkpoint to the next.
         learn: ``"weights"``: the weights that are rounded, with their scales and zero points; everything else stays as it is.
@@ -104,7 +103,7 @@ def train(
     model, slugs, out = check_model(model), schemes(scheme, bits, group_size, asym), Path(output)
     gate, other = budget(max_kl, max_ppl_increase, min_top1), overrides(override or {})
     _check_options(slugs, [*slugs, *filter(None, other.values())], steps, epochs, lr, batch, train_context, learn)
-    hidden = _hidden_weight(hidden_weight, teacher)
+    _check_hidden_weight(hidden_weight, teacher)
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs, TOKENS)
     from_hub = hub(revision, trust_remote_code)
     given = load_options(dtype, device, from_hub)
@@ -148,7 +147,7 @@ def train(
         updates = steps or math.ceil((epochs or 1) * int((~held).sum()) / batch)
         report.say(f"{updates} steps of {batch * learned.ids.shape[1]:,} tokens of {learned.name}")
         training = Training(
-            learned, Settings(updates, batch, lr, seed=seed, everything=learn == "all"), _teacher(teacher, base), hidden, method, 60 * checkpoint_minutes,
+            learned, Settings(updates, batch, lr, seed=seed, everything=learn == "all"), _teacher(teacher, base), hidden_weight, method, 60 * checkpoint_minutes,
             report.over("training"),
         )  # fmt: skip
         job = Job(
@@ -195,6 +194,15 @@ def _check_options(
             raise OptionError(f"{slug}: {reason}")
 
 
+def _check_hidden_weight(weight: float, teacher: str | None) -> None:
+    if not 0 <= weight < math.inf:
+        raise OptionError(f"--hidden-weight {weight}: must be 0 or a number above 0")
+    if weight and teacher == "none":
+        raise OptionError(
+            "--hidden-weight compares hidden states with those of a teacher, and --teacher none has none"
+        )
+
+
 def _refuse_overlap(data: str, learned: Calibration, held_out: HeldOut, chat: Chat) -> None:
     from hf_quant.data.text import read_documents
 
@@ -203,19 +211,6 @@ def _refuse_overlap(data: str, learned: Calibration, held_out: HeldOut, chat: Ch
     if readable and read_documents(file, chat) == held_out.text:  # its paragraphs may be too short to be compared
         raise HfQuantError(f"--data {data} is the text that is measured on: the numbers would flatter the model")
     held_out.refuse_overlap(learned.paragraphs)
-
-
-def _hidden_weight(given: float | None, teacher: str | None) -> float:
-    """The layers of another teacher have other things to say, even where they have the same shape."""
-    if given is None:
-        return HIDDEN if teacher is None else 0.0
-    if not 0 <= given < math.inf:
-        raise OptionError(f"--hidden-weight {given}: must be 0 or a number above 0")
-    if given and teacher == "none":
-        raise OptionError(
-            "--hidden-weight compares hidden states with those of a teacher, and --teacher none has none"
-        )
-    return given
 
 
 def _teacher(teacher: str | None, base: Base) -> Base | None:

@@ -267,7 +267,7 @@ def training_options(trained: Mapping[str, Any], source: Mapping[str, Any]) -> l
         "--data", text["name"], "--train-context", str(text["context"]), "--steps", str(settings["steps"]),
         "--batch", str(settings["batch"]), "--seed", str(settings["seed"]), "--lr", f"{trained['learning_rates'][-1][1]:g}",
         *(["--learn", "all"] if settings.get("everything") else []),
-        *([] if teacher is None else ["--hidden-weight", f"{trained.get('hidden_weight', 0):g}"]),
+        *(["--hidden-weight", f"{trained['hidden_weight']:g}"] if trained.get("hidden_weight") else []),
         *([] if teacher == source["model"] else ["--teacher", "none" if teacher is None else teacher]),
     ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hf_quant.disk.journal import Journal
 from hf_quant.errors import HfQuantError
 from hf_quant.training.masters import Masters
-from hf_quant.training.modules import FakeQuant
+from hf_quant.training.modules import SUFFIXES, FakeQuant
 
 Loss = Callable[[Any, Tensor], Tensor]  # of a model and some windows [B, T]: the mean per token
 PATIENCE = 3  # losses in a row that are not finite
@@ -30,9 +30,8 @@ class Settings:
     Attributes:
         steps: Updates of the weights.
         batch: Windows of text in each.
-        lr: Learning rate of AdamW, of the weights that are rounded; it falls along a cosine.
+        lr: Learning rate of AdamW, of weights; it falls along a cosine.
         ranges: Share of it that scales and offsets have: each moves all the weights of its group.
-        others: Share of it that all other parameters have: a rounded weight moves only where its code changes, these always.
         warmup: Share of the steps in which it rises to that.
         clip: Norm that the gradient is cut down to.
         seed: Of the order of the windows, and of dropout.
@@ -43,7 +42,6 @@ class Settings:
     batch: int
     lr: float
     ranges: float = 0.1
-    others: float = 0.3
     warmup: float = 0.05
     clip: float = 1.0
     seed: int = 0
@@ -154,7 +152,7 @@ class Steps:
         """
         settings = self.settings
         masters = Masters(_trained(self.model, settings.everything))
-        optimizer = _optimizer(self.model, masters.values, settings)
+        optimizer = _optimizer(masters.values, settings)
         torch.manual_seed(settings.seed)
         state = _restore(self.journal, masters, optimizer)
         if not state.rates or state.rates[-1][1] != settings.lr:
@@ -205,16 +203,10 @@ def _trained(model: nn.Module, everything: bool) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _optimizer(model: nn.Module, parameters: dict[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
-    shares = dict.fromkeys(parameters, settings.others) | {
-        f"{prefix}.{name}{suffix}": settings.ranges if suffix else 1.0
-        for prefix, module in model.named_modules() if isinstance(module, FakeQuant)
-        for name in module.trained() for suffix in module.parameters_of(name)
-    }  # fmt: skip
-    groups = [
-        {"params": [parameters[name] for name in parameters if shares[name] == share], "share": share}
-        for share in dict.fromkeys(shares[name] for name in parameters)
-    ]
+def _optimizer(parameters: dict[str, nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    ranges = [parameter for name, parameter in parameters.items() if name.endswith(SUFFIXES[1:])]
+    weights = [parameter for name, parameter in parameters.items() if not name.endswith(SUFFIXES[1:])]
+    groups = [{"params": weights, "share": 1.0}, {"params": ranges, "share": settings.ranges}]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 

@@ -69,10 +69,22 @@ def test_training_loses_less_than_rounding(kind: str, peaked: Path, tmp_path: Pa
     assert recipe["losses"]["last"] < recipe["losses"]["first"] and recipe["text"]["name"] == "calibration.txt"
     card = render(*facts(tmp_path / "trained"))
     assert "trained with the rounded weights for 40 steps on 10,240 tokens of calibration.txt" in card
-    assert "by KL divergence to the teacher" in card and "and 3 times the relative error of its hidden states" in card
-    assert "--hidden-weight 3" in card
+    assert "hidden" not in card
     assert "hf-quant train" in card and "--data calibration.txt" in card and "--teacher" not in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rtn", "trained"]  # no checkpoint is left
+
+
+def test_hidden_states_are_learned_too(peaked: Path, tmp_path: Path) -> None:
+    options = (*W2, *FEW, "--hidden-weight", "3")
+    train(peaked, tmp_path / "out", *options, "--max-kl", "99")
+    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())["training"]
+    train(peaked, tmp_path / "plain", *W2, *FEW, "--max-kl", "99")
+    plain = json.loads((tmp_path / "plain" / "recipe.json").read_text())["training"]
+    assert recipe["kept"]["before"] == plain["kept"]["before"]  # of windows held out, the divergence alone is measured
+    assert recipe["losses"]["first"] > 1.2 * plain["losses"]["first"]
+    assert weights(tmp_path / "out") != weights(tmp_path / "plain")
+    card = render(*facts(tmp_path / "out"))
+    assert "and 3 times the relative error of its hidden states" in card and "--hidden-weight 3" in card
 
 
 def test_everything_is_trained(peaked: Path, tmp_path: Path) -> None:

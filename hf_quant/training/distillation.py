@@ -14,14 +14,8 @@ from hf_quant.errors import PlanError
 
 CACHED = 1 << 20  # logits that a core works on at a time: 4 MB in float32
 IGNORED = -100  # a label that is not scored, in transformers
-STUDENTS = (
-    "labels",
-    "num_items_in_batch",
-    "use_cache",
-    "past_key_values",
-    "cache",
-    "output_hidden_states",
-)  # what only the student is given
+# What only the student is given.
+STUDENTS = ("labels", "num_items_in_batch", "use_cache", "past_key_values", "cache", "output_hidden_states")
 
 
 class Distillation:

@@ -29,7 +29,7 @@ class Distillation:
         teacher: Another one with the same vocabulary, on the same device.
         temperature: Logits of both are divided by it, and the loss is multiplied by its square.
         hidden_weight: While the student trains, `hidden_error` times this is added; the loss of an evaluation is the divergence
-            alone. 3 is a good choice where the student is the teacher rounded.
+            alone. 3 helped short trainings of a rounded teacher, and long ones not (``benchmarks/distilled.py``).
 
     Raises:
         PlanError: The vocabularies differ, the temperature is not a positive number, or the hidden states cannot be compared.

@@ -153,3 +153,9 @@ def search(
         scale = torch.where(better, tried.gather(0, index)[0], scale)
         zero = zero if scheme.symmetric else torch.where(better, moved.gather(0, index)[0], zero)
     return scale, zero
+
+
+def relative_error(given: Tensor, expected: Tensor) -> Tensor:
+    """Squared error of every row of ``given [..., d]`` over the squared size of that of ``expected [..., d]``: ``[...]``."""
+    size = expected.square().sum(-1).clamp(min=torch.finfo(expected.dtype).tiny)
+    return (given - expected).square().sum(-1) / size

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_quant.core.activations import rounded
 from hf_quant.core.geometry import geometry_of
+from hf_quant.core.numerics import relative_error
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import HfQuantError
@@ -155,9 +156,7 @@ def _parts(batch: Batch, wanted: Tensor) -> Iterator[tuple[Batch, Tensor]]:
 def _error(block: Block, given: Batch, wanted: Tensor) -> Tensor:
     """Squared error of the output of every token over its squared size, the mean of all tokens."""
     output = block.run(given)
-    wanted = wanted.to(output.device)
-    size = wanted.square().sum(-1).clamp(min=torch.finfo(wanted.dtype).tiny)
-    return ((output - wanted).square().sum(-1) / size).mean()
+    return relative_error(output, wanted.to(output.device)).mean()
 
 
 def _loss(block: Block, hidden: HiddenStates, wanted: HiddenStates, numbers: list[int], recipe: Recipe) -> float:

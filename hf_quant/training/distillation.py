@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_quant.core.numerics import relative_error
 from hf_quant.errors import PlanError
 
 CACHED = 1 << 20  # logits that a core works on at a time: 4 MB in float32
@@ -115,14 +116,9 @@ def hidden_error(given: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
         float32 or wider, ``[...]``. Without the size that it is divided by, the few tokens with states a thousand times as large
         as others (arXiv:2402.17762) would be all that counts.
     """
-    return torch.stack([_relative_error(*pair) for pair in zip(given, expected, strict=True)]).mean(0)
-
-
-def _relative_error(given: Tensor, expected: Tensor) -> Tensor:
-    wide = torch.promote_types(given.dtype, torch.float32)
-    expected = expected.to(wide)
-    size = expected.square().sum(-1).clamp(min=torch.finfo(wide).tiny)
-    return (given.to(wide) - expected).square().sum(-1) / size
+    wide = torch.promote_types(given[0].dtype, torch.float32)
+    pairs = zip(given, expected, strict=True)
+    return torch.stack([relative_error(ours.to(wide), theirs.to(wide)) for ours, theirs in pairs]).mean(0)
 
 
 def refuse_other_shape(student: Any, teacher: Any) -> None:

@@ -5,10 +5,11 @@
 Each peer runs in its own environment (`calibrated_peers.py`), at its defaults for the bits and group size; rows marked with a
 star use options that the peer offers beyond them. All layers of the decoder's blocks are quantized; embeddings and head are
 not. Every result, ours too, becomes a plain float32 model and is measured alike: KL to the float32 model it was made from, per
-token, with 95 % intervals over documents. "Text of its own" is 262,144 tokens that `hf-quant generate` writes from the same
-calibration tokens, beside these; it is written once for all schemes, and the time for that is not in the row. What is done stays in
-WORK, so single rows can be redone (--row, --again) and timed again when the machine is quiet (--timing); they take the place of
-theirs in the results that are committed. A cell that a peer cannot do says why, in the peer's words.
+token, with 95 % intervals over documents. "Text of its own" is what `hf-quant generate` writes from the same calibration tokens,
+beside these: 262,144 tokens for `learned`, 1,000,000 for `hf-quant train`, which trains embeddings and norms too. It is written once for
+all schemes, and the time for that is not in the row. What is done stays in WORK, so single rows can be redone (--row, --again) and
+timed again when the machine is quiet (--timing); they take the place of theirs in the results that are committed. A cell that a peer
+cannot do says why, in the peer's words.
 """
 
 import json
@@ -45,6 +46,7 @@ HERE = Path(__file__).resolve().parent
 SHIPPED, PEER = HERE.parent / "examples" / "ref-llama-16m", HERE / "calibrated_peers.py"
 SCHEMES = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
 OWN_TEXT = "ours learned asym, text of its own"
+TRAINED = "ours trained asym, text of its own"
 OURS = {
     "ours rtn": ["--method", "rtn"],
     "ours gptq": ["--method", "gptq"],
@@ -57,7 +59,10 @@ OURS = {
     "ours learned asym, untuned": ["--method", "learned", "--asym", "--no-tune"],
     "ours learned asym": ["--method", "learned", "--asym"],
     OWN_TEXT: ["--method", "learned", "--asym", "--epochs", "2"],
+    TRAINED: ["--method", "calibrated", "--asym", "--learn", "all", "--hidden-weight", "3", "--batch", "2"],
 }
+GENERATED = {OWN_TEXT: [], TRAINED: ["--tokens", "1000000", "--batch", "128", "--seed", "1"]}  # its own text
+RATES = {4: "1e-4", 3: "4e-4", 2: "7e-4"}  # of training
 CALIBRATION, HELD_OUT = 65536, 65536  # tokens
 SMALL = (
     "Made by `train_small.py --like {} --layers 6 --minutes 8 --characters 40000000`, before it left documents out: 57 of the 1,668 "
@@ -99,11 +104,15 @@ def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, 
     bits, group_size = SCHEMES[scheme]
     shutil.rmtree(out, ignore_errors=True)
     if row in OURS:
+        how = ["--bits", str(bits), "--group-size", str(group_size), *OURS[row]]
+        gate = ["--max-kl", "1000", "--max-tokens", "1024"]
+        if row == TRAINED:
+            how += ["--lr", RATES[bits], "--data", str(own_text(row, model, work, threads))]
+            return call_ours("train", model, out, [*how, *gate], threads, work)
         text = [] if row == "ours rtn" else text_of(model)  # rounding looks at no text
-        text = ["--calibration", str(own_text(model, work, threads))] if row == OWN_TEXT else text
-        gate = ["--max-kl", "1000", "--max-tokens", "1024"] if bits == 2 else ["--no-eval"]  # 2 bits need a gate
-        how = ["--bits", str(bits), "--group-size", str(group_size), *OURS[row], *text, *gate]
-        return call_ours("quantize", model, out, how, threads, work)
+        text = ["--calibration", str(own_text(row, model, work, threads))] if row == OWN_TEXT else text
+        gate = gate if bits == 2 else ["--no-eval"]  # 2 bits need a gate
+        return call_ours("quantize", model, out, [*how, *text, *gate], threads, work)
     python = pythons[PEERS[row].package]
     return call(
         [python, str(PEER), "quantize", row, str(model), str(work / "calibration.safetensors"), str(bits),
@@ -113,12 +122,13 @@ def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, 
     )  # fmt: skip
 
 
-def own_text(model: Path, work: Path, threads: int) -> Path:
+def own_text(row: str, model: Path, work: Path, threads: int) -> Path:
     """What ``model`` writes after the calibration text, with it."""
-    file = work / "generated.safetensors"
+    options = GENERATED[row]
+    file = work / f"generated{''.join(options)}.safetensors"
     if not file.is_file():
-        cost = call_ours("generate", model, file, text_of(model), threads, work)
-        (work / "generated.json").write_text(json.dumps(cost))
+        cost = call_ours("generate", model, file, [*text_of(model), *options], threads, work)
+        file.with_suffix(".json").write_text(json.dumps(cost))
     return file
 
 

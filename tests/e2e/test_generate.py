@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -106,6 +107,31 @@ def test_tokens_are_drawn_from_the_whole_distribution(tiny: Path, temperature: f
     assert (counts[rare].sum() - rest).abs() < 5 * (rest / draws).sqrt()
     assert ((counts - expected).abs() < 5 * (expected / draws).sqrt() + 2 / draws).all()
     assert len(ids[ids[:, 8] == end, 9].unique()) > 1
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.3}
+HEADS = {"intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+CACHES = {  # each keeps something else from one token to the next
+    "states of attention": tf.LlamaConfig(**SMALL, **HEADS),
+    "and experts": tf.MixtralConfig(**SMALL, **HEADS, num_local_experts=2),
+    "of a sliding window": tf.Gemma3TextConfig(**SMALL, **HEADS, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    "positions": tf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3),
+    "a recurrent state": tf.MambaConfig(**SMALL, state_size=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_that_does_not_grow(kind: str) -> None:
+    """It is used where the architecture has one, and what is written is the same as with one that grows."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CACHES[kind], dtype=torch.float32).eval()
+    prompts = torch.randint(0, 64, (3, 6))
+    ids = generated.continued(model, prompts, 30, 1.0, 0)
+    static = model.generation_config.cache_implementation == "static"
+    assert static or kind != "states of attention"
+    model.generation_config.cache_implementation = None
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(prompts, attention_mask=torch.ones_like(prompts)), ids)
 
 
 def test_codes_and_weights_are_learned_from_it(tiny: Path, tmp_path: Path) -> None:

@@ -112,6 +112,11 @@ def attention_of(config: Any) -> str | None:
     return implementation
 
 
+def takes_static_cache(model: Any) -> bool:
+    """Whether ``generate`` runs with ``cache_implementation="static"``: ``_can_compile_fullgraph``."""
+    return bool(getattr(model, "_can_compile_fullgraph", False))
+
+
 def has_adapters(model: Any) -> bool:
     """Whether ``model.add_adapter`` or ``load_adapter`` was called: ``_hf_peft_config_loaded``.
 

@@ -19,6 +19,7 @@ from hf_quant.disk.journal import Journal, open_journal
 from hf_quant.errors import OptionError
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import load
+from hf_quant.hf._hooks import takes_static_cache
 from hf_quant.jobs.outputs import work_folder
 from hf_quant.jobs.progress import Reporter
 
@@ -107,10 +108,10 @@ def write(
 
 def continued(model: Any, prompts: Tensor, length: int, temperature: float, seed: int) -> Tensor:
     """``prompts [B, P]`` and what a model writes after them, int64 ``[B, length]``; a text that ends is followed by another."""
-    fixed = getattr(model, "_can_compile_fullgraph", False)  # a cache that does not grow takes half the time on a CPU
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_length=length, pad_token_id=0,
-        cache_implementation="static" if fixed else None, disable_compile=True,
+        cache_implementation="static" if takes_static_cache(model) else None,  # does not grow: half the time on a CPU
+        disable_compile=True,
     )  # fmt: skip
     prompts = prompts.to(model.device)
     with torch.random.fork_rng():

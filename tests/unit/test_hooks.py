@@ -209,6 +209,11 @@ def test_attention_of() -> None:
     assert _hooks.attention_of(model().config) == "sdpa"
 
 
+def test_takes_static_cache() -> None:
+    assert hasattr(PreTrainedModel, "_can_compile_fullgraph")
+    assert _hooks.takes_static_cache(model()) and not _hooks.takes_static_cache(torch.nn.Linear(1, 1))
+
+
 def test_has_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert PreTrainedModel._hf_peft_config_loaded is False and not _hooks.has_adapters(model())
     monkeypatch.setattr(LlamaForCausalLM, "_hf_peft_config_loaded", True)

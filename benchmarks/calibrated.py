@@ -105,14 +105,10 @@ def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, 
     shutil.rmtree(out, ignore_errors=True)
     if row in OURS:
         how = ["--bits", str(bits), "--group-size", str(group_size), *OURS[row]]
-        gate = ["--max-kl", "1000", "--max-tokens", "1024"]
-        if row == TRAINED:
-            how += ["--lr", RATES[bits], "--data", str(own_text(row, model, work, threads))]
-            return call_ours("train", model, out, [*how, *gate], threads, work)
-        text = [] if row == "ours rtn" else text_of(model)  # rounding looks at no text
-        text = ["--calibration", str(own_text(row, model, work, threads))] if row == OWN_TEXT else text
-        gate = gate if bits == 2 else ["--no-eval"]  # 2 bits need a gate
-        return call_ours("quantize", model, out, [*how, *text, *gate], threads, work)
+        gated = bits == 2 or row == TRAINED  # 2 bits need a gate, and training measures anyway
+        gate = ["--max-kl", "1000", "--max-tokens", "1024"] if gated else ["--no-eval"]
+        command, text = "train" if row == TRAINED else "quantize", text_for(row, bits, model, work, threads)
+        return call_ours(command, model, out, [*how, *text, *gate], threads, work)
     python = pythons[PEERS[row].package]
     return call(
         [python, str(PEER), "quantize", row, str(model), str(work / "calibration.safetensors"), str(bits),
@@ -120,6 +116,15 @@ def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, 
         threads,
         work,
     )  # fmt: skip
+
+
+def text_for(row: str, bits: int, model: Path, work: Path, threads: int) -> list[str]:
+    """Options that name what a row of ours looks at."""
+    if row == TRAINED:
+        return ["--data", str(own_text(row, model, work, threads)), "--lr", RATES[bits]]
+    if row == OWN_TEXT:
+        return ["--calibration", str(own_text(row, model, work, threads))]
+    return [] if row == "ours rtn" else text_of(model)  # rounding looks at no text
 
 
 def own_text(row: str, model: Path, work: Path, threads: int) -> Path:

@@ -6,8 +6,9 @@ Each peer runs in its own environment (`calibrated_peers.py`), at its defaults f
 star use options that the peer offers beyond them. All layers of the decoder's blocks are quantized; embeddings and head are
 not. Every result, ours too, becomes a plain float32 model and is measured alike: KL to the float32 model it was made from, per
 token, with 95 % intervals over documents. "Text of its own" is what `hf-quant generate` writes from the same calibration tokens,
-beside these: 262,144 tokens for `learned`, 1,000,000 for `hf-quant train`, which trains embeddings and norms too. It is written once for
-all schemes, and the time for that is not in the row. What is done stays in WORK, so single rows can be redone (--row, --again) and
+beside these: 262,144 tokens for `learned`, 1,000,000 for `hf-quant train`, which trains embeddings and norms too, and another 1,000,000
+for training that goes on from there without comparing hidden states (--row of the first before the second). It is written once for all
+schemes, and the time for that is not in the row. What is done stays in WORK, so single rows can be redone (--row, --again) and
 timed again when the machine is quiet (--timing); they take the place of theirs in the results that are committed. A cell that a peer
 cannot do says why, in the peer's words.
 """
@@ -47,6 +48,7 @@ SHIPPED, PEER = HERE.parent / "examples" / "ref-llama-16m", HERE / "calibrated_p
 SCHEMES = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
 OWN_TEXT = "ours learned asym, text of its own"
 TRAINED = "ours trained asym, text of its own"
+ON = "ours trained on, more text of its own"  # from the row above, without hidden states
 OURS = {
     "ours rtn": ["--method", "rtn"],
     "ours gptq": ["--method", "gptq"],
@@ -60,9 +62,11 @@ OURS = {
     "ours learned asym": ["--method", "learned", "--asym"],
     OWN_TEXT: ["--method", "learned", "--asym", "--epochs", "2"],
     TRAINED: ["--method", "calibrated", "--asym", "--learn", "all", "--hidden-weight", "3", "--batch", "2"],
+    ON: ["--asym", "--learn", "all", "--batch", "2"],
 }
-GENERATED = {OWN_TEXT: [], TRAINED: ["--tokens", "1000000", "--batch", "128", "--seed", "1"]}  # its own text
-RATES = {4: "1e-4", 3: "4e-4", 2: "7e-4"}  # of training
+MILLION = ["--tokens", "1000000", "--batch", "128", "--seed"]
+GENERATED = {OWN_TEXT: [], TRAINED: [*MILLION, "1"], ON: [*MILLION, "2"]}  # its own text
+RATES = {TRAINED: {4: "1e-4", 3: "4e-4", 2: "7e-4"}, ON: {4: "1.5e-4", 3: "3e-4", 2: "5e-4"}}  # of training
 CALIBRATION, HELD_OUT = 65536, 65536  # tokens
 SMALL = (
     "Made by `train_small.py --like {} --layers 6 --minutes 8 --characters 40000000`, before it left documents out: 57 of the 1,668 "
@@ -105,9 +109,11 @@ def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, 
     shutil.rmtree(out, ignore_errors=True)
     if row in OURS:
         how = ["--bits", str(bits), "--group-size", str(group_size), *OURS[row]]
-        gated = bits == 2 or row == TRAINED  # 2 bits need a gate, and training measures anyway
+        gated = bits == 2 or row in RATES  # 2 bits need a gate, and training measures anyway
         gate = ["--max-kl", "1000", "--max-tokens", "1024"] if gated else ["--no-eval"]
-        command, text = "train" if row == TRAINED else "quantize", text_for(row, bits, model, work, threads)
+        command, text = "train" if row in RATES else "quantize", text_for(row, bits, model, work, threads)
+        if row == ON:
+            text += ["--start", str(output_of(TRAINED, scheme, work))]
         return call_ours(command, model, out, [*how, *text, *gate], threads, work)
     python = pythons[PEERS[row].package]
     return call(
@@ -120,11 +126,16 @@ def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, 
 
 def text_for(row: str, bits: int, model: Path, work: Path, threads: int) -> list[str]:
     """Options that name what a row of ours looks at."""
-    if row == TRAINED:
-        return ["--data", str(own_text(row, model, work, threads)), "--lr", RATES[bits]]
+    if row in RATES:
+        return ["--data", str(own_text(row, model, work, threads)), "--lr", RATES[row][bits]]
     if row == OWN_TEXT:
         return ["--calibration", str(own_text(row, model, work, threads))]
     return [] if row == "ours rtn" else text_of(model)  # rounding looks at no text
+
+
+def output_of(row: str, scheme: str, work: Path) -> Path:
+    """The folder of what a row made."""
+    return work / f"{row} {scheme}".replace(",", "").replace(" ", "-")
 
 
 def own_text(row: str, model: Path, work: Path, threads: int) -> Path:
@@ -194,7 +205,7 @@ def folder_of(name: str, here: Path) -> Path:
 
 def fill(row: str, model: Path, scheme: str, work: Path, base: Reference, pythons: dict[str, str]) -> Cell:
     cell: Cell = {"row": row, "model": model.name, "scheme": scheme, "date": str(date.today())}
-    out = work / f"{row} {scheme}".replace(",", "").replace(" ", "-")
+    out = output_of(row, scheme, work)
     try:
         cell["cost"] = quantize(row, model, work, scheme, pythons, out, threads=1)
         made, cell["bits_per_weight"] = plain(row, model, out, pythons)

@@ -67,6 +67,12 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
     show_default=True,
     help="weights: those that are rounded, and their scales. all: embeddings, norms and biases too.",
 )
+@click.option(
+    "--start",
+    type=Model(),
+    metavar="MODEL",
+    help="Quantized checkpoint that training begins from, in place of --method: its codes, and everything that is not rounded.",
+)
 @scheme_options
 @click.option("--dtype", type=DTYPE, default="auto", show_default=True, help="What the model computes in.")
 @click.option("--device", type=Device(), help="Where to train: cpu, cuda, ...")
@@ -80,7 +86,7 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
 def command(model: str, output: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Train MODEL, a folder or a Hub id, with its weights rounded to a scheme.
 
-    --method names how the codes are chosen that training begins from.
+    --method names how the codes are chosen that training begins from; --start names a quantized model that has them already.
     """
     from hf_quant.jobs.texts import measured_on
     from hf_quant.jobs.train import train

@@ -113,7 +113,7 @@ def open_journal(folder: Path, plan: Mapping[str, Any], say: Callable[[str], Non
             )
         path, plan = folder / NAME, _plain(plan) | {"version": VERSION}
         entries = _read(path)
-        if entries:
+        if len(entries) > 1:  # without a part there is nothing that other settings could be mixed with
             _same(entries[0].get("plan"), plan, folder)
         parts = _sound(folder, _in_order(entries[1:], path), say)
         _clear(folder, {NAME, LOCK, *(part["file"] for part in parts)})

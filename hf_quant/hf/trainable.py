@@ -70,11 +70,60 @@ def make_trainable(model: Any, plan: Plan) -> None:
             tensor.data = tensor.data.clone()
 
 
+@torch.no_grad()
+def begin_from(model: Any, quantized: Any) -> None:
+    """Let a trainable model begin as a quantized one, in place: with its codes, and with everything that is not rounded.
+
+    Args:
+        model: Trainable.
+        quantized: Of the same architecture.
+
+    Raises:
+        PlanError: Names a layer that is quantized in another way there, or a tensor that is missing or has another shape.
+    """
+    modules, left, begun = dict(quantized.named_modules()), dict(quantized.named_parameters()), set()
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuant):
+            module.begin("weight", *_codes_of(_like(module, name, modules.get(name))))
+            begun |= {f"{name}.weight{suffix}" for suffix in SUFFIXES}
+    for name, parameter in model.named_parameters():
+        if name not in begun:
+            values = left.get(name)
+            if values is None or values.shape != parameter.shape or not values.is_floating_point():
+                shape = "x".join(map(str, parameter.shape))
+                raise PlanError(
+                    f"{name}: the checkpoint that training begins from has no {shape} floating-point numbers there"
+                )
+            parameter.copy_(values)
+
+
+def _like(module: FakeQuant, name: str, old: Any) -> QuantMatrix | QuantEmbedding:
+    """``old``, if it is quantized as ``module`` will be."""
+    if not isinstance(module, FakeQuantMatrix | FakeQuantEmbedding):
+        raise PlanError(
+            f"{name}: stacked experts cannot begin from a checkpoint, but from plain rounding: --method rtn"
+        )
+    if not isinstance(old, QuantMatrix | QuantEmbedding):
+        raise PlanError(
+            f"{name}: not quantized in the checkpoint that training begins from, and shall be {module.scheme}"
+        )
+    if old.scheme != module.scheme:
+        raise PlanError(
+            f"{name}: {old.scheme} in the checkpoint that training begins from, and shall be {module.scheme}"
+        )
+    return old
+
+
+def _codes_of(old: QuantMatrix | QuantEmbedding) -> tuple[Tensor, QuantizedTensor]:
+    """A float weight in the middle of the range of each code, shaped as the model's own class has it; and the codes."""
+    start = old.quantized_weight()
+    return geometry_of(old).weight(start.dequantize(torch.float32)).contiguous(), start
+
+
 def _trainable(old: Any, scheme: QuantScheme, solver: Method) -> FakeQuantMatrix | FakeQuantEmbedding:
     geometry = geometry_of(old)
     if isinstance(old, QuantMatrix | QuantEmbedding):  # by a calibrated method, whose codes are the beginning
-        start, dtype = old.quantized_weight(), old.compute_dtype
-        weight = geometry.weight(start.dequantize(torch.float32)).contiguous()
+        (weight, start), dtype = _codes_of(old), old.compute_dtype
     else:
         weight, dtype = old.weight, old.weight.dtype
         start = _start(geometry.matrix(weight), scheme, solver)

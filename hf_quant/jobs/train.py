@@ -31,8 +31,8 @@ def train(
     model: str | os.PathLike[str], output: str | os.PathLike[str], *, data: str, teacher: str | None = None,
     steps: int | None = None, epochs: float | None = None, lr: float = 1e-4, batch: int = 8, train_context: int | None = None,
     hidden_weight: float = 0.0, seed: int = 0, checkpoint_minutes: float = 5.0, learn: str = "weights", scheme: str | Sequence[str] | None = None,
-    bits: int | None = None, group_size: int | None = None, asym: bool | None = None, method: str = "rtn", format: str = "auto",
-    ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
+    bits: int | None = None, group_size: int | None = None, asym: bool | None = None, method: str = "rtn", start: str | os.PathLike[str] | None = None,
+    format: str = "auto", ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
     max_shard_size: int | str = "5GB", overwrite: bool = False,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
@@ -69,6 +69,8 @@ def train(
         group_size: Likewise.
         asym: Likewise.
         method: How the codes are chosen that training begins from; calibrated methods look at the first tokens of ``data``.
+        start: Quantized checkpoint of the same architecture, of the scheme that is asked for, which training begins from in place of
+            ``method``: its codes, and everything that is not rounded.
         format: As for `quantize`, like all that follow.
         ignore: Globs of layers to leave in floating point.
         override: Glob to another scheme; None or ``"float"`` leaves layers in floating point.
@@ -104,14 +106,16 @@ def train(
     gate, other = budget(max_kl, max_ppl_increase, min_top1), overrides(override or {})
     _check_options(slugs, [*slugs, *filter(None, other.values())], steps, epochs, lr, batch, train_context, learn)
     _check_hidden_weight(hidden_weight, teacher)
+    begun = None if start is None else _check_start(start, method)
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs, TOKENS)
     from_hub = hub(revision, trust_remote_code)
     given = load_options(dtype, device, from_hub)
     shard = size_in_bytes(max_shard_size)
     files = [name for name in (text, dataset, inputs, data) if isinstance(name, str) and name]
     arguments = template_arguments(chat_template_kwargs, files)
-    check_places([out], [model, *files], overwrite=overwrite, gate=bool(gate))
+    check_places([out], [model, *files, *filter(None, [begun])], overwrite=overwrite, gate=bool(gate))
 
+    from hf_quant.checkpoint.contents import quantization_of
     from hf_quant.data.calibration import calibration
     from hf_quant.data.chat import Chat
     from hf_quant.evaluation.yardstick import Base
@@ -130,6 +134,11 @@ def train(
         if tokenizer is None:
             raise HfQuantError(f"{model}: no tokenizer found, and training begins with text")
         base = Base(model, revision, device=device, trust_remote_code=trust_remote_code)
+        checkpoint = None if begun is None else replace(base, model=begun, revision=None)
+        if checkpoint is not None and quantization_of(Path(checkpoint.model), checkpoint.config().to_dict()) is None:
+            raise HfQuantError(
+                f"--start {start}: is not quantized; training that begins from MODEL itself needs no --start"
+            )
         chat = Chat(tokenizer, arguments)
         learned = calibration(data, tokenizer, train_context or base.context(), sys.maxsize, base.vocabulary(), chat)
         held_out = how.find(chat, model)
@@ -147,8 +156,8 @@ def train(
         updates = steps or math.ceil((epochs or 1) * int((~held).sum()) / batch)
         report.say(f"{updates} steps of {batch * learned.ids.shape[1]:,} tokens of {learned.name}")
         training = Training(
-            learned, Settings(updates, batch, lr, seed=seed, everything=learn == "all"), _teacher(teacher, base), hidden_weight, method, 60 * checkpoint_minutes,
-            report.over("training"),
+            learned, Settings(updates, batch, lr, seed=seed, everything=learn == "all"), _teacher(teacher, base), hidden_weight, method, checkpoint,
+            60 * checkpoint_minutes, report.over("training"),
         )  # fmt: skip
         job = Job(
             model,
@@ -201,6 +210,12 @@ def _check_hidden_weight(weight: float, teacher: str | None) -> None:
         raise OptionError(
             "--hidden-weight compares hidden states with those of a teacher, and --teacher none has none"
         )
+
+
+def _check_start(start: str | os.PathLike[str], method: str) -> str:
+    if method != "rtn":
+        raise OptionError(f"--start and --method {method} both say what training begins from: give one of them")
+    return check_model(start)
 
 
 def _refuse_overlap(data: str, learned: Calibration, held_out: HeldOut, chat: Chat) -> None:

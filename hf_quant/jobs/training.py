@@ -24,6 +24,7 @@ from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
 from hf_quant.hf.auto import hub_options, tokenizer_of
+from hf_quant.hf.trainable import begin_from
 from hf_quant.jobs.compress import Job, compress
 from hf_quant.jobs.outputs import RECIPE, work_folder
 from hf_quant.training.distillation import divergence, hidden_error, hidden_states, refuse_other_shape
@@ -43,6 +44,7 @@ class Training:
         teacher: The model whose distributions are learned; None learns the text itself.
         hidden_weight: Of the error of hidden states, beside the divergence from the teacher's distributions.
         start: Method whose codes training begins from.
+        checkpoint: Quantized model that it begins from in their place.
         seconds: From one checkpoint to the next.
         watch: Wraps the states of a training, which know how many there will be, for a progress bar.
     """
@@ -52,6 +54,7 @@ class Training:
     teacher: Base | None
     hidden_weight: float = 0.0
     start: str = "rtn"
+    checkpoint: Base | None = None
     seconds: float = 300.0
     watch: Progress = iter
 
@@ -67,7 +70,8 @@ class Training:
             "loss": "cross-entropy with the text" if self.teacher is None else "KL divergence to the teacher",
             "hidden_weight": self.hidden_weight,
             "teacher": None if self.teacher is None else _name(self.teacher.model),
-            "start": self.start, "settings": self.settings.to_dict(), "text": self.text.to_dict(),
+            "start": self.start, "checkpoint": None if self.checkpoint is None else _name(self.checkpoint.model),
+            "settings": self.settings.to_dict(), "text": self.text.to_dict(),
         }  # fmt: skip
 
 
@@ -138,20 +142,23 @@ class _TrainJob(Job):
                 return saved
 
     def _trainable(self, config: HfQuantConfig) -> Any:
-        ids, _ = self.training.windows()
+        (ids, _), checkpoint = self.training.windows(), self.training.checkpoint
         requested = HfQuantConfig(
             config.scheme, method=self.training.start, overrides=config.overrides, format=config.format, training=True,
             modules_to_not_convert=config.modules_to_not_convert, quantize_lm_head=config.quantize_lm_head,
             quantize_embeddings=config.quantize_embeddings, calibration=ids[: max(2, CALIBRATED_ON // ids.shape[1])],
         )  # fmt: skip
-        return load(self.model, quantization_config=requested, **self.load)
+        model = load(self.model, quantization_config=requested, **self.load)
+        if checkpoint is not None:
+            begin_from(model, checkpoint.load(model.dtype))
+        return model
 
     def _plan(self, config: HfQuantConfig) -> dict[str, Any]:
         """All that decides what becomes of a training."""
-        base, teacher = self.base(), self.training.teacher
+        base, others = self.base(), (self.training.teacher, self.training.checkpoint)
         return self.training.to_dict() | {
             "config": config.to_dict(), "dtype": str(self.load.get("dtype")), "base": base.identity(),
-            "circumstances": base.circumstances(), "identity": None if teacher is None else teacher.identity(),
+            "circumstances": base.circumstances(), "identities": [other and other.identity() for other in others],
         }  # fmt: skip
 
     def finished(self, stage: Path, row: dict[str, Any]) -> dict[str, Any]:

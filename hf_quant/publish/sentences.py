@@ -160,7 +160,8 @@ def training(trained: Mapping[str, Any]) -> str:
     teacher = f" ({md(str(trained['teacher']))})" if trained["teacher"] else ""
     weight = trained.get("hidden_weight", 0)
     hidden = f" and {weight:g} times the relative error of its hidden states" if weight else ""
-    start = "" if trained["start"] == "rtn" else f", beginning from the codes of {code(trained['start'])}"
+    begins = trained.get("checkpoint") or trained["start"]
+    start = "" if begins == "rtn" else f", beginning from the codes of {code(begins)}"
     state = trained.get("kept")
     kept = ""
     if state is not None:
@@ -268,6 +269,7 @@ def training_options(trained: Mapping[str, Any], source: Mapping[str, Any]) -> l
         "--batch", str(settings["batch"]), "--seed", str(settings["seed"]), "--lr", f"{trained['learning_rates'][-1][1]:g}",
         *(["--learn", "all"] if settings.get("everything") else []),
         *(["--hidden-weight", f"{trained['hidden_weight']:g}"] if trained.get("hidden_weight") else []),
+        *(["--start", trained["checkpoint"]] if trained.get("checkpoint") else []),
         *([] if teacher == source["model"] else ["--teacher", "none" if teacher is None else teacher]),
     ]  # fmt: skip
 

@@ -68,4 +68,4 @@ def as_fake_quant_experts(module: Any, starts: dict[str, QuantizedTensor]) -> No
     module.__class__ = _CLASSES[type(module)]
     module.schemes, module.compute_dtype = {name: start.scheme for name, start in starts.items()}, dtype
     for name, start in starts.items():
-        module._register(name, module._parameters[name].detach(), start.scale, start.zero_point)
+        module._register(name, module._parameters[name].detach(), start)

@@ -85,12 +85,17 @@ class FakeQuant(nn.Module):
         """``[..., N, K]`` of a parameter that is shaped as the model's own class has it."""
         return weight
 
-    def _register(self, name: str, weight: Tensor, scale: Tensor, zero: Tensor | None) -> None:
-        """Parameters that begin as ``weight`` on the grid of a quantized one; ``zero`` is its zero point."""
-        self.register_parameter(name, nn.Parameter(weight.to(MASTER)))
-        self.register_parameter(f"{name}_scale", nn.Parameter(scale.to(MASTER)))
-        offset = None if zero is None else nn.Parameter(zero.to(MASTER) * scale.to(MASTER))
-        self.register_parameter(f"{name}_offset", offset)
+    @torch.no_grad()
+    def begin(self, name: str, weight: Tensor, start: QuantizedTensor) -> None:
+        """Let a weight begin as ``weight``, on the grid of a quantized one."""
+        for suffix, values in _on_grid(weight, start).items():
+            self.parameters_of(name)[suffix].copy_(values)
+
+    def _register(self, name: str, weight: Tensor, start: QuantizedTensor) -> None:
+        """Parameters that begin as ``weight``, on the grid of a quantized one."""
+        values = _on_grid(weight, start)
+        for suffix in SUFFIXES:
+            self.register_parameter(name + suffix, nn.Parameter(values[suffix]) if suffix in values else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         parameters = [parameter for name in self.trained() for parameter in self.parameters_of(name).values()]
@@ -101,6 +106,13 @@ class FakeQuant(nn.Module):
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
         return self
+
+
+def _on_grid(weight: Tensor, start: QuantizedTensor) -> dict[str, Tensor]:
+    """The values of a weight's parameters, by their suffixes."""
+    scale = start.scale.to(MASTER)
+    values = {"": weight.to(MASTER), "_scale": scale}
+    return values if start.zero_point is None else values | {"_offset": start.zero_point.to(MASTER) * scale}
 
 
 class FakeQuantMatrix(FakeQuant):
@@ -126,7 +138,7 @@ class FakeQuantMatrix(FakeQuant):
         nn.Module.__init__(self)
         self.scheme, self.geometry, self.compute_dtype = start.scheme, geometry, dtype
         self.out_features, self.in_features = geometry.matrix(weight).shape
-        self._register("weight", weight, start.scale, start.zero_point)
+        self._register("weight", weight, start)
         self.register_parameter("bias", bias)
 
     def trained(self) -> dict[str, QuantScheme]:
@@ -173,7 +185,7 @@ class FakeQuantEmbedding(FakeQuant, nn.Embedding):
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx, self.scheme, self.compute_dtype = padding_idx, start.scheme, dtype
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self._register("weight", weight, start.scale, start.zero_point)
+        self._register("weight", weight, start)
 
     def trained(self) -> dict[str, QuantScheme]:
         return {"weight": self.scheme}

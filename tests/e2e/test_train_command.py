@@ -87,6 +87,44 @@ def test_hidden_states_are_learned_too(peaked: Path, tmp_path: Path) -> None:
     assert "and 3 times the relative error of its hidden states" in card and "--hidden-weight 3" in card
 
 
+def test_training_begins_from_a_checkpoint(peaked: Path, tmp_path: Path) -> None:
+    """With its codes and with what else was trained; the loss on the windows held out goes on where it ended."""
+    first, second, again = (tmp_path / name for name in ("first", "second", "again"))
+    train(peaked, first, *W2, *FEW, "--learn", "all", "--max-kl", "99")
+    train(peaked, second, *W2, *FEW, "--learn", "all", "--max-kl", "99", "--start", first)
+    train(peaked, again, *W2, *FEW, "--learn", "all", "--max-kl", "99", "--start", first)
+    assert weights(again) == weights(second) != weights(first)
+    ended, begun = (json.loads((out / "recipe.json").read_text())["training"] for out in (first, second))
+    assert begun["kept"]["before"] == pytest.approx(ended["kept"]["after"], rel=1e-5)
+    assert begun["kept"]["after"] < begun["kept"]["before"] < ended["kept"]["before"]
+    card = render(*facts(second))
+    assert "beginning from the codes of `first`" in card and "--start first" in card
+
+
+def test_checkpoints_that_training_cannot_begin_from(peaked: Path, tmp_path: Path) -> None:
+    quantized, other = tmp_path / "quantized", make("outliers", tmp_path / "other")
+    w8, all_but_one = ("--scheme", "W8A16-g32"), ("--ignore", "*.1.*")  # whose codes have the shape of the weight
+
+    def rounded(*args: str) -> bytes:
+        command = ["quantize", str(peaked), "-o", str(quantized), *w8, *args, "--no-eval", "--overwrite"]
+        assert CliRunner().invoke(main, command).exit_code == 0
+        return weights(quantized)
+
+    def refused(says: str, *args: Any) -> None:
+        assert says in train(peaked, tmp_path / "out", *FEW, *args, "--start", quantized, code=2).output
+
+    rounded()
+    refused("the checkpoint that training begins from has no 64x64 floating-point numbers there", *w8, *all_but_one)
+    before = rounded(*all_but_one)
+    refused("q_proj: W8A16-g32 in the checkpoint that training begins from, and shall be W2A16-g32-asym", *W2)
+    refused("not quantized in the checkpoint that training begins from", *w8)
+    refused("both say what training begins from", *W2, "--method", "calibrated")
+    assert "is not quantized" in train(peaked, tmp_path / "out", *W2, *FEW, "--start", other, code=1).output
+    train(peaked, tmp_path / "out", *FEW, *w8, *all_but_one, "--start", quantized)  # nothing is left in its way
+    train(peaked, quantized, *FEW, *w8, *all_but_one, "--start", quantized, "--overwrite", code=1)
+    assert weights(quantized) == before
+
+
 def test_everything_is_trained(peaked: Path, tmp_path: Path) -> None:
     """Embeddings and norms in 16 bits too, each update of which is less than 16 bits can hold; the saved model is that of the last look."""
     options = ("--scheme", "W2A16-g64-asym", "--max-tokens", "1024", "--json", "--dtype", "bfloat16", "--lr", "2e-4")

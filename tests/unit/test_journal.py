@@ -32,6 +32,16 @@ def test_going_on(tmp_path: Path) -> None:
     assert {p.name for p in folder.iterdir()} == {NAME, *(f"part-{i}" for i in range(4))}
 
 
+def test_other_settings(tmp_path: Path) -> None:
+    """They take a folder without a part; one with parts keeps its own."""
+    other = PLAN | {"bits": 3}
+    work(tmp_path, 0)
+    assert work(tmp_path, 1, plan=other) == []
+    with pytest.raises(HfQuantError, match=r"was begun with other settings \(bits\)"):
+        work(tmp_path, 2)
+    assert work(tmp_path, 2, plan=other) == ["part-0"]
+
+
 def test_a_failed_part_leaves_nothing(tmp_path: Path) -> None:
     def fail(path: Path) -> None:
         path.write_text("half")

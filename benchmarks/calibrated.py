@@ -6,9 +6,9 @@ Each peer runs in its own environment (`calibrated_peers.py`), at its defaults f
 star use options that the peer offers beyond them. All layers of the decoder's blocks are quantized; embeddings and head are
 not. Every result, ours too, becomes a plain float32 model and is measured alike: KL to the float32 model it was made from, per
 token, with 95 % intervals over documents. "Text of its own" is what `hf-quant generate` writes from the same calibration tokens,
-beside these: 262,144 tokens for `learned`, 1,000,000 for `hf-quant train`, which trains embeddings and norms too, and another 1,000,000
-for training that goes on from there without comparing hidden states (--row of the first before the second). It is written once for all
-schemes, and the time for that is not in the row. What is done stays in WORK, so single rows can be redone (--row, --again) and
+beside these: 262,144 tokens for `learned`, 1,000,000 for `hf-quant train`, which trains embeddings and norms too. "Trained on" begins from
+the row above (--row runs that one first), does not compare hidden states, and sees another 1,000,000, then the first ones again. The text is
+written once for all schemes, and the time for that is not in the row. What is done stays in WORK, so single rows can be redone (--row, --again) and
 timed again when the machine is quiet (--timing); they take the place of theirs in the results that are committed. A cell that a peer
 cannot do says why, in the peer's words.
 """
@@ -48,7 +48,8 @@ SHIPPED, PEER = HERE.parent / "examples" / "ref-llama-16m", HERE / "calibrated_p
 SCHEMES = {"W4 g128": (4, 128), "W3 g128": (3, 128), "W2 g64": (2, 64)}
 OWN_TEXT = "ours learned asym, text of its own"
 TRAINED = "ours trained asym, text of its own"
-ON = "ours trained on, more text of its own"  # from the row above, without hidden states
+ON, AGAIN = "ours trained on, more text of its own", "ours trained on again"
+BEFORE = {ON: TRAINED, AGAIN: ON}  # where a training goes on, without hidden states
 OURS = {
     "ours rtn": ["--method", "rtn"],
     "ours gptq": ["--method", "gptq"],
@@ -62,11 +63,15 @@ OURS = {
     "ours learned asym": ["--method", "learned", "--asym"],
     OWN_TEXT: ["--method", "learned", "--asym", "--epochs", "2"],
     TRAINED: ["--method", "calibrated", "--asym", "--learn", "all", "--hidden-weight", "3", "--batch", "2"],
-    ON: ["--asym", "--learn", "all", "--batch", "2"],
+    **{row: ["--asym", "--learn", "all", "--batch", "2"] for row in BEFORE},
 }
 MILLION = ["--tokens", "1000000", "--batch", "128", "--seed"]
-GENERATED = {OWN_TEXT: [], TRAINED: [*MILLION, "1"], ON: [*MILLION, "2"]}  # its own text
-RATES = {TRAINED: {4: "1e-4", 3: "4e-4", 2: "7e-4"}, ON: {4: "1.5e-4", 3: "3e-4", 2: "5e-4"}}  # of training
+GENERATED = {OWN_TEXT: [], TRAINED: [*MILLION, "1"], ON: [*MILLION, "2"], AGAIN: [*MILLION, "1"]}  # its own text
+RATES = {  # of training
+    TRAINED: {4: "1e-4", 3: "4e-4", 2: "7e-4"},
+    ON: {4: "1.5e-4", 3: "3e-4", 2: "5e-4"},
+    AGAIN: {4: "1e-4", 3: "2e-4", 2: "3.5e-4"},
+}
 CALIBRATION, HELD_OUT = 65536, 65536  # tokens
 SMALL = (
     "Made by `train_small.py --like {} --layers 6 --minutes 8 --characters 40000000`, before it left documents out: 57 of the 1,668 "
@@ -112,8 +117,8 @@ def quantize(row: str, model: Path, work: Path, scheme: str, pythons: dict[str, 
         gated = bits == 2 or row in RATES  # 2 bits need a gate, and training measures anyway
         gate = ["--max-kl", "1000", "--max-tokens", "1024"] if gated else ["--no-eval"]
         command, text = "train" if row in RATES else "quantize", text_for(row, bits, model, work, threads)
-        if row == ON:
-            text += ["--start", str(output_of(TRAINED, scheme, work))]
+        if row in BEFORE:
+            text += ["--start", str(output_of(BEFORE[row], scheme, work))]
         return call_ours(command, model, out, [*how, *text, *gate], threads, work)
     python = pythons[PEERS[row].package]
     return call(

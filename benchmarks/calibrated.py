@@ -4,13 +4,13 @@
 
 Each peer runs in its own environment (`calibrated_peers.py`), at its defaults for the bits and group size; rows marked with a
 star use options that the peer offers beyond them. All layers of the decoder's blocks are quantized; embeddings and head are
-not. Every result, ours too, becomes a plain float32 model and is measured alike: KL to the float32 model it was made from, per
-token, with 95 % intervals over documents. "Text of its own" is what `hf-quant generate` writes from the same calibration tokens,
-beside these: 262,144 tokens for `learned`, 1,000,000 for `hf-quant train`, which trains embeddings and norms too. "Trained on" begins from
-the row above (--row runs that one first), does not compare hidden states, and sees another 1,000,000, then the first ones again. The text is
-written once for all schemes, and the time for that is not in the row. What is done stays in WORK, so single rows can be redone (--row, --again) and
-timed again when the machine is quiet (--timing); they take the place of theirs in the results that are committed. A cell that a peer
-cannot do says why, in the peer's words.
+not. Every result, ours too, becomes a plain float32 model and is measured alike: KL to the float32 model it was made from,
+per token, with 95 % intervals over documents. "Text of its own" is what `hf-quant generate` writes from the same calibration
+tokens, beside these: 262,144 tokens for `learned`, 1,000,000 for `hf-quant train`, which trains embeddings and norms too.
+"Trained on" begins from the row above (--row runs that one first), does not compare hidden states, and sees another
+1,000,000, then the first ones again. The text is written once for all schemes, and the time for that is not in the row. What
+is done stays in WORK, so single rows can be redone (--row, --again) and timed again when the machine is quiet (--timing);
+they take the place of theirs in the results that are committed. A cell that a peer cannot do says why, in the peer's words.
 """
 
 import json

@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--threads 2] [--plain] [--llama-bench PROGRAM --gguf FILE ...]
 
-Tokens a second after the first one (greedy, a cache, one sequence), and of prompts of 128 and 512 tokens; each model in a
-process of its own, as it is and, with a static cache, after ``torch.compile`` (not with ``--plain``); medians of several turns.
-llama.cpp's own ``llama-bench`` measures each FILE, a Llama of the same shapes in Q4_0 or Q4_K_M.
+Tokens a second that are generated after 128 and 1,024 others (greedy, a cache, one sequence), and of prompts of 128 and 512
+tokens; each model in a process of its own, as it is and, with a static cache, after ``torch.compile`` (not with ``--plain``);
+medians of several turns. llama.cpp's own ``llama-bench`` measures each FILE, a Llama of the same shapes in Q4_0 or Q4_K_M.
 """
 
 import argparse
@@ -33,29 +33,38 @@ SHAPES = LlamaConfig(
     hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
     vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False,
 )  # fmt: skip
-PROMPTS, NEW, TURNS = (128, 512), 48, 3
-WHAT = ("decode", *(f"prompt of {n}" for n in PROMPTS))
+PROMPTS, DEPTHS, NEW, TURNS = (128, 512), (128, 1024), 48, 3
 MODELS = ("bf16", "W4A16-g128", "W4A16-g32", "W4A8-g128", "W8A16-g128", "W8A8")
 
 
-def first(model: Any, prompt: int, **how: Any) -> float:
-    """Seconds up to the first token."""
-    ids = torch.randint(0, 32000, (1, prompt))
+def decode(depth: int) -> str:
+    return f"decode after {depth:,}"
+
+
+def prompt(length: int) -> str:
+    return f"prompt of {length}"
+
+
+WHAT = (*map(decode, DEPTHS), *map(prompt, PROMPTS))
+
+
+def seconds(model: Any, length: int, new: int, **how: Any) -> float:
+    """For a prompt of ``length`` tokens and ``new`` more."""
+    ids = torch.randint(0, 32000, (1, length))
     start = time.perf_counter()
-    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, min_new_tokens=1, **how)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **how)
     return time.perf_counter() - start
 
 
 def measure(model: Any, **how: Any) -> dict[str, float]:
     times: dict[str, list[float]] = {what: [] for what in WHAT}
     how |= {"do_sample": False, "pad_token_id": 0}
-    ids = torch.randint(0, 32000, (1, PROMPTS[0]))
     for _ in range(TURNS + 1):
-        for what, prompt in zip(WHAT[1:], PROMPTS, strict=True):
-            times[what].append(first(model, prompt, **how) / prompt)
-        start = time.perf_counter()
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW + 1, min_new_tokens=NEW + 1, **how)
-        times["decode"].append((time.perf_counter() - start - times[WHAT[1]][-1] * PROMPTS[0]) / NEW)
+        firsts = {length: seconds(model, length, 1, **how) for length in {*PROMPTS, *DEPTHS}}
+        for length in PROMPTS:
+            times[prompt(length)].append(firsts[length] / length)
+        for depth in DEPTHS:
+            times[decode(depth)].append((seconds(model, depth, NEW + 1, **how) - firsts[depth]) / NEW)
     return {what: 1 / statistics.median(each[1:]) for what, each in times.items()}
 
 
@@ -63,6 +72,7 @@ def both(folder: Path, name: str, plain: bool) -> dict[str, dict[str, float]]:
     """One model, as it is and, unless ``plain``, compiled."""
     config = {} if name == "bf16" else {"quantization_config": HfQuantConfig(name, quantize_lm_head=True)}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **config).eval()
+    model.generation_config.eos_token_id = None  # random weights may end a text at any time
     found = {name: measure(model)}
     if plain:
         return found
@@ -77,23 +87,15 @@ def apart(folder: Path, name: str, threads: int, plain: bool) -> dict[str, dict[
 
 
 def llama(program: Path, file: Path, threads: int) -> dict[str, float]:
-    call = [
-        program,
-        "-m",
-        file,
-        "-p",
-        ",".join(map(str, PROMPTS)),
-        "-n",
-        str(NEW),
-        "-t",
-        str(threads),
-        "-r",
-        str(TURNS),
-        "-o",
-        "json",
+    call = [program, "-m", file, "-t", str(threads), "-r", str(TURNS), "-o", "json"]
+    prompts = [*call, "-n", "0", "-p", ",".join(map(str, PROMPTS))]
+    decoding = [*call, "-p", "0", "-n", str(NEW), "-d", ",".join(map(str, DEPTHS))]
+    rows = [
+        row
+        for each in (prompts, decoding)
+        for row in json.loads(subprocess.run(each, capture_output=True, text=True, check=True).stdout)
     ]
-    rows = json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout)
-    return {f"prompt of {row['n_prompt']}" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
+    return {prompt(row["n_prompt"]) if row["n_prompt"] else decode(row["n_depth"]): row["avg_ts"] for row in rows}
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from hf_quant.data.calibration import Calibration
 from hf_quant.disk.memory import give_back_memory
 from hf_quant.errors import HfQuantError, PlanError, printable
 from hf_quant.formats import Format, in_memory_format
+from hf_quant.hf import attention
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
 from hf_quant.hf._hooks import is_hooked
 from hf_quant.hf.calibrate_loaded import calibrate, data_for
@@ -202,6 +203,7 @@ class HfQuantQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         if self.failure is not None:
             raise self.failure
+        attention.install()
         if self.calibrates:
             self._calibrate(model)
         if self.trains and not self.pre_quantized:

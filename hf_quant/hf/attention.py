@@ -82,4 +82,5 @@ def _can(query: Tensor, key: Tensor, options: dict[str, Any]) -> bool:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    return any(isinstance(child, (QuantMatrix, FakeQuantMatrix)) for child in module.children())
+    layers = (getattr(child, "base_layer", child) for child in module.children())  # PEFT's adapters stand around a layer
+    return any(isinstance(layer, (QuantMatrix, FakeQuantMatrix)) for layer in layers)

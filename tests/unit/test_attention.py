@@ -105,6 +105,13 @@ def test_generate_uses_it(folder: str, calls: list[tuple[int, ...]], cache: str,
         torch.testing.assert_close(one, other, rtol=0.02, atol=0.02)
 
 
+def test_layers_with_adapters_use_it(folder: str, calls: list[tuple[int, ...]]) -> None:
+    peft = pytest.importorskip("peft")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=HfQuantConfig("W4A16-g32"))
+    generate(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], r=2)))
+    assert len(calls) == 3 * BASE.num_hidden_layers
+
+
 def test_compiled_without_a_break(folder: str) -> None:
     config = HfQuantConfig("W4A16-g32")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config).eval()

@@ -1,5 +1,7 @@
 // Rounds groups of a weight to the codes that PyTorch computes in `hf_quant.core.numerics`, and packs them.
 #pragma once
+#include <type_traits>
+
 #include "vector.h"
 
 namespace {
@@ -59,24 +61,33 @@ inline __attribute__((always_inline)) vf some_numbers(const void* from, long at,
   return read<vf>(part);
 }
 
+const long TOGETHER = 256;  // codes that are packed at a time, of several small groups
+
 // Codes, a byte each, eight after another in BITS bytes; some that are read lie behind the last one.
 template <int BITS>
 inline void pack(const uint8_t* codes, long count, uint8_t* to) {
   typedef uint64_t words __attribute__((vector_size(4 * L)));
-  for (long i = 0; i < count; i += 4 * L) {
+  for (long i = 0; i < count; i += 4 * L, to += L / 2 * BITS) {
     words word = read<words>(codes + i);
     word = (word & 0x00ff00ff00ff00ff) | (word >> 8 & 0x00ff00ff00ff00ff) << BITS;
     word = (word & 0x0000ffff0000ffff) | (word >> 16 & 0x0000ffff0000ffff) << 2 * BITS;
     word = (word & 0x00000000ffffffff) | word >> 32 << 4 * BITS;
-    uint64_t eight[L / 2];
-    memcpy(eight, &word, sizeof eight);
-    for (int w = 0; w < L / 2 && i + 8 * w < count; w++, to += BITS) memcpy(to, &eight[w], BITS);
+    if constexpr (BITS == 2 || BITS == 4 || BITS == 8) {
+      typedef std::conditional_t<BITS == 2, uint16_t, std::conditional_t<BITS == 4, uint32_t, uint64_t>> number;
+      typedef number packed __attribute__((vector_size(L / 2 * BITS)));
+      const packed all = __builtin_convertvector(word, packed);
+      memcpy(to, &all, count - i < 4 * L ? (count - i) / 8 * BITS : sizeof all);
+    } else {
+      uint64_t eight[L / 2];
+      memcpy(eight, &word, sizeof eight);
+      for (int w = 0; w < L / 2 && i + 8 * w < count; w++) memcpy(to + w * BITS, &eight[w], BITS);
+    }
   }
 }
 
-// The codes of a group, its columns a multiple of 8.
+// The codes of a group, a byte each, and up to L - 1 bytes behind them.
 template <int BITS, int TYPE>
-inline void encode_group(const Encoding& a, long g, uint8_t* codes) {
+inline void codes_of_group(const Encoding& a, long g, uint8_t* codes) {
   typedef uint8_t bytes __attribute__((vector_size(L)));
   const long size = a.size;
   const void* from = a.w;
@@ -88,13 +99,18 @@ inline void encode_group(const Encoding& a, long g, uint8_t* codes) {
     const bytes made = __builtin_convertvector(__builtin_convertvector(code, vi), bytes);
     memcpy(codes + i, &made, sizeof made);
   }
-  pack<BITS>(codes, size, a.codes + g * size * BITS / 8);
 }
 
+// Groups whose columns are a multiple of 8.
 [[maybe_unused]] void encode(const Encoding& a, long from, long to, uint8_t* room) {
+  const long some = a.size < TOGETHER ? TOGETHER / a.size : 1;
   of_width(a.bits, [&](auto width) {
     of_type(a.type, [&](auto type) {
-      for (long g = from; g < to; g++) encode_group<width.bits, type.bits>(a, g, room);
+      for (long first = from; first < to; first += some) {
+        const long count = to - first < some ? to - first : some;
+        for (long g = 0; g < count; g++) codes_of_group<width.bits, type.bits>(a, first + g, room + g * a.size);
+        pack<width.bits>(room, count * a.size, a.codes + first * a.size * width.bits / 8);
+      }
     });
   });
 }

@@ -124,6 +124,10 @@ inline void errors(const Lanes& g, long first) {
         sum[r] += WEIGHED ? off * by * off : off * off;
       }
     }
+    if (end == g.size && from == 0) {
+      for (int r = 0; r < BESIDE; r++) memcpy(t.error + (first + r) * L, &sum[r], sizeof(vf));
+      return;
+    }
     for (int r = 0; r < BESIDE; r++) sums[r].add(sum[r]);
   }
   for (int r = 0; r < BESIDE; r++) {
@@ -189,9 +193,10 @@ inline void set_ranges(const Search& a, const Lanes& g, vf& scale, vf& zero) {
   for (long i = 0; i < (out.count + BESIDE - 1) / BESIDE * BESIDE; i++) {
     const vf s = stored(scale * a.shares[i], a.type_of_scale), z = a.symmetric ? zero : zero_point(low * -a.shares[i] / s, most);
     const vf beyond = larger(g.high - (most - z) * s - off, vf{}), below = larger(-z * s - g.low - off, vf{});
-    const vf values[] = {s, z, 1 / s, WHOLE - z, WHOLE + most - z, (beyond * beyond + below * below) * (1 - 0x1p-12f)};
-    float* const places[] = {out.scale, out.zero, out.inverse, out.bottom, out.top, out.cut};
-    for (int v = 0; v < 6; v++) memcpy(places[v] + i * L, &values[v], sizeof(vf));
+    const auto put = [=](float* place, vf v) { memcpy(place + i * L, &v, sizeof v); };
+    put(out.scale, s), put(out.zero, z), put(out.inverse, 1 / s);
+    put(out.bottom, WHOLE - z), put(out.top, WHOLE + most - z);
+    put(out.cut, (beyond * beyond + below * below) * (1 - 0x1p-12f));
   }
 }
 

@@ -82,5 +82,6 @@ def _can(query: Tensor, key: Tensor, options: dict[str, Any]) -> bool:
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    layers = (getattr(child, "base_layer", child) for child in module.children())  # PEFT's adapters stand around a layer
+    """Whether one of its layers is, with or without an adapter of PEFT around it."""
+    layers = (getattr(child, "base_layer", child) for child in module.children())
     return any(isinstance(layer, (QuantMatrix, FakeQuantMatrix)) for layer in layers)

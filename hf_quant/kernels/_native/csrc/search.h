@@ -124,7 +124,7 @@ inline void errors(const Lanes& g, long first) {
         sum[r] += WEIGHED ? off * by * off : off * off;
       }
     }
-    if (end == g.size && from == 0) {
+    if (g.size <= STRETCH) {  // nothing to add it to
       for (int r = 0; r < BESIDE; r++) memcpy(t.error + (first + r) * L, &sum[r], sizeof(vf));
       return;
     }

@@ -24,9 +24,12 @@ ROWS = 2  # from which on products of 16-bit numbers are fast
 
 
 def install() -> None:
-    """Let `one_token` compute attention in layers that this package quantized, where it can; all else stays transformers' own."""
+    """Let `one_token` compute attention in layers that this package quantized, where it can; all else stays transformers' own.
+
+    An implementation that somebody else has registered under that name stays as it is.
+    """
     theirs: Any = ALL_ATTENTION_FUNCTIONS[NAME]
-    if theirs.__module__ == __name__:
+    if not theirs.__module__.startswith("transformers."):
         return
 
     @wraps(theirs)
@@ -34,7 +37,7 @@ def install() -> None:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
         dropout: float = 0.0, scaling: float | None = None, **options: Any,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if not dropout and _can(query, key, options) and _is_quantized(module):
+        if not dropout and _can(query, key, value, attention_mask, options) and _is_quantized(module):
             return one_token(query, key, value, attention_mask, scaling), None
         output: tuple[Tensor, Tensor | None] = theirs(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
@@ -56,7 +59,7 @@ def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
         scale: Of the scores; None: ``D ** -0.5``.
 
     Returns:
-        ``[B, 1, H, V]``.
+        ``[B, 1, H, V]``, contiguous, since models take views of it.
     """
     batch, heads, _, width = query.shape
     groups = key.shape[1]
@@ -66,16 +69,19 @@ def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sc
     if mask is not None and mask.shape[1] > 1:
         mask = mask.reshape(mask.shape[0], groups, heads // groups, mask.shape[-1])
     output = scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-    return output[:, :, : heads // groups].reshape(batch, 1, heads, value.shape[-1])
+    return output[:, :, : heads // groups].reshape(batch, 1, heads, value.shape[-1]).contiguous()
 
 
-def _can(query: Tensor, key: Tensor, options: dict[str, Any]) -> bool:
+def _can(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> bool:
     """Whether it is one token on a CPU, and nothing is asked for that `one_token` does not know."""
     return (
         query.shape[2] == 1
         and query.device.type == "cpu"
         and not torch.compiler.is_exporting()
-        and query.shape[0] == key.shape[0]
+        and query.shape[0] == key.shape[0] == value.shape[0]
+        and query.shape[1] % key.shape[1] == 0
+        and key.shape[1] == value.shape[1]
+        and (mask is None or mask.ndim == 4)
         and not any(options.get(name) is not None for name in ("softcap", "position_bias"))
         and not options.get("output_attentions")
     )

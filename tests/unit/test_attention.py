@@ -56,7 +56,9 @@ def test_it_is_attention(
     mask = masks(kind, batch, heads, length, dtype)
     for scale in (None, 0.3):
         wanted = plain(query, key, value, mask, scale or width**-0.5)
-        error = attention.one_token(query, key, value, mask, scale).double() - wanted
+        output = attention.one_token(query, key, value, mask, scale)
+        assert output.is_contiguous()  # models take views of it
+        error = output.double() - wanted
         assert error.norm() < (16 if dtype == torch.float32 else 2) * torch.finfo(dtype).eps * wanted.norm()
 
 
@@ -139,11 +141,31 @@ def test_what_it_does_not_know_is_left_to_transformers(folder: str, calls: list[
     attend(layer, query, key, key, None, dropout=0.5)
     attend(layer, query, key, key, None, position_bias=torch.zeros(2, 6, 1, 5))
     attend(layer, query[:1], key, key, torch.ones(2, 1, 1, 5, dtype=torch.bool))
+    groups, layer.num_key_value_groups = layer.num_key_value_groups, 1  # otherwise transformers repeats the keys
+    attend(layer, query[:, :2], key, key, torch.ones(1, 5, dtype=torch.bool))
+    attend(layer, query[:1, :2], key[:1], key, None)
+    attend(layer, query[:, :1], key, key, None)
+    layer.num_key_value_groups = groups
     with suppress(ValueError):  # of newer versions
         attend(layer, query, key, key, None, softcap=30.0)
     assert not calls
     attend(layer, query, key, key, None)
     assert len(calls) == 1
+
+
+def test_somebody_elses_stays(folder: str, calls: list[tuple[int, ...]]) -> None:
+    before, lengths = attention.ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def mine(module: Any, query: Tensor, *args: Any, **options: Any) -> Any:
+        lengths.append(query.shape[2])
+        return before.__wrapped__(module, query, *args, **options)
+
+    attention.AttentionInterface.register("sdpa", mine)
+    try:
+        generate(AutoModelForCausalLM.from_pretrained(folder, quantization_config=HfQuantConfig("W4A16-g32")))
+    finally:
+        attention.AttentionInterface.register("sdpa", before)
+    assert lengths == [10] * BASE.num_hidden_layers + [1] * 3 * BASE.num_hidden_layers and not calls
 
 
 def test_installed_once() -> None:

@@ -69,13 +69,13 @@ def scheme_options(function: Function) -> Function:
                      help="Another scheme for some layers; float leaves them in floating point."),
         click.option("--ignore", multiple=True, metavar="GLOB", help="Layers to leave in floating point."),
         click.option("--format", type=SAVED, metavar="NAME", default="auto",
-                     help="auto, native or compressed-tensors."),
-        click.option("--method", type=Method(), default="rtn", show_default=True, help="How codes are chosen."),
+                     show_default=True, help="auto, native or compressed-tensors."),
+        click.option("--method", type=Method(), default="rtn", show_default=True, help="How codes are chosen: rtn, hqq, gptq, awq, calibrated or learned."),
         click.option("--asym/--sym", default=None, help="With zero points or not. Default: with them at 2 and 3 bits."),
         click.option("--group-size", type=int, help="Columns that share a scale; -1: a whole row. Default: 128."),
-        click.option("--bits", type=Bits(), help="Of a code. Default: 4."),
+        click.option("--bits", type=Bits(), help="Width of a code. Default: 4."),
         click.option("--scheme", multiple=True, metavar="SLUG", type=Scheme(),
-                     help="For example W4A16-g128; in place of --bits, --group-size and --asym or --sym."),
+                     help="For example W4A16-g128; in place of --bits, --group-size and --asym or --sym. quantize and plan take several."),
     ):  # fmt: skip
         function = option(function)
     return function
@@ -95,7 +95,7 @@ def model_options(function: Function) -> Function:
     """Where a model comes from, and whether its code may run."""
     for option in (
         click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoint brings along."),
-        click.option("--revision", help="Of a Hub model."),
+        click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
     ):
         function = option(function)
     return function
@@ -115,7 +115,7 @@ def gate_options(function: Function) -> Function:
 def measure_options(function: Function) -> Function:
     """What to measure on, and how."""
     for option in (
-        click.option("--allow-overlap", is_flag=True, help="Measure even on what was calibrated on."),
+        click.option("--allow-overlap", is_flag=True, help="Measure even on text that was calibrated or trained on."),
         click.option("--base-dtype", type=Named({name: full for name, full in DTYPES.items() if name != "auto"}), default="float32",
                      show_default=True, help="What the base computes in while it is the yardstick."),
         click.option("--max-tokens", type=click.IntRange(1), help="Measure about that many at most."),

@@ -13,7 +13,7 @@ from hf_quant.jobs.outputs import check_output
 
 @click.command(short_help="The same codes in another format.")
 @click.argument("model", type=Model(gguf=True))
-@click.option("--revision", help="Of a Hub model.")
+@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @click.option(
     "--to",
     required=True,

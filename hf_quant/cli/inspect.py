@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="How a checkpoint is quantized.")
 @click.argument("model", type=Model())
-@click.option("--revision", help="Of a Hub model.")
+@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @target_options
 @output_options
 def command(

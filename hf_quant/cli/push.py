@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--revision", help="Branch, or refs/pr/N.")
 @click.option("--tag", help="Put on the commit.")
 @click.option("--base-model", help="Hub id of the base, where the model was made from a folder.")
-@click.option("--license", help="Of the base, where its card names none.")
+@click.option("--license", help="Licence of the base, where its card names none.")
 @click.option("--allow-failed-gate", is_flag=True, help="Publish all the same; the card begins with it.")
 @gate_options
 @click.option("--dry-run", is_flag=True, help="Check, say what would go, and stop.")

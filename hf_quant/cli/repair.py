@@ -18,7 +18,7 @@ from hf_quant.cli._types import Device, Model
 @click.option("--passes", type=click.IntRange(1), help="Times that it is seen. Default: 4, or fewer of a long text.")
 @chat_options
 @click.option("--device", type=Device(), help="Where to train: cpu, cuda, ...")
-@click.option("--revision", help="Of a base from the Hub.")
+@click.option("--revision", help="Branch, tag or commit of a base on the Hub.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoints bring along.")
 @click.option("--overwrite", is_flag=True, help="Replace the folder if it exists.")
 @output_options

@@ -50,9 +50,9 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
     type=click.FloatRange(0),
     default=0.0,
     show_default=True,
-    help="Of the relative error of hidden states, beside the divergence from the teacher's distributions.",
+    help="Weight of the relative error of hidden states, beside the divergence from the teacher's distributions.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of the windows.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the windows.")
 @click.option(
     "--checkpoint-minutes",
     type=click.FloatRange(0),

@@ -10,7 +10,7 @@ from hf_quant.cli._types import Model
 
 @click.command(short_help="Every check of a checkpoint.")
 @click.argument("model", type=Model())
-@click.option("--revision", help="Of a Hub model.")
+@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @output_options
 def command(model: str, revision: str | None, as_json: bool, quiet: bool) -> None:
     """Check MODEL, a folder or a Hub id: the sha256 of every file in its manifest; of a folder also headers, shapes, scales,

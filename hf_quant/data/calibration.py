@@ -122,7 +122,8 @@ def calibration(
                            f"outside of the vocabulary of {vocabulary}")  # fmt: skip
     if data.ids.shape[0] < FEWEST:
         raise HfQuantError(
-            f"calibration: {data.ids.shape[0]} sequence of {data.ids.shape[1]} tokens is too little; at least {FEWEST}"
+            f"calibration: {data.ids.shape[0]} sequence of {data.ids.shape[1]} tokens is too little; at least {FEWEST} are needed, "
+            f"{FEWEST * data.ids.shape[1]:,} tokens"
         )
     if isinstance(source, Tensor) and tokenizer is not None:
         texts = tokenizer.batch_decode(data.ids.tolist(), skip_special_tokens=True)

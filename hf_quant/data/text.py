@@ -261,6 +261,6 @@ def refuse_shared(hashes: AbstractSet[str], calibrated_on: Iterable[str], parts:
     shared = len(hashes & set(calibrated_on))
     if shared > len(hashes) / 100:
         raise HfQuantError(
-            f"{shared} of {len(hashes)} {parts} of the {what} were calibrated on: the numbers would flatter the "
-            f"model; measure on {'another text' if parts == 'paragraphs' else 'others'}, or pass --allow-overlap"
+            f"{shared} of {len(hashes)} {parts} of the {what} also occur in the calibration or training data: the numbers "
+            f"would flatter the model; measure on {'another text' if parts == 'paragraphs' else 'others'}, or pass --allow-overlap"
         )

@@ -241,6 +241,12 @@ def conversion_targets() -> dict[str, str]:
     return {fmt.label: name for name, fmt in formats().items() if fmt.converted_to}
 
 
+def label_of(name: str) -> str:
+    """What users call a format; the name itself of one that is not here."""
+    fmt = formats().get(name)
+    return name if fmt is None else fmt.label
+
+
 def known_methods() -> list[str]:
     """Values of ``quant_method`` by which checkpoints of other programs are recognized."""
     return sorted({method for fmt in formats().values() if not fmt.in_memory for method in fmt.methods})

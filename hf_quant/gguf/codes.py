@@ -160,7 +160,8 @@ def _k_quant(tensor: QuantizedTensor) -> Fit:
         if (offsets := multiples(zero.double() * scale.double(), 0, most, scale, zero)) is not None:
             return Fit(block, Parts(codes, d, scales, *offsets))
     raise FormatError(
-        f"the scales of {scheme} are not multiples of one float16 for every 256 columns, which K-quants need"
+        f"GGUF holds groups of 16 columns, and real zero points, only as K-quants, and the scales of {scheme} are not "
+        "multiples of one float16 for every 256 columns"
     )
 
 

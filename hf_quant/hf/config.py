@@ -197,9 +197,10 @@ class HfQuantConfig(QuantizationConfigMixin):
         """Refuse schemes that take a look at activations, where nothing looks."""
         wanting = [scheme for scheme in self._decision().presets if scheme.needs_ranges]
         if wanting and not self.calibrated and self.share_quantized is None:
+            what = "the range" if wanting[0].activations == "tensor" else "outlier columns"
             raise PlanError(
-                f"{wanting[0]}: ranges of the activations have to be measured first, and {self.method} looks at none: "
-                "method='calibrated', or another that does"
+                f"{wanting[0]}: {what} of the activations must be found by calibration, which {self.method!r} does not do; "
+                "'calibrated' does, as the method"
             )
 
     def _check_trainable(self) -> None:
@@ -336,9 +337,9 @@ def _checked_epochs(epochs: int | None, method: str) -> int:
     if epochs is None:
         return EPOCHS
     if type(epochs) is not int or epochs < 1:
-        raise PlanError(f"quantization_config.epochs {epochs!r}: must be a whole number from 1")
+        raise PlanError(f"epochs {epochs!r}: must be a whole number from 1")
     if method != "learned":
-        raise PlanError(f"quantization_config.epochs: method {method!r} learns nothing; 'learned' does")
+        raise PlanError(f"epochs: method {method!r} learns nothing; 'learned' does")
     return epochs
 
 

@@ -47,7 +47,7 @@ class Plan:
         format_reason: The reason for that format.
         decision: Transforms and method for every scheme in ``schemes``.
         others: Weights of kinds that are never quantized, with the reason; with `schemes` and `left`, these are all weights.
-        kept: Parameters of each weight in `left` and `others`.
+        kept: Parameters of each weight in `left` and `others`; 0 of one that is tied to another.
         convolutions: The quantized convolutions.
     """
 
@@ -88,7 +88,8 @@ class Plan:
         for reason, names in reasons.items():
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             share = sum(self.kept[name] for name in names) / max(1, self.params)
-            lines.append(f"in floating point: {shown} ({share:.2%} of the parameters): {reason}")
+            of = f"{share:.2%} of the parameters" if share else "the same numbers as another weight"
+            lines.append(f"in floating point: {shown} ({of}): {reason}")
         lines += sorted({f"{sentence}: {_count(self.regrouped, sentence)}" for sentence in self.regrouped.values()})
         return "\n".join(lines)
 
@@ -142,7 +143,7 @@ def make_plan(
         draft.schemes, draft.left, draft.regrouped, tied,
         params, params_quantized, bytes_float, bytes_quantized, chosen, reason,
         Decision.of(config.method, draft.schemes.values(), config.epochs), beside,
-        {name: _numel(model, name) for name in draft.left | beside},
+        {name: 0 if _is_tied(model, name) else _numel(model, name) for name in draft.left | beside},
         [name for name in draft.schemes if _kind(by_name, name) == "patches"],
     )  # fmt: skip
 
@@ -233,9 +234,7 @@ def _check_globs(model: Any, config: HfQuantConfig, by_name: dict[str, Candidate
     for glob in config.overrides:
         if not any(fnmatchcase(name, glob) for name in by_name):
             close = difflib.get_close_matches(glob.strip("*."), by_name, 1, 0.3)
-            raise PlanError(
-                f"overrides: {glob!r} matches no layer" + (f"; one is called {close[0]!r}" if close else "")
-            )
+            raise PlanError(f"override {glob!r} matches no layer" + (f"; one is called {close[0]!r}" if close else ""))
     modules = [name for name, _ in model.named_modules()] + list(by_name)
     for pattern in config.modules_to_not_convert:
         if not any(_matches(name, pattern) for name in modules):
@@ -296,8 +295,8 @@ def _quantized_part(model: Any, names: dict[int, str]) -> str:
     return f"{name}." if name else ""
 
 
-def _is_tied(model: Any, head_name: str) -> bool:
-    return f"{head_name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
+def _is_tied(model: Any, name: str) -> bool:
+    return f"{name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _tie(model: Any, by_name: dict[str, Candidate], draft: Draft) -> bool:

@@ -105,11 +105,12 @@ def _like(module: FakeQuant, name: str, old: Any) -> QuantMatrix | QuantEmbeddin
         )
     if not isinstance(old, QuantMatrix | QuantEmbedding):
         raise PlanError(
-            f"{name}: not quantized in the checkpoint that training begins from, and shall be {module.scheme}"
+            f"{name}: the checkpoint that training begins from does not quantize it, and the scheme asks for {module.scheme}"
         )
     if old.scheme != module.scheme:
         raise PlanError(
-            f"{name}: {old.scheme} in the checkpoint that training begins from, and shall be {module.scheme}"
+            f"{name}: the checkpoint that training begins from has {old.scheme}, and the scheme asks for {module.scheme}: "
+            "they must be the same"
         )
     return old
 

@@ -25,7 +25,7 @@ from hf_quant.core.tensor import QuantizedTensor, in_order
 from hf_quant.disk.atomic import copy_file, write_json
 from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, OptionError, suggestion
-from hf_quant.formats import Format, Layer, conversion_targets, formats
+from hf_quant.formats import Format, Layer, conversion_targets, formats, label_of
 from hf_quant.hf.candidates import candidates
 from hf_quant.hf.community import homes, place
 from hf_quant.hf.config import VERSION
@@ -154,7 +154,11 @@ def convert(
         raise OptionError(f"--to {to}: there is {', '.join(targets())}{suggestion(to, targets())}")
     check_target(target, tp)
     source, out = Path(model), Path(output)
+    if to == GGUF and out.suffix == ".gguf":
+        raise OptionError(f"-o {out}: name a folder; the file in it is model.gguf, beside a record of the conversion")
     check_output(out, [source], overwrite=overwrite)
+    if source.suffix == ".gguf" and not source.exists():
+        raise HfQuantError(f"{source}: no such file")
     if is_gguf(source):
         with (
             tempfile.TemporaryDirectory(prefix=".gguf-", dir=out.resolve().parent) as native,
@@ -179,12 +183,12 @@ def _convert(
     with claimed(out), output_folder(out, [source], overwrite=overwrite) as stage:
         if to == GGUF:
             write_gguf(contents, stage, report)
-            write_json(stage / CONVERSION, {"from": contents.format, "to": to} | record(stage))
+            write_json(stage / CONVERSION, {"from": label_of(contents.format), "to": to} | record(stage))
         else:
             _safetensors(_job(contents, to), stage, report)
         size = sum(file.stat().st_size for kind in ("*.safetensors", "*.gguf") for file in stage.glob(kind))
     before = sum(file.stat().st_size for file in _files(contents))
-    return ConvertResult(contents.format, to, out, len(contents.layers), before, size, target, tp, verdict)
+    return ConvertResult(label_of(contents.format), to, out, len(contents.layers), before, size, target, tp, verdict)
 
 
 def _files(contents: Contents) -> list[Path]:
@@ -336,7 +340,7 @@ def _rest(job: _Job, stage: Path, where: dict[str, str], say: Callable[[str], No
     if recipe.is_file() and inside(recipe, source.folder):
         copy_file(recipe, stage / RECIPE)
     copy_companions(source.folder, stage, say, notices=True, code=True)
-    write_json(stage / CONVERSION, {"from": job.contents.format, "to": job.to} | record(stage))
+    write_json(stage / CONVERSION, {"from": label_of(job.contents.format), "to": job.to} | record(stage))
 
 
 def _compare(job: _Job, stage: Path) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hf_quant.data.text import Text
     from hf_quant.evaluation.results import Quality
     from hf_quant.evaluation.yardstick import Base
+    from hf_quant.hf import HfQuantConfig
     from hf_quant.jobs.walk import Rung
 
 TOKENS, TRIAL_TOKENS = 32768, 4096
@@ -178,7 +179,8 @@ def ladder(
         say: As for `quantize`.
 
     Raises:
-        OptionError: Nothing says what to keep; options contradict each other; or ``inputs`` are given.
+        OptionError: Nothing says what to keep; no model can be as small as ``max_size``; options contradict each other; or
+            ``inputs`` are given.
         HfQuantError: The output may not be written, or something in the model is not as it must be.
     """
     model, out = check_model(model), Path(output)
@@ -201,12 +203,20 @@ def ladder(
 
     from hf_quant.data.chat import Chat, may_hold_chats
     from hf_quant.evaluation.results import Quality
+    from hf_quant.hf import HfQuantConfig
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.hf.loading import refuse_quantized
     from hf_quant.jobs.compress import Job, compress
     from hf_quant.jobs.walk import Ladder, Limits, rungs
 
     refuse_quantized(model, **from_hub)
+    steps = rungs(group_size, asym, int8_activations)
+    planned: dict[str, Any] = {
+        "method": method, "modules_to_not_convert": list(ignore), "quantize_lm_head": lm_head,
+        "quantize_embeddings": embeddings, "epochs": epochs,
+    }  # fmt: skip
+    if size is not None:
+        _refuse_too_small(model, size, HfQuantConfig(str(steps[-1]), **planned), from_hub)
     base = _base(model, base_dtype, device, from_hub)
     with reporting(progress, say) as report:
         tokenizer = tokenizer_of(model, **from_hub)
@@ -227,12 +237,9 @@ def ladder(
             model, load_arguments, shard, overwrite, report.say, tokenizer, gate, measure_on(choosing), looked_at,
             report.over("blocks"), memory, inputs=files, stage=report.stage,
         )  # fmt: skip
-        options = {
-            "method": method, "modules_to_not_convert": list(ignore), "quantize_lm_head": lm_head,
-            "quantize_embeddings": embeddings, "epochs": epochs,
-        } | ({} if looked_at is None else {"calibration": looked_at.batches or looked_at.ids})  # fmt: skip
+        options = planned | ({} if looked_at is None else {"calibration": looked_at.batches or looked_at.ids})
         walk = Ladder(
-            job, limits, rungs(group_size, asym, int8_activations), options, base.load,
+            job, limits, steps, options, base.load,
             lambda: _trial(base, chat, choosing, trial_text, trial_tokens, report), report.over("sensitivity"),
         ).walk()  # fmt: skip
         record = walk.to_dict() | {"limits": asdict(gate) | {"max_size": size}, "held_back": None}
@@ -252,6 +259,18 @@ def ladder(
         model, walk.rungs, record["chosen"], folder, folder is not None and folder.name == out.name, held_out.name,
         None if again is None else Quality.from_dict(again), record,
     )  # fmt: skip
+
+
+def _refuse_too_small(model: str, size: int, smallest: HfQuantConfig, from_hub: dict[str, Any]) -> None:
+    """Refuse a size that not even the lowest rung has, before anything is measured."""
+    from hf_quant.hf import plan_of
+
+    least = plan_of(model, smallest, **from_hub)[1].bytes_quantized
+    if least > size:
+        raise OptionError(
+            f"--max-size {size / 1e6:.3g}MB: the smallest model, {smallest.scheme}, has {least / 1e6:.3g} MB; --embeddings, "
+            "--lm-head and a larger --group-size make smaller ones"
+        )
 
 
 def _base(model: str, dtype: str, device: str | None, from_hub: dict[str, Any]) -> Base:

@@ -157,7 +157,7 @@ def schemes(
 
     Raises:
         SchemeError: One of them is impossible.
-        OptionError: A scheme is named twice, or in both ways.
+        OptionError: A scheme is named twice, or in both ways; or no method makes it.
     """
     from hf_quant.core.scheme import QuantScheme, fixed_zero
 
@@ -172,7 +172,7 @@ def schemes(
     }
     if also := [option for option, is_given in options.items() if is_given]:
         raise OptionError(f"--scheme {named[0]} says all that {also[0]} would: give one of them")
-    slugs = tuple(str(QuantScheme.parse(name)) for name in named)
+    slugs = tuple(map(_makeable, named))
     if len(set(slugs)) < len(slugs):
         raise OptionError(
             f"--scheme {next(slug for slug in slugs if slugs.count(slug) > 1)} is given twice: leave one out"
@@ -185,12 +185,19 @@ def overrides(override: Mapping[str, str | None]) -> dict[str, str | None]:
 
     Raises:
         SchemeError: One of the schemes is impossible.
+        OptionError: No method makes it.
     """
+    return {glob: None if slug in (None, "float") else _makeable(str(slug)) for glob, slug in override.items()}
+
+
+def _makeable(slug: str) -> str:
+    """The slug of a scheme as it is written everywhere, if a method makes it."""
     from hf_quant.core.scheme import QuantScheme
 
-    return {
-        glob: None if slug in (None, "float") else str(QuantScheme.parse(str(slug))) for glob, slug in override.items()
-    }
+    scheme = QuantScheme.parse(slug)
+    if scheme.foreign:
+        raise OptionError(f"{slug}: {scheme.foreign}")
+    return str(scheme)
 
 
 def configs(

@@ -98,6 +98,7 @@ def repair(
 
     from hf_quant.data.chat import Chat
     from hf_quant.evaluation.yardstick import Base
+    from hf_quant.formats import label_of
     from hf_quant.hf.auto import tokenizer_of
     from hf_quant.jobs.convert import convert, open_quantized
     from hf_quant.jobs.tune import Tuning, tune_checkpoint
@@ -131,10 +132,11 @@ def repair(
             )
             for file in draft.iterdir():
                 file.rename(stage / file.name)
-            changes = {"from": contents.format, "to": to, "tuned": tuned.to_dict(), "calibration": data.to_dict()}
+            came_from = label_of(contents.format)
+            changes = {"from": came_from, "to": to, "tuned": tuned.to_dict(), "calibration": data.to_dict()}
             _note(stage, changes)
     shown = {name: value for name, value in changes.items() if name != "calibration"} | {"folder": str(out)}
-    return RepairResult(contents.format, to, out, base, tuned.before, tuned.after, shown)
+    return RepairResult(came_from, to, out, base, tuned.before, tuned.after, shown)
 
 
 def _target(contents: Contents) -> str:

@@ -149,7 +149,7 @@ def _package() -> Any:
     try:
         import gguf
     except ImportError:
-        raise HfQuantError("--to gguf needs the package gguf: pip install hf-quant[gguf]") from None
+        raise HfQuantError("--to gguf needs the package gguf: pip install 'hf-quant[gguf]'") from None
     return gguf
 
 

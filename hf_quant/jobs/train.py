@@ -224,7 +224,10 @@ def _refuse_overlap(data: str, learned: Calibration, held_out: HeldOut, chat: Ch
     file = Path(data)
     readable = file.is_file() and file.suffix != ".safetensors"
     if readable and read_documents(file, chat) == held_out.text:  # its paragraphs may be too short to be compared
-        raise HfQuantError(f"--data {data} is the text that is measured on: the numbers would flatter the model")
+        raise HfQuantError(
+            f"--data {data} is the text that is measured on: the numbers would flatter the model; measure on another "
+            "text (--text), or pass --allow-overlap"
+        )
     held_out.refuse_overlap(learned.paragraphs)
 
 

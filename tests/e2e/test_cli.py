@@ -98,6 +98,9 @@ def test_a_tied_model_is_counted_once(zoo: Any) -> None:
     _, path = zoo("llama-tied")
     (plan,) = json.loads(run("plan", path, "--group-size", 32, "--json").stdout)["plans"]
     assert plan["parameters"] == AutoModelForCausalLM.from_pretrained(path).num_parameters()
+    assert "lm_head (the same numbers as another weight)" in " ".join(
+        run("plan", path, "--group-size", 32).stdout.split()
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,6 +108,10 @@ def test_a_tied_model_is_counted_once(zoo: Any) -> None:
     [
         (["--bits", "5"], 2, "is not one of 8, 4, 3, 2"),
         (["--scheme", "W4"], 2, "not a scheme"),
+        (["--scheme", "W5A16-g32"], 2, "codes of 5 bits can be read and run, not made"),
+        (["--override", "*=W6A16-g32"], 2, "codes of 6 bits can be read and run, not made"),
+        (["--scheme", "W8A8-o1%-columns"], 2, "outlier columns of the activations must be found by calibration"),
+        (["--scheme", "W8A8-static"], 2, "the range of the activations must be found by calibration"),
         (["--group-size", "48"], 2, "group_size"),
         (["--override", "nothing=W8A16-g32"], 2, "matches no layer"),
         (["--override", "lm_head"], 2, "GLOB=SCHEME"),
@@ -118,6 +125,23 @@ def test_nothing_is_left_after_an_error(folder: Path, tmp_path: Path, args: list
     result = run("quantize", folder, "-o", tmp_path / "q", *args, code=code)
     assert said in result.stderr and not result.stdout and "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said"),
+    [
+        (["ladder", "MODEL", "--max-size", "1kB", "--group-size", "32"], 2, "the smallest model, W2A16-g32-asym, has"),
+        (["convert", "none.gguf", "--to", "native"], 1, "none.gguf: no such file"),
+        (["convert", "MODEL", "--to", "gguf", "-o", "one.gguf"], 2, "name a folder; the file in it is model.gguf"),
+    ],
+)
+def test_refused_before_anything_is_loaded(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], code: int, said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    output = [] if "-o" in args else ["-o", "q"]
+    result = run(*(str(folder) if arg == "MODEL" else arg for arg in args), *output, code=code)
+    assert said in " ".join(result.stderr.split()) and not list(tmp_path.iterdir())
 
 
 def test_an_existing_folder_is_kept(folder: Path, tmp_path: Path) -> None:
@@ -287,7 +311,10 @@ def test_measuring_the_wrong_thing_is_refused(folder: Path, tmp_path: Path) -> N
     recipe["calibration"] = {"paragraphs": sorted(paragraphs(text.read_text()))}
     (out / "recipe.json").write_text(json.dumps(recipe))
     call = ["eval", out, "--base", folder, "--text", text, "--context", 64]
-    assert "9 of 9 paragraphs of the evaluation text were calibrated on" in run(*call, code=1).stderr
+    assert (
+        "9 of 9 paragraphs of the evaluation text also occur in the calibration or training data"
+        in run(*call, code=1).stderr
+    )
     run(*call, "--allow-overlap")
     (tmp_path / "rows.txt").write_text("one row\nanother row\n")
     assert "fewer than one window" in run(*call[:-4], "--text", tmp_path / "rows.txt", code=1).stderr

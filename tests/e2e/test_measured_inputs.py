@@ -175,7 +175,9 @@ def test_a_vision_language_model_by_the_commands(trained: Any, tmp_path: Path) -
     command += ["--calibration", tmp_path / "calibration.safetensors"]
     overlap = run(*command, "-o", tmp_path / "o", "--inputs", tmp_path / "calibration.safetensors")
     assert (
-        overlap.exit_code == 1 and "12 of 12 samples of the inputs to measure on were calibrated on" in overlap.output
+        overlap.exit_code == 1
+        and "12 of 12 samples of the inputs to measure on also occur in the calibration or training data"
+        in overlap.output
     )
     given = ["--inputs", tmp_path / "inputs.safetensors"]
     done = run(*command, "-o", tmp_path / "q", *given, "--max-kl", "50")
@@ -187,7 +189,7 @@ def test_a_vision_language_model_by_the_commands(trained: Any, tmp_path: Path) -
     assert card.exit_code == 0, card.output
     assert "3 batches of attention" in (tmp_path / "q" / "README.md").read_text()
     refused = run("eval", tmp_path / "q", "--base", base, "--inputs", tmp_path / "calibration.safetensors")
-    assert refused.exit_code == 1 and "were calibrated on" in refused.output
+    assert refused.exit_code == 1 and "also occur in the calibration or training data" in refused.output
     allowed = run(
         "eval", tmp_path / "q", "--base", base, "--inputs", tmp_path / "calibration.safetensors", "--allow-overlap"
     )

@@ -456,7 +456,7 @@ def test_the_command(tmp_path: Path) -> None:
     few = ["--calibration-tokens", 8192, "--max-tokens", 4096, "--json"]
     text = ["--calibration", model / "heldout.txt"]
     result = CliRunner().invoke(main, [str(a) for a in (*call, *few, *text)])
-    assert result.exit_code == 1 and "were calibrated on" in result.stderr
+    assert result.exit_code == 1 and "also occur in the calibration or training data" in result.stderr
     result = CliRunner().invoke(main, [str(a) for a in (*call, *few, "--device", "gpu", "--no-eval")])
     assert result.exit_code == 2 and "'gpu'" in result.stderr
     result = CliRunner().invoke(main, [str(a) for a in (*call, *few, "--max-kl", "0.02")])

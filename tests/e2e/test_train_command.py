@@ -116,7 +116,9 @@ def test_checkpoints_that_training_cannot_begin_from(peaked: Path, tmp_path: Pat
     rounded()
     refused("the checkpoint that training begins from has no 64x64 floating-point numbers there", *w8, *all_but_one)
     before = rounded(*all_but_one)
-    refused("q_proj: W8A16-g32 in the checkpoint that training begins from, and shall be W2A16-g32-asym", *W2)
+    refused(
+        "q_proj: the checkpoint that training begins from has W8A16-g32, and the scheme asks for W2A16-g32-asym", *W2
+    )
     refused("not quantized in the checkpoint that training begins from", *w8)
     refused("both say what training begins from", *W2, "--method", "calibrated")
     assert "is not quantized" in train(peaked, tmp_path / "out", *W2, *FEW, "--start", other, code=1).output

@@ -131,7 +131,7 @@ def test_an_overlap_is_seen_through_token_ids_and_line_endings() -> None:
     text = "\n\n".join(f"Paragraph {i} has so many words of its own that it is long enough, " * 4 for i in range(9))
     rows = torch.tensor(list(text.encode()))
     ids = rows[: len(rows) // 2 * 2].view(2, -1)
-    with pytest.raises(HfQuantError, match="were calibrated on"):
+    with pytest.raises(HfQuantError, match="also occur in the calibration or training data"):
         refuse_overlap(text, calibration(ids, Bytes(), 0, 0, 256).paragraphs)
     with pytest.raises(HfQuantError, match="9 of 9 paragraphs"):
         refuse_overlap(text.replace("\n", "\r\n"), paragraphs(text))

@@ -156,7 +156,9 @@ def test_overlap_is_that_of_the_rendered_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(messages) for messages in yardsticks.chats(0, 60)))
     on = calibration(tmp_path / "a.jsonl", tokenizer(), 32, 10_000, 512, Chat(tokenizer(), {"enable_thinking": True}))
     assert on.to_dict()["chat_template_kwargs"] == {"enable_thinking": True} and len(on.paragraphs) == 60
-    with pytest.raises(HfQuantError, match="60 of 60 paragraphs of the evaluation text were calibrated on"):
+    with pytest.raises(
+        HfQuantError, match="60 of 60 paragraphs of the evaluation text also occur in the calibration or training data"
+    ):
         refuse_overlap(read_documents(tmp_path / "a.jsonl", Chat(tokenizer())), on.paragraphs)
     refuse_overlap(read_documents(tmp_path / "a.jsonl", Chat(tokenizer(), {"enable_thinking": False})), on.paragraphs)
     other = calibration(

@@ -119,7 +119,10 @@ def test_overlap_is_found_however_samples_are_grouped() -> None:
     together = hashes_of([{"pixel_values": pictures, "input_ids": ids}])
     assert together == hashes_of([{"pixel_values": pictures[i : i + 2]} for i in (4, 0, 2)]) and len(together) == 6
     HeldOut.of_inputs([{"pixel_values": torch.randn(2, 3, 4, 4)}]).refuse_overlap(together)
-    with pytest.raises(HfQuantError, match=r"1 of 2 samples of the inputs to measure on were calibrated on"):
+    with pytest.raises(
+        HfQuantError,
+        match=r"1 of 2 samples of the inputs to measure on also occur in the calibration or training data",
+    ):
         HeldOut.of_inputs([{"pixel_values": pictures[3:4]}, {"pixel_values": torch.ones(1, 3, 4, 4)}]).refuse_overlap(
             together
         )

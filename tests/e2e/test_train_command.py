@@ -119,7 +119,7 @@ def test_checkpoints_that_training_cannot_begin_from(peaked: Path, tmp_path: Pat
     refused(
         "q_proj: the checkpoint that training begins from has W8A16-g32, and the scheme asks for W2A16-g32-asym", *W2
     )
-    refused("not quantized in the checkpoint that training begins from", *w8)
+    refused("the checkpoint that training begins from does not quantize it", *w8)
     refused("both say what training begins from", *W2, "--method", "calibrated")
     assert "is not quantized" in train(peaked, tmp_path / "out", *W2, *FEW, "--start", other, code=1).output
     train(peaked, tmp_path / "out", *FEW, *w8, *all_but_one, "--start", quantized)  # nothing is left in its way

@@ -62,6 +62,7 @@ class Traits(Protocol):
         converted_to: Whether ``hf-quant convert`` writes it.
         stack_endings: What the names of the tensors of a stack of experts end in, after the name of the stack, where its programs
             store whole stacks ``[E, N, K]``; local names are these.
+        kinds: Kinds of modules (`hf.candidates.Kind`) that its programs expect to be quantized, where it is not `in_memory`.
         scales_16bit: Whether its readers need scales of 16 bits.
         methods: Values of ``quant_method`` in config.json by which its checkpoints are recognized.
         variant_fields: Fields of a ``quantization_config`` that tell its variants apart; the first that is there counts.
@@ -78,6 +79,7 @@ class Traits(Protocol):
     automatic: ClassVar[bool] = False
     converted_to: ClassVar[bool] = False
     stack_endings: ClassVar[tuple[str, ...]] = ()
+    kinds: ClassVar[tuple[str, ...]] = ("linear",)
     scales_16bit: ClassVar[bool] = False
     methods: ClassVar[tuple[str, ...]] = ()
     variant_fields: ClassVar[tuple[str, ...]] = ("format",)

@@ -69,6 +69,7 @@ class GPTQ(Traits):
     label: ClassVar[str] = "gptq"
     methods: ClassVar[tuple[str, ...]] = ("gptq", "auto-round")
     converted_to: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
     scales_16bit: ClassVar[bool] = True
     variant_fields: ClassVar[tuple[str, ...]] = ("packing_format", "checkpoint_format")
     config_file: ClassVar[str | None] = "quantize_config.json"  # of AutoGPTQ

@@ -47,6 +47,7 @@ class MLX(Traits):
     label: ClassVar[str] = "mlx"
     methods: ClassVar[tuple[str, ...]] = ("mlx",)
     converted_to: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "embedding")
     also_in: ClassVar[tuple[str, ...]] = ("quantization",)
     suffixes: ClassVar[tuple[str, ...]] = ("scales", "biases", "weight")
 

@@ -296,7 +296,13 @@ def _quantized_part(model: Any, names: dict[int, str]) -> str:
 
 
 def _is_tied(model: Any, name: str) -> bool:
-    return f"{name}.weight" in (getattr(model, "all_tied_weights_keys", None) or {})
+    return name in tied_to_others(model)
+
+
+def tied_to_others(model: Any) -> list[str]:
+    """Modules whose weight is that of another one, such as an output head that is tied to the embeddings."""
+    ties = getattr(model, "all_tied_weights_keys", None) or {}
+    return [name.removesuffix(".weight") for name in ties if name.endswith(".weight")]
 
 
 def _tie(model: Any, by_name: dict[str, Candidate], draft: Draft) -> bool:

@@ -26,10 +26,11 @@ from hf_quant.disk.atomic import copy_file, write_json
 from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, OptionError, suggestion
 from hf_quant.formats import Format, Layer, conversion_targets, formats, label_of
-from hf_quant.hf.candidates import candidates
+from hf_quant.hf.candidates import Kind, candidates
 from hf_quant.hf.community import homes, place
 from hf_quant.hf.config import VERSION
 from hf_quant.hf.loading import skeleton
+from hf_quant.hf.plan import tied_to_others
 from hf_quant.hf.shards import write_index
 from hf_quant.jobs.companions import PATTERNS, copy_companions, inside
 from hf_quant.jobs.engines import ENGINES, Verdict
@@ -45,6 +46,7 @@ from hf_quant.jobs.to_gguf import why_not_gguf, write_gguf
 from hf_quant.solve.block import parameter_in
 
 DENSE = "dense"  # floating point
+KINDS = {"embedding": "a table of embeddings", "conv1d": "a transposed linear layer (Conv1D)"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -210,19 +212,30 @@ def why_not(contents: Contents, to: str) -> dict[str, list[str]]:
         return why_not_gguf(contents)
     if to != DENSE:
         fmt = _writer(contents, to)
+        kinds = {} if fmt.in_memory else _kinds(contents)
         for name, layer in contents.layers.items():
-            if (reason := _refusal(fmt, layer)) is not None:
+            if (reason := _refusal(fmt, layer, kinds.get(name, "linear"))) is not None:
                 reasons.setdefault(reason, []).append(name)
     return reasons
 
 
-def _refusal(fmt: Format, layer: Layer) -> str | None:
+def _kinds(contents: Contents) -> dict[str, Kind]:
+    """What layers of a checkpoint are in their model, as far as they are matrices in the file."""
+    model = skeleton(str(contents.checkpoint.folder))
+    targets = candidates(model)
+    places = {name: home for name, home in homes(model, contents).items() if home in targets}
+    return {name: targets[home].kind for name, home in places.items() if targets[home].kind in ("embedding", "conv1d")}
+
+
+def _refusal(fmt: Format, layer: Layer, kind: str) -> str | None:
     if layer.scheme is None:
         return f"not integer codes ({layer.note}); --to dense makes it floating point"
     if len(layer.shape) != 2 and not fmt.in_memory:
         return "its experts are stacked, and this format holds matrices"
     if layer.convolution and not fmt.in_memory:
         return "a convolution, and this format holds linear layers; --to dense makes it floating point"
+    if kind not in fmt.kinds and not fmt.in_memory:
+        return f"{KINDS[kind]}, and programs that read {fmt.label} expect plain linear layers; --to dense makes it floating point"
     return why_unheld(fmt, layer, layer.scheme)
 
 
@@ -243,9 +256,8 @@ def _job(contents: Contents, to: str) -> _Job:
     schemes = {name: layer.scheme for name, layer in contents.layers.items() if layer.scheme is not None}
     left = [n.removesuffix(".weight") for n in contents.rest if _is_linear(n, contents.checkpoint)]
     fmt = None if to == DENSE else _writer(contents, to)
-    if fmt is None or fmt.in_memory:  # layers have the names that the model has for them
-        model = skeleton(str(contents.checkpoint.folder))
-        targets, places = candidates(model), homes(model, contents)
+    model = skeleton(str(contents.checkpoint.folder))
+    targets, places = candidates(model), homes(model, contents)  # layers have the names that the model has for them
     if fmt is None:
         geometries = {name: parameter_in(model, home)[1] for name, home in places.items() if home in targets}
         return _Job(contents, to, None, _dtype(contents), geometries, None)
@@ -257,7 +269,8 @@ def _job(contents: Contents, to: str) -> _Job:
         convolutions = [name for name in schemes if targets[name].kind == "patches"]
         config = fmt.config(schemes, sorted(left)) | ({"convolutions": convolutions} if convolutions else {})
         return _Job(contents, to, fmt, torch.float32, {}, config)
-    config = fmt.config(schemes, sorted(left)) | {"hf_quant": _known(contents)}
+    left += [name for name in tied_to_others(model) if name in targets and targets[name].kind == "linear"]
+    config = fmt.config(schemes, sorted(set(left) - set(schemes))) | {"hf_quant": _known(contents)}
     return _Job(contents, to, fmt, torch.float32, {}, config)
 
 

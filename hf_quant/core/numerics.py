@@ -87,7 +87,14 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same in shape, dtype and every bit, the signs of zeros too; so NaN equals itself."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    return torch.equal(*(tensor.contiguous().view(-1).view(torch.uint8) for tensor in (one, other)))
+    return torch.equal(_bytes(one), _bytes(other))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    flat = tensor.contiguous().view(-1)
+    if flat.stride(0) != 1:  # a single number may have any stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
 
 
 def floored(scale: Tensor, dtype: torch.dtype) -> Tensor:

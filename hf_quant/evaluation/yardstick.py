@@ -17,6 +17,7 @@ from transformers.utils import logging
 from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.data.batches import Inputs
 from hf_quant.data.text import Text, Windows, windows
+from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.encoders import (
     Passages,
     base_outputs,
@@ -111,6 +112,16 @@ class Base:
         """The default number of tokens in a window."""
         config = self.config().get_text_config()
         return min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
+
+    def refuse_longer(self, length: int) -> None:
+        """Refuse windows with more tokens than the model has positions.
+
+        Raises:
+            HfQuantError: Says how many there are.
+        """
+        most = getattr(self.config().get_text_config(), "max_position_embeddings", None)
+        if most and length > most:
+            raise HfQuantError(f"windows of {length:,} tokens are longer than the {most:,} positions of {self.model}")
 
     def vocabulary(self) -> int:
         """The number of token ids."""

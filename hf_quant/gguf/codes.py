@@ -121,6 +121,8 @@ def why_not(scheme: QuantScheme) -> str | None:
         return f"blocks of GGUF hold columns in their natural order, and these {scheme.bits}-bit codes have another"
     if scheme.padding:
         return f"GGUF has no place for {scheme.padding} zero columns behind a layer's own, which the native format has"
+    if scheme.activations in ("tensor", "threshold"):
+        return f"GGUF has no place for how {scheme} rounds activations; W8A8, each row by its own range, is held"
     if scheme.outliers:
         return f"GGUF has no place for outliers beside the {scheme.bits}-bit codes"
     if scheme.real_zero and (scheme.bits, scheme.group_size) not in ((2, 16), (4, 32), (5, 32)):

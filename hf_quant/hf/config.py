@@ -144,8 +144,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.bits, self.group_size, self.symmetric = default.bits, default.group_size, default.symmetric
         self.overrides = dict(_typed("overrides", overrides or {}, Mapping))
         self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
-        self.quantize_lm_head = quantize_lm_head
-        self.quantize_embeddings = quantize_embeddings
+        self.quantize_lm_head: bool = _typed("quantize_lm_head", quantize_lm_head, bool)
+        self.quantize_embeddings: bool = _typed("quantize_embeddings", quantize_embeddings, bool)
         self.share_quantized = share_quantized
         self.stored: Mapping[str, Any] | None = None  # of a checkpoint that is being taken over
         self.convolutions = _names("convolutions", convolutions)
@@ -157,10 +157,13 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.training: bool = _typed("training", training, bool)
         self.saves_training = False  # while a training is saved that shall go on
         for glob, slug in self.overrides.items():
+            _typed("overrides: each key", glob, str)
             if slug is not None:
                 _parsed(f"overrides[{glob!r}]", slug)
         self.calibration = list(calibration) if are_batches(calibration) else calibration  # a loader yields them once
-        self.calibration_tokens = calibration_tokens
+        self.calibration_tokens: int = _typed("calibration_tokens", calibration_tokens, int)
+        if calibration_tokens < 1:
+            raise PlanError(f"quantization_config.calibration_tokens {calibration_tokens!r}: must be at least 1")
         self.chat_template_kwargs = _checked_arguments(chat_template_kwargs, calibration)
         self.epochs = _checked_epochs(epochs, method)
         self._check_ranges()

@@ -40,7 +40,7 @@ class QuantCache(Cache):
     """
 
     def __init__(self, config: PreTrainedConfig, bits: int = 8, *, recent: int = RECENT) -> None:
-        if bits not in KINDS.values() or recent < 0:
+        if type(bits) is not int or type(recent) is not int or bits not in KINDS.values() or recent < 0:
             raise HfQuantError(
                 f"a cache of keys and values has 8 or 4 bits and recent >= 0, got {bits!r} and {recent!r}"
             )
@@ -69,14 +69,41 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer. The tensors are ``[B, heads, ..., ...]``, and ``parts`` has their names."""
 
     parts: tuple[str, ...] = ()
-    keys: Any
-    values: Any
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.dtype = torch.float32
         for name in self.parts:
             setattr(self, name, None)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All of them in floating point, as models read those of an encoder; None before the first."""
+        return self._read()[0] if self.get_seq_length() else None
+
+    @keys.setter
+    def keys(self, value: Tensor | None) -> None:
+        """Transformers begins with None."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """As `keys`."""
+        return self._read()[1] if self.get_seq_length() else None
+
+    @values.setter
+    def values(self, value: Tensor | None) -> None:
+        """As for `keys`."""
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _real(self, codes: Tensor, scale: Tensor, low: Tensor | None = None) -> Tensor:
+        """Codes in floating point; products of float16 are computed in float32, since the largest would become infinite."""
+        narrow = self.dtype is torch.float16
+        real = codes.to(torch.float32 if narrow else self.dtype) * scale
+        real = real if low is None else real + low
+        most = torch.finfo(torch.float16).max
+        return real.clamp(-most, most).to(self.dtype) if narrow else real.to(self.dtype)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         self.device, self.dtype, self.is_initialized = key_states.device, key_states.dtype, True
@@ -127,9 +154,11 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
 class Int8Layer(_Layer):  # type: ignore[no-untyped-call]
     """Attention reads all tokens back from codes, new ones too, so the result does not depend on how a text is split into calls."""
 
+    key_codes: Any
+    value_codes: Any
     key_scale: Any
     value_scale: Any
-    parts = ("keys", "values", "key_scale", "value_scale")  # codes int8 [B, H, T, D], scales [B, H, T, 1]
+    parts = ("key_codes", "value_codes", "key_scale", "value_scale")  # codes int8 [B, H, T, D], scales [B, H, T, 1]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.lazy_initialization(key_states)
@@ -137,16 +166,15 @@ class Int8Layer(_Layer):  # type: ignore[no-untyped-call]
             peak = states.abs().amax(-1, keepdim=True).float()
             scale = floored(peak / 127, states.dtype)
             codes = (states.float() / scale).round_().clamp_(-127, 127)
-            self._append(f"{name}s", codes.to(torch.int8))
+            self._append(f"{name}_codes", codes.to(torch.int8))
             self._append(f"{name}_scale", (scale + 0 * peak).to(states.dtype))  # NaN and infinity stay visible
-        return self._read("key"), self._read("value")
+        return self._read()
 
-    def _read(self, name: str) -> Tensor:
-        codes, scale = getattr(self, f"{name}s"), getattr(self, f"{name}_scale")
-        return (codes.to(self.dtype) * scale).to(self.dtype)
+    def _read(self) -> tuple[Tensor, Tensor]:
+        return self._real(self.key_codes, self.key_scale), self._real(self.value_codes, self.value_scale)
 
     def get_seq_length(self) -> int:
-        return 0 if self.keys is None else int(self.keys.shape[-2])
+        return 0 if self.key_codes is None else int(self.key_codes.shape[-2])
 
     def _cut(self, left: int) -> None:
         self._map(lambda t: t[..., :left, :])
@@ -155,6 +183,8 @@ class Int8Layer(_Layer):  # type: ignore[no-untyped-call]
 class Int4Layer(_Layer):  # type: ignore[no-untyped-call]
     """Groups of `GROUP` tokens are quantized once there are ``recent`` newer tokens."""
 
+    recent_keys: Any
+    recent_values: Any
     key_codes: Any
     value_codes: Any
     key_scale: Any
@@ -162,7 +192,7 @@ class Int4Layer(_Layer):  # type: ignore[no-untyped-call]
     value_scale: Any
     value_low: Any
     parts = (
-        "keys", "values",  # newest tokens in floating point [B, H, R, D]
+        "recent_keys", "recent_values",  # newest tokens in floating point [B, H, R, D]
         "key_codes", "value_codes",  # uint8 [B, H, T, D / 2]
         "key_scale", "key_low",  # [B, H, T / GROUP, D]
         "value_scale", "value_low",  # [B, H, T, D / group]
@@ -177,13 +207,16 @@ class Int4Layer(_Layer):  # type: ignore[no-untyped-call]
         for states in (key_states, value_states):
             if states.shape[-1] % 8:
                 raise HfQuantError(f"INT4 cache: heads of {states.shape[-1]} channels are no multiple of 8")
-        self._append("keys", key_states)
-        self._append("values", value_states)
+        self._append("recent_keys", key_states)
+        self._append("recent_values", value_states)
         seen = self._read()
-        ripe = (self.keys.shape[-2] - self.recent) // GROUP * GROUP
+        ripe = (self.recent_keys.shape[-2] - self.recent) // GROUP * GROUP
         if ripe > 0:
-            self._quantize(self.keys[..., :ripe, :], self.values[..., :ripe, :])
-            self.keys, self.values = self.keys[..., ripe:, :].clone(), self.values[..., ripe:, :].clone()
+            self._quantize(self.recent_keys[..., :ripe, :], self.recent_values[..., :ripe, :])
+            self.recent_keys, self.recent_values = (
+                self.recent_keys[..., ripe:, :].clone(),
+                self.recent_values[..., ripe:, :].clone(),
+            )
         return seen
 
     def _quantize(self, keys: Tensor, values: Tensor) -> None:
@@ -199,28 +232,34 @@ class Int4Layer(_Layer):  # type: ignore[no-untyped-call]
     def _read(self) -> tuple[Tensor, Tensor]:
         """All keys and values in floating point ``[B, H, T, D]``."""
         if self.key_codes is None:
-            return self.keys, self.values
-        groups = unpack(self.key_codes, 4).unflatten(-2, (-1, GROUP)).to(self.dtype)
-        keys = (groups * self.key_scale.unsqueeze(-2) + self.key_low.unsqueeze(-2)).flatten(-3, -2)
-        groups = unpack(self.value_codes, 4).unflatten(-1, (self.value_scale.shape[-1], -1)).to(self.dtype)
-        values = (groups * self.value_scale.unsqueeze(-1) + self.value_low.unsqueeze(-1)).flatten(-2)
-        return torch.cat([keys, self.keys], -2), torch.cat([values, self.values], -2)
+            return self.recent_keys, self.recent_values
+        groups = unpack(self.key_codes, 4).unflatten(-2, (-1, GROUP))
+        keys = self._real(groups, self.key_scale.unsqueeze(-2), self.key_low.unsqueeze(-2)).flatten(-3, -2)
+        groups = unpack(self.value_codes, 4).unflatten(-1, (self.value_scale.shape[-1], -1))
+        values = self._real(groups, self.value_scale.unsqueeze(-1), self.value_low.unsqueeze(-1)).flatten(-2)
+        return torch.cat([keys, self.recent_keys], -2), torch.cat([values, self.recent_values], -2)
 
     def get_seq_length(self) -> int:
         coded = 0 if self.key_codes is None else int(self.key_codes.shape[-2])
-        return coded + (0 if self.keys is None else int(self.keys.shape[-2]))
+        return coded + (0 if self.recent_keys is None else int(self.recent_keys.shape[-2]))
 
     def _cut(self, left: int) -> None:
         coded = 0 if self.key_codes is None else int(self.key_codes.shape[-2])
         if left < coded:  # tokens of an incomplete group go back to floating point
             keys, values = self._read()
             coded_tokens = left // GROUP * GROUP
-            self.keys, self.values = keys[..., coded_tokens:left, :].clone(), values[..., coded_tokens:left, :].clone()
+            self.recent_keys, self.recent_values = (
+                keys[..., coded_tokens:left, :].clone(),
+                values[..., coded_tokens:left, :].clone(),
+            )
             for name in self.parts[2:]:
                 rows = coded_tokens // GROUP if name in ("key_scale", "key_low") else coded_tokens
                 setattr(self, name, getattr(self, name)[..., :rows, :])
         else:
-            self.keys, self.values = self.keys[..., : left - coded, :], self.values[..., : left - coded, :]
+            self.recent_keys, self.recent_values = (
+                self.recent_keys[..., : left - coded, :],
+                self.recent_values[..., : left - coded, :],
+            )
 
 
 def _codes(groups: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -183,15 +183,20 @@ def save_trainable(model: Any, save_directory: Any, *args: Any, state_dict: Any 
         publishing.save_pretrained(model, save_directory, *args, **kwargs)
     finally:
         quantizer.saving, quantizer.quantization_config.saves_training = None, False
+        model.config.dtype = computes_in(model)  # transformers has set it to that of the first parameter
     if (written := Path(save_directory) / "config.json").is_file() and kwargs.get("is_main_process", True):
         _name_dtype(written, model)
 
 
+def computes_in(model: Any) -> torch.dtype:
+    """The dtype that a trainable model computes in; its own ``dtype`` may be that of a parameter that trains in float32."""
+    return next(module.compute_dtype for module in model.modules() if isinstance(module, FakeQuant))
+
+
 def _name_dtype(config: Path, model: Any) -> None:
     """Transformers takes the dtype of the first parameter for the model's; those that train are in float32."""
-    dtype = next(module.compute_dtype for module in model.modules() if isinstance(module, FakeQuant))
     written = json.loads(config.read_text(encoding="utf-8"))
-    write_json(config, written | {"dtype": str(dtype).removeprefix("torch.")})
+    write_json(config, written | {"dtype": str(computes_in(model)).removeprefix("torch.")})
 
 
 def quantized_state(model: Any, state: Mapping[str, Tensor], format: str) -> tuple[dict[str, Tensor], set[str]]:

@@ -114,6 +114,7 @@ def generate(
             raise HfQuantError(
                 f"--calibration {calibration}: a model goes on from text or token ids, not from {data.name}"
             )
+        base.refuse_longer(data.ids.shape[1])
         sampling = Sampling(tokens, prompt_tokens, temperature, batch, seed)
         written = write(base, data, sampling, out, given, report)
     return GenerateResult(model, out, **asdict(written))
@@ -133,5 +134,5 @@ def _check_file(out: Path, inputs: list[str]) -> None:
         raise OptionError(f"{shown(out)}: token ids are written as safetensors: call it {out.name}.safetensors")
     if not out.exists():
         check_places([out], inputs, overwrite=False, gate=False)
-    elif not is_journal(work_folder(out)):  # a run that was stopped after the file was there has only to clear up
+    elif not is_journal(work_folder(out)) or any(Path(name).exists() and out.samefile(name) for name in inputs):
         raise HfQuantError(f"{shown(out)}: exists, and no file is replaced: name another one with -o")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig
@@ -16,11 +17,11 @@ from hf_quant.data.calibration import Calibration
 from hf_quant.disk.atomic import put
 from hf_quant.disk.folders import discard
 from hf_quant.disk.journal import Journal, open_journal
-from hf_quant.errors import OptionError
+from hf_quant.errors import HfQuantError, OptionError
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import load
 from hf_quant.hf._hooks import takes_static_cache
-from hf_quant.jobs.outputs import work_folder
+from hf_quant.jobs.outputs import shown, work_folder
 from hf_quant.jobs.progress import Reporter
 
 IDS = "ids"  # the tensor in a file
@@ -95,12 +96,16 @@ def write(
     with open_journal(work_folder(out), plan, report.say) as journal:
         batches = prompts.split(sampling.batch)
         left = range(len(journal.parts), len(batches))
+        if left and out.exists():  # a run that was stopped after the file was there has only to clear up
+            raise HfQuantError(f"{shown(out)}: exists, and no file is replaced: name another one with -o")
         model = load(base.model, **given).eval() if left else None
         for number in report.bar(left, "batches of text"):
             ids = continued(model, batches[number], context, sampling.temperature, sampling.seed + number)
             _add(journal, ids)
         parts = [load_file(journal.folder / part["file"])[IDS] for part in journal.parts]
         windows = torch.cat([data.ids, *parts])
+        if out.exists() and not _holds(out, windows):
+            raise HfQuantError(f"{shown(out)}: exists with something else in it, and no file is replaced")
         put(out, lambda draft: save_file({IDS: windows}, draft))
     discard(work_folder(out), out)
     return Written(len(windows), context, len(prompts) * (context - sampling.prompt_tokens))
@@ -118,6 +123,14 @@ def continued(model: Any, prompts: Tensor, length: int, temperature: float, seed
         torch.manual_seed(seed)
         ids: Tensor = model.generate(prompts, attention_mask=torch.ones_like(prompts)).cpu()
     return ids
+
+
+def _holds(file: Path, windows: Tensor) -> bool:
+    """Whether a file is what this run would write."""
+    try:
+        return torch.equal(load_file(file)[IDS], windows)
+    except (OSError, KeyError, SafetensorError):
+        return False
 
 
 def _add(journal: Journal, ids: Tensor) -> None:

@@ -54,7 +54,13 @@ class RepairResult(Result):
         return ("from", "to", "KL before (nats)", "KL after", "change")
 
     def rows(self) -> Iterator[Row]:
-        yield self.source, self.to, f"{self.before:.5f}", f"{self.after:.5f}", f"{self.after / self.before - 1:+.1%}"
+        yield (
+            self.source,
+            self.to,
+            f"{self.before:.5f}",
+            f"{self.after:.5f}",
+            f"{self.after / self.before - 1:+.1%}" if self.before else "-",
+        )
 
 
 def repair(
@@ -105,6 +111,7 @@ def repair(
 
     contents: Contents = open_quantized(source)
     to, from_hub = _target(contents), hub(revision, trust_remote_code)
+    _refuse_other_base(base, contents, from_hub)
     with reporting(progress, say) as report:
         tokenizer = tokenizer_of(base, **from_hub)
         if tokenizer is None:
@@ -117,7 +124,9 @@ def repair(
         with (
             claimed(out),
             output_folder(out, [source, base], overwrite=overwrite) as stage,
-            tempfile.TemporaryDirectory(prefix=".repair-", dir=out.resolve().parent) as scratch,
+            tempfile.TemporaryDirectory(
+                prefix=".repair-", dir=stage
+            ) as scratch,  # goes with the stage if this is killed
         ):
             draft = Path(scratch) / out.name
             convert(str(source), str(draft), to=to, say=report.say)
@@ -154,11 +163,40 @@ def _target(contents: Contents) -> str:
                 f"{name}: scales of {layer.scheme} stay whole multiples of one number, and training moves each by itself; "
                 "--method calibrated makes the best K-quants"
             )
+    _refuse_split_experts(contents)
     labels = {name: label for label, name in conversion_targets().items()}
     *others, last = [labels[name] for name in reversed(saved_formats())]  # the last one holds every plan
     to = next((label for label in others if not why_not(contents, label)), last)
     refuse(contents, to)
     return to
+
+
+def _refuse_split_experts(contents: Contents) -> None:
+    """Their scales are trained as a stack, which has no tensors in such a file."""
+    from hf_quant.hf.candidates import candidates
+    from hf_quant.hf.community import homes
+    from hf_quant.hf.loading import skeleton
+
+    model = skeleton(str(contents.checkpoint.folder))
+    targets = candidates(model)
+    for name, home in homes(model, contents).items():
+        if home in targets and targets[home].kind == "experts" and len(contents.layers[name].shape) == 2:
+            raise FormatError(
+                f"{name}: experts that lie in the file one by one are not repaired yet; hf-quant quantize --method learned "
+                "makes such a model anew"
+            )
+
+
+def _refuse_other_base(base: str, contents: Contents, from_hub: dict[str, Any]) -> None:
+    """Refuse a base that this checkpoint was not made from, as far as the configs tell."""
+    from hf_quant.hf.auto import config_of
+    from hf_quant.hf.loading import refuse_quantized
+
+    refuse_quantized(base, **from_hub)
+    config, mine = config_of(base, **from_hub).to_dict(), contents.checkpoint.config
+    for name in ("model_type", "num_hidden_layers", "hidden_size"):
+        if name in config and name in mine and config[name] != mine[name]:
+            raise HfQuantError(f"--base {base}: {name} is {config[name]}, that of the quantized model is {mine[name]}")
 
 
 def _note(stage: Path, changes: dict[str, Any]) -> None:

@@ -134,6 +134,10 @@ def train(
         if tokenizer is None:
             raise HfQuantError(f"{model}: no tokenizer found, and training begins with text")
         base = Base(model, revision, device=device, trust_remote_code=trust_remote_code)
+        instructor = _teacher(teacher, base)
+        for one in filter(None, (base, instructor)):
+            if not one.causal():
+                raise HfQuantError(f"{one.model} is no causal language model, and training learns next tokens")
         checkpoint = None if begun is None else replace(base, model=begun, revision=None)
         if checkpoint is not None and quantization_of(Path(checkpoint.model), checkpoint.config().to_dict()) is None:
             raise HfQuantError(
@@ -145,6 +149,7 @@ def train(
         chat.refuse_unused()
         if learned.batches:
             raise HfQuantError(f"--data {data}: training is on text or token ids, not on {learned.name}")
+        base.refuse_longer(learned.ids.shape[1])
         if train_context not in (None, learned.ids.shape[1]):
             raise OptionError(
                 f"--train-context {train_context}: the windows of {learned.name} have {learned.ids.shape[1]} tokens"
@@ -156,7 +161,7 @@ def train(
         updates = steps or math.ceil((epochs or 1) * int((~held).sum()) / batch)
         report.say(f"{updates} steps of {batch * learned.ids.shape[1]:,} tokens of {learned.name}")
         training = Training(
-            learned, Settings(updates, batch, lr, seed=seed, everything=learn == "all"), _teacher(teacher, base), hidden_weight, method, checkpoint,
+            learned, Settings(updates, batch, lr, seed=seed, everything=learn == "all"), instructor, hidden_weight, method, checkpoint,
             60 * checkpoint_minutes, report.over("training"),
         )  # fmt: skip
         job = Job(

@@ -24,7 +24,7 @@ from hf_quant.evaluation.reference import Progress
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
 from hf_quant.hf.auto import hub_options, tokenizer_of
-from hf_quant.hf.trainable import begin_from
+from hf_quant.hf.trainable import begin_from, computes_in
 from hf_quant.jobs.compress import Job, compress
 from hf_quant.jobs.outputs import RECIPE, work_folder
 from hf_quant.training.distillation import divergence, hidden_error, hidden_states, refuse_other_shape
@@ -125,7 +125,7 @@ class _TrainJob(Job):
                 )
             loss: Loss = text_loss
             if training.teacher is not None:
-                loss = distilled(training.teacher.load(model.dtype), training.hidden_weight)
+                loss = distilled(training.teacher.load(computes_in(model)), training.hidden_weight)
             steps = Steps(model, ids, held, loss, training.settings, log, training.seconds, self.say)
             *_, state = training.watch(steps)
             self.became.update(
@@ -150,7 +150,7 @@ class _TrainJob(Job):
         )  # fmt: skip
         model = load(self.model, quantization_config=requested, **self.load)
         if checkpoint is not None:
-            begin_from(model, checkpoint.load(model.dtype))
+            begin_from(model, checkpoint.load(computes_in(model)))
         return model
 
     def _plan(self, config: HfQuantConfig) -> dict[str, Any]:

@@ -109,6 +109,32 @@ def test_refusals(tmp_path: Path, args: list[str], code: int, said: str) -> None
     assert said in result.stderr and not (tmp_path / "out").exists()
 
 
+def test_embeddings_and_transposed_layers_are_refused_where_readers_expect_linear_layers(
+    zoo: Any, tmp_path: Path
+) -> None:
+    for name, options, said in (
+        ("llama", {"quantize_embeddings": True}, "a table of embeddings"),
+        ("gpt2", {}, "a transposed linear layer"),
+    ):
+        arch, folder = zoo(name)
+        config = hf_quant.HfQuantConfig("W4A16-g32-asym", format="native", **options)
+        arch.auto.from_pretrained(folder, quantization_config=config).save_pretrained(tmp_path / name)
+        for to in ("compressed-tensors", "awq"):
+            with pytest.raises(FormatError, match=said):
+                convert(tmp_path / name, tmp_path / "out", to=to)
+        assert not (tmp_path / "out").exists()
+        convert(tmp_path / name, tmp_path / f"{name}-mlx", to="mlx" if name == "llama" else "gptq")
+
+
+def test_a_tied_output_head_is_named_among_what_stays(zoo: Any, tmp_path: Path) -> None:
+    arch, folder = zoo("llama-tied")
+    config = hf_quant.HfQuantConfig("W4A16-g32", format="native")
+    arch.auto.from_pretrained(folder, quantization_config=config).save_pretrained(tmp_path / "native")
+    convert(tmp_path / "native", tmp_path / "ct", to="compressed-tensors")
+    stored = json.loads((tmp_path / "ct" / "config.json").read_text())["quantization_config"]
+    assert "lm_head" in stored["ignore"]
+
+
 def test_what_is_not_quantized_is_not_converted(tmp_path: Path) -> None:
     run("convert", FIXTURES / "gptq-4bit", "--to", "dense", "-o", tmp_path / "dense")
     result = run("convert", tmp_path / "dense", "--to", "gptq", "-o", tmp_path / "out", code=1)

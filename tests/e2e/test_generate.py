@@ -84,6 +84,22 @@ def test_a_run_that_was_stopped_at_its_end(tiny: Path, tmp_path: Path, monkeypat
     assert hq.generate(tiny, out, **FEW).file.read_bytes() == written and [*tmp_path.iterdir()] == [out]
 
 
+def test_no_file_is_replaced_where_a_run_was_stopped(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one that appeared meanwhile, and not one that is the text to go on from."""
+    out = tmp_path / "out.safetensors"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(generated, "continued", interrupted)
+        hq.generate(tiny, out, **FEW)
+    save_file({"ids": torch.arange(4096).view(8, 512) % 64}, out)
+    before = out.read_bytes()
+    for text in ({}, {"calibration": str(out)}):
+        with pytest.raises(HfQuantError, match="exists"):
+            hq.generate(tiny, out, **FEW | text)
+    assert out.read_bytes() == before
+
+
 def interrupted(*_: Any) -> Any:
     raise KeyboardInterrupt
 

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    EncoderDecoderCache,
+    LlamaConfig,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from hf_quant import QuantCache
 from hf_quant.errors import HfQuantError
@@ -32,7 +38,7 @@ def test_int8_keeps_every_number_to_half_a_step_of_its_token() -> None:
     for seen, given in zip(layer.update(keys, values), (keys, values), strict=True):
         step = given.abs().amax(-1, keepdim=True) / 127
         assert bool(((seen - given).abs() <= step * 0.501).all())
-    assert layer.keys.dtype is torch.int8 and layer.get_seq_length() == 7
+    assert layer.key_codes.dtype is torch.int8 and layer.get_seq_length() == 7
 
 
 def test_int8_does_not_depend_on_how_a_text_is_cut() -> None:
@@ -66,13 +72,10 @@ def test_cropping_and_beams(layer: Any, left: int) -> None:
     layer.reset()
     keys, values = states(80)
     layer.update(keys, values)
-    before = [
-        t.clone()
-        for t in (layer._read() if isinstance(layer, Int4Layer) else (layer._read("key"), layer._read("value")))
-    ]
+    before = [t.clone() for t in layer._read()]
     layer.crop(left - 80)
     layer.reorder_cache(torch.tensor([1, 0]))
-    after = layer._read() if isinstance(layer, Int4Layer) else (layer._read("key"), layer._read("value"))
+    after = layer._read()
     assert layer.get_seq_length() == left
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(other, one[[1, 0], :, :left])
@@ -85,8 +88,41 @@ def test_values_that_are_not_numbers_stay_visible() -> None:
         keys, values = states(GROUP)
         keys[0, 0, 3, 4] = torch.nan
         layer.update(keys, values)
-        seen, _ = layer._read() if isinstance(layer, Int4Layer) else (layer._read("key"), None)
+        seen, _ = layer._read()
         assert seen.isnan().any()
+
+
+@pytest.mark.parametrize("layer", [Int8Layer(), Int4Layer(recent=0)], ids=["int8", "int4"])
+def test_the_largest_numbers_of_float16_stay_finite(layer: Any) -> None:
+    keys, values = states(GROUP, torch.float16)
+    keys[..., 3], keys[..., 0, 3] = -34000, 34000
+    values[..., 5] = torch.finfo(torch.float16).max
+    layer.update(keys, values)
+    for seen, given in zip(layer._read(), (keys, values), strict=True):
+        assert seen.isfinite().all() and (seen - given).abs().max() <= 0.2 * given.float().abs().max()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_keys_of_an_encoder_are_read_whole(bits: int) -> None:
+    """Models read those of cross-attention as ``cache.layers[i].keys``, without an update."""
+    torch.manual_seed(0)
+    config = WhisperConfig(
+        d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, vocab_size=64,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, num_mel_bins=8, max_source_positions=300, max_target_positions=16,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config).eval()
+    ids, argument = torch.randint(3, 64, (1, 6)), next(iter(cache_argument(model)))
+    cache = EncoderDecoderCache(QuantCache(config, bits), QuantCache(config, bits))
+    with torch.no_grad():
+        encoded = model.get_encoder()(torch.randn(1, 8, 600))
+        expected = model(encoder_outputs=encoded, decoder_input_ids=ids).logits
+        parts = [
+            model(encoder_outputs=encoded, decoder_input_ids=one, use_cache=True, **{argument: cache}).logits
+            for one in ids.split(1, 1)
+        ]
+    assert cache.cross_attention_cache.layers[0].keys.shape[-2] == 300
+    assert (torch.cat(parts, 1) - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize(("bits", "far"), [(8, 0.03), (4, 0.4)])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from hf_quant.cli import main
 from hf_quant.disk import journal
@@ -155,6 +156,16 @@ def test_everything_is_trained(peaked: Path, tmp_path: Path) -> None:
     assert "--learn all" in card and "--learn" not in render(*facts(tmp_path / "weights"))
 
 
+def test_trained_embeddings_are_saved_in_the_dtype_of_the_model(peaked: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(peaked, half)
+    AutoModelForCausalLM.from_pretrained(peaked, dtype=torch.bfloat16).save_pretrained(half)
+    train(half, tmp_path / "out", *W2, *FEW, "--embeddings", "--lm-head")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    floats = {t.dtype for t in load_file(tmp_path / "out" / "model.safetensors").values() if t.is_floating_point()}
+    assert floats == {torch.bfloat16}
+
+
 def test_a_gate_that_is_missed(peaked: Path, tmp_path: Path) -> None:
     said = train(peaked, tmp_path / "out", *W2, *FEW, "--teacher", "none", "--max-kl", "1e-9", code=3)
     assert "gate missed" in said.stderr and not (tmp_path / "out").exists()
@@ -297,6 +308,16 @@ def test_what_cannot_be_trained_is_refused(peaked: Path, tmp_path: Path) -> None
     refused("6 of 9 paragraphs", *W2, *FEW, "--text", tmp_path / "long.txt", data=tmp_path / "part.txt")
     refused("is the text that is measured on", *W2, *FEW, data=peaked / "heldout.txt")
     refused("fewer than one window of 32", *W2, *FEW, data=tmp_path / "short.txt")
+    windows = ("--train-context", "256", "--steps", "1", "--batch", "1")
+    refused("windows of 256 tokens are longer than the 128 positions", *W2, *windows)
+    masked = tmp_path / "masked"
+    shutil.copytree(peaked, masked)
+    config = BertConfig(
+        vocab_size=512, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=128
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(masked)
+    refused("masked is no causal language model", *W2, *FEW, model=masked, data=peaked / "calibration.txt")
+    refused("masked is no causal language model", *W2, *FEW, "--teacher", masked)
     refused("W4A16-g32 can", "--scheme", "W4A16-g32-o1%", *FEW, code=2)
     refused("one training has one scheme", *W2, "--scheme", "W4A16-g32", *FEW, code=2)
     refused("--steps and --epochs", *W2, *FEW, "--epochs", "1", code=2)

@@ -33,6 +33,16 @@ def test_a_field_that_contradicts_the_scheme_is_refused(fields: dict[str, Any]) 
     assert HfQuantConfig("W4A16-g32", bits=4, group_size=32, symmetric=True).scheme == "W4A16-g32"
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"quantize_lm_head": "no"}, {"quantize_embeddings": "false"}, {"calibration_tokens": "many"}, {"calibration_tokens": 0},
+     {"overrides": {1: "W8A16-g32"}}],
+)  # fmt: skip
+def test_a_value_of_the_wrong_type_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match=next(iter(fields))):
+        HfQuantConfig("W4A16-g32", **fields)
+
+
 @pytest.mark.parametrize(("bits", "slug"), [(2, "-asym"), (3, "-asym"), (4, ""), (8, "")])
 def test_few_bits_have_zero_points_where_nobody_says_otherwise(bits: int, slug: str) -> None:
     assert HfQuantConfig(bits=bits, group_size=64).scheme == f"W{bits}A16-g64{slug}"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_quant.core.numerics import dequantize, floored, levels, minmax, quantize
+from hf_quant.core.numerics import dequantize, floored, levels, minmax, quantize, same_bits
 from hf_quant.core.scheme import BITS, QuantScheme
 from hf_quant.methods import method
 
@@ -65,6 +65,12 @@ def test_small_weights_lose_no_more_in_float16(std: float, bits: int) -> None:
         made = method("rtn").quantize(weight, QuantScheme(bits, 128), dtype).dequantize(torch.float64)
         lost.append(float((made - weight).norm()))
     assert lost[0] < 1.1 * lost[1]
+
+
+def test_a_single_number_has_the_same_bits_whatever_its_stride() -> None:
+    one = torch.ones(16).as_strided((1, 1), (1, 16))
+    assert one.is_contiguous() and one.view(-1).stride() == (16,)
+    assert same_bits(one, torch.ones(1, 1)) and not same_bits(one, torch.zeros(1, 1))
 
 
 def test_levels_made_in_inference_mode_are_ordinary_tensors() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hf_quant.core.numerics import floored, levels
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.data.calibration import Calibration, calibration
-from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.errors import FormatError, HfQuantError, OptionError
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.jobs.convert import convert
 from hf_quant.jobs.quantize import quantize
@@ -137,6 +138,22 @@ def test_a_gptq_checkpoint_is_repaired(source: Path, tmp_path: Path) -> None:
     assert changed and all(name.endswith("weight_scale") for name in changed)
     with pytest.raises(OptionError, match="--passes 0"):
         repair(gptq, tmp_path / "again", base=str(source), passes=0)
+    with pytest.raises(HfQuantError, match="quantized already"):
+        repair(gptq, tmp_path / "again", base=str(made))
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
+    with pytest.raises(HfQuantError, match="num_hidden_layers is 7"):
+        repair(gptq, tmp_path / "again", base=str(other))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_experts_that_lie_one_by_one_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    base = yardsticks.make("moe", tmp_path / "moe")
+    load(str(base), quantization_config=HfQuantConfig("W4A16-g32")).save_pretrained(tmp_path / "made")
+    with pytest.raises(FormatError, match="experts that lie in the file one by one are not repaired"):
+        repair(tmp_path / "made", tmp_path / "out", base=str(base), calibration_tokens=2048)
 
 
 def test_nothing_that_is_worse_is_kept_and_nothing_is_left_behind(

@@ -81,7 +81,7 @@ RATES = {  # of training
     AGAIN: {4: "1e-4", 3: "2e-4", 2: "3.5e-4"},
     FOURTH: {4: "3e-5", 3: "6e-5", 2: "1e-4"},
     AFTER_LEARNED: {4: "1.5e-4", 3: "3e-4", 2: "5e-4"},
-    ON_AFTER: {4: "7e-5", 3: "1.5e-4", 2: "2.5e-4"},
+    ON_AFTER: {4: "2.5e-5", 3: "5e-5", 2: "1e-4"},
 }
 CALIBRATION, HELD_OUT = 65536, 65536  # tokens
 SMALL = (

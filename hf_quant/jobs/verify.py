@@ -17,7 +17,6 @@ from hf_quant.core.layout import wrong_values
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.digests import MANIFEST
 from hf_quant.errors import CheckpointError
-from hf_quant.formats import label_of
 from hf_quant.hf._compat import renamer
 from hf_quant.hf.community import Placed
 from hf_quant.hf.foreign_tensors import parameters_of
@@ -133,9 +132,7 @@ def check_tensors(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any
             _check_layer(model, contents, quantizer.placed, module)
     _check_numbers(model, checkpoint, contents.rest)
     notes = sorted({*quantizer.placed.notes, *quantizer.placed.dense.values()})
-    return VerifyResult(
-        str(folder), None, label_of(contents.format), len(contents.layers), len(checkpoint.tensors), size, notes
-    )
+    return VerifyResult(str(folder), None, contents.format, len(contents.layers), len(checkpoint.tensors), size, notes)
 
 
 def _check_layer(model: Any, contents: Contents, placed: Placed, module: str) -> None:

@@ -98,7 +98,7 @@ def test_calibrated_leaves_the_inputs_of_down_proj_alone_unless_asked(zoo: Any, 
 
 
 def test_static_ranges_without_calibration_are_refused(zoo: Any) -> None:
-    with pytest.raises(HfQuantError, match="ranges of the activations have to be measured first"):
+    with pytest.raises(HfQuantError, match="the range of the activations must be found by calibration"):
         quantized(zoo("llama")[1], "W8A8-static")
 
 

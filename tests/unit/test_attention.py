@@ -144,7 +144,8 @@ def test_what_it_does_not_know_is_left_to_transformers(folder: str, calls: list[
     groups, layer.num_key_value_groups = layer.num_key_value_groups, 1  # otherwise transformers repeats the keys
     attend(layer, query[:, :2], key, key, torch.ones(1, 5, dtype=torch.bool))
     attend(layer, query[:1, :2], key[:1], key, None)
-    attend(layer, query[:, :1], key, key, None)
+    with suppress(RuntimeError):  # of older versions
+        attend(layer, query[:, :1], key, key, None)
     layer.num_key_value_groups = groups
     with suppress(ValueError):  # of newer versions
         attend(layer, query, key, key, None, softcap=30.0)

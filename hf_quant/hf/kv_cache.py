@@ -79,7 +79,7 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
     @property
     def keys(self) -> Tensor | None:
         """All of them in floating point, as models read those of an encoder; None before the first."""
-        return self._read()[0] if self.get_seq_length() else None
+        return self._whole("key") if self.get_seq_length() else None
 
     @keys.setter
     def keys(self, value: Tensor | None) -> None:
@@ -88,14 +88,18 @@ class _Layer(DynamicLayer):  # type: ignore[no-untyped-call]
     @property
     def values(self) -> Tensor | None:
         """As `keys`."""
-        return self._read()[1] if self.get_seq_length() else None
+        return self._whole("value") if self.get_seq_length() else None
 
     @values.setter
     def values(self, value: Tensor | None) -> None:
         """As for `keys`."""
 
-    def _read(self) -> tuple[Tensor, Tensor]:
+    def _whole(self, name: str) -> Tensor:
+        """All of the ``"key"`` or ``"value"`` states in floating point ``[B, H, T, D]``."""
         raise NotImplementedError
+
+    def _read(self) -> tuple[Tensor, Tensor]:
+        return self._whole("key"), self._whole("value")
 
     def _real(self, codes: Tensor, scale: Tensor, low: Tensor | None = None) -> Tensor:
         """Codes in floating point; products of float16 are computed in float32, since the largest would become infinite."""
@@ -170,8 +174,8 @@ class Int8Layer(_Layer):  # type: ignore[no-untyped-call]
             self._append(f"{name}_scale", (scale + 0 * peak).to(states.dtype))  # NaN and infinity stay visible
         return self._read()
 
-    def _read(self) -> tuple[Tensor, Tensor]:
-        return self._real(self.key_codes, self.key_scale), self._real(self.value_codes, self.value_scale)
+    def _whole(self, name: str) -> Tensor:
+        return self._real(getattr(self, f"{name}_codes"), getattr(self, f"{name}_scale"))
 
     def get_seq_length(self) -> int:
         return 0 if self.key_codes is None else int(self.key_codes.shape[-2])
@@ -229,15 +233,15 @@ class Int4Layer(_Layer):  # type: ignore[no-untyped-call]
         self._append("value_scale", scale.squeeze(-1))
         self._append("value_low", low.squeeze(-1))
 
-    def _read(self) -> tuple[Tensor, Tensor]:
-        """All keys and values in floating point ``[B, H, T, D]``."""
-        if self.key_codes is None:
-            return self.recent_keys, self.recent_values
-        groups = unpack(self.key_codes, 4).unflatten(-2, (-1, GROUP))
-        keys = self._real(groups, self.key_scale.unsqueeze(-2), self.key_low.unsqueeze(-2)).flatten(-3, -2)
-        groups = unpack(self.value_codes, 4).unflatten(-1, (self.value_scale.shape[-1], -1))
-        values = self._real(groups, self.value_scale.unsqueeze(-1), self.value_low.unsqueeze(-1)).flatten(-2)
-        return torch.cat([keys, self.recent_keys], -2), torch.cat([values, self.recent_values], -2)
+    def _whole(self, name: str) -> Tensor:
+        parts = (getattr(self, f"{name}_{part}") for part in ("codes", "scale", "low"))
+        (codes, scale, low), recent = parts, getattr(self, f"recent_{name}s")
+        if codes is None:
+            return recent
+        axis, shape = (-2, (-1, GROUP)) if name == "key" else (-1, (scale.shape[-1], -1))
+        groups = unpack(codes, 4).unflatten(axis, shape)
+        real = self._real(groups, scale.unsqueeze(axis), low.unsqueeze(axis)).flatten(axis - 1, axis)
+        return torch.cat([real, recent], -2)
 
     def get_seq_length(self) -> int:
         coded = 0 if self.key_codes is None else int(self.key_codes.shape[-2])

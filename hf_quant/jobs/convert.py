@@ -212,19 +212,18 @@ def why_not(contents: Contents, to: str) -> dict[str, list[str]]:
         return why_not_gguf(contents)
     if to != DENSE:
         fmt = _writer(contents, to)
-        kinds = {} if fmt.in_memory else _kinds(contents)
+        kinds = {} if fmt.in_memory else kinds_of(contents)
         for name, layer in contents.layers.items():
             if (reason := _refusal(fmt, layer, kinds.get(name, "linear"))) is not None:
                 reasons.setdefault(reason, []).append(name)
     return reasons
 
 
-def _kinds(contents: Contents) -> dict[str, Kind]:
-    """What layers of a checkpoint are in their model, as far as they are matrices in the file."""
+def kinds_of(contents: Contents) -> dict[str, Kind]:
+    """What the layers of a checkpoint are in their model; of experts that lie one by one, their stack."""
     model = skeleton(str(contents.checkpoint.folder))
     targets = candidates(model)
-    places = {name: home for name, home in homes(model, contents).items() if home in targets}
-    return {name: targets[home].kind for name, home in places.items() if targets[home].kind in ("embedding", "conv1d")}
+    return {name: targets[home].kind for name, home in homes(model, contents).items() if home in targets}
 
 
 def _refusal(fmt: Format, layer: Layer, kind: str) -> str | None:
@@ -234,7 +233,7 @@ def _refusal(fmt: Format, layer: Layer, kind: str) -> str | None:
         return "its experts are stacked, and this format holds matrices"
     if layer.convolution and not fmt.in_memory:
         return "a convolution, and this format holds linear layers; --to dense makes it floating point"
-    if kind not in fmt.kinds and not fmt.in_memory:
+    if kind in KINDS and kind not in fmt.kinds and not fmt.in_memory:
         return f"{KINDS[kind]}, and programs that read {fmt.label} expect plain linear layers; --to dense makes it floating point"
     return why_unheld(fmt, layer, layer.scheme)
 

@@ -124,9 +124,7 @@ def repair(
         with (
             claimed(out),
             output_folder(out, [source, base], overwrite=overwrite) as stage,
-            tempfile.TemporaryDirectory(
-                prefix=".repair-", dir=stage
-            ) as scratch,  # goes with the stage if this is killed
+            tempfile.TemporaryDirectory(dir=stage) as scratch,  # goes with the stage if this is killed
         ):
             draft = Path(scratch) / out.name
             convert(str(source), str(draft), to=to, say=report.say)
@@ -173,14 +171,10 @@ def _target(contents: Contents) -> str:
 
 def _refuse_split_experts(contents: Contents) -> None:
     """Their scales are trained as a stack, which has no tensors in such a file."""
-    from hf_quant.hf.candidates import candidates
-    from hf_quant.hf.community import homes
-    from hf_quant.hf.loading import skeleton
+    from hf_quant.jobs.convert import kinds_of
 
-    model = skeleton(str(contents.checkpoint.folder))
-    targets = candidates(model)
-    for name, home in homes(model, contents).items():
-        if home in targets and targets[home].kind == "experts" and len(contents.layers[name].shape) == 2:
+    for name, kind in kinds_of(contents).items():
+        if kind == "experts" and len(contents.layers[name].shape) == 2:
             raise FormatError(
                 f"{name}: experts that lie in the file one by one are not repaired yet; hf-quant quantize --method learned "
                 "makes such a model anew"

@@ -2,10 +2,12 @@
 
 Commands come from the options of the program, the public Python names from ``hf_quant.__all__``, the fields of results.json from
 its schema, benchmarks from ``benchmarks/results``, hosts from ``integrations``, the changelog from CHANGELOG.md; and llms.txt lists
-all pages for programs that read documentation.
+all pages for programs that read documentation. Pages link to the files of the repository, where they can be read too; on the site
+these links lead to the pages that were made from them.
 """
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.nav import Navigation
+from mkdocs.structure.pages import Page
 
 import hf_quant
 from hf_quant.cli import main
 
-ROOT = Path(__file__).parents[1]
+DOCS = Path(__file__).parent
+ROOT = DOCS.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
 HOSTS = ROOT / "integrations"
 PICTURES = [
@@ -26,6 +30,11 @@ PICTURES = [
     *sorted((ROOT / "model_cards").glob("ref-llama-16m-mixed/report-*.png")),
 ]
 RESULTS = ROOT / "hf_quant" / "publish" / "schemas" / "results.schema.json"
+SOURCES = {
+    **{path: f"benchmarks/{path.stem}.md" for path in sorted(BENCHMARKS.glob("*.md"))},
+    **{path: f"integrations/{path.parent.name}.md" for path in sorted(HOSTS.glob("*/README.md"))},
+}
+LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -35,14 +44,32 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/commands.md": commands(),
         "reference/python.md": python(),
         "reference/results.md": results(),
-        **copies("benchmarks", {path.stem: path for path in sorted(BENCHMARKS.glob("*.md"))}, "Benchmarks"),
-        **copies("integrations", {path.parent.name: path for path in sorted(HOSTS.glob("*/README.md"))}, "Hosts"),
+        **copies("benchmarks", "Benchmarks"),
+        **copies("integrations", "Hosts"),
     }
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     for picture in PICTURES:
         files.append(File.generated(config, f"pictures/{picture.name}", abs_src_path=str(picture)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Let links to files of the repository lead to the pages made from them."""
+    start = (DOCS / page.file.src_uri).parent
+
+    def led(link: re.Match[str]) -> str:
+        target = site_page(start.joinpath(link[1]).resolve())
+        return link[0] if target is None else f"]({os.path.relpath(DOCS / target, start)}"
+
+    return LINK.sub(led, markdown)
+
+
+def site_page(path: Path) -> str | None:
+    """The page or picture of the site that a file of the repository becomes."""
+    if path in PICTURES:
+        return f"pictures/{path.name}"
+    return "reference/results.md" if path == RESULTS else SOURCES.get(path)
 
 
 def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
@@ -53,10 +80,14 @@ def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
     return nav
 
 
-def copies(folder: str, sources: dict[str, Path], title: str) -> dict[str, str]:
+def copies(folder: str, title: str) -> dict[str, str]:
     """Pages that stand elsewhere in the repository, and an index of them; links that lead out of the site become text."""
-    pages = {f"{folder}/{name}.md": unlinked(path.read_text(encoding="utf-8")) for name, path in sources.items()}
-    entries = [f"- [{name}]({name}.md): {heading(text)}" for name, text in zip(sources, pages.values(), strict=True)]
+    pages = {
+        page: unlinked(path.read_text(encoding="utf-8"))
+        for path, page in SOURCES.items()
+        if page.startswith(f"{folder}/")
+    }
+    entries = [f"- [{Path(page).stem}]({Path(page).name}): {heading(text)}" for page, text in pages.items()]
     return {f"{folder}/index.md": "\n".join([f"# {title}", "", *entries, ""]), **pages}
 
 

@@ -20,7 +20,7 @@ from hf_quant.cli._common import (
     scheme_options,
 )
 from hf_quant.cli._screen import Part
-from hf_quant.cli._types import DTYPE, Device, Model, Size
+from hf_quant.cli._types import DTYPE, Device, Limit, Model, Size
 
 
 @click.command(short_help="Training with rounded weights.")
@@ -47,7 +47,7 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
 )
 @click.option(
     "--hidden-weight",
-    type=click.FloatRange(0),
+    type=Limit(),
     default=0.0,
     show_default=True,
     help="Weight of the relative error of hidden states, beside the divergence from the teacher's distributions.",
@@ -55,7 +55,7 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the order of the windows.")
 @click.option(
     "--checkpoint-minutes",
-    type=click.FloatRange(0),
+    type=Limit(),
     default=5.0,
     show_default=True,
     help="From one checkpoint to the next; the same command goes on from the last.",

@@ -105,6 +105,7 @@ def train(
     model, slugs, out = check_model(model), schemes(scheme, bits, group_size, asym), Path(output)
     gate, other = budget(max_kl, max_ppl_increase, min_top1), overrides(override or {})
     _check_options(slugs, [*slugs, *filter(None, other.values())], steps, epochs, lr, batch, train_context, learn)
+    _check_from_zero(hidden_weight=hidden_weight, checkpoint_minutes=checkpoint_minutes)
     _check_hidden_weight(hidden_weight, teacher)
     begun = None if start is None else _check_start(start, method)
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs, TOKENS)
@@ -208,9 +209,13 @@ def _check_options(
             raise OptionError(f"{slug}: {reason}")
 
 
+def _check_from_zero(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not 0 <= number < math.inf:
+            raise OptionError(f"--{name.replace('_', '-')} {number}: must be 0 or a number above 0")
+
+
 def _check_hidden_weight(weight: float, teacher: str | None) -> None:
-    if not 0 <= weight < math.inf:
-        raise OptionError(f"--hidden-weight {weight}: must be 0 or a number above 0")
     if weight and teacher == "none":
         raise OptionError(
             "--hidden-weight compares hidden states with those of a teacher, and --teacher none has none"

@@ -13,8 +13,10 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
+from hf_quant import train as train_model
 from hf_quant.cli import main
 from hf_quant.disk import journal
+from hf_quant.errors import OptionError
 from hf_quant.jobs.outputs import work_folder
 from hf_quant.publish.card import facts, render
 from hf_quant.training import loop
@@ -321,6 +323,10 @@ def test_what_cannot_be_trained_is_refused(peaked: Path, tmp_path: Path) -> None
     refused("W4A16-g32 can", "--scheme", "W4A16-g32-o1%", *FEW, code=2)
     refused("one training has one scheme", *W2, "--scheme", "W4A16-g32", *FEW, code=2)
     refused("--steps and --epochs", *W2, *FEW, "--epochs", "1", code=2)
+    for option in ("--checkpoint-minutes", "--hidden-weight"):
+        refused("'nan' is not a number from 0", *W2, *FEW, option, "nan", code=2)
+    with pytest.raises(OptionError, match="--checkpoint-minutes nan: must be 0 or a number above 0"):
+        train_model(peaked, tmp_path / "out", data=peaked / "calibration.txt", checkpoint_minutes=float("nan"))
     other = tmp_path / "other"
     shutil.copytree(peaked, other)
     config = json.loads((other / "config.json").read_text())

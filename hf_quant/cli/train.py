@@ -68,6 +68,11 @@ from hf_quant.cli._types import DTYPE, Device, Limit, Model, Size
     help="weights: those that are rounded, and their scales. all: embeddings, norms and biases too.",
 )
 @click.option(
+    "--float32",
+    is_flag=True,
+    help="Train in float32, slower and more exactly; the result is in --dtype all the same.",
+)
+@click.option(
     "--start",
     type=Model(),
     metavar="MODEL",

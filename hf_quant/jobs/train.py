@@ -30,7 +30,8 @@ LEARN = ("weights", "all")
 def train(
     model: str | os.PathLike[str], output: str | os.PathLike[str], *, data: str, teacher: str | None = None,
     steps: int | None = None, epochs: float | None = None, lr: float = 1e-4, batch: int = 8, train_context: int | None = None,
-    hidden_weight: float = 0.0, seed: int = 0, checkpoint_minutes: float = 5.0, learn: str = "weights", scheme: str | Sequence[str] | None = None,
+    hidden_weight: float = 0.0, seed: int = 0, checkpoint_minutes: float = 5.0, learn: str = "weights",
+    float32: bool = False, scheme: str | Sequence[str] | None = None,
     bits: int | None = None, group_size: int | None = None, asym: bool | None = None, method: str = "rtn", start: str | os.PathLike[str] | None = None,
     format: str = "auto", ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
@@ -64,6 +65,7 @@ def train(
         checkpoint_minutes: From one checkpoint to the next.
         learn: ``"weights"``: the weights that are rounded, with their scales and zero points; everything else stays as it is.
             ``"all"``: everything else too, in particular embeddings, norms and biases, which stay in floating point.
+        float32: Train in float32, slower and more exactly; the result is in ``dtype`` all the same.
         scheme: As for `quantize`; one of them.
         bits: Likewise.
         group_size: Likewise.
@@ -163,7 +165,7 @@ def train(
         report.say(f"{updates} steps of {batch * learned.ids.shape[1]:,} tokens of {learned.name}")
         training = Training(
             learned, Settings(updates, batch, lr, seed=seed, everything=learn == "all"), instructor, hidden_weight, method, checkpoint,
-            60 * checkpoint_minutes, report.over("training"),
+            float32, 60 * checkpoint_minutes, report.over("training"),
         )  # fmt: skip
         job = Job(
             model,

@@ -29,6 +29,7 @@ from hf_quant.jobs.compress import Job, compress
 from hf_quant.jobs.outputs import RECIPE, work_folder
 from hf_quant.training.distillation import divergence, hidden_error, hidden_states, refuse_other_shape
 from hf_quant.training.loop import Loss, Settings, State, Steps
+from hf_quant.training.modules import compute_wide
 
 HELD, JUDGED = 16, 64  # of so many windows one is held out; at most about that many windows are
 CALIBRATED_ON = 65536  # tokens of the training text, where training begins from the codes of a calibrated method
@@ -45,6 +46,7 @@ class Training:
         hidden_weight: Of the error of hidden states, beside the divergence from the teacher's distributions.
         start: Method whose codes training begins from.
         checkpoint: Quantized model that it begins from in their place.
+        float32: Whether training computes in float32, whatever the result will be in.
         seconds: From one checkpoint to the next.
         watch: Wraps the states of a training, which know how many there will be, for a progress bar.
     """
@@ -55,6 +57,7 @@ class Training:
     hidden_weight: float = 0.0
     start: str = "rtn"
     checkpoint: Base | None = None
+    float32: bool = False
     seconds: float = 300.0
     watch: Progress = iter
 
@@ -68,7 +71,7 @@ class Training:
         return {
             "held_out": int(held_windows(len(self.text.ids)).sum()),
             "loss": "cross-entropy with the text" if self.teacher is None else "KL divergence to the teacher",
-            "hidden_weight": self.hidden_weight,
+            "hidden_weight": self.hidden_weight, "float32": self.float32,
             "teacher": None if self.teacher is None else _name(self.teacher.model),
             "start": self.start, "checkpoint": None if self.checkpoint is None else _name(self.checkpoint.model),
             "settings": self.settings.to_dict(), "text": self.text.to_dict(),
@@ -118,6 +121,9 @@ class _TrainJob(Job):
         training, work = self.training, work_folder(self.out)
         with open_journal(work, self._plan(config), self.say) as log:
             model = self._trainable(config)
+            dtype = computes_in(model)
+            if training.float32:
+                compute_wide(model)
             ids, held = training.windows()
             if (count := len(ids) // training.settings.batch) < 1:
                 raise PlanError(
@@ -125,7 +131,8 @@ class _TrainJob(Job):
                 )
             loss: Loss = text_loss
             if training.teacher is not None:
-                loss = distilled(training.teacher.load(computes_in(model)), training.hidden_weight)
+                teacher = training.teacher.load(torch.float32 if training.float32 else dtype)
+                loss = distilled(teacher, training.hidden_weight)
             steps = Steps(model, ids, held, loss, training.settings, log, training.seconds, self.say)
             *_, state = training.watch(steps)
             self.became.update(
@@ -135,7 +142,7 @@ class _TrainJob(Job):
             )  # fmt: skip
             with tempfile.TemporaryDirectory(dir=work) as folder:
                 model.save_pretrained(folder)
-                plan, dtype = model.hf_quantizer.plan, model.config.dtype
+                plan = model.hf_quantizer.plan
                 del model
                 saved = load(folder, dtype=dtype, **self.options("device_map", "trust_remote_code")).eval()
                 saved.hf_quantizer.plan = plan

@@ -167,8 +167,9 @@ def training(trained: Mapping[str, Any]) -> str:
     if state is not None:
         kept = f"; step {state['step']:,} is kept, held-out loss {state['before']:.4f} -> {state['after']:.4f}"
     rest = " and everything else of the model" if trained["settings"].get("everything") else ""
+    exactly = " in float32" if trained.get("float32") else ""
     return (
-        f"trained with the rounded weights{rest} for {trained['settings']['steps']:,} steps on {trained['tokens']:,} tokens of "
+        f"trained{exactly} with the rounded weights{rest} for {trained['settings']['steps']:,} steps on {trained['tokens']:,} tokens of "
         f"{md(trained['text']['name'])} (sha256 {code(trained['text']['sha256'][:16])}) by "
         f"{trained['loss']}{teacher}{hidden}{start}{kept}"
     )
@@ -269,6 +270,7 @@ def training_options(trained: Mapping[str, Any], source: Mapping[str, Any]) -> l
         "--batch", str(settings["batch"]), "--seed", str(settings["seed"]), "--lr", f"{trained['learning_rates'][-1][1]:g}",
         *(["--learn", "all"] if settings.get("everything") else []),
         *(["--hidden-weight", f"{trained['hidden_weight']:g}"] if trained.get("hidden_weight") else []),
+        *(["--float32"] if trained.get("float32") else []),
         *(["--start", trained["checkpoint"]] if trained.get("checkpoint") else []),
         *([] if teacher == source["model"] else ["--teacher", "none" if teacher is None else teacher]),
     ]  # fmt: skip

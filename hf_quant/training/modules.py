@@ -50,9 +50,11 @@ class FakeQuant(nn.Module):
 
     Attributes:
         compute_dtype: What the module computes in, and what scales are rounded to, since they will be stored in it.
+        wide: Whether it computes in float32 in its place (`compute_wide`).
     """
 
     compute_dtype: torch.dtype
+    wide: bool = False
 
     def trained(self) -> dict[str, QuantScheme]:
         """Scheme of each weight, by the name of its parameter."""
@@ -194,7 +196,8 @@ class FakeQuantEmbedding(FakeQuant, nn.Embedding):
         refuse_cast(self.weight)
         weight, scale = padded(self._rows(ids, self.weight), self.scheme), self._rows(ids, self.weight_scale)
         offset = None if self.weight_offset is None else self._rows(ids, self.weight_offset)
-        rows = fake_quantize(weight, scale, offset, self.scheme, self.compute_dtype, self.compute_dtype)
+        dtype = MASTER if self.wide else self.compute_dtype
+        rows = fake_quantize(weight, scale, offset, self.scheme, self.compute_dtype, dtype)
         return rows[..., : self.embedding_dim]
 
     def _rows(self, ids: Tensor, table: Tensor) -> Tensor:
@@ -202,6 +205,16 @@ class FakeQuantEmbedding(FakeQuant, nn.Embedding):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, scheme={self.scheme}"
+
+
+def compute_wide(model: nn.Module) -> None:
+    """Let a model that is trained compute in float32. Scales are rounded to the dtype that they will be stored in all the same."""
+    for module in model.modules():
+        if isinstance(module, FakeQuant):
+            module.wide = True
+    for parameter in model.parameters():
+        if parameter.dtype.itemsize < MASTER.itemsize:
+            parameter.data = parameter.data.to(MASTER)
 
 
 def refuse_cast(weight: Tensor) -> None:

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_quant import HfQuantConfig
+from hf_quant import HfQuantConfig, load
 from hf_quant.errors import PlanError
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.nn import QuantLinear
 from hf_quant.training import FakeQuantLinear
+from hf_quant.training.modules import compute_wide
 from tests.processes import together
 
 from .conftest import IDS
@@ -153,6 +154,28 @@ def test_training_begins_from_the_codes_of_a_calibrated_method(zoo: Any, monkeyp
     assert torch.equal(logits(made[0]), logits(made[1]))
     made[0](input_ids=IDS, labels=IDS).loss.backward()
     assert all(parameter.grad is not None for parameter in made[0].parameters())
+
+
+@pytest.mark.parametrize("tables", [False, True], ids=["linear", "tables"])
+def test_a_model_in_sixteen_bits_trains_in_float32(zoo: Any, tmp_path: Path, tables: bool) -> None:
+    """Its logits and gradients have more than 16 bits; codes and scales stay those that are stored in 16."""
+    whole = {"quantize_embeddings": True, "quantize_lm_head": True} if tables else {}
+    models = [trainable(zoo("llama-tied")[1], dtype=torch.bfloat16, **whole) for _ in range(2)]
+    compute_wide(models[1])
+    narrow, wide = (model(input_ids=IDS).logits for model in models)
+    assert (narrow.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+    assert not torch.equal(wide, wide.bfloat16().float()) and torch.allclose(wide, narrow.float(), rtol=0.1, atol=0.05)
+    wide.square().mean().backward()
+    assert {parameter.grad.dtype for parameter in models[1].parameters() if parameter.grad is not None} == {
+        torch.float32
+    }
+    for name, model in zip(("narrow", "wide"), models, strict=True):
+        model.save_pretrained(tmp_path / name)
+    saved = [load(tmp_path / name, dtype=torch.bfloat16).state_dict() for name in ("narrow", "wide")]
+    assert all(
+        tensor.dtype == saved[0][name].dtype and torch.equal(tensor, saved[0][name])
+        for name, tensor in saved[1].items()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own compiler does it

@@ -90,6 +90,22 @@ def test_hidden_states_are_learned_too(peaked: Path, tmp_path: Path) -> None:
     assert "and 3 times the relative error of its hidden states" in card and "--hidden-weight 3" in card
 
 
+def test_training_in_float32_keeps_the_dtypes_of_the_result(peaked: Path, tmp_path: Path) -> None:
+    options = (*W2, *FEW, "--dtype", "bfloat16", "--learn", "all", "--embeddings", "--max-kl", "99")
+    train(peaked, tmp_path / "plain", *options)
+    train(peaked, tmp_path / "out", *options, "--float32")
+    plain, exact = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "out"))
+    assert {name: tensor.dtype for name, tensor in exact.items()} == {
+        name: tensor.dtype for name, tensor in plain.items()
+    }
+    assert plain["model.norm.weight"].dtype == torch.bfloat16 and weights(tmp_path / "out") != weights(
+        tmp_path / "plain"
+    )
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    card = render(*facts(tmp_path / "out"))
+    assert "trained in float32 with the rounded weights" in card and "--float32" in card
+
+
 def test_training_begins_from_a_checkpoint(peaked: Path, tmp_path: Path) -> None:
     """With its codes and with what else was trained; the loss on the windows held out goes on where it ended."""
     first, second, again = (tmp_path / name for name in ("first", "second", "again"))
@@ -225,7 +241,11 @@ class Stopped(BaseException):
     """A kill, as far as one process can feel it."""
 
 
-@pytest.mark.parametrize("more", [(), ("--learn", "all", "--dtype", "bfloat16")], ids=["weights", "all"])
+@pytest.mark.parametrize(
+    "more",
+    [("--dtype", "bfloat16", "--float32"), ("--learn", "all", "--dtype", "bfloat16")],
+    ids=["weights", "all"],
+)
 def test_a_training_that_is_killed_ends_with_the_same_bytes(
     more: tuple[str, ...], peaked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

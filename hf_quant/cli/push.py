@@ -35,9 +35,12 @@ def command(folder: Path, repo_id: str, dry_run: bool, yes: bool, as_json: bool,
     """Publish FOLDER as REPO_ID: with a card of what was measured, and only if that is inside its budget."""
     from hf_quant.jobs.push import push
 
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise click.UsageError("nobody is there to ask: say --yes")
+
     def confirmed(planned: PushResult) -> bool:
         say(repr(planned), quiet or as_json)
-        return yes or _asked()
+        return yes or click.confirm("Upload?", abort=True, err=True)
 
     done = push(
         folder, repo_id, dry_run=dry_run, confirm=confirmed, progress=bars(quiet or as_json),
@@ -45,12 +48,6 @@ def command(folder: Path, repo_id: str, dry_run: bool, yes: bool, as_json: bool,
     )  # fmt: skip
     human = repr(done) if dry_run else done.title()
     emit(as_json, quiet, record=done.to_dict(), essential=done.url or repo_id, human=human)
-
-
-def _asked() -> bool:
-    if not sys.stdin.isatty():
-        raise click.UsageError("nobody is there to ask: say --yes")
-    return click.confirm("Upload?", abort=True, err=True)
 
 
 COMMAND = command

@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_quant.errors import CheckpointError
 
-MANIFEST = "manifest.json"
+CONFIG, MANIFEST = "config.json", "manifest.json"
 MAX_BYTES = 10_000_000  # of a manifest
 CHUNK = 2**22
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,10 +58,25 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, Digest]:
         return dict(zip(names, pool.map(lambda name: digest(folder / name), names), strict=True))
 
 
-def weight_files(folder: Path) -> list[dict[str, Any]]:
-    """The safetensors files of ``folder`` for results.json, since measurements are valid for these very bytes."""
-    files = digests(folder, (path.name for path in folder.glob("*.safetensors")))
-    return [{"name": name, "bytes": file.bytes, "sha256": file.sha256} for name, file in files.items()]
+def measured_files(folder: Path) -> list[dict[str, Any]]:
+    """The files of ``folder`` that decide what its model computes, for results.json: measurements are valid for these bytes."""
+    names = {path.name for path in folder.glob("*.safetensors")} | {CONFIG} & {path.name for path in folder.iterdir()}
+    return listed(digests(folder, names))
+
+
+def listed(files: Mapping[str, Digest]) -> list[dict[str, Any]]:
+    """The files of `measured_files`, of a folder with these digests."""
+    return [
+        {"name": name, "bytes": file.bytes, "sha256": file.sha256}
+        for name, file in sorted(files.items())
+        if "/" not in name and (name == CONFIG or name.endswith(".safetensors"))
+    ]
+
+
+def same_files(known: Any, files: list[dict[str, Any]]) -> bool:
+    """Whether ``files`` are those of a results.json; in the first versions config.json was not one of them."""
+    without = [file for file in files if file["name"] != CONFIG]
+    return bool(known in (files, without))
 
 
 def read_manifest(path: Path) -> dict[str, Digest]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from hf_quant.data.batches import Inputs
 from hf_quant.data.calibration import Calibration
 from hf_quant.disk.atomic import blaming, need_space, write_json
-from hf_quant.disk.digests import weight_files
+from hf_quant.disk.digests import measured_files
 from hf_quant.disk.folders import discard
 from hf_quant.disk.journal import is_journal, recorded
 from hf_quant.errors import HfQuantError
@@ -200,7 +200,7 @@ def _compress(
                 again = sample_logits(quantized_model, *job.sample())
         _check(logits, again, config.scheme)
         with job.stage("sha256 of the files"):
-            files = weight_files(stage)
+            files = measured_files(stage)
         row |= {
             "scheme": config.scheme, "folder": out.name, "format": plan.format, "share_quantized": plan.share,
             "bits_per_weight": plan.bits_per_weight, "bytes": sum(f.stat().st_size for f in stage.glob("*.safetensors")),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import OptionError
+from hf_quant.jobs.base import recalled, remember
 from hf_quant.jobs.options import budget
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
@@ -115,17 +116,19 @@ def push(
         GateError: The quality forbids it, or nobody measured it.
         PushError: Something else forbids it, or the upload did not end.
     """
-    if create_pr and (revision or tag or private is not None or gated != "inherit"):
-        raise OptionError("a pull request changes no settings, branches or tags: --create-pr goes alone")
+    from hf_quant.publish.upload import Target
+
+    target = Target(repo_id, private, create_pr=create_pr, revision=revision, tag=tag)
+    if (refusal := target.contradiction(gated)) is not None:
+        raise OptionError(refusal)
     limits = budget(max_kl, max_ppl_increase, min_top1)
 
     from huggingface_hub import HfApi
 
     from hf_quant.publish.push import prepare, publish
     from hf_quant.publish.secrets import library
-    from hf_quant.publish.upload import Target
 
-    api, target = HfApi(), Target(repo_id, private, create_pr=create_pr, revision=revision, tag=tag)
+    api, base = HfApi(), recalled(Path(folder))
     with reporting(progress, say) as report:
         with report.stage("hashing and checking the files"):
             ready = prepare(
@@ -141,4 +144,6 @@ def push(
             return planned
         with report.stage("uploading and comparing"):
             sent = publish(ready, api, say=report.say)
+        if base is not None:  # recipe.json was written again
+            remember(Path(folder), str(base))
     return replace(planned, url=sent.url, revision=sent.revision, commit=sent.commit)

@@ -25,18 +25,18 @@ def store_results(folder: Path, record: dict[str, Any], tell: Callable[[str], No
     from filelock import FileLock
 
     from hf_quant.disk.atomic import make_folder, write_json
-    from hf_quant.disk.digests import weight_files
+    from hf_quant.disk.digests import measured_files, same_files
 
     if not folder.is_dir():
         return
-    path, files, lock = folder / "results.json", weight_files(folder), _lock_of(folder)
+    path, files, lock = folder / "results.json", measured_files(folder), _lock_of(folder)
     make_folder(lock.parent)
     with FileLock(lock, timeout=LOCKED):
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"files": files}
         if not isinstance(known, dict) or "files" not in known:
             tell(f"{path}: was not written by hf-quant, so it is left as it is, and nothing is stored")
             return
-        if known["files"] != files:
+        if not same_files(known["files"], files):
             known = {}
         write_json(path, known | _better_founded(known, record, tell) | {"files": files})
 

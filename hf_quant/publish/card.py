@@ -6,6 +6,7 @@ byte with what its facts give, and these classes put the fields into an order of
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -15,16 +16,18 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
+from hf_quant.disk.digests import CONFIG, measured_files, same_files
 from hf_quant.errors import CheckpointError, PushError
 from hf_quant.evaluation.results import amount_of, interval_shown
 from hf_quant.publish import charts, licence, sentences
 from hf_quant.publish.facts import read_facts
 from hf_quant.publish.markdown import code, line, md, number, percent, plain, size
 from hf_quant.publish.sentences import MISSING, OF_BASE, TITLES
-from hf_quant.publish.source import metadata
+from hf_quant.publish.source import HEAD, metadata
 
 CARD, ASSETS = "README.md", "assets"
 MARK = "<sub>Written by hf-quant from `recipe.json` and `results.json`"  # the last line of the template
+SEAL = re.compile(r"\n<!-- sha256 of the text above: ([0-9a-f]{64}) -->\s*")  # by which changes by hand are noticed
 SHOWN = 12  # layers with the largest errors
 TASKS = {  # of the Hub, by `Quality.kind`
     "causal": {"type": "text-generation", "name": "Text generation"},
@@ -90,6 +93,7 @@ def _render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collec
     environment.filters |= {
         "md": md, "code": code, "plain": plain, "size": size, "percent": percent, "number": number,
         "count": "{:,}".format, "millions": lambda n: f"{n / 1e6:.1f}M",
+        "interval": lambda estimate: interval_shown(estimate, number),
     }  # fmt: skip
     quality, source = results.get("quality"), recipe["source"]
     text = environment.get_template("card.md.jinja").render(
@@ -106,7 +110,15 @@ def _render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collec
         limits=sentences.limits(recipe, results), licence=sentences.licence(source), attribution=licence.attribution(source),
         notice=licence.notice(source), repo_id=recipe.get("repo_id"),
     )  # fmt: skip
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return _sealed(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+
+
+def _sealed(text: str) -> str:
+    return f"{text}\n<!-- sha256 of the text above: {_digest(text)} -->\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().replace("\r\n", "\n").encode()).hexdigest()
 
 
 def card_data(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,18 +180,30 @@ def task_of(kind: str, inputs: Collection[str], head: bool) -> dict[str, str]:
 
 
 def check_replaceable(card: bytes | None) -> None:
-    """Refuse to replace a card that was written by hand.
+    """Refuse to replace a card that was written or changed by hand.
 
     Args:
         card: Content of README.md; None if there is none.
 
     Raises:
-        PushError: It was not written by this package.
+        PushError: It was not written by this package, or not all of it.
     """
-    if card is not None and MARK.encode() not in card:
-        raise PushError(
-            f"{CARD} was not written by hf-quant: move it away, or let hf-quant card build --overwrite replace it"
-        )
+    if (reason := by_hand(card)) is not None:
+        raise PushError(f"{CARD} {reason}: move it away, or let hf-quant card build --overwrite replace it")
+
+
+def by_hand(card: bytes | None) -> str | None:
+    """What somebody wrote into a card; None if all of it is from this package. Cards of its first versions had no digest."""
+    text = (card or b"").decode("utf-8", errors="replace")
+    if not HEAD.sub("", text).strip():  # the Hub begins a repository with its licence alone
+        return None
+    if MARK not in text:
+        return "was not written by hf-quant"
+    seal = SEAL.search(text)
+    if seal is None:
+        return None
+    changed = text[seal.end() :].strip() or _digest(text[: seal.start()]) != seal[1]
+    return "was changed by hand after hf-quant wrote it" if changed else None
 
 
 def problems(folder: Path) -> list[str]:
@@ -197,6 +221,9 @@ def problems(folder: Path) -> list[str]:
     complaints = (
         [] if text == render(recipe, results, drawn) else [f"{CARD} is not what recipe.json and results.json give"]
     )
+    files = measured_files(folder)
+    if results and any(file["name"] != CONFIG for file in files) and not same_files(results.get("files"), files):
+        complaints.append("results.json was not measured on these weights and this config.json")
     return complaints + metadata_problems(metadata(text))
 
 

@@ -106,20 +106,28 @@ def why_not(source: Mapping[str, Any], repo_id: str) -> str | None:
         repo_id: ``owner/name``.
     """
     base, licence = source.get("model", "the base"), source.get("license")
-    if not isinstance(licence, str) or licence == "unknown":
+    if not is_stated(source):
         return f"the licence of {base} is not known, so a copy of it may not be published; name it with --license (in Python: license=)"
     if licence not in KNOWN:
         return (
             f"the Hub knows no licence {licence!r}; use other, with license_name and license_link in the base's card"
         )
     if licence == "other" and not source.get("license_name"):
-        return f"the licence of {base} is other, without a license_name that says which"
+        return (
+            f"the licence of {base} is other, without a license_name that says which: it stands in the card of the base, "
+            "beside license_link"
+        )
     name = _name(source)
     if _NO_DERIVATIVES.search(name):
         return f"{base} is under {name}, which forbids derivatives, and quantized weights are one"
     if _wants_llama(name) and not repo_id.rpartition("/")[2].lower().startswith("llama"):
         return f"{base} is under {name}, which wants the name of a derivative to begin with Llama: not {repo_id}"
     return None
+
+
+def is_stated(source: Mapping[str, Any]) -> bool:
+    """Whether the base's card names one licence."""
+    return isinstance(source.get("license"), str) and source["license"] != "unknown"
 
 
 def notice(source: Mapping[str, Any]) -> str | None:

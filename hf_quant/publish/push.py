@@ -15,7 +15,7 @@ from huggingface_hub import HfApi, get_token
 from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.disk.atomic import write_bytes
-from hf_quant.disk.digests import MANIFEST
+from hf_quant.disk.digests import MANIFEST, listed, same_files
 from hf_quant.errors import GateError, PushError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.results import Quality
@@ -95,9 +95,11 @@ def prepare(
     recipe, results = card.facts(folder)
     snapshot_of_folder = snapshot(folder)
     card.check_replaceable(snapshot_of_folder.held.get(card.CARD))
-    _check_weights(snapshot_of_folder, results)
+    _check_measured(snapshot_of_folder, results)
     results = _gated(folder, recipe, results, budget or Budget(), allow_failed_gate)
     source = _source(folder, recipe["source"], api, base_model, license)
+    if str(source["model"]).lower() == target.repo_id.lower():
+        raise PushError(f"{target.repo_id} is the model that {folder} was made from: push to another repository")
     if (refusal := licence.why_not(source, target.repo_id)) is not None:
         raise PushError(refusal)
     gate: Any = source.get("gated", False) if gated == "inherit" else False if gated == "off" else gated
@@ -136,7 +138,16 @@ def publish(
     look_through(
         content, _tokens(api), {**ready.content.held, **ready.content.headers}
     )  # the last step before the upload
-    return upload(api, ready.folder, content.files, ready.target, held=content.held, say=say, **patience)
+    return upload(
+        api,
+        ready.folder,
+        content.files,
+        ready.target,
+        held=content.held,
+        kept={card.CARD: card.by_hand},
+        say=say,
+        **patience,
+    )
 
 
 def _tokens(api: HfApi) -> list[str]:
@@ -180,13 +191,15 @@ def push_model(
             f"push_to_hub takes no {sorted(unknown)[0]} for a quantized model: files go as they were measured, with the card "
             "that hf-quant writes"
         )
+    target = Target(repo_id, private, create_pr=create_pr, revision=revision, tag=tag)
+    if (refusal := target.contradiction(gated)) is not None:
+        raise PushError(refusal)
     folder, api = Path(model.name_or_path), HfApi(token=token)
     if not (folder / "recipe.json").is_file():
         raise PushError(
             "nobody measured what this model lost, so it is not published: make a folder with hf-quant quantize MODEL -o DIR "
             "--max-kl 0.02, and push that, or the model loaded from it"
         )
-    target = Target(repo_id, private, create_pr=create_pr, revision=revision, tag=tag)
     target = replace(target, message=commit_message) if commit_message else target
     ready = prepare(
         folder, target, api, gated=gated, budget=budget, allow_failed_gate=allow_failed_gate, base_model=base_model,
@@ -227,17 +240,13 @@ def _differs(model: Any, again: Any) -> str | None:
 # -- checks -----------------------------------------------------------------------------------------------------------
 
 
-def _check_weights(checked: Snapshot, results: Mapping[str, Any]) -> None:
+def _check_measured(checked: Snapshot, results: Mapping[str, Any]) -> None:
     """Check that the checkpoint is complete, and the one that was measured."""
     Checkpoint.open(checked.folder)
-    files = [
-        {"name": name, "bytes": digest.bytes, "sha256": digest.sha256}
-        for name, digest in sorted(checked.weights.items()) if "/" not in name
-    ]  # fmt: skip
-    if results and results.get("files") != files:
+    if results and not same_files(results.get("files"), listed(checked.files)):
         raise PushError(
-            f"{checked.folder}: results.json was not measured on these weights; measure them with hf-quant eval "
-            f"{checked.folder.name} --base MODEL --max-kl 0.02"
+            f"{checked.folder}: results.json was not measured on these weights and this config.json; measure them with hf-quant "
+            f"eval {checked.folder} --base MODEL --max-kl 0.02"
         )
 
 
@@ -248,9 +257,7 @@ def _gated(
     quality, known = results.get("quality"), (results.get("gate") or {}).get("budget") or {}
     reason = None
     if quality is None:
-        reason = (
-            f"its quality was not measured; measure it with hf-quant eval {folder.name} --base MODEL --max-kl 0.02"
-        )
+        reason = f"its quality was not measured; measure it with hf-quant eval {folder} --base MODEL --max-kl 0.02"
     elif not known and not budget:
         reason = "it was held against no budget; say what it may cost, for example --max-kl 0.02 (in Python: budget=Budget(0.02))"
     else:
@@ -283,7 +290,11 @@ def _source(
         _check_base(folder, base_model, api)
     elif _is_id(source):
         source |= describe(str(source["model"]), source.get("revision"), api)
-    if license is not None and source.setdefault("license", license) != license:
+    if license is None:
+        return source
+    if not licence.is_stated(source):
+        source["license"] = license
+    if source["license"] != license:
         raise PushError(f"the licence of {source['model']} is {source['license']}, not {license}")
     return source
 
@@ -305,10 +316,17 @@ def _written(checked: Snapshot, recipe: dict[str, Any], results: dict[str, Any])
     if results:
         written["results.json"] = _json(results)
     if "tokenizer_config.json" in checked.held:
-        settings = json.loads(checked.held["tokenizer_config.json"])
+        settings = _read_json(checked, "tokenizer_config.json")
         if isinstance(settings, dict) and settings.keys() & set(LOCAL):
             written["tokenizer_config.json"] = _json({k: v for k, v in settings.items() if k not in LOCAL})
     return written
+
+
+def _read_json(checked: Snapshot, name: str) -> Any:
+    try:
+        return json.loads(checked.held[name])
+    except ValueError as error:
+        raise PushError(f"{name}: not JSON: {error}") from None
 
 
 def _notices(checked: Snapshot, source: Mapping[str, Any], api: HfApi, say: Callable[[str], None]) -> dict[str, bytes]:

@@ -17,7 +17,9 @@ from hf_quant.publish import file_kinds
 from hf_quant.publish.decoding import strings_of, views
 from hf_quant.publish.secrets import secret_in
 
-STAYS = {"report.html"}  # written by this package for people beside a model, and not published
+STAYS = re.compile(  # written by this package for people beside a model, and not published
+    r"report\.html|(size_and_kl|sensitivity)-(light|dark)\.png"
+)
 _NAME = re.compile(r"[\w+ ().-]+(/[\w+ ().-]+)*", re.ASCII)
 _PATH = re.compile(r"(?:/[\w.+ -]+){2,}/?|[A-Za-z]:[\\/].+|\\\\[\w.-]+\\.+|~[\w.-]*/.+", re.ASCII)
 _VOCABULARY = re.compile(r"(tokenizer|vocab|added_tokens|special_tokens_map|tekken)[\w.-]*\.json")
@@ -82,7 +84,7 @@ def snapshot(folder: Path) -> Snapshot:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
-        if hidden or name in STAYS or (path.is_dir() and not path.is_symlink()):
+        if hidden or STAYS.fullmatch(name) or (path.is_dir() and not path.is_symlink()):
             continue
         if (refusal := _refusal(path, name)) is not None:
             raise PushError(f"{name}: {refusal}; it is not published")

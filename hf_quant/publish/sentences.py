@@ -72,7 +72,7 @@ def _kinds(recipe: Mapping[str, Any]) -> set[str]:
 def warning(results: Mapping[str, Any]) -> str | None:
     """The first lines of a card published with `--allow-failed-gate`."""
     gate = results.get("gate")
-    if not results.get("allow_failed_gate"):
+    if not results.get("allow_failed_gate") or (gate or {}).get("passed"):
         return None
     if not results.get("quality"):
         return "The quality of this model was not measured, and it was published all the same."
@@ -191,6 +191,11 @@ def loading(recipe: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     kind = quality.get("kind")
     if kind is None or quality.get("inputs"):  # what reads images or sounds has a class and a processor of its kind
         return f"import hf_quant\n\nmodel = hf_quant.load({where})"
+    if "logits_cosine" in quality["metrics"]:  # it has a head, of whatever kind
+        return (
+            f"import hf_quant\nfrom transformers import AutoTokenizer\n\nmodel = hf_quant.load({where})\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({where})"
+        )
     auto = AUTO[kind]
     return (
         f"from transformers import {auto}, AutoTokenizer\n\nmodel = {auto}.from_pretrained({where})\n"

@@ -20,12 +20,12 @@ from hf_quant.publish import file_kinds
 
 T = TypeVar("T")
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_HEAD = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
+HEAD = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.DOTALL)
 
 
 def metadata(card: str) -> dict[str, Any]:
     """The YAML at the top of a card; empty if there is none, or it is not a mapping."""
-    match = _HEAD.match(card)
+    match = HEAD.match(card)
     try:
         data = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_quant.disk.digests import Digest
-from hf_quant.errors import PushError
+from hf_quant.disk.digests import MANIFEST, Digest, read_manifest
+from hf_quant.errors import CheckpointError, PushError
 from hf_quant.hf._hooks import client_factory
 
 T = TypeVar("T")
@@ -67,6 +67,19 @@ class Target:
         """Whether it goes to a pull request; the repository may be another user's, so its settings stay as they are."""
         return self.create_pr or (self.revision or "").startswith("refs/pr/")
 
+    def contradiction(self, gated: str) -> str | None:
+        """Why these options do not go together; None if they do.
+
+        Args:
+            gated: As it was asked for, ``inherit`` if it was not.
+        """
+        changes = self.private is not None or gated != "inherit"
+        if self.create_pr and (self.revision or self.tag or changes):
+            return "a pull request changes no settings, branches or tags: --create-pr goes alone"
+        if self.is_pull_request and changes:
+            return "a pull request changes no settings: leave out private, public and gated"
+        return None
+
 
 @dataclass(frozen=True)
 class Uploaded:
@@ -79,11 +92,12 @@ class Uploaded:
 
 def upload(
     api: HfApi, folder: Path, files: Mapping[str, Digest], target: Target, *, held: Mapping[str, bytes] = MappingProxyType({}),
-    say: Callable[[str], None], attempts: int = ATTEMPTS, timeout: float = TIMEOUT,
+    kept: Mapping[str, Callable[[bytes], str | None]] = MappingProxyType({}), say: Callable[[str], None], attempts: int = ATTEMPTS, timeout: float = TIMEOUT,
 ) -> Uploaded:  # fmt: skip
     """Upload ``files`` of ``folder`` and verify them; a repeated call resumes an interrupted upload.
 
-    A new repository is private until everything is verified. Weights on the Hub that are not in ``files`` are deleted.
+    A new repository is private until everything is verified. Weights of an earlier upload that are not in ``files`` are deleted;
+    a repository with other weights is refused.
 
     Args:
         api: The client, with its token and endpoint.
@@ -91,6 +105,7 @@ def upload(
         files: Path in the folder and in the repository, to the digest of the file.
         target: Where to upload.
         held: Path to content of the files that are sent from memory and not from ``folder``.
+        kept: Path to a function that says why the content of that file on the Hub must not be replaced, except in a pull request.
         say: Receives a message about every failure that is retried.
         attempts: Number of attempts for each step.
         timeout: Seconds to wait for an answer of the Hub.
@@ -99,7 +114,7 @@ def upload(
         PushError: The upload failed; the message says why, what has arrived, and how to continue.
     """
     with _timeouts(timeout):
-        return _Upload(api, Path(folder), files, held, target, say, attempts).run()
+        return _Upload(api, Path(folder), files, held, kept, target, say, attempts).run()
 
 
 class _IncompleteError(Exception):
@@ -112,6 +127,7 @@ class _Upload:
     folder: Path
     files: Mapping[str, Digest]
     held: Mapping[str, bytes]
+    kept: Mapping[str, Callable[[bytes], str | None]]
     target: Target
     say: Callable[[str], None]
     attempts: int
@@ -174,8 +190,10 @@ class _Upload:
         head = self._head(revision)
         if not self._differing(head):
             return head  # nothing to do, or the answer to an earlier attempt was lost
+        tree = self._tree(head)
+        self._refuse_losses(tree, head)
         added = [CommitOperationAdd(path, self.held.get(path, self.folder / path)) for path in sorted(self.files)]
-        gone = [CommitOperationDelete(path, is_folder=False) for path in self._stale(self._tree(head))]
+        gone = [CommitOperationDelete(path, is_folder=False) for path in self._stale(tree, head)]
         self.api.create_commit(
             self.target.repo_id, [*gone, *added], commit_message=self.target.message, revision=revision, parent_commit=head
         )  # fmt: skip
@@ -216,14 +234,44 @@ class _Upload:
         tree = self.api.list_repo_tree(self.target.repo_id, recursive=True, revision=commit)
         return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
-    def _stale(self, paths: Iterable[str]) -> list[str]:
+    def _stale(self, tree: Mapping[str, RepoFile], commit: str) -> list[str]:
         """Weights of an earlier upload that are to be deleted."""
-        return sorted(path for path in paths if path not in self.files and path.endswith(WEIGHTS))
+        return sorted(path for path in self._listed(tree, commit) if path in tree and path not in self.files)
+
+    def _listed(self, tree: Mapping[str, RepoFile], commit: str) -> list[str]:
+        """Weights in the manifest of an earlier upload; none if there was no such upload."""
+        if MANIFEST not in tree or (MANIFEST in self.files and _same(tree[MANIFEST], self.files[MANIFEST])):
+            return [path for path in self.files if MANIFEST in tree and path.endswith(WEIGHTS)]
+        try:
+            listed = read_manifest(self._downloaded(MANIFEST, commit))
+        except CheckpointError:
+            return []
+        return [path for path in listed if path.endswith(WEIGHTS)]
+
+    def _downloaded(self, path: str, commit: str) -> Path:
+        return Path(self.api.hf_hub_download(self.target.repo_id, path, revision=commit))
+
+    def _refuse_losses(self, tree: Mapping[str, RepoFile], commit: str) -> None:
+        """Refuse to replace what this package did not write."""
+        repo = self.target.repo_id
+        for path in () if self.target.is_pull_request else self.kept.keys() & tree.keys():
+            if (reason := self.kept[path](self._downloaded(path, commit).read_bytes())) is not None:
+                raise PushError(
+                    f"{path} of {repo} {reason}: copy it, delete it there and push again, or push with --create-pr"
+                )
+        listed = self._listed(tree, commit)
+        for path, entry in sorted(tree.items()):
+            foreign = "/" not in path and path.endswith(WEIGHTS) and path not in listed
+            if foreign and not (path in self.files and _same(entry, self.files[path])):
+                raise PushError(
+                    f"{repo} holds {path}, which hf-quant push did not put there: push to another repository, or delete it there"
+                )
 
     def _differing(self, commit: str) -> list[str]:
         """Paths that differ from the target, including weights that are to be deleted."""
         tree = self._tree(commit)
-        return [path for path, digest in self.files.items() if not _same(tree.get(path), digest)] + self._stale(tree)
+        differing = [path for path, digest in self.files.items() if not _same(tree.get(path), digest)]
+        return differing + self._stale(tree, commit)
 
     # -- retries --------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from markdown_it import MarkdownIt
 
 import hf_quant.publish
 from hf_quant.core.scheme import QuantScheme
-from hf_quant.disk.digests import weight_files
+from hf_quant.disk.digests import measured_files
 from hf_quant.errors import HfQuantError, PushError
 from hf_quant.formats._compressed_tensors_config import config_of
 from hf_quant.publish import card, licence
@@ -31,7 +31,7 @@ from .conftest import REPO, VALIDATES, run
 from .fakehub import FakeHub
 
 CARDS = sorted(path.parent for path in (REPO / "model_cards").glob("*/facts.json"))
-WORDS = {"95", "top-1"}  # the template's own: the level of intervals, the name of a measure
+WORDS = {"95", "top-1", "bfloat16"}  # the template's own: the level of intervals, names of a measure and of a dtype
 UNITS = {"%": (100, 50), "MB": (1e-6,), "GB": (1e-9,), "kB": (1e-3,)}  # 50: half an interquartile range
 
 
@@ -62,7 +62,7 @@ def untraceable(text: str, recipe: dict[str, Any], results: dict[str, Any]) -> l
         numbers |= {speeds[0][what] / speeds[1][what] for what in ("prefill", "decode")}
     if recipe.get("calibration"):
         numbers.add(recipe["calibration"]["sequences"] * recipe["calibration"]["context"])
-    text, made = re.sub(r"\]\([^)]*\)", "]", text), []
+    text, made = re.sub(r"\]\([^)]*\)", "]", card.SEAL.sub("", text)), []
     for match in re.finditer(r"(?<![\w.])[\w.,+-]*\d[\w.,+-]*(?: (%|MB|GB|kB))?", text):
         token, unit = match[0].removesuffix(f" {match[1]}").strip(".,-"), match[1]
         number = re.fullmatch(r"-?(\d[\d,]*)(\.\d+)?(M|e-?\d+)?", token)
@@ -161,6 +161,37 @@ def bench() -> dict[str, Any]:
     }
 
 
+def test_a_ladder_of_a_few_documents_has_no_intervals(known: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    recipe, results = known
+    quality = copy.deepcopy(results["quality"])
+    quality["metrics"]["kl"] |= {"low": None, "high": None}
+    rung = {
+        "name": "W4A16-g32", "bytes": 1000, "bits_per_weight": 4.5, "misses": [], "quality": quality, "speed": {"batch": 1, "decode": 9.0}
+    }  # fmt: skip
+    ladder = {
+        "rungs": [rung],
+        "chosen": "W4A16-g32",
+        "chosen_bytes": 1000,
+        "limits": {"max_kl": 9.0},
+        "held_back": None,
+    }
+    line = f"| {card.number(quality['metrics']['kl']['value'])} | - |"
+    assert line in card.render(recipe, results | {"ladder": ladder})
+
+
+def test_what_a_card_says_of_dtypes_heads_and_caches(known: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    recipe, results = known
+    quality = results["quality"] | {"dtype": "float32"}
+    assert "| the base itself, in bfloat16 |" in card.render(recipe, results | {"quality": quality})
+    speeds = bench() | {"kv_cache": "int4"}
+    assert "key-value cache was in int4" in card.render(recipe, results | {"bench": speeds})
+    assert "key-value cache" not in card.render(recipe, results | {"bench": bench() | {"kv_cache": "float"}})
+    cosine = results["quality"]["metrics"]["kl"]
+    for name, loaded in (("logits_cosine", "hf_quant.load("), ("embedding_cosine", "AutoModel.from_pretrained(")):
+        text = card.render(recipe, {"quality": quality | {"kind": "encoder", "metrics": {name: cosine}}})
+        assert loaded in text and "passage by passage" in text and "in windows of" not in text
+
+
 def test_what_was_not_measured_is_said(known: tuple[dict[str, Any], dict[str, Any]]) -> None:
     recipe, _ = known
     text = card.render(recipe, {})
@@ -183,7 +214,7 @@ def test_a_strangers_text_stays_text(known: tuple[dict[str, Any], dict[str, Any]
     recipe["versions"] = {evil: evil}
     results["layers"][0]["layer"] = evil
     text = card.render(recipe, results)
-    data, body = metadata(text), text.split("---\n", 2)[2]
+    data, body = metadata(text), card.SEAL.sub("", text).split("---\n", 2)[2]
     assert data["license"] == "other" and data["license_name"] == evil and data["base_model"] == f"o/{evil}"
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(body)
     flat = [child for token in tokens for child in [token, *(token.children or [])]]
@@ -288,6 +319,11 @@ def test_build_show_validate(folder: Path) -> None:
         text.replace("MB in place of", "kB in place of").replace("kB in place", "B in place")
     )
     assert "is not what recipe.json and results.json give" in run("card", "validate", folder, code=1).stderr
+    (folder / "README.md").write_text(text)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config + "\n")
+    assert "results.json was not measured on these weights" in run("card", "validate", folder, code=1).stderr
+    (folder / "config.json").write_text(config)
     (folder / "recipe.json").write_text("[]")
     assert "recipe.json: not an object" in run("card", "show", folder, code=1).stderr
     (folder / "recipe.json").unlink()
@@ -301,7 +337,19 @@ def test_a_card_written_by_hand_stays(hub: FakeHub, folder: Path) -> None:
     assert (folder / "README.md").read_text() == "# mine\n" and not hub.repos
     run("card", "build", folder, "--overwrite")
     run("card", "build", folder)
-    assert card.MARK in (folder / "README.md").read_text()
+    written = (folder / "README.md").read_text()
+    for changed in (written.replace("## Limits", "## My notes\n\nmine\n\n## Limits"), f"{written}\nmine\n"):
+        (folder / "README.md").write_text(changed)
+        for command in (["card", "build", folder], ["push", folder, "alice/tiny", "--yes"]):
+            assert "README.md was changed by hand after hf-quant wrote it" in run(*command, code=1).stderr
+        assert (folder / "README.md").read_text() == changed and not hub.repos
+    for unchanged in (
+        written.replace("\n", "\r\n"),
+        card.SEAL.sub("\n", written),
+    ):  # the first versions wrote no digest
+        (folder / "README.md").write_text(unchanged, newline="")
+        run("card", "build", folder)
+    assert (folder / "README.md").read_text() == written
 
 
 @pytest.mark.parametrize(
@@ -383,6 +431,8 @@ def test_a_failed_gate_is_the_first_sentence(known: tuple[dict[str, Any], dict[s
     assert first.startswith("**This model missed its quality gate and was published all the same: KL 3 is over")
     assert "inside the budget" not in body and "`max_kl` 0.01: **missed**" in body
     assert "The quality of this model was not measured" in card.render(recipe, {"allow_failed_gate": True})
+    passed = card.render(recipe, results | {"gate": gate | {"passed": True, "misses": []}, "allow_failed_gate": True})
+    assert "published all the same" not in passed
 
 
 def test_the_command_makes_the_same_weights(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +460,7 @@ def test_the_command_makes_the_same_weights(base: Path, tmp_path: Path, monkeypa
     words = shlex.split(command[1].replace("\\\n", " "))
     assert words[:3] == ["hf-quant", "quantize", "tiny"] and words[4] == "OUT"
     run(*words[1:4], tmp_path / "b", *words[5:], "-q")
-    assert weight_files(tmp_path / "a") == weight_files(tmp_path / "b")
+    assert measured_files(tmp_path / "a") == measured_files(tmp_path / "b")
 
 
 def test_what_a_base_hands_on(hub: FakeHub, base: Path, tmp_path: Path) -> None:

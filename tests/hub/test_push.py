@@ -29,6 +29,7 @@ from hf_quant.errors import CheckpointError, GateError, PushError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.hf import integrity
 from hf_quant.hf.loading import sample_logits
+from hf_quant.jobs.base import recalled, remember
 from hf_quant.jobs.headers import opened
 from hf_quant.publish import push as publishing
 from hf_quant.publish.replay import replay
@@ -122,13 +123,68 @@ def test_weights_that_were_not_measured(hub: FakeHub, push: Push, folder: Path) 
     assert "truncated" in push(code=1).stderr
 
 
+def test_a_config_that_was_not_measured(hub: FakeHub, push: Push, folder: Path) -> None:
+    change(folder / "config.json", rms_norm_eps=5.0)
+    assert "not measured on these weights and this config.json" in push(code=1).stderr
+    first = [
+        file for file in json.loads((folder / "results.json").read_text())["files"] if file["name"] != "config.json"
+    ]
+    change(folder / "results.json", files=first)  # as the first versions wrote it
+    push()
+
+
+def test_pictures_of_a_ladder_stay(hub: FakeHub, push: Push, folder: Path) -> None:
+    for name in ("size_and_kl-dark.png", "sensitivity-light.png", "report.html"):
+        (folder / name).write_bytes(b"\x89PNG")
+    push()
+    assert not {name for name in hub.files(TO) if name.endswith((".png", ".html"))} - {"assets/layers.png"}
+
+
+def test_what_others_put_there_is_kept(hub: FakeHub, push: Push, folder: Path) -> None:
+    hub.create_repo("bob/full")
+    hub.put("bob/full", {"model-00001-of-00002.safetensors": b"x", "README.md": b"---\nlicense: mit\n---\n"})
+    assert "bob/full holds model-00001-of-00002.safetensors, which hf-quant" in push(to="bob/full", code=1).stderr
+    push("--create-pr", "--allow-failed-gate", to="bob/full", code=1)
+    hub.create_repo(TO)
+    hub.put(TO, {"README.md": b"---\nlicense: mit\n---\n", "extra/adapter_model.safetensors": b"x"})
+    push()
+    written = hub.files(TO)["README.md"].data or b""
+    assert "extra/adapter_model.safetensors" in hub.files(TO)
+    hub.put(TO, {"README.md": written + b"\n## Notes\n"})
+    assert f"README.md of {TO} was changed by hand" in push(code=1).stderr
+    assert (hub.files(TO)["README.md"].data or b"").endswith(b"## Notes\n")
+    push("--create-pr")
+    hub.put(TO, {"README.md": written})
+    push()
+
+
+def test_the_base_of_its_own_repository(hub: FakeHub, push: Push, folder: Path) -> None:
+    hub.create_repo("Alice/Base")
+    hub.put("Alice/Base", {"config.json": b'{"model_type": "llama"}', "README.md": b"---\nlicense: mit\n---\n"})
+    refused = push("--base-model", "Alice/Base", to="alice/base", code=1).stderr
+    assert "alice/base is the model that" in refused and "push to another repository" in refused
+
+
+@pytest.mark.parametrize("stated", ["unknown", ["mit", "apache-2.0"]])
+def test_a_licence_that_is_none_can_be_named(hub: FakeHub, push: Push, folder: Path, stated: Any) -> None:
+    change(folder / "recipe.json", source={"model": "tiny", "license": stated})
+    assert "name it with --license" in push(code=1).stderr
+    push("--license", "mit")
+
+
+def test_a_base_that_is_a_folder_is_still_known(hub: FakeHub, push: Push, folder: Path, base: Path) -> None:
+    remember(folder, str(base))
+    push()
+    assert recalled(folder) == base.resolve()
+
+
 def test_a_secret_in_the_weights(hub: FakeHub, push: Push, folder: Path) -> None:
-    from hf_quant.disk.digests import weight_files
+    from hf_quant.disk.digests import measured_files
 
     save_file(
         load_file(folder / "model.safetensors"), folder / "model.safetensors", metadata={"format": "pt", "by": TOKEN}
     )
-    change(folder / "results.json", files=weight_files(folder))
+    change(folder / "results.json", files=measured_files(folder))
     assert "model.safetensors: holds a Hugging Face token" in push(code=1).stderr
 
 
@@ -311,6 +367,9 @@ def test_a_model_made_from_the_hub(hub: FakeHub, api: HfApi, base: Path, tmp_pat
 def test_usage(hub: FakeHub, push: Push, folder: Path) -> None:
     assert "nobody is there to ask" in run("push", folder, TO, code=2).stderr
     assert "goes alone" in push("--create-pr", "--tag", "v1", code=2).stderr
+    assert "changes no settings" in push("--revision", "refs/pr/1", "--private", code=2).stderr
+    (folder / "tokenizer_config.json").write_text("{oops")
+    assert "tokenizer_config.json: not JSON" in push(code=1).stderr
     assert "'tiny' names no owner" in push(to="tiny", code=2).stderr
 
 
@@ -336,6 +395,8 @@ def test_push_to_hub(hub: FakeHub, folder: Path, base: Path) -> None:
     fresh: Any = AutoModelForCausalLM.from_pretrained(base, quantization_config=HfQuantConfig("W4A16-g32"))
     with pytest.raises(PushError, match="nobody measured what this model lost"):
         fresh.push_to_hub("alice/other")
+    with pytest.raises(PushError, match="--create-pr goes alone"):
+        model.push_to_hub(TO, create_pr=True, tag="v1")
     with pytest.raises(PushError, match="takes no max_shard_size for a quantized model"):
         fresh.push_to_hub("alice/other", max_shard_size="1GB")
     change(folder / "recipe.json", source={"model": "tiny"})
@@ -384,6 +445,7 @@ from transformers import AutoModelForCausalLM
 models = {name: AutoModelForCausalLM.from_pretrained(name) for name in sys.argv[3:]}
 from hf_quant.hf import integrity
 from hf_quant.hf.loading import sample_logits
+from hf_quant.jobs.base import recalled, remember
 from hf_quant.jobs.headers import opened
 for name, model in models.items():
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantLinear"

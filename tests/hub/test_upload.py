@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from hf_quant.disk.digests import digests
+from hf_quant.disk.digests import MANIFEST, digest, digests
 from hf_quant.errors import PushError
+from hf_quant.publish.manifest import manifest_of
 from hf_quant.publish.upload import Target, upload
 
 from .conftest import BOB, READ_TOKEN
@@ -65,13 +66,23 @@ def test_somebody_else_commits_meanwhile(hub: FakeHub, api: HfApi, tmp_path: Pat
 
 
 def test_fewer_shards_than_before(hub: FakeHub, tmp_path: Path, way: str) -> None:
-    make_folder(tmp_path / "m")
+    files = make_folder(tmp_path / "m")
+    (tmp_path / "m" / MANIFEST).write_bytes(manifest_of(files))
     send(hub, tmp_path / "m", Target(REPO))
     for path in (tmp_path / "m").glob("*.safetensors"):
         path.unlink()
     (tmp_path / "m" / "model.safetensors").write_bytes(b"other weights")
+    (tmp_path / "m" / MANIFEST).write_bytes(
+        manifest_of({"model.safetensors": digest(tmp_path / "m" / "model.safetensors")})
+    )
     commit = send(hub, tmp_path / "m", Target(REPO))
-    assert sorted(hub.files(REPO)) == [".gitattributes", "README.md", "config.json", "model.safetensors"]
+    assert sorted(hub.files(REPO)) == [
+        ".gitattributes",
+        "README.md",
+        "config.json",
+        "manifest.json",
+        "model.safetensors",
+    ]
     assert send(hub, tmp_path / "m", Target(REPO)) == commit and len(hub.history(REPO)) == 3
 
 

@@ -124,8 +124,8 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
          "single_word": False, "lstrip": False, "rstrip": False}
         for n in range(len(tokens)) if types[n] in (CONTROL, USER_DEFINED)
     ]  # fmt: skip
-    outside = {entry["content"] for entry in added}
-    vocabulary = {text: n for n, text in enumerate(tokens) if text not in outside and types[n] != UNUSED}
+    # added tokens too: those outside of the vocabulary would be numbered from its end on, whatever their id says
+    vocabulary = {text: n for n, text in enumerate(tokens) if types[n] != UNUSED}
     pairs = [merge.split(" ") for merge in merges]
     if any(len(pair) != 2 or "".join(pair) not in vocabulary or not set(pair) <= vocabulary.keys() for pair in pairs):
         raise FormatError("tokenizer.ggml.merges: a merge is not of two tokens that make a third")

@@ -17,7 +17,7 @@ from hf_quant.disk.safetensors import SIZES, TensorInfo
 from hf_quant.errors import CheckpointError
 from hf_quant.hf._compat import arrivals
 from hf_quant.hf._hooks import may_be_missing
-from hf_quant.hf.community import Placed, aliases, as_asked, place
+from hf_quant.hf.community import Placed, aliases, as_asked, homes, place
 from hf_quant.hf.config import HfQuantConfig
 
 # suffixes of quantized layers only: GPTQ and AWQ, compressed-tensors, HQQ, optimum-quanto, bitsandbytes
@@ -127,6 +127,20 @@ def check_complete(model: Any, placed: Placed, covered: set[str], names: Iterabl
     for name in [name for name, _ in model.named_parameters()] if names is None else names:
         if name not in covered and name not in partners and not any(pattern.search(name) for pattern in optional):
             raise CheckpointError(f"tensor {name} is missing from the checkpoint")
+
+
+def check_whole(model: Any, contents: Contents) -> None:
+    """Check that a checkpoint has every parameter of its model, from the headers, and that those in floating point fit.
+
+    Args:
+        model: Without weights, before any module is replaced.
+        contents: The checkpoint.
+
+    Raises:
+        CheckpointError: Names the tensor.
+    """
+    placed = Placed(dense=dict.fromkeys(homes(model, contents).values(), ""))
+    check_complete(model, placed, check_rest(model, contents.checkpoint, contents.rest))
 
 
 def check_buffers(model: Any, tensors: Mapping[str, TensorInfo]) -> None:

@@ -31,6 +31,7 @@ from hf_quant.hf.community import homes, place
 from hf_quant.hf.config import VERSION
 from hf_quant.hf.loading import skeleton
 from hf_quant.hf.plan import tied_to_others
+from hf_quant.hf.preflight import check_whole
 from hf_quant.hf.shards import write_index
 from hf_quant.jobs.companions import PATTERNS, copy_companions, inside
 from hf_quant.jobs.engines import ENGINES, Verdict
@@ -182,12 +183,14 @@ def _convert(
     if verdict is not None and verdict.refused:
         raise FormatError(f"{target}: " + "; ".join(verdict.lines()[len(verdict.kernels) :]))
     refuse(contents, to)
+    model = skeleton(str(source))
+    check_whole(model, contents)
     with claimed(out), output_folder(out, [source], overwrite=overwrite) as stage:
         if to == GGUF:
             write_gguf(contents, stage, report)
             write_json(stage / CONVERSION, {"from": label_of(contents.format), "to": to} | record(stage))
         else:
-            _safetensors(_job(contents, to), stage, report)
+            _safetensors(_job(model, contents, to), stage, report)
         size = sum(file.stat().st_size for kind in ("*.safetensors", "*.gguf") for file in stage.glob(kind))
     before = sum(file.stat().st_size for file in _files(contents))
     return ConvertResult(label_of(contents.format), to, out, len(contents.layers), before, size, target, tp, verdict)
@@ -251,11 +254,10 @@ def refuse(contents: Contents, to: str) -> None:
         raise FormatError(f"--to {to}: {names[0]}{f' and {others} more layers' if others else ''}: {reason}")
 
 
-def _job(contents: Contents, to: str) -> _Job:
+def _job(model: Any, contents: Contents, to: str) -> _Job:
     schemes = {name: layer.scheme for name, layer in contents.layers.items() if layer.scheme is not None}
     left = [n.removesuffix(".weight") for n in contents.rest if _is_linear(n, contents.checkpoint)]
     fmt = None if to == DENSE else _writer(contents, to)
-    model = skeleton(str(contents.checkpoint.folder))
     targets, places = candidates(model), homes(model, contents)  # layers have the names that the model has for them
     if fmt is None:
         geometries = {name: parameter_in(model, home)[1] for name, home in places.items() if home in targets}

@@ -329,6 +329,23 @@ def test_metadata_that_contradicts_itself_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("to", ["dense", "native", "gguf"])
+@pytest.mark.parametrize(
+    ("name", "parameter"), [("blk.0.attn_q.weight", "q_proj.weight"), ("blk.1.ffn_norm.weight", "post_attention")]
+)
+def test_files_that_lack_a_tensor_are_refused(
+    qwen3: Path, name: str, parameter: str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight that is missing would be a random one."""
+    source = qwen3 / "gguf" / "model.gguf"
+    opened = File.open(source)
+    del opened.tensors[name]
+    monkeypatch.setattr(File, "open", lambda path: opened)
+    with pytest.raises(CheckpointError, match=rf"{parameter}.* is missing"):
+        convert(source, tmp_path / "out", to=to)
+    assert not (tmp_path / "out").exists()
+
+
 def test_scales_that_are_no_numbers_are_refused(qwen3: Path, tmp_path: Path) -> None:
     path = shutil.copy(qwen3 / "gguf" / "model.gguf", tmp_path / "model.gguf")
     stored = File.open(path).tensors["blk.0.ffn_up.weight"]

@@ -167,7 +167,7 @@ def convert(
             tempfile.TemporaryDirectory(prefix=".gguf-", dir=out.resolve().parent) as native,
             reporting(progress, say) as report,
         ):
-            read_gguf(source, Path(native))
+            read_gguf(source, Path(native), report.say)
             done = _convert(Path(native), out, to, target, tp, overwrite, report)
         return replace(done, source=GGUF, bytes_before=source.stat().st_size)
     with reporting(progress, say) as report:

@@ -15,15 +15,17 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.atomic import write_json
 from hf_quant.disk.safetensors import write_tensors
+from hf_quant.disk.strict_json import shown
 from hf_quant.errors import CheckpointError, FormatError
 from hf_quant.formats import formats, in_memory_format
 from hf_quant.gguf.architectures import ROPE, Architecture, config_of, model_name, of_file, rope_divisors, row_order
 from hf_quant.gguf.blocks import unpack
 from hf_quant.gguf.codes import tensor_of
 from hf_quant.gguf.file import File
-from hf_quant.gguf.tokenizer import tokenizer_json
+from hf_quant.gguf.tokenizer import SPLITS, tokenizer_json
 from hf_quant.hf.config import VERSION
 from hf_quant.hf.shards import write_index
+from hf_quant.jobs.progress import Say
 
 _NUMBER = re.compile(r"blk\.(\d+)\.")
 LLAMA3 = {  # scaling of rotary embeddings: these are in no key of a file, and alike in all models of that family
@@ -36,8 +38,13 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def read_gguf(path: Path, out: Path) -> None:
+def read_gguf(path: Path, out: Path, say: Say) -> None:
     """Write the checkpoint of a GGUF file into an empty folder.
+
+    Args:
+        path: The file.
+        out: The folder.
+        say: Is told if the tokenizer is not read.
 
     Raises:
         CheckpointError: The file is damaged, or holds what is not read here; names the file and the tensor or key.
@@ -45,6 +52,7 @@ def read_gguf(path: Path, out: Path) -> None:
     file = File.open(path)
     try:
         _write(file, out)
+        _write_tokenizer(file, out, say)
     except FormatError as error:
         raise CheckpointError(f"{path.name}: {error}") from None
 
@@ -79,8 +87,18 @@ def _write(file: File, out: Path) -> None:
     write_json(
         out / "config.json", config | {"dtype": "float16", "quantization_config": stored | {"version": VERSION}}
     )
-    for name, content in tokenizer_json(file.metadata).items():
+
+
+def _write_tokenizer(file: File, out: Path, say: Say) -> None:
+    files = tokenizer_json(file.metadata)
+    for name, content in files.items():
         write_json(out / name, content)
+    if not files:
+        kinds = [file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre")]
+        say(
+            f"{file.path.name}: its tokenizer ({', '.join(shown(kind) for kind in kinds)}) is not read, only those of GPT-2, "
+            f"{' and '.join(SPLITS.values())} are: copy the files of the base model's tokenizer into the result"
+        )
 
 
 def _config(file: File, architecture: Architecture) -> dict[str, Any]:

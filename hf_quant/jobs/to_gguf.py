@@ -21,6 +21,7 @@ from hf_quant.gguf.blocks import BLOCKS, pack, unpack
 from hf_quant.gguf.codes import blocks_of, tensor_of
 from hf_quant.gguf.codes import why_not as why_no_blocks
 from hf_quant.gguf.file import File
+from hf_quant.gguf.tokenizer import FILE as TOKENIZER
 from hf_quant.gguf.tokenizer import tokenizer_keys
 from hf_quant.jobs.progress import Reporter
 
@@ -117,6 +118,8 @@ def write_gguf(contents: Contents, stage: Path, report: Reporter) -> Path:
     writer.close()
     _compare(source, File.open(path))
     counts = Counter(types.values())
+    if not (source.contents.checkpoint.folder / TOKENIZER).is_file():
+        report.say(f"{path.name}: without a tokenizer, since the folder has no {TOKENIZER}; llama.cpp needs one")
     report.say(f"{path.name}: " + ", ".join(f"{count} layers in {name}" for name, count in counts.most_common()))
     return path
 

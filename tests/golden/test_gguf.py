@@ -346,6 +346,19 @@ def test_files_that_lack_a_tensor_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tokenizer_that_is_lost_is_named(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(qwen3 / "quantized", tmp_path / "quantized")
+    (tmp_path / "quantized" / "tokenizer.json").unlink()
+    lines: list[str] = []
+    convert(tmp_path / "quantized", tmp_path / "gguf", to="gguf", say=lines.append)
+    assert any("without a tokenizer" in line for line in lines)
+    opened = File.open(qwen3 / "gguf" / "model.gguf")
+    opened.metadata["tokenizer.ggml.model"] = "llama"
+    monkeypatch.setattr(File, "open", lambda path: opened)
+    convert(qwen3 / "gguf" / "model.gguf", tmp_path / "back", to="native", say=lines.append)
+    assert any("model.gguf: its tokenizer ('llama', 'gpt-2') is not read" in line for line in lines)
+
+
 def test_scales_that_are_no_numbers_are_refused(qwen3: Path, tmp_path: Path) -> None:
     path = shutil.copy(qwen3 / "gguf" / "model.gguf", tmp_path / "model.gguf")
     stored = File.open(path).tensors["blk.0.ffn_up.weight"]

@@ -67,6 +67,26 @@ NUMBERS: tuple[tuple[str, str, type], ...] = (  # key below the architecture's n
     ("rope.freq_base", "rope_theta", float),
 )
 
+SCALED: dict[
+    str, dict[str, tuple[str, type]]
+] = {  # kind of rotary embeddings to key below rope.scaling, field and type
+    "linear": {"factor": ("factor", float)},
+    "yarn": {"factor": ("factor", float), "original_context_length": ("original_max_position_embeddings", int)},
+}
+ROPE_TYPES = ("default", "llama3", *SCALED)
+USUAL = {  # fields of rope_parameters that llama.cpp has no key for, and the value that it computes with
+    "partial_rotary_factor": 1, "attention_factor": None, "mscale": None, "mscale_all_dim": None, "beta_fast": 32, "beta_slow": 1,
+    "truncate": True,
+}  # fmt: skip
+NEUTRAL = {
+    "attn_factor": 1,
+    "alpha": 0,
+    "yarn_log_multiplier": 0,
+    "yarn_attn_factor": 1,
+    "yarn_beta_fast": 32,
+    "yarn_beta_slow": 1,
+}
+
 
 def of_config(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a config.json.
@@ -140,18 +160,27 @@ def row_order(name: str, architecture: Architecture, config: Mapping[str, Any], 
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
+def _rope(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """How the rotary embeddings of a config.json are scaled, and the kind of it."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise FormatError(f"rope_type {kind}: GGUF is written with {', '.join(ROPE_TYPES)}")
+    for field, usual in USUAL.items():
+        if rope.get(field) not in (None, usual):
+            raise FormatError(f"rope_parameters.{field} {rope[field]}: files of GGUF have no place for it")
+    return rope, kind
+
+
 def rope_divisors(config: Mapping[str, Any]) -> Tensor | None:
     """float32 ``[head_dim / 2]``: what frequencies are divided by; None if all by one.
 
     Raises:
         FormatError: The rotary embeddings are scaled in a way that is not known here.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
+    rope, kind = _rope(config)
     if kind != "llama3":
-        raise FormatError(f"rope_type {kind}: GGUF is written with default and llama3")
+        return None
     dim, theta = head_dim(config), theta_of(config)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
     length = rope["original_max_position_embeddings"]
@@ -176,14 +205,50 @@ def theta_of(config: Mapping[str, Any]) -> float:
     return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
 
 
-def metadata_of(config: Mapping[str, Any], architecture: Architecture) -> dict[str, int | float]:
-    """The keys of a file for a config.json."""
+def metadata_of(config: Mapping[str, Any], architecture: Architecture) -> dict[str, int | float | str]:
+    """The keys of a file for a config.json, with the values that transformers gives to fields that it does not have.
+
+    Raises:
+        FormatError: The rotary embeddings are scaled in a way that is not known here.
+    """
     filled = dict(config) | {"head_dim": head_dim(config), "rope_theta": theta_of(config)}
-    filled.setdefault("num_key_value_heads", config["num_attention_heads"])
-    numbers = {f"{architecture.name}.{key}": kind(filled[field]) for key, field, kind in NUMBERS}
-    return numbers | (
-        {f"{architecture.name}.vocab_size": int(config["vocab_size"])} if architecture.vocab_size else {}
-    )
+    keys: dict[str, int | float | str] = {key: kind(filled[field]) for key, field, kind in NUMBERS}
+    if architecture.vocab_size:
+        keys["vocab_size"] = int(config["vocab_size"])
+    rope, kind = _rope(config)
+    if kind in SCALED:
+        keys |= {"rope.scaling.type": kind} | {
+            f"rope.scaling.{key}": cast(rope[field]) for key, (field, cast) in SCALED[kind].items()
+        }
+    return {f"{architecture.name}.{key}": value for key, value in keys.items()}
+
+
+def scaling_of(metadata: Mapping[str, Any], name: str, length: int) -> dict[str, Any]:
+    """How the rotary embeddings of a file are scaled, as fields of ``rope_parameters``; empty if they are not.
+
+    As llama.cpp reads it: linear where the type is not named, the whole context where the original one is not.
+
+    Args:
+        metadata: Of the file.
+        name: Of its architecture.
+        length: Of its context.
+
+    Raises:
+        FormatError: They are scaled in a way that is not known here; the message names the key.
+    """
+    kind, keys = metadata.get(f"{name}.rope.scaling.type", "linear"), f"{name}.rope.scaling."
+    if kind not in ("none", *SCALED):
+        raise FormatError(f"key {keys}type: {ascii(kind)[:60]}: none, {' and '.join(SCALED)} are read")
+    for key, neutral in NEUTRAL.items():
+        if metadata.get(keys + key, neutral) != neutral:
+            raise FormatError(f"key {keys}{key}: {ascii(metadata[keys + key])[:60]}: transformers has no such factor")
+    older = _number(metadata, f"{name}.rope.scale_linear", float, {})
+    factor = _number(metadata, f"{keys}factor", float, {}) or older or 1.0
+    if kind == "none" or factor == 1:
+        return {}
+    original = _number(metadata, f"{keys}original_context_length", int, {}) or length
+    more = {"original_max_position_embeddings": original} if kind == "yarn" else {}
+    return {"rope_type": kind, "factor": factor} | more
 
 
 def config_of(
@@ -209,14 +274,24 @@ def config_of(
     theta = config.pop("rope_theta", 10000.0)
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // max(1, config["num_attention_heads"]))
+    scaling = scaling_of(metadata, architecture.name, config["max_position_embeddings"])
     return {
         "architectures": [architecture.class_name], "model_type": architecture.model_type, "vocab_size": vocabulary,
         "tie_word_embeddings": tied, "hidden_act": "silu", "attention_bias": bias,
-        "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+        "rope_parameters": {"rope_theta": theta, "rope_type": "default"} | scaling,
     } | config  # fmt: skip
 
 
-_OPTIONAL = ("head_count_kv", "key_length", "value_length", "dimension_count", "freq_base")
+_OPTIONAL = (
+    "head_count_kv",
+    "key_length",
+    "value_length",
+    "dimension_count",
+    "freq_base",
+    "scaling.factor",
+    "scale_linear",
+    "original_context_length",
+)
 
 
 def _number(metadata: Mapping[str, Any], key: str, kind: type, config: Mapping[str, Any]) -> Any:

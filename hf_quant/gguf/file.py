@@ -103,8 +103,14 @@ class File:
         return rows
 
     def floats(self, name: str) -> Tensor:
-        """A tensor in floating point, in its own type."""
+        """A tensor in floating point, in its own type.
+
+        Raises:
+            CheckpointError: It is quantized, or the file has changed.
+        """
         stored = self.tensors[name]
+        if stored.type not in FLOATS:
+            raise CheckpointError(f"{self.path.name}: tensor {name}: {stored.type}, expected {', '.join(FLOATS)}")
         return self.bytes_of(name).view(FLOATS[stored.type][1]).view(stored.shape)
 
 

@@ -209,7 +209,7 @@ def _safetensors(job: _Job, stage: Path, report: Reporter) -> None:
 
 
 def why_not(contents: Contents, to: str) -> dict[str, list[str]]:
-    """Why a format cannot hold the layers of a checkpoint exactly: sentence to layers; empty if it can."""
+    """Why a format cannot hold a checkpoint exactly: sentence to layers, to none if it concerns all of it; empty if it can."""
     reasons: dict[str, list[str]] = {}
     if to == GGUF:
         return why_not_gguf(contents)
@@ -251,7 +251,8 @@ def refuse(contents: Contents, to: str) -> None:
     if reasons := why_not(contents, to):
         reason, names = next(iter(reasons.items()))
         others = sum(map(len, reasons.values())) - 1
-        raise FormatError(f"--to {to}: {names[0]}{f' and {others} more layers' if others else ''}: {reason}")
+        layers = f"{names[0]}{f' and {others} more layers' if others else ''}: " if names else ""
+        raise FormatError(f"--to {to}: {layers}{reason}")
 
 
 def _job(model: Any, contents: Contents, to: str) -> _Job:

@@ -110,6 +110,10 @@ def _config(file: File, architecture: Architecture) -> dict[str, Any]:
         file.metadata, architecture, table.shape[0], tied=tied, bias="blk.0.attn_q.bias" in file.tensors
     )
     if ROPE in file.tensors:
+        if (kind := config["rope_parameters"]["rope_type"]) != "default":
+            raise FormatError(
+                f"{ROPE} and {architecture.name}.rope.scaling.type {kind}: transformers scales one way only"
+            )
         divisors = file.floats(ROPE)
         config["rope_parameters"] |= LLAMA3 | {"factor": float(divisors.max())}
         expected = rope_divisors(config)

@@ -22,7 +22,8 @@ from hf_quant.gguf.codes import blocks_of, tensor_of
 from hf_quant.gguf.codes import why_not as why_no_blocks
 from hf_quant.gguf.file import File
 from hf_quant.gguf.tokenizer import FILE as TOKENIZER
-from hf_quant.gguf.tokenizer import tokenizer_keys
+from hf_quant.gguf.tokenizer import SPECIAL, tokenizer_keys
+from hf_quant.hf.auto import config_of
 from hf_quant.jobs.progress import Reporter
 
 FILE = "model.gguf"
@@ -37,7 +38,11 @@ class _Source:
 
     @classmethod
     def of(cls, contents: Contents) -> _Source:
-        config = contents.checkpoint.config
+        stored = contents.checkpoint.config
+        of_config(stored)
+        filled = config_of(str(contents.checkpoint.folder)).to_dict()
+        # numbers of tokens only as they are stored: those that transformers fills in are of another vocabulary
+        config = filled | {field: stored.get(field) for field in SPECIAL.values()}
         return cls(contents, config, of_config(config))
 
     def layer(self, module: str) -> QuantizedTensor:
@@ -76,15 +81,21 @@ class _Source:
 
 
 def why_not_gguf(contents: Contents) -> dict[str, list[str]]:
-    """Why a GGUF file cannot hold a checkpoint, from its headers alone: sentence to layers; empty if it may."""
+    """Why a GGUF file cannot hold a checkpoint, from its headers alone: sentence to layers, to none if it concerns all of it;
+    empty if it may.
+
+    Raises:
+        CheckpointError: config.json or a file of the tokenizer is damaged.
+    """
     try:
         source = _Source.of(contents)
         rope_divisors(source.config)
+        metadata_of(source.config, source.architecture)
         tokenizer_keys(contents.checkpoint.folder, source.config)
         for name in source.rest():
             gguf_name(name)
     except FormatError as error:
-        return {str(error): sorted(contents.layers)[:1]}
+        return {str(error): []}
     reasons: dict[str, list[str]] = {}
     for module, layer in contents.layers.items():
         reason = f"not integer codes ({layer.note})" if layer.scheme is None else why_no_blocks(layer.scheme)

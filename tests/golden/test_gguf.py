@@ -20,7 +20,16 @@ from hf_quant.core.k_quants import K_QUANTS
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError
-from hf_quant.gguf.architectures import gguf_name, model_name, row_order
+from hf_quant.gguf.architectures import (
+    ROPE,
+    config_of,
+    gguf_name,
+    metadata_of,
+    model_name,
+    of_config,
+    of_file,
+    row_order,
+)
 from hf_quant.gguf.blocks import BLOCKS, dequantize, pack, unpack
 from hf_quant.gguf.codes import blocks_of, tensor_of
 from hf_quant.gguf.file import File
@@ -313,6 +322,9 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a size of zero": (lambda keys: keys.update({"qwen3.block_count": 0}), "block_count"),
     "more blocks than it says": (lambda keys: keys.update({"qwen3.block_count": 1}), "blk.1"),
     "tokens of two kinds": (lambda keys: keys.update({"tokenizer.ggml.token_type": [1]}), "token_type"),
+    "a scaling that is not read": (lambda keys: keys.update({"qwen3.rope.scaling.type": "longrope"}), "longrope"),
+    "a scaling by text": (lambda keys: keys.update({"qwen3.rope.scaling.factor": "4"}), "scaling.factor"),
+    "a factor of attention": (lambda keys: keys.update({"qwen3.rope.scaling.attn_factor": 2.0}), "attn_factor"),
     "a merge of nothing": (lambda keys: keys.update({"tokenizer.ggml.merges": ["x y z"]}), "merges"),
 }
 
@@ -359,6 +371,70 @@ def test_a_tokenizer_that_is_lost_is_named(qwen3: Path, tmp_path: Path, monkeypa
     assert any("model.gguf: its tokenizer ('llama', 'gpt-2') is not read" in line for line in lines)
 
 
+SCALED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "linear, by its old name": ({"../scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    "none": ({"type": "none", "factor": 4.0}, {"rope_type": "default"}),
+    "by one": ({"type": "yarn", "factor": 1.0}, {"rope_type": "default"}),
+    "yarn": ({"type": "yarn", "factor": 4.0, "original_context_length": 32},
+             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}),
+    "yarn of the whole context": ({"type": "yarn", "factor": 4.0},
+                                  {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SCALED)
+def test_scaled_rotary_embeddings_are_read_as_llama_cpp_reads_them(qwen3: Path, case: str) -> None:
+    keys, expected = SCALED[case]
+    metadata = File.open(qwen3 / "gguf" / "model.gguf").metadata
+    metadata |= {f"qwen3.rope.scaling.{key}".replace("scaling.../", ""): value for key, value in keys.items()}
+    config = config_of(metadata, of_file(metadata), 64, tied=False, bias=False)
+    assert config["rope_parameters"] == {"rope_theta": 10000.0} | expected
+    written = metadata_of(config | {"vocab_size": 64}, of_file(metadata))
+    again = config_of(written, of_file(metadata), 64, tied=False, bias=False)
+    assert again["rope_parameters"] == config["rope_parameters"]
+
+
+def test_scalings_without_a_place_are_refused(qwen3: Path) -> None:
+    config = json.loads((qwen3 / "quantized" / "config.json").read_text())
+    for rope, reason in (
+        ({"rope_type": "dynamic", "factor": 2.0}, "dynamic"),
+        ({"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}, "attention_factor"),
+        ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ):
+        with pytest.raises(FormatError, match=reason):
+            metadata_of(config | {"rope_parameters": rope}, of_config(config))
+
+
+def test_divisors_of_rotary_embeddings_that_are_quantized_are_refused(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = File.open(qwen3 / "gguf" / "model.gguf")
+    opened.tensors[ROPE] = opened.tensors["blk.0.ffn_up.weight"]
+    monkeypatch.setattr(File, "open", lambda path: opened)
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight: Q4_0, expected F32"):
+        convert(qwen3 / "gguf" / "model.gguf", tmp_path / "out", to="native")
+
+
+def test_fields_that_config_json_does_not_have_are_those_of_transformers(qwen3: Path, tmp_path: Path) -> None:
+    shutil.copytree(qwen3 / "quantized", tmp_path / "quantized")
+    path = tmp_path / "quantized" / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("rms_norm_eps", "max_position_embeddings", "bos_token_id"):
+        config.pop(name, None)
+    path.write_text(json.dumps(config | {"pad_token_id": -1, "rope_parameters": None}))
+    convert(tmp_path / "quantized", tmp_path / "out", to="gguf")
+    metadata = File.open(tmp_path / "out" / "model.gguf").metadata
+    assert metadata["qwen3.context_length"] == tf.Qwen3Config().max_position_embeddings
+    assert metadata["qwen3.attention.layer_norm_rms_epsilon"] == pytest.approx(tf.Qwen3Config().rms_norm_eps)
+    assert not [key for key in metadata if key.endswith("token_id")]
+
+
+def test_as_many_heads_of_keys_as_of_queries_need_not_be_said() -> None:
+    config = tf.LlamaConfig(**SHAPE | {"num_key_value_heads": None}).to_dict()
+    assert metadata_of(config, of_config(config))["llama.attention.head_count_kv"] == SHAPE["num_attention_heads"]
+
+
 def test_scales_that_are_no_numbers_are_refused(qwen3: Path, tmp_path: Path) -> None:
     path = shutil.copy(qwen3 / "gguf" / "model.gguf", tmp_path / "model.gguf")
     stored = File.open(path).tensors["blk.0.ffn_up.weight"]
@@ -376,7 +452,7 @@ def test_other_architectures_and_tokenizers_are_refused_before_anything_is_writt
     path = tmp_path / "quantized" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"model_type": "gpt2"}))
-    with pytest.raises(FormatError, match="convert_hf_to_gguf"):
+    with pytest.raises(FormatError, match=r"^--to gguf: model_type 'gpt2': .*convert_hf_to_gguf"):
         convert(tmp_path / "quantized", tmp_path / "out", to="gguf")
     path.write_text(json.dumps(config))
     file = tmp_path / "quantized" / "tokenizer.json"

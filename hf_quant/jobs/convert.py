@@ -268,8 +268,11 @@ def _job(model: Any, contents: Contents, to: str) -> _Job:
             raise FormatError(f"--to {to}: {next(iter(dense))}: {next(iter(dense.values()))}")
         schemes = {places[name]: scheme for name, scheme in schemes.items()}
         left = [name for name in targets if name not in schemes]
-        convolutions = [name for name in schemes if targets[name].kind == "patches"]
-        config = fmt.config(schemes, sorted(left)) | ({"convolutions": convolutions} if convolutions else {})
+        config = fmt.config(schemes, sorted(left))
+        if convolutions := [name for name in schemes if targets[name].kind == "patches"]:
+            config["convolutions"] = convolutions
+        if any(targets[name].kind == "embedding" for name in schemes):  # some hosts look for this field alone
+            config["quantize_embeddings"] = True
         return _Job(contents, to, fmt, torch.float32, {}, config)
     left += [name for name in tied_to_others(model) if name in targets and targets[name].kind == "linear"]
     config = fmt.config(schemes, sorted(set(left) - set(schemes))) | {"hf_quant": _known(contents)}

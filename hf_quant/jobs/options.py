@@ -113,8 +113,8 @@ def _of_file(path: Path) -> str:
 def _of_folder(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return (
-            "an adapter (PEFT), not a whole model; merge it into its base first: "
-            "AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            "an adapter (PEFT), not a whole model; merge it into its base first: AutoPeftModelForCausalLM.from_pretrained(...), "
+            "then merge_and_unload(), or hf_quant.merge_adapters(model) where the base is quantized, and save_pretrained(...)"
         )
     if (folder / "model_index.json").is_file():
         parts = sorted(p.parent.name for p in folder.glob("*/config.json"))

@@ -83,3 +83,17 @@ def test_every_kind_on_every_module(module: str, kind: str, tmp_path: Path) -> N
     record(f"{kind} on {module}", loss=[losses[0], losses[-1]], share_lost=sum(lost.values()) / len(lost))
     assert lost and all(0 < share < 1 for share in lost.values())
     assert (logits(merged) - after).norm() < (logits(load()) - after).norm()
+
+
+def test_merging_needs_no_tokenizer_and_looks_for_adapters_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = HfQuantConfig("W4A16-g32")
+    CAUSAL.from_config(tf.LlamaConfig(**GATED)).save_pretrained(tmp_path / "base")
+    model = CAUSAL.from_pretrained(tmp_path / "base", quantization_config=config)
+    model.save_pretrained(tmp_path / "model")
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    adapter.merge_and_requantize(tmp_path / "model", tmp_path / "adapter", config)
+    monkeypatch.setattr(adapter.hf_quant, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ValueError, match="adapter_config"):
+        adapter.merge_and_requantize(tmp_path / "model", tmp_path / "base", config)

@@ -208,6 +208,8 @@ def test_files_of_others_run_packed(qwen3: Path, tmp_path: Path) -> None:
     writer.write_tensors_to_file()
     writer.close()
     convert(tmp_path / "k.gguf", tmp_path / "k", to="native")
+    stored = json.loads((tmp_path / "k" / "config.json").read_text())["quantization_config"]
+    assert stored["quantize_embeddings"] is True
     model = hf_quant.load(str(tmp_path / "k"), dtype=torch.float32)
     twin = tf.AutoModelForCausalLM.from_pretrained(qwen3 / "float", dtype=torch.float32)
     assert set(dense) <= set(twin.state_dict())

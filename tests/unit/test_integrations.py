@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import hf_quant
+from hf_quant.core.layout import PARTS
 
 ROOT = Path(__file__).parents[2]
 HOSTS = sorted(file.parent for file in (ROOT / "integrations").glob("*/requirements.txt"))
@@ -59,3 +60,13 @@ def test_an_adapter_was_tried_with_the_version_that_is_required(host: Path) -> N
     required = (host / "requirements.txt").read_text().split("==")[1]
     assert len(tried) == (host / "pyproject.toml").is_file()
     assert all(required.startswith(version) for version in tried)
+
+
+def test_vllm_takes_every_tensor_of_a_layer() -> None:
+    """One that its plug-in has no parameter for, vLLM does not load."""
+    tree = ast.parse((ROOT / "integrations/vllm/src/hf_quant_vllm/arriving.py").read_text())
+    names = next(
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "NAMES"
+    )
+    assert isinstance(names, ast.Dict)
+    assert {ast.literal_eval(name) for name in names.keys if name is not None} == set(PARTS)

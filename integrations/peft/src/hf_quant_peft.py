@@ -19,6 +19,7 @@ import hf_quant
 
 __all__ = ["merge_and_requantize", "start_from_error"]
 TRIED = "0.21."
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 logger = logging.getLogger(__name__)
 if not peft.__version__.startswith(TRIED):
     logger.warning("hf-quant-peft was tried with PEFT %sx, and this is %s", TRIED, peft.__version__)
@@ -107,18 +108,21 @@ def merge_and_requantize(quantized: str | Path, adapters: str | Path, config: hf
         The model, to be saved by ``save_pretrained``.
 
     Raises:
+        ValueError: ``adapters`` holds none, or those of another model.
         HfQuantError: As of ``from_pretrained`` with ``config``.
     """
+    lora = peft.PeftConfig.from_pretrained(str(adapters))  # before anything is loaded
     with tempfile.TemporaryDirectory() as merged:
         model = hf_quant.load(str(quantized), dtype=torch.float32).dequantize()
-        _adapted(model, str(adapters)).merge_and_unload().save_pretrained(merged)
-        AutoTokenizer.from_pretrained(quantized).save_pretrained(merged)  # calibrated methods read a text
+        _adapted(model, str(adapters), lora).merge_and_unload().save_pretrained(merged)
+        if any((Path(quantized) / name).is_file() for name in TOKENIZER_FILES):  # calibrated methods read a text
+            AutoTokenizer.from_pretrained(quantized).save_pretrained(merged)
         return hf_quant.load(merged, dtype=torch.bfloat16, quantization_config=config)
 
 
-def _adapted(model: Any, adapters: str) -> Any:
+def _adapted(model: Any, adapters: str, lora: peft.PeftConfig) -> Any:
     """A float model with saved adapters; PEFT saves beside those of embeddings the table itself, which is one of codes here."""
-    adapted = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(adapters))
+    adapted = peft.get_peft_model(model, lora)
     saved = peft.load_peft_weights(adapters)
     kept = {name: tensor for name, tensor in saved.items() if not name.rpartition(".")[0].endswith(".base_layer")}
     found: Any = peft.set_peft_model_state_dict(adapted, kept)

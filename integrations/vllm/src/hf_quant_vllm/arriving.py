@@ -17,6 +17,8 @@ NAMES = {  # dtypes so wide that vLLM has nothing to warn of
     "weight_outlier_index": torch.int16,
     "weight_outlier_value": torch.float32,
     "weight_input_scale": torch.float32,
+    "weight_scale_code": torch.uint8,
+    "weight_zero_point_code": torch.uint8,
 }
 Arrived = dict[Any, dict[str, Tensor]]  # by part of the layer, then by the end of the name
 

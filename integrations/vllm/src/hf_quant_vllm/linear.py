@@ -142,7 +142,7 @@ def refuse_cut_groups(name: str, scheme: str, columns: int, part: int) -> None:
         HfQuantError: Names the layer and the tensor-parallel sizes that would do.
     """
     size = next((int(word[1:]) for word in scheme.split("-") if word[:1] == "g" and word[1:].isdigit()), 32)
-    unit = max(32, size)
+    unit = 256 if scheme.endswith("_K") else max(32, size)  # a K-quant has one float16 for 256 columns
     if part == columns or part % unit == 0:
         return
     sizes = [tp for tp in range(1, columns // part + 1) if columns % tp == 0 and columns // tp % unit == 0]

@@ -144,7 +144,7 @@ class Contents:
         try:
             tensors = self.tensors(module)
             if scheme is None:
-                return self.fmt.dense(tensors)
+                return self.fmt.of_columns(self.layers[module].shape[-1]).dense(tensors)
             coded = self.fmt.read(tensors, scheme)
             return coded.dequantize(torch.float32) if dense else coded
         except FormatError as error:

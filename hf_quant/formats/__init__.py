@@ -95,6 +95,10 @@ class Traits(Protocol):
         fmt: Format = cls()  # type: ignore[assignment]
         return fmt
 
+    def of_columns(self, columns: int) -> Format:
+        """The format for layers of that many input features, where their tensors alone do not tell how they are coded."""
+        return self  # type: ignore[return-value]
+
     def config_of_plan(
         self, default: QuantScheme, overrides: Mapping[str, QuantScheme], ignore: Sequence[str]
     ) -> dict[str, Any]:

@@ -134,6 +134,10 @@ class AWQ(Traits):
         return each_layer(headers, lambda _module, tensors: self._layer(tensors))
 
     def _layer(self, tensors: Mapping[str, Any]) -> Layer:
+        if set(tensors) == {"scales"}:  # of an activation function, in models that AutoAWQ has no other place for them
+            raise FormatError(
+                "only scales: ScaledActivation of AutoAWQ, which divides activations by them, is not read"
+            )
         n, k, _groups, size = self._facts(tensors)
         scheme = scheme_for(4, -1 if self.group_size == -1 else size, k, self.symmetric)
         note = "" if scheme else f"groups of {size} in rows of {k} do not divide into legal ones"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -37,12 +37,14 @@ class MLX(Traits):
         group_size: Of these layers.
         entries: Module to its bits and group size.
         schemes: Module to scheme, where this package has written it.
+        columns: Input features of the layers that are read; None where they are not known.
     """
 
     bits: int = 4
     group_size: int = 64
     entries: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     schemes: Mapping[str, QuantScheme] = field(default_factory=dict)
+    columns: int | None = None
 
     label: ClassVar[str] = "mlx"
     methods: ClassVar[tuple[str, ...]] = ("mlx",)
@@ -71,6 +73,9 @@ class MLX(Traits):
         except SchemeError as error:
             raise refused("schemes", schemes, str(error)) from None
         return cls(integer(config, "bits", WIDTHS), integer(config, "group_size", SIZES), entries, parsed)
+
+    def of_columns(self, columns: int) -> MLX:
+        return replace(self, columns=columns)
 
     def why_not(self, scheme: QuantScheme) -> str | None:
         if reason := held_elsewhere(scheme):
@@ -132,7 +137,7 @@ class MLX(Traits):
         # of those that the config names, the bits that make these columns of these scales
         fitting = {
             bits for bits, size in {(self.bits, self.group_size), *self.entries.values()}
-            if packed.shape[1] * 8 == scales.shape[1] * size * bits
+            if packed.shape[1] * 8 == scales.shape[1] * size * bits and self.columns in (None, scales.shape[1] * size)
         }  # fmt: skip
         if len(fitting) != 1 or biases.shape != scales.shape:
             raise FormatError(

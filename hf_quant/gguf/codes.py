@@ -89,6 +89,8 @@ def blocks_of(tensor: QuantizedTensor) -> Fit:
     scheme = tensor.scheme
     if (reason := why_not(scheme)) is not None:
         raise FormatError(reason)
+    if scheme.real_zero and scheme.bits == 4 and not scheme.blocks:
+        return _four_bits(tensor)
     if scheme.real_zero or scheme.group_size == 16:
         return _k_quant(tensor)
     groups = max(1, tensor.in_features // 32 // tensor.scale.shape[-1])
@@ -128,6 +130,23 @@ def why_not(scheme: QuantScheme) -> str | None:
     if scheme.real_zero and (scheme.bits, scheme.group_size) not in ((2, 16), (4, 32), (5, 32)):
         return f"real zero points are held in 2 bits in groups of 16, in 4 and 5 in groups of 32 (Q2_K, Q4_K, Q5_K), not as {scheme}"
     return None
+
+
+def _four_bits(tensor: QuantizedTensor) -> Fit:
+    """A weight of 4 bits with real zero points as Q4_K, or as Q4_1 where scales and offsets of float16 make the same weights."""
+    if (fit := _perhaps_k_quant(tensor)) is not None:
+        return fit
+    assert tensor.zero_point is not None
+    block, scale = BLOCKS["Q4_1"], tensor.scale.half()
+    offset = -(tensor.zero_point.float() * scale.float()).half()
+    parts = Parts(tensor.codes(), scale, dmin=offset)
+    halves = torch.equal(scale.float(), tensor.scale.float()) and bool(offset.isfinite().all())
+    if halves and torch.equal(tensor_of(parts, block).dequantize(torch.float32), tensor.dequantize(torch.float32)):
+        return Fit(block, parts)
+    raise FormatError(
+        "GGUF holds real zero points in 4 bits as Q4_1, with scales and offsets of float16, or as Q4_K, with scales that are "
+        f"multiples of one float16 for every 256 columns, and those of this {tensor.scheme} are neither"
+    )
 
 
 def _perhaps_k_quant(tensor: QuantizedTensor) -> Fit | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.pytorch_utils import Conv1D
 
 from hf_quant.core.coded_scales import CodedScales
 from hf_quant.core.scheme import QuantScheme
@@ -80,9 +81,12 @@ class _Read(ConversionOps):
             self.hf_quantizer.failure = CheckpointError(f"{self.hf_quantizer.placed.files.get(home, home)}: {error}")
             return {}
 
-    def _dense(self, tensors: Mapping[str, Tensor], scheme: QuantScheme | None) -> Tensor:
-        """The weight in float32, of a layer that has ``scheme`` in the file."""
-        return self.fmt.dense(tensors) if scheme is None else self.fmt.read(tensors, scheme).dequantize(torch.float32)
+    def _dense(self, tensors: Mapping[str, Tensor], scheme: QuantScheme | None, module: Any, leaf: str) -> Tensor:
+        """The weight in float32 for a parameter of a module, of a layer that has ``scheme`` in the file."""
+        if scheme is not None:
+            return self.fmt.read(tensors, scheme).dequantize(torch.float32)
+        turned = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+        return self.fmt.of_columns(getattr(module, leaf).shape[-2 if turned else -1]).dense(tensors)
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -106,7 +110,7 @@ class ReadLayer(_Read):
             return parameters_of(name, self.fmt.read(tensors, module.scheme), module.weight_scale.dtype)
         placed = self.hf_quantizer.placed
         plain = path not in placed.dense  # a float weight may have scales of activations beside it
-        dense = tensors["weight"] if plain else self._dense(tensors, placed.coded.get(path))
+        dense = tensors["weight"] if plain else self._dense(tensors, placed.coded.get(path), module, leaf)
         return {name: frozen(dense.to(getattr(module, leaf).dtype))}
 
 
@@ -126,7 +130,8 @@ class ReadWhole(_Read):
         if isinstance(module, QuantExperts) and leaf in module.schemes:
             scales = getattr(module, f"{leaf}_scale").dtype
             return parameters_of(name, self.fmt.read(tensors, module.schemes[leaf]), scales)
-        dense = self._dense(tensors, self.hf_quantizer.placed.coded.get(name)).to(getattr(module, leaf).dtype)
+        dense = self._dense(tensors, self.hf_quantizer.placed.coded.get(name), module, leaf)
+        dense = dense.to(getattr(module, leaf).dtype)
         return {name: frozen(dense.mT.contiguous() if getattr(module, "is_transposed", False) else dense)}
 
 
@@ -156,7 +161,7 @@ class ReadStack(_Read):
         for expert in range(experts):
             of_expert = [{local: tensors[expert] for local, tensors in part.items()} for part in parts]
             if scheme is None:
-                one = {name: torch.cat([self._float(piece) for piece in of_expert])}
+                one = {name: torch.cat([self._float(piece, module, leaf) for piece in of_expert])}
             else:
                 one = _joined([self.fmt.read(piece, scheme) for piece in of_expert]).parts(name)
             for full, tensor in one.items():
@@ -165,11 +170,11 @@ class ReadStack(_Read):
                 stacked[full][expert] = tensor
         return {full: frozen(tensor) for full, tensor in stacked.items()}
 
-    def _float(self, tensors: dict[str, Tensor]) -> Tensor:
+    def _float(self, tensors: dict[str, Tensor], module: Any, leaf: str) -> Tensor:
         return (
             tensors["weight"]
             if list(tensors) == ["weight"] and tensors["weight"].dtype.itemsize > 1
-            else self.fmt.dense(tensors)
+            else self._dense(tensors, None, module, leaf)
         )
 
 

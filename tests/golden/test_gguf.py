@@ -66,9 +66,8 @@ def test_blocks_are_what_the_package_makes_of_them(name: str) -> None:
         assert float((made - theirs).abs().max() / theirs.abs().max()) < 3e-7
     else:
         assert torch.equal(made, theirs)
-    if name != "Q4_1":
-        fit = blocks_of(tensor)
-        assert fit.block is block and torch.equal(dequantize(pack(fit.parts, block), block), theirs)
+    fit = blocks_of(tensor)
+    assert fit.block is block and torch.equal(dequantize(pack(fit.parts, block), block), theirs)
 
 
 HELD = {
@@ -115,6 +114,14 @@ def test_offsets_that_float16_holds_take_fewer_bits() -> None:
     assert fit.block.name == "Q4_1"
     again = tensor_of(fit.parts, fit.block)
     assert again.scheme == tensor.scheme and torch.equal(again.qweight, tensor.qweight)
+
+
+def test_offsets_that_float16_does_not_hold_are_named() -> None:
+    tensor = tensor_of(unpack(blocks("Q4_1"), BLOCKS["Q4_1"]), BLOCKS["Q4_1"])
+    assert tensor.zero_point is not None
+    for scale, zero in ((tensor.scale * 1.0001, tensor.zero_point), (tensor.scale, tensor.zero_point + 1e-3)):
+        with pytest.raises(FormatError, match=r"Q4_1, with scales and offsets of float16"):
+            blocks_of(type(tensor)(tensor.qweight, scale, zero, tensor.scheme))
 
 
 @pytest.mark.parametrize(

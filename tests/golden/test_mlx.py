@@ -105,6 +105,24 @@ def test_a_checkpoint_as_mlx_lm_looks_for_it(name: str, tmp_path: Path) -> None:
     assert "quantization" not in json.loads((tmp_path / "back" / "config.json").read_text())
 
 
+def test_two_widths_whose_tensors_have_one_shape_are_told_by_their_columns(tmp_path: Path) -> None:
+    """Four bits in groups of 128 columns, and eight in groups of 64, without the schemes that only this package writes."""
+    convert(FIXTURES / "gptq-mixed", tmp_path / "mlx", to="mlx")
+    path = tmp_path / "mlx" / "config.json"
+    config = json.loads(path.read_text())
+    del config["quantization_config"]["schemes"], config["quantization"]["schemes"]
+    path.write_text(json.dumps(config))
+    before, after = open_quantized(FIXTURES / "gptq-mixed"), open_quantized(tmp_path / "mlx")
+    for module, layer in after.layers.items():
+        assert layer.scheme is None
+        torch.testing.assert_close(after.read(module), before.read(module, dense=True))
+    ids = torch.arange(1, 17)[None]
+    one, other = (
+        hf_quant.load(str(folder), dtype=torch.float32) for folder in (FIXTURES / "gptq-mixed", tmp_path / "mlx")
+    )
+    torch.testing.assert_close(one(ids).logits, other(ids).logits)
+
+
 SCHEME = QuantScheme(4, 64, False)
 HOSTILE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no codes": (lambda s: s.pop("weight"), "weight"),

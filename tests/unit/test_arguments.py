@@ -125,7 +125,7 @@ MISTAKES = [  # what people type, exit code, and what they are told to type inst
     ("quantize models/lama -o Q", 1, "did you mean models/llama?"),
     ("quantize ./models/lama -o Q", 1, "did you mean models/llama?"),
     ("quantize model.gguf -o Q", 1, "hf-quant convert model.gguf --to native"),
-    ("quantize adapter -o Q", 1, "merge_and_unload"),
+    ("quantize adapter -o Q", 1, "hf_quant.merge_adapters(model) where the base is quantized"),
     ("push M name", 2, "write owner/name"),
     ("push M https://huggingface.co/owner/name", 2, "did you mean owner/name?"),
     ("report models/lama", 2, "did you mean models/llama?"),

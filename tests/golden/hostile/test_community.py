@@ -156,6 +156,7 @@ CASES: dict[str, tuple[str, Change, str]] = {
     "codes of floats": (GPTQ, tensor(f"{UP}.qweight", torch.Tensor.float), rf"{UP}: qweight has dtype float32"),
     "codes without axes": (GPTQ, tensor(f"{UP}.qweight", lambda t: t.flatten()[0]), rf"{UP}: qweight has shape"),
     "no codes at all": (GPTQ, tensor(f"{UP}.qweight", lambda t: t[:0]), rf"{UP}: qweight has shape"),
+    "scales of an activation": ("awq-gemm", gone(f"{UP}.qweight", f"{UP}.qzeros"), rf"{UP}: only scales: ScaledActivation of AutoAWQ"),
     "codes of AWQ short": ("awq-gemm", tensor(f"{UP}.qweight", lambda t: t[:-8]), rf"{UP}"),
     "codes of GEMV short": ("awq-gemv", tensor(f"{UP}.qweight", lambda t: t[:, :-1]), rf"{UP}"),
     "codes of GEMV-fast short": ("awq-gemv-fast", tensor(f"{UP}.qweight", lambda t: t[:-1]), rf"{UP}"),

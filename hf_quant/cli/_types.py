@@ -279,7 +279,7 @@ class Model(Directory):
         self.gguf = gguf
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        return str(value) if self.gguf and str(value).endswith(".gguf") else check_model(str(value))
+        return str(value) if self.gguf and str(value).lower().endswith(".gguf") else check_model(str(value))
 
 
 class Folder(Directory):

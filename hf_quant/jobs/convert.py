@@ -99,6 +99,13 @@ class ConvertResult(Result):
 
 
 @dataclass(frozen=True)
+class _Source:
+    folder: Path
+    name: str  # of the model, for people
+    fmt: str | None = None  # label of what it was, where the folder is a draft
+
+
+@dataclass(frozen=True)
 class _Job:
     contents: Contents
     to: str
@@ -147,7 +154,7 @@ def convert(
         say: As for `quantize`.
 
     Raises:
-        OptionError: There is no such kind or engine; or ``tp`` is given without a ``target``.
+        OptionError: There is no such kind or engine; or ``tp`` is given without a ``target``, or ``revision`` for what is on disk.
         HfQuantError: ``output`` may not be written (`hf_quant.jobs.outputs.check_output`), or another process is writing it.
         FormatError: The other format cannot hold a layer exactly, or the engine cannot run it.
         CheckpointError: The source is damaged; or what was written does not read back as it was.
@@ -160,40 +167,38 @@ def convert(
     if to == GGUF and out.suffix == ".gguf":
         raise OptionError(f"-o {out}: name a folder; the file in it is model.gguf, beside a record of the conversion")
     check_output(out, [source], overwrite=overwrite)
-    if source.suffix == ".gguf" and not source.exists():
-        raise HfQuantError(f"{source}: no such file")
-    if is_gguf(source):
-        with (
-            tempfile.TemporaryDirectory(prefix=".gguf-", dir=out.resolve().parent) as native,
-            reporting(progress, say) as report,
-        ):
-            read_gguf(source, Path(native), report.say)
-            done = _convert(Path(native), out, to, target, tp, overwrite, report)
-        return replace(done, source=GGUF, bytes_before=source.stat().st_size)
+    if revision is not None and source.exists():
+        raise OptionError(f"--revision {revision}: {source} is on this disk, and has no revisions as on the Hub")
     with reporting(progress, say) as report:
-        source = downloaded(check_model(model), revision, [*PATTERNS, "*.safetensors"])
-        return _convert(source, out, to, target, tp, overwrite, report)
+        if is_gguf(source):
+            with tempfile.TemporaryDirectory(prefix=".gguf-", dir=out.resolve().parent) as native:
+                name = read_gguf(source, Path(native), report.say)
+                done = _convert(_Source(Path(native), name, GGUF), out, to, target, tp, overwrite, report)
+            return replace(done, bytes_before=source.stat().st_size)
+        name = source.resolve().name if source.is_dir() else source.name
+        folder = downloaded(check_model(model), revision, [*PATTERNS, "*.safetensors"])
+        return _convert(_Source(folder, name), out, to, target, tp, overwrite, report)
 
 
 def _convert(
-    source: Path, out: Path, to: str, target: str | None, tp: int, overwrite: bool, report: Reporter
+    source: _Source, out: Path, to: str, target: str | None, tp: int, overwrite: bool, report: Reporter
 ) -> ConvertResult:
-    contents = open_quantized(source)
+    contents = open_quantized(source.folder)
     verdict = ENGINES[target](conversion_targets().get(to, to), contents.layers, tp) if target else None
     if verdict is not None and verdict.refused:
         raise FormatError(f"{target}: " + "; ".join(verdict.lines()[len(verdict.kernels) :]))
     refuse(contents, to)
-    model = skeleton(str(source))
+    model, before = skeleton(str(source.folder)), source.fmt or label_of(contents.format)
     check_whole(model, contents)
-    with claimed(out), output_folder(out, [source], overwrite=overwrite) as stage:
+    with claimed(out), output_folder(out, [source.folder], overwrite=overwrite) as stage:
         if to == GGUF:
-            write_gguf(contents, stage, report)
-            write_json(stage / CONVERSION, {"from": label_of(contents.format), "to": to} | record(stage))
+            write_gguf(contents, source.name, stage, report)
         else:
             _safetensors(_job(model, contents, to), stage, report)
+        write_json(stage / CONVERSION, {"from": before, "to": to} | record(stage))
         size = sum(file.stat().st_size for kind in ("*.safetensors", "*.gguf") for file in stage.glob(kind))
-    before = sum(file.stat().st_size for file in _files(contents))
-    return ConvertResult(label_of(contents.format), to, out, len(contents.layers), before, size, target, tp, verdict)
+    weights = sum(file.stat().st_size for file in _files(contents))
+    return ConvertResult(before, to, out, len(contents.layers), weights, size, target, tp, verdict)
 
 
 def _files(contents: Contents) -> list[Path]:
@@ -358,7 +363,6 @@ def _rest(job: _Job, stage: Path, where: dict[str, str], say: Callable[[str], No
     if recipe.is_file() and inside(recipe, source.folder):
         copy_file(recipe, stage / RECIPE)
     copy_companions(source.folder, stage, say, notices=True, code=True)
-    write_json(stage / CONVERSION, {"from": label_of(job.contents.format), "to": job.to} | record(stage))
 
 
 def _compare(job: _Job, stage: Path) -> None:

@@ -16,7 +16,7 @@ from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.atomic import write_json
 from hf_quant.disk.safetensors import write_tensors
 from hf_quant.disk.strict_json import shown
-from hf_quant.errors import CheckpointError, FormatError
+from hf_quant.errors import CheckpointError, FormatError, HfQuantError
 from hf_quant.formats import formats, in_memory_format
 from hf_quant.gguf.architectures import ROPE, Architecture, config_of, model_name, of_file, rope_divisors, row_order
 from hf_quant.gguf.blocks import unpack
@@ -34,12 +34,20 @@ LLAMA3 = {  # scaling of rotary embeddings: these are in no key of a file, and a
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path is a GGUF file."""
-    return path.suffix == ".gguf" and path.is_file()
+    """Whether a path is that of a GGUF file.
+
+    Raises:
+        HfQuantError: It would be, and there is nothing.
+    """
+    if path.suffix.lower() != ".gguf":
+        return False
+    if not path.exists():
+        raise HfQuantError(f"{path}: no such file")
+    return path.is_file()
 
 
-def read_gguf(path: Path, out: Path, say: Say) -> None:
-    """Write the checkpoint of a GGUF file into an empty folder.
+def read_gguf(path: Path, out: Path, say: Say) -> str:
+    """Write the checkpoint of a GGUF file into an empty folder; gives the name of the model.
 
     Args:
         path: The file.
@@ -55,6 +63,8 @@ def read_gguf(path: Path, out: Path, say: Say) -> None:
         _write_tokenizer(file, out, say)
     except FormatError as error:
         raise CheckpointError(f"{path.name}: {error}") from None
+    name = file.metadata.get("general.name")
+    return name if isinstance(name, str) and name else path.stem
 
 
 def _write(file: File, out: Path) -> None:

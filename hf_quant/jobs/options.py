@@ -103,7 +103,7 @@ def _is_typo(path: Path, nearest: Path) -> bool:
 
 
 def _of_file(path: Path) -> str:
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         return f"a GGUF file: hf-quant convert {path} --to native -o FOLDER makes a model of it"
     if path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".json"):
         return f"a single file; name the folder that holds it, {path.parent}"

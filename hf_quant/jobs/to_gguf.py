@@ -104,8 +104,14 @@ def why_not_gguf(contents: Contents) -> dict[str, list[str]]:
     return reasons
 
 
-def write_gguf(contents: Contents, stage: Path, report: Reporter) -> Path:
+def write_gguf(contents: Contents, name: str, stage: Path, report: Reporter) -> Path:
     """Write ``model.gguf`` into a folder, and compare every layer with what reads back.
+
+    Args:
+        contents: The checkpoint.
+        name: What the file calls the model.
+        stage: The folder.
+        report: Of progress.
 
     Raises:
         FormatError: A layer has no exact place in it; names the layer.
@@ -115,7 +121,7 @@ def write_gguf(contents: Contents, stage: Path, report: Reporter) -> Path:
     _package()  # before every layer is looked at
     source, path = _Source.of(contents), stage / FILE
     types = {module: _type(source, module) for module in report.bar(list(contents.layers), "layers")}
-    writer = _writer(source, types, path)
+    writer = _writer(source, name, types, path)
     divisors = rope_divisors(source.config)
     infos: dict[str, Tensor] = {} if divisors is None else {ROPE: divisors}
     for name, tensor in _tensors(source, infos, types, shapes=True):
@@ -167,14 +173,14 @@ def _package() -> Any:
     return gguf
 
 
-def _writer(source: _Source, types: dict[str, str], path: Path) -> Any:
+def _writer(source: _Source, name: str, types: dict[str, str], path: Path) -> Any:
     """A writer that knows all keys of the file."""
     writer = _package().GGUFWriter(path, source.architecture.name)
     keys = metadata_of(source.config, source.architecture) | tokenizer_keys(
         source.contents.checkpoint.folder, source.config
     )
     most = Counter(types.values()).most_common(1)[0][0]
-    keys |= {"general.name": source.contents.checkpoint.folder.name, "general.file_type": FILE_TYPES[most],
+    keys |= {"general.name": name, "general.file_type": FILE_TYPES[most],
              "general.quantization_version": 2}  # fmt: skip
     for key, value in keys.items():
         add = {

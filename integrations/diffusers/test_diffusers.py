@@ -102,6 +102,15 @@ def test_another_version_of_the_host_is_said(
     assert "was tried with diffusers 0.42.x, and this is 0.50.0" in caplog.text
 
 
+def test_globs_that_match_nothing_are_named(kind: Any, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = Config(
+        "W8A16-g64", overrides={"no.*": "W4A16-g64", "*": "W8A16-g32"}, modules_to_not_convert=["*.nowhere"]
+    )
+    kind.from_pretrained(folder, quantization_config=config)
+    lines = [line for line in caplog.messages if "matches no linear layer" in line]
+    assert len(lines) == 2 and "'no.*'" in lines[0] and "'*.nowhere'" in lines[1]
+
+
 def test_what_cannot_be_done_is_refused() -> None:
     with pytest.raises(HfQuantError, match="looks at inputs"):
         Config("W4A16-g64", method="gptq")

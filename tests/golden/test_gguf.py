@@ -19,7 +19,7 @@ from hf_quant import HfQuantConfig
 from hf_quant.core.k_quants import K_QUANTS
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
-from hf_quant.errors import CheckpointError, FormatError, HfQuantError
+from hf_quant.errors import CheckpointError, FormatError, HfQuantError, OptionError
 from hf_quant.gguf.architectures import (
     ROPE,
     config_of,
@@ -365,6 +365,24 @@ def test_files_that_lack_a_tensor_are_refused(
     with pytest.raises(CheckpointError, match=rf"{parameter}.* is missing"):
         convert(source, tmp_path / "out", to=to)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_keeps_its_name_and_the_record_says_what_it_was(qwen3: Path, tmp_path: Path) -> None:
+    assert File.open(qwen3 / "gguf" / "model.gguf").metadata["general.name"] == "quantized"
+    shutil.copy(qwen3 / "gguf" / "model.gguf", tmp_path / "MODEL.GGUF")
+    done = convert(tmp_path / "MODEL.GGUF", tmp_path / "again", to="gguf")
+    assert done.source == "gguf" and json.loads((tmp_path / "again" / "conversion.json").read_text())["from"] == "gguf"
+    assert File.open(tmp_path / "again" / "model.gguf").metadata["general.name"] == "quantized"
+    with pytest.raises(OptionError, match="--revision main"):
+        convert(tmp_path / "MODEL.GGUF", tmp_path / "out", to="native", revision="main")
+
+
+def test_a_model_of_the_hub_is_called_as_on_the_hub(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_quant.jobs.convert.downloaded", lambda *_: qwen3 / "quantized")
+    convert("somebody/a-model", tmp_path / "out", to="gguf")
+    assert File.open(tmp_path / "out" / "model.gguf").metadata["general.name"] == "a-model"
 
 
 def test_a_tokenizer_that_is_lost_is_named(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

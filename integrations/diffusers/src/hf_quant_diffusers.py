@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -68,6 +68,14 @@ class HfQuantDiffusersConfig(QuantizationConfigMixin):
         named = next((glob for glob in self.overrides if fnmatchcase(name, glob)), None)
         return self.scheme if named is None else self.overrides[named]
 
+    def unmatched(self, names: Collection[str]) -> list[str]:
+        """Globs that match none of these layers; no error, since one configuration may be that of several models of a pipeline."""
+        return [
+            glob
+            for glob in (*self.overrides, *self.modules_to_not_convert)
+            if not any(fnmatchcase(n, glob) for n in names)
+        ]
+
 
 class HfQuantDiffusersQuantizer(DiffusersQuantizer):
     """Quantizes a float model while diffusers loads it, or loads a quantized one."""
@@ -86,6 +94,8 @@ class HfQuantDiffusersQuantizer(DiffusersQuantizer):
         fits = {name for name, module in linear.items() if module.in_features % 32 == 0}
         config.modules_to_not_convert = sorted({*config.modules_to_not_convert, *(linear.keys() - fits)})
         self.schemes = {name: slug for name in fits if (slug := config.scheme_of(name)) is not None}
+        for glob in config.unmatched(linear):
+            logger.warning("hf-quant-diffusers: %r matches no linear layer of %s", glob, type(model).__name__)
         if not self.schemes:
             raise hf_quant.HfQuantError(f"nothing to quantize in {type(model).__name__}: no linear layer is left")
         if not self.pre_quantized:

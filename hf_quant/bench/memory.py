@@ -14,6 +14,7 @@ from typing import Any
 
 from hf_quant.errors import HfQuantError
 
+TOKENS = 128  # of the prompt that is run once; fewer where the model has fewer positions
 EVERY = 0.002  # seconds between two samples
 STATUS = Path("/proc/self/status")
 
@@ -91,7 +92,7 @@ def _main(model: str, load: dict[str, Any]) -> None:
     from transformers import logging
 
     from hf_quant.hf import load as load_model
-    from hf_quant.hf.auto import class_of, config_of, hub_options, vocabulary_of
+    from hf_quant.hf.auto import class_of, config_of, hub_options, positions_of, vocabulary_of
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     hub = hub_options(load)
@@ -101,9 +102,9 @@ def _main(model: str, load: dict[str, Any]) -> None:
     start = time.perf_counter()
     loaded = load_model(model, **load)
     seconds = time.perf_counter() - start
-    device = loaded.device
+    device, tokens = loaded.device, min(TOKENS, positions_of(loaded) or TOKENS)
     with torch.inference_mode():
-        loaded(torch.arange(128, device=device)[None] % vocabulary_of(loaded.config))
+        loaded(torch.arange(tokens, device=device)[None] % vocabulary_of(loaded.config))
     peak = watch.stop()
     if device.type != "cpu":
         peak = torch.get_device_module(device).max_memory_allocated(device)

@@ -10,8 +10,8 @@ import click
 from hf_quant.cli._common import bars, emit, output_options, say
 from hf_quant.cli._screen import Part
 from hf_quant.cli._types import DTYPE, Choice, Device, Model
-from hf_quant.errors import HfQuantError
-from hf_quant.jobs.base import base_of, recipe_of
+from hf_quant.errors import HfQuantError, OptionError
+from hf_quant.jobs.base import base_of, recipe_of, refuse_itself
 from hf_quant.jobs.options import hub
 from hf_quant.jobs.results import Grid
 
@@ -47,8 +47,10 @@ def command(
 ) -> None:  # fmt: skip
     """Measure memory, time to load, and prefill and decode speed of MODEL."""
     from hf_quant.jobs.progress import reporting
-    from hf_quant.jobs.stored import store_results
+    from hf_quant.jobs.stored import check_results, store_beside_base
 
+    if alone and base is not None:
+        raise OptionError("--alone measures no base: leave it out, or --base")
     how = {"dtype": dtype} | hub(None, trust_remote_code) | ({"device_map": device} if device else {})
     with reporting(bars(quiet or as_json), lambda line: say(line, quiet)) as report:
         if tune:
@@ -56,24 +58,31 @@ def command(
             lines = [f"{name}: dense from {tile['dense'] + 1} rows" for name, tile in tiles.items()]
             emit(as_json, quiet, record={"tiles": tiles}, essential=str(len(tiles)), human="\n".join(lines))
             return
-        base = None if alone else base or _base(model, report)
-        names = {"base": base, "model": model} if base else {"model": model}
-        record = _measured(names, how, batch, kv_cache, prompt_tokens, new_tokens, repeats, report)
-        store_results(Path(model), {"bench": record}, report.say)
+        recipe = recipe_of(model)
+        if not kv_cache and base is not None:
+            refuse_itself(model, recipe, base)
+        check_results(Path(model))
+        named = {} if alone else _base(model, recipe, base, how, report)
+        record = _measured(
+            named | {"model": (model, how)}, batch, kv_cache, prompt_tokens, new_tokens, repeats, report
+        )
+        store_beside_base(model, recipe, named["base"][0] if named else None, {"bench": record}, report.say)
     decode = record["model"]["speed"][0]["decode"]
-    emit(as_json, quiet, record=record, essential=f"{decode:.4g}", human=_human(record, list(names)))
+    emit(as_json, quiet, record=record, essential=f"{decode:.4g}", human=_human(record, [*named, "model"]))
 
 
-def _base(model: str, report: Reporter) -> str | None:
-    """The model that MODEL was made from; None where its recipe names none, or it is not known where that is."""
-    recipe = recipe_of(model)
-    if not recipe:
-        return None
+def _base(
+    model: str, recipe: dict[str, Any], named: str | None, how: dict[str, Any], report: Reporter
+) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The model that MODEL was made from, and how to load it; empty where its recipe names none, or it is not known where that is."""
+    if named is None and not recipe:
+        return {}
     try:
-        return base_of(model, recipe, None)[0]
+        base, revision = base_of(model, recipe, named)
     except HfQuantError as error:
         report.say(f"{error}; until then it is measured alone")
-        return None
+        return {}
+    return {"base": (base, how | hub(revision, False))}
 
 
 def _tuned(model: str, dtype: str, device: str | None) -> dict[str, Any]:
@@ -87,19 +96,20 @@ def _tuned(model: str, dtype: str, device: str | None) -> dict[str, Any]:
 
 
 def _measured(
-    names: dict[str, str], how: dict[str, Any], batch: tuple[int, ...], kv_cache: str | None, prompt: int, new: int,
-    repeats: int, report: Reporter,
+    named: dict[str, tuple[str, dict[str, Any]]], batch: tuple[int, ...], kv_cache: str | None, prompt: int,
+    new: int, repeats: int, report: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
     from hf_quant.bench import memory, speed
     from hf_quant.hf import load
     from hf_quant.hf.auto import hub_options
 
-    for name in names.values():
-        _check_kind(name, hub_options(how))
+    """Memory and speed of models, given by their names and how to load them."""
+    for name, how in named.values():
+        _check_kind(name, hub_options(how), prompt, new)
     with report.stage("memory and time to load"):
-        record: dict[str, Any] = {role: memory.measure(name, **how).to_dict() for role, name in names.items()}
+        record: dict[str, Any] = {role: memory.measure(name, **how).to_dict() for role, (name, how) in named.items()}
     with report.stage("loading"):
-        models = {role: load(name, **how).eval() for role, name in names.items()}
+        models = {role: load(name, **how).eval() for role, (name, how) in named.items()}
     speeds = speed.compare(
         models,
         batch,
@@ -112,20 +122,25 @@ def _measured(
     for role, measured in speeds.items():
         record[role]["speed"] = [rate.to_dict() for rate in measured]
     record["kv_cache"] = kv_cache or "float"
-    record["slower"] = _slower(record) if "base" in names else []
+    record["slower"] = _slower(record) if "base" in named else []
     record["machine"] = _machine()
     return record
 
 
-def _check_kind(name: str, hub: dict[str, Any]) -> None:
-    """Refuse a model that does not continue token ids, before anything is loaded."""
-    from hf_quant.hf.auto import other_inputs
+def _check_kind(name: str, hub: dict[str, Any], prompt: int, new: int) -> None:
+    """Refuse a model that does not continue token ids, or so many of them, before anything is loaded."""
+    from hf_quant.hf.auto import other_inputs, positions_of
     from hf_quant.hf.loading import skeleton
 
     model = skeleton(name, **hub)
     reads_more = other_inputs(type(model), model.config) is not None
     if reads_more or model.config.is_encoder_decoder or not model.can_generate():
         raise HfQuantError(f"{name}: bench measures causal language models, not {type(model).__name__}")
+    most = positions_of(model)
+    if most and prompt + new > most:
+        raise OptionError(
+            f"--prompt-tokens {prompt} and --new-tokens {new} are more than the {most:,} positions of {name}: name fewer"
+        )
 
 
 def _slower(record: dict[str, Any]) -> list[str]:

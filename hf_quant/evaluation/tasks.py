@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -27,7 +28,7 @@ def refuse_tasks(model: str, tokenizer: Any) -> None:
 
 
 def run_tasks(model: Any, chat: Chat, names: Sequence[str], limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Every number of every task: ``{"arc_easy": {"acc": 0.61, "acc_stderr": 0.01}}``.
+    """Every number of every task: ``{"arc_easy": {"acc": 0.61, "acc_stderr": 0.01}}``; ``{"exact_match,strict-match": ...}`` of several filters.
 
     Args:
         model: A causal language model.
@@ -51,9 +52,17 @@ def run_tasks(model: Any, chat: Chat, names: Sequence[str], limit: int | None = 
     except KeyError as error:
         raise HfQuantError(f"lm-eval: {error}") from None
     results: dict[str, dict[str, Any]] = report["results"]
+    return {task: _numbers(row) for task, row in results.items()}
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a task by the names of its metrics; with that of the filter where a metric has several."""
+    numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+    filters = Counter(name.partition(",")[0] for name in numbers)
     return {
-        task: {name.partition(",")[0]: value for name, value in row.items() if isinstance(value, float)}
-        for task, row in results.items()
+        name if filters[metric] > 1 else metric: value
+        for name, value in numbers.items()
+        if (metric := name.partition(",")[0])
     }
 
 

@@ -36,7 +36,7 @@ from hf_quant.evaluation.samples import Samples, samples
 from hf_quant.evaluation.seq2seq import second_halves
 from hf_quant.hf import load
 from hf_quant.hf._hooks import attention_of
-from hf_quant.hf.auto import class_of, config_of, hub_options, vocabulary_of
+from hf_quant.hf.auto import class_of, config_of, hub_options, positions_of, vocabulary_of
 from hf_quant.hf.loading import skeleton
 
 CONTEXT = 512
@@ -73,10 +73,12 @@ class Base:
             return f"{self.model}@{self.commit()}"
         digest = hashlib.sha256()
         for file in sorted(Path(self.model).iterdir()):
-            if file.name == "config.json":
-                digest.update(file.read_bytes())
+            if file.name == "config.json" or file.suffix == ".py":  # of code, what it says
+                digest.update(f"{file.name} {file.stat().st_size} ".encode() + file.read_bytes())
             elif file.suffix == ".safetensors":
-                digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+                stat = file.stat()  # the times of a change of its bytes, and of its inode, which no copy takes along
+                parts = (file.name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+                digest.update(" ".join(map(str, parts)).encode())
         return digest.hexdigest()
 
     def circumstances(self) -> str:
@@ -110,17 +112,20 @@ class Base:
 
     def context(self) -> int:
         """The default number of tokens in a window."""
-        config = self.config().get_text_config()
-        return min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
+        return min(CONTEXT, self.positions() or CONTEXT)
+
+    def positions(self) -> int | None:
+        """The most tokens that it reads at once; None where it has no such limit."""
+        return positions_of(self.skeleton())
 
     def refuse_longer(self, length: int) -> None:
-        """Refuse windows with more tokens than the model has positions.
+        """Refuse windows with more tokens than the model has positions; its encoder and its decoder read half of one.
 
         Raises:
             HfQuantError: Says how many there are.
         """
-        most = getattr(self.config().get_text_config(), "max_position_embeddings", None)
-        if most and length > most:
+        most = self.positions()
+        if most and (length - length // 2 if self._seq2seq() else length) > most:
             raise HfQuantError(f"windows of {length:,} tokens are longer than the {most:,} positions of {self.model}")
 
     def vocabulary(self) -> int:
@@ -164,12 +169,13 @@ class Base:
             progress: Wraps lists of batches.
             cache: Folder of stored outputs; None for a folder in the Hugging Face cache.
         """
-        if self._seq2seq():  # one half of every window is scored
-            max_tokens = None if max_tokens is None else 2 * max_tokens
-            whole = windows(tokenizer, text, context or self.context(), max_tokens, stride)
-            text_windows: Windows = second_halves(whole, config_of(self.model, **self._hub()))
+        context = context or self.context()
+        if self._seq2seq():  # at most one half of every window is scored
+            step = context if stride is None else stride
+            most = None if max_tokens is None else max_tokens * step // max(1, min(step, context - context // 2))
+            text_windows: Windows = second_halves(windows(tokenizer, text, context, most, stride), self.config())
         else:
-            text_windows = windows(tokenizer, text, context or self.context(), max_tokens, stride)
+            text_windows = windows(tokenizer, text, context, max_tokens, stride)
         return self.reference_on(
             text_windows, noise=noise, say=say, progress=progress, cache=cache, endings=self.endings(tokenizer)
         )

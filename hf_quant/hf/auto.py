@@ -110,6 +110,19 @@ def vocabulary_of(config: Any) -> int:
     return next((size for size in sizes if isinstance(size, int) and size > 0), CHARACTERS)
 
 
+def positions_of(model: Any) -> int | None:
+    """The most tokens that a model (which may be on the meta device) reads at once; None where its config knows no limit.
+
+    RoBERTa and its relatives number the first token behind the padding id, and so have fewer positions than rows for them.
+    """
+    rows = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(rows, int) or rows < 1:
+        return None
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    padded = [table for table in tables if getattr(table, "padding_idx", None) is not None]
+    return min([rows, *(table.num_embeddings - table.padding_idx - 1 for table in padded)])
+
+
 def why_not_text(model: str, **hub: Any) -> str | None:
     """Why a model cannot be run on token ids alone: what it reads; None where it can."""
     config = config_of(model, **hub)

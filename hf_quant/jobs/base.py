@@ -20,21 +20,50 @@ RECIPE = "recipe.json"
 
 
 def recipe_of(model: str) -> dict[str, Any]:
-    """What ``model`` says of how it was made; empty where it says nothing.
+    """What ``model``, a folder or a Hub id, says of how it was made; empty where it says nothing.
 
     Raises:
-        HfQuantError: Its recipe.json is none.
+        HfQuantError: Its recipe.json is damaged; names the field. Or the Hub has no such model.
     """
-    file = Path(model) / RECIPE
-    if not file.is_file():
+    from hf_quant.publish.facts import read_facts
+
+    if (folder := _folder_of(model)) is None:
         return {}
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise HfQuantError(f"{file}: {error}") from None
-    if not isinstance(stored, dict) or not isinstance(stored.get("source", {}), dict):
-        raise HfQuantError(f"{file}: is not a recipe: an object with the object source was expected")
-    return stored
+        recipe = read_facts(folder, "recipe") or {}
+        _check_blocks(recipe.get("blocks") or [])
+    except HfQuantError as error:
+        raise HfQuantError(f"{model}: {error}") from None
+    return recipe
+
+
+def _folder_of(model: str) -> Path | None:
+    """Where the recipe of a model lies; None where a model on the Hub has none, or the Hub is not in reach."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    from hf_quant.jobs.headers import not_there
+
+    try:
+        return Path(hf_hub_download(model, RECIPE)).parent
+    except EntryNotFoundError:
+        return None
+    except Exception as error:  # of the client and of its transport; they have no common type
+        raise HfQuantError(not_there(model, error)) from None
+
+
+def _check_blocks(blocks: list[dict[str, Any]]) -> None:
+    """Refuse blocks without the errors of their layers."""
+    for number, block in enumerate(blocks):
+        errors = block.get("layers")
+        if not isinstance(errors, dict) or not all(e is None or _is_error(e) for e in errors.values()):
+            raise HfQuantError(f"{RECIPE}: blocks.{number}.layers: an object of layers and their errors was expected")
+
+
+def _is_error(value: Any) -> bool:
+    return isinstance(value, int | float) and value >= 0
 
 
 def base_of(model: str, recipe: Mapping[str, Any], named: str | None) -> tuple[str, str | None]:
@@ -54,6 +83,38 @@ def base_of(model: str, recipe: Mapping[str, Any], named: str | None) -> tuple[s
     if Path(base).is_dir():
         return str(base), None
     return str(base), source.get("revision") if base == source.get("model") else None
+
+
+def why_not_its_base(model: str, recipe: Mapping[str, Any], base: str) -> str | None:
+    """Why ``base`` is not known to be what ``model`` was made from; None if it is, or if nothing says what that was."""
+    if not recipe:
+        return f"{model} was compared with itself" if same_model(model, base) else None
+    source, place = recipe["source"]["model"], recalled(Path(model)) if Path(model).is_dir() else None
+    if place is not None and same_model(str(place), base):
+        return None
+    if not Path(base).is_dir():
+        known = base == source
+    else:  # a recipe with a folder's name, of which nothing is remembered
+        known = place is None and source == Path(os.path.realpath(base)).name
+    return None if known else f"{base} is not known to be {source}, which {model} was made from"
+
+
+def refuse_itself(model: str, recipe: Mapping[str, Any], base: str) -> None:
+    """Refuse a quantized model as its own base.
+
+    Raises:
+        HfQuantError: It is.
+    """
+    if recipe and same_model(model, base):
+        source = recipe["source"]["model"]
+        raise HfQuantError(f"--base {base}: is MODEL itself, beside which nothing is lost; it was made from {source}")
+
+
+def same_model(one: str, two: str) -> bool:
+    """Whether both name the same folder, or the same Hub id."""
+    if Path(one).is_dir() and Path(two).is_dir():
+        return os.path.realpath(one) == os.path.realpath(two)
+    return one == two
 
 
 def remember(folder: Path, base: str) -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError
-from hf_quant.jobs.base import base_of, recipe_of
-from hf_quant.jobs.options import budget, check_model, hub
+from hf_quant.jobs.base import base_of, recipe_of, refuse_itself
+from hf_quant.jobs.options import budget, check_device, check_model, hub
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
-from hf_quant.jobs.stored import store_results
+from hf_quant.jobs.stored import check_results, store_beside_base
 from hf_quant.jobs.texts import Measuring, check_overlap, measured_on, missed, template_arguments
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_quant.evaluation.gate import Gate
     from hf_quant.evaluation.layers import LayerError
     from hf_quant.evaluation.results import Estimate, Quality
+    from hf_quant.evaluation.yardstick import Base
 
 KV_CACHES = ("int8", "int4")
 
@@ -110,7 +111,7 @@ def evaluate(
 ) -> EvaluateResult:  # fmt: skip
     """Measure a model against the model it was made from; ``hf-quant eval``.
 
-    What is measured of a folder is added to its results.json, but for what a ``kv_cache`` costs.
+    What is measured of a folder beside the model it was made from is added to its results.json, but for what a ``kv_cache`` costs.
 
     Args:
         model: Folder or Hub id.
@@ -140,14 +141,11 @@ def evaluate(
     """
     model, base = check_model(model), None if base is None else check_model(base)
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs)
-    arguments = template_arguments(chat_template_kwargs, [text, dataset], bool(tasks))
-    limits = budget(max_kl, max_ppl_increase, min_top1)
-    if kv_cache is not None and kv_cache not in KV_CACHES:
-        raise OptionError(f"--kv-cache {kv_cache!r} is not one of {', '.join(KV_CACHES)}")
-    if kv_cache is not None and inputs is not None:
-        raise OptionError("--kv-cache is measured on text alone: leave --inputs out, or --kv-cache")
+    names = _task_names(tasks)
+    arguments = template_arguments(chat_template_kwargs, [text, dataset], bool(names))
+    limits, device = budget(max_kl, max_ppl_increase, min_top1), check_device(device)
+    _check_cache(kv_cache, inputs, names)
 
-    from hf_quant.checkpoint.folder import Checkpoint
     from hf_quant.data.chat import Chat
     from hf_quant.evaluation.gate import Gate
     from hf_quant.evaluation.layers import layer_errors
@@ -158,52 +156,89 @@ def evaluate(
 
     recipe = recipe_of(model)
     base, revision = base_of(model, recipe, base)
+    _check_folders(model, recipe, base, kv_cache)
     from_hub, of_base = hub(None, trust_remote_code), hub(revision, trust_remote_code)
-    for folder in (Path(model), Path(base)):
-        if folder.is_dir():
-            Checkpoint.open(folder)
+    if kv_cache:
+        _refuse_uncached(Base(base, **of_base))
     tokenizer = tokenizer_of(base, **of_base)
-    if tasks:
+    if names:
         refuse_tasks(base, tokenizer)
     chat = Chat(tokenizer, arguments)
     held_out = how.find(chat, model, base)
-    if not tasks:
+    if not names:
         chat.refuse_unused()
     if not allow_overlap:
-        check_overlap(model, held_out)
+        check_overlap(recipe, held_out)
     with reporting(progress, say) as report:
         _same_tokenizer(model, tokenizer, from_hub)
         report.say(f"measuring {model} against {base} on {held_out.name}")
         measure = how.yardstick(base, held_out, tokenizer, report, device=device, gate=limits, **of_base)
         with report.stage(f"loading {Path(model).name}"):
             loaded = load(model, **from_hub, **({"device_map": device} if device else {})).eval()
-        measured = _cached(loaded, kv_cache) if kv_cache else loaded
+        measured = _cached(loaded, kv_cache)
         quality = measure(measured)
         done = EvaluateResult(
             model, base, held_out.name, quality,
             layer_errors(loaded, Base(base, **of_base).checkpoint(), recipe.get("blocks") or ()),
             Gate(**limits.verdict(quality)) if limits else None,
             {"kind": kv_cache, "bytes": measured.nbytes} if kv_cache else None,
-            _tasks(loaded, chat, tasks) if tasks else None,
         )  # fmt: skip
-        if not kv_cache:  # results.json is about the model alone
+        if kv_cache:  # results.json is about the model alone
+            return done
+        try:
+            done = _with_tasks(done, loaded, chat, names)
+        finally:  # a task that cannot be run takes nothing of what was measured with it
             with report.stage("sha256 of the files"):
-                store_results(Path(model), done.to_dict(), report.say)
+                store_beside_base(model, recipe, base, done.to_dict(), report.say)
     return done
 
 
-def _cached(model: Any, kind: str) -> Any:
+def _task_names(tasks: str | Sequence[str] | None) -> list[str]:
+    names = [name.strip() for name in (tasks.split(",") if isinstance(tasks, str) else tasks or ())]
+    if not all(names):
+        raise OptionError(f"--tasks {tasks!r}: one of the names is empty")
+    return names
+
+
+def _check_cache(kind: str | None, inputs: Any, tasks: Sequence[str]) -> None:
+    """Refuse a cache that there is not, or what is not measured with one."""
+    if kind is None:
+        return
+    if kind not in KV_CACHES:
+        raise OptionError(f"--kv-cache {kind!r} is not one of {', '.join(KV_CACHES)}")
+    if inputs is not None:
+        raise OptionError("--kv-cache is measured on text alone: leave --inputs out, or --kv-cache")
+    if tasks:
+        raise OptionError("--kv-cache: tasks are run with the model's own cache: leave --tasks out, or --kv-cache")
+
+
+def _check_folders(model: str, recipe: Mapping[str, Any], base: str, kv_cache: str | None) -> None:
+    """Refuse what is wrong with the two models, as far as that is known before anything is measured."""
+    from hf_quant.checkpoint.folder import Checkpoint
+
+    if not kv_cache:
+        refuse_itself(model, recipe, base)
+        check_results(Path(model))
+    for folder in (Path(model), Path(base)):
+        if folder.is_dir():
+            Checkpoint.open(folder)
+
+
+def _refuse_uncached(base: Base) -> None:
+    if not base.causal():
+        raise HfQuantError(f"--kv-cache: {base.kind().__name__} is no causal language model, so it keeps none")
+
+
+def _cached(model: Any, kind: str | None) -> Any:
     from hf_quant.evaluation.cached import Cached
 
-    if not model.can_generate() or model.config.is_encoder_decoder:
-        raise HfQuantError(f"--kv-cache: {type(model).__name__} is no causal language model, so it keeps none")
-    return Cached(model, kind)
+    return Cached(model, kind) if kind else model
 
 
-def _tasks(model: Any, chat: Chat, tasks: str | Sequence[str]) -> dict[str, dict[str, float]]:
+def _with_tasks(done: EvaluateResult, model: Any, chat: Chat, names: Sequence[str]) -> EvaluateResult:
     from hf_quant.evaluation.tasks import run_tasks
 
-    return run_tasks(model, chat, tasks.split(",") if isinstance(tasks, str) else list(tasks))
+    return replace(done, tasks=run_tasks(model, chat, names)) if names else done
 
 
 def _same_tokenizer(model: str, base: Any, from_hub: dict[str, Any]) -> None:

@@ -5,11 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_quant.errors import HfQuantError
+from hf_quant.jobs.base import why_not_its_base
+from hf_quant.jobs.progress import Important
+
+RESULTS = "results.json"
 LOCKED = 60  # seconds to wait for another process that adds to the same results.json
+
+
+def store_beside_base(
+    model: str, recipe: Mapping[str, Any], base: str | None, record: dict[str, Any], tell: Callable[[str], None]
+) -> None:
+    """`store_results` of what was measured beside ``base``, if that is what ``model`` was made from; else say that it is not.
+
+    Args:
+        model: A folder; nothing is stored of a Hub id.
+        recipe: Its recipe; empty if it has none.
+        base: None for what was measured of ``model`` alone.
+        record: Fields of results.json.
+        tell: As for `store_results`.
+    """
+    if not Path(model).is_dir():
+        return
+    if base is not None and (reason := why_not_its_base(model, recipe, base)) is not None:
+        tell(Important(f"{reason}: nothing is stored in results.json"))
+    else:
+        store_results(Path(model), record, tell)
 
 
 def store_results(folder: Path, record: dict[str, Any], tell: Callable[[str], None] = lambda _: None) -> None:
@@ -20,25 +45,81 @@ def store_results(folder: Path, record: dict[str, Any], tell: Callable[[str], No
     Args:
         folder: Of the model.
         record: Fields of results.json.
-        tell: Told if something is not stored.
+        tell: Told if something is not stored, as where the folder cannot be written.
     """
     from filelock import FileLock
 
-    from hf_quant.disk.atomic import make_folder, write_json
-    from hf_quant.disk.digests import measured_files, same_files
+    from hf_quant.disk.atomic import make_folder
 
     if not folder.is_dir():
         return
-    path, files, lock = folder / "results.json", measured_files(folder), _lock_of(folder)
-    make_folder(lock.parent)
-    with FileLock(lock, timeout=LOCKED):
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"files": files}
-        if not isinstance(known, dict) or "files" not in known:
-            tell(f"{path}: was not written by hf-quant, so it is left as it is, and nothing is stored")
-            return
-        if not same_files(known["files"], files):
-            known = {}
-        write_json(path, known | _better_founded(known, record, tell) | {"files": files})
+    try:
+        lock = _lock_of(folder)
+        make_folder(lock.parent)
+        with FileLock(lock, timeout=LOCKED):
+            _add(folder, record, tell)
+    except (OSError, HfQuantError) as error:  # what was measured is worth more than where it is kept
+        tell(Important(f"{folder / RESULTS}: nothing is stored: {error}"))
+
+
+def check_results(folder: Path) -> None:
+    """Refuse a results.json that nothing could be added to, before anything is measured.
+
+    Raises:
+        HfQuantError: It is damaged; names the field.
+    """
+    if (folder / RESULTS).is_file():
+        _known(folder)
+
+
+def _known(folder: Path) -> dict[str, Any] | None:
+    """What results.json holds; None if another program wrote it."""
+    from hf_quant.publish.facts import read_facts
+
+    try:
+        plain = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        if not isinstance(plain, dict) or "files" not in plain:
+            return None
+        return read_facts(folder, "results")
+    except (ValueError, RecursionError) as error:
+        raise HfQuantError(f"{folder / RESULTS}: {error}; mend it, or move it away") from None
+    except HfQuantError as error:
+        raise HfQuantError(f"{folder}: {error}; mend it, or move it away") from None
+
+
+def _add(folder: Path, record: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Write what is known already and ``record`` together."""
+    from hf_quant.disk.atomic import write_json
+    from hf_quant.disk.digests import measured_files, same_files
+
+    path, files = folder / RESULTS, measured_files(folder)
+    known = _known(folder) if path.is_file() else {"files": files}
+    if known is None:
+        tell(f"{path}: was not written by hf-quant, so it is left as it is, and nothing is stored")
+        return
+    if not same_files(known["files"], files):
+        known = {}
+    added = known | _better_founded(known, record, tell)
+    if "quality" in record and "gate" not in record and "gate" in added:
+        _judge_again(added, tell)
+    write_json(path, added | {"files": files})
+
+
+def _judge_again(results: dict[str, Any], tell: Callable[[str], None]) -> None:
+    """Hold the quality of ``results`` against the limits that an earlier one was held against."""
+    from hf_quant.evaluation.gate import Budget
+    from hf_quant.evaluation.results import Quality
+
+    before = results.pop("gate")
+    try:
+        results["gate"] = Budget(**before["budget"]).verdict(Quality.from_dict(results["quality"]))
+    except HfQuantError as error:
+        tell(f"results.json: the gate is left out: {error}")
+        return
+    if results["gate"]["passed"] != before["passed"]:
+        limits = ", ".join(f"{name} {limit:g}" for name, limit in before["budget"].items())
+        now = "is inside" if results["gate"]["passed"] else "is out of"
+        tell(f"results.json: with these numbers the model {now} the budget that it was held against before ({limits})")
 
 
 def _lock_of(folder: Path) -> Path:

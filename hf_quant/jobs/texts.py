@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError, suggestion
-from hf_quant.jobs.options import hub
+from hf_quant.jobs.options import DTYPES, hub
 from hf_quant.jobs.progress import Reporter
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from hf_quant.data.held_out import HeldOut
     from hf_quant.evaluation.gate import Budget
     from hf_quant.evaluation.results import Quality
+    from hf_quant.evaluation.yardstick import Base
 
 TEXT, CALIBRATION = "heldout.txt", "calibration.txt"  # what a model's folder may bring along
 Data = str | Iterable[Mapping[str, Any]]  # a file or data set, or batches of inputs
@@ -62,11 +63,17 @@ class Measuring:
             self._check_inputs(self.inputs)
         if self.stride is not None and self.context is not None and self.stride > self.context:
             raise OptionError(f"--stride {self.stride} is more than --context {self.context}")
-        for name, value, least in (("context", self.context, 2), ("stride", self.stride, 1)):
+        for name, value, least in (
+            ("context", self.context, 2),
+            ("stride", self.stride, 1),
+            ("max-tokens", self.max_tokens, 1),
+        ):
             if value is not None and value < least:
                 raise OptionError(f"--{name} {value}: must be at least {least}")
-        if self.base_dtype not in BASE_DTYPES:
+        dtype = DTYPES.get(str(self.base_dtype).removeprefix("torch.").lower())
+        if dtype not in BASE_DTYPES:
             raise OptionError(f"--base-dtype {self.base_dtype!r} is not one of {', '.join(BASE_DTYPES)}")
+        object.__setattr__(self, "base_dtype", dtype)  # its full name
         find_text(self.text)
         need_datasets(self.dataset)
 
@@ -140,10 +147,18 @@ class Measuring:
                 f"{model} {reason}, so it cannot be measured on text: --inputs names a safetensors file with its inputs by name "
                 "to measure on, and --no-eval leaves measuring out of quantize"
             )
+        self._check_windows(base)
         return yardstick(
             base, tokenizer, held_out.text, context=self.context, stride=self.stride,
             max_tokens=self.max_tokens or self.usual_tokens, gate=gate, say=report.say, progress=progress,
         )  # fmt: skip
+
+    def _check_windows(self, base: Base) -> None:
+        """Refuse windows that ``base`` cannot read, or that it does not read as windows."""
+        if self.context is not None:
+            base.refuse_longer(self.context)
+        if self.stride is not None and not base.predicts():
+            raise OptionError("--stride: passages that an encoder reads do not overlap: leave it out")
 
 
 def refuse_measuring(measure: bool | None, gated: bool, named: bool) -> None:
@@ -169,13 +184,10 @@ def find_text(text: str | None, *folders: str) -> Path | None:
     return next((path for folder in folders if (path := Path(folder) / TEXT).is_file()), None)
 
 
-def check_overlap(folder: str, held_out: HeldOut) -> None:
-    """Refuse it if the recipe in ``folder`` says that its model was calibrated or trained on it."""
-    recipe = Path(folder) / "recipe.json"
-    if recipe.is_file():
-        stored = json.loads(recipe.read_text())
-        records = [stored.get("calibration"), (stored.get("training") or {}).get("text")]
-        held_out.refuse_overlap([part for record in records if record for part in record.get("paragraphs", [])])
+def check_overlap(recipe: Mapping[str, Any], held_out: HeldOut) -> None:
+    """Refuse it if the ``recipe`` of a model says that it was calibrated or trained on it."""
+    records = [recipe.get("calibration"), (recipe.get("training") or {}).get("text")]
+    held_out.refuse_overlap([str(part) for record in records if record for part in record.get("paragraphs", [])])
 
 
 def nearby(file: str) -> str:

@@ -24,7 +24,7 @@ from hf_quant.evaluation.reference import Load, Progress, Reference
 from hf_quant.evaluation.results import Quality
 from hf_quant.evaluation.sensitivity import groups, sensitivities
 from hf_quant.hf import HfQuantConfig
-from hf_quant.hf.auto import hub_options
+from hf_quant.hf.auto import hub_options, positions_of
 from hf_quant.hf.candidates import candidates
 from hf_quant.hf.loading import plan_of
 from hf_quant.jobs.compress import Job
@@ -32,6 +32,7 @@ from hf_quant.jobs.compress import Job
 LADDER = (8, 4, 3, 2)
 MIXED = "mixed"
 TRIES = 4  # mixed plans to measure, at most
+PROMPT, NEW = 128, 16  # tokens that speed is measured with; fewer where the model has fewer positions
 CLOSE = 0.97  # of the budget used: near enough
 
 
@@ -296,4 +297,6 @@ class _Table:
 
 
 def _speed(model: Any) -> Speed:
-    return compare({"": model}, [1], prompt=128, new=16, repeats=5)[""][0]
+    most = positions_of(model) or PROMPT + NEW
+    new = max(2, min(NEW, most // 2))
+    return compare({"": model}, [1], prompt=max(1, min(PROMPT, most - new)), new=new, repeats=5)[""][0]

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_quant
 import hf_quant.disk.folders
+import hf_quant.evaluation.yardstick
 from hf_quant.cli import main
 from hf_quant.data.text import paragraphs
 
@@ -308,7 +309,10 @@ def test_measuring_the_wrong_thing_is_refused(folder: Path, tmp_path: Path) -> N
     recipe = json.loads((out / "recipe.json").read_text())
     text = tmp_path / "text.txt"
     text.write_text("<|endoftext|>".join(f"{i} " + "words to calibrate on " * 12 for i in range(9)))
-    recipe["calibration"] = {"paragraphs": sorted(paragraphs(text.read_text()))}
+    recipe["calibration"] = {
+        "name": text.name, "sequences": 9, "context": 64, "sha256": "0" * 64,
+        "paragraphs": sorted(paragraphs(text.read_text())),
+    }  # fmt: skip
     (out / "recipe.json").write_text(json.dumps(recipe))
     call = ["eval", out, "--base", folder, "--text", text, "--context", 64]
     assert (
@@ -323,6 +327,31 @@ def test_measuring_the_wrong_thing_is_refused(folder: Path, tmp_path: Path) -> N
     vocabulary["model"]["vocab"] |= {one: 1, two: 0}
     (out / "tokenizer.json").write_text(json.dumps(vocabulary))
     assert "tokenizer of" in run(*call, "--allow-overlap", code=1).stderr
+
+
+def test_evaluation_refuses_before_it_measures_and_stores_what_belongs_to_the_model(
+    folder: Path, tmp_path: Path, checked: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, other, few = tmp_path / "q", tmp_path / "other", ["--max-tokens", 512, "--context", 64]
+    run("quantize", folder, "-o", out, "--scheme", "W3A16-g32", *few, "--max-kl", 99, "-q")
+    shutil.copytree(folder, other)
+    before = checked(out)
+    assert "is MODEL itself" in run("eval", out, "--base", out, *few, code=1).stderr
+    assert "nothing is stored" in run("eval", out, "--base", other, *few, "--max-kl", 98, "-q").stderr
+    assert checked(out) == before
+    run("eval", out, *few, "--max-kl", "1e-6", code=3)
+    assert checked(out)["gate"]["budget"] == {"max_kl": 1e-6}
+    monkeypatch.setattr(hf_quant.evaluation.yardstick.Base, "load", None)  # nothing below gets as far as that
+    longer = ["--text", folder / "heldout.txt", "--context", 4096]
+    assert "longer than the 2,048 positions" in run("eval", out, *longer, code=1).stderr
+    assert "leave it out, or --base" in run("bench", out, "--alone", "--base", folder, code=2).stderr
+    assert "more than the 2,048 positions" in run("bench", out, "--prompt-tokens", 2048, code=2).stderr
+    assert "one of the names is empty" in run("eval", out, "--tasks", "a,,b", code=2).stderr
+    assert "leave --tasks out" in run("eval", out, "--kv-cache", "int8", "--tasks", "a", code=2).stderr
+    for file, damaged in (("results.json", "{oops"), ("recipe.json", "{oops")):
+        (out / file).write_text(damaged)
+        assert f"{file}: Expecting property name" in run("eval", out, *few, code=1).stderr
+        assert f"{file}: Expecting property name" in run("bench", out, code=1).stderr
 
 
 def test_an_encoder_is_measured_on_the_bundled_text(zoo: Any, folder: Path, tmp_path: Path, checked: Any) -> None:
@@ -342,6 +371,8 @@ def test_an_encoder_is_measured_on_the_bundled_text(zoo: Any, folder: Path, tmp_
     assert quality["kind"] == "encoder" and 0.99 < quality["metrics"]["embedding_cosine"]["value"] < 1
     result = run("eval", out, "--base", source, *few)
     assert "embedding_cosine" in result.stdout and "bundled text" in result.stderr
+    assert "do not overlap: leave it out" in run("eval", out, *few, "--stride", 16, code=2).stderr
+    assert "keeps none" in run("eval", out, "--max-tokens", 2000, "--kv-cache", "int8", code=1).stderr
     assert "not measured for encoder" in run("eval", out, "--base", source, *few, "--max-kl", 1, code=1).stderr
 
 

@@ -16,7 +16,7 @@ from hf_quant.data.calibration import calibration
 from hf_quant.data.chat import Chat, may_hold_chats
 from hf_quant.data.text import SEPARATOR, documents, paragraphs, read_documents, refuse_overlap, split, windows
 from hf_quant.errors import HfQuantError, OptionError, PlanError
-from hf_quant.evaluation.tasks import run_tasks
+from hf_quant.evaluation.tasks import _numbers, run_tasks
 from hf_quant.hf import HfQuantConfig
 from hf_quant.jobs.texts import template_arguments
 from tests import yardsticks
@@ -196,6 +196,11 @@ def test_arguments_on_the_command_line(words: str, meant: dict[str, Any]) -> Non
 def test_what_is_no_argument(words: str) -> None:
     with pytest.raises(click.BadParameter, match="is not KEY=VALUE; write for example enable_thinking=false"):
         TemplateArguments().convert(words, None, None)
+
+
+def test_a_metric_of_several_filters_keeps_all_its_numbers() -> None:
+    row = {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.7, "acc,none": 0.6, "alias": "gsm8k"}
+    assert _numbers(row) == {"exact_match,strict-match": 0.5, "exact_match,flexible-extract": 0.7, "acc": 0.6}
 
 
 def test_tasks_are_asked_through_the_template(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from hf_quant.evaluation.measure import evaluate, means
 from hf_quant.evaluation.reference import Reference, cached_reference
 from hf_quant.evaluation.results import Estimate, Quality, why_no_interval
 from hf_quant.evaluation.seq2seq import second_halves
+from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
 
 
@@ -392,3 +393,14 @@ def test_a_decoder_beside_an_encoder_predicts_the_second_half(tmp_path: Path) ->
         got.metrics["kl"].value == pytest.approx(torch.cat(lost).mean().item(), rel=1e-4)
         and got.metrics["kl"].value > 0.01
     )
+
+
+@pytest.mark.parametrize("stride", [None, 32, 20, 8])
+def test_a_decoder_is_measured_on_as_many_tokens_as_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stride: int | None
+) -> None:
+    T5Config(vocab_size=64, d_model=32, num_layers=1, num_heads=2, decoder_start_token_id=0).save_pretrained(tmp_path)
+    monkeypatch.setattr(Base, "reference_on", lambda _, text, **kwargs: text)
+    monkeypatch.setattr(Base, "endings", lambda *_: None)
+    got: Any = Base(str(tmp_path)).reference(letters, TEXT * 4, context=64, stride=stride, max_tokens=512)
+    assert 480 <= int(got.scored.sum()) <= 560

@@ -1,4 +1,5 @@
 import itertools
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
+from hf_quant.bench import memory
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.data.text import halves, split
 from hf_quant.errors import DiskError
@@ -20,7 +22,7 @@ from hf_quant.evaluation.sensitivity import groups, rounded, sensitivities
 from hf_quant.hf import HfQuantConfig
 from hf_quant.hf.plan import make_plan
 from hf_quant.jobs.ladder import _finish
-from hf_quant.jobs.walk import MIXED, Ladder, Limits, Rung, Walk, _Table
+from hf_quant.jobs.walk import MIXED, Ladder, Limits, Rung, Walk, _speed, _Table
 from hf_quant.methods import method
 from hf_quant.publish import charts
 from hf_quant.solve.recipes import Decision
@@ -219,6 +221,16 @@ def test_a_rung_that_is_measured_again_needs_room_for_that() -> None:
     assert Limits(Budget(max_kl=0.0125), margin=2).misses(1, got) == [
         "KL 0.01 (2 times the 95 % interval up to 0.014) is over the 0.0125 allowed, by 0.0015"
     ]
+
+
+def test_speed_is_measured_with_as_many_tokens_as_the_model_has_positions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    speed = _speed(models()[0])
+    assert (speed.prompt, speed.new) == (16, 16), "of 32 positions"
+    models()[0].save_pretrained(tmp_path)
+    memory._main(str(tmp_path), {})
+    assert json.loads(capsys.readouterr().out)["weight_bytes"] > 0
 
 
 def test_halves_are_alike() -> None:

@@ -1,6 +1,7 @@
 """What results.json keeps, of which base it speaks, and what is said of single layers."""
 
 import json
+import os
 import threading
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel
 
 import hf_quant.disk.atomic
 from hf_quant.checkpoint.folder import Checkpoint
@@ -16,9 +17,9 @@ from hf_quant.errors import HfQuantError
 from hf_quant.evaluation.layers import layer_errors
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
-from hf_quant.jobs.base import base_of, remember
+from hf_quant.jobs.base import base_of, recipe_of, refuse_itself, remember, why_not_its_base
 from hf_quant.jobs.compress import _check
-from hf_quant.jobs.stored import store_results
+from hf_quant.jobs.stored import check_results, store_beside_base, store_results
 
 
 def measured(tokens: int, kl: float, resampled: str | None = "documents") -> dict[str, Any]:
@@ -49,15 +50,105 @@ def test_less_text_does_not_replace_what_was_measured_on_more(tmp_path: Path) ->
     assert stored(tmp_path)["quality"]["metrics"]["kl"]["value"] == 0.02 and len(said) == 2
 
 
+def test_new_numbers_are_held_against_the_budget_of_the_old_ones(tmp_path: Path) -> None:
+    said: list[str] = []
+    gate = {"budget": {"max_kl": 0.02}, "passed": True, "misses": []}
+    store_results(tmp_path, {"quality": measured(500, 0.01), "gate": gate}, said.append)
+    store_results(tmp_path, {"quality": measured(32_000, 0.03)}, said.append)
+    assert not stored(tmp_path)["gate"]["passed"] and "over the 0.02 allowed" in stored(tmp_path)["gate"]["misses"][0]
+    assert len(said) == 1 and "is out of the budget that it was held against before (max_kl 0.02)" in said[0]
+    store_results(tmp_path, {"quality": measured(32_000, 0.01)}, said.append)
+    assert stored(tmp_path)["gate"] == gate and len(said) == 2
+    encoder = measured(32_000, 0.01) | {"kind": "encoder", "metrics": {}}
+    store_results(tmp_path, {"quality": encoder}, said.append)
+    assert "gate" not in stored(tmp_path) and "not measured for encoder models" in said[2]
+
+
+def test_what_cannot_be_stored_is_said_and_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    said: list[str] = []
+    monkeypatch.setattr(hf_quant.disk.atomic, "write_json", refused)
+    store_results(tmp_path, {"bench": {}}, said.append)
+    assert len(said) == 1 and "nothing is stored" in said[0] and "Permission denied" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "name"),
+    [("{oops", "results.json"), ('{"files": [], "quality": {}}', "quality"), ('{"files": 5}', "files")],
+)
+def test_damaged_results_are_named_before_anything_is_measured(damaged: str, name: str, tmp_path: Path) -> None:
+    check_results(tmp_path)
+    (tmp_path / "results.json").write_text(damaged)
+    with pytest.raises(HfQuantError, match=f"{tmp_path.name}.*{name}.*mend it, or move it away"):
+        check_results(tmp_path)
+    said: list[str] = []
+    store_results(tmp_path, {"bench": {}}, said.append)
+    assert (tmp_path / "results.json").read_text() == damaged and "nothing is stored" in said[0]
+
+
+ROBERTA = {
+    "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+}  # fmt: skip
+RECIPE = {
+    "scheme": "W4A16-g32", "method": "rtn", "format": "native", "source": {"model": "base", "revision": None},
+    "schemes": {}, "left": {}, "versions": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("calibration", "text"), ("training", [1]), ("blocks", 5), ("blocks", [{}]), ("blocks", [{"layers": {"a": "b"}}]),
+        ("blocks", [{"layers": {"a": -1}}]), ("source", {"model": 5}),
+    ],
+)  # fmt: skip
+def test_a_damaged_recipe_is_named_by_its_field(field: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE | {"blocks": [{"layers": {"a": 0.1, "b": None}}]}))
+    assert recipe_of(str(tmp_path))["scheme"] == "W4A16-g32"
+    (tmp_path / "recipe.json").write_text(json.dumps(RECIPE | {field: value}))
+    with pytest.raises(HfQuantError, match=rf"{tmp_path.name}: recipe.json: {field}"):
+        recipe_of(str(tmp_path))
+
+
+def test_only_what_was_measured_beside_the_base_is_stored(tmp_path: Path) -> None:
+    base, other, moved, out = (tmp_path / name for name in ("base", "other", "moved/base", "out"))
+    for path in (base, other, moved, out):
+        path.mkdir(parents=True)
+        (path / "config.json").write_text("{}")
+    (out / "recipe.json").write_text(json.dumps(RECIPE))
+    why_not = [why_not_its_base(str(out), RECIPE, str(folder)) for folder in (base, moved, other)]
+    assert why_not[:2] == [None, None] and "is not known to be base" in (why_not[2] or "")
+    remember(out, str(base))
+    assert why_not_its_base(str(out), RECIPE, str(base)) is None
+    assert why_not_its_base(str(out), RECIPE, str(moved)), "it is known where the base is"
+    of_hub = RECIPE | {"source": {"model": "owner/name", "revision": "abc"}}
+    assert why_not_its_base("m", of_hub, "owner/name") is None and why_not_its_base("m", of_hub, "owner/other")
+    assert why_not_its_base("m", {}, "owner/name") is None and why_not_its_base("m", {}, "m")
+    said: list[str] = []
+    store_beside_base(str(out), RECIPE, str(other), {"bench": {}}, said.append)
+    assert not (out / "results.json").exists() and "nothing is stored in results.json" in said[0]
+    store_beside_base(str(out), RECIPE, str(base), {"bench": {}}, said.append)
+    assert "bench" in stored(out) and len(said) == 1
+    with pytest.raises(HfQuantError, match="is MODEL itself"):
+        refuse_itself(str(out), RECIPE, f"{out}/")
+    refuse_itself(str(out), {}, str(out))  # nothing says that it was made from another model
+
+
 def test_who_writes_at_the_same_time_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = hf_quant.disk.atomic.write_json
     monkeypatch.setattr(hf_quant.disk.atomic, "write_json", lambda path, obj: (time.sleep(0.02), real(path, obj)))
-    threads = [threading.Thread(target=store_results, args=(tmp_path, {f"field{i}": i})) for i in range(8)]
+    records: list[dict[str, Any]] = [
+        {"folder": "x"}, {"format": "native"}, {"share_quantized": 0.5}, {"bits_per_weight": 4.5}, {"base_bytes": 1},
+        {"parameters": 1}, {"seconds": 1.0}, {"date": "2026-11-30"},
+    ]  # fmt: skip
+    threads = [threading.Thread(target=store_results, args=(tmp_path, record)) for record in records]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert {f"field{i}" for i in range(8)} < stored(tmp_path).keys()
+    assert {name for record in records for name in record} < stored(tmp_path).keys()
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"], "the lock lies elsewhere"
 
 
@@ -130,6 +221,43 @@ def test_the_cache_of_the_base_knows_what_computed_it(folder: Path, monkeypatch:
     assert Base(str(folder), device="cuda").circumstances() != before
     monkeypatch.setattr(torch, "__version__", "9.9")
     assert base.circumstances() != before
+
+
+def test_the_cache_of_the_base_knows_its_code_and_other_weights_of_the_same_size_and_time(tmp_path: Path) -> None:
+    weights, code = tmp_path / "model.safetensors", tmp_path / "modeling_toy.py"
+    weights.write_bytes(b"1234")
+    code.write_text("SCALE = 1")
+    identities = [Base(str(tmp_path)).identity()]
+    code.write_text("SCALE = 2")
+    identities.append(Base(str(tmp_path)).identity())
+    before = weights.stat()
+    weights.rename(tmp_path / "old")
+    weights.write_bytes(b"5678")
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p and rsync leave it
+    identities.append(Base(str(tmp_path)).identity())
+    assert len(set(identities)) == 3 and identities[2] == Base(str(tmp_path)).identity()
+
+
+@pytest.mark.parametrize(
+    ("model", "positions"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2)), 16),
+        (lambda: RobertaModel(RobertaConfig(**ROBERTA, max_position_embeddings=18, pad_token_id=1)), 16),
+    ],
+    ids=["GPT-2", "RoBERTa"],
+)
+def test_the_longest_window_of_a_model(model: Any, positions: int, tmp_path: Path) -> None:
+    model = model().eval()
+    model.save_pretrained(tmp_path)
+    base = Base(str(tmp_path))
+    assert base.context() == base.positions() == positions
+    base.refuse_longer(positions)
+    with pytest.raises(HfQuantError, match=f"longer than the {positions} positions"):
+        base.refuse_longer(positions + 1)
+    ids = torch.full((1, positions), 5)
+    model(ids)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.cat([ids, ids], 1))
 
 
 @pytest.mark.parametrize("theirs", ['{"accuracy": 0.9}', "[1, 2]"])

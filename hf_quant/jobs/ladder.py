@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hf_quant.hf import HfQuantConfig
     from hf_quant.jobs.walk import Rung
 
-TOKENS, TRIAL_TOKENS = 32768, 4096
+TOKENS, TRIAL_TOKENS, CALIBRATION_TOKENS = 32768, 4096, 65536
 
 
 @dataclass(frozen=True, repr=False)
@@ -127,7 +127,7 @@ def ladder(
     max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
     group_size: int = 128, asym: bool | None = None, int8_activations: bool = False, method: str | None = None, ignore: Sequence[str] = (),
     lm_head: bool = False, embeddings: bool = False,
-    calibration: str | None = None, calibration_tokens: int = 65536, epochs: int | None = None, max_memory: int | str | None = None,
+    calibration: str | None = None, calibration_tokens: int = CALIBRATION_TOKENS, epochs: int | None = None, max_memory: int | str | None = None,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False, inputs: str | None = None,
     trial_text: str | None = None, trial_tokens: int = TRIAL_TOKENS, chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -191,9 +191,12 @@ def ladder(
     source = find_calibration(calibration, model)
     method = method or ("rtn" if source is None else "calibrated")
     calibrated = needs_calibration(method, _slugs(group_size, asym, int8_activations), calibration)
+    if not calibrated:
+        _refuse_unused(method, calibration_tokens, max_memory)
     if inputs is not None:
         raise OptionError("--inputs: the ladder chooses by text; quantize and eval measure one scheme on inputs")
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, usual_tokens=TOKENS)
+    find_text(trial_text)
     files = list(filter(None, (text, dataset, trial_text, calibration)))
     arguments = template_arguments(chat_template_kwargs, [text, dataset, trial_text, source if calibrated else None])
     shard, memory = size_in_bytes(max_shard_size), None if max_memory is None else size_in_bytes(max_memory)
@@ -201,7 +204,7 @@ def ladder(
     load_arguments = load_options(dtype, device, from_hub)
     check_places([out], [model, *files], overwrite=overwrite, gate=bool(gate))
 
-    from hf_quant.data.chat import Chat, may_hold_chats
+    from hf_quant.data.chat import Chat
     from hf_quant.evaluation.results import Quality
     from hf_quant.hf import HfQuantConfig
     from hf_quant.hf.auto import tokenizer_of
@@ -215,17 +218,21 @@ def ladder(
         "method": method, "modules_to_not_convert": list(ignore), "quantize_lm_head": lm_head,
         "quantize_embeddings": embeddings, "epochs": epochs,
     }  # fmt: skip
+    smallest = HfQuantConfig(str(steps[-1]), **planned)
     if size is not None:
-        _refuse_too_small(model, size, HfQuantConfig(str(steps[-1]), **planned), from_hub)
-    base = _base(model, base_dtype, device, from_hub)
+        _refuse_too_small(model, size, smallest, from_hub)
+    base = _base(model, how.base_dtype, device, from_hub)
     with reporting(progress, say) as report:
         tokenizer = tokenizer_of(model, **from_hub)
         chat = Chat(tokenizer, arguments)
         held_out = how.find(chat, model)
         choosing, held_back = _parts(held_out.text, report)
         looked_at = calibration_for(model, source, calibration_tokens, chat, from_hub) if calibrated else None
-        if not may_hold_chats(trial_text):
-            chat.refuse_unused()
+        trial = _trial_text(model, chat, trial_text)
+        chat.refuse_unused()
+        how.check_text(base, tokenizer)
+        texts = {"the documents that choose": choosing, "those held back": held_back, "those for sensitivities": trial}
+        how.check_length(base, tokenizer, texts)
         if looked_at is not None and not allow_overlap:
             held_out.refuse_overlap(looked_at.paragraphs)
 
@@ -240,7 +247,7 @@ def ladder(
         options = planned | ({} if looked_at is None else {"calibration": looked_at.batches or looked_at.ids})
         walk = Ladder(
             job, limits, steps, options, base.load,
-            lambda: _trial(base, chat, choosing, trial_text, trial_tokens, report), report.over("sensitivity"),
+            lambda: _trial(base, tokenizer, how, choosing, trial, trial_tokens, report), report.over("sensitivity"),
         ).walk()  # fmt: skip
         record = walk.to_dict() | {"limits": asdict(gate) | {"max_size": size}, "held_back": None}
         folder = None
@@ -326,14 +333,27 @@ def _finish(stage: Path, record: dict[str, Any], row: dict[str, Any], held_back:
     return {"ladder": {key: record[key] for key in ("rungs", "chosen", "chosen_bytes", "limits", "held_back")}}
 
 
-def _trial(base: Base, chat: Chat, measured_text: Text, trial_text: str | None, tokens: int, report: Reporter) -> Any:
-    """The base's outputs on a text that the result is not measured on, if there is one."""
+def _refuse_unused(method: str, tokens: int, memory: int | str | None) -> None:
+    """Refuse options about the text that is calibrated on, where none is."""
+    options = {"--calibration-tokens": tokens != CALIBRATION_TOKENS, "--max-memory": memory is not None}
+    if unused := [option for option, is_given in options.items() if is_given]:
+        raise OptionError(f"{unused[0]}: --method {method} looks at no text: leave it out, or name another method")
+
+
+def _trial_text(model: str, chat: Chat, trial_text: str | None) -> Text | None:
+    """The text that sensitivities are measured on; None where there is none but the held-out one."""
     from hf_quant.data.text import read_documents
 
-    beside = Path(base.model) / CALIBRATION
+    beside = Path(model) / CALIBRATION
     file = find_text(trial_text) or (beside if beside.is_file() else None)
-    if file is None:
+    return None if file is None else read_documents(file, chat)
+
+
+def _trial(
+    base: Base, tokenizer: Any, how: Measuring, choosing: Text, trial: Text | None, tokens: int, report: Reporter
+) -> Any:
+    """The base's outputs on a text that the result is not measured on, if there is one."""
+    if trial is None:
         report.say("sensitivities are measured on the held-out text itself: --trial-text names another")
-    text = read_documents(file, chat) if file else measured_text
-    chat.refuse_unused()
-    return base.reference(chat.tokenizer, text, max_tokens=tokens, noise=False)
+    text = choosing if trial is None else trial
+    return base.reference(tokenizer, text, context=how.context, stride=how.stride, max_tokens=tokens, noise=False)

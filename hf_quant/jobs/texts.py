@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hf_quant.data.calibration import Calibration
     from hf_quant.data.chat import Chat
     from hf_quant.data.held_out import HeldOut
+    from hf_quant.data.text import Text
     from hf_quant.evaluation.gate import Budget
     from hf_quant.evaluation.results import Quality
     from hf_quant.evaluation.yardstick import Base
@@ -135,30 +136,52 @@ class Measuring:
         import torch
 
         from hf_quant.evaluation.yardstick import Base, inputs_yardstick, yardstick
-        from hf_quant.hf.auto import why_not_text
 
         base = Base(model, revision, getattr(torch, self.base_dtype), device, trust_remote_code)
         progress = report.over("measuring")
         if held_out.batches:
             return inputs_yardstick(base, tokenizer, held_out.batches, gate=gate, say=report.say, progress=progress)
-        reason = "has no tokenizer" if tokenizer is None else why_not_text(model, **hub(revision, trust_remote_code))
-        if reason is not None:
-            raise HfQuantError(
-                f"{model} {reason}, so it cannot be measured on text: --inputs names a safetensors file with its inputs by name "
-                "to measure on, and --no-eval leaves measuring out of quantize"
-            )
-        self._check_windows(base)
+        self.check_text(base, tokenizer)
         return yardstick(
             base, tokenizer, held_out.text, context=self.context, stride=self.stride,
             max_tokens=self.max_tokens or self.usual_tokens, gate=gate, say=report.say, progress=progress,
         )  # fmt: skip
 
-    def _check_windows(self, base: Base) -> None:
-        """Refuse windows that ``base`` cannot read, or that it does not read as windows."""
+    def check_text(self, base: Base, tokenizer: Any) -> None:
+        """Refuse windows that ``base`` cannot read, before anything is measured.
+
+        Raises:
+            HfQuantError: Says why.
+        """
+        from hf_quant.hf.auto import why_not_text
+
+        reason: str | None = "has no tokenizer"
+        if tokenizer is not None:
+            reason = why_not_text(base.model, **hub(base.revision, base.trust_remote_code))
+        if reason is not None:
+            raise HfQuantError(
+                f"{base.model} {reason}, so it cannot be measured on text: --inputs names a safetensors file with its inputs by "
+                "name to measure on, and --no-eval leaves measuring out of quantize"
+            )
         if self.context is not None:
             base.refuse_longer(self.context)
         if self.stride is not None and not base.predicts():
             raise OptionError("--stride: passages that an encoder reads do not overlap: leave it out")
+
+    def check_length(self, base: Base, tokenizer: Any, texts: Mapping[str, Text | None]) -> None:
+        """Refuse texts, by what they are, that are shorter than one window.
+
+        Raises:
+            HfQuantError: Names the first one.
+        """
+        from hf_quant.data.text import windows
+
+        for what, text in texts.items():
+            try:
+                if text is not None:
+                    windows(tokenizer, text, self.context or base.context(), None, self.stride)
+            except HfQuantError as error:
+                raise HfQuantError(f"{what}: {error}; --context names shorter windows") from None
 
 
 def refuse_measuring(measure: bool | None, gated: bool, named: bool) -> None:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -18,6 +19,8 @@ import hf_quant.disk.folders
 import hf_quant.evaluation.yardstick
 from hf_quant.cli import main
 from hf_quant.data.text import paragraphs
+from hf_quant.jobs.ladder import _trial
+from hf_quant.jobs.texts import Measuring
 
 REPO = Path(__file__).parents[2]
 
@@ -275,6 +278,34 @@ def test_ladder(folder: Path, tmp_path: Path, checked: Any) -> None:
     limit = uniform[1]["bytes"] + 2000
     best = json.loads(run(*call[:3], tmp_path / "best", *call[4:], "--max-size", f"{limit}B", "--json").stdout)
     assert best["chosen_bytes"] <= limit
+
+
+def test_the_ladder_refuses_before_it_measures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {name: tmp_path / f"{name}.txt" for name in ("documents", "short")}
+    texts["documents"].write_text("<|endoftext|>".join(f"document {i}" for i in range(40)))
+    texts["short"].write_text("some words to measure on")
+    call = ["ladder", folder, "-o", tmp_path / "q", "--max-kl", 1, "--group-size", 32]
+    monkeypatch.setattr(hf_quant.evaluation.yardstick.Base, "load", None)
+    assert "no such file" in run(*call, "--trial-text", tmp_path / "nosuch.txt", code=1).stderr
+    assert "learns nothing" in run(*call, "--method", "rtn", "--epochs", 3, code=2).stderr
+    assert "leave it out" in run(*call, "--method", "rtn", "--max-memory", "1GB", code=2).stderr
+    assert "--calibration-tokens: --method rtn" in run(*call, "--calibration-tokens", 99, code=2).stderr
+    halves = run(*call, "--text", texts["documents"], "--context", 250, code=1).stderr
+    assert "the documents that choose: the text has 235 tokens, fewer than one window of 250" in halves.replace(
+        "\n", " "
+    )
+    assert "for sensitivities" in run(*call, "--trial-text", texts["short"], "--context", 64, code=1).stderr
+
+
+def test_sensitivities_are_measured_in_the_windows_that_were_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how = Measuring(None, None, 64, 32, None, "float32", False)
+    monkeypatch.setattr(hf_quant.evaluation.yardstick.Base, "reference", lambda *_, **options: options)
+    base = hf_quant.evaluation.yardstick.Base(str(folder))
+    report = SimpleNamespace(say=lambda _: None)
+    asked = _trial(base, None, how, "choosing", None, 99, report)  # type: ignore[arg-type]
+    assert (asked["context"], asked["stride"], asked["max_tokens"]) == (64, 32, 99)
 
 
 def test_ladder_of_a_calibrated_method(

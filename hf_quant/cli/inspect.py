@@ -9,7 +9,7 @@ import click
 
 from hf_quant.cli._common import emit, output_options, target_options, waiting
 from hf_quant.cli._types import Model
-from hf_quant.errors import printable
+from hf_quant.errors import OptionError, printable
 from hf_quant.jobs.results import Grid, Row, fields
 
 if TYPE_CHECKING:
@@ -31,12 +31,18 @@ def command(
     """
     from hf_quant.checkpoint.contents import Contents, quantization_of
     from hf_quant.jobs.headers import opened
+    from hf_quant.jobs.options import check_model
     from hf_quant.jobs.targets import check_target, served
 
     check_target(target, tp)
+    check_model(model, revision)
     with waiting("reading headers", quiet or as_json), opened(model, revision) as checkpoint:
         stored = quantization_of(checkpoint.folder, checkpoint.config)
         contents = None if stored is None else Contents.of(checkpoint, stored, thorough=False)
+    if target is not None and contents is None:
+        raise OptionError(
+            f"--target: nothing in {model} is quantized; hf-quant plan {model} --target {target} says what would be"
+        )
     sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
         sizes[info.dtype] += info.nbytes

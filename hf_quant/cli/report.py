@@ -37,12 +37,17 @@ def command(
     """
     from hf_quant.disk.atomic import write_bytes
     from hf_quant.publish.page import html_page, why_not
+    from hf_quant.publish.page_model import Model as Measured
 
     out = output or folder / "report.html"
     if (reason := why_not(out)) is not None:
         raise HfQuantError(f"{out}: {reason}")
-    if chat_template_kwargs is not None and not (samples or prompt):
-        raise OptionError("--chat-template-kwargs: nothing here applies a chat template; --samples and --prompt do")
+    for measured in filter(None, (folder, other)):
+        Measured.of(measured)
+    if not out.parent.is_dir():
+        raise HfQuantError(f"{out}: there is no folder {out.parent}")
+    if not (samples or prompt):
+        _refuse_unused(chat_template_kwargs, base, trust_remote_code)
     texts = []
     if samples or prompt:
         from hf_quant.jobs.samples import PROMPTS
@@ -55,6 +60,15 @@ def command(
             )  # fmt: skip
     write_bytes(out, html_page(folder, other, texts).encode())
     emit(as_json, quiet, record={"report": str(out)}, essential=str(out), human=f"{out}: open it in a browser")
+
+
+def _refuse_unused(arguments: dict[str, Any] | None, base: str | None, trust_remote_code: bool) -> None:
+    """Refuse options about the texts that models continue, where none are."""
+    if arguments is not None:
+        raise OptionError("--chat-template-kwargs: nothing here applies a chat template; --samples and --prompt do")
+    for option, is_given in (("--base", base is not None), ("--trust-remote-code", trust_remote_code)):
+        if is_given:
+            raise OptionError(f"{option}: nothing here runs a model; --samples and --prompt do")
 
 
 COMMAND = command

@@ -97,9 +97,10 @@ def why_no_interval(quality: Mapping[str, Any]) -> str | None:
         return None
     if quality.get("inputs"):
         return f"no interval: there are {documents} samples, and at least {FEWEST_DOCUMENTS} are needed"
+    lines = "; the lines of a single one" if quality["kind"] == "encoder" else ""
     return (
-        f"no interval: the text has {documents} document{'s' if documents != 1 else ''} (separated by <|endoftext|>), and "
-        f"at least {FEWEST_DOCUMENTS} are needed"
+        f"no interval: the text has {documents} document{'s' if documents != 1 else ''} (separated by <|endoftext|>{lines}), "
+        f"and at least {FEWEST_DOCUMENTS} are needed"
     )
 
 

@@ -87,7 +87,7 @@ def generate(
         OptionError: An option makes no sense.
         HfQuantError: The model generates no text, the text is too short, or the file may not be written.
     """
-    model, out = check_model(model), Path(output)
+    model, out = check_model(model, revision), Path(output)
     _check_numbers(
         temperature, tokens=tokens, calibration_tokens=calibration_tokens, prompt_tokens=prompt_tokens, batch=batch
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_url, snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]  # documented all the same
 from torch import Tensor
 
@@ -95,6 +95,8 @@ def not_there(model: str, error: Exception) -> str:
     """The message about a Hub id that cannot be had."""
     if isinstance(error, LocalEntryNotFoundError):
         return f"{model}: no such folder, not in the cache, and the Hub is not in reach"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{model}: has no such revision on the Hub: --revision names a branch, a tag or a commit"
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{model}: there is no such folder here, and the Hub gives no model of that name ({first})"
 

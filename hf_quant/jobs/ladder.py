@@ -183,7 +183,7 @@ def ladder(
             ``inputs`` are given.
         HfQuantError: The output may not be written, or something in the model is not as it must be.
     """
-    model, out = check_model(model), Path(output)
+    model, out = check_model(model, revision), Path(output)
     gate = budget(max_kl, max_ppl_increase, min_top1)
     size = None if max_size is None else size_in_bytes(max_size)
     if not gate and size is None:
@@ -310,7 +310,7 @@ def _parts(text: Text, report: Reporter) -> tuple[Text, Text | None]:
     if documents >= 2 * FEWEST_DOCUMENTS:
         return halves(text)
     report.say(
-        f"the text has {documents} documents: with fewer than {2 * FEWEST_DOCUMENTS} none are held back, so the model is "
+        f"the text has {documents} document{'s' if documents != 1 else ''}: with fewer than {2 * FEWEST_DOCUMENTS} none are held back, so the model is "
         "chosen and measured on the same ones, which flatters it"
     )
     return text, None

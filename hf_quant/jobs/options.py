@@ -45,10 +45,11 @@ MANY, LONGEST = 1000, 255  # names in a folder that are compared, and characters
 WANTED = "name the folder of a Hugging Face model (config.json and safetensors), or a Hub id such as owner/name"
 
 
-def check_model(model: str | os.PathLike[str]) -> str:
-    """The folder or Hub id of a model, as a string.
+def check_model(model: str | os.PathLike[str], revision: str | None = None) -> str:
+    """The folder or Hub id of a model, as a string; a ``revision`` is of a Hub id.
 
     Raises:
+        OptionError: A revision of a folder is asked for.
         HfQuantError: It is neither; the message says what it is, and what to do about it.
     """
     name = os.fspath(model)
@@ -58,6 +59,10 @@ def check_model(model: str | os.PathLike[str]) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise HfQuantError(f"{name}: {_of_folder(path)}")
+        if revision is not None:
+            raise OptionError(
+                f"--revision {revision}: {name} is a folder here, and only models on the Hub have revisions"
+            )
         return name
     nearest = _nearest(path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or (nearest and _is_typo(path, nearest)):

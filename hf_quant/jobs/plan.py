@@ -137,7 +137,7 @@ def plan(
         PlanError: The model cannot be quantized like that.
         CheckpointError: The checkpoint is damaged.
     """
-    model = check_model(model)
+    model = check_model(model, revision)
     slugs = schemes(scheme, bits, group_size, asym)
 
     from hf_quant.checkpoint.folder import Checkpoint

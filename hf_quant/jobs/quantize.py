@@ -250,7 +250,7 @@ def quantize(
         PlanError: The model cannot be quantized like that.
         HfQuantError: The output may not be written, or something in the model is not as it must be.
     """
-    model = check_model(model)
+    model = check_model(model, revision)
     slugs, gate = schemes(scheme, bits, group_size, asym), budget(max_kl, max_ppl_increase, min_top1)
     refuse_measuring(eval, bool(gate), bool(text or dataset or inputs is not None))
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs, TOKENS)

@@ -94,7 +94,7 @@ def repair(
         FormatError: The codes are none that can be put into another format.
         HfQuantError: The vocabularies differ, or something in one of the models is not as it must be.
     """
-    source, out, base = Path(check_model(folder)), Path(output), check_model(base)
+    source, out, base = Path(check_model(folder)), Path(output), check_model(base, revision)
     if passes is not None and passes < 1:
         raise OptionError(f"--passes {passes}: must be at least 1")
     check_device(device)

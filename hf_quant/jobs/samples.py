@@ -48,6 +48,9 @@ def samples(
         raise HfQuantError(f"{name}: no tokenizer, so there are no sample texts")
     chat = Chat(tokenizer, template_arguments(chat_template_kwargs, (), asked=True))
     texts = [chat.question(prompt) for prompt in prompts]
+    for prompt, text in zip(prompts, texts, strict=True):
+        if not tokenizer(text).input_ids:
+            raise HfQuantError(f"--prompt {prompt!r}: has no tokens, so there is nothing to continue")
     continued = [
         [_continued(loaded, tokenizer, text) for text in texts]
         for loaded in (load(name, **of_base).eval(), load(str(model), **hub(None, trust_remote_code)).eval())

@@ -8,6 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor
 
 from hf_quant.checkpoint.config import read_json
@@ -16,13 +22,15 @@ from hf_quant.checkpoint.folder import INDEX, Checkpoint
 from hf_quant.core.layout import wrong_values
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.disk.digests import MANIFEST
-from hf_quant.errors import CheckpointError
+from hf_quant.errors import CheckpointError, HfQuantError
 from hf_quant.hf._compat import renamer
+from hf_quant.hf.auto import CODE
 from hf_quant.hf.community import Placed
 from hf_quant.hf.foreign_tensors import parameters_of
 from hf_quant.hf.loading import skeleton, stored_in, understood
 from hf_quant.hf.preflight import check_rest, refuse_unexplained
 from hf_quant.hf.quantizer import HfQuantQuantizer
+from hf_quant.jobs.headers import not_there
 from hf_quant.jobs.options import check_model
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row, fields
@@ -92,13 +100,28 @@ def verify(
         CheckpointError: The first thing that is wrong; the message names file and tensor or field.
         HfQuantError: There is no such model.
     """
-    model = check_model(model)
+    model = check_model(model, revision)
     with reporting(progress, say) as report:
         if not Path(model).is_dir():
-            return VerifyResult(model, verify_repo(model, revision))
-        files = verify_folder(Path(model)) if (Path(model) / MANIFEST).is_file() else None
+            return VerifyResult(model, _verified_on_the_hub(model, revision))
+        files = _verified_files(Path(model))
         verification = check_tensors(Path(model), report.over("layers"))
     return replace(verification, files=files)
+
+
+def _verified_on_the_hub(model: str, revision: str | None) -> int:
+    try:
+        return verify_repo(model, revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise HfQuantError(not_there(model, error)) from None
+
+
+def _verified_files(folder: Path) -> int | None:
+    """The number of files that are as the manifest says; None where there is none."""
+    manifest = folder / MANIFEST
+    if os.path.lexists(manifest) and not manifest.is_file():
+        raise CheckpointError(f"{manifest}: is not a file, so there is nothing to check against")
+    return verify_folder(folder) if manifest.is_file() else None
 
 
 def check_tensors(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> VerifyResult:
@@ -115,7 +138,7 @@ def check_tensors(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any
     index = checkpoint.config.get("transformers_weights", INDEX)
     if index.endswith(".json") and (folder / index).is_file() and "metadata" not in read_json(folder, index):
         raise CheckpointError(f"{index}: metadata is missing, without which transformers loads no shards")
-    model = skeleton(str(folder), weights=checkpoint)
+    model = _skeleton(checkpoint)
     stored = stored_in(model.config, folder)
     size = sum(info.nbytes for info in checkpoint.tensors.values())
     if stored is None:
@@ -133,6 +156,18 @@ def check_tensors(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any
     _check_numbers(model, checkpoint, contents.rest)
     notes = sorted({*quantizer.placed.notes, *quantizer.placed.dense.values()})
     return VerifyResult(str(folder), None, contents.format, len(contents.layers), len(checkpoint.tensors), size, notes)
+
+
+def _skeleton(checkpoint: Checkpoint) -> Any:
+    try:
+        return skeleton(str(checkpoint.folder), weights=checkpoint)
+    except CheckpointError as error:
+        if CODE not in str(error):
+            raise
+        raise CheckpointError(
+            f"{checkpoint.folder}: its model is defined by code in the checkpoint, which verify never runs, so its tensors "
+            "cannot be checked; hf_quant.load(..., trust_remote_code=True) checks them as it loads, where you trust the code"
+        ) from None
 
 
 def _check_layer(model: Any, contents: Contents, placed: Placed, module: str) -> None:

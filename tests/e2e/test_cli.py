@@ -91,6 +91,11 @@ def test_eval_inspect_plan_doctor(folder: Path, tmp_path: Path) -> None:
     assert plan["parameters"] == model.num_parameters() and len(plan["advice"]) == 4
     assert plan["bytes_before"] == 4 * model.num_parameters()
     assert plan["kv_cache_bytes"] == 2 * 2 * 2 * 64 * model.config.max_position_embeddings
+    for command, model in (("inspect", out), ("verify", out), ("plan", folder)):
+        assert "only models on the Hub have revisions" in run(command, model, "--revision", "x", code=2).stderr
+    assert "hf-quant plan" in run("inspect", folder, "--target", "vllm", code=2).stderr
+    (out / "manifest.json").symlink_to(tmp_path / "nowhere")
+    assert "manifest.json: is not a file" in run("verify", out, code=1).stderr
     lines = run("doctor", "--no-speed").stdout.splitlines()
     assert sum(line.startswith("W") for line in lines) == 6 and not any("not cpu" in line for line in lines), (
         "a line a scheme"
@@ -249,7 +254,11 @@ def test_bench_and_report(folder: Path, tmp_path: Path, checked: Any) -> None:
     assert "is there already" in run("report", out, "-o", out / "config.json", code=1).stderr
     assert (out / "config.json").read_text() == before
     assert "Speed and memory" in page and "KL divergence" in page
-    assert "measure first" in run("report", tmp_path, code=1).stderr
+    assert "measure first" in run("report", tmp_path, "--base", folder, "--samples", code=1).stderr
+    assert "there is no folder" in run("report", out, "--samples", "-o", tmp_path / "no" / "r.html", code=1).stderr
+    assert "has no tokens" in run("report", out, "--base", folder, "--prompt", "", code=1).stderr
+    assert "--base: nothing here runs a model" in run("report", out, "--base", folder, code=2).stderr
+    assert "--trust-remote-code: nothing here" in run("report", out, "--trust-remote-code", code=2).stderr
 
 
 def test_ladder(folder: Path, tmp_path: Path, checked: Any) -> None:

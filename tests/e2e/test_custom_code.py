@@ -61,6 +61,12 @@ def test_nothing_runs_and_nobody_is_asked(toy: Path, tmp_path: Path, args: str) 
     assert not (toy.parent / "ran").exists() and not (tmp_path / "q").exists()
 
 
+def test_verify_names_no_option_that_it_lacks(toy: Path) -> None:
+    result = CliRunner().invoke(main, ["verify", str(toy)])
+    assert result.exit_code == 1 and "verify never runs" in " ".join(result.stderr.split()), result.output
+    assert "--trust-remote-code" not in result.stderr
+
+
 def test_python_is_told_too(toy: Path) -> None:
     with pytest.raises(CheckpointError, match="trust_remote_code=True"):
         load(str(toy), quantization_config=HfQuantConfig("W4A16-g32"))

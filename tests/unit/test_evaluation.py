@@ -30,7 +30,7 @@ from hf_quant.evaluation import reference as reference_module
 from hf_quant.evaluation.encoders import base_outputs, evaluate_encoder, passages
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.layers import layer_errors
-from hf_quant.evaluation.measure import evaluate, means
+from hf_quant.evaluation.measure import _quantile, evaluate, means
 from hf_quant.evaluation.reference import Reference, cached_reference
 from hf_quant.evaluation.results import Estimate, Quality, why_no_interval
 from hf_quant.evaluation.seq2seq import second_halves
@@ -328,6 +328,14 @@ def test_nothing_measured_passes_no_gate() -> None:
     nothing = replace(quality(kl=0.0), tokens=0)
     assert Budget(max_kl=1).misses(nothing) == ["nothing was measured: 0 tokens"]
     assert not Budget(max_kl=1).verdict(nothing)["passed"] and Budget().verdict(nothing)["passed"]
+
+
+def test_quantiles_of_more_values_than_torch_takes() -> None:
+    values = torch.rand(1001, dtype=torch.float64)
+    values[::7] = torch.nan
+    for q in (0.0, 0.5, 0.99, 0.999, 1.0):
+        assert _quantile(values, q) == pytest.approx(values.nanquantile(q).item(), rel=1e-15)
+    assert _quantile(torch.arange(2**24 + 2, dtype=torch.float64), 0.5) == 2**23 + 0.5
 
 
 def test_overlap() -> None:

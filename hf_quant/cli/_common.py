@@ -112,6 +112,13 @@ def gate_options(function: Function) -> Function:
     return function
 
 
+cosine_option = click.option(
+    "--min-cosine",
+    type=Share(most=1),
+    help="Gate of encoders: cosine similarity of embeddings to the base's, such as 99%.",
+)
+
+
 def measure_options(function: Function) -> Function:
     """What to measure on, and how."""
     for option in (

@@ -7,7 +7,16 @@ from typing import Any
 
 import click
 
-from hf_quant.cli._common import bars, chat_options, emit, gate_options, measure_options, output_options, say
+from hf_quant.cli._common import (
+    bars,
+    chat_options,
+    cosine_option,
+    emit,
+    gate_options,
+    measure_options,
+    output_options,
+    say,
+)
 from hf_quant.cli._screen import Part
 from hf_quant.cli._types import Choice, Device, Model
 
@@ -21,6 +30,7 @@ from hf_quant.cli._types import Choice, Device, Model
 @chat_options
 @measure_options
 @gate_options
+@cosine_option
 @click.option("--trust-remote-code", is_flag=True, help="Run code that the checkpoints bring along.")
 @output_options
 def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:

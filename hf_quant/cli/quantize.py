@@ -11,6 +11,7 @@ from hf_quant.cli._common import (
     bars,
     calibration_options,
     chat_options,
+    cosine_option,
     emit,
     gate_options,
     measure_options,
@@ -49,6 +50,7 @@ from hf_quant.cli._types import DTYPE, Device, Model, Size
 )
 @measure_options
 @gate_options
+@cosine_option
 @chat_options
 @click.option("--prompt", help="Let the saved model continue this; with --chat-template-kwargs, answer it.")
 @output_options

@@ -45,11 +45,13 @@ class Budget:
         max_kl: Mean KL divergence to the base, nats per token.
         max_ppl_increase: Perplexity over the base's, minus one: 0.01 is one percent.
         min_top1: Share of predictions whose likeliest token is the base's.
+        min_cosine: Mean cosine similarity of an encoder's embeddings to the base's.
     """
 
     max_kl: float | None = None
     max_ppl_increase: float | None = None
     min_top1: float | None = None
+    min_cosine: float | None = None
 
     def __bool__(self) -> bool:
         return self != Budget()
@@ -87,7 +89,8 @@ class Budget:
         """Refuse limits of metrics that are not among those ``measured``; ``of`` says of what."""
         for name, title, *_ in self._limits():
             if name not in measured:
-                raise HfQuantError(f"the gate asks for {title}, which is not measured for {of}")
+                instead = "; --min-cosine 99% limits what is" if "embedding_cosine" in measured else ""
+                raise HfQuantError(f"the gate asks for {title}, which is not measured for {of}{instead}")
 
     def _limits(self) -> Iterator[tuple[str, str, float, float, int]]:
         """Metric, its title, its limit, what is taken off it, and 1 where larger is worse, for every limit that is set."""
@@ -95,6 +98,7 @@ class Budget:
             ("kl", "KL", self.max_kl, 0.0, 1),
             ("perplexity_ratio", "the increase of perplexity", self.max_ppl_increase, 1.0, 1),
             ("top1", "top-1 agreement", self.min_top1, 0.0, -1),
+            ("embedding_cosine", "cosine similarity of embeddings", self.min_cosine, 0.0, -1),
         ):
             if limit is not None:
                 yield name, title, limit, offset, sign

@@ -30,6 +30,7 @@ from hf_quant.evaluation.encoders import (
 from hf_quant.evaluation.endings import NO_ENDINGS, Endings
 from hf_quant.evaluation.gate import Budget
 from hf_quant.evaluation.measure import evaluate, means
+from hf_quant.evaluation.metrics import all_metrics
 from hf_quant.evaluation.reference import Progress, Reference, cached_reference
 from hf_quant.evaluation.results import Quality
 from hf_quant.evaluation.samples import Samples, samples
@@ -225,6 +226,7 @@ def yardstick(
         return _of_encoder(
             base, lambda: passages(tokenizer, text, context or base.context(), max_tokens), gate, progress
         )
+    _refuse_of_encoders(gate)
     base_outputs_on_disk = base.reference(
         tokenizer, text, context=context, stride=stride, max_tokens=max_tokens, say=say, progress=progress, cache=cache
     )
@@ -239,10 +241,16 @@ def inputs_yardstick(
     model = base.skeleton()
     if not base.predicts():
         return _of_encoder(base, lambda: sample_passages(model, batches), gate, progress)
+    _refuse_of_encoders(gate)
     stored = base.reference_on(
         samples(model, batches), say=say, progress=progress, cache=cache, endings=base.endings(tokenizer)
     )
     return lambda model: evaluate(model, stored, progress)
+
+
+def _refuse_of_encoders(gate: Budget | None) -> None:
+    """Refuse limits on what only models are measured by that predict no tokens."""
+    (gate or Budget()).refuse_unmeasured(list(all_metrics()), "models that predict tokens")
 
 
 def _of_encoder(
@@ -250,10 +258,11 @@ def _of_encoder(
 ) -> Callable[[Any], Quality]:
     """Measures models that predict no tokens; limits on what is not measured of them are refused as early as that is known."""
     gate = gate or Budget()
-    gate.refuse_unmeasured(("top1",), "encoder models")
-    if gate and without_logits(base.kind()):
-        gate.refuse_unmeasured((), "an encoder without a head")
+    gate.refuse_unmeasured(("top1", "embedding_cosine"), "encoder models")
+    if without_logits(base.kind()):
+        gate.refuse_unmeasured(("embedding_cosine",), "an encoder without a head")
     texts = read()
     base_result = base_outputs(base.load, texts, base.dtype, progress)
-    gate.refuse_unmeasured(measures_of(base_result["outputs"]), "an encoder without a head")
+    measured = measures_of(base_result["outputs"])
+    gate.refuse_unmeasured(measured, f"an encoder without {'hidden states' if 'top1' in measured else 'a head'}")
     return lambda model: evaluate_encoder(model, base_result, texts, progress)

@@ -105,7 +105,7 @@ def evaluate(
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
     inputs: str | Iterable[Mapping[str, Any]] | None = None,
-    max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
+    max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None, min_cosine: float | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False, progress: bool | Bar = False,
     say: Say | None = None,
 ) -> EvaluateResult:  # fmt: skip
@@ -130,6 +130,7 @@ def evaluate(
         max_kl: Gate: KL divergence to the base, nats per token.
         max_ppl_increase: Gate: perplexity over the base's minus one.
         min_top1: Gate: share of predictions whose likeliest token is the base's.
+        min_cosine: Gate: cosine similarity of an encoder's embeddings to the base's, such as 0.99.
         chat_template_kwargs: As for `quantize`; with them, tasks are asked through the chat template too.
         trust_remote_code: Run code that the checkpoints bring along.
         progress: As for `quantize`.
@@ -143,7 +144,7 @@ def evaluate(
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs)
     names = _task_names(tasks)
     arguments = template_arguments(chat_template_kwargs, [text, dataset], bool(names))
-    limits, device = budget(max_kl, max_ppl_increase, min_top1), check_device(device)
+    limits, device = budget(max_kl, max_ppl_increase, min_top1, min_cosine), check_device(device)
     _check_cache(kv_cache, inputs, names)
 
     from hf_quant.data.chat import Chat

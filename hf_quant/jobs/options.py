@@ -227,20 +227,23 @@ def configs(
     ]
 
 
-def budget(max_kl: float | None, max_ppl_increase: float | None, min_top1: float | None) -> Budget:
-    """What quantization may cost, from the three options that say it.
+def budget(
+    max_kl: float | None, max_ppl_increase: float | None, min_top1: float | None, min_cosine: float | None = None
+) -> Budget:
+    """What quantization may cost, from the options that say it.
 
     Raises:
         OptionError: A limit is negative or not finite, or more agreement is asked for than there can be.
     """
     from hf_quant.evaluation.gate import Budget
 
-    for name, limit in (("max_kl", max_kl), ("max_ppl_increase", max_ppl_increase), ("min_top1", min_top1)):
+    shares = {"min_top1": min_top1, "min_cosine": min_cosine}
+    for name, limit in ({"max_kl": max_kl, "max_ppl_increase": max_ppl_increase} | shares).items():
         if limit is not None and not 0 <= limit < math.inf:
             raise OptionError(f"{name}: {limit!r} is not a number from 0")
-    if min_top1 is not None and min_top1 > 1:
-        raise OptionError(f"min_top1: {min_top1!r} is more than 100%; write 0.95 for 95%")
-    return Budget(max_kl, max_ppl_increase, min_top1)
+        if limit is not None and name in shares and limit > 1:
+            raise OptionError(f"{name}: {limit!r} is more than 100%; write 0.95 for 95%")
+    return Budget(max_kl, max_ppl_increase, min_top1, min_cosine)
 
 
 def check_device(device: str | None) -> str | None:

@@ -192,7 +192,7 @@ def quantize(
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
     inputs: str | Iterable[Mapping[str, Any]] | None = None,
-    max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None,
+    max_kl: float | None = None, max_ppl_increase: float | None = None, min_top1: float | None = None, min_cosine: float | None = None,
     prompt: str | None = None, chat_template_kwargs: Mapping[str, Any] | None = None, progress: bool | Bar = False,
     say: Say | None = None,
 ) -> QuantizeResult:  # fmt: skip
@@ -239,6 +239,7 @@ def quantize(
         max_kl: Gate: KL divergence to the base, nats per token.
         max_ppl_increase: Gate: perplexity over the base's minus one, such as 0.01.
         min_top1: Gate: share of predictions whose likeliest token is the base's, such as 0.95.
+        min_cosine: Gate: cosine similarity of an encoder's embeddings to the base's, such as 0.99.
         prompt: Let the saved model continue this; with ``chat_template_kwargs``, let it answer this.
         chat_template_kwargs: Arguments of the chat template that renders messages, such as ``{"enable_thinking": False}``.
         progress: True for progress bars; or a function that wraps the items of a step, given them and the step's name.
@@ -251,7 +252,7 @@ def quantize(
         HfQuantError: The output may not be written, or something in the model is not as it must be.
     """
     model = check_model(model, revision)
-    slugs, gate = schemes(scheme, bits, group_size, asym), budget(max_kl, max_ppl_increase, min_top1)
+    slugs, gate = schemes(scheme, bits, group_size, asym), budget(max_kl, max_ppl_increase, min_top1, min_cosine)
     refuse_measuring(eval, bool(gate), bool(text or dataset or inputs is not None))
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs, TOKENS)
     other = overrides(override or {})

@@ -250,6 +250,13 @@ def _check_measured(checked: Snapshot, results: Mapping[str, Any]) -> None:
         )
 
 
+def _budget_of(folder: Path, kind: str) -> str:
+    """How a limit is set that can be measured of such a model."""
+    if kind == "encoder":
+        return f"hf-quant eval {folder} --base MODEL --min-cosine 99% (in Python: hf_quant.evaluate(..., min_cosine=0.99))"
+    return "for example --max-kl 0.02 (push(..., max_kl=0.02), push_to_hub(..., budget=Budget(0.02)))"
+
+
 def _gated(
     folder: Path, recipe: Mapping[str, Any], results: dict[str, Any], budget: Budget, allow: bool
 ) -> dict[str, Any]:
@@ -259,7 +266,7 @@ def _gated(
     if quality is None:
         reason = f"its quality was not measured; measure it with hf-quant eval {folder} --base MODEL --max-kl 0.02"
     elif not known and not budget:
-        reason = "it was held against no budget; say what it may cost, for example --max-kl 0.02 (in Python: budget=Budget(0.02))"
+        reason = f"it was held against no budget; say what it may cost: {_budget_of(folder, quality['kind'])}"
     else:
         measured = Quality.from_dict(quality)
         misses = list(dict.fromkeys(Budget(**known).misses(measured) + budget.misses(measured)))

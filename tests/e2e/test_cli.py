@@ -404,7 +404,8 @@ def test_an_encoder_is_measured_on_the_bundled_text(zoo: Any, folder: Path, tmp_
     call = ("quantize", source, "-o", out, "--scheme", "W8A16-g32", *few)
     refused = run(*call, "--max-kl", 1, code=1).stderr
     assert "not measured for encoder" in refused and "quantized" not in refused, "said before any work"
-    made = run(*call, "--min-top1", "50%")
+    made = run(*call, "--min-top1", "50%", "--min-cosine", "90%")
+    assert checked(out)["gate"]["budget"] == {"min_top1": 0.5, "min_cosine": pytest.approx(0.9)}
     quality = checked(out)["quality"]
     assert f"{quality['metrics']['embedding_cosine']['value']:.5f}" in made.stdout
     assert 0.5 < quality["metrics"]["top1"]["value"] <= 1
@@ -412,6 +413,15 @@ def test_an_encoder_is_measured_on_the_bundled_text(zoo: Any, folder: Path, tmp_
     result = run("eval", out, "--base", source, *few)
     assert "embedding_cosine" in result.stdout and "bundled text" in result.stderr
     assert "do not overlap: leave it out" in run("eval", out, *few, "--stride", 16, code=2).stderr
+    assert "--min-cosine 99% limits what is" in run("eval", out, "--max-kl", 1, code=1).stderr
+    missed = run("eval", out, *few, "--min-cosine", "100%", code=3).stderr
+    assert "cosine similarity of embeddings" in missed and not checked(out)["gate"]["passed"]
+    record = checked(out)
+    del record["gate"]
+    (out / "results.json").write_text(json.dumps(record))
+    assert "--base MODEL --min-cosine 99%" in run("push", out, "a/b", "--dry-run", code=3).stderr.replace("\n", " ")
+    of_causal = ("quantize", folder, "-o", tmp_path / "x", "--group-size", 32, "--min-cosine", "90%")
+    assert "not measured for models that predict tokens" in run(*of_causal, code=1).stderr
     assert "keeps none" in run("eval", out, "--max-tokens", 2000, "--kv-cache", "int8", code=1).stderr
     assert "not measured for encoder" in run("eval", out, "--base", source, *few, "--max-kl", 1, code=1).stderr
 

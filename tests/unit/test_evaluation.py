@@ -241,6 +241,8 @@ def test_no_interval_where_it_would_not_cover(tmp_path: Path) -> None:
     assert all(e.low is e.high is e.within_noise is None for e in got.metrics.values())
     reason = why_no_interval(got.to_dict())
     assert reason is not None and "has 19 documents" in reason and "at least 20" in reason
+    lines = why_no_interval(got.to_dict() | {"kind": "encoder"})
+    assert lines is not None and "(separated by <|endoftext|>; the lines of a single one)" in lines
 
 
 def bert(kind: Any, seed: int = 0) -> Any:

@@ -196,7 +196,7 @@ def ladder(
     if inputs is not None:
         raise OptionError("--inputs: the ladder chooses by text; quantize and eval measure one scheme on inputs")
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, usual_tokens=TOKENS)
-    find_text(trial_text)
+    _check_trial(trial_text, trial_tokens)
     files = list(filter(None, (text, dataset, trial_text, calibration)))
     arguments = template_arguments(chat_template_kwargs, [text, dataset, trial_text, source if calibrated else None])
     shard, memory = size_in_bytes(max_shard_size), None if max_memory is None else size_in_bytes(max_memory)
@@ -338,6 +338,12 @@ def _refuse_unused(method: str, tokens: int, memory: int | str | None) -> None:
     options = {"--calibration-tokens": tokens != CALIBRATION_TOKENS, "--max-memory": memory is not None}
     if unused := [option for option, is_given in options.items() if is_given]:
         raise OptionError(f"{unused[0]}: --method {method} looks at no text: leave it out, or name another method")
+
+
+def _check_trial(text: str | None, tokens: int) -> None:
+    find_text(text)
+    if tokens < 1:
+        raise OptionError(f"--trial-tokens {tokens}: must be at least 1")
 
 
 def _trial_text(model: str, chat: Chat, trial_text: str | None) -> Text | None:

@@ -81,10 +81,10 @@ def _known(folder: Path) -> dict[str, Any] | None:
         if not isinstance(plain, dict) or "files" not in plain:
             return None
         return read_facts(folder, "results")
-    except (ValueError, RecursionError) as error:
-        raise HfQuantError(f"{folder / RESULTS}: {error}; mend it, or move it away") from None
-    except HfQuantError as error:
+    except HfQuantError as error:  # names the file
         raise HfQuantError(f"{folder}: {error}; mend it, or move it away") from None
+    except (ValueError, RecursionError) as error:
+        raise HfQuantError(f"{folder}: {RESULTS}: {error}; mend it, or move it away") from None
 
 
 def _add(folder: Path, record: dict[str, Any], tell: Callable[[str], None]) -> None:

@@ -114,6 +114,7 @@ def test_a_missed_gate_is_a_result(tiny: Path, tmp_path: Path) -> None:
         (lambda m, o: hq.evaluate(m, base_dtype="int8"), "float32, bfloat16, float16"),
         (lambda m, o: hq.evaluate(m, base_dtype="bf16"), "does not say what it was made from"),
         (lambda m, o: hq.ladder(m, o), "what to keep"),
+        (lambda m, o: hq.ladder(m, o, max_kl=1, trial_tokens=0), "trial-tokens 0: must be at least 1"),
         (lambda m, o: hq.convert(m, o, to="ggml"), "native"),
         (lambda m, o: hq.push(m, "a/b", create_pr=True, tag="v1"), "goes alone"),
         (lambda m, o: hq.plan(m / "nowhere" / "at" / "all"), "no such folder"),

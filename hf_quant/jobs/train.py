@@ -104,7 +104,7 @@ def train(
         PlanError: The teacher has another vocabulary, or the model cannot be quantized like that.
         HfQuantError: The text is too short or is measured on too, losses are not finite, or the output may not be written.
     """
-    model, slugs, out = check_model(model), schemes(scheme, bits, group_size, asym), Path(output)
+    model, slugs, out = check_model(model, revision), schemes(scheme, bits, group_size, asym), Path(output)
     gate, other = budget(max_kl, max_ppl_increase, min_top1), overrides(override or {})
     _check_options(slugs, [*slugs, *filter(None, other.values())], steps, epochs, lr, batch, train_context, learn)
     _check_from_zero(hidden_weight=hidden_weight, checkpoint_minutes=checkpoint_minutes)

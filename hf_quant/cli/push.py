@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hf_quant.cli._common import bars, emit, gate_options, output_options, say
+from hf_quant.cli._common import bars, cosine_option, emit, gate_options, output_options, say
 from hf_quant.cli._types import Choice, Folder, RepoId
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 @click.option("--license", help="Licence of the base, where its card names none.")
 @click.option("--allow-failed-gate", is_flag=True, help="Publish all the same; the card begins with it.")
 @gate_options
+@cosine_option
 @click.option("--dry-run", is_flag=True, help="Check, say what would go, and stop.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @output_options

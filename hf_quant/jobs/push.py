@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import OptionError
 from hf_quant.jobs.base import recalled, remember
-from hf_quant.jobs.options import budget
+from hf_quant.jobs.options import budget, no_folder
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
 
@@ -87,7 +87,7 @@ def push(
     folder: str | os.PathLike[str], repo_id: str, *, private: bool | None = None, gated: Gated = "inherit", create_pr: bool = False,
     revision: str | None = None, tag: str | None = None, base_model: str | None = None, license: str | None = None,
     allow_failed_gate: bool = False, max_kl: float | None = None, max_ppl_increase: float | None = None,
-    min_top1: float | None = None, dry_run: bool = False, confirm: Callable[[PushResult], bool] | None = None,
+    min_top1: float | None = None, min_cosine: float | None = None, dry_run: bool = False, confirm: Callable[[PushResult], bool] | None = None,
     progress: bool | Bar = False, say: Say | None = None,
 ) -> PushResult:  # fmt: skip
     """Publish a folder with a card of what was measured, if that is inside its budget; ``hf-quant push``.
@@ -106,6 +106,7 @@ def push(
         max_kl: Gate: KL divergence to the base, nats per token.
         max_ppl_increase: Gate: perplexity over the base's minus one.
         min_top1: Gate: share of predictions whose likeliest token is the base's.
+        min_cosine: Gate: cosine similarity of an encoder's embeddings to the base's.
         dry_run: Check, say what would go, and stop.
         confirm: Is shown what would go before anything is sent; nothing is, if it returns False.
         progress: True for the bars of the Hub's client.
@@ -121,7 +122,9 @@ def push(
     target = Target(repo_id, private, create_pr=create_pr, revision=revision, tag=tag)
     if (refusal := target.contradiction(gated)) is not None:
         raise OptionError(refusal)
-    limits = budget(max_kl, max_ppl_increase, min_top1)
+    limits = budget(max_kl, max_ppl_increase, min_top1, min_cosine)
+    if not Path(folder).is_dir():
+        raise OptionError(f"{folder}: {no_folder(Path(folder), 'name the folder of a quantized model')}")
 
     from huggingface_hub import HfApi
 

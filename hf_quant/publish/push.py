@@ -250,11 +250,12 @@ def _check_measured(checked: Snapshot, results: Mapping[str, Any]) -> None:
         )
 
 
-def _budget_of(folder: Path, kind: str) -> str:
+def _budget_of(kind: str) -> str:
     """How a limit is set that can be measured of such a model."""
-    if kind == "encoder":
-        return f"hf-quant eval {folder} --base MODEL --min-cosine 99% (in Python: hf_quant.evaluate(..., min_cosine=0.99))"
-    return "for example --max-kl 0.02 (push(..., max_kl=0.02), push_to_hub(..., budget=Budget(0.02)))"
+    option, argument = (
+        ("--min-cosine 99%", "min_cosine=0.99") if kind == "encoder" else ("--max-kl 0.02", "max_kl=0.02")
+    )
+    return f"for example {option} (in Python: hf_quant.push(..., {argument}))"
 
 
 def _gated(
@@ -266,7 +267,7 @@ def _gated(
     if quality is None:
         reason = f"its quality was not measured; measure it with hf-quant eval {folder} --base MODEL --max-kl 0.02"
     elif not known and not budget:
-        reason = f"it was held against no budget; say what it may cost: {_budget_of(folder, quality['kind'])}"
+        reason = f"it was held against no budget; say what it may cost: {_budget_of(quality['kind'])}"
     else:
         measured = Quality.from_dict(quality)
         misses = list(dict.fromkeys(Budget(**known).misses(measured) + budget.misses(measured)))

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import hf_quant
 from hf_quant import HfQuantConfig, load
-from hf_quant.errors import CheckpointError, GateError, PushError
+from hf_quant.errors import CheckpointError, GateError, OptionError, PushError
 from hf_quant.evaluation.gate import Budget
 from hf_quant.hf import integrity
 from hf_quant.hf.loading import sample_logits
@@ -230,6 +230,10 @@ def test_a_failed_gate_may_be_shown(hub: FakeHub, push: Push, folder: Path, base
 
 def test_no_budget_was_set(hub: FakeHub, push: Push, folder: Path) -> None:
     change(folder / "results.json", gate=None)
+    assert "say what it may cost: for example --max-kl 0.02" in push(code=3).stderr
+    assert "which is not measured" in push("--min-cosine", "99%", code=1).stderr
+    with pytest.raises(OptionError, match="nosuch: no such folder"):
+        hf_quant.push("nosuch", TO)
     push("--min-top1", "0%")
     assert json.loads((folder / "results.json").read_text())["gate"] == {
         "budget": {"min_top1": 0.0}, "passed": True, "misses": [],

@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers.quantizers.auto import register_quantization_config
@@ -54,6 +55,19 @@ OTHER_NAMES = {  # of the same things in other packages
 logger = logging.get_logger(__name__)
 
 
+class _SaidByScheme:
+    """A field of the scheme under a name of its own; a new value gives another scheme."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, config: HfQuantConfig | None, owner: type) -> Any:
+        return self if config is None else getattr(config.default_scheme, self.name)
+
+    def __set__(self, config: HfQuantConfig, value: Any) -> None:
+        config.scheme = str(replace(config.default_scheme, **{self.name: value}))
+
+
 @register_quantization_config("hf_quant")
 class HfQuantConfig(QuantizationConfigMixin):
     """How to quantize a model, and after that how it was.
@@ -96,6 +110,8 @@ class HfQuantConfig(QuantizationConfigMixin):
         PlanError: A field is unknown, has the wrong type, or names no method or format.
         FormatError: The checkpoint was written by a newer version.
     """
+
+    bits, group_size, symmetric = _SaidByScheme(), _SaidByScheme(), _SaidByScheme()
 
     def __init__(
         self,
@@ -141,7 +157,6 @@ class HfQuantConfig(QuantizationConfigMixin):
         self.format = format.replace("-", "_") if isinstance(format, str) else format
         self.method = method
         self.scheme = str(default)
-        self.bits, self.group_size, self.symmetric = default.bits, default.group_size, default.symmetric
         self.overrides = dict(_typed("overrides", overrides or {}, Mapping))
         self.modules_to_not_convert = _names("modules_to_not_convert", modules_to_not_convert)
         self.quantize_lm_head: bool = _typed("quantize_lm_head", quantize_lm_head, bool)
@@ -234,6 +249,7 @@ class HfQuantConfig(QuantizationConfigMixin):
             return (
                 ({"training": True} if self.saves_training else {})
                 | {name: value for name, value in self.__dict__.items() if name not in UNSTORED}
+                | {name: getattr(self.default_scheme, name) for name in SAID_BY_SCHEME}
                 | {"overrides": self._both(self.overrides)}
                 | ({"convolutions": self._also_in_files(self.convolutions)} if self.convolutions else {})
             )
@@ -256,7 +272,6 @@ class HfQuantConfig(QuantizationConfigMixin):
         default = Counter(schemes.values()).most_common(1)[0][0] if schemes else self.default_scheme
         self.dequantize = not schemes  # by this name transformers knows that the model is an ordinary one
         self.scheme = str(default)
-        self.bits, self.group_size, self.symmetric = default.bits, default.group_size, default.symmetric
         self.overrides = {name: str(scheme) for name, scheme in schemes.items() if scheme != default}
         self.modules_to_not_convert = sorted(left)
         self.format, self.stored = "auto", None

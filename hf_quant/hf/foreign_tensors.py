@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.pytorch_utils import Conv1D
 
@@ -111,7 +111,8 @@ class ReadLayer(_Read):
         placed = self.hf_quantizer.placed
         plain = path not in placed.dense  # a float weight may have scales of activations beside it
         dense = tensors["weight"] if plain else self._dense(tensors, placed.coded.get(path), module, leaf)
-        return {name: frozen(dense.to(getattr(module, leaf).dtype))}
+        dense = dense.to(getattr(module, leaf).dtype)
+        return {name: nn.Parameter(dense, requires_grad=plain)}
 
 
 class ReadWhole(_Read):

@@ -17,7 +17,6 @@ from hf_quant.hf.candidates import Candidate
 from hf_quant.hf.plan import Plan
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear, QuantMatrix, QuantPatches, as_quant_experts
 from hf_quant.nn._hooks import mark_initialized
-from hf_quant.nn._weight import frozen
 from hf_quant.nn.experts import stacks
 
 
@@ -120,7 +119,7 @@ class Modules:
 
 
 def to_float(model: Any, dtype: torch.dtype | None) -> None:
-    """Replace every quantized module by the float module that it replaced.
+    """Replace every quantized module by the float module that it replaced; its parameters are ordinary ones, which can be trained.
 
     Args:
         model: Quantized, with all codes in memory.
@@ -133,7 +132,7 @@ def to_float(model: Any, dtype: torch.dtype | None) -> None:
                 dense = module.expert_weight(stack, dtype)
                 for companion in COMPANIONS:
                     module._parameters.pop(stack + companion, None)
-                module._parameters[stack] = frozen(dense)  # in its place: PEFT counts on the order
+                module._parameters[stack] = nn.Parameter(dense)  # in its place: PEFT counts on the order
             module.__class__ = module.float_class  # type: ignore[assignment]
         elif isinstance(module, (QuantMatrix, QuantEmbedding)):
             model.set_submodule(name, _float_module(module, dtype))
@@ -154,12 +153,12 @@ def _float_module(module: QuantMatrix | QuantEmbedding, dtype: torch.dtype | Non
     weight = module.dequantize(dtype)
     n, k = weight.shape
     if isinstance(module, QuantEmbedding):
-        return nn.Embedding(n, k, module.padding_idx, _weight=weight, _freeze=True)
+        return nn.Embedding(n, k, module.padding_idx, _weight=weight)
     with torch.device("meta"):
         dense = _dense(module)
-    dense.weight = frozen(module.geometry.weight(weight).contiguous())
+    dense.weight = nn.Parameter(module.geometry.weight(weight).contiguous())
     if module.bias is not None:
-        dense.bias = frozen(module.bias.to(weight.dtype))
+        dense.bias = nn.Parameter(module.bias.to(weight.dtype))
     return dense
 
 

@@ -288,6 +288,11 @@ class HfQuantQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if self.trains:
+            raise PlanError(
+                "this model is being trained with rounded weights, and these are not all that it holds: save it, load what was "
+                "saved, and dequantize that"
+            )
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # what a config says after saving
         if any(isinstance(module, Outside) and is_away(module) for module in model.modules()):
             raise PlanError(

@@ -231,10 +231,27 @@ def test_two_processes_train_like_one(zoo: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(sharded), logits(alone), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize(
+    "how", [{"bits": 4}, {"bits": 3, "format": "native", "quantize_embeddings": True}], ids=["ct", "native"]
+)
+def test_what_is_in_floating_point_can_be_trained(zoo: Any, tmp_path: Path, how: dict[str, Any]) -> None:
+    """Norms of a checkpoint of any format, and every layer once it is dequantized."""
+    config = HfQuantConfig(group_size=32, **how)
+    AutoModelForCausalLM.from_pretrained(zoo("llama")[1], quantization_config=config).save_pretrained(tmp_path / "q")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name, _ in model.named_parameters() if "norm" in name} <= trained
+    assert all(parameter.requires_grad for parameter in model.dequantize().parameters())
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_what_cannot_be_trained_is_refused(zoo: Any, tmp_path: Path) -> None:
     folder = zoo("llama")[1]
     with pytest.raises(PlanError, match=r"W4A16-g32-o1%.*W4A16-g32 can"):
         trainable(folder, "W4A16-g32-o1%")
+    with pytest.raises(PlanError, match="save it, load what was saved, and dequantize that"):
+        trainable(folder).dequantize()
     coded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=HfQuantConfig("W4A16-g32"))
     assert not any(isinstance(module, FakeQuantLinear) for module in coded.modules())
     with pytest.raises(ValueError, match="fine-tuning on purely quantized"):

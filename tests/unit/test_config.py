@@ -69,6 +69,17 @@ def test_the_defaults() -> None:
     )
 
 
+def test_bits_and_groups_are_those_of_the_scheme() -> None:
+    config = HfQuantConfig.from_dict({"bits": 4, "group_size": 32}, bits=8)
+    assert (config.scheme, config.bits) == ("W8A16-g32", 8)
+    config.group_size, config.symmetric = 64, False
+    assert config.scheme == "W8A16-g64-asym" and HfQuantConfig.from_dict(config.to_dict()) == config
+    config.scheme = "W3A16-g128"
+    assert (config.bits, config.group_size, config.symmetric, config.to_dict()["bits"]) == (3, 128, True, 3)
+    with pytest.raises(SchemeError, match="bits"):
+        config.bits = 17
+
+
 def test_the_format_may_be_spelled_as_its_project_does() -> None:
     assert HfQuantConfig(format="compressed-tensors").format == "compressed_tensors"
 

@@ -419,7 +419,7 @@ def test_an_encoder_is_measured_on_the_bundled_text(zoo: Any, folder: Path, tmp_
     record = checked(out)
     del record["gate"]
     (out / "results.json").write_text(json.dumps(record))
-    assert "--base MODEL --min-cosine 99%" in run("push", out, "a/b", "--dry-run", code=3).stderr.replace("\n", " ")
+    assert "for example --min-cosine 99%" in run("push", out, "a/b", "--dry-run", code=3).stderr.replace("\n", " ")
     of_causal = ("quantize", folder, "-o", tmp_path / "x", "--group-size", 32, "--min-cosine", "90%")
     assert "not measured for models that predict tokens" in run(*of_causal, code=1).stderr
     assert "keeps none" in run("eval", out, "--max-tokens", 2000, "--kv-cache", "int8", code=1).stderr

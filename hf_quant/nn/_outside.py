@@ -34,17 +34,18 @@ class FloatWeight(Tensor):
         PlanError: An operation writes to it.
     """
 
+    _of: tuple[nn.Module, str]
     _read: Callable[[], Tensor]
     _write: Callable[[Tensor], None] | None
 
     @staticmethod
     def __new__(
-        cls, read: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-        write: Callable[[Tensor], None] | None = None,
+        cls, of: tuple[nn.Module, str], read: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype,
+        device: torch.device, write: Callable[[Tensor], None] | None = None,
     ) -> Any:  # fmt: skip
         assert wrapper_subclass is not None
         weight: Any = wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        weight._read, weight._write = read, write
+        weight._of, weight._read, weight._write = of, read, write
         return weight
 
     @classmethod
@@ -57,8 +58,12 @@ class FloatWeight(Tensor):
             raise PlanError(READ_ONLY)
         return func(*tree_map(_dense, args), **tree_map(_dense, kwargs or {}))
 
+    def shows(self, module: nn.Module, name: str) -> bool:
+        """Whether it is the weight of that name of ``module``, which PEFT assigns to the module when it removes an adapter."""
+        return self._of == (module, name)
+
     def _again(self) -> FloatWeight:
-        return FloatWeight(self._read, tuple(self.shape), self.dtype, self.device, self._write)
+        return FloatWeight(self._of, self._read, tuple(self.shape), self.dtype, self.device, self._write)
 
     @property
     def data(self) -> Tensor:
@@ -126,6 +131,10 @@ class Outside(nn.Module):
         """Whether the weight is parametrized, as by PEFT's adapters of stacked experts."""
         return name in self._held
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, FloatWeight) and value.shows(self, name)):
+            super().__setattr__(name, value)
+
     def __delattr__(self, name: str) -> None:
         """``torch.nn.utils.parametrize`` deletes the weight, and passes it to `register_buffer`."""
         if self._finished and name in self._parameters and self.float_shape(name) is not None:
@@ -165,7 +174,7 @@ class Outside(nn.Module):
         dtype = torch.float32 if self.rewrite else self.compute_dtype  # the new weight is rounded once, to codes
         write = partial(self.rewrite, name) if self.rewrite else None
         read, shape = partial(self._turned, name, turned, dtype), shape[::-1] if turned else shape
-        return FloatWeight(read, shape, dtype, self._codes(name).device, write)
+        return FloatWeight((self, name), read, shape, dtype, self._codes(name).device, write)
 
     def _turned(self, name: str, turned: bool, dtype: torch.dtype | None = None) -> Tensor:
         weight = self.float_weight(name, dtype)

@@ -99,6 +99,16 @@ MERGED = {
 }
 
 
+def check_lost(lost: Any, before: Any, expected: Any, made: Any) -> None:
+    """Check what `merge_adapters` says it lost, given the float weights before it, with adapters, and after it."""
+    assert made.keys() == expected.keys()
+    for layer, share in lost.items():
+        weight = layer if layer in made else f"{layer}.weight"
+        change, error = (expected[weight] - other[weight] for other in (before, made))
+        assert float(error.norm() / change.norm()) == pytest.approx(share, rel=1e-3)
+        assert share < 1
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # of the float twin of GPT-2
 @pytest.mark.parametrize("case", MERGED)
 def test_merging_onto_the_grid(zoo: Any, case: str) -> None:
@@ -120,13 +130,45 @@ def test_merging_onto_the_grid(zoo: Any, case: str) -> None:
     twin.load_state_dict({n: p for n, p in trained.state_dict().items() if "lora_" in n}, strict=False)
     expected = twin.merge_and_unload().state_dict()
     merged, lost = merge_adapters(trained)
-    made = merged.dequantize().state_dict()
-    assert made.keys() == expected.keys()
-    for layer, share in lost.items():
-        weight = layer if layer in made else f"{layer}.weight"
-        change, error = (expected[weight] - other[weight] for other in (before, made))
-        assert float(error.norm() / change.norm()) == pytest.approx(share, rel=1e-3)
-        assert share < 1
+    check_lost(lost, before, expected, merged.dequantize().state_dict())
+
+
+OTHERS = {
+    "IA3Config": {"feedforward_modules": ["down_proj"]},
+    "VeraConfig": {"r": 4, "target_modules": ["q_proj"]},
+    "LoHaConfig": {"r": 4},
+    "LoKrConfig": {"r": 4},
+    "OFTConfig": {"oft_block_size": 8, "use_cayley_neumann": False},
+    "HRAConfig": {"r": 4},
+    "FourierFTConfig": {"n_frequency": 30},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_adapters_are_merged_and_unloaded(zoo: Any, kind: str) -> None:
+    """PEFT assigns the weight of a layer to that same layer where it removes adapters of these kinds."""
+
+    def load() -> Any:
+        config = HfQuantConfig("W4A16-g32")
+        return CAUSAL.from_pretrained(zoo("llama")[1], dtype=torch.float32, quantization_config=config)
+
+    def adapted(base: Any) -> Any:
+        torch.manual_seed(0)
+        options = {"target_modules": ["q_proj", "down_proj"]} | OTHERS[kind]
+        model = peft.get_peft_model(base, getattr(peft, kind)(task_type="CAUSAL_LM", **options)).eval()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+        return model
+
+    base = load()
+    before, logits = load().dequantize().state_dict(), run(base)
+    assert torch.equal(run(adapted(base).unload()), logits)
+    expected = adapted(load().dequantize()).merge_and_unload(safe_merge=True).state_dict()
+    merged, lost = merge_adapters(adapted(load()))
+    assert not any("base_layer" in name for name, _ in merged.named_modules())
+    assert lost
+    check_lost(lost, before, expected, merged.dequantize().state_dict())
 
 
 def test_dora_on_conv1d_compiled(zoo: Any) -> None:

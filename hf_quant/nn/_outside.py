@@ -26,6 +26,11 @@ READ_ONLY = (
     "into the codes"
 )
 
+TURNED = (
+    "PEFT takes a Conv1D for a linear layer, and the weight that target_parameters names would be turned; "
+    "target_modules with the name of the layer gives it an adapter"
+)
+
 
 class FloatWeight(Tensor):
     """Looks like the float weight, but is dequantized only when an operation uses it.
@@ -167,6 +172,8 @@ class Outside(nn.Module):
         caller = sys._getframe(2).f_globals.get("__name__", "")
         if caller.startswith(MOVERS):
             return self._parameters[name]
+        if self._adapted and caller == "torch.nn.utils.parametrize":
+            raise PlanError(TURNED)
         turned = self.conv1d and caller.startswith("peft.")  # which takes this layer for the nn.Linear that it is
         self._adapted = self._adapted or turned
         if wrapper_subclass is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_quant.core.scheme import QuantScheme
@@ -67,6 +68,8 @@ class QuantEmbedding(Outside, nn.Embedding):
         return self.quantized_weight().dequantize(dtype)
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self._held:  # `torch.nn.utils.parametrize` computes the table
+            return F.embedding(ids, self.weight)
         return read(self, "weight", self.scheme, ids).dequantize(self._row_dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_quant.core.geometry import Geometry
@@ -91,6 +92,9 @@ class QuantMatrix(Repacking):
 
     def forward(self, x: Tensor) -> Tensor:
         """The output ``[..., N]`` for rows ``x [..., K]``."""
+        if self._held:
+            product: Any = torch.compiler.disable(self._by_parametrized)  # Dynamo cannot trace the float view of codes
+            return cast(Tensor, product(x))
         prepared = self._repacked.get("weight")
         spec = self.spec if prepared is None else self._specs["weight"]
         if self._backend is None:
@@ -110,3 +114,9 @@ class QuantMatrix(Repacking):
             y = y + outlier_linear(x, self.weight_outlier_index, self.weight_outlier_value)
         bias = self.bias
         return y if bias is None else y + bias.to(y.dtype)
+
+    def _by_parametrized(self, x: Tensor) -> Tensor:
+        """The output where `torch.nn.utils.parametrize` computes the weight, as with PEFT's ``target_parameters``."""
+        bias: Tensor | None = self.bias
+        weight = self.geometry.matrix(self.weight)
+        return F.linear(x, weight, None if bias is None else bias.to(weight.dtype))

@@ -171,6 +171,36 @@ def test_other_adapters_are_merged_and_unloaded(zoo: Any, kind: str) -> None:
     check_lost(lost, before, expected, merged.dequantize().state_dict())
 
 
+def test_target_parameters_of_single_matrices(zoo: Any) -> None:
+    """PEFT parametrizes these weights while the model runs."""
+    names = ["q_proj.weight", "down_proj.weight", "embed_tokens.weight"]
+
+    def load() -> Any:
+        config = HfQuantConfig("W4A16-g32", quantize_embeddings=True)
+        return CAUSAL.from_pretrained(zoo("llama")[1], dtype=torch.float32, quantization_config=config)
+
+    def adapted(base: Any) -> Any:
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            r=4, task_type="CAUSAL_LM", target_modules=[], target_parameters=names, init_lora_weights=False
+        )
+        return peft.get_peft_model(base, config).eval()
+
+    model, twin = adapted(prepare_for_training(load())), adapted(load().dequantize())
+    before, expected = run(load()), run(twin)
+    assert (expected - before).norm() > 1e-2 * before.norm()
+    assert (run(model) - expected).norm() < 1e-4 * expected.norm()
+    train(model)  # asserts that all adapters receive gradients
+
+
+def test_target_parameters_of_conv1d_are_refused(zoo: Any) -> None:
+    config = HfQuantConfig("W4A16-g32")
+    model = CAUSAL.from_pretrained(zoo("gpt2")[1], dtype=torch.float32, quantization_config=config)
+    adapters = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=[], target_parameters=["c_attn.weight"])
+    with pytest.raises(PlanError, match="target_modules with the name of the layer"):
+        run(peft.get_peft_model(model, adapters))
+
+
 def test_dora_on_conv1d_compiled(zoo: Any) -> None:
     """Compiled code cannot see that PEFT asks for the weight; the layer below is square, so that a turned one has its shape."""
     config = HfQuantConfig("W4A16-g32")

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.nn.utils import parametrize
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
@@ -84,3 +85,22 @@ def test_compiles_into_one_graph(m: int) -> None:
         expected = made(x)
         got = torch.compile(made, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(got, expected)
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight * 2
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+def test_a_parametrized_weight_is_multiplied_with(conv1d: bool) -> None:
+    made = QuantLinear.from_weight(torch.randn(48, 64), "W4A16-g32")
+    made.conv1d = conv1d
+    made.register_parameter("bias", frozen(torch.ones(48)))
+    x = torch.randn(3, 64)
+    before = made(x)
+    parametrize.register_parametrization(made, "weight", Doubled())
+    torch.testing.assert_close(made(x), 2 * before - 1, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.compile(made, backend="eager")(x), made(x))
+    parametrize.remove_parametrizations(made, "weight", leave_parametrized=False)
+    assert torch.equal(made(x), before)

@@ -32,7 +32,14 @@ def are_batches(source: Any) -> TypeGuard[Iterable[Mapping[str, Any]]]:
     """Whether data are neither text nor token ids, but mappings of names to tensors, or something that yields them."""
     if source is None or isinstance(source, str | Path | Tensor) or not isinstance(source, Iterable):
         return False
-    return not isinstance(source, Sequence) or (len(source) > 0 and isinstance(source[0], Mapping))
+    if not isinstance(source, Sequence):
+        return True
+    return len(source) > 0 and isinstance(source[0], Mapping) and not is_record(source[0])
+
+
+def is_record(row: Mapping[Any, Any]) -> bool:
+    """Whether a mapping holds a text or messages, and no inputs of a model beside them."""
+    return bool(row.keys() & {"text", "messages"}) and not row.keys() & {*ROWS, *CONTENT}
 
 
 def holds_inputs(path: Path) -> bool:
@@ -107,6 +114,8 @@ def _checked(number: int, batch: Any) -> Inputs:
     rows = next((name for name in ROWS if name in inputs), None)
     if not inputs:
         raise HfQuantError(f"batch {number} is empty: it names no input of the model")
+    if "input_ids" in inputs:
+        inputs = _with_samples(number, inputs)
     if rows is None:  # such as patches of several images one after the other, whose number is no number of samples
         return inputs
     for name in SAMPLES:
@@ -120,6 +129,16 @@ def _checked(number: int, batch: Any) -> Inputs:
                 "differ in their first axis"
             )
     return inputs
+
+
+def _with_samples(number: int, inputs: Inputs) -> Inputs:
+    """The inputs with a first axis, the samples, if they are those of one text."""
+    ids = inputs["input_ids"]
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise HfQuantError(
+            f"batch {number}: input_ids must be whole numbers [S, T], got {ids.dtype} {list(ids.shape)}"
+        )
+    return {name: tensor[None] for name, tensor in inputs.items()} if ids.ndim == 1 else inputs
 
 
 def _tensor(where: str, value: Any) -> Tensor:

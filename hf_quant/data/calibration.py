@@ -22,6 +22,7 @@ from hf_quant.data.batches import (
     read_batches,
 )
 from hf_quant.data.chat import Chat
+from hf_quant.data.given import as_source
 from hf_quant.data.text import SEPARATOR, Text, dataset_rows, documents, paragraphs, read_documents, read_text, windows
 from hf_quant.errors import HfQuantError
 
@@ -80,9 +81,9 @@ def calibration(
     """Windows of ``context`` tokens, about ``tokens`` in all, spread evenly over the text.
 
     Args:
-        source: Token ids ``[S, T]``, used as they are, or a safetensors file with them; texts; a UTF-8 file, or a JSONL file with
-            ``text`` or ``messages`` in each line; a data set as in `text.dataset_rows`; None for the bundled text. Or batches of
-            inputs, as in `batches.checked_batches`, or a safetensors file with inputs by their names.
+        source: Token ids ``[S, T]``, used as they are, or a safetensors file with them; texts, or rows with ``text`` or
+            ``messages``; a UTF-8 file, or a JSONL file with such rows; a data set as in `text.dataset_rows`; None for the
+            bundled text. Or batches of inputs, as in `batches.checked_batches`, or a safetensors file with inputs by their names.
         tokenizer: Of the model. May be None if ids are given; otherwise it decodes them, to find out later whether a text for
             measuring overlaps with them.
         context: Tokens in a window.
@@ -93,6 +94,7 @@ def calibration(
     Raises:
         HfQuantError: The text is missing, too short or malformed, or an id is out of range; says where.
     """
+    source = as_source(source)
     if are_batches(source):
         return Calibration.of_batches(source)
     name = "token ids"
@@ -144,7 +146,7 @@ def _ids_in(path: Path) -> Tensor:
 
 
 def _ids(source: Tensor) -> Tensor:
-    if source.ndim != 2 or source.is_floating_point() or not source.numel():
+    if source.ndim != 2 or source.is_floating_point() or source.dtype == torch.bool or not source.numel():
         raise HfQuantError(
             f"calibration: token ids must be whole numbers [S, T], got {source.dtype} {list(source.shape)}"
         )
@@ -162,6 +164,8 @@ def _read(source: Sequence[str] | str | Path | None, chat: Chat) -> tuple[str, T
         if isinstance(source, Path) or path.suffix in (".txt", ".jsonl", ".md"):
             raise HfQuantError(f"calibration: {source}: no such file")
         return str(source), documents(str(source), dataset_rows(str(source), "train"), chat)
-    if not source or not all(isinstance(text, str) for text in source):
+    if not source:
         raise HfQuantError("calibration: texts must be a list of strings that is not empty")
+    if not all(isinstance(text, str) for text in source):
+        return "texts", documents("of calibration", source, chat)
     return "texts", SEPARATOR.join(source)

@@ -14,9 +14,9 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_quant.core.scheme import QuantScheme, fixed_zero
-from hf_quant.data.batches import are_batches
 from hf_quant.data.calibration import Source
 from hf_quant.data.chat import NOTHING_ASKED, may_hold_chats
+from hf_quant.data.given import as_source
 from hf_quant.disk.strict_json import shown
 from hf_quant.errors import FormatError, PlanError, SchemeError, printable
 from hf_quant.formats import format_of, formats, saved_formats
@@ -90,8 +90,9 @@ class HfQuantConfig(QuantizationConfigMixin):
         format: ``"native"``, ``"compressed_tensors"``, or ``"auto"``: compressed-tensors where it can hold the plan, since
             other software reads it, native otherwise.
         calibration: What calibrated methods look at while the model loads: token ids ``[S, T]``, a list of texts, a text or
-            JSONL file, or a ``datasets`` set; None for the text that comes with this package. Or batches of the model's inputs,
-            as its processor returns them (``pixel_values``, ``input_features``, ``input_ids``, ...), at least two. Never stored.
+            JSONL file, or a ``datasets`` set, by its name or loaded, with ``text``, ``messages`` or ``input_ids``; None for the
+            text that comes with this package. Or batches of the model's inputs, as its processor or tokenizer returns them
+            (``pixel_values``, ``input_features``, ``input_ids``, ...), at least two. Never stored.
         calibration_tokens: How many of its tokens to take at most.
         chat_template_kwargs: Arguments of the chat template that renders messages of ``calibration``, such as
             ``{"enable_thinking": False}``. Never stored.
@@ -175,11 +176,11 @@ class HfQuantConfig(QuantizationConfigMixin):
             _typed("overrides: each key", glob, str)
             if slug is not None:
                 _parsed(f"overrides[{glob!r}]", slug)
-        self.calibration = list(calibration) if are_batches(calibration) else calibration  # a loader yields them once
+        self.calibration = as_source(calibration)  # now, since a loader yields its batches once
         self.calibration_tokens: int = _typed("calibration_tokens", calibration_tokens, int)
         if calibration_tokens < 1:
             raise PlanError(f"quantization_config.calibration_tokens {calibration_tokens!r}: must be at least 1")
-        self.chat_template_kwargs = _checked_arguments(chat_template_kwargs, calibration)
+        self.chat_template_kwargs = _checked_arguments(chat_template_kwargs, self.calibration)
         self.epochs = _checked_epochs(epochs, method)
         self._check_ranges()
         if training:

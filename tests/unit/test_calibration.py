@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import BatchEncoding
 
 from hf_quant.data.calibration import BUNDLED, calibration
-from hf_quant.data.chat import Chat
+from hf_quant.data.chat import Chat, may_hold_chats
 from hf_quant.data.text import BUNDLED as HELD
 from hf_quant.data.text import documents, paragraphs, read_text, record_texts, refuse_overlap
 from hf_quant.errors import HfQuantError
@@ -98,6 +99,91 @@ def test_refusals(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"abc\xff")
     with pytest.raises(HfQuantError, match="not UTF-8 at byte 3"):
         calibration(tmp_path / "bad.txt", Bytes(), 2, 64, 256)
+
+
+IDS = torch.arange(64).view(4, 16)
+
+
+class Rows:
+    """Like a data set of `datasets`: no sequence."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.rows[index]
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"input_ids": IDS}, BatchEncoding({"input_ids": IDS.tolist()}), IDS.numpy(), IDS.tolist(), list(IDS),
+        [row[None] for row in IDS], tuple(IDS.numpy()),
+    ],
+    ids=["mapping", "encoding", "array", "lists", "tensors", "batches", "arrays"],
+)  # fmt: skip
+def test_token_ids_in_every_form(given: Any) -> None:
+    assert calibration(given, None, 0, 0, 64).sha256 == calibration(IDS, None, 0, 0, 64).sha256
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        BatchEncoding({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}),
+        Rows([{"input_ids": row, "attention_mask": [1] * 16} for row in IDS.tolist()]),
+        [{"input_ids": row[None], "attention_mask": torch.ones(1, 16, dtype=torch.int64)} for row in IDS],
+    ],
+    ids=["whole", "rows", "batches"],
+)
+def test_tokenized_rows_are_batches_of_one(given: Any) -> None:
+    batches = calibration(given, None, 0, 0, 64).batches
+    assert [batch["input_ids"].tolist() for batch in batches] == [[row] for row in IDS.tolist()]
+    assert all(batch["attention_mask"].shape == (1, 16) for batch in batches)
+
+
+def test_token_ids_of_different_lengths_are_batches() -> None:
+    assert [batch["input_ids"].shape[1] for batch in calibration([[1, 2, 3], [4, 5]], None, 0, 0, 64).batches] == [
+        3,
+        2,
+    ]
+
+
+def test_rows_with_text_or_messages() -> None:
+    chats = [[{"role": "user", "content": f"{i}" * 50}] for i in range(4)]
+    texts = [chat[0]["content"] for chat in chats]
+    for forms in (
+        (texts, Rows([{"text": text} for text in texts]), {"text": texts}),
+        (chats, Rows([{"messages": chat} for chat in chats]), {"messages": chats}),
+    ):
+        assert len({calibration(given, Bytes(), 32, 1000, 256).sha256 for given in forms}) == 1
+    assert may_hold_chats(chats) and not may_hold_chats(["a text"]) and not may_hold_chats([{"input_ids": IDS}])
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (5, "calibration: int is none of what is taken: a text or JSONL file"),
+        ([object()], "row 0 is object, which is none of what is taken"),
+        ({"a": [1, 2], "b": [1]}, "one value for each sample, and have {'a': 2, 'b': 1}"),
+        ({"input_ids": IDS, "use_cache": True}, "'use_cache': None"),
+        ({"input_ids": [1, 2], "attention_mask": [1, 1]}, "1 batch is too little"),
+        ([1, 2, 3], r"whole numbers \[S, T\]; a row has shape \[\]"),
+        (IDS > 3, "whole numbers .*bool"),
+        ([{"input_ids": IDS > 3}] * 2, "batch 0: input_ids must be whole numbers"),
+        (["a text", 3], "row 1: neither text nor messages"),
+        ({}, "a list of strings that is not empty"),
+        ({"input_ids": []}, "a list of strings that is not empty"),
+    ],
+)
+def test_what_is_no_calibration_data_is_told_what_is(given: Any, said: str) -> None:
+    with pytest.raises(HfQuantError, match=said):
+        calibration(given, Bytes(), 16, 64, 256)
 
 
 def test_a_line_of_json_may_hold_what_unicode_calls_a_line_break(tmp_path: Path) -> None:

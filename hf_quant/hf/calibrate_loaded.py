@@ -19,7 +19,7 @@ from hf_quant.hf.batch_inputs import inputs_for
 from hf_quant.hf.blocks import Around, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.plan import Plan
-from hf_quant.hf.rounded import outside, refuse_embeddings, rounded
+from hf_quant.hf.rounded import outside, rounded
 from hf_quant.hf.whole import NOTE, WHOLE, entering, refuse_whole, whole
 from hf_quant.nn._weight import frozen
 from hf_quant.solve.block import Block, Stored, parameter_in
@@ -43,7 +43,18 @@ def context_of(config: Any) -> int:
 
 
 def data_for(config: HfQuantConfig, model: Any) -> Calibration:
-    """The calibration data of the configuration, as tokens of ``model``."""
+    """The calibration data of the configuration, as tokens of ``model``, which may be on the meta device.
+
+    Raises:
+        HfQuantError: There are none, or the model does not read them; says why.
+    """
+    data = _read(config, model)
+    if not inputs_for(model, data.batches):
+        refuse_other_kinds(type(model), config.method)
+    return data
+
+
+def _read(config: HfQuantConfig, model: Any) -> Calibration:
     if are_batches(config.calibration):
         return Calibration.of_batches(config.calibration)
     # whoever loaded the model has trusted its code, if there is some
@@ -83,7 +94,6 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
     batches = inputs_for(model, data.batches)
     if not batches:
         refuse_other_kinds(type(model), config.method)
-    refuse_embeddings(model, plan)
     blocks, recipe, records = blocks_of(model, plan), Recipe(plan.decision, model.dtype), []
     around = Around.of(model, blocks, data.ids.to(model.device), batches, ALONE)
     inside = tuple(f"{name}." for name in blocks)

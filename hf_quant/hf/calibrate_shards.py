@@ -36,7 +36,7 @@ from hf_quant.hf.checkpoint_tensors import Tensors
 from hf_quant.hf.config import HfQuantConfig
 from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, freeze, make_plan
-from hf_quant.hf.rounded import outside, refuse_embeddings, rounded
+from hf_quant.hf.rounded import outside, rounded
 from hf_quant.hf.shards import write_index
 from hf_quant.hf.whole import NOTE, WHOLE, entering, refuse_whole, whole
 from hf_quant.solve.block import Block, Stored, inside
@@ -236,7 +236,6 @@ def _open(folder: Path, config: HfQuantConfig, trust_remote_code: bool, *, text:
         model = build(kind, stored, dtype).eval()
     config = copy.deepcopy(config)
     plan = make_plan(model, config)
-    refuse_embeddings(model, plan)
     blocks = blocks_of(model, plan)
     freeze(config, plan)
     return _Source(checkpoint, Tensors(checkpoint, model), model, plan, config, blocks, dtype)

@@ -111,7 +111,7 @@ def make_plan(
         stored: The layers of a quantized checkpoint, if its files are available; then nothing is decided here.
 
     Raises:
-        PlanError: A glob matches nothing, nothing is left to quantize, or the format cannot hold the plan.
+        PlanError: A glob matches nothing, nothing is left to quantize, the format cannot hold the plan, or the method a layer.
         CheckpointError: A frozen plan contradicts the model.
     """
     by_name = candidates(model)
@@ -136,16 +136,26 @@ def make_plan(
             f"nothing to quantize in {type(model).__name__}: "
             + "; ".join(sorted({*draft.left.values(), *others(model, by_name).values()}))
         )
+    decision = Decision.of(config.method, draft.schemes.values(), config.epochs)
+    if decision.calibrated and not frozen:
+        _refuse_tables(by_name, draft)
     chosen, reason = format_of(config.format, by_name, draft)
     params, params_quantized, bytes_float, bytes_quantized = _sizes(model, by_name, draft, tied)
     beside = others(model, by_name)
     return Plan(
         draft.schemes, draft.left, draft.regrouped, tied,
         params, params_quantized, bytes_float, bytes_quantized, chosen, reason,
-        Decision.of(config.method, draft.schemes.values(), config.epochs), beside,
+        decision, beside,
         {name: 0 if _is_tied(model, name) else _numel(model, name) for name in draft.left | beside},
         [name for name in draft.schemes if _kind(by_name, name) == "patches"],
     )  # fmt: skip
+
+
+def _refuse_tables(by_name: dict[str, Candidate], draft: Draft) -> None:
+    """Refuse a table of embeddings, or an output head that is tied to one, where the method is calibrated."""
+    table = next((name for name in draft.schemes if by_name[name].kind == "embedding"), None)
+    if table is not None:
+        raise PlanError(f"{table}: calibrated methods leave embeddings in floating point; rtn and hqq quantize them")
 
 
 def _decide(

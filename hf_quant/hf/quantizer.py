@@ -27,7 +27,7 @@ from hf_quant.hf import attention
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
 from hf_quant.hf._hooks import is_hooked
 from hf_quant.hf.calibrate_loaded import calibrate, data_for
-from hf_quant.hf.candidates import candidates
+from hf_quant.hf.candidates import Candidate, candidates
 from hf_quant.hf.community import Placed
 from hf_quant.hf.config import AUTO
 from hf_quant.hf.foreign_tensors import conversions
@@ -143,6 +143,8 @@ class HfQuantQuantizer(HfQuantizer):
                     planned = [n if by_name[n].kind == "experts" else f"{n}.weight" for n in self.plan.schemes]
                     covered = check_rest(model, checkpoint, checkpoint.tensors, set(planned))
                     check_complete(model, self.placed, covered, planned)
+        if self.calibrates:
+            self._prepare_calibration(model, by_name)
         if self.calibrates or self.trains:  # once the weights are there
             freeze(config, self.plan)
             return None
@@ -155,6 +157,18 @@ class HfQuantQuantizer(HfQuantizer):
             n: p.dtype for n, p in model.named_parameters() if self.pre_quantized and p.is_floating_point()
         }
         return contents
+
+    def _prepare_calibration(self, model: Any, by_name: Mapping[str, Candidate]) -> None:
+        """Read the calibration data; what cannot be is refused here, and not after the weights were read or calibrated.
+
+        Raises:
+            HfQuantError: As `data_for`, or experts in a stack shall be trained.
+        """
+        stacked = [name for name in self.plan.schemes if by_name[name].kind == "experts"]
+        if self.trains and stacked:
+            raise PlanError(f"training: {stacked[0]}: stacked experts begin from plain rounding: method='rtn'")
+        with torch.device("cpu"):
+            self.data = data_for(self.quantization_config, model)
 
     def _examine(self, model: Any, checkpoint: Checkpoint, names: list[str]) -> Contents:
         """Find the layers of a quantized checkpoint; those of another program are also written into the config."""
@@ -243,7 +257,7 @@ class HfQuantQuantizer(HfQuantizer):
             raise PlanError(
                 f"{self.quantization_config.method} calibrates on one device; hf-quant quantize needs less of it"
             )
-        self.data = data_for(self.quantization_config, model)
+        assert self.data is not None  # since `prepare`
         place = partial(self._modules.place, model)
         self.blocks = calibrate(model, self.plan, self.quantization_config, self.data, place)
 

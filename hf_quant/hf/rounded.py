@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import PlanError
@@ -16,19 +15,6 @@ from hf_quant.solve.result import Recipe
 from hf_quant.solve.unseen import nearest
 
 REASON = "outside of the blocks that a text runs through: rounded to nearest"
-
-
-def refuse_embeddings(model: Any, plan: Plan) -> None:
-    """Refuse a plan with a table of embeddings, or an output head that is tied to one.
-
-    Raises:
-        PlanError: Names the table.
-    """
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and name in plan.schemes:
-            raise PlanError(
-                f"{name}: calibrated methods leave embeddings in floating point; rtn and hqq quantize them"
-            )
 
 
 def outside(plan: Plan, chains: Sequence[Sequence[str]]) -> list[str]:

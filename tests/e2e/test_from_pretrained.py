@@ -16,6 +16,7 @@ import hf_quant
 from hf_quant import HfQuantConfig
 from hf_quant.core.scheme import BITS
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, PlanError, SchemeError
+from hf_quant.hf.quantizer import HfQuantQuantizer
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
 
 from .conftest import IDS
@@ -391,3 +392,20 @@ def test_load_of_an_unknown_architecture(zoo: Any, tmp_path: Path) -> None:
     config.architectures = ["NoSuchModel"]
     with pytest.raises(CheckpointError, match="NoSuchModel"):
         hf_quant.load(str(zoo("llama")[1]), config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "said"),
+    [
+        ("llama", {"quantize_embeddings": True}, "embed_tokens: calibrated methods leave embeddings"),
+        ("llama", {"calibration": ["a text"]}, "no tokenizer beside the model"),
+        ("llama", {"calibration": [{"pixel_values": torch.ones(1, 3, 4, 4)}] * 2}, "takes no pixel_values"),
+        ("mixtral", {"training": True, "calibration": IDS.repeat(2, 1)}, "stacked experts begin from plain rounding"),
+    ],
+)
+def test_what_the_plan_and_the_data_say_is_said_before_weights_are_read(
+    zoo: Any, monkeypatch: pytest.MonkeyPatch, name: str, fields: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(HfQuantQuantizer, "_process_model_after_weight_loading", None)
+    with pytest.raises(HfQuantError, match=said):
+        CAUSAL.from_pretrained(zoo(name)[1], quantization_config=HfQuantConfig("W8A16-g32", method="gptq", **fields))

@@ -81,9 +81,33 @@ def homes(model: Any, contents: Contents) -> dict[str, str]:
             places[module] = home
         elif target in parameters and parameters[target].shape == layer.shape:  # routers
             places[module] = target
-        elif not _may_be_left(model, f"{module}.weight"):
+        elif not _may_be_left(model, f"{module}.weight") and not _is_other_head(model, contents, module):
             raise CheckpointError(f"{contents.where(module)}: the model has no layer of that name")
     return places
+
+
+def _is_own_class(model: Any) -> bool:
+    """Whether the checkpoint was written by a model of this class, as far as its config.json says."""
+    names = getattr(model.config, "architectures", None)
+    return not names or type(model).__name__ in names
+
+
+def new_head(model: Any) -> set[str]:
+    """The parameters outside of the base model, where the checkpoint is of a class with another head.
+
+    transformers draws those that the checkpoint lacks at random, and says so.
+    """
+    if _is_own_class(model) or model.base_model is model:
+        return set()
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+
+
+def _is_other_head(model: Any, contents: Contents, module: str) -> bool:
+    """Whether a layer of the checkpoint is beside the base model, of another class than that which is being loaded."""
+    prefix = f"{model.base_model_prefix}."
+    beside = any(name.startswith(prefix) for name in contents.checkpoint.tensors) and not module.startswith(prefix)
+    return beside and not _is_own_class(model)
 
 
 def _home(target: str, by_name: Mapping[str, Candidate]) -> tuple[str, str]:

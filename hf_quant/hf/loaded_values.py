@@ -11,7 +11,7 @@ from torch import nn
 from hf_quant.core.layout import PARTS, WEIGHT, in_features, part_name, wrong_values
 from hf_quant.errors import CheckpointError
 from hf_quant.hf._hooks import may_be_missing
-from hf_quant.hf.community import Placed
+from hf_quant.hf.community import Placed, new_head
 from hf_quant.kernels._native.finite import all_finite
 from hf_quant.nn import QuantExperts
 from hf_quant.nn._hooks import is_initialized
@@ -59,17 +59,17 @@ def check_floats(model: Any, *, from_checkpoint: bool) -> None:
 
     Args:
         model: Loaded.
-        from_checkpoint: Whether parameters must be in the checkpoint, except those that the model's class allows to be missing.
+        from_checkpoint: Whether parameters must be in the checkpoint, except those of a new head or that the model's class allows to be missing.
 
     Raises:
         CheckpointError: Names the first that fails.
     """
-    required = from_checkpoint and not may_be_missing(model)
+    required, head = from_checkpoint and not may_be_missing(model), new_head(model)
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             continue
         repacked = 0 in parameter.shape
-        if required and not repacked and not is_initialized(parameter):
+        if required and not repacked and name not in head and not is_initialized(parameter):
             raise CheckpointError(f"tensor {name} is missing from the checkpoint")
         if not parameter.is_floating_point():
             continue

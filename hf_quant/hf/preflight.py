@@ -17,7 +17,7 @@ from hf_quant.disk.safetensors import SIZES, TensorInfo
 from hf_quant.errors import CheckpointError
 from hf_quant.hf._compat import arrivals
 from hf_quant.hf._hooks import may_be_missing
-from hf_quant.hf.community import Placed, aliases, as_asked, homes, place
+from hf_quant.hf.community import Placed, aliases, as_asked, homes, new_head, place
 from hf_quant.hf.config import HfQuantConfig
 
 # suffixes of quantized layers only: GPTQ and AWQ, compressed-tensors, HQQ, optimum-quanto, bitsandbytes
@@ -108,7 +108,7 @@ def refuse_unexplained(checkpoint: Checkpoint) -> None:
 
 
 def check_complete(model: Any, placed: Placed, covered: set[str], names: Iterable[str] | None = None) -> None:
-    """Check that every parameter is in the checkpoint, unless the model's class allows it to be missing.
+    """Check that every parameter is in the checkpoint, unless it is a new head's or the model's class allows it to be missing.
 
     Args:
         model: Without weights, with its quantized modules inserted.
@@ -124,8 +124,11 @@ def check_complete(model: Any, placed: Placed, covered: set[str], names: Iterabl
     ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     partners = {a for pair in ties.items() for a in pair if covered & set(pair)}
     optional = [re.compile(pattern) for pattern in may_be_missing(model)]
+    head = new_head(model)
     for name in [name for name, _ in model.named_parameters()] if names is None else names:
-        if name not in covered and name not in partners and not any(pattern.search(name) for pattern in optional):
+        if name in covered or name in partners or name in head:
+            continue
+        if not any(pattern.search(name) for pattern in optional):
             raise CheckpointError(f"tensor {name} is missing from the checkpoint")
 
 

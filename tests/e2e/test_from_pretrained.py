@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import hf_quant
 from hf_quant import HfQuantConfig
@@ -409,3 +409,21 @@ def test_what_the_plan_and_the_data_say_is_said_before_weights_are_read(
     monkeypatch.setattr(HfQuantQuantizer, "_process_model_after_weight_loading", None)
     with pytest.raises(HfQuantError, match=said):
         CAUSAL.from_pretrained(zoo(name)[1], quantization_config=HfQuantConfig("W8A16-g32", method="gptq", **fields))
+
+
+@pytest.mark.parametrize("fmt", ["native", "compressed_tensors"])
+def test_a_new_head_on_a_quantized_base(zoo: Any, tmp_path: Path, fmt: str) -> None:
+    config = HfQuantConfig("W4A16-g32", format=fmt, quantize_lm_head=fmt == "native")
+    model = CAUSAL.from_pretrained(zoo("llama")[1], quantization_config=config)
+    model.save_pretrained(tmp_path)
+    for auto in (AutoModelForSequenceClassification, AutoModel):
+        other = auto.from_pretrained(tmp_path)
+        with torch.no_grad():
+            assert torch.equal(other.base_model(IDS)[0], model.model(IDS)[0])
+    _tamper(tmp_path, lambda t: [t.pop(name) for name in list(t) if name.startswith("lm_head")])
+    AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
+        CAUSAL.from_pretrained(tmp_path)
+    _tamper(tmp_path, lambda t: t.pop("model.norm.weight"))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is missing"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)

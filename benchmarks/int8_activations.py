@@ -53,7 +53,8 @@ def measured(model: str, row: str, ids: torch.Tensor, reference: Any) -> dict[st
     """One cell of the table."""
     scheme, method = ROWS[row]
     overrides = {"*.down_proj": "W8A16-g-1"} if row == MIXED else {}
-    config = HfQuantConfig(scheme, method=method, overrides=overrides, calibration=ids, calibration_tokens=CALIBRATION)
+    data = {} if method == "rtn" else {"calibration": ids, "calibration_tokens": CALIBRATION}
+    config = HfQuantConfig(scheme, method=method, overrides=overrides, **data)
     quality = evaluate(load(model, dtype=torch.float32, quantization_config=config).eval(), reference)
     kl = quality.metrics["kl"]
     return {

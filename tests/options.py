@@ -102,7 +102,8 @@ class Options:
         return load(str(out)).eval(), None
 
     def _config(self, case: Case) -> HfQuantConfig:
-        return HfQuantConfig(case.scheme, method=case.method, format=case.fmt, calibration=IDS)
+        calibrated = preset(case.method, QuantScheme.parse(case.scheme)).calibrated
+        return HfQuantConfig(case.scheme, method=case.method, format=case.fmt, calibration=IDS if calibrated else None)
 
     def _empty(self, name: str) -> Path:
         shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -112,8 +113,8 @@ class Options:
     def _rounding(self, scheme: str) -> float:
         """The error of plain rounding."""
         if scheme not in self.rounded:
-            method = "gptq" if QuantScheme.parse(scheme).needs_ranges else "rtn"  # which looks at no activations
-            config = HfQuantConfig(scheme, calibration=IDS, method=method)
+            looks = QuantScheme.parse(scheme).needs_ranges  # at activations
+            config = HfQuantConfig(scheme, calibration=IDS if looks else None, method="gptq" if looks else "rtn")
             self.rounded[scheme] = self._error(self._logits(load(str(self.model), quantization_config=config)))
         return self.rounded[scheme]
 

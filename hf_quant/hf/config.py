@@ -123,7 +123,7 @@ class HfQuantConfig(QuantizationConfigMixin):
         symmetric: bool | None = None,
         method: str = "rtn",
         overrides: Mapping[str, str | None] | None = None,
-        modules_to_not_convert: list[str] | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
         quantize_lm_head: bool = False,
         quantize_embeddings: bool = False,
         format: str = "auto",
@@ -147,7 +147,9 @@ class HfQuantConfig(QuantizationConfigMixin):
             "scheme": scheme, "bits": bits, "group_size": group_size, "symmetric": symmetric, "overrides": overrides or None,
             "method": None if method == "rtn" else method, "modules_to_not_convert": modules_to_not_convert or None,
             "quantize_lm_head": quantize_lm_head or None, "quantize_embeddings": quantize_embeddings or None,
-            "format": None if format == "auto" else format, "training": training or None,
+            "format": None if format == "auto" else format, "training": training or None, "calibration": calibration,
+            "calibration_tokens": None if calibration_tokens == TOKENS else calibration_tokens, "epochs": epochs,
+            "chat_template_kwargs": chat_template_kwargs, "activations": activations,
         }  # fmt: skip
         self.given = tuple(
             name for name, value in says.items() if value is not None
@@ -177,12 +179,15 @@ class HfQuantConfig(QuantizationConfigMixin):
             if slug is not None:
                 _parsed(f"overrides[{glob!r}]", slug)
         self.calibration = as_source(calibration)  # now, since a loader yields its batches once
-        self.calibration_tokens: int = _typed("calibration_tokens", calibration_tokens, int)
-        if calibration_tokens < 1:
-            raise PlanError(f"quantization_config.calibration_tokens {calibration_tokens!r}: must be at least 1")
+        if type(calibration_tokens) is not int or calibration_tokens < 1:
+            raise PlanError(
+                f"quantization_config.calibration_tokens {calibration_tokens!r}: must be a whole number from 1"
+            )
+        self.calibration_tokens = calibration_tokens
         self.chat_template_kwargs = _checked_arguments(chat_template_kwargs, self.calibration)
         self.epochs = _checked_epochs(epochs, method)
         self._check_ranges()
+        self._check_data()
         if training:
             self._check_trainable()
         if self.format != AUTO and self.format not in saved_formats():
@@ -221,6 +226,12 @@ class HfQuantConfig(QuantizationConfigMixin):
                 f"{wanting[0]}: {what} of the activations must be found by calibration, which {self.method!r} does not do; "
                 "'calibrated' does, as the method"
             )
+
+    def _check_data(self) -> None:
+        """Refuse calibration data where nothing looks at them."""
+        fields = [name for name in ("calibration", "calibration_tokens", "chat_template_kwargs") if name in self.given]
+        if fields and not self.calibrated:
+            raise PlanError(f"{fields[0]}: method {self.method!r} looks at no data; 'calibrated' does")
 
     def _check_trainable(self) -> None:
         """Refuse schemes that cannot be trained."""
@@ -280,39 +291,6 @@ class HfQuantConfig(QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         """Nothing of a saved checkpoint may be changed while loading it."""
         return {}
-
-
-def refuse_requantizing(stored: Any, requested: HfQuantConfig | None) -> None:
-    """Refuse settings for a checkpoint that is quantized already: its codes would stay what they are.
-
-    Args:
-        stored: ``quantization_config`` of the checkpoint.
-        requested: The configuration it is loaded with.
-
-    Raises:
-        PlanError: ``requested`` says how to quantize, other than ``stored`` does.
-    """
-    stored = stored if isinstance(stored, Mapping) else stored.to_dict()
-    if requested is not None and requested.to_dict() != dict(stored):
-        same_package = stored.get("quant_method") == "hf_quant"  # the same fields mean something else in others
-        differing = [
-            name for name in requested.given if not same_package or getattr(requested, name) != stored.get(name)
-        ]
-        if differing:
-            raise PlanError(f"quantization_config: {differing[0]}: {quantized_already(stored)}")
-
-
-def quantized_already(stored: Mapping[str, Any]) -> str:
-    """A sentence on why a quantized checkpoint is not quantized again, and what to do.
-
-    Args:
-        stored: Its ``quantization_config``.
-    """
-    kind = str(stored.get("scheme") or stored.get("quant_method"))
-    return (
-        f"the checkpoint is quantized already ({kind[:50]!r}), so there is nothing left to round: quantize the model that it "
-        "was made from, or make it a float one first: hf-quant convert FOLDER --to dense -o OUT"
-    )
 
 
 def taken_over(stored: Mapping[str, Any], activations: str | None = None) -> HfQuantConfig:
@@ -386,8 +364,11 @@ def _typed(field: str, value: Any, kind: type) -> Any:
     return value
 
 
-def _names(field: str, value: list[str] | None) -> list[str]:
-    return [_typed(field, name, str) for name in _typed(field, value or [], list)]
+def _names(field: str, value: Sequence[str] | None) -> list[str]:
+    names = list(value) if isinstance(value, tuple) else _typed(field, value or [], list)
+    if "" in names:
+        raise PlanError(f"quantization_config.{field}: one of the names is empty")
+    return [_typed(field, name, str) for name in names]
 
 
 def _parsed(field: str, slug: Any) -> QuantScheme:

@@ -22,10 +22,11 @@ from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf._hooks import build
 from hf_quant.hf.auto import class_of, config_of, hub_options, vocabulary_of
 from hf_quant.hf.batch_inputs import inputs_for, on_device, same_draws
-from hf_quant.hf.config import HfQuantConfig, quantized_already, taken_over
+from hf_quant.hf.config import HfQuantConfig, taken_over
 from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, make_plan
 from hf_quant.hf.preflight import check_rest, refuse_unexplained
+from hf_quant.hf.requantizing import quantized_already
 
 
 def load(model: str, **kwargs: Any) -> Any:

@@ -248,7 +248,9 @@ def _check_globs(model: Any, config: HfQuantConfig, by_name: dict[str, Candidate
     modules = [name for name, _ in model.named_modules()] + list(by_name)
     for pattern in config.modules_to_not_convert:
         if not any(_matches(name, pattern) for name in modules):
-            raise PlanError(f"modules_to_not_convert: {pattern!r} matches no module")
+            expression = pattern.startswith("re:")
+            hint = f"; it takes globs: {pattern[3:].replace('.*', '*')!r}" if expression else ""
+            raise PlanError(f"modules_to_not_convert: {pattern!r} matches no module{hint}")
 
 
 def _default_skips(model: Any, config: HfQuantConfig, by_name: dict[str, Candidate]) -> dict[str, str]:

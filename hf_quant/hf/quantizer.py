@@ -135,7 +135,8 @@ class HfQuantQuantizer(HfQuantizer):
                 contents = self._examine(model, checkpoint, list(by_name))
             elif config.stored is not None:
                 raise PlanError(
-                    "a checkpoint that another program quantized is read from its files, not from a state dict"
+                    f"a checkpoint in the format {config.stored.get('quant_method')} is read from its files, not from a state dict: "
+                    "save_pretrained writes them"
                 )
             else:
                 self.plan = make_plan(model, config, frozen=self.pre_quantized)

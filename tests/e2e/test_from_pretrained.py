@@ -266,6 +266,7 @@ def test_impossible_configs(fields: dict[str, Any], error: type[HfQuantError], s
     [
         ({"overrides": {"*.down_porj": "W8A16-g32"}}, "down_proj"),
         ({"modules_to_not_convert": ["nothing_like_it"]}, "nothing_like_it"),
+        ({"modules_to_not_convert": ["re:.*q_proj"]}, r"matches no module; it takes globs: '\*q_proj'"),
         ({"modules_to_not_convert": ["*"]}, "nothing to quantize"),
         ({"bits": 4, "format": "compressed_tensors", "quantize_embeddings": True}, "compressed_tensors"),
     ],

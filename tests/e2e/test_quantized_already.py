@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_quant
 from hf_quant import HfQuantConfig
 from hf_quant.cli import main
 from hf_quant.errors import PlanError
+from hf_quant.hf import refuse_requantizing
 from tests.e2e.conftest import IDS
 
 FIXTURES = Path(__file__).parents[1] / "golden" / "fixtures"
@@ -50,11 +51,36 @@ def test_what_asks_for_nothing_else_loads(quantized: Path) -> None:
     stored = json.loads((quantized / "config.json").read_text())["quantization_config"]
     same = [HfQuantConfig(), plain.config.quantization_config]
     if stored["quant_method"] == "hf_quant":
-        same += [HfQuantConfig("W8A16-g32"), HfQuantConfig.from_dict(stored)]
+        same += [HfQuantConfig.from_dict(stored)]
+    if "gptq" not in stored["quant_method"]:
+        left = stored.get("ignore", stored.get("modules_to_not_convert"))
+        same += [HfQuantConfig("W8A16-g32"), HfQuantConfig(bits=8, group_size=32, modules_to_not_convert=left)]
+        same += [HfQuantConfig("W8A16-g32", format=quantized.name)]
     with torch.no_grad():
         for config in same:
             again = AutoModelForCausalLM.from_pretrained(quantized, quantization_config=config)
             assert torch.equal(again(IDS).logits, plain(IDS).logits)
+
+
+def test_data_and_activations_are_not_ignored(quantized: Path) -> None:
+    native = "scheme" in json.loads((quantized / "config.json").read_text())["quantization_config"]
+    asked: list[dict[str, Any]] = [{"method": "gptq", "calibration": IDS}, {"method": "learned", "epochs": 2}]
+    for fields in asked:
+        requested = HfQuantConfig(**fields)
+        stored = HfQuantConfig(method=requested.method).to_dict() if native else {"quant_method": "gptq"}
+        with pytest.raises(PlanError, match=f"{list(fields)[native]}: .*is quantized already"):
+            refuse_requantizing(stored | {"share_quantized": 0.5}, requested)
+    if native:
+        with pytest.raises(PlanError, match="activations: it is about checkpoints of other programs"):
+            hf_quant.load(str(quantized), quantization_config=HfQuantConfig(activations="int8"))
+
+
+def test_a_state_dict_in_another_format_is_refused_by_its_name(quantized: Path) -> None:
+    config = AutoConfig.from_pretrained(quantized)
+    model = hf_quant.load(str(quantized))
+    if config.quantization_config["quant_method"] == "compressed-tensors":
+        with pytest.raises(PlanError, match="in the format compressed-tensors is read from its files"):
+            type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
 
 
 def test_commands_refuse_at_once(quantized: Path, tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def test_a_field_that_contradicts_the_scheme_is_refused(fields: dict[str, Any]) 
 @pytest.mark.parametrize(
     "fields",
     [{"quantize_lm_head": "no"}, {"quantize_embeddings": "false"}, {"calibration_tokens": "many"}, {"calibration_tokens": 0},
-     {"overrides": {1: "W8A16-g32"}}],
+     {"overrides": {1: "W8A16-g32"}}, {"calibration_tokens": True}, {"modules_to_not_convert": [""]},
+     {"calibration": ["a text"]}, {"calibration_tokens": 7}],
 )  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match=next(iter(fields))):
@@ -61,6 +62,10 @@ def test_a_stored_configuration_may_hold_fields_of_other_software(caplog: pytest
     finally:
         logging.getLogger("transformers").removeHandler(caplog.handler)
     assert read.to_dict() == stored and "made_by" in caplog.text
+
+
+def test_names_may_come_as_a_tuple() -> None:
+    assert HfQuantConfig(modules_to_not_convert=("lm_head",)).modules_to_not_convert == ["lm_head"]
 
 
 def test_the_defaults() -> None:

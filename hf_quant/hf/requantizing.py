@@ -51,6 +51,8 @@ def _differing(stored: Mapping[str, Any], requested: HfQuantConfig) -> list[str]
 def _is_repeated(stored: Mapping[str, Any], requested: HfQuantConfig) -> bool:
     """Whether the format of a checkpoint that this package wrote says in its words the schemes that are asked for."""
     _, fmt = format_of(stored)
+    if not fmt.saved:  # what hf-quant convert wrote, whose config has no schemes by name
+        return False
     overrides = {name: QuantScheme.parse(slug) for name, slug in requested.overrides.items() if slug is not None}
     if any(fmt.why_not(scheme) is not None for scheme in (requested.default_scheme, *overrides.values())):
         return False

@@ -27,6 +27,7 @@ from hf_quant.hf.auto import hub_options, tokenizer_of
 from hf_quant.hf.trainable import begin_from, computes_in
 from hf_quant.jobs.compress import Job, compress
 from hf_quant.jobs.outputs import RECIPE, work_folder
+from hf_quant.jobs.texts import needs_calibration
 from hf_quant.training.distillation import divergence, hidden_error, hidden_states, refuse_other_shape
 from hf_quant.training.loop import Loss, Settings, State, Steps
 from hf_quant.training.modules import compute_wide
@@ -150,10 +151,13 @@ class _TrainJob(Job):
 
     def _trainable(self, config: HfQuantConfig) -> Any:
         (ids, _), checkpoint = self.training.windows(), self.training.checkpoint
+        slugs = [config.scheme, *(slug for slug in config.overrides.values() if slug is not None)]
+        looks = needs_calibration(self.training.start, slugs, None)
         requested = HfQuantConfig(
             config.scheme, method=self.training.start, overrides=config.overrides, format=config.format, training=True,
             modules_to_not_convert=config.modules_to_not_convert, quantize_lm_head=config.quantize_lm_head,
-            quantize_embeddings=config.quantize_embeddings, calibration=ids[: max(2, CALIBRATED_ON // ids.shape[1])],
+            quantize_embeddings=config.quantize_embeddings,
+            calibration=ids[: max(2, CALIBRATED_ON // ids.shape[1])] if looks else None,
         )  # fmt: skip
         model = load(self.model, quantization_config=requested, **self.load)
         if checkpoint is not None:

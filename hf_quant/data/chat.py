@@ -12,7 +12,6 @@ from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from hf_quant.data.batches import are_batches
 from hf_quant.errors import HfQuantError, suggestion
 
 NOTHING_ASKED = "nothing here applies a chat template; a JSONL file or a data set of messages does"
@@ -23,6 +22,8 @@ OF_RENDERING = ("raise_exception", "strftime_now", *jinja2.Environment().globals
 def may_hold_chats(source: Any) -> bool:
     """Whether a source of text can hold conversations: a JSONL file, the name of a data set, or rows that are no strings."""
     if not isinstance(source, str | Path):
+        from hf_quant.data.batches import are_batches  # which needs torch
+
         rows = source if isinstance(source, list) and not are_batches(source) else []
         return not all(isinstance(row, str) for row in rows)
     path = Path(source)

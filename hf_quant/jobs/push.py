@@ -117,7 +117,7 @@ def push(
         GateError: The quality forbids it, or nobody measured it.
         PushError: Something else forbids it, or the upload did not end.
     """
-    from hf_quant.publish.upload import Target
+    from hf_quant.publish.target import Target
 
     target = Target(repo_id, private, create_pr=create_pr, revision=revision, tag=tag)
     if (refusal := target.contradiction(gated)) is not None:

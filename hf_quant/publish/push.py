@@ -25,7 +25,8 @@ from hf_quant.publish.manifest import manifest_of
 from hf_quant.publish.replay import Replay, replay
 from hf_quant.publish.scan import Snapshot, look_through, snapshot
 from hf_quant.publish.source import describe, metadata, model_type, notices
-from hf_quant.publish.upload import Target, Uploaded, upload
+from hf_quant.publish.target import Target
+from hf_quant.publish.upload import Uploaded, upload
 
 Gated = Literal["inherit", "auto", "manual", "off"]
 CLOSE = 0.02  # relative error of a layer's output against the plain product: rounding to bfloat16 causes 0.003

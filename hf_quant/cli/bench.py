@@ -99,11 +99,11 @@ def _measured(
     named: dict[str, tuple[str, dict[str, Any]]], batch: tuple[int, ...], kv_cache: str | None, prompt: int,
     new: int, repeats: int, report: Reporter,
 ) -> dict[str, Any]:  # fmt: skip
+    """Memory and speed of models, given by their names and how to load them."""
     from hf_quant.bench import memory, speed
     from hf_quant.hf import load
     from hf_quant.hf.auto import hub_options
 
-    """Memory and speed of models, given by their names and how to load them."""
     for name, how in named.values():
         _check_kind(name, hub_options(how), prompt, new)
     with report.stage("memory and time to load"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,9 @@ class Base:
 
     def context(self) -> int:
         """The default number of tokens in a window."""
-        return min(CONTEXT, self.positions() or CONTEXT)
+        return min(CONTEXT, self.positions or CONTEXT)
 
+    @cached_property
     def positions(self) -> int | None:
         """The most tokens that it reads at once; None where it has no such limit."""
         return positions_of(self.skeleton())
@@ -125,7 +127,7 @@ class Base:
         Raises:
             HfQuantError: Says how many there are.
         """
-        most = self.positions()
+        most = self.positions
         if most and (length - length // 2 if self._seq2seq() else length) > most:
             raise HfQuantError(f"windows of {length:,} tokens are longer than the {most:,} positions of {self.model}")
 

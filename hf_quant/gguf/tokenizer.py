@@ -216,7 +216,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if any(len(pair) != 2 or "".join(pair) not in vocabulary or not set(pair) <= vocabulary.keys() for pair in pairs):
         raise FormatError("tokenizer.ggml.merges: a merge is not of two tokens that make a third")
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": split == "gpt-2"}
-    first = {"type": "Split", "pattern": {"Regex": expressions[split]}, "behavior": "Isolated", "invert": False}
+    first = ISOLATED | {"pattern": {"Regex": expressions[split]}}
     stored: dict[str, Any] = {
         "version": "1.0", "added_tokens": added, "normalizer": NFC if split == "qwen2" else None,
         "decoder": level | {"use_regex": True},

@@ -92,8 +92,6 @@ def calibrate(model: Any, plan: Plan, config: HfQuantConfig, data: Calibration, 
         A record of each block.
     """
     batches = inputs_for(model, data.batches)
-    if not batches:
-        refuse_other_kinds(type(model), config.method)
     blocks, recipe, records = blocks_of(model, plan), Recipe(plan.decision, model.dtype), []
     around = Around.of(model, blocks, data.ids.to(model.device), batches, ALONE)
     inside = tuple(f"{name}." for name in blocks)

@@ -25,7 +25,7 @@ from hf_quant.formats import format_named, in_memory_format
 from hf_quant.hf import publishing
 from hf_quant.hf.plan import Plan
 from hf_quant.methods import Method, quantize
-from hf_quant.nn import QuantEmbedding, QuantExperts, QuantMatrix
+from hf_quant.nn import QuantEmbedding, QuantMatrix
 from hf_quant.training import FakeQuantEmbedding, FakeQuantLinear, FakeQuantMatrix, FakeQuantPatches
 from hf_quant.training.experts import as_fake_quant_experts
 from hf_quant.training.modules import SUFFIXES, FakeQuant
@@ -135,8 +135,6 @@ def _trainable(old: Any, scheme: QuantScheme, solver: Method) -> FakeQuantMatrix
 
 
 def _start_of_stack(module: Any, name: str, scheme: QuantScheme, solver: Method) -> QuantizedTensor:
-    if isinstance(module, QuantExperts):
-        raise PlanError("training: stacked experts begin from plain rounding: method='rtn'")
     stack = module._parameters[name]
     return QuantizedTensor.stack(
         [_start(part, scheme, solver) for part in geometry_of(module).matrix(stack).unbind(0)]

@@ -250,7 +250,7 @@ def test_the_longest_window_of_a_model(model: Any, positions: int, tmp_path: Pat
     model = model().eval()
     model.save_pretrained(tmp_path)
     base = Base(str(tmp_path))
-    assert base.context() == base.positions() == positions
+    assert base.context() == base.positions == positions
     base.refuse_longer(positions)
     with pytest.raises(HfQuantError, match=f"longer than the {positions} positions"):
         base.refuse_longer(positions + 1)

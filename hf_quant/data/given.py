@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hf_quant.data.batches import is_record
 from hf_quant.errors import HfQuantError
 
 TEXTS = ("text", "messages")  # columns of a table of texts
+MANY = 65536  # rows are taken at most of what has no length and may never end
 TAKEN = (
     "a text or JSONL file, the name of a data set, a list of texts, rows with text or messages, token ids [S, T], "
     "or batches of the model's inputs"
@@ -24,6 +26,7 @@ def as_source(given: Any) -> Any:
 
     Args:
         given: One of these; or what yields it, arrays and lists of token ids, or a whole table: a mapping of names to columns.
+            Of what has no length, such as a data set that is streamed, the first rows are taken.
 
     Raises:
         HfQuantError: It is something else; says what is taken.
@@ -34,10 +37,18 @@ def as_source(given: Any) -> Any:
         return as_source(_rows(given))
     if not isinstance(given, Iterable):
         raise HfQuantError(f"calibration: {type(given).__name__} is none of what is taken: {TAKEN}")
-    rows = list(given)
+    rows = _listed(given)
     if not rows or isinstance(rows[0], str | Mapping) or _is_chat(rows[0]):
         return rows
     return _tokens([_ids(number, row) for number, row in enumerate(rows)])
+
+
+def _listed(given: Iterable[Any]) -> list[Any]:
+    try:
+        len(given)  # type: ignore[arg-type]
+    except TypeError:  # also of a loader whose data set has none
+        return list(islice(given, MANY))
+    return list(given)
 
 
 def _rows(table: Mapping[Any, Any]) -> list[Any]:

@@ -125,11 +125,6 @@ def has_adapters(model: Any) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def is_hooked(module: Any) -> bool:
-    """Whether accelerate moves the weights of a module about: ``_hf_hook``."""
-    return hasattr(module, "_hf_hook")
-
-
 # -- replaced methods -------------------------------------------------------------------------------------------------
 
 

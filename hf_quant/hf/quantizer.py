@@ -25,7 +25,6 @@ from hf_quant.errors import HfQuantError, PlanError, printable
 from hf_quant.formats import Format, in_memory_format
 from hf_quant.hf import attention
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
-from hf_quant.hf._hooks import is_hooked
 from hf_quant.hf.calibrate_loaded import calibrate, data_for
 from hf_quant.hf.candidates import Candidate, candidates
 from hf_quant.hf.community import Placed
@@ -269,8 +268,7 @@ class HfQuantQuantizer(HfQuantizer):
             parameter.requires_grad_(False)  # the loader enables it for every float tensor
         check_codes(name, module, self.placed, pre_quantized=self.pre_quantized)
         if isinstance(module, (QuantMatrix, QuantExperts)):
-            module.keeps_layout = dispatched and is_hooked(module)
-            module.choose_kernel()
+            module.settle()
         if isinstance(module, Outside):
             module.finished()
 

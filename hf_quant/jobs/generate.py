@@ -19,7 +19,7 @@ from hf_quant.jobs.options import check_model, hub, load_options
 from hf_quant.jobs.outputs import check_places, shown, work_folder
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
-from hf_quant.jobs.texts import calibration_for, find_calibration, template_arguments
+from hf_quant.jobs.texts import CALIBRATION_TOKENS, calibration_for, find_calibration, template_arguments
 
 
 @dataclass(frozen=True, repr=False)
@@ -55,7 +55,7 @@ class GenerateResult(Result):
 
 def generate(
     model: str | os.PathLike[str], output: str | os.PathLike[str], *, tokens: int = 262144, calibration: str | None = None,
-    calibration_tokens: int = 65536, prompt_tokens: int = 64, temperature: float = 1.0, batch: int = 32, seed: int = 0,
+    calibration_tokens: int = CALIBRATION_TOKENS, prompt_tokens: int = 64, temperature: float = 1.0, batch: int = 32, seed: int = 0,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False, progress: bool | Bar = False,
     say: Say | None = None,

@@ -16,6 +16,7 @@ from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
 from hf_quant.jobs.results import Result, Row, interval
 from hf_quant.jobs.texts import (
     CALIBRATION,
+    CALIBRATION_TOKENS,
     Measuring,
     calibration_for,
     find_calibration,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from hf_quant.hf import HfQuantConfig
     from hf_quant.jobs.walk import Rung
 
-TOKENS, TRIAL_TOKENS, CALIBRATION_TOKENS = 32768, 4096, 65536
+TOKENS, TRIAL_TOKENS = 32768, 4096
 
 
 @dataclass(frozen=True, repr=False)
@@ -190,9 +191,8 @@ def ladder(
         raise OptionError("say what to keep: --max-kl, --max-ppl-increase, --min-top1 or --max-size")
     source = find_calibration(calibration, model)
     method = method or ("rtn" if source is None else "calibrated")
-    calibrated = needs_calibration(method, _slugs(group_size, asym, int8_activations), calibration)
-    if not calibrated:
-        _refuse_unused(method, calibration_tokens, max_memory)
+    slugs = _slugs(group_size, asym, int8_activations)
+    calibrated = needs_calibration(method, slugs, calibration, calibration_tokens, max_memory)
     if inputs is not None:
         raise OptionError("--inputs: the ladder chooses by text; quantize and eval measure one scheme on inputs")
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, usual_tokens=TOKENS)
@@ -331,13 +331,6 @@ def _finish(stage: Path, record: dict[str, Any], row: dict[str, Any], held_back:
                 for dark in (False, True):
                     write_bytes(stage / f"{name}-{'dark' if dark else 'light'}.png", draw(record, dark))
     return {"ladder": {key: record[key] for key in ("rungs", "chosen", "chosen_bytes", "limits", "held_back")}}
-
-
-def _refuse_unused(method: str, tokens: int, memory: int | str | None) -> None:
-    """Refuse options about the text that is calibrated on, where none is."""
-    options = {"--calibration-tokens": tokens != CALIBRATION_TOKENS, "--max-memory": memory is not None}
-    if unused := [option for option, is_given in options.items() if is_given]:
-        raise OptionError(f"{unused[0]}: --method {method} looks at no text: leave it out, or name another method")
 
 
 def _check_trial(text: str | None, tokens: int) -> None:

@@ -16,6 +16,7 @@ from hf_quant.jobs.outputs import check_places, work_folder
 from hf_quant.jobs.progress import Bar, Important, Reporter, Say, reporting
 from hf_quant.jobs.results import Result, Row, interval
 from hf_quant.jobs.texts import (
+    CALIBRATION_TOKENS,
     Measuring,
     calibration_for,
     endings,
@@ -188,7 +189,7 @@ def quantize(
     ignore: Sequence[str] = (), override: Mapping[str, str | None] | None = None, lm_head: bool = False, embeddings: bool = False,
     dtype: Any = "auto", device: str | None = None, revision: str | None = None, trust_remote_code: bool = False,
     max_shard_size: int | str = "5GB", overwrite: bool = False, eval: bool | None = None,
-    calibration: str | Iterable[Mapping[str, Any]] | None = None, calibration_tokens: int = 65536, epochs: int | None = None, tune: bool = True, max_memory: int | str | None = None,
+    calibration: str | Iterable[Mapping[str, Any]] | None = None, calibration_tokens: int = CALIBRATION_TOKENS, epochs: int | None = None, tune: bool = True, max_memory: int | str | None = None,
     text: str | None = None, dataset: str | None = None, context: int | None = None, stride: int | None = None,
     max_tokens: int | None = None, base_dtype: str = "float32", allow_overlap: bool = False,
     inputs: str | Iterable[Mapping[str, Any]] | None = None,
@@ -258,7 +259,7 @@ def quantize(
     other = overrides(override or {})
     _refuse_two_bits([*slugs, *filter(None, other.values())], bool(gate))
     source = find_calibration(calibration, model)
-    calibrated = needs_calibration(method, slugs, calibration)
+    calibrated = needs_calibration(method, slugs, calibration, calibration_tokens, max_memory)
     outs = [Path(output) / slug for slug in slugs] if len(slugs) > 1 else [Path(output)]
     files = [name for name in (text, dataset, inputs, source) if isinstance(name, str) and name]
     arguments = template_arguments(chat_template_kwargs, files, bool(prompt))

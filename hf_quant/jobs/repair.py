@@ -16,7 +16,7 @@ from hf_quant.jobs.outputs import CONVERSION, check_output, claimed, record
 from hf_quant.jobs.outputs import output as output_folder
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
-from hf_quant.jobs.texts import calibration_for, find_calibration, template_arguments
+from hf_quant.jobs.texts import CALIBRATION_TOKENS, calibration_for, find_calibration, template_arguments
 
 if TYPE_CHECKING:
     from hf_quant.checkpoint.contents import Contents
@@ -65,7 +65,7 @@ class RepairResult(Result):
 
 def repair(
     folder: str | os.PathLike[str], output: str | os.PathLike[str], *, base: str, calibration: str | None = None,
-    calibration_tokens: int = 65536, passes: int | None = None, device: str | None = None, revision: str | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS, passes: int | None = None, device: str | None = None, revision: str | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None, trust_remote_code: bool = False, overwrite: bool = False,
     progress: bool | Bar = False, say: Say | None = None,
 ) -> RepairResult:  # fmt: skip

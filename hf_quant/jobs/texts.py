@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hf_quant.evaluation.yardstick import Base
 
 TEXT, CALIBRATION = "heldout.txt", "calibration.txt"  # what a model's folder may bring along
+CALIBRATION_TOKENS = 65536  # looked at by default
 Data = str | Iterable[Mapping[str, Any]]  # a file or data set, or batches of inputs
 BASE_DTYPES = ("float32", "bfloat16", "float16")
 
@@ -240,18 +241,27 @@ def find_calibration(text: Data | None, model: str) -> Data | None:
     return text
 
 
-def needs_calibration(method: str, slugs: Iterable[str], calibration: Data | None) -> bool:
+def needs_calibration(
+    method: str, slugs: Iterable[str], calibration: Data | None, tokens: int = CALIBRATION_TOKENS,
+    memory: int | str | None = None,
+) -> bool:  # fmt: skip
     """Whether the method needs calibration data for one of the schemes.
 
     Raises:
-        OptionError: Calibration data are named, and nothing would look at them.
+        OptionError: Calibration data are named, or how many tokens of them or how much memory for them, and nothing would
+            look at them.
     """
     from hf_quant.core.scheme import QuantScheme
     from hf_quant.solve.recipes import Decision
 
     calibrated = Decision.of(method, map(QuantScheme.parse, slugs)).calibrated
-    if calibration is not None and not calibrated:
-        raise OptionError(f"--calibration: --method {method} looks at no text")
+    named = {
+        "--calibration": calibration is not None,
+        "--calibration-tokens": tokens != CALIBRATION_TOKENS,
+        "--max-memory": memory is not None,
+    }
+    if unused := [option for option, is_named in named.items() if is_named and not calibrated]:
+        raise OptionError(f"{unused[0]}: --method {method} looks at no text: leave it out, or name another method")
     return calibrated
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 AWAITED = "awaited"
+FORWARD, HOOK = "_old_forward", "_hf_hook"  # accelerate sets them in this order, and moves weights in between
 GATE = "_apply_gate"  # the method of transformers' experts layers that computes their activation
 
 
@@ -25,6 +26,12 @@ def mark_initialized(thing: Any, mark: bool | str = True) -> None:
 def is_initialized(parameter: Any) -> bool:
     """Whether the loader has filled a parameter."""
     return getattr(parameter, "_is_hf_initialized", None) is True
+
+
+def moves_weights(module: Any) -> bool:
+    """Whether accelerate takes the weights of a module out of memory after every call: ``AlignDevicesHook.offload``."""
+    hook = getattr(module, HOOK, None)
+    return any(getattr(each, "offload", None) is True for each in getattr(hook, "hooks", (hook,)))
 
 
 def has_gate_function(module: Any) -> bool:

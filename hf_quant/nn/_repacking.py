@@ -14,6 +14,7 @@ from hf_quant.core.numerics import same_bits
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.kernels import LinearBackend, LinearSpec
+from hf_quant.nn._hooks import FORWARD, HOOK, moves_weights
 from hf_quant.nn._outside import Outside
 from hf_quant.nn._weight import frozen, read
 
@@ -36,7 +37,7 @@ class Repacking(Outside):
     ``state_dict``, copies and pickles have the portable layout, and every move of the module chooses a kernel again.
     """
 
-    keeps_layout: bool = False  # True if hooks move the codes (offloading)
+    keeps_layout: bool = False  # True if hooks of accelerate move the codes (offloading)
     _backend: LinearBackend[Any] | None = None
     _repacked: dict[str, Any] = {}  # noqa: RUF012  results of `prepare` by parameter name; replaced, never changed
     _specs: dict[str, LinearSpec]  # by parameter name, as they were when the kernel was chosen
@@ -44,6 +45,23 @@ class Repacking(Outside):
     def choose_kernel(self) -> None:
         """Choose the backend for the device of the parameters, and repack the codes for it."""
         raise NotImplementedError
+
+    def settle(self) -> None:
+        """`choose_kernel`, one that leaves the codes in the portable layout if accelerate moves them."""
+        self.keeps_layout = moves_weights(self)
+        self.choose_kernel()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == FORWARD:  # the state dict that the weights will come from has the portable layout
+            self._unpack()
+        super().__setattr__(name, value)
+        if name == HOOK and self._finished:
+            self.settle()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        if name == HOOK and self._finished:
+            self.settle()
 
     def _schemes(self) -> Mapping[str, QuantScheme]:
         """The scheme of every parameter that holds codes."""

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import attach_execution_device_hook, remove_hook_from_submodules
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -18,6 +20,7 @@ from hf_quant.core.scheme import BITS
 from hf_quant.errors import CheckpointError, FormatError, HfQuantError, PlanError, SchemeError
 from hf_quant.hf.quantizer import HfQuantQuantizer
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantLinear
+from hf_quant.nn._repacking import Repacking
 
 from .conftest import IDS
 
@@ -72,6 +75,34 @@ def test_disk_is_refused_while_quantizing_and_right_afterwards(zoo: Any, tmp_pat
     model.save_pretrained(tmp_path / "q")
     again = CAUSAL.from_pretrained(tmp_path / "q", device_map=disk, offload_folder=tmp_path / "off")
     torch.testing.assert_close(logits(again).float(), logits(model).float(), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_loaded_model_is_offloaded_by_accelerate(zoo: Any, tmp_path: Path, name: str, where: str) -> None:
+    model = CAUSAL.from_pretrained(zoo(name)[1], quantization_config=G32, dtype=torch.float32)
+    kernels = [module._backend for module in model.modules() if isinstance(module, Repacking)]
+    assert any(kernel.repacks for kernel in kernels)
+    before, state = logits(model), model.state_dict()
+    if where == "disk":
+        disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    else:
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[0].self_attn.q_proj._parameters["weight"].device.type == "meta"
+    torch.testing.assert_close(logits(model), before, atol=1e-4, rtol=1e-4)
+    remove_hook_from_submodules(model)
+    assert torch.equal(logits(model), before)
+    assert kernels == [module._backend for module in model.modules() if isinstance(module, Repacking)]
+    assert all(torch.equal(tensor, state[full]) for full, tensor in model.state_dict().items())
+
+
+def test_a_hook_that_moves_no_weights_changes_no_kernel(zoo: Any) -> None:
+    model = CAUSAL.from_pretrained(zoo("llama")[1], quantization_config=G32)
+    before, layer = logits(model), model.model.layers[0].self_attn.q_proj
+    kernel = layer._backend
+    attach_execution_device_hook(model, torch.device("cpu"))
+    assert layer._backend is kernel and not layer.keeps_layout and layer._emptied("weight") == kernel.repacks
+    assert torch.equal(logits(model), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, "auto"])

@@ -1,5 +1,6 @@
 """Calibration text of every kind becomes tokens, known by their hash."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import BatchEncoding
 
+from hf_quant.data import given as given_rows
 from hf_quant.data.calibration import BUNDLED, calibration
 from hf_quant.data.chat import Chat, may_hold_chats
 from hf_quant.data.text import BUNDLED as HELD
@@ -163,6 +166,20 @@ def test_rows_with_text_or_messages() -> None:
     ):
         assert len({calibration(given, Bytes(), 32, 1000, 256).sha256 for given in forms}) == 1
     assert may_hold_chats(chats) and not may_hold_chats(["a text"]) and not may_hold_chats([{"input_ids": IDS}])
+
+
+class Endless(IterableDataset[Any]):
+    """As a data set that is streamed."""
+
+    def __iter__(self) -> Any:
+        return ({"text": f"document {i} of very many"} for i in itertools.count())
+
+
+@pytest.mark.parametrize("wrap", [lambda rows: rows, lambda rows: DataLoader(rows, batch_size=None)])
+def test_what_never_ends_is_read_as_far_as_needed(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(given_rows, "MANY", 40)
+    rows = list(itertools.islice(Endless(), 40))
+    assert calibration(wrap(Endless()), Bytes(), 16, 64, 256).sha256 == calibration(rows, Bytes(), 16, 64, 256).sha256
 
 
 @pytest.mark.parametrize(

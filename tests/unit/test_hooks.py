@@ -16,7 +16,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import AlignDevicesHook, CpuOffload, ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MarianConfig, MarianMTModel, PreTrainedModel
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
@@ -220,12 +220,17 @@ def test_has_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _hooks.has_adapters(model())
 
 
-def test_is_hooked() -> None:
+def test_moves_weights() -> None:
     layer = nn.Linear(2, 2)
-    assert not _hooks.is_hooked(layer)
-    add_hook_to_module(layer, ModelHook())
-    assert _hooks.is_hooked(layer)
+    assert not nn_hooks.moves_weights(layer)
+    for hook in (ModelHook(), AlignDevicesHook("cpu"), CpuOffload("cpu")):
+        add_hook_to_module(layer, hook)
+        assert not nn_hooks.moves_weights(layer)
+    add_hook_to_module(layer, AlignDevicesHook("cpu", offload=True), append=True)
+    assert nn_hooks.moves_weights(layer)
+    assert nn_hooks.FORWARD in vars(layer) and nn_hooks.HOOK in vars(layer)
     remove_hook_from_module(layer)
+    assert not nn_hooks.moves_weights(layer) and nn_hooks.HOOK not in vars(layer)
 
 
 def test_replaced() -> None:

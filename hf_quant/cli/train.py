@@ -40,7 +40,11 @@ from hf_quant.cli._types import DTYPE, Device, Limit, Model, Size
 )
 @click.option("--steps", type=click.IntRange(1), help="Updates of the weights; default: one epoch.")
 @click.option("--epochs", type=float, help="Times that the text is seen, in place of --steps.")
-@click.option("--lr", type=float, default=1e-4, show_default=True, help="Learning rate of AdamW.")
+@click.option(
+    "--lr",
+    type=float,
+    help="Learning rate of AdamW; default: a fifth of the mean distance between two codes, over the square root of the steps.",
+)
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Windows of text in an update.")
 @click.option(
     "--train-context", type=click.IntRange(2), help="Tokens in a window of it; default: 512, or what the model allows."

@@ -29,7 +29,7 @@ LEARN = ("weights", "all")
 
 def train(
     model: str | os.PathLike[str], output: str | os.PathLike[str], *, data: str, teacher: str | None = None,
-    steps: int | None = None, epochs: float | None = None, lr: float = 1e-4, batch: int = 8, train_context: int | None = None,
+    steps: int | None = None, epochs: float | None = None, lr: float | None = None, batch: int = 8, train_context: int | None = None,
     hidden_weight: float = 0.0, seed: int = 0, checkpoint_minutes: float = 5.0, learn: str = "weights",
     float32: bool = False, scheme: str | Sequence[str] | None = None,
     bits: int | None = None, group_size: int | None = None, asym: bool | None = None, method: str = "rtn", start: str | os.PathLike[str] | None = None,
@@ -56,7 +56,9 @@ def train(
             ``"none"``: the text is learned.
         steps: Updates of the weights.
         epochs: Times that the text, without the windows held out, is seen, in place of ``steps``; default: 1.
-        lr: Learning rate of AdamW, which rises in the first steps and then falls along a cosine.
+        lr: Learning rate of AdamW, which rises in the first steps and then falls along a cosine. None: a fifth of the mean distance
+            between two codes, over the square root of ``steps``, and 1e-3 at most. A training that begins from a trained
+            model needs a lower one.
         batch: Windows of text in an update.
         train_context: Tokens in a window; default: 512, or what the model allows.
         hidden_weight: Of the relative squared error of hidden states, which is added to the divergence from the teacher; 0 compares
@@ -188,7 +190,7 @@ def train(
 
 
 def _check_options(
-    schemes: Sequence[str], slugs: Sequence[str], steps: int | None, epochs: float | None, lr: float, batch: int,
+    schemes: Sequence[str], slugs: Sequence[str], steps: int | None, epochs: float | None, lr: float | None, batch: int,
     train_context: int | None, learn: str,
 ) -> None:  # fmt: skip
     from hf_quant.core.scheme import QuantScheme

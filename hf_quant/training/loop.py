@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_quant.disk.journal import Journal
 from hf_quant.errors import HfQuantError
 from hf_quant.training.masters import Masters
 from hf_quant.training.modules import SUFFIXES, FakeQuant
+from hf_quant.training.rate import usual_rate
 
 Loss = Callable[[Any, Tensor], Tensor]  # of a model and some windows [B, T]: the mean per token
 PATIENCE = 3  # losses in a row that are not finite
@@ -30,7 +31,7 @@ class Settings:
     Attributes:
         steps: Updates of the weights.
         batch: Windows of text in each.
-        lr: Learning rate of AdamW, of weights; it falls along a cosine.
+        lr: Learning rate of AdamW, of weights; it falls along a cosine. None for the usual one of a model (`usual_rate`).
         ranges: Share of it that scales and offsets have: each moves all the weights of its group.
         warmup: Share of the steps in which it rises to that.
         clip: Norm that the gradient is cut down to.
@@ -40,7 +41,7 @@ class Settings:
 
     steps: int
     batch: int
-    lr: float
+    lr: float | None = None
     ranges: float = 0.1
     warmup: float = 0.05
     clip: float = 1.0
@@ -49,6 +50,7 @@ class Settings:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step, from 0."""
+        assert self.lr is not None  # since `Steps` knows the model
         rising = max(1, round(self.warmup * self.steps))
         if step < rising:
             return self.lr * (step + 1) / rising
@@ -151,6 +153,10 @@ class Steps:
             HfQuantError: The loss or its gradient was not finite several times in a row, or the loss before the first step.
         """
         settings = self.settings
+        if settings.lr is None:
+            settings = replace(settings, lr=usual_rate(self.model, settings.steps))
+            self.say(f"learning rate {settings.lr:g}, chosen by the distance between codes")
+        assert settings.lr is not None
         masters = Masters(_trained(self.model, settings.everything))
         optimizer = _optimizer(masters.values, settings)
         torch.manual_seed(settings.seed)
@@ -207,7 +213,7 @@ def _optimizer(parameters: dict[str, nn.Parameter], settings: Settings) -> torch
     ranges = [parameter for name, parameter in parameters.items() if name.endswith(SUFFIXES[1:])]
     weights = [parameter for name, parameter in parameters.items() if not name.endswith(SUFFIXES[1:])]
     groups = [{"params": weights, "share": 1.0}, {"params": ranges, "share": settings.ranges}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 @torch.no_grad()

@@ -146,6 +146,23 @@ def test_checkpoints_that_training_cannot_begin_from(peaked: Path, tmp_path: Pat
     assert weights(quantized) == before
 
 
+def test_a_learning_rate_is_chosen(peaked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It depends on the codes and on the number of steps, and a training that goes on has the same."""
+    options = (*W2, *FEW[:-2])
+    said = train(peaked, tmp_path / "whole", *options)
+    rate = json.loads((tmp_path / "whole" / "recipe.json").read_text())["training"]["learning_rates"][0][1]
+    assert f"learning rate {rate:g}, chosen by the distance between codes" in said.stderr
+    assert f"--lr {rate:g}" in render(*facts(tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_update", _stopping(loop._update, at=4))
+        with pytest.raises(Stopped):
+            train(peaked, tmp_path / "out", *options)
+    train(peaked, tmp_path / "out", *options)
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    train(peaked, tmp_path / "named", *options, "--lr", f"{rate:g}")
+    assert weights(tmp_path / "named") == weights(tmp_path / "whole")
+
+
 def test_everything_is_trained(peaked: Path, tmp_path: Path) -> None:
     """Embeddings and norms in 16 bits too, each update of which is less than 16 bits can hold; the saved model is that of the last look."""
     options = ("--scheme", "W2A16-g64-asym", "--max-tokens", "1024", "--json", "--dtype", "bfloat16", "--lr", "2e-4")

@@ -14,6 +14,7 @@ from hf_quant.methods import method
 from hf_quant.training import FakeQuantLinear, why_not
 from hf_quant.training.fake_quantize import fake_quant_linear, fake_quantize
 from hf_quant.training.loop import Settings, _optimizer
+from hf_quant.training.rate import usual_rate
 
 SLUGS = ("W4A16-g16", "W3A16-g16-asym", "W2A16-g32-asym", "W8A16-g-1", "W2A16-g16")
 
@@ -158,6 +159,23 @@ def test_schemes_that_cannot_be_trained(slug: str, instead: str) -> None:
     reason = why_not(QuantScheme.parse(slug))
     assert reason is not None and reason.endswith(f"{instead} can")
     assert why_not(QuantScheme.parse("W2A16-g64-asym")) is None and why_not(QuantScheme.parse("W4A8-g128")) is None
+
+
+def test_the_usual_learning_rate_follows_the_distance_between_codes() -> None:
+    """A fifth of it over the root of the steps, of all weights alike; and never more than embeddings bear."""
+    small, large = layer(QuantScheme.parse("W4A16-g16"), 0.01, 96), layer(QuantScheme.parse("W2A16-g32"), 0.03, 32)
+    model = torch.nn.Sequential(small, torch.nn.Linear(4, 4), large)
+    assert usual_rate(model, 100) == pytest.approx(0.2 * (0.01 * 96 + 0.03 * 32) / 128 / 10)
+    assert usual_rate(small, 10_000) == pytest.approx(2e-5)
+    assert usual_rate(model, 1) == 1e-3
+
+
+def layer(scheme: QuantScheme, distance: float, rows: int) -> FakeQuantLinear:
+    weight = torch.randn(rows, 64)
+    start = method("rtn").quantize(weight, scheme, torch.float32)
+    made = FakeQuantLinear(weight, start, bias=None, dtype=torch.float32)
+    made.weight_scale.data.fill_(distance)
+    return made
 
 
 def test_ranges_learn_slower_than_weights() -> None:

@@ -69,7 +69,7 @@ def weight(scheme: QuantScheme, n: int, k: int, dtype: torch.dtype, device: torc
     """A weight ``[n, k]`` of random codes."""
     packed = torch.randint(256, (n, scheme.packed_bytes(k)), dtype=torch.uint8, device=device)
     groups = (n, scheme.groups(k))
-    scale = (torch.rand(groups, device=device) * 0.01 + 0.01).to(dtype)
+    scale = (torch.rand(groups, dtype=torch.float32, device=device) * 0.01 + 0.01).to(dtype)
     if scheme.symmetric:
         return QuantizedTensor(packed, scale, None, scheme)
     zero = torch.randint(scheme.qmax + 1, groups, device=device)

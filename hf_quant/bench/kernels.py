@@ -22,11 +22,11 @@ def times_dense(spec: LinearSpec) -> float:
     with torch.inference_mode():
         codes = torch.randint(scheme.qmax + 1, (n, k), dtype=torch.uint8)
         scale = torch.full((n, scheme.groups(k)), 1e-3, dtype=spec.dtype)
-        weight = QuantizedTensor.from_codes(codes, scale, torch.empty(0), scheme)
+        weight = QuantizedTensor.from_codes(codes, scale, torch.empty(0, dtype=torch.float32), scheme)
         backend = select(spec)
         prepared = backend.prepare(weight, spec)
-        x = torch.randn(1, k, device=spec.device).to(spec.dtype)
-        dense = torch.randn(n, k, device=spec.device).to(spec.dtype)
+        x = torch.randn(1, k, dtype=torch.float32, device=spec.device).to(spec.dtype)
+        dense = torch.randn(n, k, dtype=torch.float32, device=spec.device).to(spec.dtype)
         pairs = [(_seconds(lambda: F.linear(x, dense)), _seconds(lambda: backend.linear(x, prepared, spec)))
                  for _ in range(TURNS)]  # fmt: skip
     return statistics.median(base / ours for base, ours in pairs)

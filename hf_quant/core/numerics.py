@@ -80,7 +80,7 @@ def quantize_rows(x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tenso
 def levels(codebook: str, device: torch.device) -> Tensor:
     """The 16 levels of a codebook by code, float32."""
     with torch.inference_mode(False):  # the result is cached, and autograd refuses tensors made in inference mode
-        return torch.tensor(LEVELS[codebook], device=device)
+        return torch.tensor(LEVELS[codebook], dtype=torch.float32, device=device)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -145,7 +145,11 @@ def search(
         return scale, zero
     best = torch.full_like(scale, torch.inf)
     low = -zero * scale  # the real value of code 0 in the full range
-    for shares in torch.linspace(1, least, steps).to(groups.device).split(max(1, TOGETHER // max(1, groups.numel()))):
+    for shares in (
+        torch.linspace(1, least, steps, dtype=torch.float32)
+        .to(groups.device)
+        .split(max(1, TOGETHER // max(1, groups.numel())))
+    ):
         share = shares.view(-1, *[1] * groups.dim())
         tried = floored(widest * share, dtype)
         moved = zero[None] if scheme.symmetric else torch.round(-low * share / tried).clamp(0, scheme.qmax)

@@ -58,7 +58,7 @@ def encode(groups: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) -> 
 @lru_cache
 def _shares(steps: int, least: float) -> Tensor:
     with torch.inference_mode(False):
-        return torch.linspace(1, least, steps)
+        return torch.linspace(1, least, steps, dtype=torch.float32)
 
 
 def _side_by_side(rows: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class InputStats:
     drift_rows: int = 0
     held: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    peak: Tensor = field(default_factory=lambda: torch.zeros(()))
+    peak: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float32))
     sample: list[Tensor] = field(default_factory=list)
     _inverse: Tensor | None = None
     _upper: tuple[Tensor, Tensor] | None = None
@@ -54,7 +54,7 @@ class InputStats:
     def empty(cls, in_features: int, device: torch.device | str = "cpu", *, drift: bool = False) -> InputStats:
         """Statistics without any rows; ``drift`` if the inputs of the float model will be passed too."""
         gram = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
-        peak = torch.zeros(in_features, device=device)
+        peak = torch.zeros(in_features, dtype=torch.float32, device=device)
         return cls(gram, drift=torch.zeros_like(gram) if drift else None, peak=peak)
 
     def update(self, x: Tensor, original: Tensor | None = None, *, held: int = 0, sampled: int = 0) -> None:

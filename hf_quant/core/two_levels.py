@@ -61,7 +61,7 @@ def _fitted(groups: Tensor, kind: KQuant, steps: int, least: float, weight: Tens
     peak = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     bottom, top = _reach(kind)
     scale, offset, best = torch.zeros_like(low), -low, torch.full_like(low, torch.inf)
-    for share in torch.linspace(1, least, max(1, steps)).tolist():
+    for share in torch.linspace(1, least, max(1, steps), dtype=torch.float32).tolist():
         if kind.offset:
             tries = [(half * 2 * share / top, half * share - middle)]
         else:

@@ -191,7 +191,7 @@ def rope_divisors(config: Mapping[str, Any]) -> Tensor | None:
         divisors.append(
             1.0 if wave < length / high else factor if wave > length / low else 1 / ((1 - smooth) / factor + smooth)
         )
-    return torch.tensor(divisors)
+    return torch.tensor(divisors, dtype=torch.float32)
 
 
 def head_dim(config: Mapping[str, Any]) -> int:

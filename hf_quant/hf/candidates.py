@@ -18,6 +18,7 @@ from hf_quant.nn.experts import stacks, why_not_experts
 BASES: dict[type[nn.Module], tuple[int, ...]] = {  # shapes of inputs with four features
     nn.Linear: (2, 5, 4), nn.Conv1d: (2, 4, 5), nn.Conv2d: (2, 4, 5, 5), nn.Conv3d: (2, 4, 5, 5, 5)
 }  # fmt: skip
+ROUNDING = 1e-5  # what sums of four products, taken in another order, may differ by
 Kind = Literal["linear", "conv1d", "patches", "experts", "embedding"]
 
 
@@ -73,7 +74,8 @@ def _candidates_in(name: str, module: nn.Module, is_embedding: bool) -> Iterator
 def why_not_plain(kind: Any) -> str | None:
     """Why layers of a subclass of ``nn.Linear``, or of a convolution, cannot be replaced; None if they compute what those compute.
 
-    A small layer of that class, without what its own ``__init__`` may add, is compared with its base.
+    A small layer of that class, without what its own ``__init__`` may add, is compared with its base, in float32 whatever the
+    default is: inside of ``from_pretrained`` it is the dtype of the model, in which two ways to add a bias differ.
     """
     base: Any = next(base for base in BASES if issubclass(kind, base))
     if kind is base:
@@ -81,16 +83,16 @@ def why_not_plain(kind: Any) -> str | None:
     refusal = f"{kind.__name__} computes with its weight in its own way"
     random = torch.Generator(device="cpu").manual_seed(0)
     with torch.device("cpu"), torch.no_grad():
-        plain = base(4, 3) if base is nn.Linear else base(4, 3, 1)
+        plain = base(4, 3, dtype=torch.float32) if base is nn.Linear else base(4, 3, 1, dtype=torch.float32)
         for parameter in plain.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=random))
+            parameter.copy_(torch.randn(parameter.shape, generator=random, dtype=torch.float32))
         other = kind.__new__(kind)
         other.__dict__.update(copy.deepcopy(plain).__dict__)
-        x = torch.randn(BASES[base], generator=random)
+        x = torch.randn(BASES[base], generator=random, dtype=torch.float32)
         try:
-            same = all(torch.allclose(other(rows), plain(rows), atol=1e-6) for rows in (x, x[0]))
+            same = all(torch.allclose(other(rows), plain(rows), atol=ROUNDING) for rows in (x, x[0]))
             for layer in (other, plain):
                 layer.register_parameter("bias", None)
-            return None if same and torch.allclose(other(x), plain(x), atol=1e-6) else refusal
+            return None if same and torch.allclose(other(x), plain(x), atol=ROUNDING) else refusal
         except Exception:  # of any type: the class's own code
             return refusal

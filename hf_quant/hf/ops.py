@@ -111,7 +111,7 @@ class QuantizeOnLoad(ConversionOps):
             parts = self._quantized(name, leaf, value, module)
         except HfQuantError as error:  # raised again after loading, since here transformers would only log it
             self.quantizer.failure = error
-            return {name: frozen(torch.empty(0))}
+            return {name: frozen(torch.empty(0, dtype=torch.float32))}
         return {part_name(name, part): frozen(tensor) for part, tensor in parts.items()}
 
     def _quantized(self, name: str, leaf: str, value: Tensor | Apart, module: Any) -> dict[str, Tensor]:

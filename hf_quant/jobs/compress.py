@@ -261,7 +261,7 @@ def _device(job: Job) -> str:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.uint8, device=device)
     except (RuntimeError, AssertionError) as error:
         raise HfQuantError(f"--device {name}: {str(error).splitlines()[0]}") from None
     alike = device.type == "cuda" and device.index is None

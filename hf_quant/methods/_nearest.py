@@ -89,7 +89,11 @@ def best(
 def judged(weight: Tensor, stats: InputStats, quantized: QuantizedTensor) -> Judged:
     """With its errors, which are zeros without inputs."""
     real = quantized.dequantize(torch.float32)
-    seen = stats.row_errors(weight, real) if stats.rows else torch.zeros(len(weight), device=weight.device)
+    seen = (
+        stats.row_errors(weight, real)
+        if stats.rows
+        else torch.zeros(len(weight), dtype=torch.float32, device=weight.device)
+    )
     return Judged(quantized, seen, stats.held_errors(weight, real))
 
 

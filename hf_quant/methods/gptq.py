@@ -166,7 +166,7 @@ class GPTQ:
         if upper is not None:
             return upper
         stats.notes.append("no usable Hessian: rounded to nearest")
-        return torch.eye(len(order), device=order.device)
+        return torch.eye(len(order), dtype=torch.float32, device=order.device)
 
 
 def _blocks(k: int, size: int) -> Iterator[tuple[int, int]]:

@@ -90,14 +90,16 @@ def _random(module: Any) -> tuple[Tensor, ...]:
     device = next(module.parameters()).device
     if isinstance(module, QuantEmbedding):
         return (torch.randint(module.num_embeddings, (1, ROWS), generator=draws).to(device),)
-    x = torch.randn(1, ROWS, _width(module), generator=draws)
+    x = torch.randn(1, ROWS, _width(module), generator=draws, dtype=torch.float32)
     x[..., ::STRONG] *= STRONG
     x = x.to(device, module.compute_dtype)
     if isinstance(module, QuantMatrix):
         if module.scheme.activations == "tensor":  # within the stored range
             x = x / x.abs().max() * module.weight_input_scale.to(x.dtype) * 127
         return (module.geometry.input(x),)
-    experts = torch.rand(ROWS, module.num_experts, generator=draws).topk(min(2, module.num_experts))
+    experts = torch.rand(ROWS, module.num_experts, generator=draws, dtype=torch.float32).topk(
+        min(2, module.num_experts)
+    )
     return x[0], experts.indices.to(device), experts.values.to(device, x.dtype)
 
 

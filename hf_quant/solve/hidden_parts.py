@@ -37,7 +37,7 @@ class HiddenParts(HiddenStates):
             DiskError: The disk is full.
         """
         if not all(states.is_floating_point() for states in entered):  # token ids, which enter a whole model
-            return cls(torch.empty(0), 1, calls, carried, list(entered))
+            return cls(torch.empty(0, dtype=torch.float32), 1, calls, carried, list(entered))
         row = HiddenStates.room((sum(states.numel() for states in entered),), 1, torch.float32, file).states
         places = row.split([states.numel() for states in entered])
         parts = [place.view(states.shape).copy_(states) for place, states in zip(places, entered, strict=True)]

@@ -61,14 +61,14 @@ class Latent:
         self.device = device = offset.device
         self.place = nn.Parameter(_codes_of(start, device).add_(offset, alpha=UNIT))
         self.keep_inside()
-        self.factor = nn.Parameter(torch.ones(*start.scale.shape, 1, device=device))
+        self.factor = nn.Parameter(torch.ones(*start.scale.shape, 1, dtype=torch.float32, device=device))
         self._scale = start.scale.to(device).float()[..., None]
         self._zero = start.zeros().to(device).float()[..., None]
         self._coded: Tensor | None = None
         if start.outliers is not None:
             index = start.outliers.index.long()
             index = index if index.ndim == start.scale.ndim else index[..., None, :]
-            mask = torch.ones(*start.scale.shape[:-1], start.columns, device=device)
+            mask = torch.ones(*start.scale.shape[:-1], start.columns, dtype=torch.float32, device=device)
             self._coded = mask.scatter_(-1, index.to(device).expand(start.outliers.value.shape), 0).view_as(self.place)
 
     def weight(self) -> Tensor:

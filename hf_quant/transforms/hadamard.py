@@ -48,7 +48,7 @@ class Hadamard:
 
 def hadamard(size: int) -> Tensor:
     """Sylvester's matrix, orthogonal: float32 ``[size, size]``, for a power of two."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32)
     while matrix.shape[0] < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix / size**0.5

@@ -9,6 +9,7 @@ import transformers
 from packaging.version import Version
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from hf_quant.hf.candidates import why_not_plain
 from tests import reported_architectures as reported
@@ -131,8 +132,20 @@ class ScaledPoints(nn.Conv2d):
         return 2 * super()._conv_forward(*arguments)  # type: ignore[arg-type]
 
 
-def test_a_linear_map_is_told_by_what_it_computes() -> None:
-    for plain in (nn.Linear, Plain, nn.Conv1d, nn.Conv3d, Points):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_linear_map_is_told_by_what_it_computes(dtype: torch.dtype) -> None:
+    """Whatever the default dtype is: in ``from_pretrained`` it is the model's."""
+    why_not_plain.cache_clear()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        _told_by_what_it_computes()
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _told_by_what_it_computes() -> None:
+    for plain in (nn.Linear, Plain, FalconLinear, nn.Conv1d, nn.Conv3d, Points):
         assert why_not_plain(plain) is None
     for kind in (Scaled, Pair, ScaledPoints):
         assert why_not_plain(kind) == f"{kind.__name__} computes with its weight in its own way"

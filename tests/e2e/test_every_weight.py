@@ -9,7 +9,8 @@ import transformers as tf
 
 from hf_quant import HfQuantConfig
 from hf_quant.hf import make_plan
-from hf_quant.nn import QuantExperts
+from hf_quant.hf.candidates import why_not_plain
+from hf_quant.nn import QuantExperts, QuantLinear
 
 from .conftest import DECODER, IDS, MOE, SMALL
 
@@ -32,16 +33,27 @@ def test_the_plan_names_every_weight(kind: str) -> None:
     cls, config = KINDS[kind]
     with torch.device("meta"):
         model = cls(config)
-    try:
-        plan = make_plan(model, HfQuantConfig("W4A16-g32"))
-    except ValueError as error:
-        assert kind == "linear layers of its own kind" and "FalconLinear computes with its weight" in str(error)
-        return
+    plan = make_plan(model, HfQuantConfig("W4A16-g32"))
     named = plan.schemes.keys() | plan.left.keys() | plan.others.keys()
     weights = [n for n, p in model.named_parameters() if p.ndim >= 2 and min(p.shape[-2:]) > 1]
     assert weights and all({name, name.rpartition(".")[0]} & named for name in weights)
     assert not plan.others.keys() & (plan.schemes.keys() | plan.left.keys())
     assert all(reason in plan.summary() for reason in plan.others.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_linear_layers_of_its_own_kind_are_quantized_in_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    """What a class computes was compared in the dtype of the model, where a bias that is added apart is another number."""
+    cls, config = KINDS["linear layers of its own kind"]
+    why_not_plain.cache_clear()
+    cls(config).to(dtype).save_pretrained(tmp_path / "base")
+    model = cls.from_pretrained(tmp_path / "base", quantization_config=HfQuantConfig("W3A16-g32"))
+    assert model.dtype == dtype and isinstance(model.transformer.h[0].mlp.dense_4h_to_h, QuantLinear)
+    model.save_pretrained(tmp_path / "q")
+    why_not_plain.cache_clear()
+    again = cls.from_pretrained(tmp_path / "q")
+    assert isinstance(again.transformer.h[0].mlp.dense_4h_to_h, QuantLinear)
+    assert torch.equal(run(again), run(model))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.stats import InputStats
+from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import HfQuantError
 from hf_quant.methods import method
 
@@ -108,6 +109,27 @@ def test_importance_helps_rounding() -> None:
         stats.error(W, method("rtn").quantize(W, scheme, torch.float32, s).dequantize()) for s in (None, stats)
     )
     assert weighed < 0.95 * plain
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "hqq"])
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_codes_do_not_depend_on_the_default_dtype(name: str, default: torch.dtype) -> None:
+    """Scripts that call `torch.set_default_dtype` got other codes, or an error."""
+    scheme = QuantScheme.parse("W3A16-g32")
+    weight, stats = calibrated(64)
+    expected = [method(name).quantize(weight, scheme, torch.float32, s) for s in (stats, InputStats.empty(64))]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        again = InputStats.empty(64)
+        given = [method(name).quantize(weight, scheme, torch.float32, s) for s in (stats, again)]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(map(same, given, expected)) and again.peak.dtype == torch.float32
+
+
+def same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
+    return torch.equal(a.qweight, b.qweight) and torch.equal(a.scale, b.scale)
 
 
 def test_batches_in_another_order_give_the_same_codes() -> None:

@@ -37,7 +37,7 @@ def search(
         importance = (importance if repeated else importance.expand_as(groups)).float().contiguous()
         period = importance.numel() // size
     padded = torch.cat([shares, shares.new_ones(-shares.numel() % VECTOR)])
-    scale, zero = torch.empty(*lead, 1), torch.empty(*lead, 1)
+    scale, zero = (torch.empty(*lead, 1, dtype=torch.float32) for _ in range(2))
     doubtful = torch.empty(lead, dtype=torch.bool)
     compiled._cpu.search(
         plain.data_ptr(), compiled.TYPES[plain.dtype], doubtful.numel(), size,

@@ -31,7 +31,7 @@ def is_initialized(parameter: Any) -> bool:
 def moves_weights(module: Any) -> bool:
     """Whether accelerate takes the weights of a module out of memory after every call: ``AlignDevicesHook.offload``."""
     hook = getattr(module, HOOK, None)
-    return any(getattr(each, "offload", None) is True for each in getattr(hook, "hooks", (hook,)))
+    return any(getattr(one, "offload", None) is True for one in getattr(hook, "hooks", (hook,)))
 
 
 def has_gate_function(module: Any) -> bool:

@@ -23,6 +23,12 @@ import torch
 from huggingface_hub.utils import _http
 from transformers.utils.hub import PushToHubMixin
 
+# in the first, modules that a model in float16 has in float32; in the second, those that one in bfloat16 has so too
+FLOAT32 = {
+    "_keep_in_fp32_modules": (torch.float16,),
+    "_keep_in_fp32_modules_strict": (torch.float16, torch.bfloat16),
+}
+
 # -- loading and saving -----------------------------------------------------------------------------------------------
 
 
@@ -74,8 +80,14 @@ def build(kind: Any, config: Any, dtype: torch.dtype) -> Any:
 
 def modules_in_float32(model: Any) -> set[str]:
     """Names of modules that the model wants in float32: ``_keep_in_fp32_modules`` and ``_keep_in_fp32_modules_strict``."""
-    attributes = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-    return {name for attribute in attributes for name in getattr(model, attribute, None) or ()}
+    return {name for attribute in FLOAT32 for name in getattr(model, attribute, None) or ()}
+
+
+def stays_in_float32(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether transformers loads a parameter in float32 although the model has ``dtype``: ``PreTrainedModel._get_dtype_plan``."""
+    patterns = [attribute for attribute, halves in FLOAT32.items() if dtype in halves]
+    wanted = [pattern for attribute in patterns for pattern in getattr(model, attribute, None) or ()]
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in wanted)
 
 
 def may_be_missing(model: Any) -> list[str]:

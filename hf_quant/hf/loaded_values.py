@@ -10,11 +10,12 @@ from torch import nn
 
 from hf_quant.core.layout import PARTS, WEIGHT, in_features, part_name, wrong_values
 from hf_quant.errors import CheckpointError
-from hf_quant.hf._hooks import may_be_missing
+from hf_quant.hf._hooks import may_be_missing, stays_in_float32
 from hf_quant.hf.community import Placed, new_head
 from hf_quant.kernels._native.finite import all_finite
 from hf_quant.nn import QuantExperts
 from hf_quant.nn._hooks import is_initialized
+from hf_quant.nn._outside import Outside
 
 
 def check_complete_module(name: str, module: nn.Module) -> None:
@@ -75,6 +76,19 @@ def check_floats(model: Any, *, from_checkpoint: bool) -> None:
             continue
         if not all_finite(parameter.detach()):
             raise CheckpointError(f"tensor {name}: {int((~parameter.isfinite()).sum())} values are NaN or infinite")
+
+
+def keep_in_float32(model: Any) -> None:
+    """Give floats that transformers loads in float32, such as T5's ``wo`` in a model in float16, that dtype before they are loaded.
+
+    Those of quantized layers compute in the dtype of the model.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, Outside):
+            continue
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if stays_in_float32(model, f"{path}.{leaf}", parameter.dtype):
+                parameter.data = parameter.data.float()
 
 
 def cast(model: Any, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -31,7 +31,7 @@ from hf_quant.hf.community import Placed
 from hf_quant.hf.config import AUTO
 from hf_quant.hf.foreign_tensors import conversions
 from hf_quant.hf.integrity import check_weights
-from hf_quant.hf.loaded_values import cast, check_codes, check_complete_module, check_floats
+from hf_quant.hf.loaded_values import cast, check_codes, check_complete_module, check_floats, keep_in_float32
 from hf_quant.hf.modules import Modules, to_float
 from hf_quant.hf.offload import is_away
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
@@ -153,6 +153,8 @@ class HfQuantQuantizer(HfQuantizer):
             check_complete(model, self.placed, check_rest(model, checkpoint, contents.rest))
         if not self.pre_quantized or contents is not None:
             freeze(self.quantization_config, self.plan)
+        if self.pre_quantized:
+            keep_in_float32(model)
         self._dtypes = {
             n: p.dtype for n, p in model.named_parameters() if self.pre_quantized and p.is_floating_point()
         }

@@ -41,6 +41,23 @@ def test_the_plan_names_every_weight(kind: str) -> None:
     assert all(reason in plan.summary() for reason in plan.others.values())
 
 
+@pytest.mark.parametrize("format", ["auto", "native"])
+@pytest.mark.parametrize("overrides", [{}, {"*.wo": "W8A16-g32"}])
+def test_what_a_model_keeps_in_float32_is_loaded_so(tmp_path: Path, format: str, overrides: dict[str, str]) -> None:
+    """T5's ``wo``, whose outputs are more than float16 holds: it was so after quantizing, and not after loading the result."""
+    tf.T5ForConditionalGeneration(tf.T5Config(**T5)).save_pretrained(tmp_path / "base")
+    config = HfQuantConfig("W4A16-g32", overrides=overrides, format=format)
+    model = tf.T5ForConditionalGeneration.from_pretrained(
+        tmp_path / "base", dtype=torch.float16, quantization_config=config
+    )
+    model.save_pretrained(tmp_path / "q")
+    again = tf.T5ForConditionalGeneration.from_pretrained(tmp_path / "q")
+    dtypes = [{name: tensor.dtype for name, tensor in one.state_dict().items()} for one in (model, again)]
+    assert dtypes[0] == dtypes[1] and torch.equal(run(again), run(model))
+    wo = again.encoder.block[0].layer[1].DenseReluDense.wo
+    assert isinstance(wo, QuantLinear) == bool(overrides) and (overrides or wo.weight.dtype == torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_linear_layers_of_its_own_kind_are_quantized_in_every_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     """What a class computes was compared in the dtype of the model, where a bias that is added apart is another number."""

@@ -18,7 +18,16 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, CpuOffload, ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MarianConfig, MarianMTModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)  # fmt: skip
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils.hub import PushToHubMixin
 
@@ -174,6 +183,15 @@ def test_modules_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
         "wo",
         "norm",
     }
+
+
+def test_stays_in_float32() -> None:
+    config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = T5ForConditionalGeneration(config).to(dtype)
+        assert model._get_dtype_plan(dtype) == ({"wo": torch.float32} if dtype == torch.float16 else {})
+        for name, _ in model.named_parameters():
+            assert _hooks.stays_in_float32(model, name, dtype) == (".wo." in name and dtype == torch.float16)
 
 
 def test_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:

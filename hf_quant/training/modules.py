@@ -151,10 +151,15 @@ class FakeQuantMatrix(FakeQuant):
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_cast(self.weight)
-        x = seen(self.geometry.rows(x), self.scheme)
+        x = seen(self._narrow(self.geometry.rows(x)), self.scheme)
         x, weight = (padded(part, self.scheme) for part in (x, self._by_rows(self.weight)))
         y = fake_quant_linear(x, weight, self.weight_scale, self.weight_offset, self.scheme, self.compute_dtype)
         return self.geometry.output(y if self.bias is None else y + self.bias.to(y.dtype))
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        """The input in the dtype of the model, where that has cast it to the dtype of the weight, which is float32 only here."""
+        cast = x.dtype == MASTER and not self.wide and not torch.is_autocast_enabled(x.device.type)
+        return x.to(self.compute_dtype) if cast else x
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, scheme={self.scheme}, bias={self.bias is not None}"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers as tf
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -19,7 +20,7 @@ from hf_quant.errors import PlanError
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.nn import QuantLinear
 from hf_quant.training import FakeQuantLinear
-from hf_quant.training.modules import compute_wide
+from hf_quant.training.modules import FakeQuant, compute_wide
 from tests.processes import together
 
 from .conftest import IDS
@@ -90,6 +91,41 @@ def test_what_is_saved_is_what_was_trained(
     assert again.dtype == how.get("dtype", torch.bfloat16)
     expected = logits(model)
     assert torch.equal(logits(again), expected) and not torch.equal(before, expected)
+
+
+MAMBA = tf.MambaConfig(vocab_size=256, hidden_size=64, num_hidden_layers=1)
+VIT = tf.ViTConfig(
+    hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "given"),
+    [
+        (tf.MambaForCausalLM, MAMBA, {"input_ids": IDS}),
+        (tf.ViTForImageClassification, VIT, {"pixel_values": torch.randn(2, 3, 28, 28)}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_models_that_cast_to_the_dtype_of_a_weight(
+    kind: Any,
+    config: Any,
+    given: dict[str, Tensor],
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While they train, that is float32, and what follows was computed in it too, or refused to."""
+    monkeypatch.setenv("HF_QUANT_BACKEND", "reference")
+    kind(config).save_pretrained(tmp_path / "base")
+    asked = HfQuantConfig("W4A16-g32", training=True, quantize_lm_head=True, quantize_embeddings=True)
+    model = kind.from_pretrained(tmp_path / "base", dtype=dtype, quantization_config=asked).eval()
+    assert any(isinstance(module, FakeQuant) for module in model.modules())
+    out = model(**given).logits
+    out.float().sum().backward()
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(kind.from_pretrained(tmp_path / "saved").eval()(**given).logits, out)
 
 
 def test_a_new_process_computes_the_same(zoo: Any, tmp_path: Path) -> None:

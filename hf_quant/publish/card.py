@@ -108,7 +108,7 @@ def _render(recipe: Mapping[str, Any], results: Mapping[str, Any], drawn: Collec
         layers=(results.get("layers") or [])[:SHOWN], left=sentences.by_reason(recipe["left"]),
         regrouped=sentences.by_reason(recipe.get("regrouped") or {}), command=sentences.command(recipe),
         limits=sentences.limits(recipe, results), licence=sentences.licence(source), attribution=licence.attribution(source),
-        notice=licence.notice(source), repo_id=recipe.get("repo_id"),
+        notice=licence.notice(source), modification=sentences.modification(recipe), repo_id=recipe.get("repo_id"),
     )  # fmt: skip
     return _sealed(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
 

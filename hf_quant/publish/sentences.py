@@ -13,6 +13,7 @@ from hf_quant.publish.markdown import code, md, number, percent, plain, shell_wo
 
 MISSING = "not measured"
 SMALL = 1_000_000_000  # parameters
+RESCALING = {"awq", "smoothquant"}  # steps that change weights which are not quantized, too
 STEPS = {
     "rtn": "rounding to the grid with the least squared error",
     "gptq": "[GPTQ](https://arxiv.org/abs/2210.17323)",
@@ -173,6 +174,22 @@ def training(trained: Mapping[str, Any]) -> str:
         f"{md(trained['text']['name'])} (sha256 {code(trained['text']['sha256'][:16])}) by "
         f"{trained['loss']}{teacher}{hidden}{start}{kept}"
     )
+
+
+def modification(recipe: Mapping[str, Any]) -> str:
+    """What differs from the base, as many licences ask for."""
+    trained = recipe.get("training") or {}
+    changed = trained.get("settings", {}).get("everything") and (trained.get("kept") or {}).get("step", 1)
+    steps = {step["name"] for chain in (recipe.get("steps") or {}).values() for step in chain}
+    if changed:
+        rest = "all others were trained"
+    elif trained.get("checkpoint"):
+        rest = f"all others are those of {md(trained['checkpoint'])}"
+    elif steps & RESCALING:
+        rest = "norms, and layers whose outputs they read, were rescaled to match; everything else is the base's"
+    else:
+        rest = "everything else is the base's"
+    return f"the quantized weights were changed by {'training and ' * bool(trained)}quantizing them; {rest}."
 
 
 def format(recipe: Mapping[str, Any]) -> str:

@@ -289,6 +289,31 @@ def test_what_was_done_step_by_step(known: tuple[dict[str, Any], dict[str, Any]]
     assert untraceable(text, recipe, results) == []
 
 
+def test_what_differs_from_the_base(known: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    recipe, results = copy.deepcopy(known)
+    trained: dict[str, Any] = {
+        "settings": {"steps": 9, "batch": 2, "seed": 0, "everything": True}, "tokens": 9, "loss": "KL", "teacher": None, "start": "gptq",
+        "text": {"name": "t.txt", "sha256": "0" * 64, "context": 8}, "learning_rates": [[0, 1e-4]],
+        "kept": {"step": 5, "before": 2.0, "after": 1.0},
+    }  # fmt: skip
+
+    def notice(**changed: Any) -> str:
+        text = card.render(recipe | changed, results)
+        return next(line for line in text.splitlines() if line.startswith("Modification notice"))
+
+    scaled = {"4 bits": [{"name": "awq"}, {"name": "gptq"}]}
+    assert notice(steps=scaled).endswith("were rescaled to match; everything else is the base's.")
+    assert notice().endswith("were changed by quantizing them; everything else is the base's.")
+    assert notice(training=trained).endswith("were changed by training and quantizing them; all others were trained.")
+    untouched = trained | {"kept": trained["kept"] | {"step": 0}}
+    assert notice(training=untouched).endswith("; everything else is the base's.")
+    assert notice(training=untouched | {"checkpoint": "other"}).endswith("; all others are those of other.")
+    text = card.render(recipe | {"training": trained, "calibration": None, "regrouped": {"lm_head": "so"}}, results)
+    assert "`gptq`, whose codes the training began from, looked at its first windows." in text
+    left, regrouped = text.split("## What was quantized in another way")
+    assert "`lm_head`: so" in regrouped.split("## ")[0] and "`lm_head`: so" not in left
+
+
 @pytest.mark.parametrize(
     ("slugs", "said"),
     [

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +34,8 @@ class Distillation:
             alone. 3 helped short trainings of a rounded teacher, and long ones not (``benchmarks/distilled.py``).
 
     Raises:
-        PlanError: The vocabularies differ, the temperature is not a positive number, or the hidden states cannot be compared.
+        PlanError: One of them is no causal language model, or both are one, the vocabularies differ, the temperature is not a
+            positive number, or the hidden states cannot be compared.
     """
 
     def __init__(self, student: Any, teacher: Any, *, temperature: float = 1.0, hidden_weight: float = 0.0) -> None:
@@ -41,6 +43,10 @@ class Distillation:
             raise PlanError(f"distillation: the temperature must be more than 0, got {temperature!r}")
         if not 0 <= hidden_weight < math.inf:
             raise PlanError(f"distillation: hidden_weight must be 0 or a positive number, got {hidden_weight!r}")
+        if teacher is student:
+            raise PlanError("distillation: the teacher is the model itself, which would be frozen: load it once more")
+        for role, model in (("model", student), ("teacher", teacher)):
+            _refuse_not_causal(role, model)
         sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
         if sizes[0] != sizes[1]:
             raise PlanError(
@@ -52,7 +58,8 @@ class Distillation:
         self.teacher, self.temperature = teacher.eval().requires_grad_(False), temperature
         self.hidden_weight, self._hidden = hidden_weight, False
         self._given: dict[str, Any] = {}
-        student.register_forward_pre_hook(self._keep, with_kwargs=True)
+        handle = student.register_forward_pre_hook(_Listener(self), with_kwargs=True)
+        weakref.finalize(self, handle.remove)
 
     def _keep(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._given = {name: value for name, value in kwargs.items() if name not in STUDENTS}
@@ -69,6 +76,14 @@ class Distillation:
             labels: int64 ``[B, T]``, of which -100 is not scored; None scores all tokens.
             num_items_in_batch: What the sum is divided by, where batches are accumulated; None for the tokens scored here.
         """
+        if not self._given:
+            raise PlanError(
+                "distillation: the loss has not seen what the model was given: make it with the model that trains"
+            )
+        if not hasattr(outputs, "logits"):
+            raise PlanError(
+                f"distillation: the model returns {type(outputs).__name__} without logits: leave return_dict out"
+            )
         with torch.no_grad():
             expected = self.teacher(**self._given, use_cache=False, output_hidden_states=self._hidden)
         given = outputs.logits[:, :-1]
@@ -78,6 +93,35 @@ class Distillation:
             states = ([state[:, :-1][scored] for state in hidden_states(model)] for model in (outputs, expected))
             total = total + self.hidden_weight * hidden_error(*states).sum()
         return total / (scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+class _Listener:
+    """Hands what a model is given to its loss, as long as there is that; a copy of the model has one that hears nothing."""
+
+    def __init__(self, loss: Distillation) -> None:
+        self._loss = weakref.ref(loss)
+
+    def __call__(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        loss = self._loss()
+        return None if loss is None else loss._keep(student, args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return _Deaf, ()
+
+
+class _Deaf:
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+def _refuse_not_causal(role: str, model: Any) -> None:
+    """Refuse a model that does not say what token comes next, as far as it can be asked."""
+    generates = getattr(model, "can_generate", None)
+    if getattr(model.config, "is_encoder_decoder", False) or (generates is not None and not generates()):
+        raise PlanError(
+            f"distillation: the {role} is {type(model).__name__}, which is no causal language model, and distributions of next "
+            "tokens are compared"
+        )
 
 
 def divergence(given: Tensor, expected: Tensor, temperature: float = 1.0) -> Tensor:

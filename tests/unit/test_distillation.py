@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,7 +113,37 @@ def test_a_large_token_counts_as_much_as_another() -> None:
     torch.autograd.gradcheck(lambda x: hidden_error([x, x**2], [expected, expected]), (given,))
 
 
+def test_copies_of_a_student_leave_the_teacher_behind() -> None:
+    student, teacher, ids = Toy(11), Toy(11), torch.randint(0, 11, (2, 5))
+    loss = Distillation(student, teacher, hidden_weight=1.0)
+    (hook,) = student._forward_pre_hooks.values()
+    assert len(pickle.dumps(hook)) < 200 and pickle.loads(pickle.dumps(hook))(student, (), {}) is None
+    outputs = copy.deepcopy(student)(input_ids=ids)
+    assert outputs.hidden_states is None  # the copy asks for nothing
+    with pytest.raises(PlanError, match="has not seen what the model was given"):
+        loss(outputs, ids)
+    assert student(input_ids=ids).hidden_states is not None
+    kept = weakref.ref(teacher)
+    del loss, teacher
+    assert kept() is None and not student._forward_pre_hooks
+    assert student(input_ids=ids).hidden_states is None
+
+
 def test_what_cannot_teach_is_refused() -> None:
+    same, ids = Toy(11), torch.zeros(1, 3, dtype=torch.int64)
+    with pytest.raises(PlanError, match="load it once more"):
+        Distillation(same, same)
+    masked, other = Toy(11), Toy(11)
+    masked.can_generate = lambda: False  # type: ignore[assignment]
+    with pytest.raises(PlanError, match="the model is Toy, which is no causal language model"):
+        Distillation(masked, other)
+    masked.config.is_encoder_decoder, masked.can_generate = True, lambda: True  # type: ignore[assignment]
+    with pytest.raises(PlanError, match="the teacher is Toy, which is no causal language model"):
+        Distillation(other, masked)
+    loss = Distillation(same, other)
+    same(ids)
+    with pytest.raises(PlanError, match="returns tuple without logits: leave return_dict out"):
+        loss((same(ids).logits,), ids)
     with pytest.raises(PlanError, match="teacher has a vocabulary of 12 tokens and the model one of 11"):
         Distillation(Toy(11), Toy(12))
     with pytest.raises(PlanError, match="temperature"):

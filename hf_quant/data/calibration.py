@@ -123,9 +123,10 @@ def calibration(
         raise HfQuantError(f"calibration: token id {low if low < 0 else high} in sequence {where[0]} at {where[1]} is "
                            f"outside of the vocabulary of {vocabulary}")  # fmt: skip
     if data.ids.shape[0] < FEWEST:
+        need = FEWEST * data.ids.shape[1]
         raise HfQuantError(
             f"calibration: {data.ids.shape[0]} sequence of {data.ids.shape[1]} tokens is too little; at least {FEWEST} are needed, "
-            f"{FEWEST * data.ids.shape[1]:,} tokens"
+            f"{need:,} tokens: " + (f"--calibration-tokens {need}" if tokens < need else "name a longer text")
         )
     if isinstance(source, Tensor) and tokenizer is not None:
         texts = tokenizer.batch_decode(data.ids.tolist(), skip_special_tokens=True)

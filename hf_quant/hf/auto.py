@@ -148,8 +148,8 @@ def refuse_other_inputs(model: str, **hub: Any) -> None:
     """
     if (reason := why_not_text(model, **hub)) is not None:
         raise PlanError(
-            f"{model} {reason}, and the commands check what they write on text, or on what --inputs names: a safetensors "
-            "file with the model's inputs by name; in Python, "
+            f"{model} {reason}, and the commands check what they write on text, or on what --inputs names, with --no-eval too: a "
+            "safetensors file with the model's inputs by name; in Python, "
             "from_pretrained(..., quantization_config=HfQuantConfig(...)) and save_pretrained quantize it"
         )
 

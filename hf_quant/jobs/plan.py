@@ -187,14 +187,19 @@ def _cache_bytes(config: Any) -> int:
     return int(2 * 2 * layers * heads * width * tokens)
 
 
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:,.0f} MB" if size >= 10e6 else f"{size / 1e6:.2g} MB"
+
+
 def _worth(plan: Plan, cache: int) -> list[str]:
     """Whether what is saved matters, beside the KV cache and on this machine."""
     sentences, saved = [], plan.bytes_float - plan.bytes_quantized
     if cache and saved < ENOUGH * (plan.bytes_float + cache):
         sentences.append(
-            f"hardly worth it at long context: {cache / 1e6:.0f} MB of keys and values at the full length stay, so "
-            f"{saved / 1e6:.0f} MB are {saved / (plan.bytes_float + cache):.0%} of the whole; in INT8 they are "
-            f"{cache * KV_BITS['int8'] / 16e6:.0f} MB, in INT4 {cache * KV_BITS['int4'] / 16e6:.0f}: hf_quant.QuantCache"
+            f"hardly worth it at long context: keys and values at the full length take {_megabytes(cache)}, and the "
+            f"{_megabytes(saved)} that quantizing the weights saves are {saved / (plan.bytes_float + cache):.0%} of both; "
+            f"hf_quant.QuantCache holds keys and values in {_megabytes(cache * KV_BITS['int8'] / 16)} (INT8) or "
+            f"{_megabytes(cache * KV_BITS['int4'] / 16)} (INT4)"
         )
     memory = _memory()
     if memory and plan.bytes_float < LITTLE * memory:

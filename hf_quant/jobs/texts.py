@@ -295,7 +295,10 @@ def calibration_for(model: str, source: Data | None, tokens: int, chat: Chat, fr
     """What calibrated methods look at."""
     from hf_quant.data.calibration import calibration
     from hf_quant.evaluation.yardstick import Base
+    from hf_quant.hf.auto import refuse_other_inputs
 
+    if source is None or (isinstance(source, str) and Path(source).suffix != ".safetensors"):
+        refuse_other_inputs(model, **from_hub)
     base = Base(model, **from_hub)
     return calibration(source, chat.tokenizer, base.context(), tokens, base.vocabulary(), chat)
 
@@ -316,7 +319,7 @@ def endings(quality: Quality) -> list[str]:
     return [
         f"where the text ends {what} ({of[kind].positions:,} tokens), the model does with {of[kind].value:.1%}, its base with "
         f"{of[f'{kind}_base'].value:.1%}"
-        for kind, what in (("stop", "an answer"), ("end_of_thought", "a thought"))
+        for kind, what in (("stop", "an answer or a document"), ("end_of_thought", "a thought"))
         if kind in of
     ]
 

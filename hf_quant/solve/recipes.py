@@ -129,6 +129,8 @@ def _instead(name: str, wrong: str, methods: Sequence[str], transforms: Sequence
     """What to write in place of a method that there is not, because of the part that is ``wrong``."""
     if wrong in transforms:
         return f"{wrong} comes before a method: {name}+gptq, for example"
+    if wrong in PRESETS:
+        return f"{wrong} chooses its steps itself, so none stands before it: {wrong} alone, or {name.rpartition('+')[0]}+gptq"
     if "," in name:
         return f"steps are joined by +: {name.replace(',', '+')}"
     if (known := ELSEWHERE.get(wrong.lower().translate({ord("-"): None, ord("_"): None}))) is not None:

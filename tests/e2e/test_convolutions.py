@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hf_quant import HfQuantConfig, load
 from hf_quant.checkpoint.folder import Checkpoint
+from hf_quant.cli import main
 from hf_quant.core.geometry import Patches, geometry_of, patches_of, weight_of
 from hf_quant.errors import FormatError, HfQuantError, PlanError
 from hf_quant.evaluation.layers import layer_errors
@@ -328,3 +330,12 @@ def test_adapters_leave_convolutions_alone(tmp_path: Path) -> None:
     assert QuantPatches not in wrapped and QuantLinear in wrapped and len(convolutions(adapted)) == 1
     assert run(adapted, {"pixel_values": torch.randn(1, 2, 28, 28)}).isfinite().all()
     assert sum(isinstance(module, QuantMatrix) for module in adapted.modules()) == 1 + 6 * 3
+
+
+def test_a_text_to_calibrate_on_is_refused_for_what_it_is(tmp_path: Path) -> None:
+    """And not for its length, which a longer one would only change into this refusal."""
+    tf.ViTForImageClassification(VIT).save_pretrained(tmp_path / "vit")
+    (tmp_path / "text.txt").write_text("a few words")
+    call = ["quantize", str(tmp_path / "vit"), "-o", str(tmp_path / "q"), "--method", "gptq", "--scheme", "W4A16-g16"]
+    refused = CliRunner().invoke(main, [*call, "--calibration", str(tmp_path / "text.txt")])
+    assert refused.exit_code == 2 and "reads pixel_values" in refused.stderr, refused.stderr

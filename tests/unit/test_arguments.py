@@ -83,6 +83,7 @@ MISTAKES = [  # what people type, exit code, and what they are told to type inst
     ("quantize M -o Q --method smoothquant", 2, "smoothquant+gptq"),
     ("quantize M -o Q --method awq,gptq", 2, "awq+gptq"),
     ("quantize M -o Q --method Auto-Round", 2, "did you mean learned?"),
+    ("quantize M -o Q --method awq+learned", 2, "learned alone, or awq+gptq"),
     ("quantize M -o Q --max-kl 1%", 2, "write for example 0.02"),
     ("quantize M -o Q --base-dtype bf61", 2, "did you mean bf16?"),
     ("quantize M -o Q --override lm_head", 2, "write for example 'lm_head=W8A16-g128'"),

@@ -241,6 +241,10 @@ def test_an_overlap_is_seen_through_token_ids_and_line_endings() -> None:
 
 
 def test_no_tokens_at_all_is_refused() -> None:
+    with pytest.raises(HfQuantError, match="at least 2 are needed, 32 tokens: --calibration-tokens 32"):
+        calibration(["a text of more than two windows, all in all"], Bytes(), 16, 9, 256)
+    with pytest.raises(HfQuantError, match="at least 2 are needed, 32 tokens: name a longer text"):
+        calibration(["a text of twenty-one"], Bytes(), 16, 99, 256)
     with pytest.raises(HfQuantError, match="calibration_tokens must be a whole number from 1, got 0"):
         calibration(None, Bytes(), 512, 0, 256)
 

@@ -1,8 +1,10 @@
-"""Probability that the model ends an answer where the text does."""
+"""Probability that the model ends an answer or a document where the text does."""
 
 from __future__ import annotations
 
 from hf_quant.evaluation.metrics import Metric
 from hf_quant.evaluation.metrics._endings import ANSWER
 
-METRIC = Metric("ends an answer where the text does", ANSWER.of_model, most=1, least=0, where=ANSWER.comes)
+METRIC = Metric(
+    "ends an answer or a document where the text does", ANSWER.of_model, most=1, least=0, where=ANSWER.comes
+)

@@ -1,8 +1,10 @@
-"""Probability that the model ends an answer where the text goes on."""
+"""Probability that the model ends an answer or a document where the text goes on."""
 
 from __future__ import annotations
 
 from hf_quant.evaluation.metrics import Metric
 from hf_quant.evaluation.metrics._endings import ANSWER
 
-METRIC = Metric("ends an answer where the text goes on", ANSWER.of_model, most=1, least=0, where=ANSWER.elsewhere)
+METRIC = Metric(
+    "ends an answer or a document where the text goes on", ANSWER.of_model, most=1, least=0, where=ANSWER.elsewhere
+)

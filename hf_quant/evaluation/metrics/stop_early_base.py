@@ -1,4 +1,4 @@
-"""Probability that the base ends an answer where the text goes on."""
+"""Probability that the base ends an answer or a document where the text goes on."""
 
 from __future__ import annotations
 
@@ -6,5 +6,9 @@ from hf_quant.evaluation.metrics import Metric
 from hf_quant.evaluation.metrics._endings import ANSWER
 
 METRIC = Metric(
-    "the base ends an answer where the text goes on", ANSWER.of_base, most=1, least=0, where=ANSWER.elsewhere
+    "the base ends an answer or a document where the text goes on",
+    ANSWER.of_base,
+    most=1,
+    least=0,
+    where=ANSWER.elsewhere,
 )

@@ -44,6 +44,19 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> Mapping[str, Any
     return None
 
 
+def refuse_training(folder: str | Path, stored: Mapping[str, Any]) -> None:
+    """Refuse the checkpoint of a training that can go on, which ``Trainer`` writes: it holds no codes yet.
+
+    Raises:
+        FormatError: It is one; says what to do.
+    """
+    if stored.get("quant_method") == "hf_quant" and stored.get("training"):
+        raise FormatError(
+            f"{folder}: holds a training that can go on, and no codes yet: load it with from_pretrained, and save_pretrained into a "
+            "folder of another name writes the quantized model"
+        )
+
+
 @dataclass(frozen=True)
 class Header:
     """A tensor of which only the header is known."""
@@ -91,9 +104,10 @@ class Contents:
             called: The names that ``stored`` may use for a module of the file.
 
         Raises:
-            FormatError: This package does not read the format, or a field of ``stored``.
+            FormatError: This package does not read the format, or a field of ``stored``; or it is a training that can go on.
             CheckpointError: Tensors of a layer are missing or contradict each other; names file and tensor.
         """
+        refuse_training(checkpoint.folder, stored)
         name, fmt = format_of(stored)
         names = _by_module(checkpoint.tensors, fmt)
         headers = {

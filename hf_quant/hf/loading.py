@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_quant import _autoload
 from hf_quant.checkpoint.config import FIELDS
-from hf_quant.checkpoint.contents import quantization_of
+from hf_quant.checkpoint.contents import quantization_of, refuse_training
 from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint
 from hf_quant.data.batches import Inputs
 from hf_quant.disk.safetensors import TORCH
@@ -25,7 +25,7 @@ from hf_quant.hf.batch_inputs import inputs_for, on_device, same_draws
 from hf_quant.hf.config import HfQuantConfig, taken_over
 from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, make_plan
-from hf_quant.hf.preflight import check_rest, refuse_unexplained
+from hf_quant.hf.preflight import check_rest, examine, refuse_unexplained
 from hf_quant.hf.requantizing import quantized_already
 
 
@@ -109,8 +109,10 @@ def refuse_quantized(model: str, **hub: Any) -> None:
 
     Raises:
         PlanError: It is quantized; says how, and what to do.
+        FormatError: It is a training that can go on.
     """
     if stored := quantization_of(Path(model), config_of(model, **hub).to_dict()):
+        refuse_training(model, stored)
         raise PlanError(f"{model}: {quantized_already(stored)}")
 
 
@@ -119,6 +121,22 @@ def plan_of(model: str, config: HfQuantConfig, **hub: Any) -> tuple[Any, Plan]:
     refuse_quantized(model, **hub)
     on_meta = skeleton(model, **hub)
     return on_meta, make_plan(on_meta, config)
+
+
+def stored_plan(model: Any, checkpoint: Checkpoint, stored: Mapping[str, Any]) -> Plan:
+    """The plan of a quantized checkpoint, from its headers and small tensors.
+
+    Args:
+        model: On the meta device, in floating point.
+        checkpoint: With checked headers.
+        stored: Its ``quantization_config``.
+
+    Raises:
+        HfQuantError: A layer is damaged, or has no place in the model; names file and tensor.
+    """
+    config = understood(stored)
+    _, placed = examine(model, checkpoint, config)
+    return make_plan(model, config, stored=placed.schemes)
 
 
 def skeleton(model: str, *, weights: Checkpoint | None = None, **hub: Any) -> Any:

@@ -26,7 +26,7 @@ from hf_quant.formats import Format, in_memory_format
 from hf_quant.hf import attention
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
 from hf_quant.hf.calibrate_loaded import calibrate, data_for
-from hf_quant.hf.candidates import Candidate, candidates
+from hf_quant.hf.candidates import candidates
 from hf_quant.hf.community import Placed
 from hf_quant.hf.config import AUTO
 from hf_quant.hf.foreign_tensors import conversions
@@ -40,7 +40,7 @@ from hf_quant.hf.preflight import check_buffers, check_complete, check_rest, exa
 from hf_quant.hf.publishing import guard, release
 from hf_quant.hf.saved_names import settle, state_on_disk, stems
 from hf_quant.hf.sizes import report_own_sizes, report_true_sizes
-from hf_quant.hf.trainable import make_trainable, save_trainable
+from hf_quant.hf.trainable import make_trainable, refuse_stacks, save_trainable
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantMatrix
 from hf_quant.nn._outside import Outside
 
@@ -144,7 +144,7 @@ class HfQuantQuantizer(HfQuantizer):
                     covered = check_rest(model, checkpoint, checkpoint.tensors, set(planned))
                     check_complete(model, self.placed, covered, planned)
         if self.calibrates:
-            self._prepare_calibration(model, by_name)
+            self._prepare_calibration(model)
         if self.calibrates or self.trains:  # once the weights are there
             freeze(config, self.plan)
             return None
@@ -160,15 +160,14 @@ class HfQuantQuantizer(HfQuantizer):
         }
         return contents
 
-    def _prepare_calibration(self, model: Any, by_name: Mapping[str, Candidate]) -> None:
+    def _prepare_calibration(self, model: Any) -> None:
         """Read the calibration data; what cannot be is refused here, and not after the weights were read or calibrated.
 
         Raises:
             HfQuantError: As `data_for`, or experts in a stack shall be trained.
         """
-        stacked = [name for name in self.plan.schemes if by_name[name].kind == "experts"]
-        if self.trains and stacked:
-            raise PlanError(f"training: {stacked[0]}: stacked experts begin from plain rounding: method='rtn'")
+        if self.trains:
+            refuse_stacks(model, self.plan.schemes)
         with torch.device("cpu"):
             self.data = data_for(self.quantization_config, model)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,40 +79,90 @@ def begin_from(model: Any, quantized: Any) -> None:
         quantized: Of the same architecture.
 
     Raises:
-        PlanError: Names a layer that is quantized in another way there, or a tensor that is missing or has another shape.
+        PlanError: Names a layer that is quantized in another way there, or a tensor that has another shape, is missing, or that
+            the model has no place for.
     """
-    modules, left, begun = dict(quantized.named_modules()), dict(quantized.named_parameters()), set()
-    for name, module in model.named_modules():
-        if isinstance(module, FakeQuant):
-            module.begin("weight", *_codes_of(_like(module, name, modules.get(name))))
-            begun |= {f"{name}.weight{suffix}" for suffix in SUFFIXES}
-    for name, parameter in model.named_parameters():
-        if name not in begun:
-            values = left.get(name)
-            if values is None or values.shape != parameter.shape or not values.is_floating_point():
-                shape = "x".join(map(str, parameter.shape))
-                raise PlanError(
-                    f"{name}: the checkpoint that training begins from has no {shape} floating-point numbers there"
-                )
-            parameter.copy_(values)
+    trained = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuant)}
+    coded = {n: module for n, module in quantized.named_modules() if isinstance(module, QuantMatrix | QuantEmbedding)}
+    refuse_stacks(model, (f"{name}.{weight}" for name, module in trained.items() for weight in module.trained()))
+    refuse_other_schemes(
+        {name: module.trained()["weight"] for name, module in trained.items()},
+        {name: module.scheme for name, module in coded.items()},
+    )
+    for name, module in trained.items():
+        weight, start = _codes_of(coded[name])
+        parameter = module.parameters_of("weight")[""]
+        if weight.shape != parameter.shape:
+            raise PlanError(f"{name}: {_has(weight)}, and the model has {_size(parameter)}")
+        module.begin("weight", weight, start)
+    begun = {f"{name}.weight{suffix}" for name in trained for suffix in SUFFIXES}
+    codes = {f"{name}.{part}" for name, module in coded.items() for part in module._parameters if part != "bias"}
+    _copy_rest(
+        {name: parameter for name, parameter in model.named_parameters() if name not in begun},
+        {name: parameter for name, parameter in quantized.named_parameters() if name not in codes},
+    )
 
 
-def _like(module: FakeQuant, name: str, old: Any) -> QuantMatrix | QuantEmbedding:
-    """``old``, if it is quantized as ``module`` will be."""
-    if not isinstance(module, FakeQuantMatrix | FakeQuantEmbedding):
+def _copy_rest(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy what is not rounded."""
+    for name, parameter in parameters.items():
+        value = values.get(name)
+        if value is None or value.shape != parameter.shape or not value.is_floating_point():
+            raise PlanError(
+                f"{name}: the checkpoint that training begins from has no {_size(parameter)} floating-point numbers there"
+            )
+        parameter.copy_(value)
+    if (unused := next((name for name in values if name not in parameters), None)) is not None:
+        raise PlanError(f"{unused}: {_has(values[unused])}, and the model has no such tensor")
+
+
+def _has(tensor: Tensor) -> str:
+    return f"the checkpoint that training begins from has {_size(tensor)} numbers there"
+
+
+def _size(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+def refuse_other_schemes(wanted: Mapping[str, QuantScheme], stored: Mapping[str, QuantScheme]) -> None:
+    """Refuse a checkpoint whose layers are not quantized as those that are to be trained.
+
+    Args:
+        wanted: Scheme of each layer that is trained, by name.
+        stored: Scheme of each layer of the checkpoint that training begins from.
+
+    Raises:
+        PlanError: Names the first layer that differs, and both schemes.
+    """
+    for name, scheme in wanted.items():
+        if name not in stored:
+            raise PlanError(
+                f"{name}: the checkpoint that training begins from does not quantize it, and the scheme asks for {scheme}"
+            )
+        if stored[name] != scheme:
+            raise PlanError(
+                f"{name}: the checkpoint that training begins from has {stored[name]}, and the scheme asks for {scheme}: "
+                "they must be the same"
+            )
+    if (other := next((name for name in stored if name not in wanted), None)) is not None:
         raise PlanError(
-            f"{name}: stacked experts cannot begin from a checkpoint, but from plain rounding: --method rtn"
+            f"{other}: the checkpoint that training begins from has {stored[other]}, and the model that is trained keeps this layer "
+            "in floating point: they must be the same"
         )
-    if not isinstance(old, QuantMatrix | QuantEmbedding):
-        raise PlanError(
-            f"{name}: the checkpoint that training begins from does not quantize it, and the scheme asks for {module.scheme}"
-        )
-    if old.scheme != module.scheme:
-        raise PlanError(
-            f"{name}: the checkpoint that training begins from has {old.scheme}, and the scheme asks for {module.scheme}: "
-            "they must be the same"
-        )
-    return old
+
+
+def refuse_stacks(model: Any, names: Iterable[str]) -> None:
+    """Refuse stacks of experts among the weights of ``model`` that training is to begin from other codes than those of rounding.
+
+    Raises:
+        PlanError: Names the first one.
+    """
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if leaf != "weight" and leaf in model.get_submodule(path)._parameters:
+            raise PlanError(
+                f"training: {name}: stacked experts begin from plain rounding: method='rtn' (--method rtn, without --start)"
+            )
 
 
 def _codes_of(old: QuantMatrix | QuantEmbedding) -> tuple[Tensor, QuantizedTensor]:

@@ -183,14 +183,13 @@ def _refuse_split_experts(contents: Contents) -> None:
 
 def _refuse_other_base(base: str, contents: Contents, from_hub: dict[str, Any]) -> None:
     """Refuse a base that this checkpoint was not made from, as far as the configs tell."""
-    from hf_quant.hf.auto import config_of
-    from hf_quant.hf.loading import refuse_quantized
+    from hf_quant.hf.likeness import refuse_other
+    from hf_quant.hf.loading import refuse_quantized, skeleton
 
     refuse_quantized(base, **from_hub)
-    config, mine = config_of(base, **from_hub).to_dict(), contents.checkpoint.config
-    for name in ("model_type", "num_hidden_layers", "hidden_size"):
-        if name in config and name in mine and config[name] != mine[name]:
-            raise HfQuantError(f"--base {base}: {name} is {config[name]}, that of the quantized model is {mine[name]}")
+    source = str(contents.checkpoint.folder)
+    code = {name: value for name, value in from_hub.items() if name != "revision"}  # which is that of the base
+    refuse_other(f"--base {base}", skeleton(base, **from_hub), source, skeleton(source, **code))
 
 
 def _note(stage: Path, changes: dict[str, Any]) -> None:

@@ -120,12 +120,11 @@ def train(
     arguments = template_arguments(chat_template_kwargs, files)
     check_places([out], [model, *files, *filter(None, [begun])], overwrite=overwrite, gate=bool(gate))
 
-    from hf_quant.checkpoint.contents import quantization_of
     from hf_quant.data.calibration import calibration
     from hf_quant.data.chat import Chat
     from hf_quant.evaluation.yardstick import Base
     from hf_quant.hf.auto import tokenizer_of
-    from hf_quant.hf.loading import refuse_quantized
+    from hf_quant.jobs.beginning import refuse_beginning
     from hf_quant.jobs.compress import Job
     from hf_quant.jobs.training import Training, held_windows, train_model
     from hf_quant.training.loop import Settings
@@ -134,20 +133,16 @@ def train(
         slugs, method="rtn", format=format, ignore=ignore, override=other, lm_head=lm_head, embeddings=embeddings
     )
     with reporting(progress, say) as report:
-        refuse_quantized(model, **from_hub)
-        tokenizer = tokenizer_of(model, **from_hub)
-        if tokenizer is None:
-            raise HfQuantError(f"{model}: no tokenizer found, and training begins with text")
         base = Base(model, revision, device=device, trust_remote_code=trust_remote_code)
         instructor = _teacher(teacher, base)
         for one in filter(None, (base, instructor)):
             if not one.causal():
                 raise HfQuantError(f"{one.model} is no causal language model, and training learns next tokens")
         checkpoint = None if begun is None else replace(base, model=begun, revision=None)
-        if checkpoint is not None and quantization_of(Path(checkpoint.model), checkpoint.config().to_dict()) is None:
-            raise HfQuantError(
-                f"--start {start}: is not quantized; training that begins from MODEL itself needs no --start"
-            )
+        refuse_beginning(base, plan, method, checkpoint)
+        tokenizer = tokenizer_of(model, **from_hub)
+        if tokenizer is None:
+            raise HfQuantError(f"{model}: no tokenizer found, and training begins with text")
         chat = Chat(tokenizer, arguments)
         learned = calibration(data, tokenizer, train_context or base.context(), sys.maxsize, base.vocabulary(), chat)
         held_out = how.find(chat, model)
@@ -161,8 +156,9 @@ def train(
             )
         if not allow_overlap:
             _refuse_overlap(data, learned, held_out, chat)
-        measure = how.yardstick(model, held_out, tokenizer, report, device=device, **from_hub)
         held = held_windows(len(learned.ids))
+        _check_batch(batch, int((~held).sum()), int(held.sum()), learned)
+        measure = how.yardstick(model, held_out, tokenizer, report, device=device, **from_hub)
         updates = steps or math.ceil((epochs or 1) * int((~held).sum()) / batch)
         report.say(f"{updates} steps of {batch * learned.ids.shape[1]:,} tokens of {learned.name}")
         training = Training(
@@ -230,6 +226,14 @@ def _check_start(start: str | os.PathLike[str], method: str) -> str:
     if method != "rtn":
         raise OptionError(f"--start and --method {method} both say what training begins from: give one of them")
     return check_model(start)
+
+
+def _check_batch(batch: int, windows: int, held: int, learned: Calibration) -> None:
+    if windows < batch:
+        raise OptionError(
+            f"--batch {batch}: {learned.name} has {windows} windows of {learned.ids.shape[1]} tokens, beside {held} held out, fewer "
+            f"than one batch: --batch {windows} works; so does more text, or windows of fewer tokens (--train-context)"
+        )
 
 
 def _refuse_overlap(data: str, learned: Calibration, held_out: HeldOut, chat: Chat) -> None:

@@ -25,6 +25,7 @@ from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import HfQuantConfig, load
 from hf_quant.hf.auto import hub_options, tokenizer_of
 from hf_quant.hf.trainable import begin_from, computes_in
+from hf_quant.jobs.beginning import trainable
 from hf_quant.jobs.compress import Job, compress
 from hf_quant.jobs.outputs import RECIPE, work_folder
 from hf_quant.jobs.texts import needs_calibration
@@ -126,10 +127,7 @@ class _TrainJob(Job):
             if training.float32:
                 compute_wide(model)
             ids, held = training.windows()
-            if (count := len(ids) // training.settings.batch) < 1:
-                raise PlanError(
-                    f"{training.text.name}: {len(ids)} windows, beside {len(held)} held out, are fewer than one batch"
-                )
+            count = len(ids) // training.settings.batch
             loss: Loss = text_loss
             if training.teacher is not None:
                 teacher = training.teacher.load(torch.float32 if training.float32 else dtype)
@@ -153,12 +151,8 @@ class _TrainJob(Job):
         (ids, _), checkpoint = self.training.windows(), self.training.checkpoint
         slugs = [config.scheme, *(slug for slug in config.overrides.values() if slug is not None)]
         looks = needs_calibration(self.training.start, slugs, None)
-        requested = HfQuantConfig(
-            config.scheme, method=self.training.start, overrides=config.overrides, format=config.format, training=True,
-            modules_to_not_convert=config.modules_to_not_convert, quantize_lm_head=config.quantize_lm_head,
-            quantize_embeddings=config.quantize_embeddings,
-            calibration=ids[: max(2, CALIBRATED_ON // ids.shape[1])] if looks else None,
-        )  # fmt: skip
+        calibration = ids[: max(2, CALIBRATED_ON // ids.shape[1])] if looks else None
+        requested = trainable(config, self.training.start, calibration)
         model = load(self.model, quantization_config=requested, **self.load)
         if checkpoint is not None:
             begin_from(model, checkpoint.load(computes_in(model)))

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 from torch import Tensor
 
 from hf_quant.checkpoint.config import read_json
-from hf_quant.checkpoint.contents import Contents
+from hf_quant.checkpoint.contents import Contents, refuse_training
 from hf_quant.checkpoint.folder import INDEX, Checkpoint
 from hf_quant.core.layout import wrong_values
 from hf_quant.core.tensor import QuantizedTensor
@@ -146,6 +146,7 @@ def check_tensors(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any
         check_rest(model, checkpoint, checkpoint.tensors)
         _check_numbers(model, checkpoint, progress(list(checkpoint.tensors)))
         return VerifyResult(str(folder), None, NOT_QUANTIZED, 0, len(checkpoint.tensors), size)
+    refuse_training(folder, stored)
     quantizer = HfQuantQuantizer(understood(stored), pre_quantized=True)
     files = sorted({str(info.file) for info in checkpoint.tensors.values()})
     contents = quantizer.prepare(model, files)  # what loading does first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -12,12 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as tf
+from click.testing import CliRunner
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from hf_quant import HfQuantConfig, load
+from hf_quant import HfQuantConfig, load, verify
+from hf_quant.cli import main
 from hf_quant.errors import PlanError
 from hf_quant.hf._compat import recompute_activations
+from hf_quant.hf.trainable import begin_from
 from hf_quant.nn import QuantLinear
 from hf_quant.training import FakeQuantLinear
 from hf_quant.training.modules import FakeQuant, compute_wide
@@ -295,3 +299,38 @@ def test_what_cannot_be_trained_is_refused(zoo: Any, tmp_path: Path) -> None:
     coded.save_pretrained(tmp_path / "coded")
     with pytest.raises(PlanError, match="the checkpoint is quantized already"):
         trainable(tmp_path / "coded")
+
+
+def test_what_a_checkpoint_has_besides_is_refused(zoo: Any) -> None:
+    """A training that begins from a checkpoint takes all of it, or says what it has no place for."""
+    folder = zoo("llama")[1]
+    coded = load(str(folder), quantization_config=HfQuantConfig("W4A16-g32"), dtype=torch.float32)
+    model = trainable(folder, dtype=torch.float32)
+    begin_from(model, coded)
+    assert torch.allclose(logits(model), logits(coded), atol=1e-4)
+    layer = coded.model.layers[0]
+    layer.mlp.register_parameter("stretch", torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(
+        PlanError, match=r"layers\.0\.mlp\.stretch: .* has 3 numbers there, and the model has no such tensor"
+    ):
+        begin_from(model, coded)
+    layer.mlp.up_proj = copy.deepcopy(layer.self_attn.q_proj)
+    with pytest.raises(
+        PlanError, match=r"layers\.0\.mlp\.up_proj: .* has 64x64 numbers there, and the model has 96x64"
+    ):
+        begin_from(model, coded)
+
+
+def test_a_training_that_can_go_on_is_no_quantized_model(zoo: Any, tmp_path: Path) -> None:
+    """Whatever opens quantized checkpoints says what it is, and how it becomes one."""
+    folder, start, out = zoo("llama")[1], tmp_path / "checkpoint-4", tmp_path / "out"
+    trainable(folder).save_pretrained(start)
+    for command in (
+        ["inspect", start], ["verify", start], ["convert", start, "--to", "native", "-o", out], ["repair", start, "-o", out, "--base", folder],
+        ["quantize", start, "-o", out, "--no-eval"], ["train", folder, "-o", out, "--data", "nowhere.txt", "--scheme", "W4A16-g32", "--start", start],
+    ):  # fmt: skip
+        result = CliRunner().invoke(main, list(map(str, command)))
+        assert result.exit_code == 1, result.output
+        assert "holds a training that can go on" in result.stderr and "save_pretrained into a folder" in result.stderr
+    AutoModelForCausalLM.from_pretrained(start).save_pretrained(out)
+    assert verify(str(out)).to_dict()

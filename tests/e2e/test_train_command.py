@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, Qwen2Config
 
+from hf_quant import HfQuantConfig, load
 from hf_quant import train as train_model
 from hf_quant.cli import main
 from hf_quant.disk import journal
@@ -133,7 +135,11 @@ def test_checkpoints_that_training_cannot_begin_from(peaked: Path, tmp_path: Pat
         assert says in train(peaked, tmp_path / "out", *FEW, *args, "--start", quantized, code=2).output
 
     rounded()
-    refused("the checkpoint that training begins from has no 64x64 floating-point numbers there", *w8, *all_but_one)
+    refused(
+        "the checkpoint that training begins from has W8A16-g32, and the model that is trained keeps",
+        *w8,
+        *all_but_one,
+    )
     before = rounded(*all_but_one)
     refused(
         "q_proj: the checkpoint that training begins from has W8A16-g32, and the scheme asks for W2A16-g32-asym", *W2
@@ -144,6 +150,58 @@ def test_checkpoints_that_training_cannot_begin_from(peaked: Path, tmp_path: Pat
     train(peaked, tmp_path / "out", *FEW, *w8, *all_but_one, "--start", quantized)  # nothing is left in its way
     train(peaked, quantized, *FEW, *w8, *all_but_one, "--start", quantized, "--overwrite", code=1)
     assert weights(quantized) == before
+
+
+def test_checkpoints_of_another_model_are_refused(peaked: Path, tmp_path: Path) -> None:
+    """Before any text is read, whatever differs: what is computed, or the shape of a tensor."""
+    config = LlamaConfig.from_pretrained(peaked)
+    sizes = {
+        name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    }
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    for says, other in (
+        ("num_hidden_layers is 3", LlamaConfig(**sizes | heads | {"num_hidden_layers": 3})),
+        ("num_attention_heads is 4", LlamaConfig(**sizes | heads | {"num_attention_heads": 4, "head_dim": 16})),
+        ("intermediate_size is 128", LlamaConfig(**sizes | heads | {"intermediate_size": 128})),
+        ("rope_parameters.rope_theta is 500000", LlamaConfig(**sizes | heads, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})),
+        ("model_type is 'qwen2', that of", Qwen2Config(**sizes | heads)),
+    ):  # fmt: skip
+        start = tmp_path / type(other).__name__
+        shutil.rmtree(start, ignore_errors=True)
+        scheme = HfQuantConfig("W4A16-g32")
+        AutoModelForCausalLM.from_config(other).save_pretrained(tmp_path / "base")
+        load(str(tmp_path / "base"), quantization_config=scheme).save_pretrained(start)
+        options = ("--scheme", "W4A16-g32", *FEW, "--start", start)
+        said = train(peaked, tmp_path / "out", *options, data=tmp_path / "nowhere.txt", code=2).stderr
+        assert f"--start {start}: {says}" in said and "must be the same model but for their weights" in said
+
+
+def test_what_the_plan_refuses_is_said_first(peaked: Path, tmp_path: Path) -> None:
+    """From config.json and headers: before a text is read or the base is run."""
+
+    def refused(says: str, *args: Any, model: Path = peaked) -> None:
+        said = train(model, tmp_path / "out", *FEW, *args, data=tmp_path / "nowhere.txt", code=2).stderr
+        assert says in said and not work_folder(tmp_path / "out").exists()
+
+    refused("matches no module", *W2, "--ignore", "nothing*")
+    refused("format compressed_tensors cannot hold this plan", *W2, "--embeddings", "--format", "compressed-tensors")
+    refused("calibrated methods leave embeddings in floating point", *W2, "--embeddings", "--method", "calibrated")
+    moe = make("moe", tmp_path / "moe")
+    coded = tmp_path / "coded"
+    load(str(moe), quantization_config=HfQuantConfig("W2A16-g32-asym")).save_pretrained(coded)
+    for options in (("--method", "calibrated"), ("--start", coded)):
+        refused("stacked experts begin from plain rounding", *W2, *options, model=moe)
+
+
+def test_a_batch_that_is_larger_than_the_text(peaked: Path, tmp_path: Path) -> None:
+    """Refused before the base is run, with a batch that works."""
+    options = (*W2, *FEW[:2], *FEW[4:], "--method", "learned")
+    said = train(peaked, tmp_path / "out", *options, "--batch", "5000", code=2).stderr
+    assert "--batch 5000: calibration.txt has " in said and "begins" not in said
+    assert not work_folder(tmp_path / "out").exists()
+    (works,) = re.findall(r"--batch (\d+) works", said)
+    train(peaked, tmp_path / "out", *W2, *FEW, "--steps", "1", "--batch", works)
+    train(peaked, tmp_path / "more", *W2, *FEW, "--batch", str(int(works) + 1), code=2)
 
 
 def test_a_learning_rate_is_chosen(peaked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from hf_quant.core.numerics import floored, levels
 from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.data.calibration import Calibration, calibration
-from hf_quant.errors import FormatError, HfQuantError, OptionError
+from hf_quant.errors import FormatError, HfQuantError, OptionError, PlanError
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.jobs.convert import convert
 from hf_quant.jobs.quantize import quantize
@@ -143,9 +143,16 @@ def test_a_gptq_checkpoint_is_repaired(source: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(source, other)
     config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 7}))
-    with pytest.raises(HfQuantError, match="num_hidden_layers is 7"):
-        repair(gptq, tmp_path / "again", base=str(other))
+    rope = {"rope_type": "default", "rope_theta": 5.0}
+    for field, value in (
+        ("num_hidden_layers", 7),
+        ("intermediate_size", 96),
+        ("rope_parameters", rope),
+        ("hidden_act", "relu"),
+    ):
+        (other / "config.json").write_text(json.dumps(config | {field: value}))
+        with pytest.raises(PlanError, match=f"--base .*other: {field}.* is .*, that of .*gptq is"):
+            repair(gptq, tmp_path / "again", base=str(other))
     assert not list(tmp_path.glob(".*"))
 
 

@@ -38,6 +38,7 @@ from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
 from hf_quant.hf.plan import Plan, freeze, make_plan
 from hf_quant.hf.preflight import check_buffers, check_complete, check_rest, examine
 from hf_quant.hf.publishing import guard, release
+from hf_quant.hf.resizing import refuse_resizing
 from hf_quant.hf.saved_names import settle, state_on_disk, stems
 from hf_quant.hf.sizes import report_own_sizes, report_true_sizes
 from hf_quant.hf.trainable import make_trainable, refuse_stacks, save_trainable
@@ -250,6 +251,7 @@ class HfQuantQuantizer(HfQuantizer):
         check_floats(model, from_checkpoint=self.pre_quantized)
         guard(model)
         model.save_pretrained = partial(save_trainable, model)
+        refuse_resizing(model)
         logger.info(self.plan.summary())
         return model
 

@@ -334,3 +334,21 @@ def test_a_training_that_can_go_on_is_no_quantized_model(zoo: Any, tmp_path: Pat
         assert "holds a training that can go on" in result.stderr and "save_pretrained into a folder" in result.stderr
     AutoModelForCausalLM.from_pretrained(start).save_pretrained(out)
     assert verify(str(out)).to_dict()
+
+
+@pytest.mark.parametrize("arch", ["llama", "llama-tied"])
+def test_rounded_embeddings_are_not_resized(zoo: Any, arch: str) -> None:
+    """Their scales would stay as they were; in floating point they are resized as ever."""
+    for whole in ({"quantize_embeddings": True}, {"quantize_embeddings": True, "quantize_lm_head": True}):
+        model = trainable(zoo(arch)[1], **whole)
+        before, rows = logits(model), model.config.vocab_size
+        for part in (model, model.model):
+            with pytest.raises(
+                PlanError, match=r"embed_tokens trains with its weight rounded.*floating point, save it"
+            ):
+                part.resize_token_embeddings(rows + 8)
+            assert part.resize_token_embeddings(rows) is part.resize_token_embeddings() is model.get_input_embeddings()
+        assert torch.equal(logits(model), before)
+    model = trainable(zoo(arch)[1])
+    model.resize_token_embeddings(rows + 8)
+    assert logits(model).shape[-1] == rows + 8

@@ -24,6 +24,10 @@ class FakeQuantExperts(FakeQuant):
     has_bias: bool
     is_transposed: bool
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """For copies and pickles: this class is created at run time and cannot be imported by its name."""
+        return _blank, (type(self).__bases__[1],), self.__dict__
+
     def trained(self) -> dict[str, QuantScheme]:
         return self.schemes
 
@@ -63,9 +67,20 @@ def as_fake_quant_experts(module: Any, starts: dict[str, QuantizedTensor]) -> No
         starts: Each of its stacks quantized, by name: from these scales and zero points begin.
     """
     dtype = module.down_proj.dtype
-    if type(module) not in _CLASSES:
-        _CLASSES[type(module)] = type("FakeQuant" + type(module).__name__, (FakeQuantExperts, type(module)), {})
-    module.__class__ = _CLASSES[type(module)]
+    module.__class__ = _trainable_class(type(module))
     module.schemes, module.compute_dtype = {name: start.scheme for name, start in starts.items()}, dtype
     for name, start in starts.items():
         module._register(name, module._parameters[name].detach(), start)
+
+
+def _trainable_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of trainable experts that takes the place of ``cls``."""
+    if cls not in _CLASSES:
+        _CLASSES[cls] = type("FakeQuant" + cls.__name__, (FakeQuantExperts, cls), {})
+    return _CLASSES[cls]
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    """An uninitialized experts layer, which ``pickle`` then gives a state."""
+    trainable_class = _trainable_class(cls)
+    return trainable_class.__new__(trainable_class)

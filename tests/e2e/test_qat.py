@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -352,3 +353,13 @@ def test_rounded_embeddings_are_not_resized(zoo: Any, arch: str) -> None:
     model = trainable(zoo(arch)[1])
     model.resize_token_embeddings(rows + 8)
     assert logits(model).shape[-1] == rows + 8
+
+
+def test_trainable_experts_are_copied_and_pickled(zoo: Any) -> None:
+    model = trainable(zoo("qwen3-moe")[1], dtype=torch.float32)
+    expected = logits(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(again), expected)
+        again(input_ids=IDS, labels=IDS).loss.backward()
+        assert all(parameter.grad is not None for parameter in again.parameters() if parameter.requires_grad)
+    assert all(parameter.grad is None for parameter in model.parameters())

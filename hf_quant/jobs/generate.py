@@ -15,11 +15,12 @@ from typing import Any
 
 from hf_quant.disk.journal import is_journal
 from hf_quant.errors import HfQuantError, OptionError
-from hf_quant.jobs.options import check_model, hub, load_options
+from hf_quant.jobs.options import check_model, check_seed, hub, load_options
 from hf_quant.jobs.outputs import check_places, shown, work_folder
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
 from hf_quant.jobs.texts import CALIBRATION_TOKENS, calibration_for, find_calibration, template_arguments
+from hf_quant.jobs.token_ids import refuse_inputs
 
 
 @dataclass(frozen=True, repr=False)
@@ -91,6 +92,7 @@ def generate(
     _check_numbers(
         temperature, tokens=tokens, calibration_tokens=calibration_tokens, prompt_tokens=prompt_tokens, batch=batch
     )
+    check_seed(seed)
     text = find_calibration(calibration, model)
     _check_file(out, [model, *([text] if isinstance(text, str) else [])])
     arguments, from_hub = template_arguments(chat_template_kwargs, [text]), hub(revision, trust_remote_code)
@@ -110,10 +112,7 @@ def generate(
         chat = Chat(tokenizer, arguments)
         data = calibration_for(model, text, calibration_tokens, chat, from_hub)
         chat.refuse_unused()
-        if data.batches:
-            raise HfQuantError(
-                f"--calibration {calibration}: a model goes on from text or token ids, not from {data.name}"
-            )
+        refuse_inputs(f"--calibration {calibration}", "a model goes on from", data)
         base.refuse_longer(data.ids.shape[1])
         sampling = Sampling(tokens, prompt_tokens, temperature, batch, seed)
         written = write(base, data, sampling, out, given, report)

@@ -40,6 +40,7 @@ GPU_NODES = (
     "nvhost-gpu",
     "nvmap",
 )  # in /dev, of drivers; the last two are Jetson's
+LARGEST_SEED = 2**62  # torch takes 64 bits, and what draws several times adds to it
 TYPO = 0.85  # likeness of two names of which one was meant for the other
 MANY, LONGEST = 1000, 255  # names in a folder that are compared, and characters of a name
 WANTED = "name the folder of a Hugging Face model (config.json and safetensors), or a Hub id such as owner/name"
@@ -263,6 +264,16 @@ def check_device(device: str | None) -> str | None:
     if kind == "cuda" and sys.platform == "linux" and not any(Path("/dev", node).exists() for node in GPU_NODES):
         raise OptionError(f"--device {device}: this machine has no NVIDIA or AMD GPU; leave --device out for the CPU")
     return device
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that random numbers cannot begin from.
+
+    Raises:
+        OptionError: It is negative, or too large.
+    """
+    if not 0 <= seed <= LARGEST_SEED:
+        raise OptionError(f"--seed {seed}: must be a whole number from 0 to {LARGEST_SEED}")
 
 
 def load_options(dtype: object, device: str | None, from_hub: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from hf_quant.jobs.outputs import output as output_folder
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.results import Result, Row
 from hf_quant.jobs.texts import CALIBRATION_TOKENS, calibration_for, find_calibration, template_arguments
+from hf_quant.jobs.token_ids import refuse_inputs
 
 if TYPE_CHECKING:
     from hf_quant.checkpoint.contents import Contents
@@ -119,8 +120,7 @@ def repair(
         chat = Chat(tokenizer, arguments)
         data = calibration_for(base, text, calibration_tokens, chat, from_hub)
         chat.refuse_unused()
-        if data.batches:
-            raise HfQuantError(f"--calibration {calibration}: repair trains on text or token ids, not on {data.name}")
+        refuse_inputs(f"--calibration {calibration}", "repair trains on", data)
         with (
             claimed(out),
             output_folder(out, [source, base], overwrite=overwrite) as stage,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_quant.errors import HfQuantError, OptionError, suggestion
 from hf_quant.jobs.options import DTYPES, hub
 from hf_quant.jobs.progress import Reporter
+from hf_quant.jobs.token_ids import refuse_unreadable
 
 if TYPE_CHECKING:
     from hf_quant.data.calibration import Calibration
@@ -204,6 +205,7 @@ def find_text(text: str | None, *folders: str) -> Path | None:
     if text is not None:
         if not Path(text).is_file():
             raise HfQuantError(f"{text}: no such file{nearby(text) or '; name a UTF-8 text file'}")
+        refuse_unreadable("--text", text)
         return Path(text)
     return next((path for folder in folders if (path := Path(folder) / TEXT).is_file()), None)
 
@@ -238,6 +240,7 @@ def find_calibration(text: Data | None, model: str) -> Data | None:
         raise HfQuantError(f"--calibration {text}: no such file{nearby(text) or '; name a UTF-8 or JSONL file'}")
     if not Path(text).is_file():
         need_datasets(text)
+    refuse_unreadable("--calibration", text)
     return text
 
 

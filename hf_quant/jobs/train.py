@@ -12,11 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError
 from hf_quant.jobs.base import remember
-from hf_quant.jobs.options import budget, check_model, configs, hub, load_options, overrides, schemes, size_in_bytes
+from hf_quant.jobs.options import (
+    budget,
+    check_model,
+    check_seed,
+    configs,
+    hub,
+    load_options,
+    overrides,
+    schemes,
+    size_in_bytes,
+)
 from hf_quant.jobs.outputs import check_places
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.quantize import TOKENS, QuantizedModel, QuantizeResult, resumable
 from hf_quant.jobs.texts import Measuring, template_arguments
+from hf_quant.jobs.token_ids import refuse_inputs, refuse_unreadable
 
 if TYPE_CHECKING:
     from hf_quant.data.calibration import Calibration
@@ -108,17 +119,20 @@ def train(
     """
     model, slugs, out = check_model(model, revision), schemes(scheme, bits, group_size, asym), Path(output)
     gate, other = budget(max_kl, max_ppl_increase, min_top1), overrides(override or {})
-    _check_options(slugs, [*slugs, *filter(None, other.values())], steps, epochs, lr, batch, train_context, learn)
+    _check_options(slugs, steps, epochs, lr, batch, train_context, learn)
     _check_from_zero(hidden_weight=hidden_weight, checkpoint_minutes=checkpoint_minutes)
     _check_hidden_weight(hidden_weight, teacher)
+    check_seed(seed)
     begun = None if start is None else _check_start(start, method)
     how = Measuring(text, dataset, context, stride, max_tokens, base_dtype, allow_overlap, inputs, TOKENS)
     from_hub = hub(revision, trust_remote_code)
     given = load_options(dtype, device, from_hub)
     shard = size_in_bytes(max_shard_size)
     files = [name for name in (text, dataset, inputs, data) if isinstance(name, str) and name]
+    refuse_unreadable("--data", data)
     arguments = template_arguments(chat_template_kwargs, files)
     check_places([out], [model, *files, *filter(None, [begun])], overwrite=overwrite, gate=bool(gate))
+    _check_schemes([*slugs, *filter(None, other.values())])
 
     from hf_quant.data.calibration import calibration
     from hf_quant.data.chat import Chat
@@ -147,8 +161,7 @@ def train(
         learned = calibration(data, tokenizer, train_context or base.context(), sys.maxsize, base.vocabulary(), chat)
         held_out = how.find(chat, model)
         chat.refuse_unused()
-        if learned.batches:
-            raise HfQuantError(f"--data {data}: training is on text or token ids, not on {learned.name}")
+        refuse_inputs(f"--data {data}", "training is on", learned)
         base.refuse_longer(learned.ids.shape[1])
         if train_context not in (None, learned.ids.shape[1]):
             raise OptionError(
@@ -186,12 +199,9 @@ def train(
 
 
 def _check_options(
-    schemes: Sequence[str], slugs: Sequence[str], steps: int | None, epochs: float | None, lr: float | None, batch: int,
+    schemes: Sequence[str], steps: int | None, epochs: float | None, lr: float | None, batch: int,
     train_context: int | None, learn: str,
 ) -> None:  # fmt: skip
-    from hf_quant.core.scheme import QuantScheme
-    from hf_quant.training import why_not
-
     if len(schemes) > 1:
         raise OptionError("--scheme: one training has one scheme")
     if learn not in LEARN:
@@ -204,6 +214,12 @@ def _check_options(
     for name, number in (("lr", lr), ("epochs", epochs)):
         if number is not None and not 0 < number < math.inf:
             raise OptionError(f"--{name} {number}: must be a number above 0")
+
+
+def _check_schemes(slugs: Sequence[str]) -> None:
+    from hf_quant.core.scheme import QuantScheme
+    from hf_quant.training import why_not
+
     for slug in slugs:
         if (reason := why_not(QuantScheme.parse(slug))) is not None:
             raise OptionError(f"{slug}: {reason}")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaConfig, Qwen2Config
 
 from hf_quant import HfQuantConfig, load
@@ -404,6 +404,13 @@ def test_what_cannot_be_trained_is_refused(peaked: Path, tmp_path: Path) -> None
     (tmp_path / "part.txt").write_text("\n\n".join(long[3:]))
     refused("6 of 9 paragraphs", *W2, *FEW, "--text", tmp_path / "long.txt", data=tmp_path / "part.txt")
     refused("is the text that is measured on", *W2, *FEW, data=peaked / "heldout.txt")
+    ids = torch.arange(40 * 32).reshape(40, 32) % 500
+    save_file(
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}, tmp_path / "x.safetensors"
+    )
+    refused(
+        "x.safetensors holds attention_mask, labels beside input_ids: a", *W2, *FEW, data=tmp_path / "x.safetensors"
+    )
     refused("fewer than one window of 32", *W2, *FEW, data=tmp_path / "short.txt")
     windows = ("--train-context", "256", "--steps", "1", "--batch", "1")
     refused("windows of 256 tokens are longer than the 128 positions", *W2, *windows)

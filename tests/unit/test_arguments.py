@@ -54,6 +54,17 @@ CASES = [  # command and options, exit code, what is said
     ("quantize M -o Q --context 64 --stride 65", 2, "more than --context"),
     ("quantize M -o Q --text a --dataset b", 2, "give one of them"),
     ("ladder M -o Q --max-size 4X", 2, "4GB"),
+    (
+        "train M -o Q --data M/heldout.txt --seed 99999999999999999999",
+        2,
+        "--seed 99999999999999999999: must be a whole number from 0 to",
+    ),
+    ("train M -o Q --data M/heldout.txt --seed -1", 2, "--seed -1: must be a whole number from 0 to"),
+    ("generate M -o Q.safetensors --seed 99999999999999999999", 2, "--seed 99999999999999999999: must be"),
+    ("train M -o Q --data rows.parquet", 1, "Dataset.from_parquet('rows.parquet').to_json('data.jsonl') writes JSONL"),
+    ("quantize M -o Q --method gptq --calibration rows.parquet", 1, "--calibration rows.parquet: is a table"),
+    ("quantize M -o Q --text rows.parquet", 1, "--text rows.parquet: is a table"),
+    ("train M -o Q --data rows.jsonl.gz", 1, "--data rows.jsonl.gz: is packed: unpack it first"),
     ("ladder M -o Q --max-kl 0.1 --method magic", 2, "there is awq, calibrated"),
     ("plan M --scheme W4A16-g32 --group-size 64", 2, "--group-size"),
     ("plan model.gguf", 1, "GGUF"),
@@ -143,7 +154,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (
         "M/config.json", "M/heldout.txt", "models/llama/config.json", "adapter/adapter_config.json",
         "diffusers/model_index.json", "diffusers/text_encoder/config.json", "ggufs/model.gguf", "model.gguf",
-        "model.safetensors", "empty/x",
+        "model.safetensors", "empty/x", "rows.parquet", "rows.jsonl.gz",
     ):  # fmt: skip
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text("{}")

@@ -221,9 +221,10 @@ def windows(
 def paragraphs(text: Text) -> set[str]:
     """Hashes of the longer paragraphs of a text, white space aside: two texts with common hashes share content.
 
-    A record, such as a short conversation, counts as a whole.
+    Paragraphs are set apart by an empty line, or are lines of their own. A record, such as a short conversation, counts as a whole.
     """
-    parts = (part for document in split(text) for part in document.replace("\r\n", "\n").split("\n\n"))
+    blocks = [part for document in split(text) for part in document.replace("\r\n", "\n").split("\n\n")]
+    parts = (part for block in blocks for part in (block, *block.split("\n")))
     hashes = _hashes(parts, PARAGRAPH)
     return hashes if isinstance(text, str) else hashes | _hashes(text, RECORD)
 

@@ -404,6 +404,8 @@ def test_what_cannot_be_trained_is_refused(peaked: Path, tmp_path: Path) -> None
     (tmp_path / "part.txt").write_text("\n\n".join(long[3:]))
     refused("6 of 9 paragraphs", *W2, *FEW, "--text", tmp_path / "long.txt", data=tmp_path / "part.txt")
     refused("is the text that is measured on", *W2, *FEW, data=peaked / "heldout.txt")
+    (tmp_path / "reflowed.txt").write_text((peaked / "heldout.txt").read_text().replace("\n", "  \n\n"))
+    refused("is the text that is measured on", *W2, *FEW, data=tmp_path / "reflowed.txt")
     ids = torch.arange(40 * 32).reshape(40, 32) % 500
     save_file(
         {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}, tmp_path / "x.safetensors"

@@ -238,6 +238,8 @@ def test_an_overlap_is_seen_through_token_ids_and_line_endings() -> None:
         refuse_overlap(text, calibration(ids, Bytes(), 0, 0, 256).paragraphs)
     with pytest.raises(HfQuantError, match="9 of 9 paragraphs"):
         refuse_overlap(text.replace("\n", "\r\n"), paragraphs(text))
+    with pytest.raises(HfQuantError, match="also occur"):
+        refuse_overlap(text, paragraphs(text.replace("\n\n", "\n")))
 
 
 def test_no_tokens_at_all_is_refused() -> None:

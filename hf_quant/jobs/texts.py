@@ -223,7 +223,7 @@ def nearby(file: str) -> str:
     return suggestion(Path(file).name, names)
 
 
-def find_calibration(text: Data | None, model: str) -> Data | None:
+def find_calibration(text: Data | None, model: str, option: str = "--calibration") -> Data | None:
     """The calibration text asked for, else the one beside the model, else None for the bundled one; batches as they are.
 
     Raises:
@@ -237,10 +237,10 @@ def find_calibration(text: Data | None, model: str) -> Data | None:
     if Path(text).is_dir() or (
         Path(text).suffix in (".txt", ".jsonl", ".json", ".md", ".safetensors") and not Path(text).is_file()
     ):
-        raise HfQuantError(f"--calibration {text}: no such file{nearby(text) or '; name a UTF-8 or JSONL file'}")
+        raise HfQuantError(f"{option} {text}: no such file{nearby(text) or '; name a UTF-8 or JSONL file'}")
     if not Path(text).is_file():
         need_datasets(text)
-    refuse_unreadable("--calibration", text)
+    refuse_unreadable(option, text)
     return text
 
 

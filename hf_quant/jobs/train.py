@@ -26,8 +26,8 @@ from hf_quant.jobs.options import (
 from hf_quant.jobs.outputs import check_places
 from hf_quant.jobs.progress import Bar, Say, reporting
 from hf_quant.jobs.quantize import TOKENS, QuantizedModel, QuantizeResult, resumable
-from hf_quant.jobs.texts import Measuring, template_arguments
-from hf_quant.jobs.token_ids import refuse_inputs, refuse_unreadable
+from hf_quant.jobs.texts import Measuring, find_calibration, template_arguments
+from hf_quant.jobs.token_ids import refuse_inputs
 
 if TYPE_CHECKING:
     from hf_quant.data.calibration import Calibration
@@ -129,7 +129,7 @@ def train(
     given = load_options(dtype, device, from_hub)
     shard = size_in_bytes(max_shard_size)
     files = [name for name in (text, dataset, inputs, data) if isinstance(name, str) and name]
-    refuse_unreadable("--data", data)
+    find_calibration(data, model, "--data")
     arguments = template_arguments(chat_template_kwargs, files)
     check_places([out], [model, *files, *filter(None, [begun])], overwrite=overwrite, gate=bool(gate))
     _check_schemes([*slugs, *filter(None, other.values())])

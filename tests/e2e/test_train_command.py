@@ -53,6 +53,13 @@ def train(model: Path, out: Path, *args: Any, data: Path | None = None, code: in
     return result
 
 
+def unreadable(folder: Path) -> Path:
+    """A text that is refused when it is read."""
+    file = folder / "unreadable.txt"
+    file.write_bytes(b"\xff\xfe")
+    return file
+
+
 def weights(out: Path) -> bytes:
     return (out / "model.safetensors").read_bytes()
 
@@ -154,6 +161,7 @@ def test_checkpoints_that_training_cannot_begin_from(peaked: Path, tmp_path: Pat
 
 def test_checkpoints_of_another_model_are_refused(peaked: Path, tmp_path: Path) -> None:
     """Before any text is read, whatever differs: what is computed, or the shape of a tensor."""
+    unread = unreadable(tmp_path)
     config = LlamaConfig.from_pretrained(peaked)
     sizes = {
         name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
@@ -172,15 +180,16 @@ def test_checkpoints_of_another_model_are_refused(peaked: Path, tmp_path: Path) 
         AutoModelForCausalLM.from_config(other).save_pretrained(tmp_path / "base")
         load(str(tmp_path / "base"), quantization_config=scheme).save_pretrained(start)
         options = ("--scheme", "W4A16-g32", *FEW, "--start", start)
-        said = train(peaked, tmp_path / "out", *options, data=tmp_path / "nowhere.txt", code=2).stderr
+        said = train(peaked, tmp_path / "out", *options, data=unread, code=2).stderr
         assert f"--start {start}: {says}" in said and "must be the same model but for their weights" in said
 
 
 def test_what_the_plan_refuses_is_said_first(peaked: Path, tmp_path: Path) -> None:
     """From config.json and headers: before a text is read or the base is run."""
+    unread = unreadable(tmp_path)
 
     def refused(says: str, *args: Any, model: Path = peaked) -> None:
-        said = train(model, tmp_path / "out", *FEW, *args, data=tmp_path / "nowhere.txt", code=2).stderr
+        said = train(model, tmp_path / "out", *FEW, *args, data=unread, code=2).stderr
         assert says in said and not work_folder(tmp_path / "out").exists()
 
     refused("matches no module", *W2, "--ignore", "nothing*")

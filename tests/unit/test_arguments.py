@@ -41,6 +41,7 @@ CASES = [  # command and options, exit code, what is said
     ),
     ("ladder M -o Q --max-kl 1 --inputs a.safetensors", 2, "quantize and eval measure one scheme on inputs"),
     ("quantize M -o Q --calibration /nowhere.txt --method gptq", 1, "no such file"),
+    ("train M -o Q --scheme W4A16-g32 --data nowhere.txt", 1, "--data nowhere.txt: no such file"),
     ("quantize M -o Q --calibration-tokens 0 --method gptq", 2, "0 is not in the range"),
     ("quantize M -o Q --calibration-tokens 99", 2, "--calibration-tokens: --method rtn looks at no text"),
     ("quantize M -o Q --method hqq --max-memory 4K", 2, "--max-memory: --method hqq looks at no text"),

@@ -11,6 +11,7 @@ from hf_quant.errors import SchemeError
 
 BITS = (2, 3, 4, 8)  # of codes that are made here
 WIDTHS = tuple(range(2, 9))  # of codes that are read and run
+LARGEST_GROUP = 1 << 16
 MULTIPLE = 32  # of stored columns: 32 codes of any width fill whole int32 words
 MOST_OUTLIERS = 0.1  # a larger share would be another precision
 CODEBOOKS = ("nf4", "fp4", "e2m1", "nvfp4")  # of bitsandbytes, MXFP4 and NVFP4; no method here produces them
@@ -22,7 +23,8 @@ ACTIVATIONS = {
 THRESHOLD = 6.0  # of LLM.int8: an input column with such a large value stays in floating point
 _SLUG = re.compile(
     r"W(?P<bits>\d)(A16|(?P<int8>A8)(?P<how>-static|-threshold)?)(-g(?P<group>\d{1,5}|-1))?(?P<asym>-asym(?P<real>-real)?)?(-(?P<codebook>nf4|fp4|e2m1|nvfp4))?(?P<permuted>-perm)?"
-    r"(-o(?P<share>\d{1,2}(\.\d{1,4})?)%(?P<columns>-columns)?)?(-pad(?P<padding>[1-9]\d?))?"
+    r"(-o(?P<share>\d{1,2}(\.\d{1,4})?)%(?P<columns>-columns)?)?(-pad(?P<padding>[1-9]\d?))?",
+    re.ASCII,
 )
 
 
@@ -82,8 +84,8 @@ class QuantScheme:
         if self.blocks is not None:
             self._check_blocks()
         size = self.group_size
-        if type(size) is not int or (size != -1 and (size < 16 or size & (size - 1))):
-            raise SchemeError(f"group_size must be -1 or a power of two from 16, got {size!r}")
+        if type(size) is not int or (size != -1 and (not 16 <= size <= LARGEST_GROUP or size & (size - 1))):
+            raise SchemeError(f"group_size must be -1 or a power of two from 16 to {LARGEST_GROUP}, got {size!r}")
         if type(self.symmetric) is not bool:
             raise SchemeError(f"symmetric must be True or False, got {self.symmetric!r}")
         if self.codebook is not None and (self.codebook not in CODEBOOKS or self.bits != 4 or not self.symmetric):

@@ -195,6 +195,7 @@ class HfQuantConfig(QuantizationConfigMixin):
                 f"quantization_config.format {format!r}: a model is saved as {' or '.join(saved_formats())}; hf-quant convert "
                 "writes other formats"
             )
+        self._check_format()
         if share_quantized is not None and (
             type(share_quantized) not in (int, float) or not 0 <= share_quantized <= 1
         ):
@@ -216,6 +217,27 @@ class HfQuantConfig(QuantizationConfigMixin):
             logger.warning(printable(f"quantization_config: ignored unknown fields {extra}"))
         known = {name: value for name, value in config_dict.items() if name not in extra}
         return super().from_dict(known, return_unused_kwargs, **kwargs)  # type: ignore[no-untyped-call]
+
+    __hash__ = None  # type: ignore[assignment]  # as of every config of transformers: they can be changed
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both ask for the same; calibration data are the same where they are one object, or equal names."""
+        if not isinstance(other, HfQuantConfig):
+            return NotImplemented
+        data, others = self.calibration, other.calibration
+        alike = data is others or (isinstance(data, str) and isinstance(others, str) and data == others)
+        fields = [
+            {name: value for name, value in vars(config).items() if name not in ("calibration", "given")}
+            for config in (self, other)
+        ]
+        return alike and fields[0] == fields[1]
+
+    def _check_format(self) -> None:
+        """Refuse schemes that the format has no place for, which its own config could not name either."""
+        if self.format != AUTO:
+            for scheme in self._decision().presets:
+                if (reason := formats()[self.format].why_not(scheme)) is not None:
+                    raise PlanError(f"format {self.format} cannot hold this plan: {reason}")
 
     def _check_ranges(self) -> None:
         """Refuse schemes that take a look at activations, where nothing looks."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from hf_quant.disk.digests import MANIFEST, Digest, mismatches, read_manifest
 from hf_quant.errors import CheckpointError
@@ -52,6 +52,10 @@ def verify_repo(repo_id: str, revision: str | None = None, token: str | None = N
     """
     try:
         hf_hub_download(repo_id, MANIFEST, revision=revision, token=token)
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{repo_id}: is no folder here, and the Hub cannot be reached, nor does its cache hold {MANIFEST}: {error}"
+        ) from None
     except EntryNotFoundError:
         raise CheckpointError(f"{repo_id}: no {MANIFEST}; it was not published by hf-quant push") from None
     return verify_folder(Path(snapshot_download(repo_id, revision=revision, token=token)))

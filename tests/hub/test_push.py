@@ -581,6 +581,9 @@ def test_repositories_without_a_manifest(
         assert AutoModelForCausalLM.from_pretrained("alice/plain")
     assert len(hub.calls("*", "resolve/.*manifest.json")) == 1 and not said, "it is known then that there is none"
     assert "was not published by hf-quant push" in run("verify", "alice/plain", code=1).stderr
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert "is no folder here, and the Hub cannot be reached" in run("verify", "alice/plain", code=1).stderr
     hub.fault("resolve/.*manifest.json", status=403, times=99)
     assert AutoModelForCausalLM.from_pretrained("alice/down")
     assert said == ["alice/down: manifest.json cannot be read now, so its weights were not checked"]

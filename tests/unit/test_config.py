@@ -1,9 +1,11 @@
 """Fields of `HfQuantConfig`: what is unknown or contradicts another field is refused, not ignored."""
 
+import copy
 import logging
 from typing import Any
 
 import pytest
+import torch
 
 from hf_quant import HfQuantConfig
 from hf_quant.errors import PlanError, SchemeError
@@ -93,3 +95,32 @@ def test_its_repr_is_one_line_with_what_is_not_the_default() -> None:
     assert repr(HfQuantConfig(bits=4)) == "HfQuantConfig('W4A16-g128')"
     shown = repr(HfQuantConfig("W8A16-g32-asym", method="gptq", overrides={"*.k_proj": None}, calibration=["private"]))
     assert shown == "HfQuantConfig('W8A16-g32-asym', method='gptq', overrides={'*.k_proj': None})"
+
+
+def test_configs_are_equal_if_they_ask_for_the_same() -> None:
+    """transformers' own comparison looks at no field of ours."""
+    config = HfQuantConfig("W4A16-g128", overrides={"x": None})
+    assert config == HfQuantConfig(bits=4, overrides={"x": None}) and config == copy.deepcopy(config)
+    ids = torch.zeros(2, 8, dtype=torch.int64)
+    for other in (
+        HfQuantConfig("W4A16-g128"), HfQuantConfig("W8A16-g128", overrides={"x": None}), "W4A16-g128", None,
+        HfQuantConfig("W4A16-g128", overrides={"x": None}, method="gptq"),
+        HfQuantConfig("W4A16-g128", overrides={"x": None}, quantize_lm_head=True),
+    ):  # fmt: skip
+        assert config != other
+    given = HfQuantConfig(method="gptq", calibration=ids)
+    assert given == copy.copy(given) and given != HfQuantConfig(method="gptq", calibration=ids.clone())
+
+
+@pytest.mark.parametrize("slug", ["W8A8-threshold", "W4A16-g128-o1%"])
+def test_a_scheme_that_the_format_cannot_hold_is_refused_at_once(slug: str) -> None:
+    with pytest.raises(PlanError, match="format compressed_tensors cannot hold this plan"):
+        HfQuantConfig(slug, format="compressed_tensors")
+    HfQuantConfig(slug, format="native")
+
+
+def test_digits_and_sizes_of_schemes() -> None:
+    with pytest.raises(SchemeError, match="not a scheme"):
+        HfQuantConfig("W\uff14A16-g128")
+    with pytest.raises(SchemeError, match="power of two from 16 to 65536, got 1099511627776"):
+        HfQuantConfig(group_size=2**40)

@@ -325,10 +325,12 @@ def test_what_a_checkpoint_has_besides_is_refused(zoo: Any) -> None:
 def test_a_training_that_can_go_on_is_no_quantized_model(zoo: Any, tmp_path: Path) -> None:
     """Whatever opens quantized checkpoints says what it is, and how it becomes one."""
     folder, start, out = zoo("llama")[1], tmp_path / "checkpoint-4", tmp_path / "out"
+    unread = tmp_path / "unread.txt"
+    unread.write_bytes(b"\xff")
     trainable(folder).save_pretrained(start)
     for command in (
         ["inspect", start], ["verify", start], ["convert", start, "--to", "native", "-o", out], ["repair", start, "-o", out, "--base", folder],
-        ["quantize", start, "-o", out, "--no-eval"], ["train", folder, "-o", out, "--data", "nowhere.txt", "--scheme", "W4A16-g32", "--start", start],
+        ["quantize", start, "-o", out, "--no-eval"], ["train", folder, "-o", out, "--data", unread, "--scheme", "W4A16-g32", "--start", start],
     ):  # fmt: skip
         result = CliRunner().invoke(main, list(map(str, command)))
         assert result.exit_code == 1, result.output

@@ -145,11 +145,8 @@ def search(
         return scale, zero
     best = torch.full_like(scale, torch.inf)
     low = -zero * scale  # the real value of code 0 in the full range
-    for shares in (
-        torch.linspace(1, least, steps, dtype=torch.float32)
-        .to(groups.device)
-        .split(max(1, TOGETHER // max(1, groups.numel())))
-    ):
+    every_share = torch.linspace(1, least, steps, dtype=torch.float32).to(groups.device)
+    for shares in every_share.split(max(1, TOGETHER // max(1, groups.numel()))):
         share = shares.view(-1, *[1] * groups.dim())
         tried = floored(widest * share, dtype)
         moved = zero[None] if scheme.symmetric else torch.round(-low * share / tried).clamp(0, scheme.qmax)

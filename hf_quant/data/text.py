@@ -218,6 +218,11 @@ def windows(
     return Windows(ids[positions], document[positions], scored, stride)
 
 
+def words(text: Text) -> list[str]:
+    """A text without its white space."""
+    return " ".join(split(text)).split()
+
+
 def paragraphs(text: Text) -> set[str]:
     """Hashes of the longer paragraphs of a text, white space aside: two texts with common hashes share content.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_quant.disk.strict_json import shown
@@ -69,9 +69,10 @@ def _of_shapes(shapes: Mapping[str, tuple[int, ...]], others: Mapping[str, tuple
     for parameter in [*shapes, *others]:
         shape, other = shapes.get(parameter), others.get(parameter)
         if shape != other:
-            return f"{parameter} is {_size(shape)}, and of {name} it is {_size(other)}"
+            return f"{parameter} is {size_of(shape)}, and of {name} it is {size_of(other)}"
     return None
 
 
-def _size(shape: tuple[int, ...] | None) -> str:
+def size_of(shape: Sequence[int] | None) -> str:
+    """A shape as messages say it: ``64x128``."""
     return "missing" if shape is None else "x".join(map(str, shape))

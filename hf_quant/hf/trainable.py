@@ -23,6 +23,7 @@ from hf_quant.disk.atomic import write_json
 from hf_quant.errors import PlanError
 from hf_quant.formats import format_named, in_memory_format
 from hf_quant.hf import publishing
+from hf_quant.hf.likeness import size_of
 from hf_quant.hf.plan import Plan
 from hf_quant.methods import Method, quantize
 from hf_quant.nn import QuantEmbedding, QuantMatrix
@@ -93,7 +94,7 @@ def begin_from(model: Any, quantized: Any) -> None:
         weight, start = _codes_of(coded[name])
         parameter = module.parameters_of("weight")[""]
         if weight.shape != parameter.shape:
-            raise PlanError(f"{name}: {_has(weight)}, and the model has {_size(parameter)}")
+            raise PlanError(f"{name}: {_has(weight)}, and the model has {size_of(parameter.shape)}")
         module.begin("weight", weight, start)
     begun = {f"{name}.weight{suffix}" for name in trained for suffix in SUFFIXES}
     codes = {f"{name}.{part}" for name, module in coded.items() for part in module._parameters if part != "bias"}
@@ -109,7 +110,7 @@ def _copy_rest(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -
         value = values.get(name)
         if value is None or value.shape != parameter.shape or not value.is_floating_point():
             raise PlanError(
-                f"{name}: the checkpoint that training begins from has no {_size(parameter)} floating-point numbers there"
+                f"{name}: the checkpoint that training begins from has no {size_of(parameter.shape)} floating-point numbers there"
             )
         parameter.copy_(value)
     if (unused := next((name for name in values if name not in parameters), None)) is not None:
@@ -117,11 +118,7 @@ def _copy_rest(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -
 
 
 def _has(tensor: Tensor) -> str:
-    return f"the checkpoint that training begins from has {_size(tensor)} numbers there"
-
-
-def _size(tensor: Tensor) -> str:
-    return "x".join(map(str, tensor.shape))
+    return f"the checkpoint that training begins from has {size_of(tensor.shape)} numbers there"
 
 
 def refuse_other_schemes(wanted: Mapping[str, QuantScheme], stored: Mapping[str, QuantScheme]) -> None:

@@ -50,10 +50,9 @@ class RemoteCheckpoint(Checkpoint):
         if info is None or info.dtype not in TORCH:
             raise CheckpointError(f"tensor {name} is missing from the checkpoint, or of a type that is not read")
         data = bytearray(_part(self.model, self.commit, info.file.name, info.offset, info.nbytes))
+        dtype = TORCH[info.dtype]
         return (
-            torch.frombuffer(data, dtype=TORCH[info.dtype]).reshape(info.shape)
-            if data
-            else torch.empty(info.shape, dtype=TORCH[info.dtype])
+            torch.frombuffer(data, dtype=dtype).reshape(info.shape) if data else torch.empty(info.shape, dtype=dtype)
         )
 
 

@@ -253,13 +253,13 @@ def _check_batch(batch: int, windows: int, held: int, learned: Calibration) -> N
 
 
 def _refuse_overlap(data: str, learned: Calibration, held_out: HeldOut, chat: Chat) -> None:
-    from hf_quant.data.text import read_documents, split
+    from hf_quant.data.text import read_documents, words
 
     file = Path(data)
     readable = file.is_file() and file.suffix != ".safetensors"
-    texts = (read_documents(file, chat), held_out.text) if readable else ("", None)
-    words, measured = (None if text is None else " ".join(split(text)).split() for text in texts)
-    if words == measured:  # its paragraphs may be too short to be compared
+    if readable and words(read_documents(file, chat)) == words(
+        held_out.text
+    ):  # paragraphs may be too short to be compared
         raise HfQuantError(
             f"--data {data} is the text that is measured on: the numbers would flatter the model; measure on another "
             "text (--text), or pass --allow-overlap"

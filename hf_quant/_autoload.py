@@ -152,8 +152,9 @@ def _without_its_package(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _supporting(original: Callable[..., Any]) -> Callable[..., Any]:
     def supports_quant_method(cls: type, quantization_config_dict: Any) -> Any:
-        """transformers' own, and every format that this package wrote: a plug-in's format has a name of its own."""
-        return METHOD in quantization_config_dict or original(cls, quantization_config_dict)
+        """transformers' own, every format that this package wrote (a plug-in's has a name of its own), and those it alone reads."""
+        stored = quantization_config_dict
+        return METHOD in stored or _read_here_alone(stored) or original(cls, stored)
 
     return supports_quant_method
 
@@ -169,7 +170,14 @@ def _to_take_over(stored: dict[str, Any]) -> bool:
         from hf_quant.errors import PlanError
 
         raise PlanError(f"HF_QUANT_TAKE_OVER: {unknown[0]!r} is not one of {', '.join(known)}")
-    return METHOD in stored or stored["quant_method"] in taken_over
+    return METHOD in stored or stored["quant_method"] in taken_over or _read_here_alone(stored)
+
+
+def _read_here_alone(stored: dict[str, Any]) -> bool:
+    """Whether transformers does not know a format that this package reads: it would pass over scales, and load codes as weights."""
+    auto: Any = sys.modules[AUTO]
+    unknown = _foreign(stored) and stored["quant_method"] not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+    return unknown and stored["quant_method"] in _upwards.transformers_plugin().known_methods()
 
 
 def _repeats(requested: Any, stored: dict[str, Any]) -> bool:

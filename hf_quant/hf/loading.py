@@ -92,7 +92,8 @@ def take_over(*methods: str) -> None:
 
     Args:
         methods: As ``quant_method`` in their config.json: ``"gptq"``, ``"awq"``, ``"compressed-tensors"``,
-            ``"bitsandbytes"``, ``"hqq"``, ``"auto-round"``, ``"torchao"``. No argument stops it.
+            ``"bitsandbytes"``, ``"hqq"``, ``"auto-round"``, ``"torchao"``. No argument stops it. Kinds that transformers does not
+            know, such as ``"modelopt"``, are run without being named here.
 
     Raises:
         PlanError: A kind is unknown.

@@ -12,7 +12,7 @@ expected.safetensors with the logits of a float model holding those weights. The
 
 Made with gptqmodel 7.7.0, auto-round 0.16.1, bitsandbytes 0.50.2, compressed-tensors 0.20.0, optimum-quanto 0.2.7,
 torchao 0.18.0 and transformers 5.24.0; autoawq 0.2.9 and hqq 0.2.8 with transformers 4.51.3; llm-compressor 0.14.0 with
-compressed-tensors 0.19.0 and transformers 5.17.0; ``old`` with compressed-tensors 0.9.4.
+compressed-tensors 0.19.0 and transformers 5.17.0; ``old`` with compressed-tensors 0.9.4; nvidia-modelopt 0.47.0.
 """
 
 import hashlib
@@ -49,11 +49,12 @@ WORK = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 
 
 def models():
-    """dense: Llama. moe: Qwen3-MoE, whose experts stand apart in the file and stacked in transformers 5. mixtral: likewise.
+    """dense: Llama. wide: with more than one block of 128. moe: Qwen3-MoE, whose experts stand apart in the file and stacked in transformers 5. mixtral: likewise.
     gemma: Gemma 4, with embeddings for each layer. oss: gpt-oss, whose experts are stacked in the file too."""
     tf, moe = transformers, SHAPE | {"num_experts_per_tok": 2}
     made = {
         "dense": tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE, intermediate_size=128)),
+        "wide": tf.LlamaForCausalLM(tf.LlamaConfig(**SHAPE, intermediate_size=384)),
         "moe": tf.Qwen3MoeForCausalLM(
             tf.Qwen3MoeConfig(**moe, intermediate_size=128, moe_intermediate_size=128, num_experts=3)
         ),
@@ -135,7 +136,7 @@ def keep(name, source, weights, packages, dtype=torch.float16, note=None):
     for file in sorted(Path(source).glob("*.safetensors")):
         tensors |= load_file(file)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    for extra in ("config.json", "quantize_config.json", "quanto_qmap.json"):
+    for extra in ("config.json", "quantize_config.json", "quanto_qmap.json", "hf_quant_config.json"):
         if (Path(source) / extra).is_file():
             config = json.loads((Path(source) / extra).read_text())
             (out / extra).write_text(json.dumps(config, indent=1) + "\n")
@@ -608,6 +609,75 @@ def torchao():
         keep(name, out, weights, ["torchao"])
 
 
+def modelopt():
+    """8-bit and 4-bit floats, and integers; some layers with a factor for each column."""
+    cases = {
+        "modelopt-fp8": ("dense", "FP8_DEFAULT_CFG"),
+        "modelopt-fp8-row": ("dense", "FP8_PER_CHANNEL_PER_TOKEN_CFG"),
+        "modelopt-fp8-block": ("wide", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"),
+        "modelopt-mxfp8": ("dense", "MXFP8_DEFAULT_CFG"),
+        "modelopt-nvfp4": ("dense", "NVFP4_DEFAULT_CFG"),
+        "modelopt-nvfp4-moe": ("moe", "NVFP4_DEFAULT_CFG"),
+        "modelopt-nvfp4-fp8-inputs": ("dense", "W4A8_NVFP4_FP8_CFG"),
+        "modelopt-mxfp4": ("dense", "MXFP4_DEFAULT_CFG"),
+        "modelopt-int8": ("dense", "INT8_DEFAULT_CFG"),
+        "modelopt-int8-smoothquant": ("dense", "INT8_SMOOTHQUANT_CFG"),
+        "modelopt-int4-awq": ("wide", "INT4_AWQ_CFG"),
+    }
+    for name, (model, config) in missing(cases):
+        one_modelopt(name, model, config)
+
+
+def one_modelopt(name, model, config):
+    """Quantize and export with ModelOpt; its caches of keys and values in 8-bit floats too, where it has 8-bit floats."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+
+    made, out = transformers.AutoModelForCausalLM.from_pretrained(WORK / model, dtype=torch.bfloat16), clean(name)
+    fields = getattr(mtq, config)
+    if config == "FP8_DEFAULT_CFG":
+        fields = fields | {"quant_cfg": [*fields["quant_cfg"], *mtq.FP8_KV_CFG["quant_cfg"]]}
+    mtq.quantize(made, fields, lambda quantized: [quantized(ids[None]) for ids in calibration()])
+    export_hf_checkpoint(made, export_dir=str(out))
+    tensors = load_file(out / "model.safetensors")
+    layers = sorted(key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale"))
+    weights = {layer: modelopt_weight(tensors, layer).bfloat16() for layer in layers}
+    keep(name, out, weights, ["nvidia-modelopt"], torch.bfloat16)
+
+
+def modelopt_weight(tensors, layer):
+    """What ModelOpt's own tensors give in float32; 4-bit integers, for which it has a packer alone, are packed again by that."""
+    from modelopt.torch.export.quant_utils import from_quantized_weight, pack_int4_in_uint8
+    from modelopt.torch.quantization.qtensor import FP8QTensor, MXFP4QTensor, MXFP8QTensor, NVFP4QTensor
+
+    weight, scale = tensors[f"{layer}.weight"], tensors[f"{layer}.weight_scale"]
+    (n, k), wide = weight.shape, torch.float32
+    columns = tensors.get(f"{layer}.pre_quant_scale", torch.ones(k)).float()
+    if weight.dtype == torch.int8:
+        return from_quantized_weight(weight, scale, "int8_sq", wide) * columns
+    if weight.dtype == torch.float8_e4m3fn:
+        if scale.dtype == torch.uint8:
+            return MXFP8QTensor((n, k), wide, weight).dequantize(wide, scale=scale)
+        if scale.ndim == 0:
+            return from_quantized_weight(weight, scale, "fp8", wide)
+        blocks = {-1: k} if scale.ndim == 1 else {-1: 128, -2: 128}
+        grid = scale.reshape(-1, k // blocks[-1])
+        return FP8QTensor((n, k), wide, weight).dequantize(wide, scale=grid, block_sizes=blocks)
+    if scale.dtype == torch.uint8:
+        return MXFP4QTensor((n, 2 * k), wide, weight).dequantize(
+            wide, scale=scale.reshape(-1, 1), block_sizes={-1: 32}
+        )
+    if scale.dtype == torch.float8_e4m3fn:
+        whole, size = tensors[f"{layer}.weight_scale_2"], 2 * k // scale.shape[1]
+        return NVFP4QTensor((n, 2 * k), wide, weight).dequantize(
+            wide, scale=scale, double_scale=whole, block_sizes={-1: size}
+        )
+    nibbles = torch.stack([weight & 15, weight >> 4], 1).flatten(0, 1).to(torch.int8)
+    dense = torch.where(nibbles > 7, nibbles - 16, nibbles) * scale.float().repeat_interleave(k // scale.shape[1], 1)
+    assert torch.equal(pack_int4_in_uint8(dense, scale.float(), k // scale.shape[1]), weight)
+    return dense * columns
+
+
 def floats():
     """4-bit floats and integers of rare widths by compressed-tensors; blocks of 8-bit floats and ternary weights as transformers has them."""
     cases = {
@@ -829,7 +899,8 @@ def shipped():
 GROUPS = {
     "shipped": shipped,
     "models": models, "gptqmodel": gptqmodel, "autoawq": autoawq, "auto_round": auto_round, "bitsandbytes": bitsandbytes,
-    "hqq": hqq, "llmcompressor": llmcompressor, "old": old, "quanto": quanto, "torchao": torchao, "floats": floats, "logits": logits,
+    "hqq": hqq, "llmcompressor": llmcompressor, "old": old, "quanto": quanto, "torchao": torchao, "modelopt": modelopt,
+    "floats": floats, "logits": logits,
 }  # fmt: skip
 
 if __name__ == "__main__":

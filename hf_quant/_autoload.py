@@ -119,7 +119,7 @@ def _taking_over(original: Callable[..., Any]) -> Callable[..., Any]:
 
         A configuration of this package that says how to quantize is refused for a checkpoint that is already quantized.
         """
-        stored, requested = quantization_config, quantization_config_from_args
+        stored, requested = _as_dict(quantization_config), quantization_config_from_args
         of_this_package = type(requested).__name__ == "HfQuantConfig"
         if _foreign(stored):
             if of_this_package or (_to_take_over(stored) and (requested is None or _repeats(requested, stored))):
@@ -153,10 +153,15 @@ def _without_its_package(original: Callable[..., Any]) -> Callable[..., Any]:
 def _supporting(original: Callable[..., Any]) -> Callable[..., Any]:
     def supports_quant_method(cls: type, quantization_config_dict: Any) -> Any:
         """transformers' own, every format that this package wrote (a plug-in's has a name of its own), and those it alone reads."""
-        stored = quantization_config_dict
+        stored = _as_dict(quantization_config_dict)
         return METHOD in stored or _read_here_alone(stored) or original(cls, stored)
 
     return supports_quant_method
+
+
+def _as_dict(stored: Any) -> Any:
+    """The configuration in ``config`` of ``from_pretrained``, which is an object where that is of a model that was loaded."""
+    return stored.to_dict() if type(stored).__name__ == "HfQuantConfig" else stored
 
 
 def _foreign(stored: Any) -> bool:

@@ -104,7 +104,8 @@ def floored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     ordinary weights are smaller. For other dtypes it is a normal number, since float32 arithmetic may flush subnormal ones to zero.
     """
     tiny = 2**-24 if dtype is torch.float16 else torch.finfo(dtype).tiny
-    return scale.clamp(min=tiny, max=torch.finfo(dtype).max).to(dtype).float()
+    most = min(torch.finfo(kind).max for kind in (dtype, scale.dtype))
+    return scale.clamp(min=tiny, max=most).to(dtype).float()
 
 
 def quantize(weight: Tensor, scale: Tensor, zero_point: Tensor, scheme: QuantScheme) -> Tensor:

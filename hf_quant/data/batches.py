@@ -28,6 +28,9 @@ GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_th
 SAMPLES = ("attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask", "pixel_mask")
 
 
+LIKE_IDS = ("attention_mask", "position_ids")  # have a value for each token
+
+
 def are_batches(source: Any) -> TypeGuard[Iterable[Mapping[str, Any]]]:
     """Whether data are neither text nor token ids, but mappings of names to tensors, or something that yields them."""
     if source is None or isinstance(source, str | Path | Tensor) or not isinstance(source, Iterable):
@@ -138,6 +141,12 @@ def _with_samples(number: int, inputs: Inputs) -> Inputs:
         raise HfQuantError(
             f"batch {number}: input_ids must be whole numbers [S, T], got {ids.dtype} {list(ids.shape)}"
         )
+    inputs = inputs | {"input_ids": ids.long()}
+    for name in LIKE_IDS:
+        if name in inputs and inputs[name].ndim == ids.ndim and inputs[name].shape != ids.shape:
+            raise HfQuantError(
+                f"batch {number}: {name} {list(inputs[name].shape)} and input_ids {list(ids.shape)} differ in shape"
+            )
     return {name: tensor[None] for name, tensor in inputs.items()} if ids.ndim == 1 else inputs
 
 

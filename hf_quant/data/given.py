@@ -14,6 +14,7 @@ from hf_quant.data.batches import is_record
 from hf_quant.errors import HfQuantError
 
 TEXTS = ("text", "messages")  # columns of a table of texts
+NAME = 255  # characters of the longest name that a file may have
 MANY = 65536  # rows are taken at most of what has no length and may never end
 TAKEN = (
     "a text or JSONL file, the name of a data set, a list of texts, rows with text or messages, token ids [S, T], "
@@ -31,6 +32,8 @@ def as_source(given: Any) -> Any:
     Raises:
         HfQuantError: It is something else; says what is taken.
     """
+    if isinstance(given, str) and ("\n" in given or any(len(part) > NAME for part in given.split("/"))):
+        raise HfQuantError("calibration: one string names a file or a data set, and a text goes into a list: [text]")
     if given is None or isinstance(given, str | Path | Tensor):
         return given
     if isinstance(given, Mapping):

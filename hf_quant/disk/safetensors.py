@@ -111,6 +111,10 @@ def _raw_header(path: Path) -> tuple[bytes, int]:
         prefix = file.read(8)
         if len(prefix) < 8:
             raise CheckpointError(f"{path.name}: truncated: {size} bytes hold no header")
+        if prefix == b"version ":
+            raise CheckpointError(
+                f"{path.name}: a pointer of Git LFS stands in place of the file: git lfs pull fetches it"
+            )
         (length,) = struct.unpack("<Q", prefix)
         if length > MAX_BYTES:
             raise CheckpointError(f"{path.name}: header of {length} bytes, the limit is {MAX_BYTES}")

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from hf_quant.data.text import Windows
+from hf_quant.errors import CheckpointError, printable
 from hf_quant.evaluation.samples import Samples
 from hf_quant.hf.auto import config_of, vocabulary_of
 
@@ -71,6 +72,8 @@ def _generation_config(model: str, hub: dict[str, Any]) -> GenerationConfig | No
         return GenerationConfig.from_pretrained(model, **options)
     except OSError:  # not every model has one
         return None
+    except Exception as error:  # transformers checks its fields by using them
+        raise CheckpointError(f"{model}: generation_config.json: {printable(str(error))}") from error
 
 
 def _listed(ids: Any) -> list[Any]:

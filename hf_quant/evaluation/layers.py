@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_quant.checkpoint.folder import Checkpoint
 from hf_quant.core.geometry import geometry_of
+from hf_quant.disk.safetensors import SIZES
 from hf_quant.hf import Plan
 from hf_quant.nn import QuantEmbedding, QuantExperts, QuantMatrix
 
@@ -106,21 +107,27 @@ def _of_outputs(model: nn.Module, blocks: Sequence[Mapping[str, Any]]) -> list[L
 
 @torch.inference_mode()
 def _of_weights(model: nn.Module, base: Checkpoint) -> list[LayerError]:
-    """The errors of the layers that ``base`` holds under the same name, with one tensor in memory at a time."""
+    """The errors of the layers that ``base`` holds in floating point under the same name, with one tensor in memory at a time."""
     errors = []
     for name, module in model.named_modules():
         if isinstance(module, (QuantMatrix, QuantEmbedding)):
             stored = f"{name}.weight"
-            if stored in base.tensors:
+            if _is_original(base, stored, module.float_shape("weight")):
                 original = base.read(stored)
                 matrix = geometry_of(module).matrix(original)
                 errors.append(_error(name, str(module.scheme), matrix, module.dequantize()))
         elif isinstance(module, QuantExperts):
             for stack, scheme in module.schemes.items():
                 stored = f"{name}.{stack}"
-                if stored in base.tensors:
+                if _is_original(base, stored, module.float_shape(stack)):
                     errors.append(_error(stored, str(scheme), base.read(stored), module.expert_weight(stack)))
     return sorted(errors, key=lambda layer: -layer.error)
+
+
+def _is_original(base: Checkpoint, name: str, shape: tuple[int, ...] | None) -> bool:
+    """Whether a base has a weight of that name, in 16 bits or more, and of that shape; a base may be quantized itself."""
+    info = base.tensors.get(name)
+    return info is not None and info.is_float and SIZES[info.dtype] > 1 and info.shape == shape
 
 
 def _error(name: str, scheme: str, original: Tensor, quantized: Tensor) -> LayerError:

@@ -192,11 +192,28 @@ class Base:
         cache: Path | None = None, endings: Endings = NO_ENDINGS,
     ) -> Reference:  # fmt: skip
         """The same for a text that is tokens already, or for batches of inputs; ``endings`` as in `cached_reference`."""
+        self._refuse_unread(text)
         return cached_reference(
             self.load, f"{self.identity()} {self.circumstances()}", text,
             cache=cache or Path(HF_HOME) / "hf_quant" / "base", base_dtype=self.dtype, noise=means if noise else None,
             say=say, progress=progress, endings=endings,
         )  # fmt: skip
+
+    def _refuse_unread(self, text: Windows | Samples) -> None:
+        """Refuse what would be an index outside of one of its tables.
+
+        Raises:
+            HfQuantError: A token id is outside of the vocabulary, or there are more tokens than positions.
+        """
+        if isinstance(text, Windows):
+            largest, most = int(text.ids.max()), self.vocabulary()
+            if largest >= most:
+                raise HfQuantError(
+                    f"the tokenizer gives token id {largest}, and the vocabulary of {self.model} has {most}"
+                )
+        elif not self._seq2seq():
+            every = [piece.inputs["input_ids"] for piece in text.pieces if "input_ids" in piece.inputs]
+            self.refuse_longer(max((ids.shape[1] for ids in every), default=0))
 
     def _hub(self) -> dict[str, Any]:
         return hub_options({"revision": self.revision, "trust_remote_code": self.trust_remote_code or None})

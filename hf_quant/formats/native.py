@@ -143,7 +143,10 @@ def _default(config: Mapping[str, Any]) -> QuantScheme:
 
 
 def _is_coded(tensors: Mapping[str, Any]) -> bool:
-    return "weight" not in tensors or tensors["weight"].dtype not in FLOATS
+    dense = "weight" in tensors and tensors["weight"].dtype in FLOATS
+    if dense and "weight_scale" in tensors:
+        raise FormatError("weight is in floating point, and scales of codes stand beside it")
+    return not dense
 
 
 FORMAT = Native

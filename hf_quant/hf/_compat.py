@@ -18,7 +18,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from hf_quant.hf._hooks import conversions_of, set_conversions
+from hf_quant.hf._hooks import conversions_of, key_mapping, set_conversions
 from hf_quant.hf.kv_cache import KINDS, QuantCache
 
 
@@ -30,7 +30,7 @@ def updated_conversions(update: Callable[..., list[Any]], conversions: list[Any]
 def arrivals(model: Any) -> Callable[[str], tuple[list[str], bool]]:
     """A function from the name of a tensor in a float checkpoint to its names in ``model``, and whether the loader does more than
     rename it; a converter may split one tensor into several."""
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, dict(key_mapping()))
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     of_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

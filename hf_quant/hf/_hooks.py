@@ -57,10 +57,23 @@ def download_options() -> Mapping[str, Any]:
     transformers tells a quantizer only which files it loads. These options are in the local variable ``download_kwargs`` of
     ``from_pretrained``, which is read here.
     """
+    return _argument("download_kwargs")
+
+
+def key_mapping() -> Mapping[str, Any]:
+    """Patterns of names of tensors that ``from_pretrained`` was told to rename; empty outside of it.
+
+    They are in its local variable ``key_mapping``, and transformers tells a quantizer nothing of them.
+    """
+    return _argument("key_mapping")
+
+
+def _argument(name: str) -> Mapping[str, Any]:
+    """The local variable of that name in the ``from_pretrained`` that runs; empty if there is none."""
     frame = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == "from_pretrained":
-            options = frame.f_locals.get("download_kwargs")
+            options = frame.f_locals.get(name)
             if isinstance(options, Mapping):
                 return options
         frame = frame.f_back

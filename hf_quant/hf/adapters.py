@@ -31,7 +31,8 @@ def merge_adapters(model: Any) -> tuple[Any, dict[str, float]]:
         rounding lost, ``|codes - merged| / |merged - codes before|`` in Frobenius norms.
 
     Raises:
-        PlanError: There are no adapters; or one belongs to a table that is both the embeddings and the output head.
+        PlanError: There are no adapters; or one belongs to a table that is both the embeddings and the output head, be it of codes
+            or not.
     """
     if not hasattr(model, "merge_and_unload"):
         raise PlanError("merge_adapters: the model has no adapters; peft.get_peft_model(model, config) adds some")
@@ -39,6 +40,7 @@ def merge_adapters(model: Any) -> tuple[Any, dict[str, float]]:
         raise PlanError("merge_adapters: this torch shows codes as copies only; merge into model.dequantize()")
     quantized = {name: module for name, module in model.named_modules() if isinstance(module, Quantized)}
     _refuse_shared(quantized)
+    _refuse_tied(model)
     biases = [
         (bias, bias.dtype) for m in quantized.values() if isinstance(bias := getattr(m, "bias", None), torch.Tensor)
     ]
@@ -81,6 +83,22 @@ def _rewriting(quantized: dict[str, Quantized]) -> Iterator[dict[str, float]]:
 def _plain(name: str) -> str:
     """The name of a module without what PEFT puts around it."""
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _refuse_tied(model: Any) -> None:
+    """Refuse an adapter of one of two modules that share a parameter: what is merged into it would change both."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for names in owners.values():
+        adapted = next((name for name in names if name.endswith(".base_layer")), None)
+        if adapted is not None and len(names) > 1:
+            other = next(name for name in names if name != adapted)
+            raise PlanError(
+                f"{_plain(adapted)}: {_plain(other)} has the same weight, which the adapter would change as well: save the adapter and "
+                "load it beside the model, or train without one here"
+            )
 
 
 def _refuse_shared(quantized: dict[str, Quantized]) -> None:

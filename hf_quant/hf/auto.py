@@ -170,6 +170,7 @@ def tokenizer_of(model: str, **hub: Any) -> Any:
         files = [name for name in TOKENIZER_FILES if (Path(model) / hub.get("subfolder", "") / name).is_file()]
         if not files:  # which transformers reports in many ways
             return None
+        config_of(model, **hub)  # which is read first, and may be what is wrong
         raise CheckpointError(f"{model}: {files[0]}: {_first_line(error)}") from error
 
 
@@ -182,4 +183,5 @@ def _why(model: str, error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first

@@ -14,7 +14,8 @@ from hf_quant.data.batches import are_batches
 from hf_quant.data.calibration import Calibration, calibration
 from hf_quant.data.chat import Chat
 from hf_quant.errors import CheckpointError, HfQuantError, UnchainedError
-from hf_quant.hf.auto import tokenizer_of, vocabulary_of
+from hf_quant.hf._hooks import download_options
+from hf_quant.hf.auto import hub_options, tokenizer_of, vocabulary_of
 from hf_quant.hf.batch_inputs import inputs_for
 from hf_quant.hf.blocks import Around, blocks_of, layers_of, refuse_other_kinds
 from hf_quant.hf.config import HfQuantConfig
@@ -57,11 +58,12 @@ def data_for(config: HfQuantConfig, model: Any) -> Calibration:
 def _read(config: HfQuantConfig, model: Any) -> Calibration:
     if are_batches(config.calibration):
         return Calibration.of_batches(config.calibration)
-    # whoever loaded the model has trusted its code, if there is some
-    own_code = not type(model).__module__.startswith("transformers.")
+    # whoever loaded a class that the checkpoint defines has trusted its code
+    own_code = type(model).__module__.startswith("transformers_modules.")
+    where = hub_options(download_options())
     tokenizer, ids = None, isinstance(config.calibration, torch.Tensor)
     with suppress(CheckpointError) if ids else nullcontext():
-        tokenizer = tokenizer_of(model.config.name_or_path, trust_remote_code=own_code)
+        tokenizer = tokenizer_of(model.config.name_or_path, **where, trust_remote_code=own_code)
     if tokenizer is None and not ids:
         raise HfQuantError("calibration: no tokenizer beside the model, pass token ids instead")
     vocabulary = vocabulary_of(model.config)

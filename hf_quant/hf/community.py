@@ -93,14 +93,19 @@ def _is_own_class(model: Any) -> bool:
 
 
 def new_head(model: Any) -> set[str]:
-    """The parameters outside of the base model, where the checkpoint is of a class with another head.
+    """The parameters outside of the base model, and of its pooler, where the checkpoint is of a class with another head.
 
     transformers draws those that the checkpoint lacks at random, and says so.
     """
-    if _is_own_class(model) or model.base_model is model:
+    if _is_own_class(model):
         return set()
-    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    inside = {id(parameter) for name, parameter in model.base_model.named_parameters() if not in_pooler(name)}
     return {name for name, parameter in model.named_parameters() if id(parameter) not in inside}
+
+
+def in_pooler(name: str) -> bool:
+    """Whether a parameter is of the layer that makes one vector of a text or an image, as BERT and ViT have it."""
+    return "pooler" in name.split(".")
 
 
 def _is_other_head(model: Any, contents: Contents, module: str) -> bool:

@@ -1,4 +1,4 @@
-"""Keys and values in INT8 or INT4: a transformers cache that replaces the default one of any model.
+"""Keys and values in INT8 or INT4: a transformers cache that replaces the default one of a model.
 
 INT8: symmetric, one scale for each token and head. INT4: as in KIVI (arXiv:2402.02750), keys by channel, since some channels are
 large for all tokens, and values by token, both in groups with a zero point; the newest tokens stay in floating point.
@@ -27,6 +27,9 @@ logger = logging.get_logger(__name__)
 
 class QuantCache(Cache):
     """Pass a new one as ``past_key_values`` to ``model(...)`` or ``model.generate(...)`` (``cache`` since transformers 5.24).
+
+    A model with an encoder and a decoder wants a pair: ``EncoderDecoderCache(QuantCache(config), QuantCache(config))``. One alone would
+    mix the keys of the text that is written with those of the encoder, as a bare ``DynamicCache`` does too.
 
     Layers with a sliding window or another kind of state stay in floating point, with one message about it.
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,7 +20,7 @@ from hf_quant.checkpoint.folder import INDEX, WEIGHTS, Checkpoint
 from hf_quant.data.batches import Inputs
 from hf_quant.disk.safetensors import TORCH
 from hf_quant.errors import PlanError
-from hf_quant.formats import known_methods
+from hf_quant.formats import formats, known_methods
 from hf_quant.hf._compat import recompute_activations
 from hf_quant.hf._hooks import build
 from hf_quant.hf.auto import class_of, config_of, hub_options, vocabulary_of
@@ -25,7 +28,7 @@ from hf_quant.hf.batch_inputs import inputs_for, on_device, same_draws
 from hf_quant.hf.config import HfQuantConfig, taken_over
 from hf_quant.hf.foreign_errors import explained
 from hf_quant.hf.plan import Plan, make_plan
-from hf_quant.hf.preflight import check_rest, examine, refuse_unexplained
+from hf_quant.hf.preflight import check_float_checkpoint, examine
 from hf_quant.hf.requantizing import quantized_already
 
 
@@ -41,10 +44,11 @@ def load(model: str, **kwargs: Any) -> Any:
         CheckpointError: The config names no class of transformers, or something in the checkpoint is invalid.
         FormatError: It is quantized in a way that this package does not read.
     """
-    hub, folder = hub_options(kwargs), Path(model)
+    hub = hub_options(kwargs)
+    folder = Path(model) / hub.get("subfolder", "")
     config = kwargs.pop("config", None) or config_of(model, **hub)
     with explained(model):
-        stored = stored_in(config, folder)
+        stored = stored_in(config, folder if folder.is_dir() else _downloaded(model, hub))
         if isinstance(stored, Mapping):
             foreign = stored.get("quant_method") != "hf_quant"
             # some have it in another file, and by these fields transformers would take it for another program's checkpoint
@@ -55,8 +59,7 @@ def load(model: str, **kwargs: Any) -> Any:
         named = getattr(config, "transformers_weights", None) or WEIGHTS
         if stored is None and any((folder / name).is_file() for name in (named, INDEX)):
             checkpoint = Checkpoint.open(folder)
-            refuse_unexplained(checkpoint)
-            check_rest(skeleton(model, weights=checkpoint, **hub), checkpoint, checkpoint.tensors)
+            check_float_checkpoint(skeleton(model, weights=checkpoint, **hub), checkpoint)
         return class_of(config, **hub).from_pretrained(model, config=config, **kwargs)
 
 
@@ -72,6 +75,17 @@ def stored_in(config: Any, folder: Path) -> Any:
             if (stored := getattr(part, field, None)) is not None:
                 return stored
     return quantization_of(folder, {}) if folder.is_dir() else None
+
+
+def _downloaded(model: str, hub: Mapping[str, Any]) -> Path:
+    """The folder in the cache of the Hub's client where a file is that some formats have beside config.json; else no folder."""
+    options = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+    where = {name: hub[name] for name in options if name in hub}
+    files = [name for fmt in formats().values() for name in (fmt.config_file, fmt.marker_file) if name is not None]
+    for name in files:
+        with suppress(HfHubHTTPError, OSError, ValueError):  # there is no such file, or no connection
+            return Path(hf_hub_download(model, name, **where)).parent
+    return Path(model)
 
 
 def understood(stored: Mapping[str, Any]) -> HfQuantConfig:
@@ -117,10 +131,10 @@ def refuse_quantized(model: str, **hub: Any) -> None:
         raise PlanError(f"{model}: {quantized_already(stored)}")
 
 
-def plan_of(model: str, config: HfQuantConfig, **hub: Any) -> tuple[Any, Plan]:
-    """The model on the meta device, built from config.json alone, and the plan of ``config`` for it."""
+def plan_of(model: str, config: HfQuantConfig, *, dtype: torch.dtype | None = None, **hub: Any) -> tuple[Any, Plan]:
+    """The model on the meta device, as `skeleton` builds it, and the plan of ``config`` for it."""
     refuse_quantized(model, **hub)
-    on_meta = skeleton(model, **hub)
+    on_meta = skeleton(model, dtype=dtype, **hub)
     return on_meta, make_plan(on_meta, config)
 
 
@@ -140,12 +154,13 @@ def stored_plan(model: Any, checkpoint: Checkpoint, stored: Mapping[str, Any]) -
     return make_plan(model, config, stored=placed.schemes)
 
 
-def skeleton(model: str, *, weights: Checkpoint | None = None, **hub: Any) -> Any:
+def skeleton(model: str, *, weights: Checkpoint | None = None, dtype: torch.dtype | None = None, **hub: Any) -> Any:
     """The model on the meta device, built from config.json alone.
 
     Args:
         model: Folder or Hub id.
         weights: Its checkpoint, which gives the dtype if config.json does not.
+        dtype: In place of the one of config.json.
         hub: As for `hf_quant.hf.auto.hub_options`.
 
     Raises:
@@ -153,7 +168,8 @@ def skeleton(model: str, *, weights: Checkpoint | None = None, **hub: Any) -> An
     """
     config = config_of(model, **hub)
     types = [TORCH[info.dtype] for info in weights.tensors.values() if info.is_float] if weights is not None else []
-    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(types), torch.float32)
+    if dtype is None:
+        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else next(iter(types), torch.float32)
     with explained(model), torch.device("meta"):
         kind = class_of(config, **hub)
         return (

@@ -17,7 +17,7 @@ from hf_quant.disk.safetensors import SIZES, TensorInfo
 from hf_quant.errors import CheckpointError
 from hf_quant.hf._compat import arrivals
 from hf_quant.hf._hooks import may_be_missing
-from hf_quant.hf.community import Placed, aliases, as_asked, homes, new_head, place
+from hf_quant.hf.community import Placed, aliases, as_asked, homes, in_pooler, new_head, place
 from hf_quant.hf.config import HfQuantConfig
 
 # suffixes of quantized layers only: GPTQ and AWQ, compressed-tensors, HQQ, optimum-quanto, bitsandbytes
@@ -107,14 +107,13 @@ def refuse_unexplained(checkpoint: Checkpoint) -> None:
             )
 
 
-def check_complete(model: Any, placed: Placed, covered: set[str], names: Iterable[str] | None = None) -> None:
+def check_complete(model: Any, placed: Placed, covered: set[str]) -> None:
     """Check that every parameter is in the checkpoint, unless it is a new head's or the model's class allows it to be missing.
 
     Args:
         model: Without weights, with its quantized modules inserted.
         placed: The quantized layers.
         covered: Names of other parameters in the checkpoint.
-        names: Names of the required parameters; None for all.
 
     Raises:
         CheckpointError: Names the first missing parameter.
@@ -125,11 +124,35 @@ def check_complete(model: Any, placed: Placed, covered: set[str], names: Iterabl
     partners = {a for pair in ties.items() for a in pair if covered & set(pair)}
     optional = [re.compile(pattern) for pattern in may_be_missing(model)]
     head = new_head(model)
-    for name in [name for name, _ in model.named_parameters()] if names is None else names:
+    for name, _ in model.named_parameters():
         if name in covered or name in partners or name in head:
             continue
         if not any(pattern.search(name) for pattern in optional):
             raise CheckpointError(f"tensor {name} is missing from the checkpoint")
+
+
+def check_float_checkpoint(model: Any, checkpoint: Checkpoint) -> None:
+    """Check that a checkpoint in floating point has every parameter of its model, from the headers.
+
+    Args:
+        model: Without weights.
+        checkpoint: With checked headers.
+
+    Raises:
+        CheckpointError: A tensor is missing, does not fit, or is of a quantized layer; names it.
+    """
+    refuse_unexplained(checkpoint)
+    check_complete(model, Placed(), check_rest(model, checkpoint, checkpoint.tensors))
+
+
+def absent_poolers(model: Any, checkpoint: Checkpoint) -> list[str]:
+    """Layers of a pooler that a checkpoint of another class does not have; transformers draws their weights at random."""
+    names = {name for name in new_head(model) if in_pooler(name)}
+    if not names:
+        return []
+    arriving = arrivals(model)
+    covered = {target for name in checkpoint.tensors for target in arriving(name)[0]}
+    return sorted({name.rpartition(".")[0] for name in names} - {name.rpartition(".")[0] for name in covered})
 
 
 def check_whole(model: Any, contents: Contents) -> None:

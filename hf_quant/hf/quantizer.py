@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +27,7 @@ from hf_quant.formats import Format, in_memory_format
 from hf_quant.hf import attention
 from hf_quant.hf._compat import keep_for_saving, updated_conversions
 from hf_quant.hf.calibrate_loaded import calibrate, data_for
-from hf_quant.hf.candidates import candidates
+from hf_quant.hf.candidates import Candidate, candidates
 from hf_quant.hf.community import Placed
 from hf_quant.hf.config import AUTO
 from hf_quant.hf.foreign_tensors import conversions
@@ -36,7 +37,7 @@ from hf_quant.hf.modules import Modules, to_float
 from hf_quant.hf.offload import is_away
 from hf_quant.hf.ops import KeepApart, QuantizeOnLoad
 from hf_quant.hf.plan import Plan, freeze, make_plan
-from hf_quant.hf.preflight import check_buffers, check_complete, check_rest, examine
+from hf_quant.hf.preflight import absent_poolers, check_buffers, check_complete, check_rest, examine
 from hf_quant.hf.publishing import guard, release
 from hf_quant.hf.resizing import refuse_resizing
 from hf_quant.hf.saved_names import settle, state_on_disk, stems
@@ -72,6 +73,11 @@ class HfQuantQuantizer(HfQuantizer):
     saving: tuple[dict[str, Tensor], set[str]] | None = (
         None  # what is saved of a trainable model, and which tensors of it are coded
     )
+
+    def __init__(self, quantization_config: HfQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:  # the plan is written into it, and one configuration may serve several models
+            self.quantization_config = copy(quantization_config)
 
     @property
     def calibrates(self) -> bool:
@@ -139,11 +145,7 @@ class HfQuantQuantizer(HfQuantizer):
                     "save_pretrained writes them"
                 )
             else:
-                self.plan = make_plan(model, config, frozen=self.pre_quantized)
-                if checkpoint is not None:
-                    planned = [n if by_name[n].kind == "experts" else f"{n}.weight" for n in self.plan.schemes]
-                    covered = check_rest(model, checkpoint, checkpoint.tensors, set(planned))
-                    check_complete(model, self.placed, covered, planned)
+                self._plan_floats(model, checkpoint, by_name)
         if self.calibrates:
             self._prepare_calibration(model)
         if self.calibrates or self.trains:  # once the weights are there
@@ -160,6 +162,20 @@ class HfQuantQuantizer(HfQuantizer):
             n: p.dtype for n, p in model.named_parameters() if self.pre_quantized and p.is_floating_point()
         }
         return contents
+
+    def _plan_floats(self, model: Any, checkpoint: Checkpoint | None, by_name: Mapping[str, Candidate]) -> None:
+        """The plan of a model whose weights are floating point, or codes in a state dict, and a check of its files.
+
+        Raises:
+            HfQuantError: As `prepare`.
+        """
+        config = self.quantization_config
+        if checkpoint is not None:
+            config.modules_to_not_convert = [*config.modules_to_not_convert, *absent_poolers(model, checkpoint)]
+        self.plan = make_plan(model, config, frozen=self.pre_quantized)
+        if checkpoint is not None:
+            planned = {n if by_name[n].kind == "experts" else f"{n}.weight" for n in self.plan.schemes}
+            check_complete(model, self.placed, check_rest(model, checkpoint, checkpoint.tensors, planned))
 
     def _prepare_calibration(self, model: Any) -> None:
         """Read the calibration data; what cannot be is refused here, and not after the weights were read or calibrated.

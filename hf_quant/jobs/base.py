@@ -78,7 +78,9 @@ def base_of(model: str, recipe: Mapping[str, Any], named: str | None) -> tuple[s
         raise HfQuantError(f"{model} does not say what it was made from: name it with --base")
     if named is None and "/" not in base:
         if (place := recalled(Path(model))) is None:
-            raise HfQuantError(f"{model} was made from a folder called {base!r}: say where it is with --base")
+            raise HfQuantError(
+                f"{model} was made from a folder called {base!r}, which is not known to be as it was: say where it is with --base"
+            )
         return str(place), None
     if Path(base).is_dir():
         return str(base), None
@@ -124,7 +126,10 @@ def remember(folder: Path, base: str) -> None:
     with suppress(OSError):
         file = _note(folder)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"base": os.path.realpath(base), "recipe": _digest(folder)}), encoding="utf-8")
+        file.write_text(
+            json.dumps({"base": os.path.realpath(base), "recipe": _digest(folder), "files": _files(Path(base))}),
+            encoding="utf-8",
+        )
 
 
 def recalled(folder: Path) -> Path | None:
@@ -132,9 +137,18 @@ def recalled(folder: Path) -> Path | None:
     try:
         note = json.loads(_note(folder).read_text(encoding="utf-8"))
         place = Path(note["base"])
-        return place if note["recipe"] == _digest(folder) and (place / "config.json").is_file() else None
+        same = note["recipe"] == _digest(folder) and note["files"] == _files(place)
+        return place if same and (place / "config.json").is_file() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _files(base: Path) -> str:
+    """A digest of the config of a base, and of the sizes of its weights and the times when they were written."""
+    digest = hashlib.sha256((base / "config.json").read_bytes())
+    for file in sorted(base.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns} ".encode())
+    return digest.hexdigest()
 
 
 def _digest(folder: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -17,6 +17,7 @@ from hf_quant.data.calibration import Calibration
 from hf_quant.disk.atomic import put
 from hf_quant.disk.folders import discard
 from hf_quant.disk.journal import Journal, open_journal
+from hf_quant.disk.safetensors import write_tensors
 from hf_quant.errors import HfQuantError, OptionError
 from hf_quant.evaluation.yardstick import Base
 from hf_quant.hf import load
@@ -106,7 +107,7 @@ def write(
         windows = torch.cat([data.ids, *parts])
         if out.exists() and not _holds(out, windows):
             raise HfQuantError(f"{shown(out)}: exists with something else in it, and no file is replaced")
-        put(out, lambda draft: save_file({IDS: windows}, draft))
+        put(out, lambda draft: write_tensors(draft, {IDS: windows}))
     discard(work_folder(out), out)
     return Written(len(windows), context, len(prompts) * (context - sampling.prompt_tokens))
 
@@ -135,4 +136,4 @@ def _holds(file: Path, windows: Tensor) -> bool:
 
 def _add(journal: Journal, ids: Tensor) -> None:
     name = f"batch-{len(journal.parts):05d}.safetensors"
-    journal.add(name, lambda draft: save_file({IDS: ids}, draft), {"windows": len(ids)})
+    journal.add(name, lambda draft: write_tensors(draft, {IDS: ids}), {"windows": len(ids)})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_quant.errors import HfQuantError, OptionError
 from hf_quant.jobs.base import remember
-from hf_quant.jobs.options import budget, check_model, hub, load_options, size_in_bytes
+from hf_quant.jobs.options import budget, check_model, dtype_of, hub, load_options, size_in_bytes
 from hf_quant.jobs.outputs import check_places
 from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
 from hf_quant.jobs.results import Result, Row, interval
@@ -220,7 +220,7 @@ def ladder(
     }  # fmt: skip
     smallest = HfQuantConfig(str(steps[-1]), **planned)
     if size is not None:
-        _refuse_too_small(model, size, smallest, from_hub)
+        _refuse_too_small(model, size, smallest, load_arguments)
     base = _base(model, how.base_dtype, device, from_hub)
     with reporting(progress, say) as report:
         tokenizer = tokenizer_of(model, **from_hub)
@@ -268,11 +268,12 @@ def ladder(
     )  # fmt: skip
 
 
-def _refuse_too_small(model: str, size: int, smallest: HfQuantConfig, from_hub: dict[str, Any]) -> None:
-    """Refuse a size that not even the lowest rung has, before anything is measured."""
+def _refuse_too_small(model: str, size: int, smallest: HfQuantConfig, load: dict[str, Any]) -> None:
+    """Refuse a size that not even the lowest rung has, before anything is measured; ``load`` as of `load_options`."""
     from hf_quant.hf import plan_of
+    from hf_quant.hf.auto import hub_options
 
-    least = plan_of(model, smallest, **from_hub)[1].bytes_quantized
+    least = plan_of(model, smallest, dtype=dtype_of(load), **hub_options(load))[1].bytes_quantized
     if least > size:
         raise OptionError(
             f"--max-size {size / 1e6:.3g}MB: the smallest model, {smallest.scheme}, has {least / 1e6:.3g} MB; --embeddings, "

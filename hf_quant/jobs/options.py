@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from hf_quant.errors import HfQuantError, OptionError, suggestion
 
 if TYPE_CHECKING:
+    import torch
+
     from hf_quant.evaluation.gate import Budget
     from hf_quant.hf import HfQuantConfig
 
@@ -43,6 +45,7 @@ GPU_NODES = (
 LARGEST_SEED = 2**62  # torch takes 64 bits, and what draws several times adds to it
 TYPO = 0.85  # likeness of two names of which one was meant for the other
 MANY, LONGEST = 1000, 255  # names in a folder that are compared, and characters of a name
+ADAPTER = "adapter_config.json"  # of PEFT
 WANTED = "name the folder of a Hugging Face model (config.json and safetensors), or a Hub id such as owner/name"
 
 
@@ -60,6 +63,11 @@ def check_model(model: str | os.PathLike[str], revision: str | None = None) -> s
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise HfQuantError(f"{name}: {_of_folder(path)}")
+        if (path / ADAPTER).is_file():
+            raise HfQuantError(
+                f"{name}: transformers would load the adapter beside this model ({ADAPTER}): merge it and save that, or move the files "
+                "of the adapter into another folder"
+            )
         if revision is not None:
             raise OptionError(
                 f"--revision {revision}: {name} is a folder here, and only models on the Hub have revisions"
@@ -117,7 +125,7 @@ def _of_file(path: Path) -> str:
 
 
 def _of_folder(folder: Path) -> str:
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER).is_file():
         return (
             "an adapter (PEFT), not a whole model; merge it into its base first: AutoPeftModelForCausalLM.from_pretrained(...), "
             "then merge_and_unload(), or hf_quant.merge_adapters(model) where the base is quantized, and save_pretrained(...)"
@@ -138,7 +146,7 @@ def size_in_bytes(value: int | str) -> int:
     """
     if isinstance(value, int):
         return value
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(value).upper())
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([KMGT]?I?)B?\s*", str(value).upper())
     if match is None or match[2] not in UNITS:
         raise OptionError(f"{value!r} is not a size; write for example 4GB, 512MiB or 2000000")
     return int(float(match[1]) * UNITS[match[2]])
@@ -283,6 +291,13 @@ def load_options(dtype: object, device: str | None, from_hub: Mapping[str, Any])
         OptionError: There is no such type, or no such device.
     """
     return {"dtype": dtype_named(dtype)} | ({"device_map": check_device(device)} if device else {}) | dict(from_hub)
+
+
+def dtype_of(load: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype in ``load``, as `load_options` gives it; None for that of config.json."""
+    import torch
+
+    return getattr(torch, load["dtype"], None)
 
 
 def hub(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:

@@ -62,9 +62,15 @@ def _continued(model: Any, tokenizer: Any, prompt: str) -> list[str]:
     """The new tokens, each as the text that it adds."""
     import torch
 
+    from hf_quant.hf.auto import positions_of
+
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise HfQuantError(f"{type(model).__name__} is no causal language model, so there are no sample texts")
-    ids = torch.tensor([tokenizer(prompt).input_ids], device=model.device)
+    ids, most = torch.tensor([tokenizer(prompt).input_ids], device=model.device), positions_of(model)
+    if most and ids.shape[1] + TOKENS > most:
+        raise HfQuantError(
+            f"--prompt: {ids.shape[1]:,} tokens and {TOKENS} new ones are more than the {most:,} positions of {model.name_or_path}"
+        )
     mask = torch.ones_like(ids)  # all of it is text, whatever the padding token is
     new = model.generate(ids, attention_mask=mask, max_new_tokens=TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
     texts = [tokenizer.decode(new[:end], skip_special_tokens=True) for end in range(len(new) + 1)]

@@ -28,7 +28,7 @@ from hf_quant.hf.auto import CODE
 from hf_quant.hf.community import Placed
 from hf_quant.hf.foreign_tensors import parameters_of
 from hf_quant.hf.loading import skeleton, stored_in, understood
-from hf_quant.hf.preflight import check_rest, refuse_unexplained
+from hf_quant.hf.preflight import check_float_checkpoint
 from hf_quant.hf.quantizer import HfQuantQuantizer
 from hf_quant.jobs.headers import not_there
 from hf_quant.jobs.options import check_model
@@ -135,15 +135,14 @@ def check_tensors(folder: Path, progress: Callable[[Iterable[Any]], Iterable[Any
         HfQuantError: The first thing that is wrong; the message names file and tensor or field.
     """
     checkpoint = Checkpoint.open(folder)
-    index = checkpoint.config.get("transformers_weights", INDEX)
+    index = checkpoint.config.get("transformers_weights") or INDEX
     if index.endswith(".json") and (folder / index).is_file() and "metadata" not in read_json(folder, index):
         raise CheckpointError(f"{index}: metadata is missing, without which transformers loads no shards")
     model = _skeleton(checkpoint)
     stored = stored_in(model.config, folder)
     size = sum(info.nbytes for info in checkpoint.tensors.values())
     if stored is None:
-        refuse_unexplained(checkpoint)
-        check_rest(model, checkpoint, checkpoint.tensors)
+        check_float_checkpoint(model, checkpoint)
         _check_numbers(model, checkpoint, progress(list(checkpoint.tensors)))
         return VerifyResult(str(folder), None, NOT_QUANTIZED, 0, len(checkpoint.tensors), size)
     refuse_training(folder, stored)

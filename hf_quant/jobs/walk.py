@@ -28,6 +28,7 @@ from hf_quant.hf.auto import hub_options, positions_of
 from hf_quant.hf.candidates import candidates
 from hf_quant.hf.loading import plan_of
 from hf_quant.jobs.compress import Job
+from hf_quant.jobs.options import dtype_of
 
 LADDER = (8, 4, 3, 2)
 MIXED = "mixed"
@@ -238,7 +239,7 @@ class Ladder:
     def _table(self, walk: Walk, tried: Sequence[QuantScheme]) -> _Table:
         """Measure what each group costs alone, and put it beside what it weighs."""
         config = HfQuantConfig(str(self.schemes[0]), **self.options)
-        skeleton, plan = plan_of(self.job.model, config, **hub_options(self.job.load))
+        skeleton, plan = plan_of(self.job.model, config, dtype=dtype_of(self.job.load), **hub_options(self.job.load))
         tied = {name.removesuffix(".weight") for pair in skeleton.all_tied_weights_keys.items() for name in pair}
         layers = groups(name for name in plan.schemes if name not in tied)
         trial, model = self.trial(), self.load_base(torch.float32)

@@ -113,6 +113,19 @@ class Outside(nn.Module):
         """That weight, in that shape, in ``dtype`` or else the dtype that the module computes in."""
         raise NotImplementedError
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As PyTorch's.
+
+        Raises:
+            PlanError: Codes are asked to train.
+        """
+        if requires_grad and self._finished:
+            raise PlanError(
+                f"{type(self).__name__}: codes do not train, as PEFT's modules_to_save would have them: leave this layer in floating "
+                "point (modules_to_not_convert), give it an adapter, or load the base with HfQuantConfig(..., training=True)"
+            )
+        return super().requires_grad_(requires_grad)
+
     def finished(self) -> None:
         """Hide the codes from now on; before, transformers' loader has to see them."""
         self._finished = True

@@ -207,6 +207,19 @@ def test_the_start_is_the_best_of_its_rank(options: dict[str, Any], experts: Pat
                 torch.testing.assert_close(layer(x), exact(x), rtol=1e-3, atol=1e-4)
 
 
+def test_an_adapter_of_which_nothing_is_left_can_learn(experts: Path) -> None:
+    """Of a layer in floating point nothing is left; with zeros in both factors it would have no gradient ever."""
+    base = AutoModelForCausalLM.from_pretrained(experts, dtype=torch.float32)
+    config = HfQuantConfig("W2A16-g32", overrides={"*q_proj": None})
+    model = AutoModelForCausalLM.from_pretrained(experts, dtype=torch.float32, quantization_config=config)
+    lora = peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora).train()
+    adapter.start_from_error(model, base)
+    model(torch.arange(1, 17)[None]).logits.square().mean().backward()
+    factors = model.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight
+    assert not factors.any() and factors.grad.abs().sum() > 0
+
+
 def test_another_version_of_the_host_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

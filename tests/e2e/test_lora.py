@@ -214,6 +214,19 @@ def test_dora_on_conv1d_compiled(zoo: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
+def test_a_table_in_floating_point_with_two_uses_is_not_merged_into(zoo: Any) -> None:
+    config = HfQuantConfig("W4A16-g32")
+    model = CAUSAL.from_pretrained(zoo("llama-tied")[1], dtype=torch.float32, quantization_config=config)
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")
+    )
+    with pytest.raises(
+        PlanError, match=r"model\.embed_tokens: lm_head has the same weight, which the adapter would change"
+    ):
+        merge_adapters(adapted)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
 def test_a_table_with_two_uses_is_not_merged_into(zoo: Any) -> None:
     config = HfQuantConfig("W4A16-g32", quantize_lm_head=True)
     model = CAUSAL.from_pretrained(zoo("llama-tied")[1], dtype=torch.float32, quantization_config=config)

@@ -169,6 +169,20 @@ def test_download_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert _hooks.download_options() == {}
 
 
+def test_key_mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LlamaForCausalLM(model().config).save_pretrained(tmp_path)
+    seen = []
+    original = LlamaForCausalLM.__init__
+
+    def look(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen.append(_hooks.key_mapping())
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", look)
+    LlamaForCausalLM.from_pretrained(tmp_path, key_mapping={"one": "another"})
+    assert seen == [{"one": "another"}] and _hooks.key_mapping() == {}
+
+
 def test_build() -> None:
     assert model().dtype is torch.bfloat16 and model().device.type == "meta"
 

@@ -70,8 +70,11 @@ def _start(layer: Any, base: nn.Module, parameter: str, adapter: str) -> float:
         a, b = down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
     else:
         a, b = down, up
-    for linear, factor in ((layer.lora_A[adapter], a), (layer.lora_B[adapter], b)):
-        linear.weight.copy_(factor / scaling**0.5)
+    spare = ~a.any(
+        1, keepdim=True
+    )  # nothing is left for these rows: they stay as PEFT drew them, or they could never learn
+    layer.lora_A[adapter].weight.copy_(torch.where(spare, layer.lora_A[adapter].weight, a / scaling**0.5))
+    layer.lora_B[adapter].weight.copy_(b / scaling**0.5)
     if adapter in layer.lora_magnitude_vector:  # DoRA's norms are those of the weight with its adapter
         layer.lora_magnitude_vector[adapter].weight.copy_((rounded + up @ down).norm(dim=-1))
     return float((error - up @ down).norm() / error.norm().clamp_min(1e-30))

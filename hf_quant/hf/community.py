@@ -110,6 +110,8 @@ def in_pooler(name: str) -> bool:
 
 def _is_other_head(model: Any, contents: Contents, module: str) -> bool:
     """Whether a layer of the checkpoint is beside the base model, of another class than that which is being loaded."""
+    if module.rpartition(".")[2] == "lm_head":  # of a LLaVA, beside a language model that has another prefix
+        return not _is_own_class(model)
     prefix = f"{model.base_model_prefix}."
     beside = any(name.startswith(prefix) for name in contents.checkpoint.tensors) and not module.startswith(prefix)
     return beside and not _is_own_class(model)

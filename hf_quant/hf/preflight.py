@@ -22,6 +22,8 @@ from hf_quant.hf.config import HfQuantConfig
 
 # suffixes of quantized layers only: GPTQ and AWQ, compressed-tensors, HQQ, optimum-quanto, bitsandbytes
 CODES = (".qweight", ".weight_packed", ".W_q", ".weight._data", ".weight.absmax", ".weight.quant_map", ".SCB")
+# parameters that only training reads, which many checkpoints lack: of Wav2Vec2 and its relatives, of BEiT and its
+UNUSED = (r"(^|\.)masked_spec_embed$", r"(^|\.)mask_token$")
 MOST_BUFFERS = 1 << 28  # bytes that buffers made from config.json may take, besides the size of the checkpoint
 
 
@@ -107,13 +109,14 @@ def refuse_unexplained(checkpoint: Checkpoint) -> None:
             )
 
 
-def check_complete(model: Any, placed: Placed, covered: set[str]) -> None:
+def check_complete(model: Any, placed: Placed, covered: set[str], names: Iterable[str] | None = None) -> None:
     """Check that every parameter is in the checkpoint, unless it is a new head's or the model's class allows it to be missing.
 
     Args:
         model: Without weights, with its quantized modules inserted.
         placed: The quantized layers.
         covered: Names of other parameters in the checkpoint.
+        names: Names of the required parameters; None for all.
 
     Raises:
         CheckpointError: Names the first missing parameter.
@@ -122,9 +125,9 @@ def check_complete(model: Any, placed: Placed, covered: set[str]) -> None:
     covered = covered | {stem + part for stem in stems for part in ("", *COMPANIONS)}
     ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     partners = {a for pair in ties.items() for a in pair if covered & set(pair)}
-    optional = [re.compile(pattern) for pattern in may_be_missing(model)]
+    optional = [re.compile(pattern) for pattern in (*may_be_missing(model), *UNUSED)]
     head = new_head(model)
-    for name, _ in model.named_parameters():
+    for name in [name for name, _ in model.named_parameters()] if names is None else names:
         if name in covered or name in partners or name in head:
             continue
         if not any(pattern.search(name) for pattern in optional):
@@ -142,12 +145,17 @@ def check_float_checkpoint(model: Any, checkpoint: Checkpoint) -> None:
         CheckpointError: A tensor is missing, does not fit, or is of a quantized layer; names it.
     """
     refuse_unexplained(checkpoint)
-    check_complete(model, Placed(), check_rest(model, checkpoint, checkpoint.tensors))
+    covered, absent = check_rest(model, checkpoint, checkpoint.tensors), absent_poolers(model, checkpoint)
+    covered |= {name for name, _ in model.named_parameters() if name.rpartition(".")[0] in absent}
+    check_complete(model, Placed(), covered)
 
 
 def absent_poolers(model: Any, checkpoint: Checkpoint) -> list[str]:
-    """Layers of a pooler that a checkpoint of another class does not have; transformers draws their weights at random."""
-    names = {name for name in new_head(model) if in_pooler(name)}
+    """Layers of a pooler that a checkpoint in floating point does not have, as many do not: nothing of them was trained.
+
+    transformers draws their weights at random, and says so.
+    """
+    names = {name for name, _ in model.named_parameters() if in_pooler(name)}
     if not names:
         return []
     arriving = arrivals(model)

@@ -174,8 +174,9 @@ class HfQuantQuantizer(HfQuantizer):
             config.modules_to_not_convert = [*config.modules_to_not_convert, *absent_poolers(model, checkpoint)]
         self.plan = make_plan(model, config, frozen=self.pre_quantized)
         if checkpoint is not None:
-            planned = {n if by_name[n].kind == "experts" else f"{n}.weight" for n in self.plan.schemes}
-            check_complete(model, self.placed, check_rest(model, checkpoint, checkpoint.tensors, planned))
+            planned = [n if by_name[n].kind == "experts" else f"{n}.weight" for n in self.plan.schemes]
+            covered = check_rest(model, checkpoint, checkpoint.tensors, set(planned))
+            check_complete(model, self.placed, covered, planned)  # what else is missing, transformers says
 
     def _prepare_calibration(self, model: Any) -> None:
         """Read the calibration data; what cannot be is refused here, and not after the weights were read or calibrated.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import os
@@ -106,9 +105,7 @@ class Job:
 
     def quantized(self, config: HfQuantConfig) -> Any:
         """The model with ``config`` applied, in memory."""
-        return load(
-            self.model, quantization_config=copy.deepcopy(config), **self.load
-        ).eval()  # loading fills in fields
+        return load(self.model, quantization_config=config, **self.load).eval()
 
 
 class _GateMissedError(Exception):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hf_quant.errors import HfQuantError, OptionError
 from hf_quant.jobs.base import remember
 from hf_quant.jobs.options import budget, check_model, dtype_of, hub, load_options, size_in_bytes
-from hf_quant.jobs.outputs import check_places
+from hf_quant.jobs.outputs import check_places, claimed
 from hf_quant.jobs.progress import Bar, Reporter, Say, reporting
 from hf_quant.jobs.results import Result, Row, interval
 from hf_quant.jobs.texts import (
@@ -203,6 +203,8 @@ def ladder(
     from_hub = hub(revision, trust_remote_code)
     load_arguments = load_options(dtype, device, from_hub)
     check_places([out], [model, *files], overwrite=overwrite, gate=bool(gate))
+    with claimed(out):  # what stands in the way of writing is said now, and not when all is measured
+        pass
 
     from hf_quant.data.chat import Chat
     from hf_quant.evaluation.results import Quality

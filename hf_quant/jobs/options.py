@@ -271,6 +271,8 @@ def check_device(device: str | None) -> str | None:
         raise OptionError(f"--device {device!r} is not one of {', '.join(DEVICES)}{suggestion(kind, DEVICES)}")
     if kind == "cuda" and sys.platform == "linux" and not any(Path("/dev", node).exists() for node in GPU_NODES):
         raise OptionError(f"--device {device}: this machine has no NVIDIA or AMD GPU; leave --device out for the CPU")
+    if kind == "mps" and sys.platform != "darwin":
+        raise OptionError(f"--device {device}: only Macs have it; leave --device out for the CPU")
     return device
 
 

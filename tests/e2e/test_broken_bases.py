@@ -19,7 +19,8 @@ from hf_quant import HfQuantConfig
 from hf_quant.cli import main
 from hf_quant.errors import CheckpointError, HfQuantError, OptionError
 from hf_quant.evaluation.endings import Endings
-from hf_quant.jobs.options import size_in_bytes
+from hf_quant.jobs.options import check_device, size_in_bytes
+from hf_quant.jobs.outputs import claimed
 from hf_quant.jobs.verify import verify
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "ref-llama-16m"
@@ -76,13 +77,31 @@ def test_a_base_without_one_of_its_tensors_is_refused_everywhere(
     for refused in (verify, lambda folder: hq.load(str(folder))):
         with pytest.raises(CheckpointError, match=why):
             refused(broken)
-    for scheme in ("W4A16-g32", "W8A16-g32"):
-        with pytest.raises(CheckpointError, match=why):
-            tf.AutoModelForCausalLM.from_pretrained(broken, quantization_config=HfQuantConfig(scheme))
+    with pytest.raises(CheckpointError, match=why):
+        hq.load(str(broken), quantization_config=HfQuantConfig("W4A16-g32"))
     done = command("quantize", broken, "-o", tmp_path / "q", "--scheme", "W4A16-g32", "--no-eval")
     assert done.exit_code == 1 and why in done.output and not (tmp_path / "q").exists()
     done = command("eval", base, "--base", broken, "--text", text, "--context", 32)
     assert done.exit_code == 1 and why in done.output
+
+
+def test_what_only_training_reads_may_be_missing(tmp_path: Path) -> None:
+    """As in checkpoints of Wav2Vec2 on the Hub, whose convolution has older names besides."""
+    config = tf.Wav2Vec2Config(
+        vocab_size=32, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=96, conv_dim=(32,),
+        conv_stride=(5,), conv_kernel=(10,), num_feat_extract_layers=1, num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    tf.Wav2Vec2ForCTC(config).save_pretrained(tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    older = {"parametrizations.weight.original0": "weight_g", "parametrizations.weight.original1": "weight_v"}
+    for new, old in older.items():
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    tensors.pop("wav2vec2.masked_spec_embed", None)
+    save_file(tensors, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
+    assert verify(tmp_path / "m").layers_quantized == 0
+    hq.load(str(tmp_path / "m"))
+    hq.load(str(tmp_path / "m"), quantization_config=HfQuantConfig("W4A16-g32"))
 
 
 def test_a_base_that_has_changed_is_named_again(base: Path, text: Path, tmp_path: Path) -> None:
@@ -176,6 +195,12 @@ def test_sizes_of_too_many_digits() -> None:
         size_in_bytes("9" * 400)
 
 
+def test_a_device_of_macs_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    with pytest.raises(OptionError, match="--device mps: only Macs have it"):
+        check_device("mps")
+
+
 def test_generated_files_can_be_read_by_others(base: Path, text: Path, tmp_path: Path) -> None:
     umask = os.umask(0o022)
     os.umask(umask)
@@ -214,3 +239,15 @@ def test_the_ladder_counts_sizes_in_the_dtype_that_it_writes(base: Path, text: P
     refused = command(*ladder, "--dtype", "float32", *measuring)
     assert refused.exit_code == 2 and "the smallest model" in refused.output
     assert "the smallest model" not in command(*ladder, "--dtype", "bfloat16", *measuring).output
+
+
+def test_the_ladder_says_at_once_that_its_output_is_taken(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any) -> None:
+        raise AssertionError("it began to measure")
+
+    monkeypatch.setattr("hf_quant.jobs.walk.Ladder.walk", measured)
+    with claimed(tmp_path / "l"):
+        done = command("ladder", base, "-o", tmp_path / "l", "--max-kl", 1, "--method", "rtn")
+    assert done.exit_code == 1 and "another process" in done.output

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from torch.nn import Linear
 
 import hf_quant
 from hf_quant import HfQuantConfig
 from hf_quant.errors import HfQuantError, PlanError
+from hf_quant.jobs.verify import verify
 from hf_quant.nn import QuantLinear
 
 SHAPE = {"vocab_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 66}
@@ -84,19 +87,41 @@ def test_scales_beside_floats_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [{}, {"method": "calibrated", "calibration": torch.randint(0, 100, (4, 32))}])
 def test_a_pooler_that_is_not_in_the_checkpoint_stays_in_floating_point(how: dict[str, Any], tmp_path: Path) -> None:
     base = roberta(tmp_path / "m")
+    own = shutil.copytree(base, tmp_path / "own")  # says that its class is the one with the pooler, and has none
+    stored = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(stored | {"architectures": ["RobertaModel"]}))
+    assert verify(own).layers_quantized == 0
+    assert type(hf_quant.load(str(own), quantization_config=HfQuantConfig("W4A16-g32", **how)).pooler.dense) is Linear
     for load in (tf.AutoModel.from_pretrained, hf_quant.load):
         made = load(str(base), quantization_config=HfQuantConfig("W4A16-g32", **how))
         assert any(isinstance(m, QuantLinear) for m in made.modules())
     encoder = tf.AutoModel.from_pretrained(base, quantization_config=HfQuantConfig("W4A16-g32", **how))
-    assert type(encoder.pooler.dense) is torch.nn.Linear
+    assert type(encoder.pooler.dense) is Linear
     encoder.save_pretrained(tmp_path / "q")
     with torch.no_grad():
         assert torch.equal(tf.AutoModel.from_pretrained(tmp_path / "q")(IDS)[1], encoder(IDS)[1])
     whole = tf.AutoModelForMaskedLM.from_pretrained(base, quantization_config=HfQuantConfig("W4A16-g32"))
     whole.save_pretrained(tmp_path / "whole")
     part = tf.AutoModel.from_pretrained(tmp_path / "whole")
-    assert type(part.pooler.dense) is torch.nn.Linear
+    assert type(part.pooler.dense) is Linear
     assert isinstance(part.encoder.layer[0].attention.self.query, QuantLinear)
+
+
+def test_a_quantized_head_beside_a_language_model_inside_is_not_missed(tmp_path: Path) -> None:
+    vision = tf.CLIPVisionConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = tf.LlamaConfig(**SHAPE, hidden_size=64, intermediate_size=128, tie_word_embeddings=False)
+    model = tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=99)
+    )
+    model.save_pretrained(tmp_path / "m")
+    config = HfQuantConfig("W4A16-g32", quantize_lm_head=True)
+    quantized = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "m", quantization_config=config)
+    quantized.save_pretrained(tmp_path / "q")
+    inner = tf.AutoModel.from_pretrained(tmp_path / "q")
+    with torch.no_grad():
+        assert torch.equal(inner(IDS)[0], quantized.model(IDS)[0])
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -183,8 +208,6 @@ def test_code_beside_a_model_of_ones_own_class_does_not_run(tmp_path: Path) -> N
 
 
 def test_the_config_of_another_program_in_a_subfolder_is_read(tmp_path: Path) -> None:
-    import shutil
-
     fixture = Path(__file__).parents[1] / "golden" / "fixtures" / "gptq-4bit"
     shutil.copytree(fixture, tmp_path / "repo" / "sub")
     config = json.loads((fixture / "config.json").read_text())

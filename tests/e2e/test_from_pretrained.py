@@ -339,7 +339,7 @@ TAMPERED = {
     "no_norm": (lambda t: t.pop("model.norm.weight"), "model.norm.weight"),
     "norm_nan": (lambda t: t["model.norm.weight"][:1].fill_(float("nan")), "model.norm.weight"),
     "codes_shape": (lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][:, :-4].contiguous()}), f"{UP}: weight"),
-    "codes_float": (lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"].float()}), f"{UP}.weight"),
+    "codes_float": (lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"].float()}), f"{UP}: weight"),
 }
 
 

@@ -37,6 +37,7 @@ FLOAT8 = torch.float8_e4m3fn
 BLOCK = 128  # rows and columns that share a scale, where the weight has blocks
 WHOLE, INPUTS, COLUMNS = "weight_scale_2", "input_scale", "pre_quant_scale"
 LOW_RANK = ("svdquant_lora_a", "svdquant_lora_b")
+READ = {torch.uint8: torch.bfloat16, FLOAT8: torch.float32}  # what scales become that are no floats of 16 bits or more
 IN_FLOAT = "its activations stay in floating point"
 TWICE = "its activations stay in floating point, and its weights are not rounded to 8-bit floats after their codes"
 
@@ -93,7 +94,7 @@ def _layer(tensors: Mapping[str, Any]) -> Layer | None:
     if COLUMNS in tensors:
         need(tensors, COLUMNS, FLOATS, (shape[1],))
         return Layer(shape, None, torch.float32, f"its inputs are multiplied by {COLUMNS}")
-    return Layer(shape, scheme, torch.bfloat16 if scale_dtype == torch.uint8 else torch.float32, note)
+    return Layer(shape, scheme, READ.get(scale_dtype, scale_dtype), note)
 
 
 def _codes(tensors: Mapping[str, Any]) -> tuple[tuple[int, int], QuantScheme, str]:

@@ -221,6 +221,18 @@ def test_damaged_layers_of_modelopt_are_refused(
         contents.read(layer)
 
 
+def test_scales_of_modelopt_in_16_bits_stay_so(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "modelopt-int8", tmp_path / "q")
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    tensors |= {name: tensor.bfloat16() for name, tensor in tensors.items() if name.endswith("weight_scale")}
+    save_file(tensors, tmp_path / "q" / "model.safetensors", metadata={"format": "pt"})
+    contents, name = open_quantized(tmp_path / "q"), "model.layers.0.mlp.up_proj"
+    read = contents.read(name)
+    assert isinstance(read, QuantizedTensor) and contents.layers[name].scale_dtype == torch.bfloat16
+    assert torch.equal(read.scale.view(-1), tensors[f"{name}.weight_scale"])
+    assert hf_quant.load(str(tmp_path / "q")).model.layers[0].mlp.up_proj.weight_scale.dtype == torch.bfloat16
+
+
 def test_take_over_names_what_it_does_not_know() -> None:
     with pytest.raises(hf_quant.errors.HfQuantError, match="'gtpq' is not one of"):
         hf_quant.take_over("gptq", "gtpq")

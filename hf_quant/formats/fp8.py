@@ -6,7 +6,7 @@ to the last bit as transformers does (``integrations/finegrained_fp8.py``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -60,7 +60,7 @@ class FP8(ReadOnly):
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
         weight, scale = tensors["weight"], tensors[SCALE]
-        n, k = self._shape(tensors)
+        n, k = self._shape(tensors, (*FLOAT8, *FLOATS))  # transformers before 5.21 has cast them, which loses nothing
         check_scale(SCALE, scale)
         wide = weight.float()
         if not bool(wide.isfinite().all()):
@@ -77,8 +77,8 @@ class FP8(ReadOnly):
             return None
         return Layer(self._shape(tensors), None, tensors[SCALE].dtype, "8-bit floats")
 
-    def _shape(self, tensors: Mapping[str, Any]) -> tuple[int, int]:
-        n, k = need(tensors, "weight", FLOAT8, (None, None)).shape
+    def _shape(self, tensors: Mapping[str, Any], dtypes: Sequence[torch.dtype] = FLOAT8) -> tuple[int, int]:
+        n, k = need(tensors, "weight", dtypes, (None, None)).shape
         scale = need(tensors, SCALE, FLOATS)
         rows, columns = self.block or (n, k)
         expected = [-(-n // rows), -(-k // columns)]

@@ -64,7 +64,7 @@ class ModelOpt(ReadOnly):
         return _int8(tensors, scheme) if scheme.bits == 8 else _int4(tensors, scheme)
 
     def dense(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        if tensors["weight"].dtype == FLOAT8:
+        if tensors["weight"].is_floating_point():  # 8-bit floats, which transformers before 5.21 has cast
             weight = _floats(tensors)
         else:
             _, scheme, _ = _codes(tensors)

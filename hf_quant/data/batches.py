@@ -26,8 +26,6 @@ ROWS = (
 CONTENT = ("pixel_values", "pixel_values_videos", "input_features", "input_values")  # what identifies a sample
 GRIDS = {"pixel_values": "image_grid_thw", "pixel_values_videos": "video_grid_thw"}  # patches of each image
 SAMPLES = ("attention_mask", "token_type_ids", "labels", "decoder_input_ids", "decoder_attention_mask", "pixel_mask")
-
-
 LIKE_IDS = ("attention_mask", "position_ids")  # have a value for each token
 
 

@@ -21,6 +21,7 @@ from hf_quant.errors import FormatError
 from hf_quant.formats import Headers, Layer, Traits
 
 MAX_GLOBS = 200
+IN_FLOAT = "its activations stay in floating point"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -112,6 +113,24 @@ def check_input_scale(name: str, scale: Tensor) -> None:
     """Every scale of activations is a number above zero."""
     if not bool((scale.isfinite() & (scale > 0)).all()):
         raise FormatError(f"{name}: must be a finite number above zero")
+
+
+def one_value(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor of that name, which holds a single float, as ``[1]``.
+
+    Raises:
+        FormatError: It is missing, or has another shape or type.
+    """
+    value: Tensor = need(tensors, name, FLOATS)
+    if value.numel() != 1:
+        raise FormatError(f"{name} has shape {list(value.shape)}, expected one value")
+    return value.reshape(1)
+
+
+def times_blocks(weight: Tensor, grid: Tensor, rows: int, columns: int) -> Tensor:
+    """A weight ``[N, K]`` in float32, every block of that many rows and columns times its number in ``grid``."""
+    n, k = weight.shape
+    return weight.float() * grid.float().repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
 
 
 def held_elsewhere(scheme: QuantScheme) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 from hf_quant.core.scheme import WIDTHS, QuantScheme
 from hf_quant.errors import FormatError
 from hf_quant.formats._common import (
+    IN_FLOAT,
     integer,
     is_sequence,
     refused,
@@ -36,9 +37,6 @@ class Group:
     activations: str | None  # as in a `QuantScheme`
     note: str  # on activations that stay in floating point although the config quantizes them
     fp4: bool = False  # 4-bit floats
-
-
-IN_FLOAT = "its activations stay in floating point"
 
 
 def in_bytes(scheme: QuantScheme) -> bool:

@@ -17,7 +17,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Layer
-from hf_quant.formats._common import check_scale, need
+from hf_quant.formats._common import check_input_scale, check_scale, need
 
 MX, NV = 32, 16  # weights that share a scale, which tells the two apart
 GLOBAL = "weight_global_scale"
@@ -44,14 +44,22 @@ def read_fp4(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTen
         FormatError: A tensor is misshapen, or a scale is not a number.
     """
     fp4_layer(tensors, scheme.group_size, "")
-    stored = tensors["weight_scale"]
-    codes = tensors["weight_packed"].contiguous()
+    codes, stored = tensors["weight_packed"], tensors["weight_scale"]
     if scheme.group_size == MX:
-        return QuantizedTensor(codes, powers_of_two("weight_scale", stored), None, scheme)
-    whole = tensors[GLOBAL]
-    if not bool((whole.isfinite() & (whole > 0)).all()):
-        raise FormatError(f"{GLOBAL}: must be a finite number above zero")
-    coded = CodedScales(stored.contiguous().view(torch.uint8), whole.expand(len(codes), 1).contiguous())
+        return mxfp4(codes, stored, scheme)
+    check_input_scale(GLOBAL, tensors[GLOBAL])
+    return nvfp4(codes, stored, tensors[GLOBAL], scheme)
+
+
+def mxfp4(codes: Tensor, stored: Tensor, scheme: QuantScheme) -> QuantizedTensor:
+    """Of codes ``[N, K / 2]`` and exponents ``[N, K / 32]``."""
+    return QuantizedTensor(codes.contiguous(), powers_of_two("weight_scale", stored), None, scheme)
+
+
+def nvfp4(codes: Tensor, stored: Tensor, unit: Tensor, scheme: QuantScheme) -> QuantizedTensor:
+    """Of codes ``[N, K / 2]`` and scales in float8 ``[N, K / 16]``, which are divided by the one of ``unit``."""
+    codes = codes.contiguous()
+    coded = CodedScales(stored.contiguous().view(torch.uint8), unit.expand(len(codes), 1).contiguous())
     read = QuantizedTensor.from_coded(codes, coded, scheme)
     check_scale("weight_scale", read.scale)
     return read

@@ -27,6 +27,7 @@ from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Traits, Value, by_itself
 from hf_quant.formats._common import (
     FLOATS,
+    IN_FLOAT,
     Globs,
     check_input_scale,
     check_scale,
@@ -35,16 +36,17 @@ from hf_quant.formats._common import (
     held_elsewhere,
     is_sequence,
     need,
+    one_value,
     order_of,
     permuted,
     refused,
     scheme_for,
     settled,
     spread,
+    times_blocks,
 )
 from hf_quant.formats._compressed_tensors_config import (
     FP4,
-    IN_FLOAT,
     INPUTS,
     LEGAL,
     Group,
@@ -202,11 +204,9 @@ class CompressedTensors(Traits):
         zero = None if zero is None else spread(zero, k, k // groups, scheme)
         quantized = QuantizedTensor(packed, spread(scale, k, k // groups, scheme), zero, scheme)
         if scheme.activations == "tensor":
-            input_scale = need(tensors, "input_scale", FLOATS)
-            if input_scale.numel() != 1:
-                raise FormatError(f"input_scale has shape {list(input_scale.shape)}, expected one value")
+            input_scale = one_value(tensors, "input_scale")
             check_input_scale("input_scale", input_scale)
-            quantized = replace(quantized, input_scale=input_scale.reshape(1))
+            quantized = replace(quantized, input_scale=input_scale)
         if scheme.permuted and "weight_g_idx" not in tensors:
             raise FormatError("weight_g_idx is missing")
         order = _order(tensors, k, groups)
@@ -223,8 +223,7 @@ class CompressedTensors(Traits):
         check_scale("weight_scale", scale)
         # a tensor does not tell its group, but the shape of its scales does
         rows, across = _block(n, k, scale.shape, {group.block for group in self.groups if group.floats} or {None})
-        wide = scale.float().reshape(-(-n // rows), -(-k // across))
-        return weight.float() * wide.repeat_interleave(rows, 0)[:n].repeat_interleave(across, 1)[:, :k]
+        return times_blocks(weight, scale.reshape(-(-n // rows), -(-k // across)), rows, across)
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         return each_layer(headers, lambda m, t: self._layer(m, called(m), t, value) if _is_coded(t) else None)

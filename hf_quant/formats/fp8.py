@@ -17,7 +17,7 @@ from hf_quant.core.scheme import QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
 from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
-from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, each_layer, need, refused
+from hf_quant.formats._common import FLOATS, ReadOnly, check_scale, each_layer, need, refused, times_blocks
 
 FLOAT8 = (torch.float8_e4m3fn,)
 SCALE = "weight_scale_inv"
@@ -66,8 +66,7 @@ class FP8(ReadOnly):
         if not bool(wide.isfinite().all()):
             raise FormatError("weight: some values are NaN")
         rows, columns = self.block or (n, k)
-        grid = scale.float().reshape(-(-n // rows), -(-k // columns))
-        return wide * grid.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
+        return times_blocks(wide, scale.reshape(-(-n // rows), -(-k // columns)), rows, columns)
 
     def layers(self, headers: Headers, value: Value, called: Called = by_itself) -> dict[str, Layer]:
         return each_layer(headers, lambda _module, tensors: self._layer(tensors))

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hf_quant.core.coded_scales import CodedScales
 from hf_quant.core.packing import pack
 from hf_quant.core.scheme import MULTIPLE, QuantScheme
 from hf_quant.core.tensor import QuantizedTensor
@@ -22,23 +21,25 @@ from hf_quant.errors import FormatError
 from hf_quant.formats import Called, Headers, Layer, Value, by_itself
 from hf_quant.formats._common import (
     FLOATS,
+    IN_FLOAT,
     ReadOnly,
     check_input_scale,
     check_scale,
     each_layer,
     need,
+    one_value,
     scheme_for,
     settled,
     spread,
+    times_blocks,
 )
-from hf_quant.formats._fp4 import MX, NV, powers_of_two
+from hf_quant.formats._fp4 import MX, NV, mxfp4, nvfp4, powers_of_two
 
 FLOAT8 = torch.float8_e4m3fn
 BLOCK = 128  # rows and columns that share a scale, where the weight has blocks
 WHOLE, INPUTS, COLUMNS = "weight_scale_2", "input_scale", "pre_quant_scale"
 LOW_RANK = ("svdquant_lora_a", "svdquant_lora_b")
 READ = {torch.uint8: torch.bfloat16, FLOAT8: torch.float32}  # what scales become that are no floats of 16 bits or more
-IN_FLOAT = "its activations stay in floating point"
 TWICE = "its activations stay in floating point, and its weights are not rounded to 8-bit floats after their codes"
 
 
@@ -139,13 +140,9 @@ def _int8(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor
     n = len(tensors["weight"])
     check_scale("weight_scale", tensors["weight_scale"])
     scale = tensors["weight_scale"].reshape(-1, 1).expand(n, 1).contiguous()
-    ranges = None
-    if scheme.activations:
-        ranges = need(tensors, INPUTS, FLOATS)
-        if ranges.numel() != 1:
-            raise FormatError(f"{INPUTS} has shape {list(ranges.shape)}, expected one value")
+    ranges = one_value(tensors, INPUTS) if scheme.activations else None
+    if ranges is not None:
         check_input_scale(INPUTS, ranges)
-        ranges = ranges.reshape(1)
     codes = tensors["weight"].contiguous().view(torch.uint8) ^ 0x80  # -128..127 to 0..255
     return settled(QuantizedTensor(codes, scale, None, scheme, input_scale=ranges))
 
@@ -164,31 +161,23 @@ def _fp4(tensors: Mapping[str, Tensor], scheme: QuantScheme) -> QuantizedTensor:
 
     A scale is here divided by its unit, and there multiplied by it: the product may differ in the last bit of a float32.
     """
-    codes, stored = tensors["weight"].contiguous(), tensors["weight_scale"]
+    codes, stored = tensors["weight"], tensors["weight_scale"]
     if scheme.group_size == MX:
-        return QuantizedTensor(codes, powers_of_two("weight_scale", stored), None, scheme)
-    if tensors[WHOLE].numel() != 1:
-        raise FormatError(f"{WHOLE} has shape {list(tensors[WHOLE].shape)}, expected one value")
-    unit = tensors[WHOLE].reshape(1, 1).reciprocal()
+        return mxfp4(codes, stored, scheme)
+    unit, k = one_value(tensors, WHOLE).reciprocal(), 2 * codes.shape[1]
     check_input_scale(WHOLE, unit)
-    k = 2 * codes.shape[1]
-    scales = spread(stored.view(torch.uint8), k, k // stored.shape[1], scheme)
-    read = QuantizedTensor.from_coded(codes, CodedScales(scales, unit.expand(len(codes), 1).contiguous()), scheme)
-    check_scale("weight_scale", read.scale)
-    return read
+    return nvfp4(codes, spread(stored.view(torch.uint8), k, k // stored.shape[1], scheme), unit, scheme)
 
 
 def _floats(tensors: Mapping[str, Tensor]) -> Tensor:
     """8-bit floats times their scales, float32 ``[N, K]``."""
     weight, scale = tensors["weight"].float(), tensors["weight_scale"]
-    n, k = weight.shape
     if not bool(weight.isfinite().all()):
         raise FormatError("weight: some values are NaN")
     (rows, columns), shape = _grid(tensors)
     scale = powers_of_two("weight_scale", scale) if scale.dtype == torch.uint8 else scale
     check_scale("weight_scale", scale)
-    grid = scale.float().reshape(shape)
-    return weight * grid.repeat_interleave(rows, 0)[:n].repeat_interleave(columns, 1)[:, :k]
+    return times_blocks(weight, scale.reshape(shape), rows, columns)
 
 
 def _grid(tensors: Mapping[str, Any]) -> tuple[tuple[int, int], tuple[int, int]]:

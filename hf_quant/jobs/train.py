@@ -257,9 +257,8 @@ def _refuse_overlap(data: str, learned: Calibration, held_out: HeldOut, chat: Ch
 
     file = Path(data)
     readable = file.is_file() and file.suffix != ".safetensors"
-    if readable and words(read_documents(file, chat)) == words(
-        held_out.text
-    ):  # paragraphs may be too short to be compared
+    # paragraphs may be too short to be compared
+    if readable and words(read_documents(file, chat)) == words(held_out.text):
         raise HfQuantError(
             f"--data {data} is the text that is measured on: the numbers would flatter the model; measure on another "
             "text (--text), or pass --allow-overlap"

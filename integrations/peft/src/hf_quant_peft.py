@@ -70,9 +70,7 @@ def _start(layer: Any, base: nn.Module, parameter: str, adapter: str) -> float:
         a, b = down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
     else:
         a, b = down, up
-    spare = ~a.any(
-        1, keepdim=True
-    )  # nothing is left for these rows: they stay as PEFT drew them, or they could never learn
+    spare = ~a.any(1, keepdim=True)  # with zeros in both factors they could never learn: they stay as PEFT drew them
     layer.lora_A[adapter].weight.copy_(torch.where(spare, layer.lora_A[adapter].weight, a / scaling**0.5))
     layer.lora_B[adapter].weight.copy_(b / scaling**0.5)
     if adapter in layer.lora_magnitude_vector:  # DoRA's norms are those of the weight with its adapter
